@@ -1,0 +1,38 @@
+"""The attention core: write the cache, attend. The one seam that parallel strategies wrap."""
+
+from torch import Tensor, nn
+
+from flashdreams.attention.backends import AttentionBackend, sdpa
+from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
+
+
+class AttentionCore(nn.Module):
+    """Attention without projections; owns no parameters, so wrapping it renames none.
+
+    The number of heads is read off the tensors: a shard changes it from outside.
+    """
+
+    def __init__(self, head_dim: int, backend: AttentionBackend = sdpa) -> None:
+        super().__init__()
+        self.scale = head_dim**-0.5
+        self.backend = backend
+
+    def new_cache(self, spec: KVCacheSpec, cursor: CacheCursor) -> KVCache:
+        """Storage for one rollout; a wrapper rewrites the spec on the way in."""
+        return KVCache(spec, cursor)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Attend to the cache, the current chunk included; without a cache to ``k`` and ``v``.
+
+        Args:
+            q: ``[B, L, N, D]``, rotated.
+            k: ``[B, L, N, D]``, rotated (``[B, S, N, D]`` without a cache).
+            v: like ``k``.
+            cache: this layer's keys and values; the chunk's slots are overwritten.
+
+        Returns:
+            ``[B, L, N, D]``.
+        """
+        if cache is not None:
+            k, v = cache.update(k, v)
+        return self.backend(q, k, v, scale=self.scale)

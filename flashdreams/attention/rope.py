@@ -1,0 +1,97 @@
+"""Rotary position embedding over latent frames, rows and columns."""
+
+import torch
+from torch import Tensor, nn
+
+
+def axis_frequencies(head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Angular frequencies of the three axes, in radians per position.
+
+    The ``D/2`` complex pairs of a head are shared out as ``[c - 2*(c//3), c//3, c//3]`` for
+    (time, height, width), and every axis has its own geometric series.
+
+    Args:
+        head_dim: ``D``, even.
+        theta: base of the series.
+
+    Returns:
+        Three float64 CPU vectors whose lengths add up to ``D/2``.
+
+    Source: RoFormer, arXiv:2104.09864, section 3.2; the split over axes is Wan 2.1's.
+    """
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim={head_dim} must be even and at least 2 for rotary embedding.")
+    pairs = head_dim // 2
+    side = pairs // 3
+
+    def series(count: int) -> Tensor:
+        exponents = torch.arange(count, dtype=torch.float64, device="cpu") / max(count, 1)
+        return theta**-exponents
+
+    return series(pairs - 2 * side), series(side), series(side)
+
+
+class RotaryEmbedding3D(nn.Module):
+    """Builds the rotation table of a chunk; owns no parameters, computes angles in float64.
+
+    Its output is a table over tokens, so a sequence-parallel plan splits it like the tokens.
+    """
+
+    def __init__(self, head_dim: int, theta: float = 10000.0) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.theta = theta
+
+    def forward(self, frames: Tensor, height: int, width: int, device: torch.device) -> Tensor:
+        """Rotations of all tokens of some latent frames, in (frame, row, column) order.
+
+        Args:
+            frames: ``[T]``, position of each latent frame.
+            height: token rows of a frame.
+            width: token columns of a frame.
+            device: where the table is wanted.
+
+        Returns:
+            ``[T * height * width, D/2, 2]`` float32: cosine and sine of every pair's angle.
+        """
+        time, rows, columns = axis_frequencies(self.head_dim, self.theta)
+        shape = (len(frames), height, width, -1)
+        positions = frames.to("cpu", torch.float64)
+        row_positions = torch.arange(height, dtype=torch.float64)
+        column_positions = torch.arange(width, dtype=torch.float64)
+        angles = torch.cat(
+            [
+                (positions[:, None] * time)[:, None, None].expand(shape),
+                (row_positions[:, None] * rows)[None, :, None].expand(shape),
+                (column_positions[:, None] * columns)[None, None, :].expand(shape),
+            ],
+            dim=-1,
+        ).flatten(0, 2)
+        return torch.stack([angles.cos(), angles.sin()], dim=-1).float().to(device)
+
+
+def time_rotation(delta: float, head_dim: int, theta: float = 10000.0) -> Tensor:
+    """Rotation that moves a key by ``delta`` latent frames and leaves its row and column.
+
+    Returns:
+        ``[1, D/2, 2]`` float32 on the CPU; one table for every token and head.
+    """
+    time, rows, columns = axis_frequencies(head_dim, theta)
+    angles = torch.cat([time * delta, torch.zeros_like(rows), torch.zeros_like(columns)])[None]
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
+
+
+def apply_rope(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate queries or keys.
+
+    Args:
+        x: ``[B, L, N, D]``; neighbouring channels ``(2i, 2i+1)`` form a pair.
+        table: ``[L, D/2, 2]`` or ``[1, D/2, 2]`` float32, cosine and sine.
+
+    Returns:
+        ``[B, L, N, D]`` in the dtype of ``x``; the arithmetic is float32.
+    """
+    cos, sin = table[:, None].unbind(-1)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)

@@ -1,0 +1,79 @@
+"""The common base of everything a pipeline is composed of."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from flashdreams.infra.config import InstantiateConfig
+from flashdreams.parallel.plan import ParallelPlan
+from flashdreams.runtime.checkpoint import CheckpointConfig
+
+DTypeName = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(kw_only=True)
+class ComponentConfig(InstantiateConfig):
+    """What every pipeline component can be told."""
+
+    _target: type["Component"] = field(default_factory=lambda: Component)
+
+    checkpoint: CheckpointConfig | None = None
+    """Where the weights come from; None leaves the parameters as they were initialised."""
+
+    dtype: DTypeName = "float32"
+    """Storage type of the parameters. What must be more precise inside stays more precise."""
+
+
+class Component(nn.Module):
+    """A plain, single-device module that is built from its config and holds no rollout state.
+
+    Subclasses call ``super().__init__(config)`` and then build their layers. The pipeline builds
+    components that name a checkpoint on the meta device, loads them, and calls ``init_buffers``;
+    all others are initialised where they are built.
+    """
+
+    config: ComponentConfig
+
+    def __init__(self, config: ComponentConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage type of the parameters."""
+        return getattr(torch, self.config.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters and buffers; the CPU for a component that has neither."""
+        for tensor in self._tensors():
+            return tensor.device
+        return torch.device("cpu")
+
+    def parallel_plan(self) -> ParallelPlan | None:
+        """Where this component may be cut; None means that every rank runs it whole."""
+        return None
+
+    def init_buffers(self) -> None:
+        """Fill the non-persistent buffers after a build on the meta device."""
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        yield from self.parameters()
+        yield from self.buffers()
+
+
+def declared_context(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of the keyword context that a component's function declares."""
+    parameters = inspect.signature(function).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return frozenset(p.name for p in parameters if p.kind in named)
+
+
+def select_context(function: Callable[..., Any], context: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of ``context`` that ``function`` declares."""
+    names = declared_context(function)
+    return {name: value for name, value in context.items() if name in names}

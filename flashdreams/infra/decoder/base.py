@@ -1,0 +1,61 @@
+"""Decoders: what turns latents into frames."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from flashdreams.infra.component import Component, ComponentConfig
+
+
+@dataclass(kw_only=True)
+class DecoderConfig(ComponentConfig):
+    """Config of a stateless decoder."""
+
+    _target: type["Decoder"] = field(default_factory=lambda: Decoder)
+
+
+class Decoder(Component):
+    """A stateless decoder: every chunk is decoded alone."""
+
+    config: DecoderConfig
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Decode ``[B, C, T, H, W]`` latents to ``[B, F, 3, height, width]`` in [-1, 1].
+
+        The default hands the latents on, time before channels: ``[B, T, C, H, W]``.
+        """
+        return latent.transpose(1, 2)
+
+
+@dataclass(kw_only=True)
+class StreamingDecoderConfig(DecoderConfig):
+    """Config of a decoder that carries state from one AR step to the next."""
+
+    _target: type["StreamingDecoder"] = field(default_factory=lambda: StreamingDecoder)
+
+
+class StreamingDecoder(Decoder):
+    """A decoder whose state (trailing frames of causal convolutions) lives in the rollout's cache.
+
+    ``initialize_cache`` may declare parameters; the pipeline hands it the context of those names.
+    """
+
+    config: StreamingDecoderConfig
+
+    def initialize_cache(self) -> Any:
+        """Fresh state for one rollout."""
+        return None
+
+    def forward(self, latent: Tensor, autoregressive_index: int = 0, cache: Any = None) -> Tensor:
+        """Decode one chunk.
+
+        Args:
+            latent: ``[B, C, T, H, W]``, clean latents of the chunk.
+            autoregressive_index: number of the AR step, from 0.
+            cache: this rollout's state, updated in place.
+
+        Returns:
+            ``[B, F, 3, height, width]`` in [-1, 1].
+        """
+        return super().forward(latent)

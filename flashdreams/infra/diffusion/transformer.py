@@ -1,0 +1,92 @@
+"""The transformer contract: a network and the rollout state that it reads and writes."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from flashdreams.infra.component import Component, ComponentConfig
+
+
+@dataclass(kw_only=True)
+class TransformerConfig(ComponentConfig):
+    """What every diffusion transformer has to say about its latents."""
+
+    _target: type["Transformer"] = field(default_factory=lambda: Transformer)
+
+    in_channels: int = 16
+    """Channels C of the latent that is denoised."""
+
+    len_t: int = 3
+    """Latent frames T of one chunk."""
+
+    latent_height: int = 60
+    """Latent rows H; pixels divided by the decoder's spatial factor (8 for Wan)."""
+
+    latent_width: int = 104
+    """Latent columns W."""
+
+    use_cuda_graph: bool = False
+    """Replay the network call as a CUDA graph. On a CPU the call is always eager."""
+
+    def __post_init__(self) -> None:
+        for name in ("in_channels", "len_t", "latent_height", "latent_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+
+
+class Transformer(Component):
+    """Predicts the flow of a chunk, given the rollout so far.
+
+    One AR step is ``begin_step``, then ``predict_flow`` once per denoising step, then
+    ``update_cache`` on the clean latent. All state is in the cache that ``initialize_cache``
+    returns; its parameters name the context that the component wants (``text``, ``image``, ...).
+    """
+
+    config: TransformerConfig
+
+    def latent_shape(self, batch_size: int) -> tuple[int, int, int, int, int]:
+        """Shape ``(B, C, T, H, W)`` of one chunk."""
+        c = self.config
+        return (batch_size, c.in_channels, c.len_t, c.latent_height, c.latent_width)
+
+    def initialize_cache(self) -> Any:
+        """Fresh state for one rollout."""
+        return None
+
+    def begin_step(self, autoregressive_index: int, cache: Any, control: Any = None) -> None:
+        """Prepare what stays the same over all denoising steps of an AR step.
+
+        Args:
+            autoregressive_index: number of the AR step, from 0.
+            cache: this rollout's state.
+            control: output of the pipeline's encoder for this step.
+        """
+
+    def predict_flow(self, latent: Tensor, timestep: Tensor, cache: Any) -> Tensor:
+        """Predict ``noise - x0``.
+
+        Args:
+            latent: ``[B, C, T, H, W]`` float32, the noisy chunk.
+            timestep: 0-dim, sigma times 1000, float32 or int64.
+            cache: this rollout's state; the chunk's keys and values are overwritten.
+
+        Returns:
+            Like ``latent``.
+        """
+        raise TypeError(
+            f"{type(self).__name__} does not define predict_flow(latent, timestep, cache)."
+        )
+
+    def update_cache(self, latent: Tensor, timestep: Tensor, cache: Any) -> None:
+        """The clean pass: make the finished chunk part of the context of later chunks.
+
+        The default runs the network once more and drops its output.
+
+        Args:
+            latent: ``[B, C, T, H, W]`` float32, the clean chunk (or lightly noised, if the model
+                wants noisy context).
+            timestep: 0-dim, the context noise level, usually 0.
+            cache: this rollout's state.
+        """
+        self.predict_flow(latent, timestep, cache)

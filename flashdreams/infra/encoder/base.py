@@ -1,0 +1,57 @@
+"""Encoders: what turns a user's input into what the diffusion model is conditioned on."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from flashdreams.infra.component import Component, ComponentConfig
+
+
+@dataclass(kw_only=True)
+class EncoderConfig(ComponentConfig):
+    """Config of a stateless encoder."""
+
+    _target: type["Encoder"] = field(default_factory=lambda: Encoder)
+
+
+class Encoder(Component):
+    """A stateless encoder: the same input always gives the same output.
+
+    As ``pipeline.encoder`` it is called once per AR step with that step's ``input``; as
+    ``text_encoder`` or ``image_encoder`` once per rollout.
+    """
+
+    config: EncoderConfig
+
+    def forward(self, input: Any) -> Any:
+        """Encode ``input``; the default hands it on unchanged."""
+        return input
+
+
+@dataclass(kw_only=True)
+class StreamingEncoderConfig(EncoderConfig):
+    """Config of an encoder that carries state from one AR step to the next."""
+
+    _target: type["StreamingEncoder"] = field(default_factory=lambda: StreamingEncoder)
+
+
+class StreamingEncoder(Encoder):
+    """An encoder whose state lives in a cache that the rollout owns, never on the module.
+
+    ``initialize_cache`` may declare parameters; the pipeline hands it the context of those names.
+    """
+
+    config: StreamingEncoderConfig
+
+    def initialize_cache(self) -> Any:
+        """Fresh state for one rollout."""
+        return None
+
+    def forward(self, input: Any, autoregressive_index: int = 0, cache: Any = None) -> Any:
+        """Encode the input of one AR step.
+
+        Args:
+            input: what the caller gave to ``pipeline.generate``.
+            autoregressive_index: number of the AR step, from 0.
+            cache: this rollout's state, updated in place.
+        """
+        return input

@@ -1,0 +1,33 @@
+"""The parallel plan of the Wan transformer."""
+
+from typing import TYPE_CHECKING
+
+from flashdreams.parallel.plan import ParallelPlan
+
+if TYPE_CHECKING:
+    from flashdreams.models.wan.transformer import WanTransformerConfig
+
+
+def wan_plan(config: "WanTransformerConfig") -> ParallelPlan:
+    """Where a Wan transformer of this config may be cut.
+
+    Cross-attention cores are absent on purpose: the text is replicated, so queries that are split
+    over the sequence need no exchange.
+    """
+    attention = ("blocks.*.self_attn", "blocks.*.cross_attn")
+    tensor = {f"{name}.{proj}": "colwise" for name in attention for proj in ("q", "k", "v")}
+    tensor |= {f"{name}.o": "rowwise" for name in attention}
+    tensor |= {f"{name}.{norm}": "norm" for name in attention for norm in ("norm_q", "norm_k")}
+    tensor |= {"blocks.*.ffn.0": "colwise", "blocks.*.ffn.2": "rowwise"}
+    if config.image_dim is not None:
+        tensor |= {"blocks.*.cross_attn.k_img": "colwise", "blocks.*.cross_attn.v_img": "colwise"}
+        tensor |= {"blocks.*.cross_attn.norm_k_img": "norm"}
+    split = {"flatten_tokens": 1, "expand_frames": 1, "rope": 0}
+    if config.control_dim is not None:
+        split["control_embedding"] = 1
+    return ParallelPlan(
+        tensor=tensor,
+        split=split,
+        gather={"head": 1},
+        attention=("blocks.*.self_attn.core",),
+    )

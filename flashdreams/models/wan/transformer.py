@@ -1,0 +1,533 @@
+"""The Wan diffusion transformer, streaming and bidirectional.
+
+Shape letters: B batch, T latent frames, H W latent rows and columns, C channels, L query tokens,
+S key tokens, N heads, D head dim. Tokens run frame by frame, row by row. Parameter names are those
+of the official checkpoints.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
+from flashdreams.attention.core import AttentionCore
+from flashdreams.attention.rope import RotaryEmbedding3D, apply_rope
+from flashdreams.infra.diffusion.transformer import Transformer, TransformerConfig
+from flashdreams.models.wan.plan import wan_plan
+from flashdreams.parallel.plan import ParallelPlan
+
+
+@dataclass(kw_only=True)
+class WanTransformerConfig(TransformerConfig):
+    """Config of a Wan transformer; the defaults are the 1.3B text-to-video model."""
+
+    _target: type["WanTransformer"] = field(default_factory=lambda: WanTransformer)
+
+    dim: int = 1536
+    """Width of the token stream."""
+    ffn_dim: int = 8960
+    """Inner width of the feed-forward layers."""
+    num_heads: int = 12
+    """Attention heads; must divide ``dim``."""
+    num_layers: int = 30
+    """Transformer blocks."""
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    """Latent frames, rows and columns that make up one token."""
+    out_channels: int = 16
+    """Channels of the predicted flow."""
+    condition_channels: int = 0
+    """Channels concatenated to the latent (image-to-video: 4 mask + 16 image latent)."""
+    freq_dim: int = 256
+    """Width of the sinusoidal timestep embedding."""
+    text_dim: int = 4096
+    """Width of the text embeddings that come in."""
+    text_len: int = 512
+    """Text tokens; shorter prompts are padded with zero rows, which are attended."""
+    image_dim: int | None = None
+    """Width of the image tokens for cross-attention; None for models without them."""
+    control_dim: int | None = None
+    """Width of a per-token control signal that is embedded and added to the tokens; None for
+    models without control."""
+    eps: float = 1e-6
+    """Added to variances."""
+    prediction: Literal["flow", "x0"] = "flow"
+    """What the network puts out; an ``"x0"`` output is turned into the flow."""
+    streaming: bool = True
+    """Keep a KV cache from chunk to chunk; False for a bidirectional model, which has one chunk."""
+    window_size_t: int = 21
+    """Latent frames of the sliding window, the current chunk included, the sink not."""
+    sink_size_t: int = 0
+    """First latent frames of the rollout that are never evicted."""
+    relative_rope: bool = False
+    """Cache-relative positions: the sink always stands right before the window."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(
+                f"dim={self.dim} over num_heads={self.num_heads} must give an even head size; "
+                f"got {self.dim / self.num_heads:g}."
+            )
+        self._check_patching()
+        if self.streaming and self.window_size_t < self.len_t:
+            raise ValueError(
+                f"window_size_t={self.window_size_t} must hold the current chunk of "
+                f"len_t={self.len_t} latent frames; use at least {self.len_t}."
+            )
+        if self.sink_size_t < 0:
+            raise ValueError(f"sink_size_t={self.sink_size_t} must not be negative.")
+
+    def _check_patching(self) -> None:
+        sizes = (self.len_t, self.latent_height, self.latent_width)
+        names = ("len_t", "latent_height", "latent_width")
+        for name, size, patch in zip(names, sizes, self.patch_size, strict=True):
+            if size % patch:
+                below = max(patch, size // patch * patch)
+                raise ValueError(
+                    f"{name}={size} is not a multiple of the patch size {patch}; "
+                    f"the nearest that are: {below}, {below + patch}."
+                )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.dim // self.num_heads
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Tokens of one latent frame (of one temporal patch)."""
+        _, rows, columns = self.patch_size
+        return (self.latent_height // rows) * (self.latent_width // columns)
+
+
+def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding, cosines first.
+
+    Args:
+        timestep: any shape, integer or fractional, 0 to 1000.
+        dim: even width of the embedding.
+
+    Returns:
+        ``[*timestep.shape, dim]`` float32; the angles are computed in float64.
+
+    Source: Attention Is All You Need, arXiv:1706.03762, section 3.5; order as in Wan 2.1.
+    """
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
+    angles = timestep.to(torch.float64)[..., None] * 10000.0**-exponents
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the full width, all heads together; statistics in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dim of ``x`` and keep its dtype."""
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale).to(x.dtype) * self.weight
+
+
+def layer_norm(x: Tensor, eps: float) -> Tensor:
+    """Layer norm without affine over the last dim, in float32."""
+    return F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention of the tokens over the sink, the window and themselves."""
+
+    def __init__(self, dim: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim, eps)
+        self.norm_k = RMSNorm(dim, eps)
+        self.core = AttentionCore(head_dim)
+
+    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None) -> Tensor:
+        """Attend; ``x`` is ``[B, L, dim]``, ``rope`` is ``[L, D/2, 2]``."""
+        heads = (-1, self.head_dim)
+        q = apply_rope(self.norm_q(self.q(x)).unflatten(-1, heads), rope)
+        k = apply_rope(self.norm_k(self.k(x)).unflatten(-1, heads), rope)
+        v = self.v(x).unflatten(-1, heads)
+        return self.o(self.core(q, k, v, cache).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention of the tokens to the prompt and, for image-to-video, to the image tokens.
+
+    Keys and values depend on the prompt alone: ``project`` computes them once per rollout.
+    """
+
+    def __init__(self, dim: int, head_dim: int, eps: float, with_image: bool) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim, eps)
+        self.norm_k = RMSNorm(dim, eps)
+        if with_image:
+            self.k_img = nn.Linear(dim, dim)
+            self.v_img = nn.Linear(dim, dim)
+            self.norm_k_img = RMSNorm(dim, eps)
+        self.core = AttentionCore(head_dim)
+
+    def project(self, text: Tensor, image: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values ``[B, S, N, D]`` of the text and, where given, of the image."""
+        heads = (-1, self.head_dim)
+        pairs = [
+            (
+                self.norm_k(self.k(text)).unflatten(-1, heads),
+                self.v(text).unflatten(-1, heads),
+            )
+        ]
+        if image is not None:
+            k = self.norm_k_img(self.k_img(image)).unflatten(-1, heads)
+            pairs.append((k, self.v_img(image).unflatten(-1, heads)))
+        return pairs
+
+    def forward(self, x: Tensor, context: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Attend to each source on its own and add the results; ``x`` is ``[B, L, dim]``."""
+        q = self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_dim))
+        attended = [self.core(q, k, v).flatten(2) for k, v in context]
+        return self.o(attended[0] if len(attended) == 1 else attended[0] + attended[1])
+
+
+class WanBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, modulated by the timestep."""
+
+    def __init__(self, config: WanTransformerConfig) -> None:
+        super().__init__()
+        c = config
+        self.eps = c.eps
+        self.self_attn = SelfAttention(c.dim, c.head_dim, c.eps)
+        self.norm3 = nn.LayerNorm(c.dim, eps=c.eps)
+        self.cross_attn = CrossAttention(c.dim, c.head_dim, c.eps, c.image_dim is not None)
+        self.ffn = nn.Sequential(
+            nn.Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(c.ffn_dim, c.dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim**0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        rope: Tensor,
+        context: Sequence[tuple[Tensor, Tensor]],
+        cache: KVCache | None,
+        control: Any,
+    ) -> Tensor:
+        """Run the block.
+
+        Args:
+            x: ``[B, L, dim]``.
+            time: ``[B, L or 1, 6, dim]`` float32, the projected timestep.
+            rope: ``[L, D/2, 2]``.
+            context: cross-attention keys and values of this block.
+            cache: self-attention cache of this block.
+            control: what ``embed_control`` prepared for this block.
+        """
+        e = (self.modulation.float() + time).unbind(2)
+        dtype = x.dtype
+        y = layer_norm(x, self.eps) * (1 + e[1]) + e[0]
+        x = x + (self.self_attn(y.to(dtype), rope, cache) * e[2]).to(dtype)
+        x = self.inject(x, control)
+        x = x + self.cross_attn(self.norm3(x), context)
+        y = layer_norm(x, self.eps) * (1 + e[4]) + e[3]
+        return x + (self.ffn(y.to(dtype)) * e[5]).to(dtype)
+
+    def inject(self, x: Tensor, control: Any) -> Tensor:
+        """Hook between self- and cross-attention for models that control every block."""
+        return x
+
+
+class Head(nn.Module):
+    """Final modulated projection from tokens to patches."""
+
+    def __init__(self, dim: int, patch_channels: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.head = nn.Linear(dim, patch_channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """Map ``[B, L, dim]`` and the time embedding ``[B, L or 1, dim]`` to patches."""
+        shift, scale = (self.modulation.float() + time.float().unsqueeze(2)).unbind(2)
+        y = layer_norm(x, self.eps) * (1 + scale) + shift
+        return self.head(y.to(x.dtype))
+
+
+class ImageEmbedding(nn.Module):
+    """Brings image tokens to the width of the transformer."""
+
+    def __init__(self, image_dim: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.LayerNorm(image_dim),
+            nn.Linear(image_dim, image_dim),
+            nn.GELU(),
+            nn.Linear(image_dim, dim),
+            nn.LayerNorm(dim),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map ``[B, S, image_dim]`` to ``[B, S, dim]``."""
+        return self.proj(image)
+
+
+class FlattenTokens(nn.Module):
+    """``[B, C, T, H, W]`` to tokens ``[B, T*H*W, C]``; a place where a plan may split."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Flatten frames, rows and columns."""
+        return x.flatten(2).transpose(1, 2)
+
+
+class ExpandFrames(nn.Module):
+    """Per-frame values ``[B, T, ...]`` to per-token values ``[B, L, ...]``; may be split."""
+
+    def forward(self, x: Tensor, tokens_per_frame: int) -> Tensor:
+        """Repeat every frame's value for all of its tokens."""
+        return x.repeat_interleave(tokens_per_frame, dim=1)
+
+
+@dataclass
+class Control:
+    """A control signal, embedded once per AR step."""
+
+    tokens: Tensor | None
+    """``[B, L, dim]``, added to the tokens."""
+    blocks: Sequence[Any]
+    """One entry per block, handed to ``WanBlock.inject``."""
+
+
+@dataclass
+class WanCache:
+    """All state that a Wan transformer has in one rollout."""
+
+    cursor: CacheCursor
+    self_attention: list[KVCache | None]
+    cross_attention: list[list[tuple[Tensor, Tensor]]]
+    condition: Tensor | None
+    """``[B, condition_channels, T, H, W]`` concatenated to every latent."""
+    rope: Tensor | None = None
+    """``[L, D/2, 2]`` of the current chunk."""
+    control: Control | None = None
+
+
+class WanTransformer(Transformer):
+    """One plain network for text-to-video, image-to-video, bidirectional and streaming use."""
+
+    config: WanTransformerConfig
+    block_class: type[WanBlock] = WanBlock
+
+    def __init__(self, config: WanTransformerConfig) -> None:
+        super().__init__(config)
+        c = config
+        channels = c.in_channels + c.condition_channels
+        self.patch_embedding = nn.Conv3d(channels, c.dim, c.patch_size, stride=c.patch_size)
+        self.flatten_tokens = FlattenTokens()
+        self.expand_frames = ExpandFrames()
+        self.rope = RotaryEmbedding3D(c.head_dim)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), nn.Linear(c.dim, c.dim)
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
+        if c.image_dim is not None:
+            self.img_emb = ImageEmbedding(c.image_dim, c.dim)
+        if c.control_dim is not None:
+            self.control_embedding = nn.Sequential(
+                nn.Linear(c.control_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim)
+            )
+        self.blocks = nn.ModuleList(self.block_class(c) for _ in range(c.num_layers))
+        patch_volume = c.patch_size[0] * c.patch_size[1] * c.patch_size[2]
+        self.head = Head(c.dim, c.out_channels * patch_volume, c.eps)
+
+    def parallel_plan(self) -> ParallelPlan:
+        """Where the network may be cut."""
+        return wan_plan(self.config)
+
+    def initialize_cache(
+        self,
+        text: Tensor,
+        image_tokens: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> WanCache:
+        """Compute what depends on the prompt alone and allocate the KV cache.
+
+        Args:
+            text: ``[B, S, text_dim]`` with ``S <= text_len``; padded with zero rows.
+            image_tokens: ``[B, S, image_dim]``, for models with image cross-attention.
+            condition: ``[B, condition_channels, T, H, W]``, concatenated to the latent.
+
+        Raises:
+            ValueError: a shape that does not fit the config.
+        """
+        cross_attention = self.project_context(text, image_tokens)
+        c = self.config
+        cursor = CacheCursor(c.sink_size_t, c.window_size_t, c.tokens_per_frame)
+        spec = KVCacheSpec(
+            batch_size=len(text),
+            sink_size_t=c.sink_size_t,
+            window_size_t=c.window_size_t,
+            tokens_per_frame=c.tokens_per_frame,
+            num_heads=c.num_heads,
+            head_dim=c.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+            relative_sink=c.relative_rope and c.sink_size_t > 0,
+        )
+        caches = [
+            b.self_attn.core.new_cache(spec, cursor) if c.streaming else None for b in self.blocks
+        ]
+        return WanCache(cursor, caches, cross_attention, condition)
+
+    def project_context(
+        self, text: Tensor, image_tokens: Tensor | None = None
+    ) -> list[list[tuple[Tensor, Tensor]]]:
+        """Cross-attention keys and values of every block; arguments as ``initialize_cache``."""
+        c = self.config
+        if text.ndim != 3 or text.shape[2] != c.text_dim or text.shape[1] > c.text_len:
+            raise ValueError(
+                f"Text embeddings must be [B, at most {c.text_len}, {c.text_dim}]; "
+                f"got {list(text.shape)}."
+            )
+        if (image_tokens is None) != (c.image_dim is None):
+            wanted = "needs" if c.image_dim is not None else "takes no"
+            raise ValueError(f"This transformer {wanted} image tokens (image_dim={c.image_dim}).")
+        padded = F.pad(text.to(self.device, self.dtype), (0, 0, 0, c.text_len - text.shape[1]))
+        words = self.text_embedding(padded)
+        image = None
+        if image_tokens is not None:
+            image = self.img_emb(image_tokens.to(self.device, self.dtype))
+        return [block.cross_attn.project(words, image) for block in self.blocks]
+
+    def begin_step(self, autoregressive_index: int, cache: WanCache, control: Any = None) -> None:
+        """Place the chunk in the cache, build its rotations and embed its control."""
+        c = self.config
+        cache.cursor.place(c.len_t, self.device)
+        if c.relative_rope:
+            for layer in cache.self_attention:
+                if layer is not None:
+                    layer.rotate_sink()
+        self.prepare(cache, torch.arange(cache.cursor.start, cache.cursor.end), control)
+
+    def prepare(self, cache: WanCache, frames: Tensor, control: Any) -> None:
+        """Rotations and control of a chunk whose latent frames have the given positions.
+
+        Args:
+            cache: receives ``rope`` and ``control``; the table keeps its storage between steps.
+            frames: ``[T]`` positions.
+            control: ``[B, L, control_dim]`` or None.
+        """
+        _, rows, columns = self.config.patch_size
+        height, width = self.config.latent_height // rows, self.config.latent_width // columns
+        table = self.rope(frames, height, width, self.device)
+        if cache.rope is not None and cache.rope.shape == table.shape:
+            cache.rope.copy_(table)
+        else:
+            cache.rope = table
+        cache.control = self.embed_control(control)
+
+    def embed_control(self, control: Any) -> Control:
+        """Embed a control signal ``[B, L, control_dim]``; other models override this hook."""
+        none_per_block = [None] * len(self.blocks)
+        if (control is None) != (self.config.control_dim is None):
+            wanted = "needs" if self.config.control_dim is not None else "takes no"
+            raise ValueError(
+                f"This transformer {wanted} control input (control_dim={self.config.control_dim})."
+            )
+        if control is None:
+            return Control(None, none_per_block)
+        tokens = self.control_embedding(control.to(self.device, self.dtype))
+        return Control(tokens, none_per_block)
+
+    def forward(self, latent: Tensor, timestep: Tensor, cache: WanCache) -> Tensor:
+        """The network call.
+
+        Args:
+            latent: ``[B, C, T, H, W]``.
+            timestep: 0-dim, ``[B]``, or ``[B, T]`` for one timestep per latent frame.
+            cache: rotations, control, keys and values; the chunk's slots are overwritten.
+
+        Returns:
+            ``[B, out_channels, T, H, W]`` float32.
+        """
+        if cache.rope is None or cache.control is None:
+            raise ValueError("The cache is not prepared for a chunk; call begin_step first.")
+        if cache.condition is not None:
+            latent = torch.cat([latent, cache.condition.to(latent)], dim=1)
+        patches = self.patch_embedding(latent.to(self.dtype))
+        x = self.flatten_tokens(patches)
+        if cache.control.tokens is not None:
+            x = x + cache.control.tokens
+        embedded, projected = self.embed_time(
+            timestep.expand(len(x)) if timestep.ndim == 0 else timestep
+        )
+        if timestep.ndim == 2:
+            tokens_per_frame = patches.shape[3] * patches.shape[4]
+            embedded = self.expand_frames(embedded, tokens_per_frame)
+            projected = self.expand_frames(projected, tokens_per_frame)
+        layers = zip(
+            self.blocks,
+            cache.cross_attention,
+            cache.self_attention,
+            cache.control.blocks,
+            strict=True,
+        )
+        for block, context, kv_cache, control in layers:
+            x = block(x, projected, cache.rope, context, kv_cache, control)
+        return self.unpatchify(self.head(x, embedded), *patches.shape[2:]).float()
+
+    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed ``[B]`` or ``[B, T]`` timesteps.
+
+        Returns:
+            The embedding ``[B, T or 1, dim]`` and its projection ``[B, T or 1, 6, dim]`` float32.
+        """
+        per_frame = timestep if timestep.ndim == 2 else timestep[:, None]
+        embedded = self.time_embedding(
+            timestep_embedding(per_frame, self.config.freq_dim).to(self.dtype)
+        )
+        projected = self.time_projection(embedded).unflatten(-1, (6, -1))
+        return embedded, projected.float()
+
+    def unpatchify(self, patches: Tensor, frames: int, rows: int, columns: int) -> Tensor:
+        """Undo the patching: ``[B, L, kt*kh*kw*C]`` (channels last) to ``[B, C, T, H, W]``."""
+        kt, kh, kw = self.config.patch_size
+        x = patches.unflatten(1, (frames, rows, columns)).unflatten(-1, (kt, kh, kw, -1))
+        x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    def predict_flow(self, latent: Tensor, timestep: Tensor, cache: WanCache) -> Tensor:
+        """Predict ``noise - x0``; see the contract."""
+        output = self(latent, timestep.to(latent.device), cache)
+        if self.config.prediction == "flow":
+            return output
+        sigma = timestep.to(latent.device, torch.float32) / 1000
+        return (latent.float() - output) / sigma
+
+    def update_cache(self, latent: Tensor, timestep: Tensor, cache: WanCache) -> None:
+        """Write the clean chunk's keys and values and move on to the next chunk."""
+        self(latent, timestep.to(latent.device), cache)
+        for layer in cache.self_attention:
+            if layer is not None:
+                layer.keep_sink()
+        cache.cursor.advance()

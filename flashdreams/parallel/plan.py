@@ -1,0 +1,33 @@
+"""Parallel plans: what a model lets others split, as frozen data."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+TensorStyle = Literal["colwise", "rowwise", "norm", "replicated"]
+SpatialStyle = Literal["halo", "gather_width"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelPlan:
+    """Where a plain, single-device module may be cut, said beside the module.
+
+    Keys are globs over submodule names (``*`` matches one path component). Every glob must match
+    at least one submodule when the plan is applied. The module itself never reads its plan.
+    """
+
+    tensor: dict[str, TensorStyle] = field(default_factory=dict)
+    """Linear or norm -> how its weight is split over the ``tp`` axis; ``"replicated"`` says that a
+    linear stays whole on purpose."""
+
+    split: dict[str, int] = field(default_factory=dict)
+    """Submodule -> dim of its output that is cut over the sequence ranks."""
+
+    gather: dict[str, int] = field(default_factory=dict)
+    """Submodule -> dim of its output that is gathered from the sequence ranks."""
+
+    attention: tuple[str, ...] = ()
+    """Attention cores whose exchange a context-parallel strategy takes over."""
+
+    spatial: dict[str, SpatialStyle] = field(default_factory=dict)
+    """Decoder submodule -> ``"halo"`` (a convolution that needs its neighbours' columns) or
+    ``"gather_width"`` (a module that must see the full width)."""
