@@ -1,0 +1,188 @@
+"""Key presses as text, and the camera poses they lead to."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+KEYS = {
+    "w": "forward",
+    "s": "back",
+    "a": "left",
+    "d": "right",
+    "j": "turn left",
+    "l": "turn right",
+}
+"""Keys and what they do."""
+MAX_FRAMES = 100_000
+"""Most pixel frames that one text may describe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyMotion:
+    """How far a held key carries the camera in one pixel frame."""
+
+    move_per_frame: float
+    """Distance per pixel frame, in world units; diagonal movement is no faster."""
+    turn_per_frame_rad: float
+    """Turn per pixel frame, in radians."""
+
+    def __post_init__(self) -> None:
+        """Refuse speeds that are negative or not finite."""
+        for name in ("move_per_frame", "turn_per_frame_rad"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name}={value} is not a speed; give a finite number >= 0")
+
+
+def parse_actions(text: str) -> list[frozenset[str]]:
+    """Read key presses such as ``"w8 l4 wl6 d"``.
+
+    Each word, separated by spaces or commas, is one or more keys held together and a number of
+    pixel frames (1 if left out): ``w8`` walks forward for 8 frames, ``wl6`` walks forward for 6
+    while turning right.
+
+    Args:
+        text: the key presses; an empty text gives no frames.
+
+    Returns:
+        One set of held keys per pixel frame.
+
+    Raises:
+        ValueError: an unknown key, a count that is not a whole number >= 1, or more than
+            ``MAX_FRAMES`` frames in all.
+    """
+    frames: list[frozenset[str]] = []
+    for word in re.split(r"[\s,]+", text.strip()):
+        if not word:
+            continue
+        match = re.fullmatch(r"([a-z]+)(.*)", word.lower())
+        if match is None:
+            raise ValueError(f"{word!r} does not begin with a key. {_usage()}")
+        keys, count = match.groups()
+        for key in keys:
+            if key not in KEYS:
+                raise ValueError(f"unknown key {key!r} in {word!r}. {_usage()}")
+        number = _frame_count(word, count)
+        if len(frames) + number > MAX_FRAMES:
+            raise ValueError(
+                f"{word!r} brings the actions to {len(frames) + number} frames, "
+                f"at most {MAX_FRAMES} are allowed"
+            )
+        frames += [frozenset(keys)] * number
+    return frames
+
+
+def integrate(
+    actions: Iterable[frozenset[str]],
+    motion: KeyMotion,
+    start: Tensor | None = None,
+    collide: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Follow key presses with a camera that stays upright.
+
+    In every pixel frame the camera first turns, then moves along its new axes; opposite keys
+    cancel.
+
+    Args:
+        actions: held keys of each of N pixel frames, as from ``parse_actions``.
+        motion: speeds.
+        start: ``[4, 4]`` camera-to-world pose of frame 0; None is the identity.
+        collide: maps a wished position ``[3]`` float64 to the nearest allowed one; None allows all.
+
+    Returns:
+        ``[N + 1, 4, 4]`` float64 camera-to-world poses, camera axes x right, y down, z forward: the
+        start pose, then the pose after each frame's keys.
+
+    Raises:
+        ValueError: ``start`` is not ``[4, 4]``, or an action holds an unknown key.
+    """
+    if start is not None and start.shape != (4, 4):
+        raise ValueError(f"start has shape {tuple(start.shape)}, expected (4, 4)")
+    pose = torch.eye(4, dtype=torch.float64) if start is None else start.detach().double().cpu()
+    poses = [pose]
+    for keys in actions:
+        pose = pose.clone()
+        forward, right, turn = key_directions(keys)
+        pose[:3, :3] = pose[:3, :3] @ _yaw(turn * motion.turn_per_frame_rad)
+        length = max(1.0, math.hypot(forward, right))
+        distance = motion.move_per_frame / length
+        position = pose[:3, 3] + distance * (right * pose[:3, 0] + forward * pose[:3, 2])
+        pose[:3, 3] = position if collide is None else collide(position)
+        poses.append(pose)
+    return torch.stack(poses)
+
+
+def hold(poses: Tensor, num_frames: int) -> Tensor:
+    """Bring a camera path to a given length: the last pose is held, a longer path is cut.
+
+    Args:
+        poses: ``[F, 4, 4]`` with F >= 1 (any trailing shape).
+        num_frames: wanted pixel frames, at least 1.
+
+    Returns:
+        ``[num_frames, 4, 4]``, same dtype.
+
+    Raises:
+        ValueError: no pose, or ``num_frames`` below 1.
+    """
+    if len(poses) < 1:
+        raise ValueError("there is no pose to hold: poses is empty, at least 1 is needed")
+    if num_frames < 1:
+        raise ValueError(f"num_frames={num_frames}, at least 1 is needed")
+    index = torch.arange(num_frames, device=poses.device).clamp_max(len(poses) - 1)
+    return poses[index]
+
+
+def key_directions(keys: frozenset[str]) -> tuple[int, int, int]:
+    """Sum held keys up.
+
+    Args:
+        keys: held keys.
+
+    Returns:
+        (forward, right, turn right), each -1, 0 or 1; opposite keys cancel.
+
+    Raises:
+        ValueError: an unknown key.
+    """
+    unknown = sorted(keys - KEYS.keys())
+    if unknown:
+        raise ValueError(f"unknown key {unknown[0]!r}. {_usage()}")
+    return (
+        ("w" in keys) - ("s" in keys),
+        ("d" in keys) - ("a" in keys),
+        ("l" in keys) - ("j" in keys),
+    )
+
+
+def _yaw(angle_rad: float) -> Tensor:
+    """Rotation [3, 3] float64 by which a camera (x right, y down, z forward) turns right."""
+    sine, cosine = math.sin(angle_rad), math.cos(angle_rad)
+    return torch.tensor(
+        [[cosine, 0.0, sine], [0.0, 1.0, 0.0], [-sine, 0.0, cosine]], dtype=torch.float64
+    )
+
+
+def _frame_count(word: str, count: str) -> int:
+    """Number of frames behind the keys of a word."""
+    if not count:
+        return 1
+    if not re.fullmatch(r"[0-9]+", count):
+        raise ValueError(f"{count!r} in {word!r} is not a whole number of frames >= 1. {_usage()}")
+    # Longer than any allowed count: refused before int() has to read it.
+    number = int(count) if len(count) <= 9 else 10**9
+    if not 1 <= number <= MAX_FRAMES:
+        raise ValueError(f"{count!r} in {word!r}: the frames of a key go from 1 to {MAX_FRAMES}")
+    return number
+
+
+def _usage() -> str:
+    """One line that lists the keys."""
+    keys = ", ".join(f"{key} ({what})" for key, what in KEYS.items())
+    return f"Keys: {keys}; a number after them is the frames to hold, as in 'w8 l4 wl6'."
