@@ -1,0 +1,345 @@
+"""The config system: dataclasses that name the class they set up, and the variants of them."""
+
+import collections.abc
+import copy
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, overload
+
+ConfigT = TypeVar("ConfigT")
+
+UNRESOLVED: Any = object()
+"""Stands for an annotation that cannot be evaluated; every value conforms to it."""
+
+
+@dataclass(kw_only=True)
+class InstantiateConfig:
+    """A typed, nestable description of an object, which ``setup`` builds.
+
+    Subclasses are dataclasses with ``kw_only=True``. They point ``_target`` to their class through
+    a default factory, so that the config can stand above the class it names::
+
+        _target: type["MyEncoder"] = field(default_factory=lambda: MyEncoder)
+
+    Equal fields make equal configs. A config is not changed once it is in use: variants of it are
+    made with :func:`derive_config`. A value that ``__post_init__`` computes from others belongs in
+    a ``field(init=False)``, so that a variant computes it again.
+    """
+
+    _target: type
+
+    def setup(self, **kwargs: Any) -> Any:
+        """Build the object: the target class called with this config and ``kwargs``."""
+        return self._target(self, **kwargs)
+
+    def __str__(self) -> str:
+        return format_config(self)
+
+
+@overload
+def derive_config(base: type[ConfigT], /, **overrides: Any) -> ConfigT: ...
+@overload
+def derive_config(base: ConfigT, /, **overrides: Any) -> ConfigT: ...
+def derive_config(base: Any, /, **overrides: Any) -> Any:
+    """Make a variant of a config: everything inherited but what is overridden.
+
+    Args:
+        base: a config, or a config class, which is instantiated first. It is never changed, and
+            the variant shares no mutable value with it.
+        overrides: new values by field name. For a component, a ``dict`` overrides some of the
+            component's fields (at any depth), and a whole config replaces it; a component that is
+            None is built from the dict. A field that holds a dict is replaced whole.
+
+    Returns:
+        A new config of the same class; ``__post_init__`` has run again at every changed level.
+
+    Raises:
+        ValueError: a field that the config does not have, or one that it computes itself.
+        TypeError: a value that does not conform to the field's annotation, a dict for a field that
+            is no component, or a base that is no config.
+    """
+    if not dataclasses.is_dataclass(base):
+        raise TypeError(
+            f"derive_config needs a config (an instance or class of a dataclass) as its base, "
+            f"got {base!r}."
+        )
+    if isinstance(base, type):
+        return _derive_from_class(base, overrides, "")
+    return _derive(base, overrides, "")
+
+
+def format_config(config: Any) -> str:
+    """The config as text of one line per field, components indented below their field."""
+    return _format(config, "")
+
+
+def config_fields(config_type: Any) -> dict[str, dataclasses.Field]:
+    """Fields that a person sets on a config or config class, by name; ``_target`` is not one."""
+    fields = dataclasses.fields(config_type)
+    return {f.name: f for f in fields if f.init and f.name != "_target"}
+
+
+def has_default(field: dataclasses.Field) -> bool:
+    """Whether a config can be made without a value for this field."""
+    missing = dataclasses.MISSING
+    return field.default is not missing or field.default_factory is not missing
+
+
+def field_default(field: dataclasses.Field) -> Any:
+    """The default of a field, made anew where it has a factory; ``dataclasses.MISSING`` if none."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def field_annotation(config_type: type, name: str) -> Any:
+    """The evaluated annotation of one field, or :data:`UNRESOLVED`.
+
+    Each annotation is evaluated alone, in the module of the class that wrote it: one that names a
+    type which exists for type checkers only does not spoil the others.
+    """
+    field = config_type.__dataclass_fields__[name]  # type: ignore[attr-defined]
+    owners = [c for c in config_type.__mro__ if _declares(c, name, field)]
+    owner = owners[-1] if owners else config_type
+    module = sys.modules.get(owner.__module__)
+    holder = types.SimpleNamespace(__annotations__={name: field.type})
+    try:
+        hints = typing.get_type_hints(
+            holder, vars(module) if module else {}, dict(vars(owner)), include_extras=True
+        )
+    except Exception:
+        return UNRESOLVED
+    return hints[name]
+
+
+def _declares(owner: type, name: str, field: dataclasses.Field) -> bool:
+    return owner.__dict__.get("__dataclass_fields__", {}).get(name) is field
+
+
+def unknown_name(name: str, valid: Iterable[str], what: str, kind: str = "fields") -> str:
+    """Text for a name that does not exist: the nearest ones, then all valid ones.
+
+    Args:
+        name: the last part of what was asked for.
+        valid: every name that would have been right.
+        what: how the text calls the thing asked for, e.g. ``"field 'encoder.dmi' of EncConfig"``.
+        kind: how it calls the valid ones.
+    """
+    valid = list(valid)
+    nearest = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(repr(n) for n in nearest)}?" if nearest else ""
+    return f"Unknown {what}.{hint} Valid {kind}: {', '.join(valid) or '(none)'}."
+
+
+def check_leaf(config_type: type, name: str, value: Any, path: str) -> None:
+    """Check one value against the annotation of the field that is to hold it.
+
+    Args:
+        config_type: the config class.
+        name: the field.
+        value: what it is to hold.
+        path: how messages call the field (dotted, from the outermost config).
+
+    Raises:
+        TypeError: the value does not conform. An annotation that cannot be evaluated is skipped.
+    """
+    annotation = field_annotation(config_type, name)
+    if conforms(value, annotation):
+        return
+    if value is None and config_type.__dataclass_fields__[name].default is None:  # type: ignore[attr-defined]
+        return
+    raise TypeError(
+        f"{path} of {config_type.__name__} must be {type_name(annotation)}, "
+        f"got {value!r} ({type(value).__name__})."
+    )
+
+
+def conforms(value: Any, annotation: Any) -> bool:
+    """Whether a value is what an annotation promises; True where that cannot be decided.
+
+    An int conforms to float, a bool to neither int nor float, a str to no sequence of str.
+    """
+    annotation = _plain(annotation)
+    if annotation is None or annotation is type(None):
+        return value is None
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(conforms(value, arm) for arm in args)
+    if origin is typing.Literal:
+        return any(value == arg and type(value) is type(arg) for arg in args)
+    if annotation in (int, float) and isinstance(value, (bool, int)):
+        return not isinstance(value, bool)
+    expected = origin or annotation
+    if expected is collections.abc.Callable:
+        return callable(value)
+    if not isinstance(expected, type):
+        return True
+    try:
+        if not isinstance(value, expected):
+            return False
+    except TypeError:
+        return True
+    return _elements_conform(value, expected, args)
+
+
+def _elements_conform(value: Any, expected: type, args: tuple[Any, ...]) -> bool:
+    if isinstance(value, (str, bytes)):
+        return expected not in (collections.abc.Sequence, collections.abc.Iterable)
+    if isinstance(value, Mapping) and len(args) == 2:
+        return all(conforms(k, args[0]) and conforms(v, args[1]) for k, v in value.items())
+    if isinstance(value, tuple) and expected is tuple and args and args[-1] is not Ellipsis:
+        return len(value) == len(args) and all(map(conforms, value, args))
+    if isinstance(value, (list, tuple, set, frozenset)) and args:
+        return all(conforms(item, args[0]) for item in value)
+    return True
+
+
+def _plain(annotation: Any) -> Any:
+    """An annotation without the wrappers that do not change which values it admits."""
+    while True:
+        if typing.get_origin(annotation) in (typing.Annotated, typing.Final):
+            annotation = typing.get_args(annotation)[0]
+        elif hasattr(annotation, "__supertype__"):
+            annotation = annotation.__supertype__
+        elif hasattr(annotation, "__value__"):
+            annotation = annotation.__value__
+        else:
+            return annotation
+
+
+def type_name(annotation: Any) -> str:
+    """An annotation as a person would write it."""
+    if annotation is UNRESOLVED:
+        return "unknown type"
+    if annotation is type(None):
+        return "None"
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " | ".join(type_name(arm) for arm in typing.get_args(annotation))
+    if isinstance(annotation, type) and not typing.get_args(annotation):
+        return annotation.__name__
+    return str(annotation).replace("typing.", "")
+
+
+def annotated_types(annotation: Any) -> list[type]:
+    """The classes that an annotation names, at any depth, in order."""
+    annotation = _plain(annotation)
+    args = typing.get_args(annotation)
+    if isinstance(annotation, type) and not args:
+        return [annotation]
+    return [found for arg in args for found in annotated_types(arg)]
+
+
+def _derive_from_class(config_type: type, overrides: Mapping[str, Any], path: str) -> Any:
+    fields = config_fields(config_type)
+    missing = [n for n, f in fields.items() if not has_default(f)]
+    if not missing:
+        return _derive(config_type(), overrides, path)
+    _check_names(config_type, overrides, path)
+    values = {}
+    for name, value in overrides.items():
+        field = config_type.__dataclass_fields__[name]  # type: ignore[attr-defined]
+        current = field_default(field) if has_default(field) else None
+        values[name] = _new_value(config_type, name, current, value, f"{path}{name}")
+    absent = [name for name in missing if name not in values]
+    if absent:
+        raise TypeError(
+            f"{config_type.__name__} cannot be made without {', '.join(path + n for n in absent)}: "
+            "give a value for each, or an instance instead of the class."
+        )
+    return config_type(**values)
+
+
+def _derive(base: Any, overrides: Mapping[str, Any], path: str) -> Any:
+    _check_names(type(base), overrides, path)
+    values = {
+        f.name: copy.deepcopy(getattr(base, f.name))
+        for f in dataclasses.fields(base)
+        if f.init and f.name not in overrides
+    }
+    for name, value in overrides.items():
+        current = getattr(base, name)
+        values[name] = _new_value(type(base), name, current, value, f"{path}{name}")
+    return dataclasses.replace(base, **values)
+
+
+def _check_names(config_type: type, names: Iterable[Any], path: str) -> None:
+    valid = config_fields(config_type)
+    computed = {f.name for f in dataclasses.fields(config_type) if not f.init}
+    for name in names:
+        if name in computed:
+            raise ValueError(
+                f"Field '{path}{name}' of {config_type.__name__} is computed by the config itself "
+                "and cannot be set."
+            )
+        if name not in valid and name != "_target":
+            what = f"field '{path}{name}' of {config_type.__name__}"
+            raise ValueError(unknown_name(str(name), valid, what))
+
+
+def _new_value(config_type: type, name: str, current: Any, value: Any, path: str) -> Any:
+    """What a field becomes when ``value`` is given for it and ``current`` stands in it."""
+    if isinstance(value, Mapping):
+        if _is_config(current):
+            return _derive(current, value, f"{path}.")
+        annotation = field_annotation(config_type, name)
+        components = _component_types(annotation)
+        if current is None and len(components) == 1:
+            return _derive_from_class(components[0], value, f"{path}.")
+        holds_dict = isinstance(current, Mapping) or conforms(value, annotation)
+        if annotation is UNRESOLVED and current is not None:
+            holds_dict = isinstance(current, Mapping)
+        if not holds_dict:
+            raise TypeError(_no_component(config_type, path, current, components, annotation))
+    check_leaf(config_type, name, value, path)
+    return copy.deepcopy(value)
+
+
+def _is_config(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _component_types(annotation: Any) -> list[type]:
+    """The config classes among the arms of an annotation such as ``EncoderConfig | None``."""
+    annotation = _plain(annotation)
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    arms = typing.get_args(annotation) if union else (annotation,)
+    return [a for a in map(_plain, arms) if isinstance(a, type) and dataclasses.is_dataclass(a)]
+
+
+def _no_component(
+    config_type: type, path: str, current: Any, components: list[type], annotation: Any
+) -> str:
+    if components:
+        choice = " or ".join(f"{c.__name__}(...)" for c in components)
+        return f"{path} of {config_type.__name__} is {current!r}: give a whole config, {choice}."
+    return (
+        f"{path} of {config_type.__name__} is a plain value, not a component "
+        f"({type_name(annotation)}, now {current!r}): it takes no dict of overrides."
+    )
+
+
+def _format(value: Any, indent: str) -> str:
+    deeper = indent + "    "
+    if _is_config(value):
+        lines = [
+            f"{f.name}={_format(getattr(value, f.name), deeper)}"
+            for f in dataclasses.fields(value)
+            if f.repr and not (f.name == "_target" and value._target is field_default(f))
+        ]
+        opening, closing = f"{type(value).__name__}(", ")"
+    elif type(value) in (list, tuple) and any(_is_config(item) for item in value):
+        lines = [_format(item, deeper) for item in value]
+        opening, closing = ("[", "]") if isinstance(value, list) else ("(", ")")
+    elif type(value) is dict and any(_is_config(item) for item in value.values()):
+        lines = [f"{key!r}: {_format(item, deeper)}" for key, item in value.items()]
+        opening, closing = "{", "}"
+    else:
+        return repr(value)
+    if not lines:
+        return opening + closing
+    return "\n".join([opening, *(f"{deeper}{line}," for line in lines), f"{indent}{closing}"])
