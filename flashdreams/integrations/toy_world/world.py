@@ -186,8 +186,8 @@ def rollout(start: Tensor, actions: Tensor) -> Tensor:
 def random_rollout(batch: int, frames: int, generator: torch.Generator) -> Tensor:
     """Draw camera paths: a random free start pose, random key presses, and a glance at the way.
 
-    Before a wall the forward key is let go and the camera turns to the middle, as a player would do;
-    undisturbed random keys would spend nearly half of the time with the nose against a wall.
+    Before a wall the forward key is let go and the camera turns to the middle, as a player would
+    do; undisturbed random keys would spend nearly half of the time with the nose against a wall.
 
     Args:
         batch: number of paths B.
