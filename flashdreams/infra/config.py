@@ -78,6 +78,11 @@ def format_config(config: Any) -> str:
     return _format(config, "")
 
 
+def is_config(value: Any) -> bool:
+    """Whether a value is a config: an instance of any dataclass."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
 def config_fields(config_type: Any) -> dict[str, dataclasses.Field]:
     """Fields that a person sets on a config or config class, by name; ``_target`` is not one."""
     fields = dataclasses.fields(config_type)
@@ -284,7 +289,7 @@ def _check_names(config_type: type, names: Iterable[Any], path: str) -> None:
 def _new_value(config_type: type, name: str, current: Any, value: Any, path: str) -> Any:
     """What a field becomes when ``value`` is given for it and ``current`` stands in it."""
     if isinstance(value, Mapping):
-        if _is_config(current):
+        if is_config(current):
             return _derive(current, value, f"{path}.")
         annotation = field_annotation(config_type, name)
         components = _component_types(annotation)
@@ -297,10 +302,6 @@ def _new_value(config_type: type, name: str, current: Any, value: Any, path: str
             raise TypeError(_no_component(config_type, path, current, components, annotation))
     check_leaf(config_type, name, value, path)
     return copy.deepcopy(value)
-
-
-def _is_config(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def _component_types(annotation: Any) -> list[type]:
@@ -325,17 +326,17 @@ def _no_component(
 
 def _format(value: Any, indent: str) -> str:
     deeper = indent + "    "
-    if _is_config(value):
+    if is_config(value):
         lines = [
             f"{f.name}={_format(getattr(value, f.name), deeper)}"
             for f in dataclasses.fields(value)
             if f.repr and not (f.name == "_target" and value._target is field_default(f))
         ]
         opening, closing = f"{type(value).__name__}(", ")"
-    elif type(value) in (list, tuple) and any(_is_config(item) for item in value):
+    elif type(value) in (list, tuple) and any(is_config(item) for item in value):
         lines = [_format(item, deeper) for item in value]
         opening, closing = ("[", "]") if isinstance(value, list) else ("(", ")")
-    elif type(value) is dict and any(_is_config(item) for item in value.values()):
+    elif type(value) is dict and any(is_config(item) for item in value.values()):
         lines = [f"{key!r}: {_format(item, deeper)}" for key, item in value.items()]
         opening, closing = "{", "}"
     else:

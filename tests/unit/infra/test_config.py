@@ -73,7 +73,7 @@ class TransformerStandInConfig(InstantiateConfig):
     plan: dict[str, int] = field(default_factory=lambda: {"head": 1, "tail": 2})
     backend: Literal["auto", "sdpa"] = "auto"
     mode: Mode = Mode.FAST
-    odd: "OnlyForTypeCheckers" = 5  # type: ignore[assignment]
+    odd: "OnlyForTypeCheckers" = 5
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads:
