@@ -1,9 +1,251 @@
 """Strict loading of public checkpoints into modules, tensor by tensor."""
 
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
 from flashdreams.runtime.checkpoint_config import (
     WRAPPER_MARKERS,
     CheckpointConfig,
     CheckpointError,
 )
+from flashdreams.runtime.checkpoint_keys import KeyMap, describe_mismatch, map_names
+from flashdreams.runtime.checkpoint_read import TensorInfo, TensorSlice, TensorStore, open_tensors
+from flashdreams.runtime.checkpoint_source import (
+    LocalCheckpoint,
+    describe_missing,
+    ensure_local,
+    find_local,
+)
 
-__all__ = ["WRAPPER_MARKERS", "CheckpointConfig", "CheckpointError"]
+__all__ = [
+    "WRAPPER_MARKERS",
+    "CheckpointConfig",
+    "CheckpointError",
+    "KeyMap",
+    "LoadReport",
+    "LocalCheckpoint",
+    "TensorSlice",
+    "describe_missing",
+    "ensure_local",
+    "find_local",
+    "load_checkpoint",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What one call of `load_checkpoint` did."""
+
+    tensors: int
+    """Tensors that were filled; tied ones count once."""
+
+    bytes_read: int
+    """Bytes of the file that were asked for: with slices, only theirs."""
+
+    seconds: float
+    """Duration of the call."""
+
+    key_map: str | None
+    """Naming scheme that was recognised in the file; ``None``: the module's own."""
+
+
+@dataclass
+class _Target:
+    """One tensor of a module with every place that holds it."""
+
+    tensor: Tensor
+    places: list[tuple[nn.Module, str]]
+    names: list[str]
+
+
+def load_checkpoint(
+    module: nn.Module,
+    config: CheckpointConfig,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    slices: Mapping[str, tuple[int, ...]] | None = None,
+    key_maps: Sequence[KeyMap] | None = None,
+    progress: bool = False,
+) -> LoadReport:
+    """Fill all parameters and persistent buffers of a module from a checkpoint, strictly.
+
+    Names, shapes and types are compared first, from the file's headers; only if all of them fit is
+    anything assigned. Tensors are then read one at a time by memory map, and of a sliced tensor
+    only the slice, so that host memory holds no second copy. A tensor on ``meta``, or one whose
+    device or dtype changes, is replaced by a new one; all others are filled in place.
+
+    A module may take part: ``checkpoint_key_maps`` lists the naming schemes that it recognises, and
+    ``checkpoint_slices(shapes)``, given the file's shapes by the module's names, returns slices for
+    tensors that it takes only a part of.
+
+    Args:
+        module: its state-dict names are the official names of the checkpoint.
+        config: where the weights are and how their names are read.
+        device: for all tensors; ``None``: tensors on ``meta`` go to the CPU, others stay.
+            ``"meta"``: compare only, read and assign nothing.
+        dtype: for all floating point tensors; ``None``: each keeps its own.
+        slices: module's tensor name to `TensorSlice`, or a plain ``(dim, start, length)``: the
+            part of the file's tensor that this module's tensor is.
+        key_maps: other naming schemes to recognise; ``None``: ``module.checkpoint_key_maps``.
+        progress: show a progress bar in bytes.
+
+    Raises:
+        CheckpointError: absent, damaged or refused files, or any tensor that does not fit.
+        ValueError: ``slices`` names no tensor of the module.
+    """
+    started = time.perf_counter()
+    if key_maps is None:
+        key_maps = getattr(module, "checkpoint_key_maps", ())
+    store = open_tensors(ensure_local(config), config.select)
+    match = map_names(store.infos, config, key_maps)
+    targets = _collect_targets(module)
+    adapt = getattr(module, "checkpoint_slices", None)
+    shapes = {name: store.infos[file_name].shape for name, file_name in match.file_names.items()}
+    adapted = adapt(shapes) if adapt is not None else {}
+    parts = _slices_of(targets, {**adapted, **(slices or {})})
+    sources = {
+        file_name: target
+        for target in targets
+        if (file_name := _first(target.names, match.file_names)) is not None
+    }
+    title = f"{config.source} {config.file or ''}".strip()
+    _refuse_mismatch(
+        targets, match.file_names, store.infos, parts, f"{title} -> {type(module).__name__}"
+    )
+    wanted = {name: parts.get(id(target.tensor)) for name, target in sources.items()}
+    if device is not None and torch.device(device).type == "meta":
+        read = 0
+    else:
+        read = _fill(store, wanted, sources, device, dtype, title if progress else None)
+    return LoadReport(
+        tensors=len(wanted),
+        bytes_read=read,
+        seconds=time.perf_counter() - started,
+        key_map=match.key_map,
+    )
+
+
+def _first(names: Sequence[str], file_names: Mapping[str, str]) -> str | None:
+    return next((file_names[name] for name in names if name in file_names), None)
+
+
+def _collect_targets(module: nn.Module) -> list[_Target]:
+    """List parameters and persistent buffers; tied ones once, under all of their names."""
+    targets: dict[int, _Target] = {}
+    for name, owner, leaf, tensor in _state(module):
+        target = targets.setdefault(id(tensor), _Target(tensor, [], []))
+        target.places.append((owner, leaf))
+        target.names.append(name)
+    return list(targets.values())
+
+
+def _state(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    for path, owner in module.named_modules(remove_duplicate=False):
+        held: dict[str, Tensor | None] = {**owner._parameters, **owner._buffers}
+        for leaf, tensor in held.items():
+            if tensor is not None and leaf not in owner._non_persistent_buffers_set:
+                yield f"{path}.{leaf}" if path else leaf, owner, leaf, tensor
+
+
+def _slices_of(
+    targets: Sequence[_Target], slices: Mapping[str, tuple[int, ...]]
+) -> dict[int, TensorSlice]:
+    by_name = {name: target for target in targets for name in target.names}
+    unknown = [name for name in slices if name not in by_name]
+    if unknown:
+        raise ValueError(f"slices name no tensor of the module: {', '.join(unknown[:10])}")
+    return {id(by_name[name].tensor): TensorSlice(*part) for name, part in slices.items()}
+
+
+def _refuse_mismatch(
+    targets: Sequence[_Target],
+    file_names: Mapping[str, str],
+    infos: Mapping[str, TensorInfo],
+    parts: Mapping[int, TensorSlice],
+    title: str,
+) -> None:
+    known = {name for target in targets for name in target.names}
+    missing = [t.names[0] for t in targets if _first(t.names, file_names) is None]
+    unexpected = [name for name in file_names if name not in known]
+    misfits = {
+        name: wrong
+        for target in targets
+        for name in target.names
+        if name in file_names
+        and (wrong := _misfit(target.tensor, infos[file_names[name]], parts.get(id(target.tensor))))
+    }
+    if missing or unexpected or misfits:
+        listing = describe_mismatch(
+            missing, unexpected, misfits, wanted=sorted(known), present=list(file_names)
+        )
+        raise CheckpointError(
+            f"checkpoint does not fit the model, nothing was loaded: {title}\n{listing}"
+        )
+
+
+def _misfit(tensor: Tensor, info: TensorInfo, part: TensorSlice | None) -> str | None:
+    """Say what keeps a tensor of the file from filling a tensor of the module."""
+    shape = list(info.shape)
+    taken = ""
+    if part is not None:
+        dim, start, length, size = part
+        whole = shape[dim] if 0 <= dim < len(shape) else -1
+        if start < 0 or length < 0 or start + length > whole or (size or whole) != whole:
+            wish = f"of {size} " if size is not None else ""
+            return f"{shape} in the file, no slice [{start}:{start + length}] {wish}along dim {dim}"
+        shape[dim] = length
+        taken = f", {shape} of it wanted,"
+    if shape != list(tensor.shape):
+        return f"{list(info.shape)} in the file{taken}, {list(tensor.shape)} in the module"
+    if info.dtype.is_floating_point != tensor.dtype.is_floating_point:
+        return f"{info.dtype} in the file, {tensor.dtype} in the module"
+    return None
+
+
+def _fill(
+    store: TensorStore,
+    wanted: Mapping[str, TensorSlice | None],
+    sources: Mapping[str, _Target],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    title: str | None,
+) -> int:
+    """Read the wanted tensors into their places; returns the bytes read."""
+    from tqdm import tqdm
+
+    total = sum(t.tensor.numel() * store.infos[n].dtype.itemsize for n, t in sources.items())
+    bar = tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=title is None)
+    read = 0
+    with torch.no_grad(), bar:
+        for name, value in store.read(wanted):
+            _place(sources[name], device, dtype).copy_(value)
+            size = value.numel() * value.element_size()
+            read += size
+            bar.update(size)
+    return read
+
+
+def _place(target: _Target, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    """Return the tensor to fill: the module's own, or a new one put into all its places."""
+    old = target.tensor
+    if device is None:
+        device = "cpu" if old.is_meta else old.device
+    wanted_dtype = dtype if dtype is not None and old.is_floating_point() else old.dtype
+    new = torch.empty(0, device=device)
+    if not old.is_meta and new.device == old.device and wanted_dtype == old.dtype:
+        return old
+    new = torch.empty(old.shape, device=device, dtype=wanted_dtype)
+    if isinstance(old, nn.Parameter):
+        parameter = nn.Parameter(new, requires_grad=old.requires_grad)
+        parameter.__dict__.update(old.__dict__)
+        for owner, leaf in target.places:
+            owner._parameters[leaf] = parameter
+    else:
+        for owner, leaf in target.places:
+            owner._buffers[leaf] = new
+    return new

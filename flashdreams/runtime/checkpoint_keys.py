@@ -1,0 +1,142 @@
+"""Tensor names: from those of a file to those of a module, and what does not fit."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from flashdreams.runtime.checkpoint_config import CheckpointConfig, CheckpointError
+
+_LISTED = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyMap:
+    """How another publisher of the same network names its tensors.
+
+    A module offers its maps as the attribute ``checkpoint_key_maps``; the first whose ``marker``
+    occurs in a file is applied.
+    """
+
+    name: str
+    """For reports: ``diffusers``, ``transformers``, ..."""
+
+    marker: str
+    """Regular expression; one tensor name that it matches at the start tells the publisher."""
+
+    rename: tuple[tuple[str, str], ...]
+    """Pairs of regular expression and replacement, applied in order to every tensor name."""
+
+    ignore: tuple[str, ...] = ()
+    """Regular expressions of tensor names (after renaming) that the module does not want."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NameMatch:
+    """Tensor names of a file under the names that a module uses."""
+
+    file_names: dict[str, str]
+    """Module's name to the file's name."""
+
+    key_map: str | None
+    """Name of the `KeyMap` that was applied."""
+
+
+def map_names(
+    names: Iterable[str], config: CheckpointConfig, key_maps: Sequence[KeyMap] = ()
+) -> NameMatch:
+    """Translate the tensor names of a file by the rules of a config and of a detected key map.
+
+    Args:
+        names: tensor names as the file holds them, after ``select``.
+        config: gives ``drop``, ``strip_prefixes``, ``rename`` and ``ignore``, applied first.
+        key_maps: other naming schemes that are recognised by their marker.
+
+    Raises:
+        CheckpointError: two tensors of the file end up with one name.
+    """
+    plain = {name: _rename(_unwrap(name, config), config.rename) for name in names}
+    key_map = _detect(plain.values(), key_maps)
+    if key_map is not None:
+        plain = {name: _rename(mapped, key_map.rename) for name, mapped in plain.items()}
+    ignore = config.ignore + (key_map.ignore if key_map is not None else ())
+    ignored = [re.compile(pattern) for pattern in ignore]
+    file_names: dict[str, str] = {}
+    for name, mapped in plain.items():
+        if any(pattern.match(mapped) for pattern in ignored):
+            continue
+        if mapped in file_names:
+            raise CheckpointError(
+                f"checkpoint {config.source}: tensors {file_names[mapped]!r} and {name!r} would "
+                f"both be {mapped!r}; correct strip_prefixes, drop or rename"
+            )
+        file_names[mapped] = name
+    return NameMatch(file_names=file_names, key_map=key_map.name if key_map else None)
+
+
+def _unwrap(name: str, config: CheckpointConfig) -> str:
+    for part in config.drop:
+        name = name.replace(part, "")
+    for prefix in config.strip_prefixes:
+        if name.startswith(prefix):
+            return name[len(prefix) :]
+    return name
+
+
+def _rename(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in pairs:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _detect(names: Iterable[str], key_maps: Sequence[KeyMap]) -> KeyMap | None:
+    known = list(names)
+    for key_map in key_maps:
+        marker = re.compile(key_map.marker)
+        if any(marker.match(name) for name in known):
+            return key_map
+    return None
+
+
+def describe_mismatch(
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    misfits: Mapping[str, str],
+    *,
+    wanted: Iterable[str],
+    present: Iterable[str],
+) -> str:
+    """List what does not fit: the first ten of each kind, a count, and the nearest names.
+
+    Args:
+        missing: names that the module has and the file does not.
+        unexpected: names that the file has and the module does not.
+        misfits: name to what is wrong with its shape or type.
+        wanted: all names of the module.
+        present: all names of the file, translated.
+    """
+    lines = []
+    if missing:
+        nearest = _nearest(missing, list(unexpected) or list(present))
+        lines.append(_listing("missing in the file", nearest, len(missing)))
+    if unexpected:
+        nearest = _nearest(unexpected, list(missing) or list(wanted))
+        lines.append(_listing("unexpected in the file", nearest, len(unexpected)))
+    if misfits:
+        shown = [f"{name} {wrong}" for name, wrong in list(misfits.items())[:_LISTED]]
+        lines.append(_listing("of another shape or type", shown, len(misfits)))
+    return "\n".join(lines)
+
+
+def _listing(title: str, shown: Sequence[str], count: int) -> str:
+    rest = [f"... and {count - len(shown)} more"] if count > len(shown) else []
+    return "\n    ".join([f"  {count} {title}:", *shown, *rest])
+
+
+def _nearest(names: Sequence[str], candidates: Sequence[str]) -> list[str]:
+    """Append to each of the first ten names the candidate that resembles it most."""
+    shown = []
+    for name in names[:_LISTED]:
+        close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+        shown.append(f"{name} (nearest: {close[0]})" if close else name)
+    return shown

@@ -1,0 +1,245 @@
+"""Tensors of checkpoint files, read by memory map."""
+
+import json
+import math
+import pickle
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from flashdreams.runtime.checkpoint_config import CheckpointError
+from flashdreams.runtime.checkpoint_source import LocalCheckpoint
+
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class TensorInfo(NamedTuple):
+    """What a file says of one tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+    offset: int
+    """Place in the file, in bytes: tensors are read in this order."""
+
+
+class TensorSlice(NamedTuple):
+    """Part of a tensor that one process wants: ``length`` entries of ``dim`` from ``start``."""
+
+    dim: int
+    start: int
+    length: int
+    size: int | None = None
+    """Entries of ``dim`` in the whole tensor, to be checked; ``None``: at least start + length."""
+
+
+class TensorStore(Protocol):
+    """Tensors of an opened checkpoint."""
+
+    infos: dict[str, TensorInfo]
+
+    def read(self, wanted: Mapping[str, TensorSlice | None]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the wanted tensors, or slices of them, as views of mapped memory."""
+
+
+def open_tensors(local: LocalCheckpoint, select: tuple[str, ...] = ()) -> TensorStore:
+    """Open a checkpoint and read its headers, none of its data.
+
+    Args:
+        local: its files.
+        select: for ``.pt`` and ``.pth``, names of the sub-dictionary to take.
+
+    Raises:
+        CheckpointError: damaged, of an unknown kind, or a pickle that is not plain tensors.
+    """
+    suffix = local.files[0].suffix
+    if suffix == ".safetensors":
+        return SafetensorsStore(local)
+    if suffix in (".pt", ".pth") and local.tensor_files is None:
+        return PickleStore(local.files[0], select)
+    raise CheckpointError(
+        f"{local.files[0]} is not a known kind of checkpoint; allowed: .safetensors (also sharded, "
+        "by its .safetensors.index.json), .pt, .pth"
+    )
+
+
+class SafetensorsStore:
+    """Tensors of one safetensors file or of all shards of an index."""
+
+    def __init__(self, local: LocalCheckpoint) -> None:
+        headers = {path: read_header(path) for path in local.files}
+        if local.tensor_files is None:
+            self.infos = headers[local.files[0]]
+            return
+        self.infos = {}
+        for name, path in local.tensor_files.items():
+            if name not in headers[path]:
+                raise CheckpointError(
+                    f"{path}: the index places tensor {name!r} in this shard, which does not hold "
+                    "it. Index and shard are of different downloads: fetch both again"
+                )
+            self.infos[name] = headers[path][name]
+
+    def read(self, wanted: Mapping[str, TensorSlice | None]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the wanted tensors file by file, in the order in which they lie in the files."""
+        from safetensors import SafetensorError, safe_open
+
+        for path in sorted({self.infos[name].file for name in wanted}):
+            names = [name for name in wanted if self.infos[name].file == path]
+            names.sort(key=lambda name: self.infos[name].offset)
+            try:
+                with safe_open(path, framework="pt", device="cpu") as file:
+                    for name in names:
+                        part = wanted[name]
+                        if part is None:
+                            yield name, file.get_tensor(name)
+                        else:
+                            yield name, file.get_slice(name)[_index(part)]
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+class PickleStore:
+    """Tensors of one ``.pt`` or ``.pth`` file, loaded as data only."""
+
+    def __init__(self, path: Path, select: tuple[str, ...]) -> None:
+        self._tensors = _select(load_pickle(path), select, path)
+        strange = [name for name, value in self._tensors.items() if not isinstance(value, Tensor)]
+        if strange:
+            names = ", ".join(map(str, strange[:10]))
+            raise CheckpointError(
+                f"{path}: {len(strange)} entries are no tensors: {names}. "
+                "Choose a sub-dictionary with --...checkpoint.select"
+            )
+        self.infos = {
+            name: TensorInfo(tuple(tensor.shape), tensor.dtype, path, position)
+            for position, (name, tensor) in enumerate(self._tensors.items())
+        }
+
+    def read(self, wanted: Mapping[str, TensorSlice | None]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the wanted tensors in the order of the file's dictionary."""
+        for name in sorted(wanted, key=lambda name: self.infos[name].offset):
+            part = wanted[name]
+            tensor = self._tensors[name]
+            yield name, tensor if part is None else tensor[_index(part)]
+
+
+def _index(part: TensorSlice) -> tuple[slice, ...]:
+    return (*[slice(None)] * part.dim, slice(part.start, part.start + part.length))
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read the header of a safetensors file and check it against the file's size.
+
+    Raises:
+        CheckpointError: not a safetensors file, damaged or truncated.
+
+    Source: the format's description, https://huggingface.co/docs/safetensors.
+    """
+    try:
+        actual = path.stat().st_size
+        with path.open("rb") as file:
+            first = file.read(8)
+            length = struct.unpack("<Q", first)[0] if len(first) == 8 else actual
+            if length > min(_MAX_HEADER_BYTES, actual - 8):
+                raise CheckpointError(
+                    f"{path} is truncated or no safetensors file: its header should have {length} "
+                    f"bytes, the file has {actual}. Download it again"
+                )
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        infos = {name: _info(path, 8 + length, entry) for name, entry in header.items()}
+        ends = [8 + length + entry["data_offsets"][1] for entry in header.values()]
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: its safetensors header makes no sense ({error}). Download it again"
+        ) from error
+    promised = max(ends, default=8 + length)
+    if promised != actual:
+        word = "truncated" if promised > actual else "damaged"
+        raise CheckpointError(
+            f"{path} is {word}: its header promises {promised} bytes, the file has {actual}. "
+            "Download it again"
+        )
+    return infos
+
+
+def _info(path: Path, base: int, entry: dict) -> TensorInfo:
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"dtype {entry['dtype']} is none of {', '.join(_DTYPES)}")
+    dtype = _DTYPES[entry["dtype"]]
+    shape = tuple(int(size) for size in entry["shape"])
+    start, end = entry["data_offsets"]
+    if start < 0 or end - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{end - start} bytes for a tensor of shape {list(shape)} and {dtype}")
+    return TensorInfo(shape, dtype, path, base + start)
+
+
+def load_pickle(path: Path) -> object:
+    """Load a ``.pt`` or ``.pth`` file as tensors, containers and numbers, nothing else.
+
+    Files in torch's zip format are mapped, so that only what is read takes memory; the format of
+    torch 1.5 and older is read whole.
+
+    Raises:
+        CheckpointError: truncated, damaged, or the pickle asks Python to run code; nothing of it
+            has then been executed.
+    """
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        wish = f"it asks Python to run {found[1]}" if found else "it holds more than plain tensors"
+        raise CheckpointError(
+            f"{path} was refused and nothing of it was executed: {wish}. "
+            "Use a safetensors version of these weights"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path} is truncated or damaged: {reason}. Download it again"
+        ) from error
+
+
+def _select(content: object, select: tuple[str, ...], path: Path) -> dict:
+    """Take the first sub-dictionary that ``select`` names, or the whole of a flat file."""
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}; a dictionary of tensors is wanted"
+        )
+    for name in select:
+        if isinstance(content.get(name), dict):
+            return content[name]
+    nested = [str(name) for name, value in content.items() if isinstance(value, dict)]
+    if nested:
+        wanted = f"none of {', '.join(select)} is there" if select else "no name was given"
+        raise CheckpointError(
+            f"{path} holds several dictionaries: {', '.join(nested[:10])}; {wanted}. "
+            "Choose with --...checkpoint.select"
+        )
+    return content

@@ -1,0 +1,307 @@
+"""Where a checkpoint's files are on this machine, and how they get there."""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path, PurePosixPath
+
+from flashdreams.runtime.checkpoint_config import CheckpointConfig, CheckpointError
+
+_REPOSITORY = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth")
+_INDEX_SUFFIX = ".index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalCheckpoint:
+    """Files of one checkpoint that are all on this machine."""
+
+    files: tuple[Path, ...]
+    """One file, or the shards in the order of their names."""
+
+    tensor_files: dict[str, Path] | None = None
+    """Tensor name to shard, from the index; ``None``: not sharded."""
+
+
+def ensure_local(
+    config: CheckpointConfig, *, allow_download: bool | None = None, flag: str | None = None
+) -> LocalCheckpoint:
+    """Find the checkpoint on this machine, or download it if that is allowed.
+
+    Downloads go to the Hugging Face cache, resume where an earlier one stopped and show a progress
+    bar. Several processes on one node should take turns: let one come first, the others then find
+    the files in place.
+
+    Args:
+        config: the checkpoint.
+        allow_download: may it be fetched; ``None``: as ``config.download`` says.
+        flag: command line option that allows it, for the message; ``None``: a generic one.
+
+    Raises:
+        CheckpointError: absent and not to be fetched, or the download failed.
+    """
+    local = find_local(config)
+    if local is not None:
+        return local
+    allowed = config.download if allow_download is None else allow_download
+    target = _repository(config)
+    if target is None or not allowed:
+        raise CheckpointError(describe_missing(config, flag=flag))
+    _download(config, *target)
+    local = find_local(config)
+    if local is None:
+        raise CheckpointError(
+            f"{_title(config)}: the download ended but files are still absent from the cache. "
+            f"Try: {_hf_command(config, *target)}"
+        )
+    return local
+
+
+def find_local(config: CheckpointConfig) -> LocalCheckpoint | None:
+    """Find the checkpoint without any network access.
+
+    Returns:
+        Its files; ``None`` if it, or one shard of it, is not on this machine.
+
+    Raises:
+        CheckpointError: a local index is damaged or names a missing shard; several files fit.
+    """
+    target = _repository(config)
+    if target is not None:
+        repo, file = target
+        path = _cached(repo, file, config.revision)
+        if path is None:
+            return None
+        if not file.endswith(_INDEX_SUFFIX):
+            return LocalCheckpoint(files=(path,))
+        tensor_files = _read_index(path)
+        folder = PurePosixPath(file).parent
+        shards = {
+            name: _cached(repo, str(folder / name), config.revision)
+            for name in sorted(set(tensor_files.values()))
+        }
+        found = {name: shard for name, shard in shards.items() if shard is not None}
+        return _sharded(tensor_files, found) if len(found) == len(shards) else None
+    local_path = _local_path(config)
+    return None if local_path is None else _local_files(local_path)
+
+
+def describe_missing(config: CheckpointConfig, *, flag: str | None = None) -> str:
+    """Say what a checkpoint needs and how to get it.
+
+    Args:
+        config: the checkpoint.
+        flag: the command line option that allows the download, such as
+            ``--pipeline.decoder.checkpoint.download``; ``None``: a generic one.
+
+    Returns:
+        Two or three lines: repository, file, size and licence as far as they are known; commands.
+    """
+    target = _repository(config)
+    facts = []
+    if config.size_bytes is not None:
+        facts.append(f"{_size(config.size_bytes)} on disk")
+    if config.license is not None:
+        facts.append(f"licence: {config.license}")
+    extra = f" ({', '.join(facts)})" if facts else ""
+    if target is None:
+        wanted = f", file {config.file}" if config.file else ""
+        return (
+            f"Weights not found: {config.source}{wanted}{extra}.\n"
+            "Name an existing file or folder, hf://org/repo or package:some.package/file "
+            "with --...checkpoint.source."
+        )
+    repo, file = target
+    import huggingface_hub
+
+    cache = huggingface_hub.constants.HF_HUB_CACHE
+    return (
+        f"Weights not found: {repo}, file {file}, revision {config.revision or 'main'}{extra}; "
+        f"looked in the Hugging Face cache {cache}.\n"
+        f"Fetch them with: {_hf_command(config, repo, file)}\n"
+        f"or let this program do it: {flag or '--...checkpoint.download'} True"
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _title(config: CheckpointConfig) -> str:
+    return f"{config.source} {config.file}" if config.file else config.source
+
+
+def _repository(config: CheckpointConfig) -> tuple[str, str] | None:
+    """Split a Hugging Face source into repository and file; ``None`` for every other source."""
+    source, file = config.source, config.file
+    if source.startswith("hf://"):
+        parts = source.removeprefix("hf://").split("/")
+        if len(parts) < 2 or not _REPOSITORY.match("/".join(parts[:2])):
+            raise CheckpointError(f"checkpoint source {source!r} should read hf://org/repo")
+        source, inside = "/".join(parts[:2]), "/".join(parts[2:])
+        file = "/".join(part for part in (inside, file) if part) or None
+    elif (
+        source.startswith("package:")
+        or source.endswith(_WEIGHT_SUFFIXES)
+        or not _REPOSITORY.match(source)
+        or Path(source).expanduser().exists()
+    ):
+        return None
+    if file is None:
+        raise CheckpointError(
+            f"checkpoint {config.source} is a Hugging Face repository: say which file of it with "
+            "--...checkpoint.file, such as diffusion_pytorch_model.safetensors"
+        )
+    return source, file
+
+
+def _hf_command(config: CheckpointConfig, repo: str, file: str) -> str:
+    revision = f" --revision {config.revision}" if config.revision else ""
+    if not file.endswith(_INDEX_SUFFIX):
+        return f"hf download {repo} {file}{revision}"
+    stem = file.removesuffix(_INDEX_SUFFIX).removesuffix(".safetensors")
+    return f'hf download {repo} --include "{stem}*"{revision}'
+
+
+def _cached(repo: str, file: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, file, revision=revision)
+    if not isinstance(found, str):
+        return None
+    path = Path(found)
+    return path if path.exists() else None
+
+
+def _local_path(config: CheckpointConfig) -> Path | None:
+    """Resolve a local or package source to an existing file; ``None`` if it does not exist."""
+    if config.source.startswith("package:"):
+        package, _, inside = config.source.removeprefix("package:").partition("/")
+        try:
+            root = resources.files(package)
+        except (ModuleNotFoundError, ValueError) as error:
+            raise CheckpointError(
+                f"checkpoint {config.source}: no package {package!r} is installed"
+            ) from error
+        place = root.joinpath(*inside.split("/")) if inside else root
+        if not isinstance(place, Path):
+            raise CheckpointError(
+                f"checkpoint {config.source}: package {package!r} is not unpacked on disk; "
+                "weights are read by memory map and need a plain folder"
+            )
+        path = place
+    else:
+        path = Path(config.source).expanduser()
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        return None
+    return _inside_folder(path, config.file)
+
+
+def _inside_folder(folder: Path, file: str | None) -> Path | None:
+    if file is not None:
+        for candidate in (folder / file, folder / Path(file).name):
+            if candidate.is_file():
+                return candidate
+        return None
+    for pattern in ("*" + _INDEX_SUFFIX, "*.safetensors", "*.pt", "*.pth"):
+        found = sorted(folder.glob(pattern))
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found[:10])
+            raise CheckpointError(
+                f"checkpoint folder {folder} holds {len(found)} candidates: {names}. "
+                "Choose one with --...checkpoint.file"
+            )
+        if found:
+            return found[0]
+    return None
+
+
+def _local_files(path: Path) -> LocalCheckpoint:
+    if not path.name.endswith(_INDEX_SUFFIX):
+        return LocalCheckpoint(files=(path,))
+    tensor_files = _read_index(path)
+    names = sorted(set(tensor_files.values()))
+    absent = [name for name in names if not (path.parent / name).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{path}: the index names {len(names)} shards and {len(absent)} of them are missing: "
+            f"{', '.join(absent[:10])}. Put them beside the index, or download the checkpoint again"
+        )
+    return _sharded(tensor_files, {name: path.parent / name for name in names})
+
+
+def _sharded(tensor_files: dict[str, str], shards: dict[str, Path]) -> LocalCheckpoint:
+    return LocalCheckpoint(
+        files=tuple(shards[name] for name in sorted(shards)),
+        tensor_files={tensor: shards[name] for tensor, name in tensor_files.items()},
+    )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Read a shard index: tensor name to the name of a file in the same folder."""
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = set(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not a shard index: it should be JSON with an object 'weight_map' "
+            "(tensor name to file). Download it again"
+        ) from error
+    strange = [n for n in names if not isinstance(n, str) or n != Path(n).name or not n]
+    if strange or not names:
+        raise CheckpointError(
+            f"{path}: the index should name files in its own folder, found "
+            f"{', '.join(map(repr, strange[:3])) or 'none'}"
+        )
+    return weight_map
+
+
+def _download(config: CheckpointConfig, repo: str, file: str) -> None:
+    import huggingface_hub
+
+    constants = huggingface_hub.constants
+    if constants.HF_HUB_OFFLINE:
+        raise CheckpointError(
+            f"{describe_missing(config)}\n"
+            "The download is off: HF_HUB_OFFLINE is set. Unset it, or fetch the file elsewhere"
+        )
+    _check_disk(config, Path(constants.HF_HUB_CACHE))
+    try:
+        path = huggingface_hub.hf_hub_download(repo, file, revision=config.revision)
+        if file.endswith(_INDEX_SUFFIX):
+            folder = PurePosixPath(file).parent
+            shards = sorted({str(folder / name) for name in _read_index(Path(path)).values()})
+            huggingface_hub.snapshot_download(repo, revision=config.revision, allow_patterns=shards)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"Could not download {file} of {repo}, revision {config.revision or 'main'}: "
+            f"{_reason(error)}. Without a network, fetch it elsewhere: "
+            f"{_hf_command(config, repo, file)}; then name the file with --...checkpoint.source"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError):
+        return "the Hugging Face Hub cannot be reached"
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+
+
+def _check_disk(config: CheckpointConfig, cache: Path) -> None:
+    if config.size_bytes is None:
+        return
+    existing = next(place for place in (cache, *cache.parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if free < config.size_bytes:
+        raise CheckpointError(
+            f"{_title(config)} needs {_size(config.size_bytes)} on disk and {existing} has "
+            f"{_size(free)} left. Free some, or set HF_HOME to a folder on a larger disk"
+        )
