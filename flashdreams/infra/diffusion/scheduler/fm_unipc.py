@@ -1,0 +1,158 @@
+"""Second-order flow matching with the UniPC predictor and corrector."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flashdreams.infra.diffusion.scheduler.base import (
+    NUM_TRAIN_TIMESTEPS,
+    Scheduler,
+    SchedulerConfig,
+    check_schedule,
+    flow_to_x0,
+    shifted_sigmas,
+)
+
+SIGMA_MAX = torch.tensor(1 - 1 / NUM_TRAIN_TIMESTEPS, dtype=torch.float32).item()
+"""First noise level before the warp: the reference reads it from a float32 training table."""
+
+
+@dataclass(kw_only=True)
+class FlowUniPCSchedulerConfig(SchedulerConfig):
+    """The schedule of Wan's bidirectional models: UniPC of order 2 (bh2), predicting x0."""
+
+    _target: type["FlowUniPCScheduler"] = field(default_factory=lambda: FlowUniPCScheduler)
+
+    num_inference_steps: int = 50
+    """Calls of the network per sample, 1 to 1000."""
+
+    shift: float = 5.0
+    """Warp of the noise levels; 1 spaces them evenly, more spends more steps on high noise."""
+
+    def __post_init__(self) -> None:
+        check_schedule(self.num_inference_steps, self.shift)
+
+
+class FlowUniPCScheduler(Scheduler):
+    """A linear multistep method whose every weight is known beforehand.
+
+    For given noise levels both the predictor (to the next level) and the corrector (back at the
+    level just evaluated) are fixed linear combinations of tensors. They are computed here, in
+    float64, so the loop holds no solver. Orders are 1, 2, ..., 2, 1: the first step has no history
+    and the last one, to sigma 0, needs none; a corrector has the order of the predictor before it.
+    Timesteps are int64, truncated.
+
+    Source: Zhao et al., arXiv:2302.04867 (UniPC), section 3, B(h) = exp(h) - 1; Wan 2.1.
+    """
+
+    config: FlowUniPCSchedulerConfig
+
+    def __init__(self, config: FlowUniPCSchedulerConfig) -> None:
+        count, shift = config.num_inference_steps, config.shift
+        precise = shifted_sigmas(SIGMA_MAX, 0.0, count, shift, torch.float64)
+        timesteps = (precise * NUM_TRAIN_TIMESTEPS).long()
+        super().__init__(config, timesteps=timesteps, sigmas=precise.float())
+        levels = [*self.sigmas.tolist(), 0.0]
+        if levels[0] >= 1:
+            raise ValueError(
+                f"shift={shift:g} moves the first noise level to 1, where UniPC is not defined. "
+                "Choose a smaller shift; Wan uses 3 to 8."
+            )
+        orders = [1 if step in (0, count - 1) else 2 for step in range(count)]
+        self._predictors = [
+            predictor_weights(levels[max(step - 1, 0) : step + 2], orders[step])
+            for step in range(count)
+        ]
+        self._correctors = [
+            corrector_weights(levels[max(step - 1, 0) : step + 2], orders[step])
+            for step in range(count - 1)
+        ]
+
+    def sample(
+        self, predict_flow: Callable[[Tensor, Tensor], Tensor], noise: Callable[[int], Tensor]
+    ) -> Tensor:
+        """Predict, evaluate, correct, repeat from ``noise(0)``; see :meth:`Scheduler.sample`."""
+        latent = noise(0).float()
+        timesteps, sigmas = self.timesteps_on(latent.device), self.sigmas.tolist()
+        start = newest = older = latent
+        for step in range(self.num_inference_steps):
+            x0 = flow_to_x0(latent, predict_flow(latent, timesteps[step]), sigmas[step])
+            if step > 0:
+                latent = combine(self._correctors[step - 1], (start, newest, older, x0))
+            start, newest, older = latent, x0, newest
+            latent = combine(self._predictors[step], (start, newest, older))
+        return latent
+
+
+def combine(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of ``weight * tensor`` over the weights that are not 0."""
+    terms = [w * tensor for w, tensor in zip(weights, tensors, strict=True) if w != 0]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def predictor_weights(levels: Sequence[float], order: int) -> tuple[float, float, float]:
+    """Weights that carry a latent to the next noise level.
+
+    Args:
+        levels: the previous noise level (if there is one), the present and the next.
+        order: 1 or 2; order 1 does not look at the previous level.
+
+    Returns:
+        Weights of the present latent, the newest x0 and the x0 before it.
+    """
+    carry, newest, gain, _ = _step(levels)
+    if order == 1:
+        return carry, newest, 0.0
+    slope = 0.5 * gain / _history_ratio(levels)
+    return carry, newest - slope, slope
+
+
+def corrector_weights(levels: Sequence[float], order: int) -> tuple[float, float, float, float]:
+    """Weights that repeat a predictor step with the x0 found at its end.
+
+    Args:
+        levels: as for the predictor step that is corrected.
+        order: the order of that predictor step.
+
+    Returns:
+        Weights of the latent the step started from, the newest x0 then, the x0 before it, and the
+        x0 found at the step's end.
+    """
+    carry, newest, gain, h = _step(levels)
+    if order == 1:
+        return carry, newest - 0.5 * gain, 0.0, 0.5 * gain
+    ratio = _history_ratio(levels)
+    # phi_2 and phi_3 of -h over B(h): the right-hand sides of the two order conditions.
+    first = (math.expm1(-h) / -h - 1) / math.expm1(-h)
+    second = 2 * ((math.expm1(-h) / -h - 1) / -h - 0.5) / math.expm1(-h)
+    history = (second - first) / (ratio - 1)
+    slope, end = gain * history / ratio, gain * (first - history)
+    return carry, newest - slope - end, slope, end
+
+
+def _step(levels: Sequence[float]) -> tuple[float, float, float, float]:
+    """Weights of an order-1 step, the gain of what higher orders add to it, and its length h.
+
+    h is the step in half log signal-to-noise; it is infinite for the step to sigma 0, whose
+    order-1 weights are 0 and 1: the step lands on the newest x0.
+    """
+    present, following = levels[-2:]
+    h = _log_snr(following) - _log_snr(present)
+    gain = -(1 - following) * math.expm1(-h)
+    return following / present, gain, gain, h
+
+
+def _history_ratio(levels: Sequence[float]) -> float:
+    """Position of the previous level, in steps from the present one; negative."""
+    previous, present, following = map(_log_snr, levels)
+    return (previous - present) / (following - present)
+
+
+def _log_snr(sigma: float) -> float:
+    return math.log1p(-sigma) - math.log(sigma) if sigma > 0 else math.inf
