@@ -106,7 +106,8 @@ def test_a_config_round_trips_through_text(base: RunStandInConfig) -> None:
     "words",
     ["", " ", "1", "1e5", "true", "null", "~", "2020-01-01", "=", "<<", "a: b # c", "- x", "!t",
      "*a", "'", '"', "two\nlines\n", "\n\n", "tab\there", "end \nspace ", "ünï ☃ 🌍", "a\x85b",
-     "\\n", "%", "0x1F", "1:30", "on", "no", ".inf", "---", "...", "\u2028", "a\rb\r\n\nc\x07\ufeff\x00", "x" * 500],
+     "\\n", "%", "0x1F", "1:30", "on", "no", ".inf", "---", "...", "\u2028",
+     "a\rb\r\n\nc\x07\ufeff\x00", "x" * 500],
 )  # fmt: skip
 def test_any_string_survives(base: RunStandInConfig, words: str) -> None:
     config = derive_config(base, description=words, part=dict(plan={words: words}))

@@ -1,0 +1,204 @@
+"""Discovery of runners: installed entry points and the FLASHDREAMS_RUNNER_CONFIGS variable."""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from flashdreams.infra.config import InstantiateConfig, unknown_name
+
+GROUP = "flashdreams.runner_configs"
+"""The entry-point group in which packages, this one included, name their runner configs."""
+
+VARIABLE = "FLASHDREAMS_RUNNER_CONFIGS"
+"""The environment variable that registers for the time being: ``slug=module:attr,...``."""
+
+_REFERENCE = re.compile(r"[\w.]+:[\w.]+")
+_SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+class PluginError(Exception):
+    """A plug-in that was asked for cannot be used; its own error is the cause."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One registration: where the name of an attribute came from, before it is imported."""
+
+    label: str
+    """The entry point's name, or what stands left of ``=`` in the variable."""
+
+    reference: str
+    """``module:attr``."""
+
+    place: str
+    """The distribution or variable that registers it."""
+
+    def __str__(self) -> str:
+        return f"{self.label}={self.reference} from {self.place}"
+
+    def load(self) -> dict[str, Any]:
+        """Import the attribute and, where it is a callable, call it.
+
+        Returns:
+            What it registers by slug, unchecked.
+
+        Raises:
+            ValueError: the reference is not of the form ``module:attr``.
+            TypeError: the attribute is nothing that can be registered.
+            Exception: whatever the plug-in raises.
+        """
+        if not _REFERENCE.fullmatch(self.reference):
+            raise ValueError(f"{self.place}: {self} is not of the form slug=module:attr.")
+        value = EntryPoint(name=self.label, value=self.reference, group=GROUP).load()
+        if callable(value):
+            value = value()
+        if is_runner_config(value):
+            return {value.runner_name: value}
+        if isinstance(value, Mapping):
+            return dict(value)
+        raise TypeError(
+            f"{self.reference} must be a RunnerConfig, a mapping of them by runner_name, or a "
+            f"function without arguments that returns either; got {type(value).__name__}."
+        )
+
+
+@dataclass(frozen=True)
+class BrokenPlugin:
+    """A registration that cannot be used."""
+
+    slug: str
+    """The slug where it is known, else the label."""
+
+    source: Source
+    error: BaseException
+
+
+class Registry(Mapping[str, InstantiateConfig]):
+    """Runner configs by slug, in the order of their registration; the first of a slug wins."""
+
+    def __init__(self, sources: Iterable[Source]) -> None:
+        self.broken: list[BrokenPlugin] = []
+        """What cannot be used, each with its own error."""
+        self.collisions: dict[str, list[str]] = {}
+        """Messages by slug, each naming the origin that won and the one that it hides."""
+        self._configs: dict[str, InstantiateConfig] = {}
+        self._origins: dict[str, Source] = {}
+        self._labels: dict[str, dict[str, InstantiateConfig]] = {}
+        for source in sources:
+            self._register(source)
+
+    def __getitem__(self, slug: str) -> InstantiateConfig:
+        return self._configs[slug]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._configs)
+
+    def __len__(self) -> int:
+        return len(self._configs)
+
+    def origin(self, slug: str) -> Source:
+        """Who registered a slug."""
+        return self._origins[slug]
+
+    def resolve(self, name: str) -> InstantiateConfig:
+        """The config of a slug, or of a label that stands for one.
+
+        Raises:
+            ValueError: no such slug (the nearest and all are listed), or a label of several.
+            PluginError: the plug-in is broken; its own error and traceback are the cause.
+        """
+        if name in self._configs:
+            return self._configs[name]
+        labelled = self._labels.get(name, {})
+        if len(labelled) == 1:
+            return next(iter(labelled.values()))
+        for broken in self.broken:
+            if name in (broken.slug, broken.source.label):
+                kind = type(broken.error).__name__
+                raise PluginError(
+                    f"the plug-in {broken.slug!r} ({broken.source}) is broken: "
+                    f"{kind}: {broken.error}"
+                ) from broken.error
+        if labelled:
+            raise ValueError(
+                f"{name!r} registers several runners: {', '.join(labelled)}. Take one."
+            )
+        names = [*self._configs, *(n for n in self._labels if n not in self._configs)]
+        raise ValueError(unknown_name(name, names, f"slug {name!r}", "slugs"))
+
+    def _register(self, source: Source) -> None:
+        try:
+            loaded = source.load()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            self.broken.append(BrokenPlugin(source.label, source, error))
+            return
+        for slug, config in loaded.items():
+            try:
+                _check(slug, config)
+            except (TypeError, ValueError) as error:
+                self.broken.append(BrokenPlugin(str(slug), source, error))
+                continue
+            self._labels.setdefault(source.label, {}).setdefault(slug, config)
+            if slug not in self._configs:
+                self._configs[slug] = config
+                self._origins[slug] = source
+            elif config is not self._configs[slug]:
+                self._collide(slug, source)
+
+    def _collide(self, slug: str, source: Source) -> None:
+        text = f"slug {slug!r} of {source} is hidden by {self._origins[slug]}, which came first"
+        if source.label not in (slug, self._origins[slug].label):
+            text += f"; {source.label!r} still names it"
+        self.collisions.setdefault(slug, []).append(text)
+
+
+def discover() -> Registry:
+    """Load every registered runner config.
+
+    Entry points come first, in the order of their distributions' names and then their own, and
+    after them the items of ``FLASHDREAMS_RUNNER_CONFIGS``. Modules that the variable names may lie
+    in the working directory. A plug-in that fails stands in ``Registry.broken``; nothing is raised.
+    """
+    return Registry([*_installed(), *_from_variable(os.environ.get(VARIABLE, ""))])
+
+
+def is_runner_config(value: Any) -> bool:
+    """Whether a value is what a plug-in registers: a config that has a ``runner_name``."""
+    return isinstance(value, InstantiateConfig) and hasattr(value, "runner_name")
+
+
+def _installed() -> list[Source]:
+    found = []
+    for point in entry_points(group=GROUP):
+        name = point.dist.name if point.dist else ""
+        found.append(Source(point.name, point.value, f"the package {name}"))
+    return sorted(found, key=lambda source: (source.place, source.label))
+
+
+def _from_variable(text: str) -> list[Source]:
+    sources = []
+    for item in filter(None, map(str.strip, text.split(","))):
+        label, _, reference = item.partition("=")
+        sources.append(Source(label.strip(), reference.strip(), VARIABLE))
+    if sources:
+        with contextlib.suppress(FileNotFoundError):
+            if not {"", os.getcwd()} & set(sys.path):
+                sys.path.append(os.getcwd())
+    return sources
+
+
+def _check(slug: Any, config: Any) -> None:
+    if not is_runner_config(config):
+        raise TypeError(f"{slug!r} must be a RunnerConfig, got {type(config).__name__}.")
+    name: Any = config.runner_name
+    if slug != name:
+        raise ValueError(f"the key {slug!r} must equal the config's runner_name {name!r}.")
+    if not isinstance(name, str) or not _SLUG.fullmatch(name):
+        raise ValueError(f"runner_name {name!r} must be of letters, digits and . _ + - only.")
