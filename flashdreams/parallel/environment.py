@@ -1,0 +1,178 @@
+"""The process's place among its ranks: torchrun's variables, process group and logging."""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+LOAD_TIMEOUT_S = 1800.0
+"""Limit of one collective while weights are fetched and loaded; AR steps have a deadline of their
+own (`flashdreams.parallel.watchdog`)."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Who this process is: made once by `init` and handed down, never stored globally."""
+
+    rank: int
+    """Number of this process among all, from 0."""
+
+    local_rank: int
+    """Number of this process on its node, from 0."""
+
+    world_size: int
+    """Number of processes."""
+
+    device: torch.device
+    """Where this process computes."""
+
+    store: dist.Store | None = field(default=None, repr=False, compare=False)
+    """Key-value store that all ranks share, where heartbeats stand; None for a single rank, or if
+    the process group was made elsewhere."""
+
+    @property
+    def is_rank_zero(self) -> bool:
+        """Whether this process prints and writes for the run."""
+        return self.rank == 0
+
+
+def is_rank_zero_process() -> bool:
+    """Whether this process speaks for the run: rank 0 of a group, or the only process."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def init(device: str = "auto", timeout_s: float = LOAD_TIMEOUT_S) -> Environment:
+    """Take this process's place among the ranks that torchrun started.
+
+    Without torchrun, or with one rank, no process group is made. A process group that exists
+    already is used as it is.
+
+    Args:
+        device: ``"auto"`` (CUDA where there is one, else the CPU), ``"cpu"``, ``"cuda"`` or, for a
+            single rank, ``"cuda:N"``.
+        timeout_s: limit of one collective, in seconds.
+
+    Raises:
+        ValueError: the device does not exist, or torchrun's variables contradict each other.
+    """
+    if dist.is_initialized():
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        local_rank = _read_int("LOCAL_RANK", rank)
+        return Environment(rank, local_rank, world_size, _pick_device(device, local_rank, True))
+    rank, world_size = _read_int("RANK", 0), _read_int("WORLD_SIZE", 1)
+    local_rank = _read_int("LOCAL_RANK", 0)
+    if not 0 <= rank < world_size:
+        raise ValueError(
+            f"RANK={rank} is not one of WORLD_SIZE={world_size} ranks. Start with torchrun, or "
+            "unset RANK and WORLD_SIZE for a single process."
+        )
+    chosen = _pick_device(device, local_rank, world_size > 1)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size == 1:
+        return Environment(rank, local_rank, world_size, chosen)
+    store = _connect(chosen, timedelta(seconds=timeout_s))
+    return Environment(rank, local_rank, world_size, chosen, store)
+
+
+def shutdown() -> None:
+    """Leave the process group after success; on a failing path torchrun ends the ranks instead."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def first_on_node(fn: Callable[[], T]) -> T:
+    """Call ``fn`` on one rank of each node, and on the other ranks once all of these are done.
+
+    For downloads and caches on a node's disk: the later callers find the work done.
+
+    Raises:
+        RuntimeError: ``fn`` failed on another rank, which raises the true error.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return fn()
+    is_first = _read_int("LOCAL_RANK", dist.get_rank()) == 0
+    failed = torch.zeros(1, dtype=torch.int32, device=_collective_device())
+    result: T | None = None
+    error: BaseException | None = None
+    if is_first:
+        try:
+            result = fn()
+        except BaseException as caught:
+            error = caught
+            failed += 1
+    dist.all_reduce(failed)
+    if error is not None:
+        raise error
+    if int(failed):
+        raise RuntimeError(
+            f"The first rank of {int(failed)} node(s) failed; its own message says why."
+        )
+    return result if is_first else fn()  # type: ignore[return-value]
+
+
+def set_up_logging(environment: Environment, level: int = logging.INFO) -> None:
+    """Let rank zero log from ``level`` on and the others from warnings on, under their number."""
+    handler = logging.StreamHandler()
+    mark = f"[rank {environment.rank}] " if environment.world_size > 1 else ""
+    handler.setFormatter(logging.Formatter(f"{mark}%(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("flashdreams")
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(level if environment.is_rank_zero else max(level, logging.WARNING))
+
+
+def _read_int(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    try:
+        return int(text) if text else default
+    except ValueError:
+        raise ValueError(f"{name}={text!r} must be a whole number; torchrun sets it.") from None
+
+
+def _pick_device(name: str, local_rank: int, many_ranks: bool) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"Unknown device {name!r}. Allowed: auto, cpu, cuda, cuda:N.") from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise ValueError(f"Device {name!r} is not supported. Allowed: auto, cpu, cuda, cuda:N.")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = local_rank if many_ranks or device.index is None else device.index
+    if index >= count:
+        wish = f"local rank {local_rank} wants cuda:{index}" if many_ranks else f"device={name!r}"
+        allowed = f"at most {count} ranks per node" if count else "--device cpu"
+        raise ValueError(f"{wish}, but this node has {count} CUDA devices. Allowed: {allowed}.")
+    return torch.device("cuda", index)
+
+
+def _connect(device: torch.device, timeout: timedelta) -> dist.Store:
+    """Make the process group; CPU tensors travel over gloo, CUDA tensors over NCCL."""
+    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store.set_timeout(timeout)
+    on_cuda = device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+        store=dist.PrefixStore("flashdreams", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if on_cuda else None,
+    )
+    return dist.PrefixStore("heartbeat", store)
+
+
+def _collective_device() -> torch.device:
+    """A device whose tensors the default group can reduce: the CPU unless it is NCCL alone."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
