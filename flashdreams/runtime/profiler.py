@@ -1,0 +1,149 @@
+"""Stage times of AR steps, taken without making the device wait."""
+
+import time
+from collections import deque
+from types import TracebackType
+from typing import Any
+
+import torch
+
+STAGES = ("encode", "diffuse", "decode", "finalize")
+"""Stages that every record has a time for; 0.0 where a stage did not run."""
+
+
+class StageTimer:
+    """Times the stages of one rollout into one plain record per AR step.
+
+    On a CPU a span is read from the clock. On CUDA it is a pair of events on the stream that is
+    current when the span begins and ends; they are read at the begin of a later step, if they have
+    passed by then, and :meth:`flush` waits for the rest. Until then they are missing from the
+    record's figures.
+
+    A record holds ``autoregressive_index``, ``<stage>_ms`` for :data:`STAGES` and any other stage
+    timed, ``total_ms`` and what :meth:`note` added. ``total_ms`` is the span of the step itself
+    plus the stages that ran after it (finalize), without what the caller did between them::
+
+        with timer.step(0):
+            with timer.stage("encode"):
+                ...
+        with timer.stage("finalize"):
+            ...
+
+    A stage outside a step belongs to the step last begun.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.records: list[dict[str, Any]] = []
+        self._clock = _CudaClock(self.device) if self.device.type == "cuda" else _HostClock()
+        self._in_step = False
+
+    def step(self, autoregressive_index: int) -> "_Span":
+        """A context for one AR step; it begins the record.
+
+        Raises:
+            ValueError: the last step has not ended.
+        """
+        if self._in_step:
+            raise ValueError(
+                f"AR step {autoregressive_index} begins while AR step "
+                f"{self.records[-1]['autoregressive_index']} has not ended. "
+                "Steps follow one another; a second rollout needs a timer of its own."
+            )
+        self._clock.collect(wait=False)
+        record: dict[str, Any] = {"autoregressive_index": autoregressive_index}
+        record.update((f"{name}_ms", 0.0) for name in STAGES)
+        record["total_ms"] = 0.0
+        self.records.append(record)
+        return _Span(self, record, ("total_ms",), is_step=True)
+
+    def stage(self, name: str) -> "_Span":
+        """A context for one stage. A stage entered again in the same step adds to its time.
+
+        Raises:
+            ValueError: no step has begun.
+        """
+        if not self.records:
+            raise ValueError(f"stage {name!r} has no AR step to belong to: enter timer.step(0).")
+        keys = (f"{name}_ms",) if self._in_step else (f"{name}_ms", "total_ms")
+        return _Span(self, self.records[-1], keys, is_step=False)
+
+    def note(self, **values: Any) -> None:
+        """Put further values into the record of the step last begun (frames, memory, ...)."""
+        self.records[-1].update(values)
+
+    def flush(self) -> list[dict[str, Any]]:
+        """All records with all times; on CUDA this waits for the spans that have not passed."""
+        self._clock.collect(wait=True)
+        return self.records
+
+
+class _Span:
+    """The context of a step or stage: two marks, and the keys of the record that get its time."""
+
+    __slots__ = ("_begin", "_is_step", "_keys", "_record", "_timer")
+
+    def __init__(
+        self, timer: StageTimer, record: dict[str, Any], keys: tuple[str, ...], *, is_step: bool
+    ) -> None:
+        self._timer, self._record, self._keys, self._is_step = timer, record, keys, is_step
+
+    def __enter__(self) -> None:
+        if self._is_step:
+            self._timer._in_step = True
+        self._begin = self._timer._clock.mark()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        clock = self._timer._clock
+        if self._is_step:
+            self._timer._in_step = False
+        clock.span(self._record, self._keys, self._begin, clock.mark())
+
+
+class _HostClock:
+    """Marks are seconds; a span is known at once."""
+
+    def mark(self) -> Any:
+        return time.perf_counter()
+
+    def span(self, record: dict[str, Any], keys: tuple[str, ...], begin: Any, end: Any) -> None:
+        for key in keys:
+            record[key] = record.get(key, 0.0) + (end - begin) * 1e3
+
+    def collect(self, *, wait: bool) -> None:
+        """Nothing is ever outstanding."""
+
+
+class _CudaClock:
+    """Marks are events, reused once read; a span is known when its second event has passed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._free: list[torch.cuda.Event] = []
+        self._outstanding: deque[tuple[dict[str, Any], tuple[str, ...], Any, Any]] = deque()
+
+    def mark(self) -> Any:
+        event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def span(self, record: dict[str, Any], keys: tuple[str, ...], begin: Any, end: Any) -> None:
+        self._outstanding.append((record, keys, begin, end))
+
+    def collect(self, *, wait: bool) -> None:
+        while self._outstanding:
+            record, keys, begin, end = self._outstanding[0]
+            if wait:
+                end.synchronize()
+            elif not end.query():
+                return
+            elapsed_ms = begin.elapsed_time(end)
+            for key in keys:
+                record[key] = record.get(key, 0.0) + elapsed_ms
+            self._outstanding.popleft()
+            self._free += (begin, end)
