@@ -10,6 +10,9 @@ from torch import Tensor
 NoiseFunction = Callable[[int, int, Sequence[int]], Tensor]
 """Noise of (AR index, denoising step, shape); ``NoiseSource``, or a callable in its place."""
 
+NoiseFunction = Callable[[int, int, Sequence[int]], Tensor]
+"""``(autoregressive_index, denoising_step, shape) -> float32 CPU tensor``; what a rollout asks."""
+
 SEED_LIMIT = 2**64
 """Seeds and indices are unsigned 64-bit numbers."""
 
@@ -19,7 +22,7 @@ class NoiseSource:
 
     Drawn on the CPU with a counter-based generator, so that the values are the same on every
     device and every rank, in whatever order and however often they are asked for. Any callable of
-    the same signature may stand in its place.
+    the same signature (:data:`NoiseFunction`) may stand in its place.
 
     The seed is the generator's key; AR step and denoising step are the upper half of its counter.
     Streams cannot meet: a stream would have to draw 2**128 blocks first. Of two shapes the smaller
