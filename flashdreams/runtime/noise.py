@@ -8,9 +8,6 @@ import torch
 from torch import Tensor
 
 NoiseFunction = Callable[[int, int, Sequence[int]], Tensor]
-"""Noise of (AR index, denoising step, shape); ``NoiseSource``, or a callable in its place."""
-
-NoiseFunction = Callable[[int, int, Sequence[int]], Tensor]
 """``(autoregressive_index, denoising_step, shape) -> float32 CPU tensor``; what a rollout asks."""
 
 SEED_LIMIT = 2**64
