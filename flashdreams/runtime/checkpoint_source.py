@@ -109,7 +109,7 @@ def describe_missing(config: CheckpointConfig, *, flag: str | None = None) -> st
     if target is None:
         wanted = f", file {config.file}" if config.file else ""
         return (
-            f"Weights not found: {config.source}{wanted}{extra}.\n"
+            f"Not on this machine: {config.source}{wanted}{extra}.\n"
             "Name an existing file or folder, hf://org/repo or package:some.package/file "
             "with --...checkpoint.source."
         )
@@ -118,9 +118,9 @@ def describe_missing(config: CheckpointConfig, *, flag: str | None = None) -> st
 
     cache = huggingface_hub.constants.HF_HUB_CACHE
     return (
-        f"Weights not found: {repo}, file {file}, revision {config.revision or 'main'}{extra}; "
+        f"Not on this machine: {repo}, file {file}, revision {config.revision or 'main'}{extra}; "
         f"looked in the Hugging Face cache {cache}.\n"
-        f"Fetch them with: {_hf_command(config, repo, file)}\n"
+        f"Fetch it with: {_hf_command(config, repo, file)}\n"
         f"or let this program do it: {flag or '--...checkpoint.download'} True"
     )
 

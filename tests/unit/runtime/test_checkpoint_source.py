@@ -144,7 +144,7 @@ def test_find_local_takes_package_data(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_missing_local_weights_say_what_was_wanted(tmp_path: Path) -> None:
     for source in (str(tmp_path / "none.safetensors"), "weights/none.pt"):
-        with pytest.raises(CheckpointError, match=f"Weights not found: {source}"):
+        with pytest.raises(CheckpointError, match=f"Not on this machine: {source}"):
             ensure_local(CheckpointConfig(source=source, download=True))
 
 
@@ -204,9 +204,9 @@ def test_missing_weights_say_what_they_need_and_how_to_get_them(cache: Path) -> 
 
 
 def test_nothing_is_asked_of_the_hub_unless_allowed(hub: list[str]) -> None:
-    with pytest.raises(CheckpointError, match="Weights not found"):
+    with pytest.raises(CheckpointError, match="Not on this machine"):
         ensure_local(CheckpointConfig(source="org/name", file=INDEX))
-    with pytest.raises(CheckpointError, match="Weights not found"):
+    with pytest.raises(CheckpointError, match="Not on this machine"):
         config = CheckpointConfig(source="org/name", file=INDEX, download=True)
         ensure_local(config, allow_download=False)
     assert hub == []

@@ -1,0 +1,176 @@
+"""Prompts: checked, cleaned, embedded beforehand, or hashed word by word for tests."""
+
+# Shapes: B prompts, L = text_len rows per prompt, C = text_dim.
+
+import hashlib
+import html
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flashdreams.infra.encoder.base import Encoder, EncoderConfig
+from flashdreams.runtime.checkpoint import CheckpointError
+from flashdreams.runtime.checkpoint_read import open_tensors
+from flashdreams.runtime.checkpoint_source import LocalCheckpoint
+
+INSTALL_HINT = (
+    "Install it with: pip install 'flashdreams[text]', or give embeddings made beforehand"
+)
+"""What to do where the optional packages for text are missing."""
+
+
+def check_prompts(prompts: Sequence[str]) -> list[str]:
+    """Return the prompts as a list, or say which of them is no usable text.
+
+    Raises:
+        TypeError: not a list of texts.
+        ValueError: no prompt, or an empty one.
+    """
+    if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
+        raise TypeError(
+            f"text must be a list of prompts such as ['a street at night'], got {prompts!r}"
+        )
+    if not prompts:
+        raise ValueError("text holds no prompt; give one per video, such as ['a street at night']")
+    for number, text in enumerate(prompts):
+        if not text.strip():
+            raise ValueError(f"prompt {number} is empty; describe what the video shows")
+    return list(prompts)
+
+
+def clean_prompt(text: str) -> str:
+    """Repair a prompt's encoding, undo HTML escapes and join its white space to single blanks.
+
+    Raises:
+        ImportError: ``ftfy`` is not installed.
+
+    Source: Wan-Video/Wan2.1, wan/modules/tokenizers.py, the mode ``whitespace``.
+    """
+    try:
+        import ftfy
+    except ImportError as error:
+        raise ImportError(f"Prompts are cleaned with the package ftfy. {INSTALL_HINT}") from error
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def load_prompt_embeds(path: str | Path, *, text_len: int = 512, text_dim: int = 4096) -> Tensor:
+    """Load text embeddings that were made beforehand, in place of a text encoder.
+
+    Args:
+        path: safetensors file with one tensor, or one called ``prompt_embeds``: ``[rows, C]`` for
+            one prompt or ``[B, rows, C]``, floating point, at most ``text_len`` rows.
+        text_len: rows that the model wants.
+        text_dim: channels that the model wants.
+
+    Returns:
+        ``[B, text_len, text_dim]`` in the file's dtype; missing rows are zero.
+
+    Raises:
+        CheckpointError: the file is absent or damaged.
+        ValueError: the tensor is not of this form.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"Prompt embeddings not found: {path}")
+    store = open_tensors(LocalCheckpoint(files=(path,)))
+    names = list(store.infos)
+    if len(names) != 1 and "prompt_embeds" not in names:
+        raise ValueError(
+            f"{path} holds {len(names)} tensors ({', '.join(names[:10])}); one of them should be "
+            "called prompt_embeds"
+        )
+    name = names[0] if len(names) == 1 else "prompt_embeds"
+    shape, dtype = list(store.infos[name].shape), store.infos[name].dtype
+    wanted = f"[rows, {text_dim}] or [prompts, rows, {text_dim}], 1 to {text_len} rows"
+    if len(shape) not in (2, 3) or shape[-1] != text_dim or not 1 <= shape[-2] <= text_len:
+        raise ValueError(f"{path}: prompt embeddings of shape {shape}; this model takes {wanted}")
+    if not dtype.is_floating_point or 0 in shape:
+        raise ValueError(f"{path}: prompt embeddings are {dtype} {shape}; floats are wanted")
+    found = next(tensor for _, tensor in store.read({name: None}))
+    found = found if len(shape) == 3 else found[None]
+    if not torch.isfinite(found.float()).all():
+        raise ValueError(f"{path}: prompt embeddings hold values that are not finite")
+    embeds = torch.zeros(found.shape[0], text_len, text_dim, dtype=dtype)
+    embeds[:, : found.shape[1]] = found
+    return embeds
+
+
+def save_prompt_embeds(path: str | Path, embeds: Tensor) -> None:
+    """Save what a text encoder returned, for `load_prompt_embeds`.
+
+    Args:
+        path: the safetensors file to write.
+        embeds: ``[B, L, C]``.
+    """
+    from safetensors.torch import save_file
+
+    save_file({"prompt_embeds": embeds.detach().cpu().contiguous()}, path)
+
+
+@dataclass(kw_only=True)
+class HashTextEncoderConfig(EncoderConfig):
+    """Text encoder for tests and tiny models: no weights, no tokenizer, no meaning."""
+
+    _target: type["HashTextEncoder"] = field(default_factory=lambda: HashTextEncoder)
+
+    text_len: int = 16
+    """Rows per prompt; a prompt may have no more words."""
+
+    text_dim: int = 64
+    """Channels of an embedding."""
+
+    seed: int = 0
+    """Another seed gives every word another embedding."""
+
+
+class HashTextEncoder(Encoder):
+    """Words to rows of unit variance that depend on nothing but the word and the seed.
+
+    The values come from a hash (SHAKE-256), so they are the same on every machine and version.
+    """
+
+    config: HashTextEncoderConfig
+
+    def __init__(self, config: HashTextEncoderConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("_place", torch.zeros((), dtype=self.dtype), persistent=False)
+
+    def init_buffers(self) -> None:
+        """Leave the meta device: the buffer only says where results are wanted."""
+        if self.device.type == "meta":
+            self._place = torch.zeros((), dtype=self.dtype)
+
+    def forward(self, input: Sequence[str]) -> Tensor:
+        """Embed prompts, one row per word.
+
+        Returns:
+            ``[B, L, C]`` in the encoder's dtype; zero rows beyond each prompt's words.
+
+        Raises:
+            TypeError: not a list of texts.
+            ValueError: an empty prompt, or one of more than ``text_len`` words.
+        """
+        prompts = [text.split() for text in check_prompts(input)]
+        text_len, text_dim = self.config.text_len, self.config.text_dim
+        embeds = torch.zeros(len(prompts), text_len, text_dim)
+        for number, words in enumerate(prompts):
+            if len(words) > text_len:
+                raise ValueError(
+                    f"prompt {number} has {len(words)} words, {text_len} are allowed: "
+                    f"shorten it by {len(words) - text_len}"
+                )
+            for row, word in enumerate(words):
+                embeds[number, row] = self._embed(word)
+        return embeds.to(self.device, self.dtype)
+
+    def _embed(self, word: str) -> Tensor:
+        dim = self.config.text_dim
+        digest = hashlib.shake_256(f"{self.config.seed} {word}".encode()).digest(4 * dim)
+        uniform = torch.tensor(struct.unpack(f"<{dim}I", digest), dtype=torch.float64) / 2**32
+        return ((2 * uniform - 1) * 3**0.5).float()

@@ -1,0 +1,206 @@
+"""The UMT5 text encoder that Wan conditions on."""
+
+# Shapes: B prompts, L = text_len token rows per prompt, C = text_dim.
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashdreams.infra.encoder.base import Encoder, EncoderConfig
+from flashdreams.models.prompts import INSTALL_HINT, check_prompts, clean_prompt
+from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, KeyMap, ensure_local
+
+OFFICIAL_KEYS = KeyMap(
+    name="wan",
+    marker=r"token_embedding\.",
+    rename=(
+        (r"^token_embedding\.", "shared."),
+        (r"^norm\.", "encoder.final_layer_norm."),
+        (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
+        (r"^blocks\.(\d+)\.attn\.([qkvo])\.", r"encoder.block.\1.layer.0.SelfAttention.\2."),
+        (
+            r"^blocks\.(\d+)\.pos_embedding\.embedding\.",
+            r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias.",
+        ),
+        (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
+        (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
+        (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
+        (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
+    ),
+)
+"""Names in ``models_t5_umt5-xxl-enc-bf16.pth`` to those of ``transformers``.
+
+Source: the state dicts of both beside each other; Wan-Video/Wan2.1, wan/modules/t5.py.
+"""
+
+WAN_TOKENIZER = CheckpointConfig(
+    source="Wan-AI/Wan2.1-T2V-1.3B", file="google/umt5-xxl/tokenizer.json"
+)
+"""The tokenizer of UMT5-XXL, as every Wan 2.1 repository holds it."""
+
+
+@dataclass(kw_only=True)
+class UMT5TextEncoderConfig(EncoderConfig):
+    """UMT5 encoder; the defaults are those of UMT5-XXL, which Wan uses."""
+
+    _target: type["UMT5TextEncoder"] = field(default_factory=lambda: UMT5TextEncoder)
+
+    text_len: int = 512
+    """Rows per prompt; a prompt may have no more tokens, its end mark included."""
+
+    text_dim: int = 4096
+    """Channels of an embedding."""
+
+    vocab_size: int = 256384
+    """Tokens in the vocabulary."""
+
+    num_layers: int = 24
+    """Transformer blocks."""
+
+    num_heads: int = 64
+    """Attention heads."""
+
+    head_dim: int = 64
+    """Channels of a head."""
+
+    ffn_dim: int = 10240
+    """Channels inside the feed-forward layers."""
+
+    num_buckets: int = 32
+    """Buckets of the relative position bias."""
+
+    max_distance: int = 128
+    """Distance in tokens from which all positions share a bucket."""
+
+    eos_id: int = 1
+    """Token that ends every prompt."""
+
+    tokenizer: CheckpointConfig = WAN_TOKENIZER
+    """Place of ``tokenizer.json``; fetched also where the checkpoint may be."""
+
+
+class UMT5TextEncoder(Encoder):
+    """Prompts to token embeddings, as Wan conditions on them.
+
+    The network is that of the ``transformers`` package under its own names; official Wan files are
+    recognised. Prompts are encoded one by one without padding, so that an embedding does not depend
+    on the other prompts of a batch; the rows beyond a prompt are zero.
+    """
+
+    config: UMT5TextEncoderConfig
+    checkpoint_key_maps = (OFFICIAL_KEYS,)
+
+    def __init__(self, config: UMT5TextEncoderConfig) -> None:
+        super().__init__(config)
+        network = _build_network(config)
+        self.shared: nn.Module = network.shared
+        self.encoder: nn.Module = network.encoder
+        self.to(self.dtype)
+        self.eval().requires_grad_(False)
+        self._tokenizer: Any = None
+
+    def forward(self, input: Sequence[str]) -> Tensor:
+        """Encode prompts.
+
+        Args:
+            input: one text per prompt, in any language.
+
+        Returns:
+            ``[B, L, C]`` in the encoder's dtype; zero rows beyond each prompt's tokens.
+
+        Raises:
+            TypeError: not a list of texts.
+            ValueError: an empty prompt, or one of more than ``text_len`` tokens.
+            CheckpointError: the tokenizer's file is not on this machine.
+            ImportError: ``ftfy`` is not installed.
+        """
+        return self.embed(self.tokenize(input))
+
+    def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Clean prompts and turn each into token ids, the end mark last.
+
+        Raises:
+            As `forward`, except for the length.
+        """
+        texts = check_prompts([clean_prompt(text) for text in check_prompts(prompts)])
+        if self._tokenizer is None:
+            checkpoint, source = self.config.checkpoint, self.config.tokenizer
+            allowed = source.download or (checkpoint is not None and checkpoint.download)
+            self._tokenizer = load_tokenizer(source, allow_download=allowed)
+        tokens = [self._tokenizer.encode(text).ids for text in texts]
+        eos = self.config.eos_id
+        return [ids if ids[-1:] == [eos] else [*ids, eos] for ids in tokens]
+
+    @torch.no_grad()
+    def embed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Encode prompts that are already tokens.
+
+        Args:
+            tokens: ids of each prompt, the end mark last, no padding.
+
+        Returns:
+            ``[B, L, C]`` in the encoder's dtype; zero rows beyond each prompt's tokens.
+
+        Raises:
+            ValueError: more than ``text_len`` tokens.
+        """
+        text_len = self.config.text_len
+        for number, ids in enumerate(tokens):
+            if len(ids) > text_len:
+                raise ValueError(
+                    f"prompt {number} has {len(ids)} tokens, {text_len} are allowed: "
+                    f"shorten it by {len(ids) - text_len} tokens"
+                )
+        shape = (len(tokens), text_len, self.config.text_dim)
+        embeds = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        for row, ids in zip(embeds, tokens, strict=True):
+            batch = torch.tensor([list(ids)], dtype=torch.int64, device=self.device)
+            row[: len(ids)] = self.encoder(input_ids=batch).last_hidden_state[0]
+        return embeds
+
+
+def load_tokenizer(config: CheckpointConfig, *, allow_download: bool | None = None) -> Any:
+    """Load a tokenizer from its ``tokenizer.json``, as it is written there.
+
+    Args:
+        config: names the file.
+        allow_download: may it be fetched; ``None``: as ``config.download`` says.
+
+    Raises:
+        CheckpointError: the file is not there, or is no tokenizer.
+        ImportError: ``tokenizers``, which comes with ``transformers``, is not installed.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ImportError(f"Prompts need the package tokenizers. {INSTALL_HINT}") from error
+    path = ensure_local(config, allow_download=allow_download).files[0]
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises nothing narrower
+        raise CheckpointError(f"{path} is no tokenizer: {error}. Download it again") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _build_network(config: UMT5TextEncoderConfig) -> Any:
+    try:
+        from transformers import UMT5Config, UMT5EncoderModel
+    except ImportError as error:
+        raise ImportError(f"UMT5 needs the package transformers. {INSTALL_HINT}") from error
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=config.vocab_size,
+            d_model=config.text_dim,
+            d_kv=config.head_dim,
+            d_ff=config.ffn_dim,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            relative_attention_num_buckets=config.num_buckets,
+            relative_attention_max_distance=config.max_distance,
+        )
+    )

@@ -1,0 +1,245 @@
+"""The UMT5 text encoder against numbers of the official code (float32, atol 5e-5)."""
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flashdreams.models.umt5 import OFFICIAL_KEYS, UMT5TextEncoder, UMT5TextEncoderConfig
+from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load_checkpoint
+from flashdreams.runtime.checkpoint_keys import map_names
+from tests.goldens import golden_path, load_golden
+from tests.manifests import load_keymap, load_manifest, write_sparse_safetensors, zero_state_dict
+
+ATOL = 5e-5
+GOLDEN = "b7_umt5_tiny"
+WORDS = ("a", "street", "at", "night", "&", "day", "😀")
+
+pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+
+def tiny_config(**overrides) -> UMT5TextEncoderConfig:
+    sizes = {
+        "vocab_size": 128,
+        "text_dim": 64,
+        "head_dim": 16,
+        "ffn_dim": 144,
+        "num_heads": 4,
+        "num_layers": 3,
+        "text_len": 200,
+    }
+    return UMT5TextEncoderConfig(**{**sizes, **overrides})
+
+
+def write_tokenizer(folder: Path, *, adds_end: bool = True) -> CheckpointConfig:
+    """A tokenizer of seven words whose file asks for truncation and padding, as some do."""
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    vocabulary.update((word, number) for number, word in enumerate(WORDS, start=3))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=5)
+    if adds_end:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single="$A </s>", special_tokens=[("</s>", 1)]
+        )
+    path = folder / "tokenizer.json"
+    tokenizer.save(str(path))
+    return CheckpointConfig(source=str(folder), file="google/umt5-xxl/tokenizer.json")
+
+
+def golden_encoder() -> UMT5TextEncoder:
+    with torch.device("meta"):
+        encoder = UMT5TextEncoder(tiny_config())
+    weights = golden_path(GOLDEN, "weights_wan.safetensors")
+    load_checkpoint(encoder, CheckpointConfig(source=str(weights)))
+    return encoder
+
+
+@pytest.mark.parametrize("case", ["short", "long"])
+def test_embeddings_match_official(case: str) -> None:
+    io = load_golden(GOLDEN, "io.safetensors")
+    ids, lengths, expected = (io[f"{case}/{n}"] for n in ("ids", "seq_lens", "prompt_embeds"))
+    rows = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+    encoder = golden_encoder()
+    embeds = encoder.embed(rows)
+    torch.testing.assert_close(embeds[:, : ids.shape[1]], expected, atol=ATOL, rtol=0)
+    assert not embeds[:, ids.shape[1] :].any()
+    attended = encoder.embed([row.tolist() for row in ids])  # padding read as text
+    assert (attended[:, : ids.shape[1]] - expected).abs().max() > 10 * ATOL
+
+
+def test_embeddings_match_the_formula_of_the_official_names(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(5)
+    shapes = {name: shape for name, (shape, _) in tiny_official_manifest().items()}
+    weights = {n: 0.3 * torch.randn(shape, generator=generator) for n, shape in shapes.items()}
+    save_file(weights, tmp_path / "t5.safetensors")
+    with torch.device("meta"):
+        encoder = UMT5TextEncoder(tiny_config(text_len=40))
+    load_checkpoint(encoder, CheckpointConfig(source=str(tmp_path / "t5.safetensors")))
+    ids = torch.randint(2, 128, (40,), generator=generator)
+    expected = umt5_formula(weights, ids)
+    torch.testing.assert_close(encoder.embed([ids.tolist()])[0], expected, atol=ATOL, rtol=0)
+    swapped = {
+        n.replace("gate.0", "x").replace("fc1", "gate.0").replace("x", "fc1"): t
+        for n, t in weights.items()
+    }
+    assert (umt5_formula(swapped, ids) - expected).abs().max() > 10 * ATOL
+
+
+def tiny_official_manifest() -> dict:
+    """The official checkpoint's tensors at the sizes of `tiny_config`."""
+    sizes = {4096: 64, 10240: 144, 256384: 128}
+    return {
+        name: (tuple(4 if size == 64 else sizes.get(size, size) for size in shape), dtype)
+        for name, (shape, dtype) in load_manifest("umt5_xxl_encoder_wan").items()
+        if not re.match(r"blocks\.(\d\d|[3-9])\.", name)
+    }
+
+
+def umt5_formula(weights: dict[str, Tensor], ids: Tensor) -> Tensor:
+    """UMT5's encoder for one prompt, written out: ``[L]`` to ``[L, C]``."""
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weights[name]
+
+    distance = torch.arange(len(ids))[None] - torch.arange(len(ids))[:, None]  # key - query
+    far = 8 + (torch.log(distance.abs().clamp(min=1) / 8) / math.log(128 / 8) * 8).long()
+    bucket = torch.where(distance.abs() < 8, distance.abs(), far.clamp(max=15))
+    bucket = bucket + 16 * (distance > 0)
+    x = weights["token_embedding.weight"][ids]
+    for block in (f"blocks.{number}." for number in range(3)):
+        h = norm(x, block + "norm1.weight")
+        q, k, v = (
+            (h @ weights[f"{block}attn.{n}.weight"].T).view(-1, 4, 16).transpose(0, 1)
+            for n in "qkv"
+        )
+        bias = weights[block + "pos_embedding.embedding.weight"][bucket].permute(2, 0, 1)
+        mixed = torch.softmax(q @ k.transpose(1, 2) + bias, dim=-1) @ v
+        x = x + mixed.transpose(0, 1).flatten(1) @ weights[block + "attn.o.weight"].T
+        h = norm(x, block + "norm2.weight")
+        gate = F.gelu(h @ weights[block + "ffn.gate.0.weight"].T, approximate="tanh")
+        x = (
+            x
+            + (gate * (h @ weights[block + "ffn.fc1.weight"].T))
+            @ weights[block + "ffn.fc2.weight"].T
+        )
+    return norm(x, "norm.weight")
+
+
+def test_relative_positions_fall_into_official_buckets() -> None:
+    table = load_golden(GOLDEN, "relative_buckets.safetensors")
+    attention = golden_encoder().encoder.block[0].layer[0].SelfAttention
+    buckets = attention._relative_position_bucket(table["key_minus_query"])
+    assert torch.equal(buckets, table["bucket"])
+
+
+def test_official_names_become_those_of_transformers() -> None:
+    official = load_manifest("umt5_xxl_encoder_wan")
+    match = map_names(official, CheckpointConfig(source="unused"), (OFFICIAL_KEYS,))
+    assert {theirs: ours for ours, theirs in match.file_names.items()} == load_keymap(
+        "umt5_wan_to_hf"
+    )
+    peer = load_manifest("umt5_xxl_encoder_hf")
+    assert all(official[theirs] == peer[ours] for ours, theirs in match.file_names.items())
+
+
+@pytest.mark.parametrize("name", ["umt5_xxl_encoder_wan", "umt5_xxl_encoder_hf"])
+def test_full_size_loads_the_public_checkpoints_strictly(tmp_path: Path, name: str) -> None:
+    with torch.device("meta"):
+        encoder = UMT5TextEncoder(UMT5TextEncoderConfig(dtype="bfloat16"))
+    manifest = load_manifest(name)
+    if name.endswith("wan"):
+        path = tmp_path / "t5.pth"
+        torch.save(zero_state_dict(manifest), path)
+    else:
+        path = tmp_path / "t5.safetensors"
+        write_sparse_safetensors(path, manifest)
+    report = load_checkpoint(encoder, CheckpointConfig(source=str(path)), device="meta")
+    assert report.tensors == 242
+    assert report.key_map == ("wan" if name.endswith("wan") else None)
+    assert sum(p.numel() for p in encoder.parameters()) == 5_680_910_336
+    del manifest[next(n for n in manifest if "ffn" in n or "DenseReluDense" in n)]
+    short = tmp_path / "short.safetensors"
+    write_sparse_safetensors(short, manifest)
+    with pytest.raises(CheckpointError, match="1 missing in the file"):
+        load_checkpoint(encoder, CheckpointConfig(source=str(short)), device="meta")
+
+
+def encoder_with_words(folder: Path, **overrides) -> UMT5TextEncoder:
+    torch.manual_seed(0)
+    return UMT5TextEncoder(tiny_config(tokenizer=write_tokenizer(folder), **overrides))
+
+
+def test_forward_gives_zero_rows_beyond_each_prompt(tmp_path: Path) -> None:
+    encoder = encoder_with_words(tmp_path, text_len=8)
+    embeds = encoder(["a street at night", "day"])
+    assert embeds.shape == (2, 8, 64) and embeds.dtype == torch.float32
+    used = embeds.abs().sum(dim=-1) > 0
+    assert used.sum(dim=1).tolist() == [5, 2]  # the end mark is a token
+    assert not embeds.requires_grad
+
+
+def test_an_embedding_does_not_depend_on_the_other_prompts(tmp_path: Path) -> None:
+    encoder = encoder_with_words(tmp_path, text_len=8)
+    alone: Tensor = encoder(["day at night"])
+    assert torch.equal(encoder(["a street at night", "day at night"])[1:], alone)
+    assert not torch.equal(encoder(["night at day"]), alone)
+
+
+def test_tokenize_cleans_prompts_and_ends_them_once(tmp_path: Path) -> None:
+    encoder = encoder_with_words(tmp_path)
+    expected = [[3, 4, 5, 6, 7, 8, 1]]
+    assert encoder.tokenize(["a street at night & day"]) == expected
+    assert encoder.tokenize(["  a\tstreet \n at night &amp;amp; day "]) == expected
+    assert encoder.tokenize(["\u00f0\u0178\u02dc\u20ac at night"]) == [
+        [9, 5, 6, 1]
+    ]  # wrongly decoded UTF-8
+    write_tokenizer(tmp_path, adds_end=False)
+    encoder._tokenizer = None
+    assert encoder.tokenize(["a street at night & day"]) == expected
+
+
+def test_bad_prompts_are_refused(tmp_path: Path) -> None:
+    encoder = encoder_with_words(tmp_path, text_len=4)
+    encoder(["a street at"])
+    with pytest.raises(ValueError, match=r"prompt 1 has 6 tokens, 4 are allowed: shorten it by 2"):
+        encoder(["day", "a street at night day"])
+    for empty in ("", " \n", "&nbsp;"):
+        with pytest.raises(ValueError, match="prompt 1 is empty"):
+            encoder(["day", empty])
+    with pytest.raises(ValueError, match="text holds no prompt"):
+        encoder([])
+    for wrong in ("a street", [3], None):
+        with pytest.raises(TypeError, match="must be a list of prompts"):
+            encoder(wrong)
+
+
+def test_a_missing_or_damaged_tokenizer_is_named(tmp_path: Path) -> None:
+    config = CheckpointConfig(source=str(tmp_path), file="tokenizer.json", download=True)
+    encoder = UMT5TextEncoder(tiny_config(tokenizer=config))
+    with pytest.raises(CheckpointError, match=r"Not on this machine: .*tokenizer\.json"):
+        encoder(["day"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0"}))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is no tokenizer"):
+        encoder(["day"])
+
+
+def test_missing_packages_say_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = encoder_with_words(tmp_path)
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(ImportError, match=r"ftfy.*pip install 'flashdreams\[text\]'"):
+        encoder(["day"])
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"transformers.*pip install 'flashdreams\[text\]'"):
+        UMT5TextEncoder(tiny_config())
