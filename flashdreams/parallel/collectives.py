@@ -1,0 +1,186 @@
+"""Exchanges between ranks as functions of a tensor and a group, and a meter of their bytes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+# torch 2.13 renames all_gather_into_tensor; drop the second name once 2.12 is out of range.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def all_gather(x: Tensor, group: ProcessGroup, dim: int = 0) -> Tensor:
+    """Join the slices of all ranks along ``dim``, in the order of the group.
+
+    Args:
+        x: this rank's slice; the same shape and dtype on every rank.
+        group: ranks in the order of the slices, ``P`` of them.
+        dim: dim along which the slices follow one another.
+
+    Returns:
+        ``x``'s shape with ``dim`` multiplied by ``P``.
+    """
+    size = group.size()
+    gathered = x.new_empty((size * x.shape[0], *x.shape[1:]))
+    _all_gather_single(gathered, x.contiguous(), group=group)
+    if dim == 0:
+        return gathered
+    return gathered.unflatten(0, (size, -1)).movedim(0, dim).flatten(dim, dim + 1)
+
+
+def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Send slice ``p`` of the first dim to rank ``p`` and receive one slice from each rank.
+
+    Args:
+        x: ``[P, ...]``, contiguous.
+        group: the ``P`` ranks.
+
+    Returns:
+        ``[P, ...]``; slice ``p`` came from rank ``p``.
+    """
+    received = torch.empty_like(x)
+    dist.all_to_all_single(received, x, group=group)
+    return received
+
+
+def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum of ``x`` over all ranks; ``x`` itself is used up as storage."""
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def rotate(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Send ``x`` to the next rank of the ring and receive the previous rank's, of the same shape.
+
+    Args:
+        x: contiguous; the same shape and dtype on every rank.
+        group: ranks in ring order.
+    """
+    rank, size = group.rank(), group.size()
+    following = dist.get_global_rank(group, (rank + 1) % size)
+    previous = dist.get_global_rank(group, (rank - 1) % size)
+    received = torch.empty_like(x)
+    operations = [
+        dist.P2POp(dist.isend, x, following, group),
+        dist.P2POp(dist.irecv, received, previous, group),
+    ]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+    return received
+
+
+def sent_bytes(collective: str, nbytes: int, size: int) -> int:
+    """Bytes that one rank sends in one call, by the usual algorithm of that collective.
+
+    Args:
+        collective: ``"all_gather"``, ``"all_to_all"``, ``"all_reduce"`` or ``"rotate"``.
+        nbytes: bytes of the tensor that this rank hands over.
+        size: number of ranks.
+
+    Raises:
+        ValueError: another collective.
+
+    Source: ring algorithms, Patarasuk and Yuan 2009, doi:10.1016/j.jpdc.2008.09.002.
+    """
+    others = size - 1
+    if collective == "all_gather":
+        return nbytes * others
+    if collective == "all_to_all":
+        return nbytes * others // size
+    if collective == "all_reduce":
+        return 2 * nbytes * others // size
+    if collective == "rotate":
+        return nbytes
+    raise ValueError(
+        f"Unknown collective {collective!r}. Allowed: all_gather, all_to_all, all_reduce, rotate."
+    )
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Calls of one collective and the bytes that this rank sent in them."""
+
+    calls: int = 0
+    bytes_sent: int = 0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.calls + other.calls, self.bytes_sent + other.bytes_sent)
+
+    def __sub__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.calls - other.calls, self.bytes_sent - other.bytes_sent)
+
+
+@dataclass
+class TrafficMeter:
+    """What this rank sent, by name of the exchange; counted on the host as calls are issued.
+
+    A replayed CUDA graph issues no calls: whoever captures takes ``since(snapshot)`` of the capture
+    and hands it to ``add_all`` at every replay.
+    """
+
+    counts: dict[str, Traffic] = field(default_factory=dict)
+    """Name such as ``"ulysses.all_to_all"`` -> its traffic since the meter was made."""
+
+    def add(self, name: str, bytes_sent: int) -> None:
+        """Count one call."""
+        self.counts[name] = self.counts.get(name, Traffic()) + Traffic(1, bytes_sent)
+
+    def add_all(self, counts: Mapping[str, Traffic]) -> None:
+        """Count many calls at once."""
+        for name, traffic in counts.items():
+            self.counts[name] = self.counts.get(name, Traffic()) + traffic
+
+    def snapshot(self) -> dict[str, Traffic]:
+        """The counts as they are now."""
+        return dict(self.counts)
+
+    def since(self, snapshot: Mapping[str, Traffic]) -> dict[str, Traffic]:
+        """What was counted after a snapshot; names without new calls are left out."""
+        new = {n: t - snapshot.get(n, Traffic()) for n, t in self.counts.items()}
+        return {name: traffic for name, traffic in new.items() if traffic.calls}
+
+
+@dataclass(frozen=True)
+class Channel:
+    """A group under a name, with the meter that counts what is sent over it."""
+
+    name: str
+    group: ProcessGroup
+    meter: TrafficMeter
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.group.size()
+
+    @property
+    def rank(self) -> int:
+        """This process's place in the group."""
+        return self.group.rank()
+
+    def all_gather(self, x: Tensor, dim: int = 0) -> Tensor:
+        """See `all_gather`."""
+        self._count("all_gather", x)
+        return all_gather(x, self.group, dim)
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """See `all_to_all`."""
+        self._count("all_to_all", x)
+        return all_to_all(x, self.group)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """See `all_reduce`."""
+        self._count("all_reduce", x)
+        return all_reduce(x, self.group)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """See `rotate`."""
+        self._count("rotate", x)
+        return rotate(x, self.group)
+
+    def _count(self, collective: str, x: Tensor) -> None:
+        sent = sent_bytes(collective, x.numel() * x.element_size(), self.size)
+        self.meter.add(f"{self.name}.{collective}", sent)

@@ -1,0 +1,281 @@
+"""Degrees of parallelism: what the user asks for, what it resolves to, and the groups of ranks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from flashdreams.parallel.collectives import Channel, TrafficMeter
+
+Degree = int | Literal["auto"]
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How the ranks share the work; every degree is a number of ranks or ``"auto"``."""
+
+    ulysses_degree: Degree = "auto"
+    """Ranks that trade tokens for heads inside attention; must divide the heads. auto: the largest
+    that fits."""
+
+    ring_degree: Degree = "auto"
+    """Ranks that share the sequence beyond what Ulysses can; any number. auto: what remains."""
+
+    tensor_parallel_degree: Degree = "auto"
+    """Ranks that share the weights of every block; must divide the heads. auto: 1."""
+
+    cfg_parallel_degree: Degree = "auto"
+    """2: the conditional and the unconditional half of guidance run on different ranks. auto: 2 for
+    a guided model on an even number of ranks, else 1."""
+
+    ring_method: Literal["gather", "rotate"] = "gather"
+    """gather: every ring rank holds all keys, only the new chunk travels. rotate: the cache stays
+    split and travels, for models whose cache does not fit otherwise."""
+
+    context_backend: Literal["native", "xfuser"] = "native"
+    """xfuser: long-context attention of xDiT or yunchang, for bidirectional models."""
+
+    decode: Literal["auto", "replicated", "split", "rank0"] = "auto"
+    """Who decodes latents: every rank all, every rank its columns, or rank zero alone. auto: split
+    if the decoder has a spatial plan, replicated otherwise."""
+
+    strict: bool = False
+    """The same bits on every number of ranks, for some speed: tiles of one fixed size."""
+
+
+@dataclass(frozen=True)
+class ParallelDegrees:
+    """Resolved degrees, outermost axis first; their product is the world size."""
+
+    cfg: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    tp: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """The product of all degrees."""
+        return self.cfg * self.ring * self.ulysses * self.tp
+
+    @property
+    def sequence(self) -> int:
+        """Ranks that share the tokens of one sequence."""
+        return self.ring * self.ulysses
+
+    def __str__(self) -> str:
+        parts = f"cfg {self.cfg} x ring {self.ring} x ulysses {self.ulysses} x tp {self.tp}"
+        return f"{self.world_size} = {parts}"
+
+    @property
+    def flags(self) -> str:
+        """The command-line flags that ask for these degrees."""
+        return (
+            f"--parallel.cfg-parallel-degree {self.cfg} --parallel.ring-degree {self.ring} "
+            f"--parallel.ulysses-degree {self.ulysses} "
+            f"--parallel.tensor-parallel-degree {self.tp}"
+        )
+
+
+def resolve_degrees(
+    config: ParallelConfig, world_size: int, num_heads: int | None, guided: bool = False
+) -> ParallelDegrees:
+    """Settle every ``"auto"`` and refuse what cannot work, before any weight is read.
+
+    Args:
+        config: the wish.
+        world_size: number of ranks.
+        num_heads: attention heads of the model; None for a model that cannot be cut.
+        guided: whether the model is evaluated twice per denoising step.
+
+    Raises:
+        ValueError: impossible degrees; the message names some that would work.
+    """
+    _refuse_conflicts(config, guided)
+    # Guidance over two ranks first, then as much Ulysses as the heads allow.
+    best = max(
+        _candidates(world_size, num_heads, guided),
+        key=lambda d: (_kept_wishes(d, config), d.cfg, d.ulysses),
+    )
+    if _kept_wishes(best, config) < 4:
+        raise ValueError(_explain(config, world_size, num_heads, best))
+    return best
+
+
+def _candidates(world_size: int, num_heads: int | None, guided: bool) -> Iterator[ParallelDegrees]:
+    """Every mesh that the model allows."""
+    for cfg in (1, 2) if guided else (1,):
+        for tp in _divisors(world_size):
+            for ulysses in _divisors(world_size):
+                shared, left = divmod(world_size, cfg * tp * ulysses)
+                split_heads = tp * ulysses
+                if left or (split_heads > 1 and (num_heads is None or num_heads % split_heads)):
+                    continue
+                yield ParallelDegrees(cfg=cfg, ring=shared, ulysses=ulysses, tp=tp)
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _kept_wishes(degrees: ParallelDegrees, config: ParallelConfig) -> int:
+    """How many of the four wishes a mesh fulfils; ``"auto"`` for tensor parallelism means 1."""
+    pairs = [
+        (config.cfg_parallel_degree, degrees.cfg),
+        (config.ring_degree, degrees.ring),
+        (config.ulysses_degree, degrees.ulysses),
+    ]
+    tp = config.tensor_parallel_degree
+    kept = sum(wish in ("auto", degree) for wish, degree in pairs)
+    return kept + (degrees.tp == (1 if tp == "auto" else tp))
+
+
+def _refuse_conflicts(config: ParallelConfig, guided: bool) -> None:
+    fields = ("ulysses_degree", "ring_degree", "tensor_parallel_degree", "cfg_parallel_degree")
+    for name in fields:
+        wish = getattr(config, name)
+        if wish != "auto" and (not isinstance(wish, int) or wish < 1):
+            raise ValueError(f'{name}={wish!r} must be at least 1, or "auto".')
+    if config.cfg_parallel_degree not in ("auto", 1, 2):
+        raise ValueError(
+            f"cfg_parallel_degree={config.cfg_parallel_degree}: guidance has two halves. "
+            "Allowed: 1, 2, auto."
+        )
+    if config.cfg_parallel_degree == 2 and not guided:
+        raise ValueError(
+            "cfg_parallel_degree=2, but this model is not guided: there is no second half. "
+            "Use --parallel.cfg-parallel-degree 1."
+        )
+    if config.strict and config.tensor_parallel_degree not in ("auto", 1):
+        raise ValueError(
+            f"strict=True with tensor_parallel_degree={config.tensor_parallel_degree}: a sum over "
+            "ranks has other bits. Use --parallel.tensor-parallel-degree 1."
+        )
+    if config.strict and config.ring_method == "rotate":
+        raise ValueError(
+            "strict=True with ring_method='rotate': merged partial sums have other bits. "
+            "Use --parallel.ring-method gather."
+        )
+    if config.strict and config.context_backend == "xfuser":
+        raise ValueError(
+            "strict=True with context_backend='xfuser': its kernels are not tiled. "
+            "Use --parallel.context-backend native."
+        )
+
+
+def _explain(
+    config: ParallelConfig, world_size: int, num_heads: int | None, best: ParallelDegrees
+) -> str:
+    wishes = {
+        "cfg_parallel_degree": config.cfg_parallel_degree,
+        "ring_degree": config.ring_degree,
+        "ulysses_degree": config.ulysses_degree,
+        "tensor_parallel_degree": config.tensor_parallel_degree,
+    }
+    asked = ", ".join(f"{name}={wish}" for name, wish in wishes.items() if wish != "auto")
+    reasons = []
+    tp = config.tensor_parallel_degree if config.tensor_parallel_degree != "auto" else 1
+    ulysses = config.ulysses_degree if config.ulysses_degree != "auto" else 1
+    if num_heads is None and tp * ulysses > 1:
+        reasons.append("the model ships no plan, so its heads cannot be split")
+    elif num_heads is not None and num_heads % (tp * ulysses):
+        allowed = [u for u in _divisors(world_size) if num_heads % (tp * u) == 0]
+        listed = ", ".join(map(str, allowed)) or f"none with tensor_parallel_degree={tp}"
+        reasons.append(
+            f"num_heads={num_heads} is not divisible by tensor_parallel_degree * ulysses_degree "
+            f"= {tp} * {ulysses} (allowed ulysses degrees here: {listed})"
+        )
+    product = 1
+    for wish in wishes.values():
+        product *= wish if isinstance(wish, int) else 1
+    if product > world_size or world_size % product:
+        reasons.append(f"their product {product} does not divide the world size {world_size}")
+    elif "auto" not in wishes.values() and product != world_size:
+        reasons.append(f"their product is {product}, the world size {world_size}")
+    reason = "; ".join(reasons) or "no value of the other degrees fits"
+    return f"{asked or 'auto'} on {world_size} ranks: {reason}. Try {best.flags}."
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the mesh, seen from this rank."""
+
+    name: str
+    size: int = 1
+    rank: int = 0
+    group: ProcessGroup | None = None
+    """None where the size is 1."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The ranks, arranged along named axes; on one rank no process group is needed."""
+
+    degrees: ParallelDegrees = ParallelDegrees()
+    config: ParallelConfig = field(default_factory=ParallelConfig)
+    cfg: Axis = Axis("cfg")
+    ring: Axis = Axis("ring")
+    ulysses: Axis = Axis("ulysses")
+    tp: Axis = Axis("tp")
+    sequence: Axis = Axis("sequence")
+    """Ring and Ulysses as one axis, in the order of the tokens."""
+    decode: Axis = Axis("decode")
+    """All ranks, in a group of their own, because decoding runs beside the clean pass."""
+    meter: TrafficMeter = field(default_factory=TrafficMeter)
+    """Counts what every exchange of this rank sends."""
+
+    def channel(self, axis: Axis) -> Channel:
+        """The metered channel over an axis of more than one rank.
+
+        Raises:
+            ValueError: the axis has one rank.
+        """
+        if axis.group is None:
+            raise ValueError(f"Axis {axis.name!r} has a single rank: there is no one to talk to.")
+        return Channel(axis.name, axis.group, self.meter)
+
+
+def build_mesh(
+    degrees: ParallelDegrees, device_type: str, config: ParallelConfig | None = None
+) -> Mesh:
+    """Arrange the ranks of the default process group.
+
+    Args:
+        degrees: from `resolve_degrees`.
+        device_type: ``"cuda"`` or ``"cpu"``.
+        config: strategy and strictness for `parallelize`; None: the defaults.
+
+    Raises:
+        ValueError: the process group has another number of ranks.
+    """
+    config = config or ParallelConfig()
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if degrees.world_size != ranks:
+        raise ValueError(f"The mesh {degrees} needs {degrees.world_size} ranks; there are {ranks}.")
+    if ranks == 1:
+        return Mesh(degrees=degrees, config=config)
+    d = degrees
+    names = ("cfg", "ring", "ulysses", "tp")
+    sizes = (d.cfg, d.ring, d.ulysses, d.tp)
+    fine = init_device_mesh(device_type, sizes, mesh_dim_names=names)
+    cfg, ring, ulysses, tp = (_axis(fine, name) for name in names)
+    coarse = init_device_mesh(
+        device_type, (d.cfg, d.sequence, d.tp), mesh_dim_names=("cfg", "sequence", "tp")
+    )
+    return Mesh(
+        degrees=degrees,
+        config=config,
+        cfg=cfg,
+        ring=ring,
+        ulysses=ulysses,
+        tp=tp,
+        sequence=_axis(coarse, "sequence"),
+        decode=Axis("decode", ranks, dist.get_rank(), dist.new_group(list(range(ranks)))),
+    )
+
+
+def _axis(mesh: DeviceMesh, name: str) -> Axis:
+    size = mesh[name].size()
+    return Axis(name, size, mesh.get_local_rank(name), mesh.get_group(name) if size > 1 else None)
