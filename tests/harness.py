@@ -1,0 +1,104 @@
+"""Real process groups for tests: one function on many ranks, over gloo."""
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed", "torch.distributed.device_mesh", "tests.harness"]
+)
+
+
+class RankError(RuntimeError):
+    """A rank failed; the message is its traceback."""
+
+
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0
+) -> list[Any]:
+    """Call ``fn(*args)`` on ``world_size`` ranks of one gloo group.
+
+    Args:
+        fn: a module-level function; it asks ``torch.distributed`` for its rank.
+        world_size: number of processes; 1 is a process with a group of one.
+        args: picklable; tensors are copied.
+        timeout_s: limit for all ranks together; also the limit of one collective.
+
+    Returns:
+        What each rank returned, in rank order.
+
+    Raises:
+        RankError: with the traceback of the rank that failed first.
+        TimeoutError: some ranks did not end in time.
+    """
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        paths = [Path(folder, f"rank{rank}") for rank in range(world_size)]
+        torch.save(args, Path(folder, "args"))
+        processes = [
+            _CONTEXT.Process(target=_run, args=(fn, rank, world_size, folder, timeout_s))
+            for rank in range(world_size)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            _wait(processes, paths, time.monotonic() + timeout_s)
+        finally:
+            for process in processes:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+        return [torch.load(path, weights_only=False) for path in paths]
+
+
+def _wait(processes: list[BaseProcess], paths: list[Path], deadline: float) -> None:
+    while any(process.is_alive() for process in processes):
+        if any(process.exitcode for process in processes):
+            time.sleep(0.2)
+            _raise_first(processes, paths)
+        if time.monotonic() > deadline:
+            alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
+            raise TimeoutError(f"ranks {alive} of {len(processes)} did not end in time")
+        time.sleep(0.005)
+    if any(process.exitcode for process in processes):
+        _raise_first(processes, paths)
+
+
+def _raise_first(processes: list[BaseProcess], paths: list[Path]) -> None:
+    errors = [path.with_suffix(".error") for path in paths if path.with_suffix(".error").exists()]
+    if not errors:
+        codes = [process.exitcode for process in processes]
+        raise RankError(f"ranks ended without a traceback, exit codes {codes}")
+    first = min(errors, key=lambda path: path.stat().st_mtime_ns)
+    raise RankError(f"{first.stem} failed first:\n{first.read_text()}")
+
+
+def _run(fn: Callable[..., Any], rank: int, world_size: int, folder: str, limit_s: float) -> None:
+    torch.set_num_threads(1)
+    path = Path(folder, f"rank{rank}")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    try:
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(str(Path(folder, "store")), world_size),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=limit_s),
+        )
+        result = fn(*torch.load(Path(folder, "args"), weights_only=False))
+        torch.save(result, path)
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        path.with_suffix(".error").write_text(traceback.format_exc())
+        os._exit(1)
