@@ -23,13 +23,18 @@ INSTALL_HINT = (
 )
 """What to do where the optional packages for text are missing."""
 
+_EMPTY = "prompt {} is empty; describe what the video shows"
+
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
     """Return the prompts as a list, or say which of them is no usable text.
 
+    ``""`` is usable: it is what guidance takes for no prompt at all. Whoever knows that a prompt is
+    meant to describe something refuses it there.
+
     Raises:
         TypeError: not a list of texts.
-        ValueError: no prompt, or an empty one.
+        ValueError: no prompt, or one of nothing but white space.
     """
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
         raise TypeError(
@@ -38,9 +43,25 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
     if not prompts:
         raise ValueError("text holds no prompt; give one per video, such as ['a street at night']")
     for number, text in enumerate(prompts):
-        if not text.strip():
-            raise ValueError(f"prompt {number} is empty; describe what the video shows")
+        if text and not text.strip():
+            raise ValueError(_EMPTY.format(number))
     return list(prompts)
+
+
+def clean_prompts(prompts: Sequence[str]) -> list[str]:
+    """Check prompts and clean each with `clean_prompt`.
+
+    Raises:
+        TypeError: not a list of texts.
+        ValueError: no prompt, or one of which nothing is left.
+        ImportError: ``ftfy`` is not installed.
+    """
+    checked = check_prompts(prompts)
+    cleaned = [clean_prompt(text) for text in checked]
+    for number, (before, after) in enumerate(zip(checked, cleaned, strict=True)):
+        if before and not after:
+            raise ValueError(_EMPTY.format(number))
+    return cleaned
 
 
 def clean_prompt(text: str) -> str:
@@ -154,7 +175,7 @@ class HashTextEncoder(Encoder):
 
         Raises:
             TypeError: not a list of texts.
-            ValueError: an empty prompt, or one of more than ``text_len`` words.
+            ValueError: white space for a prompt, or more than ``text_len`` words.
         """
         prompts = [text.split() for text in check_prompts(input)]
         text_len, text_dim = self.config.text_len, self.config.text_dim

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
-from flashdreams.models.prompts import INSTALL_HINT, check_prompts, clean_prompt
+from flashdreams.models.prompts import INSTALL_HINT, clean_prompts
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, KeyMap, ensure_local
 
 OFFICIAL_KEYS = KeyMap(
@@ -106,14 +106,14 @@ class UMT5TextEncoder(Encoder):
         """Encode prompts.
 
         Args:
-            input: one text per prompt, in any language.
+            input: one text per prompt, in any language; ``""`` is guidance without a prompt.
 
         Returns:
             ``[B, L, C]`` in the encoder's dtype; zero rows beyond each prompt's tokens.
 
         Raises:
             TypeError: not a list of texts.
-            ValueError: an empty prompt, or one of more than ``text_len`` tokens.
+            ValueError: white space for a prompt, or more than ``text_len`` tokens.
             CheckpointError: the tokenizer's file is not on this machine.
             ImportError: ``ftfy`` is not installed.
         """
@@ -125,7 +125,7 @@ class UMT5TextEncoder(Encoder):
         Raises:
             As `forward`, except for the length.
         """
-        texts = check_prompts([clean_prompt(text) for text in check_prompts(prompts)])
+        texts = clean_prompts(prompts)
         if self._tokenizer is None:
             checkpoint, source = self.config.checkpoint, self.config.tokenizer
             allowed = source.download or (checkpoint is not None and checkpoint.download)

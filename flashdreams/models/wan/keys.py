@@ -37,3 +37,38 @@ Source: the state dicts of ``diffusers.WanTransformer3DModel`` beside those of t
 
 WAN_KEY_MAPS = (DIFFUSERS_KEYS,)
 """Every naming scheme beside the official one, for ``checkpoint_key_maps``."""
+
+_RESNET = r"^((?:en|de)coder\.[a-z]+samples\.\d+|(?:en|de)coder\.middle\.[02])\."
+
+VAE_DIFFUSERS_KEYS = KeyMap(
+    name="diffusers",
+    marker=r"(en|de)coder\.conv_in\.",
+    rename=(
+        (r"^quant_conv\.", "conv1."),
+        (r"^post_quant_conv\.", "conv2."),
+        (r"^(encoder|decoder)\.conv_in\.", r"\1.conv1."),
+        (r"^(encoder|decoder)\.norm_out\.", r"\1.head.0."),
+        (r"^(encoder|decoder)\.conv_out\.", r"\1.head.2."),
+        (r"^(encoder|decoder)\.mid_block\.resnets\.0\.", r"\1.middle.0."),
+        (r"^(encoder|decoder)\.mid_block\.attentions\.0\.", r"\1.middle.1."),
+        (r"^(encoder|decoder)\.mid_block\.resnets\.1\.", r"\1.middle.2."),
+        (r"^encoder\.down_blocks\.", "encoder.downsamples."),
+        *(
+            (rf"^decoder\.up_blocks\.{level}\.{layer}\.", f"decoder.upsamples.{4 * level + place}.")
+            for level in range(4)
+            for place, layer in enumerate(
+                (r"resnets\.0", r"resnets\.1", r"resnets\.2", r"upsamplers\.0")
+            )
+        ),
+        (_RESNET + r"norm1\.", r"\1.residual.0."),
+        (_RESNET + r"conv1\.", r"\1.residual.2."),
+        (_RESNET + r"norm2\.", r"\1.residual.3."),
+        (_RESNET + r"conv2\.", r"\1.residual.6."),
+        (_RESNET + r"conv_shortcut\.", r"\1.shortcut."),
+    ),
+)
+"""``AutoencoderKLWan`` of the ``diffusers`` package at its default layout: four levels, each of
+three residual blocks and an upsampling in the decoder; no tensor changes shape.
+
+Source: the state dict of ``diffusers.AutoencoderKLWan`` beside that of ``Wan2.1_VAE.pth``.
+"""

@@ -112,3 +112,4 @@ def test_hashed_prompts_are_checked() -> None:
         encoder(["one two three"])
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         encoder([" "])
+    assert not encoder([""]).any()

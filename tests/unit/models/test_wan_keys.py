@@ -1,8 +1,9 @@
 """Tensor names of the Wan transformer's public checkpoints."""
 
 import pytest
+import torch
 
-from flashdreams.models.wan.keys import WAN_KEY_MAPS
+from flashdreams.models.wan.keys import VAE_DIFFUSERS_KEYS, WAN_KEY_MAPS
 from flashdreams.runtime.checkpoint import CheckpointConfig
 from flashdreams.runtime.checkpoint_keys import map_names
 from tests.manifests import load_keymap, load_manifest
@@ -49,3 +50,14 @@ def test_wrapped_names_become_the_official_ones(name: str) -> None:
     match = map_names(load_manifest(name), WRAPPED, WAN_KEY_MAPS)
     assert set(match.file_names) == set(load_manifest("wan21_t2v_1.3B"))
     assert set(map_names(load_manifest(name), PLAIN).file_names) != set(match.file_names)
+
+
+def test_diffusers_names_of_the_autoencoder_become_the_official_ones() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        theirs = diffusers.AutoencoderKLWan().state_dict()
+    official = {name: shape for name, (shape, _) in load_manifest("wan21_vae").items()}
+    match = map_names(theirs, PLAIN, (VAE_DIFFUSERS_KEYS,))
+    shapes = {ours: tuple(theirs[name].shape) for ours, name in match.file_names.items()}
+    assert shapes == official
+    assert map_names(official, PLAIN, (VAE_DIFFUSERS_KEYS,)).key_map is None
