@@ -1,0 +1,342 @@
+"""The command line: ``flashdreams-run <slug>``, also ``python -m flashdreams.run <slug>``."""
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import sys
+import textwrap
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from flashdreams.infra.config import (
+    annotated_types,
+    config_fields,
+    field_annotation,
+    is_config,
+)
+from flashdreams.registry import VARIABLE, PluginError, Registry, discover, is_runner_config
+from flashdreams.runtime.checkpoint_config import CheckpointError
+
+PROGRAM = "flashdreams-run"
+DONE, RUN_FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes: 2 means that nothing was started, 1 that what was started failed."""
+
+_OWN_OPTIONS = {
+    "--config FILE": "take the slug and all fields from a file; further flags override it",
+    "--print-config": "print the config in the form of such a file, and stop",
+    "--no-instantiate": "print the resolved config, and stop",
+    "--debug": "show the traceback of an error",
+}
+
+
+class UsageError(ValueError):
+    """A command line that cannot be carried out as typed."""
+
+
+@dataclass(kw_only=True)
+class CommandLine:
+    """A command line, split into the words that this module reads and those that tyro reads."""
+
+    slug: str | None = None
+    overrides: list[str]
+    """Flags for the fields of the slug's config, ``--help`` included."""
+    config_file: Path | None = None
+    print_config: bool = False
+    no_instantiate: bool = False
+    debug: bool = False
+
+    @property
+    def wants_help(self) -> bool:
+        """Whether ``--help`` or ``-h`` was given."""
+        return bool({"-h", "--help"} & set(self.overrides))
+
+
+def entry_point() -> None:
+    """Run the process's own command line and exit with its code."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Carry out one command line.
+
+    Args:
+        argv: the words after the program's name.
+
+    Returns:
+        The exit code: 0 done, 1 the run failed, 2 the command line or a config is wrong and nothing
+        was started, 130 interrupted. Errors are one line on stderr of rank zero; with ``--debug``
+        every rank shows its traceback.
+    """
+    debug = "--debug" in argv
+    try:
+        config = _resolve(_split(argv))
+    except KeyboardInterrupt:
+        return _interrupted()
+    except BrokenPipeError:
+        # The reader of the output (head, less) has left: nothing may be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except Exception as error:
+        return _report(error, WRONG_USAGE, debug)
+    return DONE if config is None else _run(config, debug)
+
+
+def _split(argv: Sequence[str]) -> CommandLine:
+    """Take out this module's own options and the slug."""
+    line = CommandLine(overrides=[])
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == "--config":
+            value = value if equals else next(words, "")
+            if not value or value.startswith("--"):
+                raise UsageError("--config needs a file: --config FILE.")
+            line.config_file = Path(value)
+        elif word in ("--debug", "--no-instantiate", "--print-config"):
+            setattr(line, word[2:].replace("-", "_"), True)
+        else:
+            line.overrides.append(word)
+    rest = line.overrides
+    at = 1 if rest[:1] in (["-h"], ["--help"]) else 0
+    if len(rest) > at and not rest[at].startswith("-"):
+        line.slug = rest.pop(at)
+    return line
+
+
+def _resolve(line: CommandLine) -> Any:
+    """The config to run, or None if the command line only asked for something to be printed."""
+    registry = discover()
+    if line.slug is None and line.config_file is None:
+        return _answer_without_slug(line, registry)
+    config = registry.resolve(line.slug) if line.slug is not None else None
+    for message in registry.collisions.get(line.slug or "", []):
+        _say(f"{PROGRAM}: note: {message}", sys.stderr)
+    if line.config_file is not None:
+        config = _read_config_file(line.config_file, registry, config)
+    config = _apply_overrides(config, line)
+    if config is None:
+        return None
+    if line.print_config:
+        from flashdreams.infra.config_file import dump_config
+
+        _say(f"# Take this back with: {PROGRAM} --config FILE\n{dump_config(config)}".rstrip())
+        return None
+    if line.no_instantiate:
+        _say(str(config))
+        return None
+    return config
+
+
+def _answer_without_slug(line: CommandLine, registry: Registry) -> None:
+    if line.wants_help:
+        _say(_listing(registry))
+        return
+    given = f", got {line.overrides[0]!r}" if line.overrides else ""
+    raise UsageError(
+        f"the first word must name what to run{given}. Type {PROGRAM} --help for the list, "
+        f"e.g. {PROGRAM} {next(iter(registry), '<slug>')}."
+    )
+
+
+def _listing(registry: Registry) -> str:
+    """Every slug with its description, broken plug-ins with a mark, and how to go on."""
+    rows = [(slug, getattr(config, "description", "")) for slug, config in registry.items()]
+    for broken in registry.broken:
+        kind = type(broken.error).__name__
+        rows.append((broken.slug, f"[broken] {kind}: {broken.error} ({broken.source})"))
+    lines = [
+        f"usage: {PROGRAM} <slug> [--field VALUE ...]",
+        f"       {PROGRAM} <slug> --help     every field of a slug",
+        "",
+        "slugs:",
+        *_table(rows or [("(none)", f"install a package that registers some, or set {VARIABLE}")]),
+        "",
+        "options:",
+        *_table(list(_OWN_OPTIONS.items())),
+    ]
+    notes = [message for messages in registry.collisions.values() for message in messages]
+    return "\n".join(lines + [f"note: {message}" for message in notes])
+
+
+def _table(rows: list[tuple[str, str]]) -> list[str]:
+    width = min(max(len(name) for name, _ in rows), 40) + 4
+    columns = max(shutil.get_terminal_size().columns, width + 40)
+    lines = []
+    for name, text in rows:
+        text = " ".join(text.split())
+        wrapped = textwrap.wrap(text, columns - width, break_on_hyphens=False) or [""]
+        first = f"  {name}"
+        if len(first) > width - 2:
+            lines.append(first)
+            first = ""
+        lines.append(f"{first:{width}}{wrapped[0]}".rstrip())
+        lines += [" " * width + more for more in wrapped[1:]]
+    return lines
+
+
+def _read_config_file(path: Path, registry: Registry, named: Any) -> Any:
+    from flashdreams.infra.config_file import load_config
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UsageError(
+            f"cannot read --config {path}: {reason}. "
+            f"Write one with: {PROGRAM} <slug> --print-config > {path}"
+        ) from error
+    registered = list(registry.values()) if named is None else [*registry.values(), named]
+    config = load_config(text, registered, str(path))
+    if not is_runner_config(config):
+        raise UsageError(f"{path} holds a {type(config).__name__}, which is no runner's config.")
+    if named is not None and config.runner_name != named.runner_name:
+        raise UsageError(
+            f"{path} is a config of {config.runner_name!r}, not of {named.runner_name!r}: "
+            f"leave the slug away, or name the file's own."
+        )
+    return config
+
+
+def _apply_overrides(config: Any, line: CommandLine) -> Any:
+    """The config with the flags applied; None if tyro answered ``--help``."""
+    import tyro
+    from tyro.conf import AvoidSubcommands, FlagConversionOff, SuppressFixed
+
+    program = f"{PROGRAM} {line.slug or config.runner_name}"
+    form: Any = AvoidSubcommands[SuppressFixed[FlagConversionOff[type(config)]]]  # type: ignore[misc]
+    # Help goes out as tyro lays it out. Without --help nothing but an error is printed, and its
+    # layout is plain text of one width whatever the terminal, since stdout is no terminal then.
+    shown = line.wants_help and _is_rank_zero()
+    stdout, stderr = sys.stdout if shown else io.StringIO(), io.StringIO()
+    try:
+        with (
+            _wide_terminal(not line.wants_help),
+            contextlib.redirect_stdout(stdout),
+            contextlib.redirect_stderr(stderr),
+        ):
+            config = tyro.cli(
+                form, default=config, args=line.overrides, prog=program, description=_about(config)
+            )
+    except SystemExit as exit:
+        if exit.code in (None, 0):
+            return None
+        raise UsageError(_one_line(stderr.getvalue(), program)) from None
+    sys.stderr.write(stderr.getvalue())
+    return config
+
+
+def _about(config: Any) -> str:
+    """What stands above the flags in the help of a slug."""
+    lines = [getattr(config, "description", "")]
+    lines += [f"{name}: {text}." for name, text in _OWN_OPTIONS.items()]
+    absent = list(_absent_components(config, ""))
+    if absent:
+        lines.append(
+            f"--config FILE is also the way to set what is None here: {', '.join(absent)}."
+        )
+    return "\n".join(lines)
+
+
+def _absent_components(config: Any, prefix: str) -> Iterator[str]:
+    """Dotted names of the components that are None, which have no flags."""
+    for name in config_fields(config):
+        value = getattr(config, name)
+        if is_config(value):
+            yield from _absent_components(value, f"{prefix}{name}.")
+        elif value is None:
+            named = annotated_types(field_annotation(type(config), name))
+            if any(is_dataclass(kind) for kind in named):
+                yield prefix + name
+
+
+@contextlib.contextmanager
+def _wide_terminal(wide: bool) -> Iterator[None]:
+    """Keep tyro from breaking flags in two when it lays out an error for a narrow terminal."""
+    before = os.environ.get("COLUMNS")
+    if wide:
+        os.environ["COLUMNS"] = "2000"
+    try:
+        yield
+    finally:
+        if wide and before is None:
+            os.environ.pop("COLUMNS", None)
+        elif wide and before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def _one_line(rendered: str, program: str) -> str:
+    """What tyro says in a box, in one line: the problem, the nearest flags, what to type."""
+    blocks = re.split(r"\n *-{5,} *\n", rendered)  # title, problem, more on it, how to get help
+    text = " ".join((blocks[1] if len(blocks) > 1 else rendered).split()).rstrip(".")
+    text = re.sub(r"^Error parsing (?!--)\S+: ", "", text)  # what a config's own check says
+    nearest = []
+    for block in blocks[2:]:
+        if block.lstrip().startswith("Perhaps you meant"):
+            nearest = re.findall(r"^ *(--[\w.-]+)", block, re.MULTILINE)[:3]
+    hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
+    return f"{text}.{hint} Type {program} --help for every flag."
+
+
+def _run(config: Any, debug: bool) -> int:
+    """Set up the runner and run it; what it has recorded is written whatever happens."""
+    try:
+        runner = config.setup()
+    except KeyboardInterrupt:
+        return _interrupted()
+    except (ValueError, TypeError) as error:
+        return _report(error, WRONG_USAGE, debug)
+    except Exception as error:
+        return _report(error, RUN_FAILED, debug)
+    try:
+        try:
+            runner.run()
+        except BaseException:
+            runner.abort()
+            raise
+        runner.close()
+    except KeyboardInterrupt:
+        return _interrupted()
+    except Exception as error:
+        return _report(error, RUN_FAILED, debug)
+    return DONE
+
+
+def _report(error: Exception, code: int, debug: bool) -> int:
+    """Say in one line what went wrong, and give the exit code for it."""
+    if debug:
+        traceback.print_exception(error)
+    for_people = [ValueError, OSError, ImportError, PluginError, CheckpointError]
+    if code == WRONG_USAGE:
+        for_people.append(TypeError)
+    text = " ".join(str(error).split())
+    if not isinstance(error, tuple(for_people)) or not text:
+        hint = "" if debug else " (run again with --debug for the traceback)"
+        text = f"{type(error).__name__}: {text}".rstrip(": ") + hint
+    _say(f"{PROGRAM}: error: {text}", sys.stderr)
+    return code
+
+
+def _interrupted() -> int:
+    _say(f"{PROGRAM}: interrupted", sys.stderr)
+    return INTERRUPTED
+
+
+def _say(text: str, stream: Any = None) -> None:
+    """Print on rank zero only."""
+    if _is_rank_zero():
+        print(text, file=stream or sys.stdout, flush=True)
+
+
+def _is_rank_zero() -> bool:
+    from flashdreams.parallel.environment import is_rank_zero_process
+
+    return is_rank_zero_process()
+
+
+if __name__ == "__main__":
+    entry_point()
