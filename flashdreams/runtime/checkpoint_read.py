@@ -1,10 +1,13 @@
 """Tensors of checkpoint files, read by memory map."""
 
+import contextlib
 import json
 import math
+import mmap
 import pickle
 import re
 import struct
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -58,7 +61,7 @@ class TensorStore(Protocol):
     infos: dict[str, TensorInfo]
 
     def read(self, wanted: Mapping[str, TensorSlice | None]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the wanted tensors, or slices of them, as views of mapped memory."""
+        """Yield the wanted tensors, or slices of them, as views of mapped memory, to be copied."""
 
 
 def open_tensors(local: LocalCheckpoint, select: tuple[str, ...] = ()) -> TensorStore:
@@ -100,22 +103,42 @@ class SafetensorsStore:
             self.infos[name] = headers[path][name]
 
     def read(self, wanted: Mapping[str, TensorSlice | None]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the wanted tensors file by file, in the order in which they lie in the files."""
-        from safetensors import SafetensorError, safe_open
+        """Yield the wanted tensors file by file, in the order in which they lie in the files.
 
+        The mapping is read-only: unlike a private writable one, the kernel does not count it as
+        memory, so a file may be larger than the machine's. Writing into a view would crash.
+        """
         for path in sorted({self.infos[name].file for name in wanted}):
             names = [name for name in wanted if self.infos[name].file == path]
             names.sort(key=lambda name: self.infos[name].offset)
             try:
-                with safe_open(path, framework="pt", device="cpu") as file:
-                    for name in names:
-                        part = wanted[name]
-                        if part is None:
-                            yield name, file.get_tensor(name)
-                        else:
-                            yield name, file.get_slice(name)[_index(part)]
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} cannot be read: {error}") from error
+                with path.open("rb") as file:
+                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be mapped: {error.strerror}") from error
+            for name in names:
+                part = wanted[name]
+                tensor = _view(mapped, self.infos[name], part)
+                yield name, tensor if part is None else tensor[_index(part)]
+
+
+def _view(mapped: mmap.mmap, info: TensorInfo, part: TensorSlice | None) -> Tensor:
+    """View one tensor in the mapped file, and ask the kernel to read ahead what is wanted of it."""
+    count = math.prod(info.shape)
+    if count == 0:
+        return torch.empty(info.shape, dtype=info.dtype)
+    start, length = info.offset, count * info.dtype.itemsize
+    if part is not None and part.dim == 0:
+        row = length // info.shape[0]
+        start, length = start + part.start * row, part.length * row
+    if hasattr(mmap, "MADV_WILLNEED") and length > 0:
+        page = start - start % mmap.PAGESIZE
+        with contextlib.suppress(OSError):  # a hint only
+            mapped.madvise(mmap.MADV_WILLNEED, page, length + start - page)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        flat = torch.frombuffer(mapped, dtype=info.dtype, count=count, offset=info.offset)
+    return flat.view(info.shape)
 
 
 class PickleStore:

@@ -20,7 +20,7 @@ from flashdreams.runtime.checkpoint import (
 )
 from flashdreams.runtime.checkpoint_read import open_tensors, read_header
 from flashdreams.runtime.checkpoint_source import LocalCheckpoint
-from tests.manifests import write_sparse_safetensors
+from tests.manifests import load_manifest, write_sparse_safetensors
 
 
 class Tiny(nn.Module):
@@ -398,6 +398,32 @@ def test_slices_of_a_large_file_are_all_that_is_read(tmp_path: Path) -> None:
     report = load_checkpoint(module, config, slices={"weight": (0, 128, 64)})
     assert report.bytes_read == 64 * 8192 * 4
     assert module.weight.shape == (64, 8192) and not module.weight.is_meta
+
+
+def test_a_file_larger_than_memory_can_be_read(tmp_path: Path) -> None:
+    path, name = tmp_path / "large.safetensors", "blocks.39.cam_shift_layer.weight"
+    write_sparse_safetensors(path, load_manifest("lingbot_world_fast"))
+    assert path.stat().st_size > 74e9
+    store = open_tensors(LocalCheckpoint(files=(path,)))
+    assert len(store.infos) == 1421
+    ((found, tensor),) = store.read({name: TensorSlice(0, 5119, 1)})
+    assert found == name and tensor.shape == (1, 5120) and not tensor.any()
+
+
+def test_tensors_at_odd_places_are_read(tmp_path: Path) -> None:
+    header = json.dumps(
+        {
+            "one": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+            "none": {"dtype": "F32", "shape": [0, 3], "data_offsets": [1, 1]},
+            "two": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]},
+        }
+    ).encode()
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\1" + struct.pack("<2f", 2, 3))
+    store = open_tensors(LocalCheckpoint(files=(path,)))
+    found = dict(store.read(dict.fromkeys(store.infos)))
+    assert found["one"].tolist() == [1] and found["two"].tolist() == [2.0, 3.0]
+    assert found["none"].shape == (0, 3)
 
 
 def test_progress_bar_counts_bytes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
