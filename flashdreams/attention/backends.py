@@ -25,8 +25,8 @@ class AttentionBackend(Protocol):
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     """PyTorch's scaled dot-product attention, which picks its own kernel."""
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
 BACKENDS: dict[str, AttentionBackend] = {"sdpa": sdpa}

@@ -66,6 +66,14 @@ class Component(nn.Module):
         yield from self.buffers()
 
 
+def build_component(config: ComponentConfig | None) -> Any:
+    """Set up a component, on the meta device if a checkpoint will give its weights."""
+    if config is None:
+        return None
+    with torch.device("cpu" if config.checkpoint is None else "meta"):
+        return config.setup()
+
+
 def declared_context(function: Callable[..., Any]) -> frozenset[str]:
     """Names of the keyword context that a component's function declares."""
     parameters = inspect.signature(function).parameters.values()

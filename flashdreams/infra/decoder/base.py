@@ -43,8 +43,8 @@ class StreamingDecoder(Decoder):
 
     config: StreamingDecoderConfig
 
-    def initialize_cache(self) -> Any:
-        """Fresh state for one rollout."""
+    def initialize_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """Fresh state for one rollout; subclasses name the context that they want."""
         return None
 
     def forward(self, latent: Tensor, autoregressive_index: int = 0, cache: Any = None) -> Tensor:

@@ -50,8 +50,8 @@ class Transformer(Component):
         c = self.config
         return (batch_size, c.in_channels, c.len_t, c.latent_height, c.latent_width)
 
-    def initialize_cache(self) -> Any:
-        """Fresh state for one rollout."""
+    def initialize_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """Fresh state for one rollout; subclasses name the context that they want."""
         return None
 
     def begin_step(self, autoregressive_index: int, cache: Any, control: Any = None) -> None:

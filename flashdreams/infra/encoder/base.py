@@ -42,8 +42,8 @@ class StreamingEncoder(Encoder):
 
     config: StreamingEncoderConfig
 
-    def initialize_cache(self) -> Any:
-        """Fresh state for one rollout."""
+    def initialize_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """Fresh state for one rollout; subclasses name the context that they want."""
         return None
 
     def forward(self, input: Any, autoregressive_index: int = 0, cache: Any = None) -> Any:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from flashdreams.parallel.plan import ParallelPlan
+from flashdreams.parallel.plan import ParallelPlan, TensorStyle
 
 if TYPE_CHECKING:
     from flashdreams.models.wan.transformer import WanTransformerConfig
@@ -15,7 +15,9 @@ def wan_plan(config: "WanTransformerConfig") -> ParallelPlan:
     over the sequence need no exchange.
     """
     attention = ("blocks.*.self_attn", "blocks.*.cross_attn")
-    tensor = {f"{name}.{proj}": "colwise" for name in attention for proj in ("q", "k", "v")}
+    tensor: dict[str, TensorStyle] = {
+        f"{name}.{proj}": "colwise" for name in attention for proj in ("q", "k", "v")
+    }
     tensor |= {f"{name}.o": "rowwise" for name in attention}
     tensor |= {f"{name}.{norm}": "norm" for name in attention for norm in ("norm_q", "norm_k")}
     tensor |= {"blocks.*.ffn.0": "colwise", "blocks.*.ffn.2": "rowwise"}

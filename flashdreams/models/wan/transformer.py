@@ -7,7 +7,7 @@ of the official checkpoints.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -356,7 +356,8 @@ class WanTransformer(Transformer):
             self.control_embedding = nn.Sequential(
                 nn.Linear(c.control_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim)
             )
-        self.blocks = nn.ModuleList(self.block_class(c) for _ in range(c.num_layers))
+        blocks = nn.ModuleList(self.block_class(c) for _ in range(c.num_layers))
+        self.blocks: Sequence[WanBlock] = cast(Any, blocks)
         patch_volume = c.patch_size[0] * c.patch_size[1] * c.patch_size[2]
         self.head = Head(c.dim, c.out_channels * patch_volume, c.eps)
 

@@ -1,0 +1,181 @@
+"""The diffusion model: one AR step as noise, denoising loop and clean pass."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashdreams.infra.component import build_component, declared_context, select_context
+from flashdreams.infra.config import InstantiateConfig
+from flashdreams.infra.diffusion.scheduler.base import SchedulerConfig
+from flashdreams.infra.diffusion.transformer import TransformerConfig
+from flashdreams.runtime.noise import NoiseFunction, to_device
+
+
+@dataclass(kw_only=True)
+class DiffusionModelConfig(InstantiateConfig):
+    """A transformer and the scheduler that walks it from noise to a clean chunk."""
+
+    _target: type["DiffusionModel"] = field(default_factory=lambda: DiffusionModel)
+
+    transformer: TransformerConfig
+    """Predicts the flow."""
+
+    scheduler: SchedulerConfig
+    """Noise levels and the steps between them."""
+
+    guidance_scale: float | None = None
+    """Weight s of classifier-free guidance, ``uncond + s * (cond - uncond)``; None runs the
+    conditional half alone."""
+
+    context_noise: float = 0.0
+    """Timestep of the clean pass, 0 to 1000; above 0 the chunk is lightly noised first."""
+
+    first_latent_from_image: bool = False
+    """Use the encoded ``image`` as the first latent frame of the rollout instead of generating
+    it; needs ``len_t`` 1."""
+
+    def __post_init__(self) -> None:
+        if self.first_latent_from_image and self.transformer.len_t != 1:
+            raise ValueError(
+                f"first_latent_from_image needs len_t=1, got len_t={self.transformer.len_t}."
+            )
+        if not 0 <= self.context_noise <= 1000:
+            raise ValueError(f"context_noise={self.context_noise} must be from 0 to 1000.")
+
+
+@dataclass
+class DiffusionCache:
+    """All state that the diffusion model has in one rollout."""
+
+    conditional: Any
+    """The transformer's cache under the prompt."""
+    unconditional: Any | None
+    """The same under the negative prompt; None without guidance."""
+    noise: NoiseFunction
+    batch_size: int
+    image: Tensor | None
+    """``[B, C, 1, H, W]``, the first latent frame if an image gives it."""
+    latent: Tensor | None = None
+    """``[B, C, T, H, W]`` float32, the last clean chunk."""
+
+    @property
+    def branches(self) -> list[Any]:
+        """The transformer caches that are in use."""
+        return [c for c in (self.conditional, self.unconditional) if c is not None]
+
+
+class DiffusionModel(nn.Module):
+    """Runs the denoising loop of one chunk after the other; holds no rollout state."""
+
+    config: DiffusionModelConfig
+
+    def __init__(self, config: DiffusionModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = build_component(config.transformer)
+        self.scheduler = config.scheduler.setup()
+
+    def known_context(self) -> frozenset[str]:
+        """Names of the context that a rollout may be given."""
+        return declared_context(self.transformer.initialize_cache)
+
+    def initialize_cache(
+        self,
+        context: Mapping[str, Any],
+        negative_context: Mapping[str, Any] | None,
+        noise: NoiseFunction,
+        batch_size: int,
+    ) -> DiffusionCache:
+        """Begin a rollout.
+
+        Args:
+            context: what the rollout is conditioned on, by name.
+            negative_context: the same for the unconditional half; None without guidance.
+            noise: noise of (AR index, denoising step, shape).
+            batch_size: B.
+        """
+        image = context.get("image") if self.config.first_latent_from_image else None
+        make = self.transformer.initialize_cache
+        return DiffusionCache(
+            conditional=make(**select_context(make, context)),
+            unconditional=(
+                None if negative_context is None else make(**select_context(make, negative_context))
+            ),
+            noise=noise,
+            batch_size=batch_size,
+            image=self._check_image(image, batch_size),
+        )
+
+    def generate(self, autoregressive_index: int, cache: DiffusionCache, control: Any) -> Tensor:
+        """Denoise one chunk.
+
+        Args:
+            autoregressive_index: number of the AR step, from 0.
+            cache: this rollout's state.
+            control: output of the pipeline's encoder, handed to the transformer.
+
+        Returns:
+            ``[B, C, T, H, W]`` float32, also kept as ``cache.latent``.
+        """
+        for branch in cache.branches:
+            self.transformer.begin_step(autoregressive_index, branch, control)
+        if autoregressive_index == 0 and cache.image is not None:
+            cache.latent = cache.image
+            return cache.latent
+        noise = self._noise_of_step(autoregressive_index, cache)
+        cache.latent = self.scheduler.sample(self._flow(cache), noise)
+        return cache.latent
+
+    def finalize(self, autoregressive_index: int, cache: DiffusionCache) -> None:
+        """The clean pass over the chunk that ``generate`` left in ``cache.latent``."""
+        if cache.latent is None:
+            raise ValueError("There is no chunk to finalize; call generate first.")
+        latent = cache.latent
+        timestep = torch.tensor(self.config.context_noise, dtype=self.scheduler.timesteps.dtype)
+        if self.config.context_noise > 0:
+            noise = self._noise_of_step(autoregressive_index, cache)
+            latent = self.scheduler.add_noise(
+                latent, noise(self.scheduler.num_inference_steps), timestep
+            )
+        for branch in cache.branches:
+            self.transformer.update_cache(latent, timestep, branch)
+
+    def _flow(self, cache: DiffusionCache) -> Callable[[Tensor, Tensor], Tensor]:
+        predict, scale = self.transformer.predict_flow, self.config.guidance_scale
+        if cache.unconditional is None or scale is None:
+            return lambda latent, timestep: predict(latent, timestep, cache.conditional)
+
+        def guided(latent: Tensor, timestep: Tensor) -> Tensor:
+            conditional = predict(latent, timestep, cache.conditional)
+            unconditional = predict(latent, timestep, cache.unconditional)
+            return unconditional + scale * (conditional - unconditional)
+
+        return guided
+
+    def _noise_of_step(
+        self, autoregressive_index: int, cache: DiffusionCache
+    ) -> Callable[[int], Tensor]:
+        shape = self.transformer.latent_shape(cache.batch_size)
+        device = self.transformer.device
+
+        def noise(denoising_step: int) -> Tensor:
+            drawn = cache.noise(autoregressive_index, denoising_step, shape)
+            if tuple(drawn.shape) != shape:
+                raise ValueError(f"The noise must be {list(shape)}; got {list(drawn.shape)}.")
+            return to_device(drawn, device)
+
+        return noise
+
+    def _check_image(self, image: Tensor | None, batch_size: int) -> Tensor | None:
+        if image is None:
+            return None
+        shape = self.transformer.latent_shape(batch_size)
+        if tuple(image.shape) != shape:
+            raise ValueError(
+                f"The encoded image must be one latent frame {list(shape)}; "
+                f"got {list(image.shape)}."
+            )
+        return image.to(self.transformer.device, torch.float32)

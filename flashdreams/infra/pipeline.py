@@ -1,0 +1,336 @@
+"""The pipeline: encoders, diffusion model and decoder, conducted through one rollout."""
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashdreams.infra.component import (
+    Component,
+    build_component,
+    declared_context,
+    select_context,
+)
+from flashdreams.infra.config import InstantiateConfig
+from flashdreams.infra.decoder.base import DecoderConfig, StreamingDecoder
+from flashdreams.infra.diffusion.model import DiffusionCache, DiffusionModelConfig
+from flashdreams.infra.encoder.base import EncoderConfig, StreamingEncoder
+from flashdreams.runtime.checkpoint import load_checkpoint
+from flashdreams.runtime.noise import NoiseFunction, NoiseSource
+from flashdreams.runtime.profiler import StageTimer
+
+OWN_CONTEXT = ("text", "negative_text", "image", "seed", "noise")
+"""Context that the pipeline itself understands."""
+
+INIT_SEED = 0
+"""Seed of weights that no checkpoint gives, so that every rank draws the same ones."""
+
+
+@dataclass(kw_only=True)
+class StreamInferencePipelineConfig(InstantiateConfig):
+    """The composition of a method."""
+
+    _target: type["StreamInferencePipeline"] = field(
+        default_factory=lambda: StreamInferencePipeline
+    )
+
+    name: str
+    """Name of the method."""
+
+    diffusion_model: DiffusionModelConfig
+    """The transformer and its scheduler."""
+
+    text_encoder: EncoderConfig | None = None
+    """Turns prompts into embeddings, once per rollout; None hands ``text`` on as it is given."""
+
+    image_encoder: EncoderConfig | None = None
+    """Turns an image into latents, once per rollout; None hands ``image`` on as it is given."""
+
+    encoder: EncoderConfig | None = None
+    """Encodes the control input of every AR step; None for methods without one."""
+
+    decoder: DecoderConfig | None = None
+    """Turns latents into frames; None makes ``generate`` return latents."""
+
+
+@dataclass
+class StreamInferencePipelineCache:
+    """ALL state of one rollout; the pipeline itself has none."""
+
+    diffusion: DiffusionCache
+    encoder: Any
+    decoder: Any
+    timer: StageTimer
+    next_index: int = 0
+    """The AR step that ``generate`` expects."""
+    pending: bool = False
+    """A chunk is generated and not yet finalized."""
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Stage times and sizes, one record per AR step."""
+        return self.timer.records
+
+    @property
+    def latent(self) -> Tensor | None:
+        """``[B, C, T, H, W]`` float32, the clean latent of the last chunk."""
+        return self.diffusion.latent
+
+
+ChunkObserver = Callable[[StreamInferencePipelineCache, Tensor], None]
+"""Called with the rollout's cache and the chunk, right after each ``generate``."""
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device of a name; ``"auto"`` is CUDA where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+class StreamInferencePipeline(nn.Module):
+    """Streams a rollout chunk by chunk::
+
+        cache = pipeline.initialize_cache(text=["A cat surfing."])
+        for i in range(total_blocks):
+            chunk = pipeline.generate(autoregressive_index=i, cache=cache)
+            pipeline.finalize(autoregressive_index=i, cache=cache)
+
+    Any number of rollouts may interleave: each lives in its own cache alone.
+    """
+
+    config: StreamInferencePipelineConfig
+
+    def __init__(
+        self,
+        config: StreamInferencePipelineConfig,
+        *,
+        device: str | torch.device = "auto",
+        load: bool = True,
+    ) -> None:
+        """Build the components and, unless told otherwise, load their weights.
+
+        Args:
+            config: the composition.
+            device: where it shall run; ``"auto"`` is CUDA where there is one.
+            load: False leaves components that name a checkpoint on the meta device until ``load``
+                is called, so that others may cut them first.
+        """
+        super().__init__()
+        self.config = config
+        self.target_device = resolve_device(device)
+        self.observers: list[ChunkObserver] = []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(INIT_SEED)
+            self.text_encoder = build_component(config.text_encoder)
+            self.image_encoder = build_component(config.image_encoder)
+            self.encoder = build_component(config.encoder)
+            self.diffusion_model = config.diffusion_model.setup()
+            self.decoder = build_component(config.decoder)
+        self.requires_grad_(False).eval()
+        if load:
+            self.load()
+
+    def components(self) -> dict[str, Component]:
+        """The components by their config's field name, in the order of the data."""
+        found = {
+            "text_encoder": self.text_encoder,
+            "image_encoder": self.image_encoder,
+            "encoder": self.encoder,
+            "transformer": self.diffusion_model.transformer,
+            "decoder": self.decoder,
+        }
+        return {name: part for name, part in found.items() if part is not None}
+
+    def load(self) -> None:
+        """Read the weights and move every component to its device and type.
+
+        Raises:
+            CheckpointError: weights are missing or do not fit; see ``load_checkpoint``.
+        """
+        for component in self.components().values():
+            if component.config.checkpoint is not None:
+                load_checkpoint(
+                    component,
+                    component.config.checkpoint,
+                    device=self.target_device,
+                    dtype=component.dtype,
+                )
+                component.init_buffers()
+            component.to(self.target_device, component.dtype)
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def initialize_cache(
+        self,
+        *,
+        text: Sequence[str] | Tensor | None = None,
+        negative_text: Sequence[str] | Tensor | None = None,
+        image: Any = None,
+        seed: int = 0,
+        noise: NoiseFunction | None = None,
+        **context: Any,
+    ) -> StreamInferencePipelineCache:
+        """Begin a rollout.
+
+        Args:
+            text: one prompt per batch entry, or embeddings ``[B, S, text_dim]``.
+            negative_text: the same for the unconditional half of guidance; None is ``""``.
+            image: what the image encoder, or without one the diffusion model, takes.
+            seed: of the rollout's noise.
+            noise: takes the place of the seeded noise: ``(AR index, denoising step, shape)`` to a
+                float32 tensor of that shape.
+            context: keyword context of the components, by the names that they declare.
+
+        Returns:
+            The rollout's state.
+
+        Raises:
+            TypeError: a keyword that no component declares; the message lists the known ones.
+        """
+        self._check_context(context)
+        batch_size = _batch_size(text, image)
+        shared = {**context, "batch_size": batch_size}
+        if image is not None:
+            shared["image"] = self.image_encoder(image) if self.image_encoder else image
+        if text is not None:
+            shared["text"] = self._encode_text(text)
+        negative = None
+        if self.config.diffusion_model.guidance_scale is not None:
+            prompts = [""] * batch_size if negative_text is None else negative_text
+            negative = {**shared, "text": self._encode_text(prompts)}
+        diffusion = self.diffusion_model.initialize_cache(
+            shared, negative, noise or NoiseSource(seed), batch_size
+        )
+        return StreamInferencePipelineCache(
+            diffusion=diffusion,
+            encoder=_new_state(self.encoder, shared),
+            decoder=_new_state(self.decoder, shared),
+            timer=StageTimer(self.target_device),
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        autoregressive_index: int,
+        cache: StreamInferencePipelineCache,
+        input: Any = None,
+    ) -> Tensor:
+        """Generate one chunk.
+
+        Args:
+            autoregressive_index: number of the AR step; steps come in order, from 0.
+            cache: this rollout's state.
+            input: the control input of the step, for methods that have an encoder.
+
+        Returns:
+            ``[B, F, 3, height, width]`` in [-1, 1]; without a decoder the latent
+            ``[B, C, T, H, W]``.
+
+        Raises:
+            ValueError: a step out of order, or an input that no encoder takes.
+        """
+        self._check_order("generate", autoregressive_index, cache.next_index, cache)
+        if self.encoder is None and input is not None:
+            raise ValueError(f"{self.config.name} has no encoder, so input must be None.")
+        timer = cache.timer
+        with timer.step(autoregressive_index):
+            with timer.stage("encode"):
+                control = self._encode(input, autoregressive_index, cache)
+            with timer.stage("diffuse"):
+                latent = self.diffusion_model.generate(
+                    autoregressive_index, cache.diffusion, control
+                )
+            with timer.stage("decode"):
+                chunk = self._decode(latent, autoregressive_index, cache)
+        cache.next_index += 1
+        cache.pending = True
+        for observe in self.observers:
+            observe(cache, chunk)
+        return chunk
+
+    @torch.no_grad()
+    def finalize(self, autoregressive_index: int, cache: StreamInferencePipelineCache) -> None:
+        """Make the chunk just generated part of the context; optional after the last chunk.
+
+        Raises:
+            ValueError: the step is not the one just generated.
+        """
+        self._check_order("finalize", autoregressive_index, cache.next_index - 1, cache)
+        with cache.timer.stage("finalize"):
+            self.diffusion_model.finalize(autoregressive_index, cache.diffusion)
+        cache.pending = False
+
+    def _encode(self, input: Any, index: int, cache: StreamInferencePipelineCache) -> Any:
+        if self.encoder is None:
+            return None
+        if isinstance(self.encoder, StreamingEncoder):
+            return self.encoder(input, autoregressive_index=index, cache=cache.encoder)
+        return self.encoder(input)
+
+    def _decode(self, latent: Tensor, index: int, cache: StreamInferencePipelineCache) -> Tensor:
+        if self.decoder is None:
+            return latent
+        if isinstance(self.decoder, StreamingDecoder):
+            return self.decoder(latent, autoregressive_index=index, cache=cache.decoder)
+        return self.decoder(latent)
+
+    def _encode_text(self, text: Sequence[str] | Tensor) -> Any:
+        if self.text_encoder is None or isinstance(text, Tensor):
+            return text
+        if isinstance(text, str):
+            raise ValueError(
+                f"text must be a list of prompts; got one string. Try text=[{text!r}]."
+            )
+        return self.text_encoder(list(text))
+
+    def _check_context(self, context: dict[str, Any]) -> None:
+        known = set(OWN_CONTEXT) | set(self.diffusion_model.known_context())
+        for part in (self.encoder, self.decoder):
+            if part is not None and hasattr(part, "initialize_cache"):
+                known |= declared_context(part.initialize_cache)
+        known -= {"batch_size"}
+        for name in context:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise TypeError(
+                    f"No component of {self.config.name} takes the context {name!r}.{hint} "
+                    f"Known: {', '.join(sorted(known))}."
+                )
+
+    @staticmethod
+    def _check_order(
+        call: str, index: int, expected: int, cache: StreamInferencePipelineCache
+    ) -> None:
+        if call == "generate" and cache.pending:
+            last = cache.next_index - 1
+            raise ValueError(
+                f"generate(autoregressive_index={index}): expected "
+                f"finalize(autoregressive_index={last}) first."
+            )
+        if call == "finalize" and not cache.pending:
+            raise ValueError(
+                f"finalize(autoregressive_index={index}): expected "
+                f"generate(autoregressive_index={cache.next_index}) first."
+            )
+        if index != expected:
+            raise ValueError(
+                f"{call}: expected autoregressive_index={expected}, got {index}. "
+                "AR steps of a rollout come in order."
+            )
+
+
+def _new_state(part: Component | None, context: dict[str, Any]) -> Any:
+    if not isinstance(part, StreamingEncoder | StreamingDecoder):
+        return None
+    return part.initialize_cache(**select_context(part.initialize_cache, context))
+
+
+def _batch_size(text: Any, image: Any) -> int:
+    if text is not None:
+        return len(text)
+    return len(image) if isinstance(image, Tensor) and image.ndim >= 4 else 1

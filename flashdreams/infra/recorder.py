@@ -1,0 +1,131 @@
+"""The record of a run: stage times, checksums and latents, gathered by watching the pipeline."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import flashdreams
+from flashdreams.infra.config_file import config_hash
+from flashdreams.infra.pipeline import StreamInferencePipelineCache
+from flashdreams.parallel.environment import Environment
+from flashdreams.runtime.stats import memory_stats, sha256_of, write_stats
+
+if TYPE_CHECKING:
+    from flashdreams.infra.runner import RunnerConfig
+
+
+class RunRecorder:
+    """Watches rollouts and writes ``stats_<slug>.json`` when the run is over.
+
+    Checksums are taken beside the loop, by one thread, from copies that the loop does not wait
+    for. Only rank zero records anything.
+    """
+
+    def __init__(
+        self, config: "RunnerConfig", environment: Environment, parallel: dict[str, int]
+    ) -> None:
+        self.config = config
+        self.environment = environment
+        self.parallel = parallel
+        self._ready = time.perf_counter()
+        self._first_chunk_ms: float | None = None
+        self._first_seen = 0.0
+        self._frames_since = 0
+        self._caches: list[StreamInferencePipelineCache] = []
+        self._latents: list[Tensor] = []
+        self._checksums: list[tuple[dict[str, Any], str, Future[str]]] = []
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checksum")
+
+    def observe(self, cache: StreamInferencePipelineCache, chunk: Tensor) -> None:
+        """Note one chunk; called by the pipeline right after it was generated."""
+        if not self.environment.is_rank_zero:
+            return
+        if not any(known is cache for known in self._caches):
+            self._caches.append(cache)
+        decoded = chunk is not cache.latent
+        frames = chunk.shape[1] if decoded else chunk.shape[2]
+        if self._first_chunk_ms is None:
+            self._first_seen = time.perf_counter()
+            self._first_chunk_ms = (self._first_seen - self._ready) * 1e3
+        else:
+            self._frames_since += frames
+        cache.timer.note(frames=frames, **memory_stats(self.environment.device))
+        self._checksum(cache.records[-1], "frames_sha256", chunk)
+        if cache.latent is not None:
+            self._checksum(cache.records[-1], "latent_sha256", cache.latent)
+            if self.config.save_latents:
+                self._latents.append(cache.latent.float().cpu())
+
+    @property
+    def frames_per_second(self) -> float:
+        """Rate since the first chunk, which start-up slows; 0 until the second."""
+        elapsed = time.perf_counter() - self._first_seen
+        return self._frames_since / elapsed if self._frames_since > 0 else 0.0
+
+    def _checksum(self, record: dict[str, Any], key: str, tensor: Tensor) -> None:
+        copy, arrived = _host_copy(tensor)
+
+        def compute() -> str:
+            if arrived is not None:
+                arrived.synchronize()
+            return sha256_of(copy)
+
+        self._checksums.append((record, key, self._thread.submit(compute)))
+
+    def records(self) -> list[dict[str, Any]]:
+        """One record per AR step of every rollout watched, complete with rates and checksums."""
+        for record, key, checksum in self._checksums:
+            record[key] = checksum.result()
+        self._checksums.clear()
+        found = []
+        for rollout, cache in enumerate(self._caches):
+            for record in cache.timer.flush():
+                seconds = record["total_ms"] / 1e3
+                rate = record["frames"] / seconds if seconds > 0 else None
+                found.append({"rollout": rollout, **record, "fps": rate})
+        return found
+
+    def header(self) -> dict[str, Any]:
+        """What holds for the run as a whole."""
+        device = self.environment.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        return {
+            "flashdreams": flashdreams.__version__,
+            "runner_name": self.config.runner_name,
+            "config_hash": config_hash(self.config),
+            "seed": self.config.seed,
+            "device": name,
+            "torch": torch.__version__,
+            "world_size": self.environment.world_size,
+            "parallel": self.parallel,
+            "first_frame_latency_ms": self._first_chunk_ms,
+        }
+
+    def close(self) -> None:
+        """Write the stats and, if asked for, the latents; only rank zero does."""
+        if not self.environment.is_rank_zero:
+            return
+        folder, slug = self.config.output_dir, self.config.runner_name
+        try:
+            write_stats(folder / f"stats_{slug}.json", self.header(), self.records())
+        finally:
+            self._thread.shutdown()
+        if self._latents:
+            partial = folder / f".latents_{slug}.partial"
+            save_file({"latents": torch.cat(self._latents, dim=2)}, partial)
+            partial.replace(folder / f"latents_{slug}.safetensors")
+
+
+def _host_copy(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy on the host that nobody changes, and the event after which it is complete."""
+    if not tensor.is_cuda:
+        return tensor.detach().clone(), None
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event(blocking=True)
+    arrived.record(torch.cuda.current_stream(tensor.device))
+    return copy, arrived

@@ -1,0 +1,169 @@
+"""The runner: one method on the command line, its files and its figures."""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from flashdreams.infra.config import InstantiateConfig
+from flashdreams.infra.pipeline import (
+    StreamInferencePipeline,
+    StreamInferencePipelineCache,
+    StreamInferencePipelineConfig,
+)
+from flashdreams.infra.recorder import RunRecorder
+from flashdreams.parallel.environment import Environment, init, shutdown
+from flashdreams.parallel.mesh import ParallelConfig, resolve_degrees
+from flashdreams.runtime.video import VideoWriter
+
+
+@dataclass(kw_only=True)
+class RunnerConfig(InstantiateConfig):
+    """What every method on the command line has."""
+
+    _target: type["Runner"] = field(
+        default_factory=lambda: Runner  # type: ignore[type-abstract]
+    )
+
+    runner_name: str
+    """The slug: the name on the command line."""
+    description: str = ""
+    """One line for the list of methods."""
+    pipeline: StreamInferencePipelineConfig
+    """The method."""
+    output_dir: Path = Path("outputs")
+    """Folder that receives the video and the stats."""
+    seed: int = 0
+    """Seed of the rollout's noise."""
+    fps: int = 16
+    """Frames per second of the video."""
+    device: str = "auto"
+    """Where to run: "auto" is CUDA where there is one, else "cpu"."""
+    save_latents: bool = False
+    """Also write all latents, float32, as latents_<slug>.safetensors."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How several ranks share the work."""
+
+    def __post_init__(self) -> None:
+        for name in ("total_blocks", "fps"):
+            value = getattr(self, name, 1)
+            if value < 1:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {value}: must be at least 1.")
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed}: must not be negative.")
+
+
+ConfigT = TypeVar("ConfigT", bound=RunnerConfig)
+PipelineT = TypeVar("PipelineT", bound=StreamInferencePipeline)
+
+
+class Runner(ABC, Generic[ConfigT, PipelineT]):
+    """Sets up a pipeline, drives rollouts in ``run`` and writes the stats in ``close``.
+
+    Subclasses write ``run`` alone. The stats come from watching the pipeline, so they are written
+    whatever ``run`` does.
+    """
+
+    config: ConfigT
+    pipeline: PipelineT
+
+    def __init__(self, config: ConfigT) -> None:
+        """Join the process group, build the pipeline and open the output folder.
+
+        Raises:
+            ValueError: the config cannot be run; nothing has been read yet.
+            OSError: the output folder cannot be written.
+            CheckpointError: weights are missing or damaged.
+        """
+        self.config = config
+        self.environment: Environment = init(config.device)
+        if self.is_rank_zero:
+            check_writable(config.output_dir)
+        degrees = resolve_degrees(
+            config.parallel,
+            self.environment.world_size,
+            num_heads=getattr(config.pipeline.diffusion_model.transformer, "num_heads", None),
+            guided=config.pipeline.diffusion_model.guidance_scale is not None,
+        )
+        self.pipeline = config.pipeline.setup(device=self.environment.device, load=False)
+        self.pipeline.load()
+        self.recorder = RunRecorder(config, self.environment, asdict(degrees))
+        self.pipeline.observers.append(self.recorder.observe)
+
+    @property
+    def is_rank_zero(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.environment.is_rank_zero
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this process."""
+        return self.environment.device
+
+    @abstractmethod
+    def run(self) -> None:
+        """Drive the rollout."""
+
+    def open_video(self, scale: int = 1) -> VideoWriter:
+        """A writer for ``<output_dir>/<slug>.mp4``, to be used as a context on rank zero.
+
+        Args:
+            scale: enlargement by whole pixels, for small worlds.
+        """
+        path = self.config.output_dir / f"{self.config.runner_name}.mp4"
+        return VideoWriter(path, fps=self.config.fps, scale=scale)
+
+    def progress(self, total_blocks: int) -> Iterator[int]:
+        """The AR indices 0 to ``total_blocks - 1``, with a progress bar on rank zero."""
+        bar = tqdm(
+            total=total_blocks,
+            desc=self.config.runner_name,
+            unit="chunk",
+            disable=not self.is_rank_zero,
+            dynamic_ncols=True,
+        )
+        with bar:
+            for index in range(total_blocks):
+                yield index
+                bar.set_postfix_str(f"{self.recorder.frames_per_second:.1f} fps", refresh=False)
+                bar.update()
+
+    def track(self, cache: StreamInferencePipelineCache, **values: Any) -> None:
+        """Put further figures into the stats record of the AR step just generated."""
+        cache.timer.note(**values)
+
+    def close(self) -> None:
+        """Write the stats, and the latents if asked for, then leave the process group."""
+        self.recorder.close()
+        shutdown()
+
+    def abort(self) -> None:
+        """Write the stats of what was done before the run failed.
+
+        The process group is left to torchrun: other ranks may hang in a collective.
+        """
+        with contextlib.suppress(Exception):
+            self.recorder.close()
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder and see that files can be made in it.
+
+    Raises:
+        OSError: one line that says what is in the way.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".flashdreams-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"--output-dir {folder} cannot be written: {error.strerror}. Name another folder."
+        ) from error

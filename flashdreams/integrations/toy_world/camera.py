@@ -1,0 +1,112 @@
+"""The camera embedding: what each token's patch of the picture looks along."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flashdreams.infra.encoder.base import Encoder, EncoderConfig
+
+from .render import VERTICAL_FOV
+from .world import HALF_SIZE, camera_to_pose
+
+_RAYS_PER_TOKEN = 4
+_ANGLE_HARMONICS = (1, 2, 4)
+_PLACE_HARMONICS = (0.5, 1, 2, 4)
+
+
+def ray_features(pose: Tensor, rows: int, columns: int, pixel_size: tuple[int, int]) -> Tensor:
+    """Describe the rays of every token, in Fourier form.
+
+    A horizontal ray is the line ``(angle, moment, along)``: its compass angle, its signed distance
+    from the middle of the world (the Pluecker moment in the plane) and how far along it the camera
+    stands. Every token sees four of them, spread over its columns; the place of the camera and of
+    the token in the picture come beside them.
+
+    Args:
+        pose: ``[..., 3]`` (x, y, heading).
+        rows: token rows of a frame.
+        columns: token columns of a frame.
+        pixel_size: height and width of a frame in pixels.
+
+    Returns:
+        ``[..., rows * columns, control_features(rows, columns)]`` float32.
+    """
+    height, width = pixel_size
+    x, y, heading = pose.float().unbind(-1)
+    focal = 0.5 * height / math.tan(0.5 * VERTICAL_FOV)
+    count = columns * _RAYS_PER_TOKEN
+    offsets = (torch.arange(count, device=pose.device) + 0.5) * (width / count) - 0.5 * width
+    angle = heading[..., None] + torch.atan(offsets / focal)
+    sine, cosine = angle.sin(), angle.cos()
+    moment = x[..., None] * cosine - y[..., None] * sine
+    along = x[..., None] * sine + y[..., None] * cosine
+    rays = torch.cat(
+        [_waves(angle, _ANGLE_HARMONICS), _place_waves(moment), _place_waves(along)], dim=-1
+    )
+    rays = rays.unflatten(-2, (columns, _RAYS_PER_TOKEN)).flatten(-2)
+    shape = (*pose.shape[:-1], rows, columns, -1)
+    place = torch.cat([_place_waves(x), _place_waves(y)], dim=-1)
+    row = torch.eye(rows, device=pose.device)[:, None]
+    column = torch.eye(columns, device=pose.device)[None]
+    parts = [rays[..., None, :, :], place[..., None, None, :], row, column]
+    return torch.cat([part.expand(shape) for part in parts], dim=-1).flatten(-3, -2)
+
+
+def control_features(rows: int, columns: int) -> int:
+    """Number of features that ``ray_features`` gives each token."""
+    per_ray = 2 * len(_ANGLE_HARMONICS) + 4 * len(_PLACE_HARMONICS)
+    return _RAYS_PER_TOKEN * per_ray + 4 * len(_PLACE_HARMONICS) + rows + columns
+
+
+def _waves(angle: Tensor, harmonics: tuple[float, ...]) -> Tensor:
+    phases = angle[..., None] * torch.tensor(harmonics, device=angle.device)
+    return torch.cat([phases.sin(), phases.cos()], dim=-1)
+
+
+def _place_waves(length: Tensor) -> Tensor:
+    return _waves(length * (math.pi / HALF_SIZE), _PLACE_HARMONICS)
+
+
+@dataclass(kw_only=True)
+class CameraEncoderConfig(EncoderConfig):
+    """Config of the camera encoder; the sizes are those of the transformer's frames."""
+
+    _target: type["CameraEncoder"] = field(default_factory=lambda: CameraEncoder)
+
+    token_rows: int = 4
+    """Token rows of a latent frame."""
+    token_columns: int = 4
+    """Token columns of a latent frame."""
+    height: int = 64
+    """Picture height in pixels."""
+    width: int = 64
+    """Picture width in pixels."""
+
+
+class CameraEncoder(Encoder):
+    """Turns camera poses into per-token control features; keeps nothing between steps."""
+
+    config: CameraEncoderConfig
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Encode the poses of one chunk.
+
+        Args:
+            input: ``[B, T, 4, 4]`` or ``[T, 4, 4]`` upright camera-to-world matrices (x right,
+                y down, z forward).
+
+        Returns:
+            ``[B, T * rows * columns, F]`` float32.
+
+        Raises:
+            ValueError: another shape, or a camera that is not upright.
+        """
+        if not isinstance(input, Tensor) or input.ndim not in (3, 4) or input.shape[-2:] != (4, 4):
+            got = list(input.shape) if isinstance(input, Tensor) else type(input).__name__
+            raise ValueError(f"Camera poses must be [B, T, 4, 4] or [T, 4, 4]; got {got}.")
+        c = self.config
+        poses = input if input.ndim == 4 else input[None]
+        plane = camera_to_pose(poses)
+        return ray_features(plane, c.token_rows, c.token_columns, (c.height, c.width)).flatten(1, 2)

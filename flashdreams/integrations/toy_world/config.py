@@ -1,0 +1,62 @@
+"""The toy world's config literals."""
+
+from flashdreams.infra.diffusion.model import DiffusionModelConfig
+from flashdreams.infra.diffusion.scheduler.fm import FlowMatchSchedulerConfig
+from flashdreams.infra.pipeline import StreamInferencePipelineConfig
+from flashdreams.infra.runner import RunnerConfig
+from flashdreams.models.wan.transformer import WanTransformerConfig
+from flashdreams.runtime.checkpoint import CheckpointConfig
+
+from .camera import CameraEncoderConfig, control_features
+from .codec import LATENT_CHANNELS, PatchDecoderConfig, PatchEncoderConfig
+from .prompt import PROMPT_DIM, ScenePromptEncoderConfig
+from .runner import ToyWorldRunnerConfig
+from .scene import NUM_SLOTS
+
+
+def packaged(name: str) -> CheckpointConfig:
+    """Weights that lie beside this file."""
+    return CheckpointConfig(source=f"package:{__package__}/weights/{name}.safetensors")
+
+
+TRANSFORMER = WanTransformerConfig(
+    dim=192,
+    ffn_dim=768,
+    num_heads=6,
+    num_layers=6,
+    in_channels=LATENT_CHANNELS,
+    out_channels=LATENT_CHANNELS,
+    freq_dim=64,
+    text_dim=PROMPT_DIM,
+    text_len=NUM_SLOTS,
+    control_dim=control_features(rows=4, columns=4),
+    prediction="x0",
+    len_t=1,
+    latent_height=8,
+    latent_width=8,
+    sink_size_t=1,
+    window_size_t=8,
+    relative_rope=True,
+    checkpoint=packaged("transformer"),
+)
+
+TOY_WORLD_PIPELINE = StreamInferencePipelineConfig(
+    name="toy-world",
+    text_encoder=ScenePromptEncoderConfig(),
+    image_encoder=PatchEncoderConfig(checkpoint=packaged("encoder")),
+    encoder=CameraEncoderConfig(),
+    diffusion_model=DiffusionModelConfig(
+        transformer=TRANSFORMER,
+        scheduler=FlowMatchSchedulerConfig(denoising_timesteps=(1000.0,)),
+        first_latent_from_image=True,
+    ),
+    decoder=PatchDecoderConfig(checkpoint=packaged("decoder")),
+)
+
+TOY_WORLD_RUNNER = ToyWorldRunnerConfig(
+    runner_name="toy-world",
+    description="A small courtyard to walk through, on any machine in real time.",
+    pipeline=TOY_WORLD_PIPELINE,
+)
+
+RUNNER_CONFIGS: dict[str, RunnerConfig] = {TOY_WORLD_RUNNER.runner_name: TOY_WORLD_RUNNER}

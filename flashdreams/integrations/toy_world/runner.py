@@ -1,0 +1,114 @@
+"""The toy world on the command line."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flashdreams.infra.pipeline import StreamInferencePipeline
+from flashdreams.infra.runner import Runner, RunnerConfig
+from flashdreams.runtime.actions import hold, integrate, parse_actions
+
+from .render import render
+from .scene import check_scene, scene_from_text
+from .world import KEY_MOTION, START_POSE, camera_to_pose, collide_camera, pose_to_camera
+
+STROLL = "w16 wl10 w10 l12 w12 j8 wj14 w10 j16 d8 w12 l18 w14"
+
+
+@dataclass(kw_only=True)
+class ToyWorldRunnerConfig(RunnerConfig):
+    """A walk through a courtyard that the words describe and the keys steer."""
+
+    _target: type["ToyWorldRunner"] = field(default_factory=lambda: ToyWorldRunner)
+
+    prompt: str = "dawn sky, gold floor, blue north wall, teal east wall, white pillars"
+    """The scene in words: colours of the floor, sky, walls and pillars, separated by commas. What
+    is not named keeps its default; "unknown floor" leaves the choice to the model."""
+    prompt_path: Path | None = None
+    """A text file to read the prompt from."""
+    actions: str = STROLL
+    """Keys and how many frames they are held: w a s d move, j l turn, "wl6" holds two together.
+    After the last one the camera stands still."""
+    total_blocks: int = 160
+    """AR steps; each is one frame."""
+    start_from_truth: bool = False
+    """Give the first frame as a picture instead of generating it."""
+    compare_to_truth: bool = False
+    """Show the rendered truth beside the generated frames and record the PSNR of every step."""
+    threads: int = 1
+    """CPU threads; at this size one is faster than two."""
+    scale: int = 6
+    """Enlargement of the video by whole pixels."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_actions(self.actions)
+        for name in ("scale", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1.")
+
+
+class ToyWorldRunner(Runner[ToyWorldRunnerConfig, StreamInferencePipeline]):
+    """Walks, generates a frame for every pose and, if asked, holds it against the truth."""
+
+    def __init__(self, config: ToyWorldRunnerConfig) -> None:
+        self.prompt = read_prompt(config)
+        self.scene = scene_from_text(self.prompt)[None]
+        if config.compare_to_truth or config.start_from_truth:
+            check_scene(self.scene)
+        torch.set_num_threads(config.threads)
+        super().__init__(config)
+
+    def run(self) -> None:
+        """Stream the walk into the video."""
+        cfg = self.config
+        poses = walk(cfg.actions, cfg.total_blocks)
+        image = self.truth(poses[0]) if cfg.start_from_truth else None
+        cache = self.pipeline.initialize_cache(text=[self.prompt], image=image, seed=cfg.seed)
+        video = self.open_video(scale=cfg.scale) if self.is_rank_zero else nullcontext()
+        with video as writer:
+            for i in self.progress(cfg.total_blocks):
+                chunk = self.pipeline.generate(
+                    autoregressive_index=i, cache=cache, input=poses[i][None]
+                )
+                self.pipeline.finalize(autoregressive_index=i, cache=cache)
+                if cfg.compare_to_truth:
+                    truth = self.truth(poses[i])[:, None]
+                    self.track(cache, psnr_db=psnr_db(chunk, truth))
+                    chunk = torch.cat([chunk, truth], dim=-1)
+                if writer is not None:
+                    writer.write(chunk)
+
+    def truth(self, pose: Tensor) -> Tensor:
+        """The rendered frame ``[1, 3, 64, 64]`` for a camera-to-world matrix ``[4, 4]``."""
+        return render(self.scene, camera_to_pose(pose)[None].float()).to(self.device)
+
+
+def read_prompt(config: ToyWorldRunnerConfig) -> str:
+    """The prompt, from its file if there is one.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    if config.prompt_path is None:
+        return config.prompt
+    try:
+        return config.prompt_path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompt-path {config.prompt_path} cannot be read: {error}.") from error
+
+
+def walk(actions: str, frames: int) -> Tensor:
+    """Camera-to-world matrices ``[frames, 4, 4]`` of a walk; the last pose is held."""
+    start = pose_to_camera(torch.tensor(START_POSE))
+    path = integrate(parse_actions(actions), KEY_MOTION, start=start, collide=collide_camera)
+    return hold(path, frames)
+
+
+def psnr_db(frames: Tensor, truth: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of frames in [-1, 1]."""
+    error = (frames.float().cpu() - truth.float().cpu()).square().mean() / 4
+    return float(-10 * error.clamp_min(1e-10).log10())

@@ -1,0 +1,218 @@
+"""Trains the toy world's transformer: single frames first, then frames in context.
+
+Both stages look at the network from outside: it runs without a cache over whole clips, and its
+self-attention cores are exchanged for masked ones for as long as the training lasts.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flashdreams.attention.cache import KVCache
+from flashdreams.attention.core import AttentionCore
+from flashdreams.models.wan.transformer import WanTransformer
+
+from ..camera import ray_features
+from ..prompt import embed_scene
+from ..scene import FLOOR_SLOT, HIDDEN, SKY_SLOT
+from .pool import GRID, ClipPool
+
+log = logging.getLogger(__name__)
+
+CONTEXT_FRAMES = 10
+"""Frames of a training clip in the second stage."""
+SIZE = (8 * GRID, 8 * GRID)
+
+
+class MaskedCore(AttentionCore):
+    """Attention under a boolean mask ``[L, S]``, in the place of an attention core."""
+
+    def __init__(self, head_dim: int, mask: Tensor) -> None:
+        super().__init__(head_dim)
+        self.mask = mask
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Attend; tensors are ``[B, L, N, D]``."""
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2)
+
+
+@contextmanager
+def masked(model: WanTransformer, mask: Tensor) -> Iterator[None]:
+    """Give every self-attention core the same mask for a while."""
+    cores = [block.self_attn.core for block in model.blocks]
+    for block in model.blocks:
+        block.self_attn.core = MaskedCore(model.config.head_dim, mask)
+    try:
+        yield
+    finally:
+        for block, core in zip(model.blocks, cores, strict=True):
+            block.self_attn.core = core
+
+
+def context_mask(frames: int, sink: int, window: int, tokens_per_frame: int) -> Tensor:
+    """Mask of ``[clean frames | noisy frames]``, ``[2L, 2L]``.
+
+    Frame i sees the clean frames j < i that are in the sink or among the last ``window`` frames
+    (i itself counted in), and itself in its own half: what the streaming cache would show it.
+    """
+    query, key = torch.arange(frames)[:, None], torch.arange(frames)[None]
+    past = (key < query) & ((key < sink) | (key > query - window))
+    own = query == key
+    nothing = torch.zeros_like(own)
+    mask = torch.cat([torch.cat([past | own, nothing], 1), torch.cat([past, own], 1)])
+    return mask.repeat_interleave(tokens_per_frame, 0).repeat_interleave(tokens_per_frame, 1)
+
+
+def predict(
+    model: WanTransformer,
+    latent: Tensor,
+    timestep: Tensor,
+    scene: Tensor,
+    pose: Tensor,
+    frames: Tensor,
+) -> Tensor:
+    """Run the bare network over ``[B, C, T, 8, 8]``; one timestep, pose and position per frame."""
+    c = model.config
+    cache = model.initialize_cache(text=embed_scene(scene))
+    rows = GRID // c.patch_size[1]
+    control = ray_features(pose, rows, rows, SIZE).flatten(1, 2)
+    model.prepare(cache, frames, control)
+    return model(latent, timestep, cache)
+
+
+class Trainer:
+    """One optimizer, one schedule and a running average over both stages."""
+
+    def __init__(self, model: WanTransformer, pool: ClipPool, std: Tensor, seed: int) -> None:
+        self.model = model
+        self.pool = pool
+        self.weight = (std.square() / std.square().sum())[:, None, None, None]
+        self.variance = float(std.square().sum()) / (3 * 64)
+        self.random = np.random.default_rng(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+        blocks = [p for name, p in model.named_parameters() if name.startswith("blocks.")]
+        matrices = [p for p in blocks if p.ndim == 2]
+        known = {id(p) for p in matrices}
+        others = [p for p in model.parameters() if id(p) not in known]
+        self.optimizers = [
+            torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0, momentum=0.95),
+            torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+        self.base = [group["lr"] for o in self.optimizers for group in o.param_groups]
+
+    def run(self, stage: str, seconds: float, batch: int, peak: float) -> None:
+        """Train a stage for some seconds; the rate rises over 3 % of them, then decays."""
+        loss_of = {"frames": self.frame_loss, "video": self.video_loss}[stage]
+        started, step, shown = time.monotonic(), 0, 0.0
+        recent: list[float] = []
+        while (elapsed := time.monotonic() - started) < seconds:
+            self._set_rate(peak, elapsed / seconds)
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+                error = loss_of(batch)
+                (error + 1e-5).sqrt().mean().backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            step += 1
+            self._update_average(min(0.999, step / (step + 10)))
+            recent.append(float((-10 * (error.detach() / 4).log10()).mean()))
+            if elapsed - shown > 30:
+                decibel = sum(recent) / len(recent)
+                log.info("%s step %d, %.0f s: %.2f dB", stage, step, elapsed, decibel)
+                shown, recent = elapsed, []
+
+    def _set_rate(self, peak: float, progress: float) -> None:
+        warm = min(1.0, progress / 0.03)
+        rate = peak * warm * (0.5 + 0.5 * math.cos(math.pi * max(0.0, progress - 0.03) / 0.97))
+        groups = [group for o in self.optimizers for group in o.param_groups]
+        for group, base in zip(groups, self.base, strict=True):
+            group["lr"] = base * max(rate, 1e-3)
+
+    @torch.no_grad()
+    def _update_average(self, decay: float) -> None:
+        for name, parameter in self.model.named_parameters():
+            self.average[name].lerp_(parameter, 1 - decay)
+
+    def _noisy(self, clean: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise ``[B, C, T, 8, 8]`` to one level per frame; mostly pure noise.
+
+        Returns:
+            The noisy latents and the timesteps ``[B, T]``.
+        """
+        b, _, t = clean.shape[:3]
+        sigma = torch.rand(b, t, generator=self.generator)
+        pure = torch.rand(b, t, generator=self.generator) < 0.85
+        sigma = torch.where(pure, 1.0, 0.3 + 0.7 * sigma)
+        noise = torch.randn(clean.shape, generator=self.generator)
+        level = sigma[:, None, :, None, None]
+        return (1 - level) * clean + level * noise, sigma * 1000
+
+    def _error(self, output: Tensor, clean: Tensor) -> Tensor:
+        """Mean squared error of the pictures, per frame, as the linear codec sees it."""
+        squared = (output - clean).square() * self.weight
+        return squared.sum(1).mean((-2, -1)).flatten() * self.variance
+
+    def frame_loss(self, batch: int) -> Tensor:
+        """Single frames without context."""
+        clips = max(1, batch // 4)
+        latent, scene, pose = self.pool.sample(clips, self.random)
+        picked = torch.randint(0, latent.shape[2], (clips, 4), generator=self.generator)
+        rows = torch.arange(clips)[:, None]
+        clean = latent.transpose(1, 2)[rows, picked].flatten(0, 1)[:, :, None]
+        pose = pose[rows, picked].flatten(0, 1)[:, None]
+        noisy, timestep = self._noisy(clean)
+        scene = scene.repeat_interleave(4, 0)
+        output = predict(self.model, noisy, timestep[:, 0], scene, pose, torch.zeros(1))
+        return self._error(output, clean)
+
+    def video_loss(self, batch: int) -> Tensor:
+        """Clips whose past is mostly the model's own picture of it, under partly hidden prompts."""
+        latent, scene, pose = self.pool.sample(batch, self.random)
+        clean, pose = latent[:, :, :CONTEXT_FRAMES], pose[:, :CONTEXT_FRAMES]
+        scene = self._hide(scene)
+        c = self.model.config
+        mask = context_mask(CONTEXT_FRAMES, c.sink_size_t, c.window_size_t, c.tokens_per_frame)
+        with masked(self.model, mask):
+            past = clean
+            with torch.no_grad():
+                own = self._with_context(clean, scene, pose, pure=True)[0]
+                kept = torch.rand(batch, 1, CONTEXT_FRAMES, 1, 1, generator=self.generator) < 0.3
+                kept[:, :, 0] |= torch.rand(batch, 1, 1, 1, generator=self.generator) < 0.6
+                past = torch.where(kept, clean, own)
+            output, _ = self._with_context(past, scene, pose, pure=False, target=clean)
+        return self._error(output, clean)
+
+    def _with_context(
+        self, past: Tensor, scene: Tensor, pose: Tensor, pure: bool, target: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        frames = torch.arange(CONTEXT_FRAMES)
+        if pure:
+            noisy = torch.randn(past.shape, generator=self.generator)
+            timestep = torch.full((len(past), CONTEXT_FRAMES), 1000.0)
+        else:
+            noisy, timestep = self._noisy(past if target is None else target)
+        both = torch.cat([past, noisy], dim=2)
+        levels = torch.cat([torch.zeros_like(timestep), timestep], dim=1)
+        poses, places = torch.cat([pose, pose], dim=1), torch.cat([frames, frames])
+        output = predict(self.model, both, levels, scene, poses, places)
+        return output[:, :, CONTEXT_FRAMES:], timestep
+
+    def _hide(self, scene: Tensor) -> Tensor:
+        """Hide random prompt slots in half of the clips, floor and sky more often than the rest."""
+        chance = torch.full(scene.shape, 0.3)
+        chance[:, [FLOOR_SLOT, SKY_SLOT]] = 0.6
+        hidden = torch.rand(scene.shape, generator=self.generator) < chance
+        hidden &= torch.rand(len(scene), 1, generator=self.generator) < 0.5
+        return scene.masked_fill(hidden, HIDDEN)

@@ -1,0 +1,156 @@
+"""The conductor: context, order, interleaved rollouts, noise."""
+
+import pytest
+import torch
+
+from flashdreams.infra.config import derive_config
+from tests.tiny import TEXT_DIM, tiny_pipeline
+
+
+def text(seed: int) -> torch.Tensor:
+    return torch.randn(1, 4, TEXT_DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def rollout(pipeline, steps: int, **context) -> list[torch.Tensor]:
+    cache = pipeline.initialize_cache(**context)
+    chunks = []
+    for i in range(steps):
+        chunks.append(pipeline.generate(autoregressive_index=i, cache=cache, input=0.1 * i))
+        pipeline.finalize(autoregressive_index=i, cache=cache)
+    return chunks
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return tiny_pipeline().setup(device="cpu")
+
+
+def test_same_seed_gives_the_same_bits_and_another_seed_does_not(pipeline):
+    first = rollout(pipeline, 3, text=text(0), seed=7)
+    again = rollout(pipeline, 3, text=text(0), seed=7)
+    other = rollout(pipeline, 3, text=text(0), seed=8)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+
+
+def test_two_pipelines_without_weights_agree(pipeline):
+    twin = tiny_pipeline().setup(device="cpu")
+    for name, parameter in pipeline.state_dict().items():
+        assert torch.equal(parameter, twin.state_dict()[name])
+
+
+def test_interleaved_rollouts_equal_solo_rollouts(pipeline):
+    solo = [rollout(pipeline, 5, text=text(s), seed=s) for s in (1, 2)]
+    caches = [pipeline.initialize_cache(text=text(s), seed=s) for s in (1, 2)]
+    for i in range(5):
+        for k, cache in enumerate(caches):
+            chunk = pipeline.generate(autoregressive_index=i, cache=cache, input=0.1 * i)
+            assert torch.equal(chunk, solo[k][i])
+        for cache in caches:
+            pipeline.finalize(autoregressive_index=i, cache=cache)
+
+
+def test_finalize_is_what_later_chunks_depend_on(pipeline):
+    """Negative control of the interleaving test: a wrong context shows in the next chunk."""
+    expected = rollout(pipeline, 2, text=text(1), seed=1)
+    cache = pipeline.initialize_cache(text=text(1), seed=1)
+    pipeline.generate(autoregressive_index=0, cache=cache, input=0.0)
+    cache.diffusion.latent = cache.diffusion.latent + 1
+    pipeline.finalize(autoregressive_index=0, cache=cache)
+    chunk = pipeline.generate(autoregressive_index=1, cache=cache, input=0.1)
+    assert not torch.equal(chunk, expected[1])
+
+
+def test_steps_out_of_order_are_refused(pipeline):
+    cache = pipeline.initialize_cache(text=text(0))
+    with pytest.raises(ValueError, match=r"finalize.*expected generate\(autoregressive_index=0\)"):
+        pipeline.finalize(autoregressive_index=0, cache=cache)
+    with pytest.raises(ValueError, match="expected autoregressive_index=0, got 1"):
+        pipeline.generate(autoregressive_index=1, cache=cache, input=0.0)
+    pipeline.generate(autoregressive_index=0, cache=cache, input=0.0)
+    with pytest.raises(ValueError, match=r"expected finalize\(autoregressive_index=0\) first"):
+        pipeline.generate(autoregressive_index=1, cache=cache, input=0.0)
+    with pytest.raises(ValueError, match="expected autoregressive_index=0, got 1"):
+        pipeline.finalize(autoregressive_index=1, cache=cache)
+
+
+def test_context_reaches_the_component_that_declares_it(pipeline):
+    cache = pipeline.initialize_cache(text=text(0), offset=3.0)
+    assert cache.encoder == [3.0]
+
+
+def test_unknown_context_names_the_nearest_and_the_known(pipeline):
+    with pytest.raises(TypeError, match=r"'ofset'.*'offset'.*condition.*seed.*text"):
+        pipeline.initialize_cache(text=text(0), ofset=3.0)
+
+
+def test_a_single_string_is_no_list_of_prompts():
+    from flashdreams.integrations.toy_world.prompt import ScenePromptEncoderConfig
+
+    config = derive_config(tiny_pipeline(), text_encoder=ScenePromptEncoderConfig())
+    with pytest.raises(ValueError, match="list of prompts"):
+        config.setup(device="cpu").initialize_cache(text="a cat")
+
+
+def test_input_without_an_encoder_is_refused():
+    config = derive_config(tiny_pipeline(control_dim=None), encoder=None)
+    pipeline = config.setup(device="cpu")
+    cache = pipeline.initialize_cache(text=text(0))
+    with pytest.raises(ValueError, match="no encoder"):
+        pipeline.generate(autoregressive_index=0, cache=cache, input=1.0)
+    assert pipeline.generate(autoregressive_index=0, cache=cache).shape == (1, 2, 3, 4, 4)
+
+
+def test_without_a_decoder_the_latent_comes_out():
+    pipeline = derive_config(tiny_pipeline(), decoder=None).setup(device="cpu")
+    cache = pipeline.initialize_cache(text=text(0))
+    chunk = pipeline.generate(autoregressive_index=0, cache=cache, input=0.0)
+    assert chunk.shape == (1, 4, 2, 4, 4)
+    assert chunk is cache.latent
+
+
+def test_noise_may_come_from_a_callable(pipeline):
+    asked = []
+
+    def noise(autoregressive_index, denoising_step, shape):
+        asked.append((autoregressive_index, denoising_step, tuple(shape)))
+        return torch.zeros(shape)
+
+    rollout(pipeline, 2, text=text(0), noise=noise)
+    shape = (1, 4, 2, 4, 4)
+    assert asked == [(0, 0, shape), (0, 1, shape), (1, 0, shape), (1, 1, shape)]
+    with pytest.raises(ValueError, match="noise must be"):
+        rollout(pipeline, 1, text=text(0), noise=lambda *_: torch.zeros(3))
+
+
+def test_guidance_mixes_two_branches():
+    plain = tiny_pipeline()
+    guided = derive_config(plain, diffusion_model=dict(guidance_scale=1.0))
+    strong = derive_config(plain, diffusion_model=dict(guidance_scale=3.0))
+    negative = text(9)
+    alone = rollout(plain.setup(device="cpu"), 2, text=text(0))
+    once = rollout(guided.setup(device="cpu"), 2, text=text(0), negative_text=negative)
+    thrice = rollout(strong.setup(device="cpu"), 2, text=text(0), negative_text=negative)
+    torch.testing.assert_close(once[1], alone[1], atol=1e-5, rtol=0)
+    assert (thrice[1] - alone[1]).abs().max() > 1e-3
+
+
+def test_stage_times_are_recorded_per_step(pipeline):
+    cache = pipeline.initialize_cache(text=text(0))
+    for i in range(2):
+        pipeline.generate(autoregressive_index=i, cache=cache, input=0.0)
+        pipeline.finalize(autoregressive_index=i, cache=cache)
+    assert [r["autoregressive_index"] for r in cache.records] == [0, 1]
+    assert all(r["diffuse_ms"] > 0 and r["finalize_ms"] > 0 for r in cache.records)
+
+
+def test_long_rollout_keeps_its_memory():
+    pipeline = tiny_pipeline().setup(device="cpu")
+    cache = pipeline.initialize_cache(text=text(0))
+    layer = cache.diffusion.conditional.self_attention[0]
+    storage = layer.k.data_ptr()
+    for i in range(40):
+        pipeline.generate(autoregressive_index=i, cache=cache, input=0.0)
+        pipeline.finalize(autoregressive_index=i, cache=cache)
+    assert layer.k.data_ptr() == storage
+    assert layer.cursor.visible_tokens == layer.k.shape[1]
