@@ -1,7 +1,7 @@
 """The pipeline: encoders, diffusion model and decoder, conducted through one rollout."""
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +47,8 @@ class StreamInferencePipelineConfig(InstantiateConfig):
     """Turns prompts into embeddings, once per rollout; None hands ``text`` on as it is given."""
 
     image_encoder: EncoderConfig | None = None
-    """Turns an image into latents, once per rollout; None hands ``image`` on as it is given."""
+    """Turns an image into latents, or into a mapping of context names to tensors, once per rollout;
+    None hands ``image`` on as it is given."""
 
     encoder: EncoderConfig | None = None
     """Encodes the control input of every AR step; None for methods without one."""
@@ -195,7 +196,7 @@ class StreamInferencePipeline(nn.Module):
         batch_size = _batch_size(text, image)
         shared = {**context, "batch_size": batch_size}
         if image is not None:
-            shared["image"] = self.image_encoder(image) if self.image_encoder else image
+            shared |= self._encode_image(image)
         if text is not None:
             shared["text"] = self._encode_text(text)
         negative = None
@@ -277,6 +278,11 @@ class StreamInferencePipeline(nn.Module):
         if isinstance(self.decoder, StreamingDecoder):
             return self.decoder(latent, autoregressive_index=index, cache=cache.decoder)
         return self.decoder(latent)
+
+    def _encode_image(self, image: Any) -> dict[str, Any]:
+        """What the image conditions, by context name; an encoder may give several tensors."""
+        encoded = self.image_encoder(image) if self.image_encoder else image
+        return dict(encoded) if isinstance(encoded, Mapping) else {"image": encoded}
 
     def _encode_text(self, text: Sequence[str] | Tensor) -> Any:
         if self.text_encoder is None or isinstance(text, Tensor):
