@@ -11,6 +11,7 @@ from flashdreams.infra.pipeline import StreamInferencePipeline
 from flashdreams.infra.runner import Runner, RunnerConfig
 from flashdreams.runtime.actions import hold, integrate, parse_actions
 
+from .metrics import psnr_db
 from .render import render
 from .scene import check_scene, scene_from_text
 from .world import KEY_MOTION, START_POSE, camera_to_pose, collide_camera, pose_to_camera
@@ -77,7 +78,7 @@ class ToyWorldRunner(Runner[ToyWorldRunnerConfig, StreamInferencePipeline]):
                 self.pipeline.finalize(autoregressive_index=i, cache=cache)
                 if cfg.compare_to_truth:
                     truth = self.truth(poses[i])[:, None]
-                    self.track(cache, psnr_db=psnr_db(chunk, truth))
+                    self.track(cache, psnr_db=float(psnr_db(chunk, truth).mean()))
                     chunk = torch.cat([chunk, truth], dim=-1)
                 if writer is not None:
                     writer.write(chunk)
@@ -106,9 +107,3 @@ def walk(actions: str, frames: int) -> Tensor:
     start = pose_to_camera(torch.tensor(START_POSE))
     path = integrate(parse_actions(actions), KEY_MOTION, start=start, collide=collide_camera)
     return hold(path, frames)
-
-
-def psnr_db(frames: Tensor, truth: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of frames in [-1, 1]."""
-    error = (frames.float().cpu() - truth.float().cpu()).square().mean() / 4
-    return float(-10 * error.clamp_min(1e-10).log10())

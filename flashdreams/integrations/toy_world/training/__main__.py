@@ -49,7 +49,7 @@ def train(stage: str, folder: Path, seconds: float, seed: int, peak: float) -> N
     while pool.filled() < 2000:
         time.sleep(5)
     trainer = Trainer(model, pool, load_encoder(folder).std, seed)
-    trainer.run(stage, seconds, {"frames": 192, "video": 24}[stage], peak)
+    trainer.run(stage, seconds, {"frames": 192, "video": 12}[stage], peak)
     save_file(trainer.average, folder / f"{stage}.safetensors")
 
 

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -37,12 +36,13 @@ class MaskedCore(AttentionCore):
 
     def __init__(self, head_dim: int, mask: Tensor) -> None:
         super().__init__(head_dim)
-        self.mask = mask
+        self.bias = torch.zeros(mask.shape).masked_fill(~mask, -1e4)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Attend; tensors are ``[B, L, N, D]``."""
+        """Attend; tensors are ``[B, L, N, D]``. Plain products train faster here than SDPA."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2)
+        scores = (q * self.scale) @ k.transpose(-2, -1) + self.bias.to(q.dtype)
+        return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
 @contextmanager
@@ -99,6 +99,7 @@ class Trainer:
         self.variance = float(std.square().sum()) / (3 * 64)
         self.random = np.random.default_rng(seed)
         self.generator = torch.Generator().manual_seed(seed)
+        self._seen: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
         blocks = [p for name, p in model.named_parameters() if name.startswith("blocks.")]
         matrices = [p for p in blocks if p.ndim == 2]
@@ -178,36 +179,37 @@ class Trainer:
         return self._error(output, clean)
 
     def video_loss(self, batch: int) -> Tensor:
-        """Clips whose past is mostly the model's own picture of it, under partly hidden prompts."""
-        latent, scene, pose = self.pool.sample(batch, self.random)
-        clean, pose = latent[:, :, :CONTEXT_FRAMES], pose[:, :CONTEXT_FRAMES]
-        scene = self._hide(scene)
+        """Clips in context, under partly hidden prompts.
+
+        Every clip is seen twice: first with its true past, then mostly with what the model itself
+        made of that past the first time, since that is what it will see when it streams.
+        """
         c = self.model.config
+        if self._seen is None:
+            latent, scene, pose = self.pool.sample(batch, self.random)
+            clean, pose = latent[:, :, :CONTEXT_FRAMES], pose[:, :CONTEXT_FRAMES]
+            scene = self._hide(scene)
+            past = clean
+        else:
+            clean, scene, pose, own = self._seen
+            kept = torch.rand(batch, 1, CONTEXT_FRAMES, 1, 1, generator=self.generator) < 0.2
+            kept[:, :, 0] |= torch.rand(batch, 1, 1, 1, generator=self.generator) < 0.6
+            past = torch.where(kept, clean, own)
         mask = context_mask(CONTEXT_FRAMES, c.sink_size_t, c.window_size_t, c.tokens_per_frame)
         with masked(self.model, mask):
-            past = clean
-            with torch.no_grad():
-                own = self._with_context(clean, scene, pose, pure=True)[0]
-                kept = torch.rand(batch, 1, CONTEXT_FRAMES, 1, 1, generator=self.generator) < 0.3
-                kept[:, :, 0] |= torch.rand(batch, 1, 1, 1, generator=self.generator) < 0.6
-                past = torch.where(kept, clean, own)
-            output, _ = self._with_context(past, scene, pose, pure=False, target=clean)
+            output = self._in_context(past, clean, scene, pose)
+        self._seen = (clean, scene, pose, output.detach()) if self._seen is None else None
         return self._error(output, clean)
 
-    def _with_context(
-        self, past: Tensor, scene: Tensor, pose: Tensor, pure: bool, target: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def _in_context(self, past: Tensor, clean: Tensor, scene: Tensor, pose: Tensor) -> Tensor:
+        """Predict all frames of ``clean`` at once, each with the frames of ``past`` before it."""
         frames = torch.arange(CONTEXT_FRAMES)
-        if pure:
-            noisy = torch.randn(past.shape, generator=self.generator)
-            timestep = torch.full((len(past), CONTEXT_FRAMES), 1000.0)
-        else:
-            noisy, timestep = self._noisy(past if target is None else target)
+        noisy, timestep = self._noisy(clean)
         both = torch.cat([past, noisy], dim=2)
         levels = torch.cat([torch.zeros_like(timestep), timestep], dim=1)
         poses, places = torch.cat([pose, pose], dim=1), torch.cat([frames, frames])
         output = predict(self.model, both, levels, scene, poses, places)
-        return output[:, :, CONTEXT_FRAMES:], timestep
+        return output[:, :, CONTEXT_FRAMES:]
 
     def _hide(self, scene: Tensor) -> Tensor:
         """Hide random prompt slots in half of the clips, floor and sky more often than the rest."""

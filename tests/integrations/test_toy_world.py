@@ -1,0 +1,92 @@
+"""The embedded world end to end, with the weights that the package ships."""
+
+import json
+
+import pytest
+import torch
+
+from flashdreams.integrations.toy_world.config import TOY_WORLD_PIPELINE
+from flashdreams.integrations.toy_world.evaluate import (
+    draw_held_out,
+    hide_floor_and_sky,
+    self_rollout,
+)
+from flashdreams.integrations.toy_world.metrics import psnr_db
+from flashdreams.integrations.toy_world.runner import walk
+from flashdreams.run import main
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    torch.set_num_threads(1)
+    return TOY_WORLD_PIPELINE.setup(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def walks():
+    return draw_held_out(walks=4, frames=40, seed=31_000)
+
+
+def test_self_rollout_follows_the_truth(pipeline, walks):
+    """Mean PSNR on held-out walks; the negative control is the same video of another scene."""
+    frames = self_rollout(pipeline, walks, walks.scene)
+    reached = psnr_db(frames, walks.truth).mean()
+    assert reached >= 26
+    assert psnr_db(frames, walks.truth.roll(1, 0)).mean() < reached - 6
+    repeated = psnr_db(walks.truth[:, :1].expand_as(walks.truth), walks.truth)[:, 1:].mean()
+    assert reached >= repeated + 6
+
+
+def test_memory_carries_what_the_prompt_hides(pipeline, walks):
+    """A broken cache cannot pass: hidden slots are known from the first frame alone."""
+    hidden, first = hide_floor_and_sky(walks.scene), walks.truth[:, 0]
+    kept = self_rollout(pipeline, walks, hidden, first)
+    wiped = self_rollout(pipeline, walks, hidden, first, wipe=True)
+    gain = psnr_db(kept, walks.truth)[:, 1:] - psnr_db(wiped, walks.truth)[:, 1:]
+    assert gain.mean() >= 3
+    assert gain[:, -8:].mean() >= 3
+
+
+def test_frames_are_the_same_every_time_and_in_any_company(pipeline):
+    poses = walk("w4 l3 d2", 8)
+
+    def frames(seed: int) -> torch.Tensor:
+        cache = pipeline.initialize_cache(text=["red floor"], seed=seed)
+        chunks = []
+        for i in range(8):
+            chunks.append(pipeline.generate(i, cache, input=poses[i][None]))
+            pipeline.finalize(i, cache)
+        return torch.cat(chunks, 1)
+
+    assert torch.equal(frames(3), frames(3))
+    assert not torch.equal(frames(3), frames(4))
+
+
+def test_an_image_becomes_the_first_latent(pipeline, walks):
+    image = walks.truth[:1, 0]
+    poses = walk("w2", 2)
+    text = ["red floor"]
+    cache = pipeline.initialize_cache(text=text, image=image)
+    given = pipeline.generate(0, cache, input=poses[0][None])
+    assert psnr_db(given[:, 0], image) > 30
+    free = pipeline.generate(0, pipeline.initialize_cache(text=text), input=poses[0][None])
+    assert psnr_db(free[:, 0], image) < 25
+
+
+def test_command_line_makes_a_video_and_its_stats(tmp_path, capsys):
+    words = ["toy-world", "--actions", "w3 l2", "--total-blocks", "6", "--output-dir", str(tmp_path)]
+    assert main([*words, "--compare-to-truth", "True", "--save-latents", "True"]) == 0
+    stats = json.loads((tmp_path / "stats_toy-world.json").read_text())
+    assert len(stats["records"]) == 6
+    assert all(record["psnr_db"] > 15 for record in stats["records"])
+    assert stats["header"]["parallel"] == {"cfg": 1, "ring": 1, "ulysses": 1, "tp": 1}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"toy-world.mp4", "stats_toy-world.json", "latents_toy-world.safetensors"}
+
+    assert main([*words, "--seed", "0"]) == 0
+    again = json.loads((tmp_path / "stats_toy-world.json").read_text())
+    sums = [[r["latent_sha256"] for r in run["records"]] for run in (stats, again)]
+    assert sums[0] == sums[1]
+    assert main([*words, "--seed", "1"]) == 0
+    other = json.loads((tmp_path / "stats_toy-world.json").read_text())
+    assert other["records"][0]["latent_sha256"] != sums[0][0]
