@@ -1,6 +1,6 @@
 """Exchanges between ranks as functions of a tensor and a group, and a meter of their bytes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -52,11 +52,12 @@ def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
     return x
 
 
-def rotate(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Send ``x`` to the next rank of the ring and receive the previous rank's, of the same shape.
+def start_rotate(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
+    """Begin to send ``x`` to the next rank of a ring; the result waits for the previous rank's.
 
     Args:
-        x: contiguous; the same shape and dtype on every rank.
+        x: contiguous; the same shape and dtype on every rank; not to be written to before the
+            result was called.
         group: ranks in ring order.
     """
     rank, size = group.rank(), group.size()
@@ -67,9 +68,14 @@ def rotate(x: Tensor, group: ProcessGroup) -> Tensor:
         dist.P2POp(dist.isend, x, following, group),
         dist.P2POp(dist.irecv, received, previous, group),
     ]
-    for work in dist.batch_isend_irecv(operations):
-        work.wait()
-    return received
+    pending = dist.batch_isend_irecv(operations)
+
+    def finish() -> Tensor:
+        for work in pending:
+            work.wait()
+        return received
+
+    return finish
 
 
 def sent_bytes(collective: str, nbytes: int, size: int) -> int:
@@ -176,10 +182,10 @@ class Channel:
         self._count("all_reduce", x)
         return all_reduce(x, self.group)
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """See `rotate`."""
+    def start_rotate(self, x: Tensor) -> Callable[[], Tensor]:
+        """See `start_rotate`."""
         self._count("rotate", x)
-        return rotate(x, self.group)
+        return start_rotate(x, self.group)
 
     def _count(self, collective: str, x: Tensor) -> None:
         sent = sent_bytes(collective, x.numel() * x.element_size(), self.size)

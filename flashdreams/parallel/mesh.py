@@ -215,6 +215,7 @@ class Mesh:
 
     degrees: ParallelDegrees = ParallelDegrees()
     config: ParallelConfig = field(default_factory=ParallelConfig)
+    device_type: str = "cpu"
     cfg: Axis = Axis("cfg")
     ring: Axis = Axis("ring")
     ulysses: Axis = Axis("ulysses")
@@ -255,7 +256,7 @@ def build_mesh(
     if degrees.world_size != ranks:
         raise ValueError(f"The mesh {degrees} needs {degrees.world_size} ranks; there are {ranks}.")
     if ranks == 1:
-        return Mesh(degrees=degrees, config=config)
+        return Mesh(degrees=degrees, config=config, device_type=device_type)
     d = degrees
     names = ("cfg", "ring", "ulysses", "tp")
     sizes = (d.cfg, d.ring, d.ulysses, d.tp)
@@ -267,6 +268,7 @@ def build_mesh(
     return Mesh(
         degrees=degrees,
         config=config,
+        device_type=device_type,
         cfg=cfg,
         ring=ring,
         ulysses=ulysses,

@@ -1,0 +1,137 @@
+"""Context-parallel attention: strategies that wrap a core and own no parameters.
+
+Shape letters: B batch, L query tokens, N heads, D head dim, P ranks of the wrapped axis. All
+exchanges carry the new chunk, before it is written to the cache.
+"""
+
+from torch import Tensor, nn
+
+from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
+from flashdreams.attention.core import AttentionCore
+from flashdreams.parallel.collectives import Channel
+from flashdreams.parallel.sequence import SequenceLayout, pad_dim
+
+
+class AttentionWrapper(nn.Module):
+    """Something with the interface of a core around a core.
+
+    Subclasses rewrite the cache's spec on the way in, and say how a rank's part of a cache becomes
+    the whole and back.
+    """
+
+    def __init__(self, core: "AttentionCore | AttentionWrapper") -> None:
+        super().__init__()
+        self.core = core
+
+    def __str__(self) -> str:
+        inner = f"({self.core})" if isinstance(self.core, AttentionWrapper) else ""
+        return type(self).__name__ + inner
+
+    def new_cache(self, spec: KVCacheSpec, cursor: CacheCursor) -> KVCache:
+        """Storage for this rank's part of what ``spec`` says for the whole model."""
+        return self.core.new_cache(spec, cursor)
+
+    def gather_cache(self, x: Tensor) -> Tensor:
+        """Cached keys or values of all ranks; a collective call.
+
+        Args:
+            x: ``[B, slots, N, D]`` as this rank holds them.
+
+        Returns:
+            The same for the whole model, on every rank.
+        """
+        return self.core.gather_cache(x) if isinstance(self.core, AttentionWrapper) else x
+
+    def shard_cache(self, x: Tensor) -> Tensor:
+        """This rank's part of cached keys or values: the inverse of ``gather_cache``."""
+        return self.core.shard_cache(x) if isinstance(self.core, AttentionWrapper) else x
+
+
+class HeadShardAttention(AttentionWrapper):
+    """Attention over the heads that tensor parallelism left to this rank; exchanges nothing."""
+
+    def __init__(self, core: AttentionCore | AttentionWrapper, channel: Channel) -> None:
+        super().__init__(core)
+        self.channel = channel
+
+    def new_cache(self, spec: KVCacheSpec, cursor: CacheCursor) -> KVCache:
+        """A cache for this rank's heads."""
+        return super().new_cache(_divide_heads(spec, self.channel), cursor)
+
+    def gather_cache(self, x: Tensor) -> Tensor:
+        """Join the heads of all ranks."""
+        return self.channel.all_gather(super().gather_cache(x), dim=2)
+
+    def shard_cache(self, x: Tensor) -> Tensor:
+        """Take this rank's heads."""
+        return super().shard_cache(x.chunk(self.channel.size, dim=2)[self.channel.rank])
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
+        """See `AttentionCore.forward`."""
+        return self.core(q, k, v, cache)
+
+
+class UlyssesAttention(HeadShardAttention):
+    """Trades a split sequence for split heads around the core, and back.
+
+    The cache is head-sharded: it holds all tokens of this rank's heads.
+
+    Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3.
+    """
+
+    def __init__(
+        self, core: AttentionCore | AttentionWrapper, channel: Channel, layout: SequenceLayout
+    ) -> None:
+        super().__init__(core, channel)
+        self.layout = layout
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Attend; the arguments are ``[B, L/P, N, D]``, and so is the result."""
+        tokens = q.shape[1]
+        q, k, v = self.layout.trim(self._to_heads(q, k, v), 2).unbind(0)
+        out = pad_dim(self.core(q, k, v, cache), 1, tokens * self.channel.size)
+        return self._to_tokens(out)
+
+    def _to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Three times ``[B, L/P, N, D]`` to ``[3, B, L, N/P, D]`` in one exchange."""
+        size = self.channel.size
+        batch, tokens, heads, head_dim = q.shape
+        send = q.new_empty((size, 3, batch, tokens, heads // size, head_dim))
+        for i, x in enumerate((q, k, v)):
+            send[:, i] = x.unflatten(2, (size, -1)).permute(2, 0, 1, 3, 4)
+        return self.channel.all_to_all(send).permute(1, 2, 0, 3, 4, 5).flatten(2, 3)
+
+    def _to_tokens(self, x: Tensor) -> Tensor:
+        """``[B, L, N/P, D]`` to ``[B, L/P, N, D]``."""
+        send = x.unflatten(1, (self.channel.size, -1)).transpose(0, 1).contiguous()
+        return self.channel.all_to_all(send).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+class GatherKVAttention(AttentionWrapper):
+    """Queries stay split; every rank gets all keys and values of the new chunk.
+
+    The cache is the same as on one rank, and on every rank. Asks nothing of the number of heads.
+    """
+
+    def __init__(
+        self, core: AttentionCore | AttentionWrapper, channel: Channel, layout: SequenceLayout
+    ) -> None:
+        super().__init__(core)
+        self.channel = channel
+        self.layout = layout
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Attend; the arguments are ``[B, L/P, N, D]``, and so is the result."""
+        send = k.new_empty((2, *k.shape))
+        send[0], send[1] = k, v
+        k, v = self.layout.trim(self.channel.all_gather(send, dim=2), 2).unbind(0)
+        return self.core(q, k, v, cache)
+
+
+def _divide_heads(spec: KVCacheSpec, channel: Channel) -> KVCacheSpec:
+    if spec.num_heads % channel.size:
+        raise ValueError(
+            f"num_heads={spec.num_heads} is not divisible by the {channel.name} degree "
+            f"{channel.size}. Let resolve_degrees choose the degrees."
+        )
+    return spec.with_heads(spec.num_heads // channel.size)

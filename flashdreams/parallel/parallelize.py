@@ -1,0 +1,227 @@
+"""The one public verb: apply a plan to a plain module."""
+
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from flashdreams.attention.core import AttentionCore
+from flashdreams.parallel.collectives import Channel
+from flashdreams.parallel.context import (
+    AttentionWrapper,
+    GatherKVAttention,
+    HeadShardAttention,
+    UlyssesAttention,
+)
+from flashdreams.parallel.mesh import Mesh
+from flashdreams.parallel.plan import ParallelPlan
+from flashdreams.parallel.ring import RingAttention
+from flashdreams.parallel.sequence import SequenceLayout
+from flashdreams.parallel.strict import make_strict
+from flashdreams.parallel.tensor import (
+    ColwiseLinear,
+    RowwiseLinear,
+    ShardedLayer,
+    ShardedRMSNorm,
+)
+from flashdreams.runtime.checkpoint import TensorSlice
+
+_MARK = "_parallel_report"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelReport:
+    """What `parallelize` did to a module."""
+
+    installed: dict[str, int] = field(default_factory=dict)
+    """What was installed -> how many times; empty: the module is untouched."""
+
+    slices: dict[str, TensorSlice] = field(default_factory=dict)
+    """Parameter name -> the part of it that this rank holds, for sharded loading."""
+
+    replicated: bool = False
+    """Several ranks run the whole module each, because it ships no plan that fits the mesh."""
+
+    def __str__(self) -> str:
+        if self.replicated:
+            return "replicated: every rank runs all of it, because it ships no parallel plan"
+        done = ", ".join(f"{count} x {what}" for what, count in self.installed.items())
+        return done or "untouched"
+
+
+def parallelize(module: nn.Module, plan: ParallelPlan | None, mesh: Mesh) -> ParallelReport:
+    """Cut a module over the ranks, from outside and in place.
+
+    State-dict names never change; sliced parameters are the only difference. Modules may be on the
+    meta device: load them afterwards with the report's ``slices``. Degrees of 1 install nothing,
+    except that ``strict`` tiles the module on one rank too.
+
+    Args:
+        module: plain, single-device.
+        plan: where it may be cut; None: every rank runs it whole.
+        mesh: the ranks, the strategy and whether to be strict.
+
+    Raises:
+        ValueError: the plan does not fit the module, or the module was parallelized before.
+    """
+    if hasattr(module, _MARK):
+        raise ValueError(f"This {type(module).__name__} is parallelized already; build a new one.")
+    plan = plan or ParallelPlan()
+    matches = _Matches(module, plan)
+    installed: dict[str, int] = {}
+    slices: dict[str, TensorSlice] = {}
+    unit = 1
+    if mesh.config.strict:
+        unit = make_strict(module, mesh.device_type)
+        installed["tiles of fixed size"] = 1
+    cut_weights = mesh.tp.size > 1 and bool(plan.tensor)
+    if cut_weights:
+        slices = _split_weights(module, matches, mesh.channel(mesh.tp))
+        installed["sliced layer"] = len(matches.styles)
+    cut_sequence = mesh.sequence.size > 1 and bool(plan.split)
+    layout = None
+    if cut_sequence:
+        layout = _split_sequence(module, matches, mesh, unit)
+        installed["split"], installed["gather"] = len(matches.split), len(matches.gather)
+    for name in matches.attention:
+        wrapped = _wrap_core(_find_core(module, name), layout, cut_weights, mesh)
+        if isinstance(wrapped, AttentionWrapper):
+            _replace(module, name, wrapped)
+            what = str(wrapped)
+            installed[what] = installed.get(what, 0) + 1
+    idle = (mesh.sequence.size > 1 and not cut_sequence) or (mesh.tp.size > 1 and not cut_weights)
+    report = ParallelReport(installed=installed, slices=slices, replicated=idle)
+    object.__setattr__(module, _MARK, report)
+    return report
+
+
+class _Matches:
+    """The submodules that a plan names, checked against the module."""
+
+    def __init__(self, module: nn.Module, plan: ParallelPlan) -> None:
+        self.names = [name for name, _ in module.named_modules() if name]
+        named = self._find("tensor", plan.tensor)
+        self.styles = {name: style for name, style in named.items() if style != "replicated"}
+        self.split = self._find("split", plan.split)
+        self.gather = self._find("gather", plan.gather)
+        self.attention = list(self._find("attention", dict.fromkeys(plan.attention)))
+        self.spatial = self._find("spatial", plan.spatial)
+        self._refuse_unnamed_linears(module, plan, named)
+        parts = (plan.split, plan.gather, plan.attention)
+        if any(parts) and not all(parts):
+            raise ValueError(
+                "A plan that cuts the sequence needs all of split, gather and attention; got "
+                f"split={plan.split}, gather={plan.gather}, attention={plan.attention}."
+            )
+
+    def _find(self, field_name: str, globs: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for glob, value in globs.items():
+            pattern = re.compile(_pattern(glob))
+            names = [name for name in self.names if pattern.fullmatch(name)]
+            if not names:
+                raise ValueError(self._near_misses(field_name, glob))
+            found.update(dict.fromkeys(names, value))
+        return found
+
+    def _near_misses(self, field_name: str, glob: str) -> str:
+        shapes = sorted({re.sub(r"\b\d+\b", "*", name) for name in self.names})
+        near = difflib.get_close_matches(glob, shapes, n=3, cutoff=0.4)
+        hint = f" Near misses: {', '.join(near)}." if near else f" There are: {', '.join(shapes)}."
+        return f"The plan's {field_name} names {glob!r}, which matches no submodule.{hint}"
+
+    def _refuse_unnamed_linears(
+        self, module: nn.Module, plan: ParallelPlan, named: dict[str, Any]
+    ) -> None:
+        """Every linear of a block must be named: a forgotten one would see a part for the whole."""
+        blocks = {glob[: glob.rfind("*") + 1] for glob in plan.tensor if "*" in glob}
+        inside = [re.compile(_pattern(block) + r"\..+") for block in blocks]
+        unnamed = [
+            name
+            for name, child in module.named_modules()
+            if isinstance(child, nn.Linear)
+            and name not in named
+            and any(block.fullmatch(name) for block in inside)
+        ]
+        if unnamed:
+            shapes = sorted({re.sub(r"\b\d+\b", "*", name, count=1) for name in unnamed})
+            raise ValueError(
+                f"The plan's tensor leaves out linear layers of a block: {', '.join(shapes)}. "
+                'Name each as "colwise", "rowwise" or "replicated".'
+            )
+
+
+def _pattern(glob: str) -> str:
+    """A glob over dotted names as a regular expression; ``*`` stays within one component."""
+    return re.escape(glob).replace(r"\*", r"[^.]*")
+
+
+def _split_weights(
+    module: nn.Module, matches: _Matches, channel: Channel
+) -> dict[str, TensorSlice]:
+    """Replace the named layers by sliced ones; returns the slices by parameter name."""
+    slices: dict[str, TensorSlice] = {}
+    for name, style in matches.styles.items():
+        layer = module.get_submodule(name)
+        sharded: ShardedLayer
+        if style == "norm":
+            sharded = ShardedRMSNorm(layer, channel, name)
+        elif type(layer) is not nn.Linear:
+            raise ValueError(f"{name} is a {type(layer).__name__}; only nn.Linear can be {style}.")
+        elif style == "colwise":
+            sharded = ColwiseLinear(layer, channel, name)
+        else:
+            sharded = RowwiseLinear(layer, channel, name)
+        _replace(module, name, sharded)
+        slices |= {f"{name}.{leaf}": part for leaf, part in sharded.slices.items()}
+    return slices
+
+
+def _split_sequence(module: nn.Module, matches: _Matches, mesh: Mesh, unit: int) -> SequenceLayout:
+    """Hook the modules whose outputs are split and gathered."""
+    layout = SequenceLayout(
+        mesh.ring,
+        mesh.ulysses,
+        mesh.channel(mesh.sequence),
+        interleaved=mesh.config.ring_method == "rotate" and mesh.ring.size > 1,
+        unit=unit,
+    )
+
+    def hook(change: Callable[[Tensor, int], Tensor], dim: int) -> Callable[..., Tensor]:
+        return lambda module, args, output: change(output, dim)
+
+    for name, dim in matches.split.items():
+        module.get_submodule(name).register_forward_hook(hook(layout.split, dim))
+    for name, dim in matches.gather.items():
+        module.get_submodule(name).register_forward_hook(hook(layout.gather, dim))
+    return layout
+
+
+def _wrap_core(
+    core: AttentionCore, layout: SequenceLayout | None, heads_cut: bool, mesh: Mesh
+) -> AttentionCore | AttentionWrapper:
+    """Put strategies around a core, the innermost axis of heads outermost."""
+    wrapped: AttentionCore | AttentionWrapper = core
+    if layout is not None and mesh.ring.size > 1:
+        strategy = RingAttention if layout.interleaved else GatherKVAttention
+        wrapped = strategy(wrapped, mesh.channel(mesh.ring), layout)
+    if layout is not None and mesh.ulysses.size > 1:
+        wrapped = UlyssesAttention(wrapped, mesh.channel(mesh.ulysses), layout)
+    if heads_cut:
+        wrapped = HeadShardAttention(wrapped, mesh.channel(mesh.tp))
+    return wrapped
+
+
+def _find_core(module: nn.Module, name: str) -> AttentionCore:
+    core = module.get_submodule(name)
+    if not isinstance(core, AttentionCore):
+        raise ValueError(f"The plan's attention names {name}, a {type(core).__name__}, not a core.")
+    return core
+
+
+def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, new)

@@ -1,0 +1,148 @@
+"""Ring attention: the cache stays split over the ranks and travels past all queries."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
+from flashdreams.attention.core import AttentionCore
+from flashdreams.parallel.collectives import Channel
+from flashdreams.parallel.context import AttentionWrapper
+from flashdreams.parallel.sequence import SequenceLayout, pad_dim
+
+
+class ShardedCursor:
+    """A cursor over this rank's share of every latent frame, read off the model's cursor."""
+
+    def __init__(self, cursor: CacheCursor, ranks: int) -> None:
+        self.cursor = cursor
+        self.ranks = ranks
+        self.sink_size_t = cursor.sink_size_t
+        self.window_size_t = cursor.window_size_t
+        self.tokens_per_frame = cursor.tokens_per_frame // ranks
+
+    @property
+    def slots(self) -> Tensor | None:
+        """Slots of this rank's tokens of the current chunk."""
+        if self.cursor.slots is None:
+            return None
+        firsts = self.cursor.slots[:: self.cursor.tokens_per_frame] // self.ranks
+        offsets = torch.arange(self.tokens_per_frame, device=firsts.device)
+        return (firsts[:, None] + offsets).flatten()
+
+    @property
+    def visible_tokens(self) -> int:
+        """Length of the prefix of slots that attention reads."""
+        return self.cursor.visible_tokens // self.ranks
+
+    @property
+    def start(self) -> int:
+        """Latent frames before the current chunk."""
+        return self.cursor.start
+
+    @property
+    def end(self) -> int:
+        """Latent frames up to the end of the current chunk."""
+        return self.cursor.end
+
+    @property
+    def evicted(self) -> int:
+        """Latent frames that have left the window."""
+        return self.cursor.evicted
+
+
+class RingAttention(AttentionWrapper):
+    """Rotates keys and values through the ranks and merges the partial results.
+
+    Each rank keeps its share of the tokens of every latent frame, so all ranks evict the same
+    slots. Memory per rank falls with the degree; the whole visible window travels in each call.
+
+    Source: Ring Attention, arXiv:2310.01889, section 3; merging by log-sum-exp as in
+    FlashAttention, arXiv:2205.14135, section 3.1.
+    """
+
+    def __init__(
+        self, core: AttentionCore | AttentionWrapper, channel: Channel, layout: SequenceLayout
+    ) -> None:
+        super().__init__(core)
+        if not isinstance(core, AttentionCore):
+            raise TypeError(f"RingAttention wraps an AttentionCore, got {type(core).__name__}.")
+        self.scale = core.scale
+        self.channel = channel
+        self.layout = layout
+
+    def new_cache(self, spec: KVCacheSpec, cursor: CacheCursor) -> KVCache:
+        """A cache for this rank's share of every latent frame."""
+        ranks = self.channel.size
+        if spec.tokens_per_frame % ranks:
+            raise ValueError(
+                f"{spec.tokens_per_frame} tokens per latent frame cannot be shared by "
+                f"ring_degree={ranks} with ring_method='rotate'. Use --parallel.ring-method gather."
+            )
+        spec = replace(spec, tokens_per_frame=spec.tokens_per_frame // ranks)
+        return super().new_cache(spec, ShardedCursor(cursor, ranks))  # type: ignore[arg-type]
+
+    def gather_cache(self, x: Tensor) -> Tensor:
+        """Interleave the tokens of all ranks."""
+        parts = self.channel.all_gather(super().gather_cache(x)[:, :, None], dim=2)
+        return parts.flatten(1, 2)
+
+    def shard_cache(self, x: Tensor) -> Tensor:
+        """Take this rank's tokens."""
+        return super().shard_cache(x[:, self.channel.rank :: self.channel.size])
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Attend; the arguments are this rank's ``[B, L/P, N, D]``, and so is the result."""
+        k, v = self.layout.trim(k, 1), self.layout.trim(v, 1)
+        ranks, rank = self.channel.size, self.channel.rank
+        if cache is None:
+            counts = [self.layout.share_of(r) for r in range(ranks)]
+        else:
+            k, v = cache.update(k, v)
+            counts = [k.shape[1]] * ranks
+        travelling = torch.stack([pad_dim(x, 1, max(counts)) for x in (k, v)])
+        out, lse = q.new_zeros((), dtype=torch.float32), None
+        for hop in range(ranks):
+            following = self.channel.start_rotate(travelling) if hop + 1 < ranks else None
+            count = counts[(rank - hop) % ranks]
+            part = attend_with_lse(q, *travelling[:, :, :count].unbind(0), scale=self.scale)
+            out, lse = part if lse is None else merge(out, lse, *part)
+            if following is not None:
+                travelling = following()
+        return out.to(q.dtype)
+
+
+def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention and the logarithm of its normaliser.
+
+    Args:
+        q: ``[B, L, N, D]``.
+        k: ``[B, S, N, D]``.
+        v: ``[B, S, N, D]``.
+        scale: factor on the scores.
+
+    Returns:
+        ``[B, L, N, D]`` float32 and ``[B, L, N]`` float32.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    elif q.dtype in (torch.bfloat16, torch.float16):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
+    else:
+        scores = (q.float() @ k.float().transpose(-1, -2)) * scale
+        lse = scores.logsumexp(-1)
+        out = (scores - lse[..., None]).exp() @ v.float()
+    return out.transpose(1, 2).float(), lse.transpose(1, 2)
+
+
+def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys, from the attention over each.
+
+    With ``w = exp(lse)`` the sum of exponentials of a set, the result is the mean of the two
+    outputs weighted by ``w``.
+    """
+    total = lse.logaddexp(more_lse)
+    kept, added = (lse - total).exp()[..., None], (more_lse - total).exp()[..., None]
+    return out * kept + more * added, total

@@ -1,0 +1,57 @@
+from dataclasses import replace
+
+import pytest
+from torch import nn
+
+from flashdreams.parallel.mesh import Axis, Mesh, ParallelConfig, ParallelDegrees
+from flashdreams.parallel.parallelize import parallelize
+from tests.parallel.rollout import build_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model()
+
+
+def test_one_rank_leaves_the_model_untouched(model):
+    fresh = build_model()
+    kinds = [type(m) for m in fresh.modules()]
+    report = parallelize(fresh, fresh.parallel_plan(), Mesh())
+    assert str(report) == "untouched" and not report.slices and not report.replicated
+    assert [type(m) for m in fresh.modules()] == kinds
+    assert not any(m._forward_hooks for m in fresh.modules())
+    with pytest.raises(ValueError, match="parallelized already"):
+        parallelize(fresh, fresh.parallel_plan(), Mesh())
+
+
+def test_a_glob_without_match_lists_near_misses(model):
+    plan = replace(model.parallel_plan(), gather={"heads": 1})
+    with pytest.raises(ValueError, match=r"gather names 'heads'.*Near misses: head"):
+        parallelize(model, plan, Mesh())
+    plan = replace(model.parallel_plan(), attention=("blocks.*.attn.core",))
+    with pytest.raises(ValueError, match=r"Near misses: .*blocks\.\*\.self_attn\.core"):
+        parallelize(model, plan, Mesh())
+
+
+def test_a_forgotten_linear_is_refused(model):
+    plan = model.parallel_plan()
+    tensor = {k: v for k, v in plan.tensor.items() if k != "blocks.*.ffn.2"}
+    with pytest.raises(ValueError, match=r"leaves out linear layers of a block: blocks\.\*\.ffn"):
+        parallelize(model, replace(plan, tensor=tensor), Mesh())
+    tensor["blocks.*.ffn.2"] = "replicated"
+    parallelize(build_model(), replace(plan, tensor=tensor), Mesh())
+
+
+def test_half_a_sequence_plan_is_refused(model):
+    with pytest.raises(ValueError, match="needs all of split, gather and attention"):
+        parallelize(model, replace(model.parallel_plan(), gather={}), Mesh())
+
+
+def test_a_module_without_a_plan_says_that_it_is_replicated():
+    mesh = Mesh(degrees=ParallelDegrees(ring=2), sequence=Axis("sequence", 2, 0))
+    report = parallelize(nn.Linear(2, 2), None, mesh)
+    assert report.replicated and str(report).startswith("replicated")
+
+
+def test_degrees_are_kept_in_the_config():
+    assert Mesh().config == ParallelConfig()

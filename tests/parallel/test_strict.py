@@ -1,0 +1,73 @@
+"""Strict mode: the same bits on 1, 2, 3 and 4 ranks."""
+
+import hashlib
+
+import pytest
+import torch
+from torch import nn
+
+from flashdreams.attention.backends import sdpa
+from flashdreams.parallel.mesh import Mesh, ParallelConfig
+from flashdreams.parallel.parallelize import parallelize
+from flashdreams.parallel.strict import TiledAttention, TiledLinear
+from tests.harness import run_ranks
+from tests.parallel.rollout import build_model, make_mesh, roll_out
+
+# Wide enough that the library's choice of kernels shows in the bits.
+WIDE = {"dim": 192, "ffn_dim": 512, "num_layers": 1, "sink_size_t": 1}
+FEW_TOKENS = {**WIDE, "latent_height": 4, "latent_width": 6}
+MANY_TOKENS = {**WIDE, "latent_height": 12, "latent_width": 14}
+
+
+def digest(config, world_size, dtype, overrides):
+    """One hash per AR step over the raw latents."""
+    model = build_model(dtype, **overrides)
+    parallelize(model, model.parallel_plan(), make_mesh(config, world_size))
+    latents = roll_out(model, 3)
+    return [hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in latents]
+
+
+def digests(world_size):
+    ulysses = ParallelConfig(strict=True)
+    gather = ParallelConfig(strict=True, ulysses_degree=1)
+    default = ParallelConfig(ulysses_degree=1)
+    return {
+        "few": digest(ulysses, world_size, "float32", FEW_TOKENS),
+        "few gathered": digest(gather, world_size, "float32", FEW_TOKENS),
+        "many": digest(ulysses, world_size, "float32", MANY_TOKENS),
+        "many gathered": digest(gather, world_size, "float32", MANY_TOKENS),
+        "many bf16": digest(ulysses, world_size, "bfloat16", MANY_TOKENS),
+        "not strict": digest(default, world_size, "float32", FEW_TOKENS),
+    }
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    return run_ranks(digests, 1, 1)[0]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_strict_rollouts_have_the_same_bits(world_size, one_rank):
+    for found in run_ranks(digests, world_size, world_size):
+        for case, expected in one_rank.items():
+            assert (found[case] == expected) == (case != "not strict"), case
+
+
+def test_tiled_layers_compute_the_same():
+    linear = nn.Linear(6, 5)
+    x = torch.randn(2, 3, 37, 6)
+    torch.testing.assert_close(TiledLinear(linear, 16)(x), linear(x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(TiledLinear(linear, 16)(x[0, 0, 0]), linear(x[0, 0, 0]))
+    q, k, v = (torch.randn(2, length, 3, 8) for length in (37, 50, 50))
+    tiled = TiledAttention(sdpa, 16)(q, k, v, scale=0.3)
+    torch.testing.assert_close(tiled, sdpa(q, k, v, scale=0.3), rtol=0, atol=1e-6)
+
+
+def test_strict_keeps_the_parameters():
+    model = build_model()
+    before = dict(model.named_parameters())
+    report = parallelize(model, model.parallel_plan(), Mesh(config=ParallelConfig(strict=True)))
+    after = dict(model.named_parameters())
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    assert "tiles of fixed size" in str(report)
