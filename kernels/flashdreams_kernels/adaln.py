@@ -1,0 +1,147 @@
+"""Modulated layer norm, and gated residual.
+
+Shape letters: B batch, L tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from flashdreams_kernels.launch import (
+    FLOAT_TYPES,
+    Launch,
+    check_tensor,
+    named_strides,
+    next_power_of_2,
+    target_of,
+    warps_of,
+)
+
+MAX_WIDTH = 16384
+"""Widest token that one program holds in registers."""
+
+
+@torch.library.custom_op("flashdreams::layer_norm_modulate", mutates_args=())
+def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """``layer_norm(x) * (1 + scale) + shift`` with float32 statistics, in one pass over memory.
+
+    Args:
+        x: ``[B, L, dim]``, bf16, fp16 or fp32; any strides with contiguous last dim, as for all.
+        shift: ``[B, L or 1, dim]``, bf16, fp16 or fp32.
+        scale: like ``shift``.
+        eps: added to the variance.
+
+    Returns:
+        Like ``x``, contiguous.
+
+    Raises:
+        ValueError: shapes, strides or devices that do not fit.
+        TypeError: a dtype that does not fit.
+        ImportError: triton is not installed.
+
+    Source: adaLN of DiT, arXiv:2212.09748, section 3.2.
+    """
+    _check(x, {"shift": shift, "scale": scale})
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel():
+        target_of(x.device)
+        plan_norm_modulate(x, shift, scale, eps, out).run()
+    return out
+
+
+@layer_norm_modulate.register_fake
+def _(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("flashdreams::gate_residual", mutates_args=())
+def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """``x + y * gate`` in one pass; the product is rounded to the dtype of ``x`` before the sum.
+
+    Args:
+        x: ``[B, L, dim]``, bf16, fp16 or fp32; any strides with contiguous last dim, as for all.
+        y: like ``x``; the branch that is gated.
+        gate: ``[B, L or 1, dim]``, bf16, fp16 or fp32.
+
+    Returns:
+        Like ``x``, contiguous.
+
+    Raises:
+        ValueError: shapes, strides or devices that do not fit.
+        TypeError: a dtype that does not fit.
+        ImportError: triton is not installed.
+    """
+    _check(x, {"gate": gate})
+    check_tensor("y", y, x.shape, x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel():
+        target_of(x.device)
+        plan_gate_add(x, y, gate, out).run()
+    return out
+
+
+@gate_residual.register_fake
+def _(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _check(x: Tensor, modulation: dict[str, Tensor]) -> None:
+    check_tensor("x", x, (None, None, None), x, FLOAT_TYPES)
+    batch, length, width = x.shape
+    if width > MAX_WIDTH:
+        raise ValueError(f"dim={width} is wider than {MAX_WIDTH}, the most one program holds.")
+    for name, tensor in modulation.items():
+        tokens = 1 if tensor.ndim == 3 and tensor.shape[1] == 1 else length
+        check_tensor(name, tensor, (batch, tokens, width), x, FLOAT_TYPES)
+
+
+def _broadcast_strides(x: Tensor) -> tuple[int, int]:
+    return x.stride(0), 0 if x.shape[1] == 1 else x.stride(1)
+
+
+def plan_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out: Tensor) -> Launch:
+    """The launch of :func:`layer_norm_modulate` into ``out``; arguments checked."""
+    batch, length, width = x.shape
+    block = next_power_of_2(width)
+    return Launch(
+        "adaln",
+        "norm_modulate",
+        (batch * length,),
+        {
+            "x": x,
+            "shift": shift,
+            "scale": scale,
+            "out": out,
+            "eps": eps,
+            "num_tokens": length,
+            **named_strides("x", "bl", x.stride()[:2]),
+            **named_strides("shift", "bl", _broadcast_strides(shift)),
+            **named_strides("scale", "bl", _broadcast_strides(scale)),
+        },
+        {"WIDTH": width, "BLOCK": block},
+        num_warps=warps_of(block),
+        device=x.device,
+    )
+
+
+def plan_gate_add(x: Tensor, y: Tensor, gate: Tensor, out: Tensor) -> Launch:
+    """The launch of :func:`gate_residual` into ``out``; arguments checked."""
+    batch, length, width = x.shape
+    block = next_power_of_2(width)
+    return Launch(
+        "adaln",
+        "gate_add",
+        (batch * length,),
+        {
+            "x": x,
+            "y": y,
+            "gate": gate,
+            "out": out,
+            "num_tokens": length,
+            **named_strides("x", "bl", x.stride()[:2]),
+            **named_strides("y", "bl", y.stride()[:2]),
+            **named_strides("gate", "bl", _broadcast_strides(gate)),
+        },
+        {"WIDTH": width, "BLOCK": block},
+        num_warps=warps_of(block),
+        device=x.device,
+    )

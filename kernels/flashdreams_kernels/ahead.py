@@ -1,0 +1,181 @@
+"""Ahead-of-time compilation of every kernel at its real sizes; needs no GPU.
+
+``python -m flashdreams_kernels.ahead 80 90 100`` prints one JSON line per kernel and GPU
+generation with the registers, spills and shared memory that the compiler reports.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashdreams_kernels import adaln, attention, kv_write, rope_qknorm
+from flashdreams_kernels.launch import Launch, Target, load_programs
+
+PROCESSORS = {80: 108, 90: 132, 100: 148}
+"""Multiprocessors by generation (A100, H100 and H200, B200)."""
+
+TYPE_NAMES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler said about one kernel."""
+
+    kernel: str
+    capability: int
+    num_warps: int
+    shared_bytes: int
+    registers: int | None
+    """Per thread; None where triton carries no cuobjdump."""
+    spill_bytes: int | None
+    """Local memory per thread; 0 is wanted."""
+    cubin_bytes: int
+
+
+def compile_launch(launch: Launch, capability: int) -> Report:
+    """Compile one launch for one GPU generation.
+
+    Args:
+        launch: its tensors may be on ``meta``; they count as 16-byte aligned.
+        capability: compute capability times ten.
+
+    Raises:
+        ImportError: triton is not installed.
+    """
+    program = getattr(load_programs(launch.module), launch.program)
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    fixed = getattr(program, "do_not_specialize", None) or ()
+    signature, attributes = {}, {}
+    constants = dict(launch.constants)
+    for index, name in enumerate(program.arg_names):
+        if name in launch.constants:
+            signature[name] = "constexpr"
+            continue
+        kind, aligned = _argument_type(launch.arguments[name], name in fixed)
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[name] = launch.arguments[name]
+        elif aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(program, signature, constants, attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options=launch.options,
+    )
+    cubin = compiled.asm["cubin"]
+    registers, spill_bytes = _resources(cubin)
+    return Report(
+        f"{launch.module}.{launch.program}",
+        capability,
+        launch.num_warps,
+        compiled.metadata.shared,
+        registers,
+        spill_bytes,
+        len(cubin),
+    )
+
+
+def _argument_type(value: Any, fixed: bool) -> tuple[str, bool]:
+    """Triton's type of an argument, and whether it counts as a multiple of 16."""
+    if value is None:
+        return "constexpr", False
+    if isinstance(value, Tensor):
+        return TYPE_NAMES[value.dtype], True
+    if isinstance(value, float):
+        return "fp32", False
+    if value == 1 and not fixed:
+        return "constexpr", False
+    return ("i32" if value < 2**31 else "i64"), value % 16 == 0 and not fixed
+
+
+def _resources(cubin: bytes) -> tuple[int | None, int | None]:
+    """Registers and local bytes per thread, read with the cuobjdump that triton carries."""
+    import triton
+
+    tool = getattr(getattr(triton.knobs.nvidia, "cuobjdump", None), "path", None)
+    if tool is None:
+        return None, None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", str(path)], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+)\s+STACK:(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (None, None)
+
+
+def real_launches(
+    capability: int,
+    num_heads: int = 12,
+    head_dim: int = 128,
+    num_splits: Sequence[int] = (1, 2),
+) -> Iterator[Launch]:
+    """Every kernel at the sizes of a 480x832 chunk of 3 latent frames in a window of 21, bf16.
+
+    Args:
+        capability: compute capability times ten.
+        num_heads: 12 is the 1.3B model.
+        head_dim: channels of a head.
+        num_splits: of the attention kernel; above 1 the merge is compiled too.
+    """
+    target = Target(capability, PROCESSORS.get(capability, 132))
+    length, slots, dim = 4680, 32760, num_heads * head_dim
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    chunk = tensor(1, length, num_heads, head_dim)
+    cache = tensor(1, slots, num_heads, head_dim)
+    visible, lse = tensor(1, dtype=torch.int64), tensor(1, num_heads, length, dtype=torch.float32)
+    for splits in num_splits:
+        yield from attention.plan(
+            chunk, cache, cache, visible, head_dim**-0.5, chunk, lse, splits, target
+        )
+    weight, table = tensor(dim), tensor(length, head_dim // 2, 2, dtype=torch.float32)
+    indices = tensor(length, dtype=torch.int64)
+    outputs = (chunk, cache, cache)
+    yield rope_qknorm.plan((chunk,) * 3, outputs, weight, weight, table, 1e-6, indices)
+    yield kv_write.plan(chunk, chunk, cache, cache, indices)
+    tokens, vectors = tensor(1, length, dim), tensor(1, 1, 6, dim, dtype=torch.float32)
+    shift, scale = vectors[:, :, 0], vectors[:, :, 1]
+    yield adaln.plan_norm_modulate(tokens, shift, scale, 1e-6, tokens)
+    yield adaln.plan_gate_add(tokens, tokens, shift, tokens)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compile all kernels for the generations named and print one JSON line for each."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("capability", nargs="+", type=int, help="80, 90, 100, ...")
+    parser.add_argument("--num-heads", type=int, default=12)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--num-splits", type=int, nargs="+", default=[1, 2])
+    chosen = parser.parse_args(arguments)
+    sizes = (chosen.num_heads, chosen.head_dim, chosen.num_splits)
+    for capability in chosen.capability:
+        for launch in real_launches(capability, *sizes):
+            sys.stdout.write(json.dumps(asdict(compile_launch(launch, capability))) + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""Attention of a chunk of queries over the ring KV cache.
+
+Shape letters: B batch, L query tokens, S key slots, N heads, D head dim.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashdreams_kernels.launch import (
+    FLOAT_TYPES,
+    INDEX_TYPES,
+    Launch,
+    Target,
+    ceil_div,
+    check_tensor,
+    named_strides,
+    next_power_of_2,
+    target_of,
+)
+
+STRICT_NUM_SPLITS = 4
+"""Number of key shares where results must not depend on L, N or the GPU's size."""
+
+MAX_HEAD_DIM = 256
+MAX_SPLITS = 16
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tile sizes of the attention program and what the compiler may use for them."""
+
+    block_l: int
+    """Queries of a tile."""
+    block_s: int
+    """Keys of a step."""
+    num_warps: int
+    num_stages: int
+    per_processor: int = 1
+    """Tiles that fit on one multiprocessor at a time."""
+
+
+TILES: dict[tuple[int, int, int], TileConfig] = {
+    (80, 64, 2): TileConfig(128, 64, 4, 3, 2),
+    (80, 128, 2): TileConfig(128, 64, 8, 3),
+    (90, 64, 2): TileConfig(128, 128, 8, 3),
+    (90, 128, 2): TileConfig(128, 128, 8, 2),
+    (100, 64, 2): TileConfig(128, 64, 4, 3, 2),
+    (100, 128, 2): TileConfig(128, 64, 8, 3),
+}
+"""By (capability, padded head dim, bytes of an element); see :func:`tile_config`."""
+
+
+def tile_config(target: Target, head_dim: int, itemsize: int) -> TileConfig:
+    """Tiles for a machine, a head dim and an element size; a function of nothing else.
+
+    The newest generation listed that is not newer than the machine; consumer chips (8.6, 8.9, 12.x)
+    have less shared memory and take small tiles, as do float32 and head dims above 128.
+    """
+    if target.interpreted:
+        return TileConfig(32, 32, 1, 1)
+    padded = max(64, next_power_of_2(head_dim))
+    small_memory = target.capability in (86, 89) or target.capability >= 120
+    if itemsize > 2 or padded > 128 or small_memory or target.capability < 80:
+        return TileConfig(64, 32, 4, 2)
+    generation = max(c for c, _, _ in TILES if c <= target.capability)
+    return TILES[generation, padded, itemsize]
+
+
+def choose_num_splits(num_tiles: int, num_blocks: int, num_slots: int) -> int:
+    """Number of shares into which the keys are cut, so that the last wave is nearly full.
+
+    Time is counted in steps (one block of keys for one tile): waves of ``num_slots`` tiles, each
+    as long as its share of the blocks plus its start and end; a merge costs further steps.
+
+    Args:
+        num_tiles: tiles of queries over all heads and batch entries.
+        num_blocks: blocks of keys.
+        num_slots: tiles that run at a time.
+    """
+    ends, merge = 2, 2
+
+    def steps(splits: int) -> int:
+        waves = ceil_div(num_tiles * splits, num_slots)
+        return waves * (ceil_div(num_blocks, splits) + ends + (merge if splits > 1 else 0))
+
+    return min(range(1, max(1, min(MAX_SPLITS, num_blocks)) + 1), key=steps)
+
+
+def chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    visible: Tensor | None = None,
+    return_lse: bool = False,
+    num_splits: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend to the first ``visible`` slots of a KV cache, in slot order and without a mask.
+
+    The number of visible slots may live on the device: one captured graph then serves every AR
+    step. Accumulation is float32. Inference only: no gradient is defined.
+
+    Args:
+        q: ``[B, L, N, D]``, bf16, fp16 or fp32; any strides with contiguous D, as for ``k``, ``v``.
+        k: ``[B, S, N, D]``, like ``q`` in dtype and device.
+        v: ``[B, S, N, D]``.
+        scale: positive factor on the scores; None means ``D ** -0.5``.
+        visible: int32 or int64, one element, on the device of ``q``: how many leading slots are
+            attended, clamped to 0 and S. None means all S.
+        return_lse: also return the log of the sums of exponentials, for merging.
+        num_splits: shares of the keys that are computed side by side and merged; None chooses it
+            from the shape and the GPU. Give :data:`STRICT_NUM_SPLITS` where the bits must not
+            depend on L, N or the number of multiprocessors.
+
+    Returns:
+        ``[B, L, N, D]`` contiguous, in the dtype of ``q``; with ``return_lse`` also ``[B, N, L]``
+        float32, natural logarithm. Where nothing is visible: zeros and minus infinity.
+
+    Raises:
+        ValueError: shapes, strides, devices or a number that do not fit.
+        TypeError: a dtype that does not fit.
+        ImportError: triton is not installed.
+
+    Source: FlashAttention-2, arXiv:2307.08691; split keys as in Flash-Decoding.
+    """
+    if q.ndim != 4:
+        raise ValueError(f"q must be [B, L, N, D], got {list(q.shape)}.")
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    splits = 0 if num_splits is None else num_splits
+    if num_splits is not None and num_splits < 1:
+        raise ValueError(f"num_splits={num_splits} must be at least 1, or None to choose it.")
+    out, lse = torch.ops.flashdreams.chunk_attention(q, k, v, visible, factor, return_lse, splits)
+    return (out, lse) if return_lse else out
+
+
+@torch.library.custom_op("flashdreams::chunk_attention", mutates_args=())
+def _chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    return_lse: bool,
+    num_splits: int,
+) -> tuple[Tensor, Tensor]:
+    out, lse = _outputs(q, return_lse)
+    _check(q, k, v, visible, scale)
+    if out.numel():
+        target = target_of(q.device)
+        for launch in plan(q, k, v, visible, scale, out, lse, num_splits, target):
+            launch.run()
+    return out, lse
+
+
+@_chunk_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    return_lse: bool,
+    num_splits: int,
+) -> tuple[Tensor, Tensor]:
+    return _outputs(q, return_lse)
+
+
+def _outputs(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = q.shape
+    lse_shape = (batch, heads, length) if return_lse else (0,)
+    return (
+        torch.empty(q.shape, dtype=q.dtype, device=q.device),
+        torch.empty(lse_shape, dtype=torch.float32, device=q.device),
+    )
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> None:
+    batch, _, heads, head_dim = q.shape
+    check_tensor("q", q, (None, None, None, None), q, FLOAT_TYPES)
+    check_tensor("k", k, (batch, None, heads, head_dim), q)
+    check_tensor("v", v, k.shape, q)
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim={head_dim} must be between 1 and {MAX_HEAD_DIM}.")
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale={scale} must be positive and finite.")
+    if batch * heads > 65535:
+        raise ValueError(f"batch * heads = {batch} * {heads} must be at most 65535.")
+    if visible is None:
+        return
+    if visible.numel() != 1:
+        raise ValueError(f"visible must hold one integer, got shape {list(visible.shape)}.")
+    check_tensor("visible", visible, visible.shape, q, INDEX_TYPES)
+
+
+def plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    num_splits: int,
+    target: Target,
+) -> list[Launch]:
+    """The launches of one call: the tiles and, with more than one split, the merge.
+
+    Args:
+        q: checked, like all tensors; see :func:`chunk_attention`.
+        k: as there.
+        v: as there.
+        visible: as there.
+        scale: as there.
+        out: ``[B, L, N, D]`` contiguous, is written.
+        lse: ``[B, N, L]`` float32, is written unless it is empty.
+        num_splits: 0 chooses it.
+        target: what the launches are for.
+    """
+    batch, length, heads, head_dim = q.shape
+    tiles = tile_config(target, head_dim, q.element_size())
+    if num_splits == 0:
+        num_tiles = ceil_div(length, tiles.block_l) * batch * heads
+        num_blocks = ceil_div(k.shape[1], tiles.block_s)
+        at_a_time = target.num_processors * tiles.per_processor
+        num_splits = choose_num_splits(num_tiles, num_blocks, at_a_time)
+    if num_splits == 1:
+        lse_strides = (0, heads * length, 1, length)
+        constants = {"WRITE_LSE": lse.numel() > 0, "LSE_UNIT": math.log(2)}
+        inputs = (q, k, v, visible, scale)
+        return [_attend_launch(inputs, out[None], lse, lse_strides, constants, tiles, target)]
+    partial = out.new_empty((num_splits, *out.shape), dtype=torch.float32)
+    partial_lse = partial.new_empty(partial.shape[:-1])
+    constants = {"WRITE_LSE": True, "LSE_UNIT": 1.0}
+    inputs = (q, k, v, visible, scale)
+    strides = partial_lse.stride()
+    return [
+        _attend_launch(inputs, partial, partial_lse, strides, constants, tiles, target),
+        _merge_launch(partial, partial_lse, out, lse),
+    ]
+
+
+def _attend_launch(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, float],
+    out: Tensor,
+    lse: Tensor,
+    lse_strides: tuple[int, ...],
+    constants: dict[str, bool | float],
+    tiles: TileConfig,
+    target: Target,
+) -> Launch:
+    """Attend to ``len(out)`` shares of the keys; ``out`` is ``[splits, B, L, N, D]``."""
+    q, k, v, visible, scale = inputs
+    batch, length, heads, head_dim = q.shape
+    return Launch(
+        "attention",
+        "attend",
+        (ceil_div(length, tiles.block_l), len(out), batch * heads),
+        {
+            "q": q,
+            "k": k,
+            "v": v,
+            "out": out,
+            "lse": lse,
+            "visible": visible,
+            "num_queries": length,
+            "num_keys": k.shape[1],
+            "num_heads": heads,
+            "scale_log2": scale * math.log2(math.e),
+            **named_strides("q", "bln", q.stride()[:3]),
+            **named_strides("k", "bsn", k.stride()[:3]),
+            **named_strides("v", "bsn", v.stride()[:3]),
+            **named_strides("out", "sbln", out.stride()[:4]),
+            **named_strides("lse", "sbln", lse_strides),
+        },
+        {
+            **constants,
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": max(16, next_power_of_2(head_dim)),
+            "BLOCK_L": tiles.block_l,
+            "BLOCK_S": tiles.block_s,
+            "HAS_VISIBLE": visible is not None,
+            "UPCAST": target.interpreted and q.dtype != torch.float32,
+            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        },
+        tiles.num_warps,
+        tiles.num_stages,
+        q.device,
+    )
+
+
+def _merge_launch(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor) -> Launch:
+    """Merge ``[splits, B, L, N, D]`` into ``[B, L, N, D]``."""
+    _, length, heads, head_dim = out.shape
+    rows = out.numel() // head_dim
+    block_r = 16
+    return Launch(
+        "attention",
+        "merge_splits",
+        (ceil_div(rows, block_r),),
+        {
+            "partial": partial,
+            "partial_lse": partial_lse,
+            "out": out,
+            "lse": lse,
+            "num_rows": rows,
+            "num_queries": length,
+            "num_heads": heads,
+            "num_splits": len(partial),
+        },
+        {
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": max(16, next_power_of_2(head_dim)),
+            "BLOCK_R": block_r,
+            "WRITE_LSE": lse.numel() > 0,
+            "LSE_UNIT": math.log(2),
+        },
+        device=out.device,
+    )

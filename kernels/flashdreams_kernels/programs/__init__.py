@@ -1,0 +1,1 @@
+"""Triton programs; the only modules of this package that import triton."""

@@ -1,0 +1,74 @@
+"""Triton programs of modulated layer norm and gated residual."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def norm_modulate(
+    x,
+    shift,
+    scale,
+    out,
+    eps,
+    num_tokens,
+    x_stride_b,
+    x_stride_l,
+    shift_stride_b,
+    shift_stride_l,
+    scale_stride_b,
+    scale_stride_l,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One token: ``layer_norm(x) * (1 + scale) + shift``; grid ``(B * L,)``."""
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // num_tokens
+    token = row % num_tokens
+    columns = tl.arange(0, BLOCK)
+    mask = columns < WIDTH
+    x += batch * x_stride_b + token * x_stride_l
+    values = tl.load(x + columns, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(values, 0) / WIDTH
+    centred = tl.where(mask, values - mean, 0.0)
+    variance = tl.sum(centred * centred, 0) / WIDTH
+    normed = centred * tl.rsqrt(variance + eps)
+    shift += batch * shift_stride_b + token * shift_stride_l
+    scale += batch * scale_stride_b + token * scale_stride_l
+    factor = tl.load(scale + columns, mask=mask, other=0.0).to(tl.float32) + 1.0
+    offset = tl.load(shift + columns, mask=mask, other=0.0).to(tl.float32)
+    result = (normed * factor + offset).to(out.dtype.element_ty)
+    tl.store(out + row * WIDTH + columns, result, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def gate_add(
+    x,
+    y,
+    gate,
+    out,
+    num_tokens,
+    x_stride_b,
+    x_stride_l,
+    y_stride_b,
+    y_stride_l,
+    gate_stride_b,
+    gate_stride_l,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One token: ``x + (y * gate)``, the product rounded as PyTorch would; grid ``(B * L,)``."""
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // num_tokens
+    token = row % num_tokens
+    columns = tl.arange(0, BLOCK)
+    mask = columns < WIDTH
+    dtype = out.dtype.element_ty
+    x += batch * x_stride_b + token * x_stride_l
+    y += batch * y_stride_b + token * y_stride_l
+    gate += batch * gate_stride_b + token * gate_stride_l
+    residual = tl.load(x + columns, mask=mask, other=0.0).to(tl.float32)
+    branch = tl.load(y + columns, mask=mask, other=0.0).to(tl.float32)
+    factor = tl.load(gate + columns, mask=mask, other=0.0).to(tl.float32)
+    product = (branch * factor).to(dtype).to(tl.float32)
+    tl.store(out + row * WIDTH + columns, (residual + product).to(dtype), mask=mask)

@@ -1,0 +1,242 @@
+"""Triton programs of chunk attention: the tile loop, and the merge of split keys."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _accumulate(
+    q,
+    acc,
+    row_max,
+    row_sum,
+    k_pointers,
+    v_pointers,
+    keys_left,
+    scale_log2,
+    columns,
+    dims,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASK_KEYS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One block of keys: scores, running maximum and sum (both base 2), weighted values."""
+    if MASK_KEYS:
+        mask = (columns[:, None] < keys_left) & (dims[None, :] < HEAD_DIM)
+        k = tl.load(k_pointers, mask=mask, other=0.0)
+        v = tl.load(v_pointers, mask=mask, other=0.0)
+    elif HEAD_DIM == BLOCK_D:
+        k = tl.load(k_pointers)
+        v = tl.load(v_pointers)
+    else:
+        k = tl.load(k_pointers, mask=dims[None, :] < HEAD_DIM, other=0.0)
+        v = tl.load(v_pointers, mask=dims[None, :] < HEAD_DIM, other=0.0)
+    weight_type = v.dtype
+    if UPCAST:
+        k = k.to(tl.float32)
+        v = v.to(tl.float32)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASK_KEYS:
+        scores = tl.where(columns[None, :] < keys_left, scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+    weights = tl.exp2(scores * scale_log2 - new_max[:, None])
+    decay = tl.exp2(row_max - new_max)
+    row_sum = row_sum * decay + tl.sum(weights, 1)
+    acc = acc * decay[:, None]
+    if UPCAST:
+        acc = acc + tl.dot(weights, v, input_precision=PRECISION)
+    else:
+        acc = tl.dot(weights.to(weight_type), v, acc, input_precision=PRECISION)
+    return acc, new_max, row_sum
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_heads"])
+def attend(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    visible,
+    num_queries,
+    num_keys,
+    num_heads,
+    scale_log2,
+    q_stride_b,
+    q_stride_l,
+    q_stride_n,
+    k_stride_b,
+    k_stride_s,
+    k_stride_n,
+    v_stride_b,
+    v_stride_s,
+    v_stride_n,
+    out_stride_s,
+    out_stride_b,
+    out_stride_l,
+    out_stride_n,
+    lse_stride_s,
+    lse_stride_b,
+    lse_stride_l,
+    lse_stride_n,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    HAS_VISIBLE: tl.constexpr,
+    WRITE_LSE: tl.constexpr,
+    LSE_UNIT: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of queries against one share of the keys.
+
+    Grid ``(tiles of queries, splits, B * N)``. ``visible`` points at the number of visible keys;
+    its share of them is worked out here, so that a captured launch fits any number.
+    """
+    split = tl.program_id(1)
+    batch = (tl.program_id(2) // num_heads).to(tl.int64)
+    head = (tl.program_id(2) % num_heads).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    columns = tl.arange(0, BLOCK_S)
+    dims = tl.arange(0, BLOCK_D)
+
+    keys = num_keys
+    if HAS_VISIBLE:
+        keys = tl.minimum(tl.maximum(tl.load(visible).to(tl.int32), 0), num_keys)
+    blocks = tl.cdiv(tl.cdiv(keys, BLOCK_S), tl.num_programs(1))
+    first = tl.minimum(split * blocks * BLOCK_S, keys)
+    last = tl.minimum(first + blocks * BLOCK_S, keys)
+    whole = first + (last - first) // BLOCK_S * BLOCK_S
+
+    row_mask = (rows[:, None] < num_queries) & (dims[None, :] < HEAD_DIM)
+    q_pointers = q + batch * q_stride_b + head * q_stride_n
+    q_tile = tl.load(
+        q_pointers + rows[:, None] * q_stride_l + dims[None, :], mask=row_mask, other=0.0
+    )
+    if UPCAST:
+        q_tile = q_tile.to(tl.float32)
+    k_base = k + batch * k_stride_b + head * k_stride_n
+    v_base = v + batch * v_stride_b + head * v_stride_n
+    k_tile = columns[:, None] * k_stride_s + dims[None, :]
+    v_tile = columns[:, None] * v_stride_s + dims[None, :]
+
+    acc = tl.zeros([BLOCK_L, BLOCK_D], dtype=tl.float32)
+    row_max = tl.full([BLOCK_L], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_L], dtype=tl.float32)
+    for start in range(first, whole, BLOCK_S):
+        acc, row_max, row_sum = _accumulate(
+            q_tile,
+            acc,
+            row_max,
+            row_sum,
+            k_base + start * k_stride_s + k_tile,
+            v_base + start * v_stride_s + v_tile,
+            BLOCK_S,
+            scale_log2,
+            columns,
+            dims,
+            HEAD_DIM,
+            BLOCK_D,
+            False,
+            UPCAST,
+            PRECISION,
+        )
+    if whole < last:
+        acc, row_max, row_sum = _accumulate(
+            q_tile,
+            acc,
+            row_max,
+            row_sum,
+            k_base + whole * k_stride_s + k_tile,
+            v_base + whole * v_stride_s + v_tile,
+            last - whole,
+            scale_log2,
+            columns,
+            dims,
+            HEAD_DIM,
+            BLOCK_D,
+            True,
+            UPCAST,
+            PRECISION,
+        )
+
+    seen = row_sum > 0.0
+    result = acc / tl.where(seen, row_sum, 1.0)[:, None]
+    out += split * out_stride_s + batch * out_stride_b + head * out_stride_n
+    tl.store(
+        out + rows[:, None] * out_stride_l + dims[None, :],
+        result.to(out.dtype.element_ty),
+        mask=row_mask,
+    )
+    if WRITE_LSE:
+        total = row_max + tl.log2(tl.where(seen, row_sum, 1.0))
+        lse += split * lse_stride_s + batch * lse_stride_b + head * lse_stride_n
+        tl.store(
+            lse + rows * lse_stride_l,
+            tl.where(seen, total * LSE_UNIT, float("-inf")),
+            mask=rows < num_queries,
+        )
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_queries", "num_heads", "num_splits"])
+def merge_splits(
+    partial,
+    partial_lse,
+    out,
+    lse,
+    num_rows,
+    num_queries,
+    num_heads,
+    num_splits,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    WRITE_LSE: tl.constexpr,
+    LSE_UNIT: tl.constexpr,
+):
+    """Merge the results of all splits, weighted by their base-2 sums of exponentials.
+
+    A row is one (batch, query, head). Grid ``(tiles of rows,)``; ``partial`` is
+    ``[splits, rows, HEAD_DIM]``, ``partial_lse`` ``[splits, rows]``.
+    """
+    rows = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    dims = tl.arange(0, BLOCK_D)
+    row_mask = rows < num_rows
+    mask = row_mask[:, None] & (dims[None, :] < HEAD_DIM)
+    top = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32)
+    at = rows
+    for _ in range(num_splits):
+        share = tl.load(partial_lse + at, mask=row_mask, other=float("-inf"))
+        top = tl.maximum(top, share)
+        at += num_rows
+    top = tl.where(top == float("-inf"), 0.0, top)
+    acc = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+    total = tl.zeros([BLOCK_R], dtype=tl.float32)
+    at = rows
+    for _ in range(num_splits):
+        weight = tl.exp2(tl.load(partial_lse + at, mask=row_mask, other=float("-inf")) - top)
+        values = tl.load(partial + at[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+        acc += weight[:, None] * values
+        total += weight
+        at += num_rows
+    seen = total > 0.0
+    safe = tl.where(seen, total, 1.0)
+    result = acc / safe[:, None]
+    tl.store(
+        out + rows[:, None] * HEAD_DIM + dims[None, :],
+        result.to(out.dtype.element_ty),
+        mask=mask,
+    )
+    if WRITE_LSE:
+        head = rows % num_heads
+        query = rows // num_heads % num_queries
+        batch = rows // num_heads // num_queries
+        merged = (top + tl.log2(safe)) * LSE_UNIT
+        tl.store(
+            lse + (batch * num_heads + head) * num_queries + query,
+            tl.where(seen, merged, float("-inf")),
+            mask=row_mask,
+        )

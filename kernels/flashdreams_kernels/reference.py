@@ -1,0 +1,137 @@
+"""PyTorch references of the kernels: what each one must compute.
+
+Shape letters: B batch, L query tokens, S key slots, N heads, D head dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    visible: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a chunk to the first ``visible`` slots of a cache, in float32.
+
+    Args:
+        q: ``[B, L, N, D]``.
+        k: ``[B, S, N, D]``.
+        v: ``[B, S, N, D]``.
+        scale: factor on the scores; None means ``D ** -0.5``.
+        visible: one integer, the number of leading slots that are attended; None means all.
+
+    Returns:
+        ``[B, L, N, D]`` in the dtype of ``q``, and the natural logarithm of the sums of
+        exponentials, ``[B, N, L]`` float32. Without a visible slot: zeros and minus infinity.
+    """
+    length = k.shape[1] if visible is None else max(0, min(int(visible), k.shape[1]))
+    queries, keys, values = (x.transpose(1, 2).float() for x in (q, k[:, :length], v[:, :length]))
+    scores = queries @ keys.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    lse = torch.logsumexp(scores, dim=-1)
+    out = torch.softmax(scores, dim=-1) @ values
+    return out.transpose(1, 2).to(q.dtype), lse
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm over all heads together.
+
+    Args:
+        x: ``[B, L, N, D]``.
+        weight: ``[N * D]``.
+        eps: added to the mean square.
+
+    Returns:
+        Like ``x``; the statistics are float32, the normed value is rounded before the weight.
+    """
+    wide = x.flatten(2).float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return ((wide * scale).to(x.dtype) * weight).view(x.shape)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate neighbouring channel pairs.
+
+    Args:
+        x: ``[B, L, N, D]``.
+        table: ``[L or 1, D/2, 2]`` float32, cosine and sine.
+
+    Returns:
+        Like ``x``; the arithmetic is float32.
+    """
+    cos, sin = table[:, None].unbind(-1)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return pairs.flatten(-2).to(x.dtype)
+
+
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Norm and rotation of queries and keys; arguments as :func:`rms_norm` and :func:`rotate`."""
+    return (
+        rotate(rms_norm(q, q_weight, eps), table),
+        rotate(rms_norm(k, k_weight, eps), table),
+    )
+
+
+def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Write keys and values ``[B, L, N, D]`` into ``slots`` ``[L]`` of caches ``[B, S, N, D]``.
+
+    Slots outside the cache are skipped.
+    """
+    inside = (slots >= 0) & (slots < k_cache.shape[1])
+    k_cache[:, slots[inside]] = k[:, inside]
+    v_cache[:, slots[inside]] = v[:, inside]
+
+
+def qk_norm_rope_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    table: Tensor,
+    eps: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """:func:`qk_norm_rope`, then :func:`kv_write`; returns the queries."""
+    q, k = qk_norm_rope(q, k, q_weight, k_weight, table, eps)
+    kv_write(k, v, k_cache, v_cache, slots)
+    return q
+
+
+def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """``layer_norm(x) * (1 + scale) + shift`` in float32.
+
+    Args:
+        x: ``[B, L, dim]``.
+        shift: ``[B, L or 1, dim]``.
+        scale: like ``shift``.
+        eps: added to the variance.
+
+    Returns:
+        Like ``x``.
+    """
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    return (normed * (1 + scale.float()) + shift.float()).to(x.dtype)
+
+
+def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """``x + y * gate``, the product computed in float32 and rounded before the sum.
+
+    Args:
+        x: ``[B, L, dim]``.
+        y: ``[B, L, dim]``.
+        gate: ``[B, L or 1, dim]``.
+
+    Returns:
+        Like ``x``.
+    """
+    return x + (y.float() * gate.float()).to(x.dtype)

@@ -1,0 +1,205 @@
+"""RMS norm over all heads and rotation of queries and keys, alone or with the cache write.
+
+Shape letters: B batch, L tokens, S slots, N heads, D head dim.
+"""
+
+import torch
+from torch import Tensor
+
+from flashdreams_kernels.kv_write import check_write
+from flashdreams_kernels.launch import (
+    FLOAT_TYPES,
+    Launch,
+    check_tensor,
+    named_strides,
+    next_power_of_2,
+    target_of,
+    warps_of,
+)
+
+
+@torch.library.custom_op("flashdreams::qk_norm_rope", mutates_args=())
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Norm and rotate queries and keys in one pass over memory.
+
+    The norm's statistics and the rotation are float32; between them values are rounded to the
+    dtype of ``q``, as the unfused modules do.
+
+    Args:
+        q: ``[B, L, N, D]``, bf16, fp16 or fp32; any strides with contiguous D. All heads of the
+            model: the norm runs over ``N * D``.
+        k: like ``q``.
+        q_weight: ``[N * D]``, dtype of ``q``.
+        k_weight: like ``q_weight``.
+        table: ``[L, D/2, 2]`` or ``[1, D/2, 2]`` float32, cosine and sine of each channel pair.
+        eps: added to the mean square.
+
+    Returns:
+        Queries and keys, ``[B, L, N, D]`` contiguous.
+
+    Raises:
+        ValueError: shapes, strides or devices that do not fit, or an odd D.
+        TypeError: a dtype that does not fit.
+        ImportError: triton is not installed.
+    """
+    _check(q, k, q_weight, k_weight, table)
+    q_out, k_out = _empty(q), _empty(k)
+    if q.numel():
+        target_of(q.device)
+        plan((q, k, k), (q_out, k_out, k_out), q_weight, k_weight, table, eps, None).run()
+    return q_out, k_out
+
+
+@qk_norm_rope.register_fake
+def _(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return _empty(q), _empty(k)
+
+
+@torch.library.custom_op("flashdreams::qk_norm_rope_write", mutates_args=("k_cache", "v_cache"))
+def qk_norm_rope_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    table: Tensor,
+    eps: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """Norm and rotate queries and keys, and write keys and values into the cache, in one launch.
+
+    For cores that own the whole chunk. Where keys travel between ranks first, use
+    :func:`qk_norm_rope` before the exchange and ``kv_write`` after it.
+
+    Args:
+        q: as for :func:`qk_norm_rope`.
+        k: as there.
+        v: like ``k``; is copied.
+        q_weight: as there.
+        k_weight: as there.
+        table: as there.
+        eps: as there.
+        k_cache: ``[B, S, N, D]``, dtype of ``k``; is written.
+        v_cache: like ``k_cache``; is written.
+        slots: ``[L]`` int32 or int64, on the device; see ``kv_write``.
+
+    Returns:
+        Queries, ``[B, L, N, D]`` contiguous.
+
+    Raises:
+        ValueError: shapes, strides or devices that do not fit, or an odd D.
+        TypeError: a dtype that does not fit.
+        ImportError: triton is not installed.
+    """
+    _check(q, k, q_weight, k_weight, table)
+    check_write(k, v, k_cache, v_cache, slots)
+    q_out = _empty(q)
+    if q.numel():
+        target_of(q.device)
+        plan((q, k, v), (q_out, k_cache, v_cache), q_weight, k_weight, table, eps, slots).run()
+    return q_out
+
+
+@qk_norm_rope_write.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    table: Tensor,
+    eps: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    return _empty(q)
+
+
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _check(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor) -> None:
+    check_tensor("q", q, (None, None, None, None), q, FLOAT_TYPES)
+    _, length, heads, head_dim = q.shape
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim={head_dim} must be even and at least 2 for rotary embedding.")
+    check_tensor("k", k, q.shape, q)
+    check_tensor("q_weight", q_weight, (heads * head_dim,), q)
+    check_tensor("k_weight", k_weight, (heads * head_dim,), q)
+    rows = 1 if table.ndim == 3 and table.shape[0] == 1 else length
+    check_tensor("table", table, (rows, head_dim // 2, 2), q, (torch.float32,))
+    if head_dim > 2 and table.stride(1) != 2:
+        raise ValueError(
+            f"table has stride {table.stride(1)} between channel pairs, which must be 2; "
+            "call table.contiguous()."
+        )
+
+
+def plan(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    outputs: tuple[Tensor, Tensor, Tensor],
+    q_weight: Tensor,
+    k_weight: Tensor,
+    table: Tensor,
+    eps: float,
+    slots: Tensor | None,
+) -> Launch:
+    """The launch of one call.
+
+    Args:
+        inputs: queries, keys and values (the last is read only with ``slots``), checked.
+        outputs: where they go: ``[B, L, N, D]``, or caches ``[B, S, N, D]`` for keys and values.
+        q_weight: ``[N * D]``.
+        k_weight: ``[N * D]``.
+        table: ``[L or 1, D/2, 2]``.
+        eps: added to the mean square.
+        slots: ``[L]``; None writes no cache.
+    """
+    q, k, v = inputs
+    q_out, k_out, v_out = outputs
+    batch, length, heads, head_dim = q.shape
+    block_n, block_d = next_power_of_2(heads), next_power_of_2(head_dim)
+    return Launch(
+        "rope_qknorm",
+        "norm_rope",
+        (batch * length, 2 if slots is None else 3),
+        {
+            "q": q,
+            "k": k,
+            "v": v,
+            "q_out": q_out,
+            "k_out": k_out,
+            "v_out": v_out,
+            "q_weight": q_weight,
+            "k_weight": k_weight,
+            "table": table,
+            "slots": slots,
+            "eps": eps,
+            "num_tokens": length,
+            "num_heads": heads,
+            "num_slots": k_out.shape[1],
+            "table_stride_l": 0 if len(table) == 1 else table.stride(0),
+            **named_strides("q", "bln", q.stride()[:3]),
+            **named_strides("k", "bln", k.stride()[:3]),
+            **named_strides("v", "bln", v.stride()[:3]),
+            **named_strides("q_out", "bln", q_out.stride()[:3]),
+            **named_strides("k_out", "bln", k_out.stride()[:3]),
+            **named_strides("v_out", "bln", v_out.stride()[:3]),
+        },
+        {
+            "HEAD_DIM": head_dim,
+            "BLOCK_N": block_n,
+            "BLOCK_D": block_d,
+            "WRITE_CACHE": slots is not None,
+        },
+        num_warps=warps_of(block_n * block_d),
+        device=q.device,
+    )

@@ -1,0 +1,37 @@
+"""Where the kernels run: on the GPU if there is one, else in Triton's interpreter."""
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+PROGRAMS = "flashdreams_kernels.programs"
+
+
+def switch_to_interpreter(patch: pytest.MonkeyPatch) -> None:
+    """Interpret all programs, also if triton was imported long ago as a compiler."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    package = importlib.import_module(PROGRAMS)
+    names = [info.name for info in pkgutil.iter_modules(package.__path__)]
+    programs = [importlib.import_module(f"{PROGRAMS}.{name}") for name in names]
+    patch.setenv("TRITON_INTERPRET", "1")
+    for module in (tl, tl.standard, *programs):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                patch.setattr(module, name, InterpretedFunction(value.fn))
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[torch.device]:
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        switch_to_interpreter(patch)
+        yield torch.device("cpu")

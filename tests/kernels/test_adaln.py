@@ -1,0 +1,124 @@
+"""Modulated layer norm and gated residual against their references."""
+
+import pytest
+import torch
+from flashdreams_kernels import adaln, reference
+from torch import Tensor
+
+from flashdreams.models.wan.transformer import layer_norm
+from tests.kernels.guarded import TOLERANCE, Guarded, error
+
+EPS = 1e-6
+
+
+def inputs(
+    shape: tuple[int, int, int], per_token: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, a branch and the six vectors ``[B, L or 1, 6, dim]`` of a timestep."""
+    batch, length, width = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    x, y = 3 + torch.randn(2, *shape, generator=generator)
+    time = torch.randn(batch, length if per_token else 1, 6, width, generator=generator)
+    return x.to(device, dtype), y.to(device, dtype), time.to(device)
+
+
+CASES = {
+    "odd": ((2, 5, 96), False, torch.float32),
+    "one token": ((1, 1, 1), False, torch.float32),
+    "per token": ((2, 3, 130), True, torch.float32),
+    "bf16": ((1, 3, 96), False, torch.bfloat16),
+    "fp16": ((1, 3, 64), True, torch.float16),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_modulation_equals_reference(case: str, device: torch.device) -> None:
+    x, _, time = inputs(*CASES[case], device)
+    shift, scale = time[:, :, 1], time[:, :, 2]
+    result = adaln.layer_norm_modulate(x, shift, scale, EPS)
+    assert result.dtype == x.dtype and result.is_contiguous()
+    expected = reference.layer_norm_modulate(x, shift, scale, EPS)
+    assert error(result, expected) < TOLERANCE[x.dtype]
+    assert error(result, reference.layer_norm_modulate(x, scale, shift, EPS)) > 0.1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gate_equals_reference(case: str, device: torch.device) -> None:
+    x, y, time = inputs(*CASES[case], device)
+    gate = time[:, :, 4]
+    result = adaln.gate_residual(x, y, gate)
+    assert result.dtype == x.dtype and result.is_contiguous()
+    assert error(result, reference.gate_residual(x, y, gate)) < TOLERANCE[x.dtype]
+    assert error(result, reference.gate_residual(x, y, time[:, :, 5])) > 0.1
+
+
+def test_references_equal_the_arithmetic_of_the_block(device: torch.device) -> None:
+    x, y, time = inputs((2, 5, 96), False, torch.bfloat16, device)
+    e = time.unbind(2)
+    modulated = (layer_norm(x, EPS) * (1 + e[1]) + e[0]).to(x.dtype)
+    assert torch.equal(reference.layer_norm_modulate(x, e[0], e[1], EPS), modulated)
+    gated = x + (y * e[2]).to(x.dtype)
+    assert torch.equal(reference.gate_residual(x, y, e[2]), gated)
+    assert not torch.equal(reference.gate_residual(x, y, e[3]), gated)
+
+
+def test_modulation_and_gate_write_all_of_their_output_and_nothing_else(
+    device: torch.device,
+) -> None:
+    x, y, time = inputs((2, 3, 33), True, torch.float32, device)
+    shift, scale, gate = (time[:, :, i].contiguous() for i in range(3))
+    reads = [Guarded.around(tensor) for tensor in (x, y, shift, scale, gate)]
+    writes = [Guarded((2, 3, 33), torch.float32, device) for _ in range(2)]
+    gx, gy, gshift, gscale, ggate = (guarded.tensor for guarded in reads)
+    adaln.plan_norm_modulate(gx, gshift, gscale, EPS, writes[0].tensor).run()
+    adaln.plan_gate_add(gx, gy, ggate, writes[1].tensor).run()
+    modulated = reference.layer_norm_modulate(x, shift, scale, EPS)
+    assert error(writes[0].tensor, modulated) < TOLERANCE[torch.float32]
+    assert error(writes[1].tensor, reference.gate_residual(x, y, gate)) < 1e-6
+    assert all(guarded.intact() for guarded in (*reads, *writes))
+
+
+def test_modulation_and_gate_take_views_as_they_are(device: torch.device) -> None:
+    x, y, time = inputs((2, 4, 64), False, torch.float32, device)
+    wide, pair = x[:, 1:, :48], y[:, 1:, :48]
+    shift, scale = time[:, :, 0, :48], time[:, :, 1, :48]
+    result = adaln.layer_norm_modulate(wide, shift, scale, EPS)
+    expected = reference.layer_norm_modulate(wide, shift, scale, EPS)
+    assert error(result, expected) < TOLERANCE[torch.float32]
+    gated = adaln.gate_residual(wide, pair, shift)
+    assert error(gated, reference.gate_residual(wide, pair, shift)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_modulation_and_gate_pass_through_compile(backend: str, device: torch.device) -> None:
+    x, y, time = inputs((1, 2, 32), False, torch.float32, device)
+
+    def half_block(x: Tensor, y: Tensor) -> Tensor:
+        normed = adaln.layer_norm_modulate(x, time[:, :, 0], time[:, :, 1], EPS)
+        return adaln.gate_residual(x, y * normed, time[:, :, 2])
+
+    compiled = torch.compile(half_block, fullgraph=True, backend=backend)(x, y)
+    assert torch.equal(compiled, half_block(x, y))
+    assert not torch.equal(compiled, half_block(y, x))
+
+
+def test_modulation_and_gate_keep_their_schema(device: torch.device) -> None:
+    x, y, time = inputs((1, 2, 32), False, torch.float32, device)
+    shift, scale = time[:, :, 0].clone(), time[:, :, 1].clone()
+    checks = ("test_schema", "test_faketensor")
+    ops = torch.ops.flashdreams
+    torch.library.opcheck(ops.layer_norm_modulate, (x, shift, scale, EPS), test_utils=checks)
+    torch.library.opcheck(ops.gate_residual, (x, y, shift), test_utils=checks)
+
+
+def test_modulation_and_gate_name_what_does_not_fit(device: torch.device) -> None:
+    x, y, time = inputs((1, 4, 32), False, torch.float32, device)
+    with pytest.raises(ValueError, match=r"shift must be \[1, 4, 32\], got \[1, 3, 32\]"):
+        adaln.layer_norm_modulate(x, y[:, 1:], time[:, :, 0], EPS)
+    with pytest.raises(ValueError, match=r"y must be \[1, 4, 32\]"):
+        adaln.gate_residual(x, y[:, 1:], time[:, :, 0])
+    with pytest.raises(ValueError, match="gate has stride 2"):
+        adaln.gate_residual(x[..., :16].clone(), y[..., :16].clone(), time[:, :, 0, ::2])
+    with pytest.raises(ValueError, match="dim=20000 is wider than 16384"):
+        wide = torch.zeros(1, 1, 20000, device=device)
+        adaln.gate_residual(wide, wide, wide)

@@ -1,0 +1,38 @@
+"""Every kernel compiles for every GPU generation, on a machine without one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+KERNELS = {
+    "attention.attend",
+    "attention.merge_splits",
+    "rope_qknorm.norm_rope",
+    "kv_write.write_slots",
+    "adaln.norm_modulate",
+    "adaln.gate_add",
+}
+
+
+@pytest.mark.slow
+def test_kernels_compile_ahead_of_time(tmp_path) -> None:
+    """In a process of its own: here the programs may belong to the interpreter."""
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    options = ["80", "90", "100", "--num-splits", "2"]
+    command = [sys.executable, "-m", "flashdreams_kernels.ahead", *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    for capability, limit in SHARED_LIMIT_BYTES.items():
+        mine = [report for report in reports if report["capability"] == capability]
+        assert {report["kernel"] for report in mine} == KERNELS
+        assert all(report["shared_bytes"] <= limit for report in mine)
+        assert all(report["cubin_bytes"] > 0 for report in mine)
+        if mine[0]["spill_bytes"] is not None:
+            assert all(report["spill_bytes"] == 0 for report in mine), mine
+    print(done.stdout)
