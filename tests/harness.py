@@ -16,7 +16,12 @@ import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed", "torch.distributed.device_mesh", "tests.harness"]
+    [
+        "torch.distributed.device_mesh",
+        "flashdreams.models.wan.transformer",
+        "flashdreams.parallel.parallelize",
+        "tests.harness",
+    ]
 )
 
 

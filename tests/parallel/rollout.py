@@ -1,5 +1,7 @@
 """Tiny Wan rollouts, the same on every rank, for comparing numbers of ranks."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -92,7 +94,17 @@ def run_case(mesh: Mesh, case: str, dtype: str = "float32", steps: int = 4) -> l
     return roll_out(model, steps, per_frame)
 
 
+@cache
+def single_rank(case: str, dtype: str = "float32", steps: int = 4) -> list[Tensor]:
+    """The rollout of one case by the plain model, computed once per process."""
+    return run_case(Mesh(), case, dtype, steps)
+
+
+def step_errors(a: list[Tensor], b: list[Tensor]) -> list[float]:
+    """``max|a - b| / max|b|`` of every AR step."""
+    return [float((x - y).abs().max() / y.abs().max()) for x, y in zip(a, b, strict=True)]
+
+
 def relative_error(a: list[Tensor], b: list[Tensor]) -> float:
     """The largest ``max|a - b| / max|b|`` over AR steps."""
-    errors = [(x - y).abs().max() / y.abs().max() for x, y in zip(a, b, strict=True)]
-    return float(max(errors))
+    return max(step_errors(a, b))

@@ -2,30 +2,25 @@
 
 import torch
 
-from flashdreams.parallel.mesh import Mesh, ParallelConfig
+from flashdreams.parallel.mesh import ParallelConfig
 from tests.harness import run_ranks
-from tests.parallel.rollout import make_mesh, run_case
+from tests.parallel.rollout import make_mesh, run_case, single_rank, step_errors
 
 STEPS = 20
 
 
-def errors_per_step(world_size):
-    meshes = [
-        make_mesh(ParallelConfig(), world_size),
-        make_mesh(ParallelConfig(tensor_parallel_degree=2), world_size),
+def rollouts(configs):
+    return [
+        run_case(make_mesh(config, 2), "relative_rope", "bfloat16", STEPS) for config in configs
     ]
-    exact = run_case(Mesh(), "relative_rope", "float32", STEPS)
-
-    def errors(mesh):
-        latents = run_case(mesh, "relative_rope", "bfloat16", STEPS)
-        return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(latents, exact)]
-
-    return errors(Mesh()), [errors(mesh) for mesh in meshes]
 
 
 def test_bfloat16_error_does_not_grow_with_ranks():
-    for single, several in run_ranks(errors_per_step, 4, 4):
-        for errors in several:
-            ratios = torch.tensor(errors) / torch.tensor(single)
+    exact = single_rank("relative_rope", "float32", STEPS)
+    single = step_errors(single_rank("relative_rope", "bfloat16", STEPS), exact)
+    configs = [ParallelConfig(), ParallelConfig(tensor_parallel_degree=2)]
+    for latents in run_ranks(rollouts, 2, configs):
+        for several in latents:
+            ratios = torch.tensor(step_errors(several, exact)) / torch.tensor(single)
             assert len(ratios) == STEPS
             assert float(ratios.max()) <= 1.5, ratios

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flashdreams.parallel import collectives
-from flashdreams.parallel.mesh import Mesh, ParallelConfig
+from flashdreams.parallel.mesh import ParallelConfig
 from flashdreams.parallel.parallelize import parallelize
 from tests.harness import run_ranks
 from tests.parallel.rollout import (
@@ -15,53 +15,48 @@ from tests.parallel.rollout import (
     relative_error,
     roll_out,
     run_case,
+    single_rank,
 )
 
 FLOAT32_TOLERANCE = 1e-5
 
-CONFIGS = {
-    2: [ParallelConfig(), ParallelConfig(ulysses_degree=1)],
-    3: [ParallelConfig(), ParallelConfig(ulysses_degree=1)],
-    4: [ParallelConfig(), ParallelConfig(ulysses_degree=1)],
-}
+GATHERED = ("relative_rope", "bidirectional", "per_frame_timesteps")
 
 
 def all_cases(world_size):
-    meshes = [make_mesh(config, world_size) for config in CONFIGS[world_size]]
-    results = {}
-    for case in CASES:
-        expected = run_case(Mesh(), case)
-        for mesh in meshes:
-            error = relative_error(run_case(mesh, case), expected)
-            results[str(mesh.degrees), case] = error
-    return results
+    """All cases with as much Ulysses as fits (2 x 2 on four ranks), some with gathering alone."""
+    auto = make_mesh(ParallelConfig(), world_size)
+    gather = make_mesh(ParallelConfig(ulysses_degree=1), world_size)
+    latents = {(str(auto.degrees), case): run_case(auto, case) for case in CASES}
+    return latents | {(str(gather.degrees), case): run_case(gather, case) for case in GATHERED}
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_rollouts_equal_one_rank(world_size):
-    for results in run_ranks(all_cases, world_size, world_size):
-        assert len(results) == 2 * len(CASES)
-        assert max(results.values()) <= FLOAT32_TOLERANCE, results
+    for latents in run_ranks(all_cases, world_size, world_size):
+        assert len(latents) == len(CASES) + len(GATHERED)
+        errors = {key: relative_error(x, single_rank(key[1])) for key, x in latents.items()}
+        assert max(errors.values()) <= FLOAT32_TOLERANCE, errors
 
 
 def forgotten_exchanges():
     """Replace each exchange by one that keeps this rank's own data."""
-    expected = run_case(Mesh(), "sink")
     ulysses = make_mesh(ParallelConfig(), 2)
     gather = make_mesh(ParallelConfig(ulysses_degree=1), 2)
-    collectives.all_to_all = lambda x, group: x.clone()
-    without_all_to_all = relative_error(run_case(ulysses, "sink"), expected)
+    true_all_gather = collectives.all_gather
 
     def own_twice(x, group, dim=0):
         return true_all_gather(x, group, dim) if x.ndim == 3 else torch.cat([x, x], dim)
 
-    true_all_gather, collectives.all_gather = collectives.all_gather, own_twice
-    return without_all_to_all, relative_error(run_case(gather, "sink"), expected)
+    collectives.all_to_all = lambda x, group: x.clone()
+    without_all_to_all = run_case(ulysses, "sink")
+    collectives.all_gather = own_twice
+    return without_all_to_all, run_case(gather, "sink")
 
 
 def test_forgotten_exchange_is_seen():
-    for errors in run_ranks(forgotten_exchanges, 2):
-        assert min(errors) > 1e-2
+    for wrong in run_ranks(forgotten_exchanges, 2):
+        assert min(relative_error(x, single_rank("sink")) for x in wrong) > 1e-2
 
 
 def sent_in_one_call():
@@ -101,30 +96,35 @@ def test_sent_bytes_equal_the_formula():
             assert len(traffic) == 2
 
 
+ROTATE_CASES = {
+    "streaming": {"sink_size_t": 3, "relative_rope": True, "latent_width": 8},
+    "bidirectional": {"streaming": False},
+}
+"""The cache is shared evenly at 12 tokens per latent frame; without one, 15 are fine."""
+
+
 def rotate_cases(world_size):
-    """12 tokens per latent frame: the ring must share every frame evenly."""
     meshes = [make_mesh(ParallelConfig(ulysses_degree=1, ring_method="rotate"), world_size)]
     if world_size == 4:
         meshes.append(make_mesh(ParallelConfig(ring_degree=2, ring_method="rotate"), world_size))
-    errors = {}
-    for overrides in ({"sink_size_t": 3, "relative_rope": True}, {"streaming": False}):
-        overrides["latent_width"] = 8 if overrides.get("sink_size_t") else 10
-        expected = roll_out(build_model(**overrides), 4)
+    latents = {}
+    for case, overrides in ROTATE_CASES.items():
         for mesh in meshes:
             model = build_model(**overrides)
             parallelize(model, model.parallel_plan(), mesh)
-            error = relative_error(roll_out(model, 4), expected)
-            errors[str(mesh.degrees), str(overrides)] = error
+            latents[str(mesh.degrees), case] = roll_out(model, 4)
     model = build_model(latent_width=10)
     parallelize(model, model.parallel_plan(), meshes[0])
     with pytest.raises(ValueError, match="15 tokens per latent frame cannot be shared"):
         roll_out(model, 1)
-    return errors
+    return latents
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_rotate_equals_one_rank(world_size):
-    for errors in run_ranks(rotate_cases, world_size, world_size):
+    expected = {case: roll_out(build_model(**o), 4) for case, o in ROTATE_CASES.items()}
+    for latents in run_ranks(rotate_cases, world_size, world_size):
+        errors = {key: relative_error(x, expected[key[1]]) for key, x in latents.items()}
         assert max(errors.values()) <= FLOAT32_TOLERANCE, errors
 
 

@@ -1,0 +1,65 @@
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from flashdreams.parallel import environment
+from tests.harness import run_ranks
+
+
+def test_a_single_process_makes_no_group(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    found = environment.init("cpu")
+    assert (found.rank, found.local_rank, found.world_size) == (0, 0, 1)
+    assert found.is_rank_zero and found.device == torch.device("cpu") and found.store is None
+    assert not dist.is_initialized()
+    assert environment.first_on_node(lambda: "done") == "done"
+    environment.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("device", "variables", "message"),
+    [
+        ("tpu9", {}, "Unknown device 'tpu9'"),
+        ("meta", {}, "is not supported"),
+        ("cuda:99", {}, "this node has"),
+        ("cpu", {"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is not one of WORLD_SIZE=2"),
+        ("cpu", {"RANK": "x"}, "RANK='x' must be a whole number"),
+    ],
+)
+def test_impossible_places_are_refused(device, variables, message, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        environment.init(device)
+
+
+def take_places(path):
+    found = environment.init("cpu")
+    with open(path, "a") as log:
+
+        def write():
+            log.write(f"{found.rank}\n")
+            log.flush()
+            return found.rank
+
+        result = environment.first_on_node(write)
+
+    def fail():
+        raise KeyError("broken download")
+
+    kind = KeyError if found.is_rank_zero else RuntimeError
+    with pytest.raises(kind, match="broken download" if found.is_rank_zero else "its own message"):
+        environment.first_on_node(fail)
+    environment.set_up_logging(found)
+    level = logging.getLogger("flashdreams").getEffectiveLevel()
+    return found.rank, found.world_size, result, level
+
+
+def test_ranks_of_an_existing_group_take_turns(tmp_path):
+    results = run_ranks(take_places, 3, str(tmp_path / "log"))
+    info, warning = logging.INFO, logging.WARNING
+    assert results == [(0, 3, 0, info), (1, 3, 1, warning), (2, 3, 2, warning)]
+    assert (tmp_path / "log").read_text().startswith("0\n")
