@@ -80,8 +80,8 @@ def own_python(tmp_path: Path) -> Path:
     home = tmp_path / "environment"
     venv.create(home, with_pip=False)
     python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    asked = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    packages = Path(subprocess.check_output(asked, text=True).strip())
+    question = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(subprocess.check_output([python, "-c", question], text=True).strip())
     parents = [*site.getsitepackages(), str(REPOSITORY), str(REPOSITORY / "kernels")]
     lines = [f"import site; site.addsitedir({parent!r})" for parent in parents]
     (packages / "parent.pth").write_text("\n".join(lines) + "\n")

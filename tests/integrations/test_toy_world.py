@@ -74,7 +74,15 @@ def test_an_image_becomes_the_first_latent(pipeline, walks):
 
 
 def test_command_line_makes_a_video_and_its_stats(tmp_path, capsys):
-    words = ["toy-world", "--actions", "w3 l2", "--total-blocks", "6", "--output-dir", str(tmp_path)]
+    words = [
+        "toy-world",
+        "--actions",
+        "w3 l2",
+        "--total-blocks",
+        "6",
+        "--output-dir",
+        str(tmp_path),
+    ]
     assert main([*words, "--compare-to-truth", "True", "--save-latents", "True"]) == 0
     stats = json.loads((tmp_path / "stats_toy-world.json").read_text())
     assert len(stats["records"]) == 6

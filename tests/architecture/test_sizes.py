@@ -1,0 +1,56 @@
+"""Files and functions stay small enough to read."""
+
+import ast
+
+from tests.architecture.sources import ROOT, module_name, python_files
+
+MAX_FILE_LINES = 500
+MAX_MODEL_FILE_LINES = 700
+"""A model is one file, complete."""
+MAX_FUNCTION_LINES = 70
+
+FOLDERS = tuple(
+    ROOT / name for name in ("flashdreams", "kernels", "tests", "benchmarks", "docs", "launch")
+)
+
+
+def _long_functions(source: str, name: str) -> list[str]:
+    return [
+        f"{name}:{node.lineno} {node.name}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and _lines_of(node) > MAX_FUNCTION_LINES
+    ]
+
+
+def _lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from ``def`` on; of a GPU program, whose arguments are a line per stride, the body."""
+    is_program = any("triton.jit" in ast.unparse(d) for d in function.decorator_list)
+    first = function.body[0].lineno if is_program else function.lineno
+    return (function.end_lineno or first) - first + 1
+
+
+def test_no_file_is_longer_than_its_cap() -> None:
+    long = []
+    for file in python_files(*FOLDERS):
+        is_model = module_name(file).startswith("flashdreams.models.")
+        lines = len(file.read_text("utf-8").splitlines())
+        if lines > (MAX_MODEL_FILE_LINES if is_model else MAX_FILE_LINES):
+            long.append(f"{file.relative_to(ROOT)}: {lines} lines")
+    assert not long
+
+
+def test_no_function_is_longer_than_its_cap() -> None:
+    files = python_files(*FOLDERS)
+    assert not [
+        text
+        for file in files
+        for text in _long_functions(file.read_text("utf-8"), str(file.relative_to(ROOT)))
+    ]
+
+
+def test_a_long_function_is_noticed() -> None:
+    """Negative control, one line on either side of the cap."""
+    body = "    pass\n"
+    assert _long_functions("def f():\n" + body * (MAX_FUNCTION_LINES - 1), "m") == []
+    assert _long_functions("def f():\n" + body * MAX_FUNCTION_LINES, "m") == ["m:1 f"]
