@@ -1,0 +1,443 @@
+"""TAEHV, a tiny video autoencoder: streaming decoder and encoder."""
+
+# Shapes: B batch, C latent channels, T latent frames, F pixel frames, H W latent rows and columns;
+# height = 8 H * patch_size and so for the width. Layers see frames folded into the batch,
+# [B n, C, rows, columns] with n frames at the layer's own rate, channels innermost in memory.
+# Source: madebyollin/taehv, taehv.py.
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashdreams.infra.component import ComponentConfig
+from flashdreams.infra.decoder.base import StreamingDecoder, StreamingDecoderConfig
+from flashdreams.infra.encoder.base import Encoder, EncoderConfig
+from flashdreams.models.wan.vae import (
+    WAN21_LATENT_MEAN,
+    WAN21_LATENT_STD,
+    check_latent,
+    check_video,
+    denormalise,
+    normalise,
+)
+from flashdreams.models.wan.vae_blocks import fold_frames
+from flashdreams.models.wan.vae_streaming import CarriedFrames, memory_format
+from flashdreams.parallel.plan import ParallelPlan
+
+BLOCKS_PER_LEVEL = 3
+"""Memory blocks at each resolution."""
+
+
+@dataclass(kw_only=True)
+class TAEHVConfig(ComponentConfig):
+    """Dimensions that the two halves of the autoencoder share.
+
+    The defaults are ``taew2_1``, for the latents of Wan 2.1. ``lighttaew2_1`` has
+    ``latents="raw"``; ``taew2_2`` has ``latent_channels=48, patch_size=2``.
+    """
+
+    latent_channels: int = 16
+    """Channels of a latent."""
+
+    patch_size: int = 1
+    """Pixels per side that the outermost convolutions hold in their channels."""
+
+    latents: Literal["normalised", "raw"] = "normalised"
+    """What the weights were trained on: latents as the diffusion model sees them, or raw ones, to
+    which ``z * std + mean`` leads."""
+
+    latent_mean: tuple[float, ...] = WAN21_LATENT_MEAN
+    """Per-channel mean; used with raw latents only."""
+
+    latent_std: tuple[float, ...] = WAN21_LATENT_STD
+    """Per-channel standard deviation; used with raw latents only."""
+
+    def __post_init__(self) -> None:
+        for name in ("latent_mean", "latent_std"):
+            count = len(getattr(self, name))
+            if self.latents == "raw" and count != self.latent_channels:
+                raise ValueError(
+                    f"{name} has {count} values for latent_channels={self.latent_channels}: raw "
+                    "latents need one per channel."
+                )
+
+
+class MemoryBlock(nn.Module):
+    """Three convolutions over a frame and the frame before it, with a residual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.ModuleDict(
+            {
+                "0": nn.Conv2d(2 * channels, channels, 3, padding=1),
+                "2": nn.Conv2d(channels, channels, 3, padding=1),
+                "4": nn.Conv2d(channels, channels, 3, padding=1),
+            }
+        )
+        self.slot = ""
+
+    def forward(self, frames: Tensor, batch: int, carried: CarriedFrames) -> Tensor:
+        """Continue ``[B n, C, rows, columns]`` from the last frame in ``carried``; same shape."""
+        both = self._with_previous(frames, batch, carried)
+        y = F.relu(self.conv["0"](both), inplace=True)
+        y = F.relu(self.conv["2"](y), inplace=True)
+        return self.conv["4"](y).add_(frames).relu_()
+
+    def _with_previous(self, frames: Tensor, batch: int, carried: CarriedFrames) -> Tensor:
+        """Each frame and the one before it, stacked over channels: ``[B n, 2 C, ...]``."""
+        count, channels, *size = frames.shape
+        last = carried.slot(self.slot, (batch, channels, *size), frames)
+        both = new_frames((count, 2 * channels, *size), frames)
+        both[:, :channels] = frames
+        previous = both[:, channels:].unflatten(0, (batch, -1))
+        in_time = frames.unflatten(0, (batch, -1))
+        previous[:, 0] = last
+        previous[:, 1:] = in_time[:, :-1]
+        last.copy_(in_time[:, -1])
+        return both
+
+
+class TemporalGrow(nn.Module):
+    """One frame to ``stride`` frames by a 1x1 convolution."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(channels, channels * stride, 1, bias=False)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """``[B n, C, ...]`` to ``[B n * stride, C, ...]``."""
+        y = self.conv(frames)
+        if self.stride == 1:
+            return y
+        count, channels, *size = frames.shape
+        grown = new_frames((count * self.stride, channels, *size), frames)
+        grown.unflatten(0, (count, self.stride)).copy_(y.unflatten(1, (self.stride, channels)))
+        return grown
+
+
+class TemporalPool(nn.Module):
+    """``stride`` frames to one by a 1x1 convolution over their stacked channels."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(channels * stride, channels, 1, bias=False)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """``[B n * stride, C, ...]`` to ``[B n, C, ...]``."""
+        if self.stride == 1:
+            return self.conv(frames)
+        count, channels, *size = frames.shape
+        stacked = new_frames((count // self.stride, channels * self.stride, *size), frames)
+        groups = frames.unflatten(0, (-1, self.stride))
+        stacked.unflatten(1, (self.stride, channels)).copy_(groups)
+        return self.conv(stacked)
+
+
+class TAEHVDecoderNetwork(nn.ModuleDict):
+    """Layers from latents to frames, named as in the public files; state is handed in."""
+
+    def __init__(self, config: "TAEHVDecoderConfig") -> None:
+        super().__init__()
+        widths = config.channels
+        self.levels: list[tuple[list[str], str, str]] = []
+        self["1"] = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        index = 3
+        for level, doubles in enumerate(config.temporal_upsample):
+            blocks = [str(index + i) for i in range(BLOCKS_PER_LEVEL)]
+            for name in blocks:
+                self[name] = MemoryBlock(widths[level])
+            grow, conv = str(index + BLOCKS_PER_LEVEL + 1), str(index + BLOCKS_PER_LEVEL + 2)
+            self[grow] = TemporalGrow(widths[level], 2 if doubles else 1)
+            self[conv] = nn.Conv2d(widths[level], widths[level + 1], 3, padding=1, bias=False)
+            self.levels.append((blocks, grow, conv))
+            index += BLOCKS_PER_LEVEL + 3
+        self.last = str(index + 1)
+        self[self.last] = nn.Conv2d(widths[-1], 3 * config.patch_size**2, 3, padding=1)
+
+    def forward(self, latent: Tensor, trim: int, carried: CarriedFrames) -> Tensor:
+        """Decode ``[B, C, T, H, W]`` to ``[B n, 3 * patch_size^2, rows, columns]``.
+
+        Of the first call's frames of each clip, the ``trim`` leading ones are dropped.
+        """
+        batch = latent.shape[0]
+        x = fold_frames(latent)
+        x = F.relu(self["1"](torch.tanh(x / 3) * 3), inplace=True)
+        for number, (blocks, grow, conv) in enumerate(self.levels, start=1):
+            for name in blocks:
+                x = self[name](x, batch, carried)
+            # The public order is upsampling, then growth; both act on single pixels or copies of
+            # them, so growing first is the same function at a quarter of the work.
+            x = self[grow](x)
+            if number == len(self.levels) and carried.position == 0:
+                x = x.unflatten(0, (batch, -1))[:, trim:].flatten(0, 1)
+            x = self[conv](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        carried.position += latent.shape[2]
+        return self[self.last](F.relu(x, inplace=True))
+
+
+class TAEHVEncoderNetwork(nn.ModuleDict):
+    """Layers from frames to latents, named as in the public files; state is handed in."""
+
+    def __init__(self, config: "TAEHVEncoderConfig") -> None:
+        super().__init__()
+        width = config.channels
+        self.levels: list[tuple[str, str, list[str]]] = []
+        self["0"] = nn.Conv2d(3 * config.patch_size**2, width, 3, padding=1)
+        index = 2
+        for halves in config.temporal_downsample:
+            pool, conv = str(index), str(index + 1)
+            blocks = [str(index + 2 + i) for i in range(BLOCKS_PER_LEVEL)]
+            self[pool] = TemporalPool(width, 2 if halves else 1)
+            self[conv] = nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False)
+            for name in blocks:
+                self[name] = MemoryBlock(width)
+            self.levels.append((pool, conv, blocks))
+            index += BLOCKS_PER_LEVEL + 2
+        self.last = str(index)
+        self[self.last] = nn.Conv2d(width, config.latent_channels, 3, padding=1)
+
+    def forward(self, frames: Tensor, batch: int, carried: CarriedFrames) -> Tensor:
+        """Encode ``[B F, 3 * patch_size^2, rows, columns]`` to ``[B, C, T, H, W]``."""
+        x = F.relu(self["0"](frames), inplace=True)
+        for pool, conv, blocks in self.levels:
+            x = self[conv](self[pool](x))
+            for name in blocks:
+                x = self[name](x, batch, carried)
+        latent = self[self.last](x).unflatten(0, (batch, -1)).transpose(1, 2)
+        carried.position += latent.shape[2]
+        return latent
+
+
+@dataclass(kw_only=True)
+class TAEHVDecoderConfig(TAEHVConfig, StreamingDecoderConfig):
+    """Tiny decoder: ``decoder.*`` of the public files."""
+
+    _target: type["TAEHVDecoder"] = field(default_factory=lambda: TAEHVDecoder)
+
+    channels: tuple[int, ...] = (256, 128, 64, 64)
+    """Channels of each resolution, coarsest first, and of the output stage."""
+
+    temporal_upsample: tuple[bool, ...] = (False, True, True)
+    """Which of the resolutions, coarsest first, double the frame rate."""
+
+    decode_frames_at_once: int | None = None
+    """Latent frames per pass of the network. 1: the same bits however latents are cut into chunks;
+    0 or None: the whole chunk, faster and equal up to rounding."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.channels) != len(self.temporal_upsample) + 1:
+            raise ValueError(
+                f"channels={self.channels} needs one more entry than "
+                f"temporal_upsample={self.temporal_upsample}: one per resolution, and the output's."
+            )
+        if self.decode_frames_at_once is not None and self.decode_frames_at_once < 0:
+            raise ValueError(
+                f"decode_frames_at_once={self.decode_frames_at_once}: give the number of latent "
+                "frames per pass, or 0 for the whole chunk."
+            )
+
+    @property
+    def time_factor(self) -> int:
+        """Pixel frames per latent frame after the first."""
+        return 2 ** sum(self.temporal_upsample)
+
+
+class TAEHVDecoder(StreamingDecoder):
+    """Latents to frames, chunk by chunk, at a small part of the full decoder's cost."""
+
+    config: TAEHVDecoderConfig
+
+    def __init__(self, config: TAEHVDecoderConfig) -> None:
+        super().__init__(config)
+        self.decoder = TAEHVDecoderNetwork(config)
+        name_memory_slots(self)
+        self.to(self.dtype)
+
+    def initialize_cache(self) -> CarriedFrames:
+        """State of a new rollout."""
+        return CarriedFrames()
+
+    @torch.no_grad()
+    def forward(
+        self, latent: Tensor, autoregressive_index: int = 0, cache: CarriedFrames | None = None
+    ) -> Tensor:
+        """Decode one chunk.
+
+        Args:
+            latent: ``[B, C, T, H, W]``, normalised (whatever the weights want), any floating dtype.
+            autoregressive_index: number of the chunk, from 0; must follow what ``cache`` has seen.
+            cache: this rollout's state, updated in place; ``None`` decodes a whole clip at once.
+
+        Returns:
+            ``[B, F, 3, height, width]``, float32 in [-1, 1]; ``F = 1 + 4 (T - 1)`` for the first
+            chunk, ``4 T`` for later ones.
+
+        Raises:
+            ValueError: wrong shape, or a chunk out of turn.
+        """
+        config = self.config
+        check_latent(latent, config.latent_channels)
+        carried = self.initialize_cache() if cache is None else cache
+        carried.begin_chunk(autoregressive_index)
+        if config.latents == "raw":
+            latent = denormalise(latent, config.latent_mean, config.latent_std)
+        latent = latent.to(
+            device=self.device, dtype=self.dtype, memory_format=torch.channels_last_3d
+        )
+        parts = []
+        for part in latent.split(config.decode_frames_at_once or latent.shape[2], dim=2):
+            frames = self.decoder(part, config.time_factor - 1, carried).float()
+            if config.patch_size > 1:
+                frames = F.pixel_shuffle(frames, config.patch_size)
+            parts.append(frames.unflatten(0, (latent.shape[0], -1)))
+        carried.chunks += 1
+        video = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return video.contiguous().clamp_(0, 1).mul_(2).sub_(1)
+
+    def checkpoint_slices(
+        self, shapes: Mapping[str, Sequence[int]]
+    ) -> dict[str, tuple[int, int, int]]:
+        """Slices of the temporal-grow weights that a file has longer than this model.
+
+        Light variants ship weights of two frames where the model grows one; of those the last
+        rows, which make the last frame, are the model's.
+        """
+        slices = {}
+        for name, module in self.named_modules():
+            if isinstance(module, TemporalGrow):
+                weight = f"{name}.conv.weight"
+                rows, wanted = shapes.get(weight, (0,))[0], module.conv.out_channels
+                if rows > wanted:
+                    slices[weight] = (0, rows - wanted, wanted)
+        return slices
+
+    def parallel_plan(self) -> ParallelPlan:
+        """Where frames may be cut by width: every convolution that looks sideways."""
+        halo = {"decoder.1", f"decoder.{self.decoder.last}"}
+        for blocks, _, conv in self.decoder.levels:
+            halo.add(f"decoder.{conv}")
+            halo.update(f"decoder.{name}.conv.{i}" for name in blocks for i in ("0", "2", "4"))
+        return ParallelPlan(spatial={name: "halo" for name in sorted(halo)})
+
+
+@dataclass(kw_only=True)
+class TAEHVEncoderConfig(TAEHVConfig, EncoderConfig):
+    """Tiny encoder: ``encoder.*`` of the public files."""
+
+    _target: type["TAEHVEncoder"] = field(default_factory=lambda: TAEHVEncoder)
+
+    channels: int = 64
+    """Channels of every layer."""
+
+    temporal_downsample: tuple[bool, ...] = (True, True, False)
+    """Which of the resolutions, finest first, halve the frame rate."""
+
+    @property
+    def time_factor(self) -> int:
+        """Pixel frames per latent frame."""
+        return 2 ** sum(self.temporal_downsample)
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent row or column."""
+        return self.patch_size * 2 ** len(self.temporal_downsample)
+
+
+class TAEHVEncoder(Encoder):
+    """An image or a video to normalised latents.
+
+    Latent frame i stands for the pixel frames 4 i .. 4 i + 3, so it looks up to three frames ahead
+    of where the Wan autoencoder's latent i ends.
+    """
+
+    config: TAEHVEncoderConfig
+
+    def __init__(self, config: TAEHVEncoderConfig) -> None:
+        super().__init__(config)
+        self.encoder = TAEHVEncoderNetwork(config)
+        name_memory_slots(self)
+        self.to(self.dtype)
+
+    def initialize_cache(self) -> CarriedFrames:
+        """State of a new video for ``encode_chunk``."""
+        return CarriedFrames()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Encode a whole image or video.
+
+        Args:
+            input: ``[B, 3, height, width]`` or ``[B, 3, F, height, width]``, floating, in [-1, 1].
+                The last frame is repeated until the frames fill whole latent frames.
+
+        Returns:
+            ``[B, C, T, H, W]``, float32, normalised, ``T = ceil(F / 4)``.
+
+        Raises:
+            ValueError: wrong shape or size.
+            TypeError: integer pixels.
+        """
+        video = input.unsqueeze(2) if input.dim() == 4 else input
+        if video.dim() == 5 and (lacking := -video.shape[2] % self.config.time_factor):
+            tail = video[:, :, -1:].expand(-1, -1, lacking, -1, -1)
+            video = torch.cat((video, tail), dim=2)
+        return self.encode_chunk(video, self.initialize_cache())
+
+    @torch.no_grad()
+    def encode_chunk(self, video: Tensor, cache: CarriedFrames) -> Tensor:
+        """Encode the next frames of a video that arrives in chunks.
+
+        Args:
+            video: ``[B, 3, F, height, width]`` in [-1, 1]; F a multiple of 4.
+            cache: the video's state, updated in place.
+
+        Returns:
+            ``[B, C, F / 4, H, W]``, float32, normalised.
+
+        Raises:
+            ValueError: wrong shape, size or number of frames.
+            TypeError: integer pixels.
+        """
+        config = self.config
+        check_video(video, config.spatial_factor)
+        batch, _, count, _, _ = video.shape
+        if count == 0 or count % config.time_factor:
+            raise ValueError(
+                f"{count} frames do not fill whole latent frames: give a multiple of "
+                f"{config.time_factor}, or the whole video to forward()."
+            )
+        frames = (fold_frames(video).to(self.device).float() + 1) / 2
+        frames = F.pixel_unshuffle(frames, config.patch_size).to(
+            dtype=self.dtype, memory_format=torch.channels_last
+        )
+        latent = self.encoder(frames, batch, cache).float()
+        cache.chunks += 1
+        if config.latents == "raw":
+            return normalise(latent, config.latent_mean, config.latent_std)
+        return latent.contiguous()
+
+
+DECODER_IGNORES = (r"encoder\.",)
+"""``CheckpointConfig.ignore`` of a decoder that reads a file with both halves."""
+
+ENCODER_IGNORES = (r"decoder\.",)
+"""``CheckpointConfig.ignore`` of an encoder that reads a file with both halves."""
+
+
+def new_frames(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Uninitialised frames of the device, dtype and memory layout of ``like``."""
+    layout = memory_format(like)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def name_memory_slots(network: nn.Module) -> None:
+    """Name the carried frame of every memory block after the block's path in ``network``."""
+    for name, module in network.named_modules():
+        if isinstance(module, MemoryBlock):
+            module.slot = name

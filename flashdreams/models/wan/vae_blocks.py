@@ -1,0 +1,224 @@
+"""Layers of the Wan 2.1 video autoencoder."""
+
+# Shapes: B batch, C channels, T frames at the layer's own rate, H W rows and columns.
+# Activations are [B, C, T, H, W]; layers that see single frames fold T into the batch.
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashdreams.models.wan.vae_streaming import CarriedFrames, memory_format
+
+_ONEDNN = torch.backends.mkldnn.is_available()
+
+
+class CausalConv3d(nn.Module):
+    """3-D convolution that never looks ahead: its left context in time is carried state.
+
+    ``forward`` puts the carried frames before the input and hands both to ``convolve``, the one
+    place that pads in space; a convolution split by width replaces ``convolve`` and nothing else.
+    ``slot`` names the layer's carried frames and is set once by the network that owns the layer.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: tuple[int, int, int],
+        time_stride: int = 1,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *kernel_size))
+        self.bias = nn.Parameter(torch.empty(out_channels))
+        self.stride = (time_stride, 1, 1)
+        self.padding = (0, kernel_size[1] // 2, kernel_size[2] // 2)
+        self.carried_frames = kernel_size[0] - time_stride
+        self.slot = ""
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias as ``nn.Conv3d`` does."""
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        bound = self.weight[0].numel() ** -0.5
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor, carried: CarriedFrames) -> Tensor:
+        """Convolve ``[B, C, T, H, W]`` as the continuation of what ``carried`` has seen."""
+        if self.carried_frames == 0:
+            return self.convolve(x)
+        context = self.reserve(x, carried)
+        x = torch.cat((context, x), dim=2)
+        context.copy_(x[:, :, -self.carried_frames :])
+        return self.convolve(x)
+
+    def reserve(self, x: Tensor, carried: CarriedFrames) -> Tensor:
+        """This layer's left context for inputs like ``x``; zeros at the start of a rollout."""
+        batch, channels, _, height, width = x.shape
+        return carried.slot(self.slot, (batch, channels, self.carried_frames, height, width), x)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """Convolve without left context, with zeros of ``padding`` around every frame."""
+        if x.device.type == "cpu" and x.dtype == torch.float32 and _ONEDNN:
+            # torch 2.13 takes its own kernel for float32 below 20480 rows of one clip, which is 2
+            # to 14 times slower at 16 to 128 channels; remove this when F.conv3d no longer does.
+            return torch.ops.aten.mkldnn_convolution(
+                x, self.weight, self.bias, self.padding, self.stride, (1, 1, 1), 1
+            )
+        return F.conv3d(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the channels of ``[B, C, ...]``, with a gain per channel."""
+
+    def __init__(self, channels: int, spatial_dims: int) -> None:
+        super().__init__()
+        self.scale = channels**0.5
+        self.gamma = nn.Parameter(torch.ones(channels, *(1,) * spatial_dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise; same shape and dtype."""
+        least = max(1e-12, torch.finfo(x.dtype).tiny)
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(least)
+        return (x / norm) * (self.gamma * self.scale)
+
+
+class ResidualBlock(nn.Module):
+    """Two causal convolutions with norm and SiLU before each, and a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        kernel = (3, 3, 3)
+        self.residual = nn.ModuleDict(
+            {
+                "0": RMSNorm(in_channels, 3),
+                "2": CausalConv3d(in_channels, out_channels, kernel),
+                "3": RMSNorm(out_channels, 3),
+                "6": CausalConv3d(out_channels, out_channels, kernel),
+            }
+        )
+        self.shortcut: nn.Module | None = None
+        if in_channels != out_channels:
+            self.shortcut = CausalConv3d(in_channels, out_channels, (1, 1, 1))
+
+    def forward(self, x: Tensor, carried: CarriedFrames) -> Tensor:
+        """Add the residual to ``x``: ``[B, C, T, H, W]`` to ``[B, C', T, H, W]``."""
+        layers = self.residual
+        shortcut = x if self.shortcut is None else self.shortcut(x, carried)
+        x = layers["2"](F.silu(layers["0"](x), inplace=True), carried)
+        x = layers["6"](F.silu(layers["3"](x), inplace=True), carried)
+        return x.add_(shortcut)
+
+
+class FrameAttention(nn.Module):
+    """Attention among the positions of one frame; owns no parameters.
+
+    A split by width wraps it: queries stay local, keys and values are gathered over dim -2.
+    """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend: ``[B T, 1, H W, C]`` each, one head."""
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention inside each frame, with a residual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(channels, 2)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+        self.core = FrameAttention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend within each frame of ``[B, C, T, H, W]``; same shape."""
+        batch = x.shape[0]
+        frames = fold_frames(x)
+        qkv = self.to_qkv(self.norm(frames))
+        tokens = qkv.flatten(2).transpose(1, 2).unsqueeze(1)
+        q, k, v = (part.contiguous() for part in tokens.chunk(3, dim=-1))
+        y = self.core(q, k, v).squeeze(1).transpose(1, 2).reshape(frames.shape)
+        return unfold_frames(self.proj(y) + frames, batch)
+
+
+class Upsample(nn.Module):
+    """Doubling of height and width, channels halved, and optionally of the frame rate."""
+
+    def __init__(self, channels: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels // 2, 3, padding=1)})
+        self.time_conv: CausalConv3d | None = None
+        if temporal:
+            self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1))
+
+    def forward(self, x: Tensor, carried: CarriedFrames) -> Tensor:
+        """Upsample ``[B, C, T, H, W]``; the very first frame of a rollout stays one frame."""
+        batch = x.shape[0]
+        if self.time_conv is not None:
+            x = self._double_frames(self.time_conv, x, carried)
+        frames = F.interpolate(fold_frames(x), scale_factor=2.0, mode="nearest-exact")
+        return unfold_frames(self.resample["1"](frames), batch)
+
+    def _double_frames(self, conv: CausalConv3d, x: Tensor, carried: CarriedFrames) -> Tensor:
+        if carried.position > 0:
+            return interleave_frames(conv(x, carried))
+        # The first frame skips the convolution and is no context for the second one.
+        conv.reserve(x, carried)
+        if x.shape[2] == 1:
+            return x
+        rest = interleave_frames(conv(x[:, :, 1:], carried))
+        return torch.cat((x[:, :, :1], rest), dim=2)
+
+
+class Downsample(nn.Module):
+    """Halving of height and width, and optionally of the frame rate."""
+
+    def __init__(self, channels: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, 3, stride=2)})
+        self.time_conv: CausalConv3d | None = None
+        if temporal:
+            self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), time_stride=2)
+
+    def forward(self, x: Tensor, carried: CarriedFrames) -> Tensor:
+        """Downsample ``[B, C, T, H, W]``; the very first frame of a rollout stays one frame."""
+        batch = x.shape[0]
+        # One row below and one column to the right: the grid of the official weights.
+        frames = self.resample["1"](F.pad(fold_frames(x), (0, 1, 0, 1)))
+        x = unfold_frames(frames, batch)
+        if self.time_conv is None:
+            return x
+        if carried.position > 0:
+            return self.time_conv(x, carried)
+        # The first frame skips the convolution but is context for the next ones.
+        first, rest = x[:, :, :1], x[:, :, 1:]
+        self.time_conv.reserve(first, carried).copy_(first)
+        if rest.shape[2] == 0:
+            return first
+        return torch.cat((first, self.time_conv(rest, carried)), dim=2)
+
+
+def fold_frames(x: Tensor) -> Tensor:
+    """``[B, C, T, H, W]`` to ``[B T, C, H, W]``; a view where the memory layout allows it."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def unfold_frames(frames: Tensor, batch: int) -> Tensor:
+    """``[B T, C, H, W]`` to ``[B, C, T, H, W]``; always a view."""
+    return frames.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def interleave_frames(x: Tensor) -> Tensor:
+    """``[B, 2 C, T, H, W]`` to ``[B, C, 2 T, H, W]``: the first C channels come earlier."""
+    batch, channels, frames, height, width = x.shape
+    shape = (batch, channels // 2, 2 * frames, height, width)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    out.unflatten(2, (frames, 2)).copy_(x.unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5))
+    return out
+
+
+def name_slots(network: nn.Module) -> None:
+    """Name the carried frames of every causal layer after the layer's path in ``network``."""
+    for name, module in network.named_modules():
+        if isinstance(module, CausalConv3d):
+            module.slot = name

@@ -1,0 +1,303 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flashdreams.models.taehv import (
+    DECODER_IGNORES,
+    ENCODER_IGNORES,
+    TAEHVDecoder,
+    TAEHVDecoderConfig,
+    TAEHVEncoder,
+    TAEHVEncoderConfig,
+)
+from flashdreams.models.wan.vae import WAN21_LATENT_MEAN, WAN21_LATENT_STD, denormalise, normalise
+from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load_checkpoint
+from tests.manifests import load_manifest, write_sparse_safetensors
+
+ATOL = 1e-5  # float32, against a whole-sequence reference and across pass lengths
+
+
+def tiny_decoder(**overrides) -> TAEHVDecoder:
+    torch.manual_seed(3)
+    decoder = TAEHVDecoderConfig(channels=(16, 8, 6, 6), **overrides).setup()
+    liven(decoder)
+    return decoder
+
+
+def tiny_encoder(**overrides) -> TAEHVEncoder:
+    torch.manual_seed(4)
+    encoder = TAEHVEncoderConfig(channels=8, **overrides).setup()
+    liven(encoder)
+    return encoder
+
+
+def liven(module: torch.nn.Module) -> None:
+    """Larger weights than the default, so that values spread over the whole range."""
+    for parameter in module.parameters():
+        parameter.data.mul_(1.7)
+
+
+def latents(frames: int, batch: int = 1, channels: int = 16) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(batch, channels, frames, 3, 4, generator=generator)
+
+
+def pixels(frames: int, size: tuple[int, int] = (16, 24), batch: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(6)
+    return torch.rand(batch, 3, frames, *size, generator=generator) * 2 - 1
+
+
+def decode(decoder: TAEHVDecoder, z: Tensor, split: list[int]) -> list[Tensor]:
+    cache = decoder.initialize_cache()
+    return [decoder(chunk, i, cache) for i, chunk in enumerate(z.split(split, dim=2))]
+
+
+# A reference that has no state: the whole clip, memory padded with zeros along time
+
+
+def memory_block(weights: dict[str, Tensor], name: str, x: Tensor, lag: int = 1) -> Tensor:
+    """One clip ``[F, C, rows, columns]``; ``lag`` is how far back the memory looks."""
+    past = F.pad(x, (0, 0, 0, 0, 0, 0, lag, 0))[: len(x)]
+    y = torch.cat((x, past), dim=1)
+    for layer in ("0", "2", "4"):
+        w, b = (weights[f"{name}.conv.{layer}.{kind}"] for kind in ("weight", "bias"))
+        y = F.conv2d(y, w, b, padding=1)
+        if layer != "4":
+            y = y.relu()
+    return (y + x).relu()
+
+
+def reference_decode(decoder: TAEHVDecoder, clip: Tensor, patch: int = 1, lag: int = 1) -> Tensor:
+    """``[C, T, H, W]`` to ``[F, 3, height, width]``, in the order of the public layers."""
+    weights = decoder.state_dict()
+    x = clip.transpose(0, 1)
+    x = F.conv2d(
+        torch.tanh(x / 3) * 3, weights["decoder.1.weight"], weights["decoder.1.bias"], 1, 1
+    )
+    x = x.relu()
+    for index in (3, 9, 15):
+        for block in range(3):
+            x = memory_block(weights, f"decoder.{index + block}", x, lag)
+        x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+        grown = F.conv2d(x, weights[f"decoder.{index + 4}.conv.weight"])
+        x = grown.reshape(-1, x.shape[1], *x.shape[2:])
+        x = F.conv2d(x, weights[f"decoder.{index + 5}.weight"], padding=1)
+    x = F.conv2d(x.relu(), weights["decoder.22.weight"], weights["decoder.22.bias"], padding=1)
+    return F.pixel_shuffle(x, patch).clamp(0, 1)[3:] * 2 - 1
+
+
+def reference_encode(encoder: TAEHVEncoder, clip: Tensor, patch: int = 1) -> Tensor:
+    """``[3, F, height, width]`` to ``[C, T, H, W]``."""
+    weights = encoder.state_dict()
+    frames = clip.transpose(0, 1)
+    while len(frames) % 4:
+        frames = torch.cat((frames, frames[-1:]))
+    x = F.pixel_unshuffle((frames + 1) / 2, patch)
+    x = F.conv2d(x, weights["encoder.0.weight"], weights["encoder.0.bias"], padding=1).relu()
+    for index in (2, 7, 12):
+        pool = weights[f"encoder.{index}.conv.weight"]
+        x = F.conv2d(x.reshape(-1, pool.shape[1], *x.shape[2:]), pool)
+        x = F.conv2d(x, weights[f"encoder.{index + 1}.weight"], stride=2, padding=1)
+        for block in range(3):
+            x = memory_block(weights, f"encoder.{index + 2 + block}", x)
+    x = F.conv2d(x, weights["encoder.17.weight"], weights["encoder.17.bias"], padding=1)
+    return x.transpose(0, 1)
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("at_once", [None, 1, 2])
+@pytest.mark.parametrize("split", [[1] * 6, [3, 3], [2, 1, 3], [6]])
+def test_streamed_decode_equals_the_whole_sequence(split, at_once):
+    decoder, z = tiny_decoder(decode_frames_at_once=at_once), latents(6)
+    video = torch.cat(decode(decoder, z, split), dim=1)
+    expected = reference_decode(decoder, z[0])
+    torch.testing.assert_close(video[0], expected, rtol=0, atol=ATOL)
+    wrong = reference_decode(decoder, z[0], lag=2)  # negative control: memory one frame too old
+    assert (video[0] - wrong).abs().max() > 1000 * ATOL
+    assert ((expected > -1) & (expected < 1)).float().mean() > 0.3  # not all clamped
+
+
+def test_single_frame_passes_are_bit_equal_for_any_split_into_chunks():
+    decoder, z = tiny_decoder(decode_frames_at_once=1), latents(6)
+    whole = decoder(z)
+    for split in ([1] * 6, [3, 3], [2, 3, 1]):
+        assert torch.equal(torch.cat(decode(decoder, z, split), dim=1), whole)
+    forgetful = torch.cat([decoder(z[:, :, :3]), decoder(z[:, :, 3:])], dim=1)
+    assert not torch.equal(forgetful[:, 9:], whole[:, 12:])  # negative control
+
+
+@pytest.mark.parametrize(("split", "frames"), [([3, 3, 3], [9, 12, 12]), ([1, 1, 2], [1, 4, 8])])
+def test_decode_yields_the_exact_number_of_frames(split, frames):
+    chunks = decode(tiny_decoder(), latents(sum(split)), split)
+    assert [chunk.shape for chunk in chunks] == [(1, n, 3, 24, 32) for n in frames]
+    assert all(chunk.dtype == torch.float32 and chunk.abs().max() <= 1 for chunk in chunks)
+
+
+def test_raw_latents_are_denormalised_first():
+    z = latents(3)
+    raw = denormalise(z, WAN21_LATENT_MEAN, WAN21_LATENT_STD)
+    light = tiny_decoder(latents="raw")(z)
+    assert torch.equal(light, tiny_decoder()(raw))
+    assert (light - tiny_decoder()(z)).abs().max() > 0.1  # negative control
+
+
+def test_patched_pixels_and_other_latents_decode():
+    decoder = tiny_decoder(latent_channels=48, patch_size=2)
+    z = latents(2, channels=48)
+    video = torch.cat(decode(decoder, z, [1, 1]), dim=1)
+    assert video.shape == (1, 5, 3, 48, 64)
+    torch.testing.assert_close(video[0], reference_decode(decoder, z[0], 2), rtol=0, atol=ATOL)
+
+
+def test_clips_of_a_batch_do_not_touch_each_other():
+    decoder, z = tiny_decoder(), latents(4, batch=2)
+    video = torch.cat(decode(decoder, z, [2, 2]), dim=1)
+    for i in range(2):
+        expected = reference_decode(decoder, z[i])
+        torch.testing.assert_close(video[i], expected, rtol=0, atol=ATOL)
+
+
+def test_interleaved_rollouts_equal_solo_rollouts():
+    decoder, first, second = tiny_decoder(), latents(4), latents(4).flip(2)
+    solo = decode(decoder, first, [2, 2]), decode(decoder, second, [2, 2])
+    caches = decoder.initialize_cache(), decoder.initialize_cache()
+    for i, (a, b) in enumerate(zip(first.split(2, dim=2), second.split(2, dim=2), strict=True)):
+        assert torch.equal(decoder(a, i, caches[0]), solo[0][i])
+        assert torch.equal(decoder(b, i, caches[1]), solo[1][i])
+
+
+def test_cache_round_trips_and_stays_at_constant_size():
+    decoder, z = tiny_decoder(), latents(12)
+    cache, sizes, expected = decoder.initialize_cache(), [], []
+    for i, chunk in enumerate(z.split(3, dim=2)):
+        if i == 2:
+            state = cache.state_dict()
+        expected.append(decoder(chunk, i, cache))
+        sizes.append(cache.num_bytes())
+    assert len(set(sizes)) == 1
+    resumed = decoder.initialize_cache()
+    resumed.load_state_dict(state)
+    for i in (2, 3):
+        assert torch.equal(decoder(z[:, :, 3 * i : 3 * i + 3], i, resumed), expected[i])
+    fresh = decoder(z[:, :, 6:9])[:, -9:]
+    assert not torch.equal(fresh, expected[2][:, -9:])  # negative control
+
+
+def test_bfloat16_stays_near_float32():
+    z = latents(3)
+    exact, rounded = tiny_decoder()(z), tiny_decoder(dtype="bfloat16")(z)
+    error = (rounded - exact).abs()
+    assert rounded.dtype == torch.float32 and error.max() < 0.3 and error.mean() < 0.02
+
+
+def test_every_place_of_the_plan_exists_and_only_those_look_sideways():
+    decoder = tiny_decoder()
+    wide = {n for n, p in decoder.named_parameters() if p.dim() == 4 and p.shape[-1] > 1}
+    assert {n.removesuffix(".weight") for n in wide} == set(decoder.parallel_plan().spatial)
+
+
+# Encoding
+
+
+@pytest.mark.parametrize("split", [[4, 4, 4], [8, 4], [12]])
+def test_streamed_encode_equals_the_whole_sequence(split):
+    encoder, video = tiny_encoder(), pixels(12)
+    cache = encoder.initialize_cache()
+    parts = [encoder.encode_chunk(part, cache) for part in video.split(split, dim=2)]
+    latent = torch.cat(parts, dim=2)
+    torch.testing.assert_close(latent[0], reference_encode(encoder, video[0]), rtol=0, atol=ATOL)
+    torch.testing.assert_close(latent, encoder(video), rtol=0, atol=ATOL)
+    fresh = encoder(video[:, :, 4:8])  # negative control: no memory of the frames before
+    assert (latent[:, :, 1:2] - fresh).abs().max() > 100 * ATOL
+
+
+def test_an_image_and_a_short_tail_repeat_their_last_frame():
+    encoder, video = tiny_encoder(), pixels(9, batch=2)
+    assert encoder(video[:, :, 0]).shape == (2, 16, 1, 2, 3)
+    latent = encoder(video)
+    assert latent.shape == (2, 16, 3, 2, 3)
+    for i in range(2):
+        expected = reference_encode(encoder, video[i])
+        torch.testing.assert_close(latent[i], expected, rtol=0, atol=ATOL)
+
+
+def test_encoded_raw_latents_are_normalised():
+    video = pixels(4)
+    expected = normalise(tiny_encoder()(video), WAN21_LATENT_MEAN, WAN21_LATENT_STD)
+    assert torch.equal(tiny_encoder(latents="raw")(video), expected)
+
+
+def test_patched_pixels_and_other_latents_encode():
+    encoder, video = tiny_encoder(latent_channels=48, patch_size=2), pixels(4, (32, 16))
+    latent = encoder(video)
+    assert latent.shape == (1, 48, 1, 2, 1)
+    expected = reference_encode(encoder, video[0], 2)
+    torch.testing.assert_close(latent[0], expected, rtol=0, atol=ATOL)
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize(
+    ("name", "dims"),
+    [
+        ("taehv", {}),
+        ("taew2_1", {}),
+        ("taew2_2", {"latent_channels": 48, "patch_size": 2}),
+    ],
+)
+def test_full_size_takes_exactly_the_published_tensors(name, dims, tmp_path):
+    manifest = load_manifest(name)
+    write_sparse_safetensors(tmp_path / "tiny.safetensors", manifest)
+    with torch.device("meta"):
+        decoder, encoder = TAEHVDecoderConfig(**dims).setup(), TAEHVEncoderConfig(**dims).setup()
+    taken = 0
+    for half, ignore in ((decoder, DECODER_IGNORES), (encoder, ENCODER_IGNORES)):
+        source = CheckpointConfig(source=str(tmp_path / "tiny.safetensors"), ignore=ignore)
+        taken += load_checkpoint(half, source, device="meta").tensors
+    assert taken == len(manifest) == 128
+
+
+def test_oversized_grow_weights_keep_their_last_rows(tmp_path):
+    decoder = tiny_decoder()
+    state = decoder.state_dict()
+    own = state["decoder.7.conv.weight"]
+    source = CheckpointConfig(source=str(tmp_path / "light.safetensors"))
+    other = TAEHVDecoderConfig(channels=(16, 8, 6, 6)).setup()
+
+    state["decoder.7.conv.weight"] = torch.cat((torch.full_like(own, 9.0), own))
+    save_file(state, tmp_path / "light.safetensors")
+    load_checkpoint(other, source)
+    assert torch.equal(other.state_dict()["decoder.7.conv.weight"], own)
+    assert torch.equal(other(latents(2)), decoder(latents(2)))
+
+    state["decoder.7.conv.weight"] = own[:3].clone()  # negative control: too short is refused
+    save_file(state, tmp_path / "light.safetensors")
+    with pytest.raises(CheckpointError, match=r"decoder\.7\.conv\.weight"):
+        load_checkpoint(other, source)
+
+
+# Bad input
+
+
+def test_wrong_input_is_refused():
+    decoder, encoder = tiny_decoder(), tiny_encoder()
+    with pytest.raises(ValueError, match=r"expected \[batch, 16, latent frames"):
+        decoder(latents(1, channels=48))
+    cache = decoder.initialize_cache()
+    with pytest.raises(ValueError, match=r"autoregressive_index=1.*expects 0"):
+        decoder(latents(1), 1, cache)
+    with pytest.raises(ValueError, match=r"height 20 is not divisible by 8.*16 and 24"):
+        encoder(pixels(4, (20, 16)))
+    with pytest.raises(ValueError, match="6 frames do not fill"):
+        encoder.encode_chunk(pixels(6), encoder.initialize_cache())
+    with pytest.raises(ValueError, match="latent_mean has 16 values for latent_channels=48"):
+        TAEHVDecoderConfig(latent_channels=48, latents="raw")
+    with pytest.raises(ValueError, match="needs one more entry"):
+        TAEHVDecoderConfig(channels=(8, 8))
+    with pytest.raises(ValueError, match="decode_frames_at_once=-2"):
+        TAEHVDecoderConfig(decode_frames_at_once=-2)
