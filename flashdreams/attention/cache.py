@@ -1,5 +1,7 @@
 """The sink-and-window KV cache of a streaming rollout."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -54,6 +56,7 @@ class CacheCursor:
     Latent frame ``p`` lives in slot ``p`` while ``p < sink``, else in slot
     ``sink + (p - sink) % window``. Slots fill in order, so the visible ones are always a prefix.
     ``place`` starts an AR step, ``advance`` ends it; a step that is placed again overwrites itself.
+    ``rewriting`` and ``place_next`` fill the slots anew with frames that were there before.
     """
 
     def __init__(self, sink_size_t: int, window_size_t: int, tokens_per_frame: int) -> None:
@@ -63,6 +66,7 @@ class CacheCursor:
         self.start = 0
         self.len_t = 0
         self.slots: Tensor | None = None
+        self._rewritten_t: int | None = None
 
     def place(self, len_t: int, device: torch.device) -> None:
         """Point at the slots of the next ``len_t`` latent frames.
@@ -78,13 +82,7 @@ class CacheCursor:
                 f"{self.window_size_t}; window_size_t must be at least {len_t}."
             )
         self.len_t = len_t
-        slots = torch.tensor(self.frame_slots(self.start, self.end), dtype=torch.int64)
-        tokens = slots[:, None] * self.tokens_per_frame + torch.arange(self.tokens_per_frame)
-        tokens = tokens.flatten().to(device)
-        if self.slots is not None and self.slots.shape == tokens.shape:
-            self.slots.copy_(tokens)
-        else:
-            self.slots = tokens
+        self._point_at(self.frame_slots(self.start, self.end), device)
 
     def advance(self) -> None:
         """Close the AR step: its frames are clean now and the next chunk comes after them."""
@@ -96,6 +94,41 @@ class CacheCursor:
         sink, window = self.sink_size_t, self.window_size_t
         return [p if p < sink else sink + (p - sink) % window for p in range(start, stop)]
 
+    def past_frames(self) -> list[int]:
+        """Latent frames before the current chunk that are in the cache, oldest first."""
+        first = max(self.sink_size_t, self.end - self.window_size_t)
+        return [*range(min(self.sink_size_t, self.start)), *range(first, self.start)]
+
+    @contextmanager
+    def rewriting(self) -> Iterator[None]:
+        """Fill the cache anew with frames that were there before, oldest first.
+
+        Within the context ``place_next`` points at the next slots from slot 0 on, so that what is
+        visible stays a prefix. Afterwards the frames lie one behind the other; `KVCache.scatter`
+        brings them to their own slots.
+        """
+        slots = self.slots
+        self.slots, self._rewritten_t = None, 0
+        try:
+            yield
+        finally:
+            self.slots, self._rewritten_t = slots, None
+
+    def place_next(self, len_t: int, device: torch.device) -> None:
+        """Point at the slots of the next ``len_t`` latent frames that are written anew."""
+        first = self._rewritten_t or 0
+        self._rewritten_t = first + len_t
+        self._point_at(range(first, first + len_t), device)
+
+    def _point_at(self, frame_slots: Sequence[int], device: torch.device) -> None:
+        slots = torch.tensor(list(frame_slots), dtype=torch.int64)
+        tokens = slots[:, None] * self.tokens_per_frame + torch.arange(self.tokens_per_frame)
+        tokens = tokens.flatten().to(device)
+        if self.slots is not None and self.slots.shape == tokens.shape:
+            self.slots.copy_(tokens)
+        else:
+            self.slots = tokens
+
     @property
     def end(self) -> int:
         """Latent frames seen when the current chunk is counted in."""
@@ -104,7 +137,10 @@ class CacheCursor:
     @property
     def visible_tokens(self) -> int:
         """Length of the prefix of slots that attention reads."""
-        return min(self.end, self.sink_size_t + self.window_size_t) * self.tokens_per_frame
+        frames = min(self.end, self.sink_size_t + self.window_size_t)
+        if self._rewritten_t is not None:
+            frames = self._rewritten_t
+        return frames * self.tokens_per_frame
 
     @property
     def evicted(self) -> int:
@@ -152,12 +188,19 @@ class KVCache:
         length = self.cursor.visible_tokens
         return self.k[:, :length], self.v[:, :length]
 
-    def keep_sink(self) -> None:
-        """Store the sink keys of the current chunk as they were first rotated (clean pass)."""
-        if self.sink_k is None or self.cursor.start >= self.spec.sink_size_t:
+    def keep_sink(self, start: int | None = None, end: int | None = None) -> None:
+        """Store sink keys as they were first rotated (clean pass).
+
+        Args:
+            start: first latent frame just written; None is the current chunk's.
+            end: the frame after the last one; None is the current chunk's.
+        """
+        start = self.cursor.start if start is None else start
+        end = self.cursor.end if end is None else end
+        if self.sink_k is None or start >= self.spec.sink_size_t:
             return
-        first = self.cursor.start * self.spec.tokens_per_frame
-        last = min(self.cursor.end, self.spec.sink_size_t) * self.spec.tokens_per_frame
+        first = start * self.spec.tokens_per_frame
+        last = min(end, self.spec.sink_size_t) * self.spec.tokens_per_frame
         self.sink_k[:, first:last] = self.k[:, first:last]
 
     def rotate_sink(self) -> None:
@@ -170,3 +213,16 @@ class KVCache:
             return
         table = time_rotation(self.cursor.evicted, self.spec.head_dim).to(self.k.device)
         self.k[:, : self.sink_tokens] = apply_rope(self.sink_k, table)
+
+    def scatter(self, frame_slots: Sequence[int]) -> None:
+        """Move frame ``i`` of those written anew to slot ``frame_slots[i]``; one copy, in place.
+
+        Slots that are not named keep what they hold.
+        """
+        if list(frame_slots) == list(range(len(frame_slots))):
+            return
+        slots = torch.tensor(list(frame_slots), device=self.k.device)
+        tokens = self.spec.tokens_per_frame
+        for stored in (self.k, self.v):
+            by_frame = stored.unflatten(1, (-1, tokens))
+            by_frame.index_copy_(1, slots, by_frame[:, : len(slots)].clone())

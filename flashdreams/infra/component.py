@@ -74,6 +74,18 @@ def build_component(config: ComponentConfig | None) -> Any:
         return config.setup()
 
 
+def nested_components(component: Component) -> list[Component]:
+    """The components that a component is directly made of."""
+    found: list[Component] = []
+    waiting = list(component.children())
+    for module in waiting:
+        if isinstance(module, Component):
+            found.append(module)
+        else:
+            waiting.extend(module.children())
+    return found
+
+
 def declared_context(function: Callable[..., Any]) -> frozenset[str]:
     """Names of the keyword context that a component's function declares."""
     parameters = inspect.signature(function).parameters.values()

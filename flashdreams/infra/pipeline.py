@@ -12,12 +12,14 @@ from flashdreams.infra.component import (
     Component,
     build_component,
     declared_context,
+    nested_components,
     select_context,
 )
 from flashdreams.infra.config import InstantiateConfig
 from flashdreams.infra.decoder.base import DecoderConfig, StreamingDecoder
 from flashdreams.infra.diffusion.model import DiffusionCache, DiffusionModelConfig
 from flashdreams.infra.encoder.base import EncoderConfig, StreamingEncoder
+from flashdreams.infra.weights import require_weights
 from flashdreams.runtime.checkpoint import load_checkpoint
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource
 from flashdreams.runtime.profiler import StageTimer
@@ -152,17 +154,22 @@ class StreamInferencePipeline(nn.Module):
         Raises:
             CheckpointError: weights are missing or do not fit; see ``load_checkpoint``.
         """
+        require_weights(self.config)
         for component in self.components().values():
-            if component.config.checkpoint is not None:
-                load_checkpoint(
-                    component,
-                    component.config.checkpoint,
-                    device=self.target_device,
-                    dtype=component.dtype,
-                )
-                component.init_buffers()
-            component.to(self.target_device, component.dtype)
+            self._load_component(component)
         self.requires_grad_(False).eval()
+
+    def _load_component(self, component: Component) -> None:
+        """Load one component; one without a checkpoint may be made of others that have theirs."""
+        checkpoint = component.config.checkpoint
+        parts = [] if checkpoint is not None else nested_components(component)
+        for part in parts:
+            self._load_component(part)
+        if checkpoint is not None:
+            load_checkpoint(component, checkpoint, device=self.target_device, dtype=component.dtype)
+            component.init_buffers()
+        # Parts keep their own types: a pipeline may mix them.
+        component.to(self.target_device, None if parts else component.dtype)
 
     @torch.no_grad()
     def initialize_cache(
@@ -252,6 +259,46 @@ class StreamInferencePipeline(nn.Module):
         for observe in self.observers:
             observe(cache, chunk)
         return chunk
+
+    @torch.no_grad()
+    def update_prompt(
+        self,
+        cache: StreamInferencePipelineCache,
+        text: str | Sequence[str] | Tensor,
+        reencode_window: bool = False,
+    ) -> None:
+        """Change the prompt of a rollout that is under way.
+
+        May be called before any ``generate`` or ``finalize``. Cross-attention keys and values are
+        computed anew in the storage that they have; what the context remembers of past frames stays
+        as it was made under the old prompt, unless asked otherwise. Under guidance the negative
+        prompt stays.
+
+        Args:
+            cache: this rollout's state.
+            text: one prompt for the whole batch, one per batch entry, or embeddings.
+            reencode_window: run the clean passes of sink and window again under the new prompt,
+                oldest frame first, from the clean latents that the rollout keeps. Follows a prompt
+                sooner, at the cost of one network pass per chunk in the window.
+
+        Raises:
+            ValueError: another number of prompts than the rollout has, or a prompt that the text
+                encoder refuses.
+            TypeError: the transformer has no prompt that it could change.
+        """
+        batch_size = cache.diffusion.batch_size
+        prompts = [text] * batch_size if isinstance(text, str) else text
+        if len(prompts) != batch_size:
+            raise ValueError(
+                f"The rollout has {batch_size} prompts, the update {len(prompts)}: "
+                "give one for all, or one for each."
+            )
+        self.diffusion_model.update_prompt(
+            {"text": self._encode_text(prompts)},
+            cache.diffusion,
+            pending_index=cache.next_index - 1 if cache.pending else None,
+            reencode=reencode_window,
+        )
 
     @torch.no_grad()
     def finalize(self, autoregressive_index: int, cache: StreamInferencePipelineCache) -> None:

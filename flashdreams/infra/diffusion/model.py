@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flashdreams.infra.component import build_component, declared_context, select_context
 from flashdreams.infra.config import InstantiateConfig
 from flashdreams.infra.diffusion.scheduler.base import SchedulerConfig
-from flashdreams.infra.diffusion.transformer import TransformerConfig
+from flashdreams.infra.diffusion.transformer import ContextChunk, TransformerConfig
 from flashdreams.runtime.noise import NoiseFunction, to_device
 
 
@@ -46,6 +46,17 @@ class DiffusionModelConfig(InstantiateConfig):
             raise ValueError(f"context_noise={self.context_noise} must be from 0 to 1000.")
 
 
+@dataclass(frozen=True)
+class CleanChunk:
+    """A finished AR step that the context still holds frames of."""
+
+    autoregressive_index: int
+    latent: Tensor
+    """``[B, C, T, H, W]`` float32."""
+    control: Any
+    """The control input of the step."""
+
+
 @dataclass
 class DiffusionCache:
     """All state that the diffusion model has in one rollout."""
@@ -60,6 +71,10 @@ class DiffusionCache:
     """``[B, C, 1, H, W]``, the first latent frame if an image gives it."""
     latent: Tensor | None = None
     """``[B, C, T, H, W]`` float32, the last clean chunk."""
+    control: Any = None
+    """The control input of the last chunk."""
+    history: list[CleanChunk] = field(default_factory=list)
+    """What the sink and the window were made from, oldest first; no more than they hold."""
 
     @property
     def branches(self) -> list[Any]:
@@ -120,6 +135,7 @@ class DiffusionModel(nn.Module):
         Returns:
             ``[B, C, T, H, W]`` float32, also kept as ``cache.latent``.
         """
+        cache.control = control
         for branch in cache.branches:
             self.transformer.begin_step(autoregressive_index, branch, control)
         if autoregressive_index == 0 and cache.image is not None:
@@ -133,15 +149,78 @@ class DiffusionModel(nn.Module):
         """The clean pass over the chunk that ``generate`` left in ``cache.latent``."""
         if cache.latent is None:
             raise ValueError("There is no chunk to finalize; call generate first.")
-        latent = cache.latent
-        timestep = torch.tensor(self.config.context_noise, dtype=self.scheduler.timesteps.dtype)
-        if self.config.context_noise > 0:
-            noise = self._noise_of_step(autoregressive_index, cache)
-            latent = self.scheduler.add_noise(
-                latent, noise(self.scheduler.num_inference_steps), timestep
-            )
+        chunk = CleanChunk(autoregressive_index, cache.latent, cache.control)
+        timestep = self._context_timestep()
         for branch in cache.branches:
-            self.transformer.update_cache(latent, timestep, branch)
+            self.transformer.update_cache(self._context_latent(chunk, cache), timestep, branch)
+        held = set(self._held_frames(cache))
+        chunks = [*cache.history, chunk]
+        cache.history = [c for c in chunks if not held.isdisjoint(self._frames_of(c))]
+
+    def update_prompt(
+        self,
+        context: Mapping[str, Any],
+        cache: DiffusionCache,
+        *,
+        pending_index: int | None = None,
+        reencode: bool = False,
+    ) -> None:
+        """Put the conditional half under another prompt.
+
+        Args:
+            context: what changes, by name.
+            cache: this rollout's state.
+            pending_index: the AR step that is generated and not yet finalized; None between steps.
+            reencode: whether the clean passes of sink and window are run again, too.
+        """
+        branch = cache.conditional
+        if branch is None:
+            return
+        update = self.transformer.update_context
+        update(branch, **select_context(update, context))
+        if not reencode:
+            return
+        chunks = self._held_chunks(cache)
+        self.transformer.rewrite_context(branch, chunks, self._context_timestep())
+        if pending_index is not None:
+            self.transformer.begin_step(pending_index, branch, cache.control)
+
+    def _held_chunks(self, cache: DiffusionCache) -> list[ContextChunk]:
+        """The latents of the frames that the context holds, as the clean pass sees them."""
+        held = set(self._held_frames(cache))
+        chunks = []
+        for chunk in cache.history:
+            frames = self._frames_of(chunk)
+            kept = tuple(t for t, frame in enumerate(frames) if frame in held)
+            if kept:
+                latent = self._context_latent(chunk, cache)[:, :, list(kept)]
+                chunks.append(
+                    ContextChunk(
+                        frames=tuple(frames[t] for t in kept),
+                        kept=kept,
+                        latent=latent,
+                        control=chunk.control,
+                    )
+                )
+        return chunks
+
+    def _context_timestep(self) -> Tensor:
+        return torch.tensor(self.config.context_noise, dtype=self.scheduler.timesteps.dtype)
+
+    def _context_latent(self, chunk: CleanChunk, cache: DiffusionCache) -> Tensor:
+        """The latent that the clean pass sees: noised, if the model wants noisy context."""
+        if self.config.context_noise == 0:
+            return chunk.latent
+        noise = self._noise_of_step(chunk.autoregressive_index, cache)
+        drawn = noise(self.scheduler.num_inference_steps)
+        return self.scheduler.add_noise(chunk.latent, drawn, self._context_timestep())
+
+    def _frames_of(self, chunk: CleanChunk) -> range:
+        count = chunk.latent.shape[2]
+        return range(chunk.autoregressive_index * count, (chunk.autoregressive_index + 1) * count)
+
+    def _held_frames(self, cache: DiffusionCache) -> list[int]:
+        return [f for branch in cache.branches[:1] for f in self.transformer.context_frames(branch)]
 
     def _flow(self, cache: DiffusionCache) -> Callable[[Tensor, Tensor], Tensor]:
         predict, scale = self.transformer.predict_flow, self.config.guidance_scale

@@ -1,5 +1,6 @@
 """The transformer contract: a network and the rollout state that it reads and writes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,20 @@ class TransformerConfig(ComponentConfig):
         for name in ("in_channels", "len_t", "latent_height", "latent_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextChunk:
+    """Clean latent frames of one AR step that are still in the context."""
+
+    frames: tuple[int, ...]
+    """Their positions in the rollout, ascending; a chunk may have lost some."""
+    kept: tuple[int, ...]
+    """Their places in the chunk as it was generated."""
+    latent: Tensor
+    """``[B, C, len(frames), H, W]`` float32, noised to the context noise level."""
+    control: Any
+    """The control input of the whole AR step."""
 
 
 class Transformer(Component):
@@ -90,3 +105,38 @@ class Transformer(Component):
             cache: this rollout's state.
         """
         self.predict_flow(latent, timestep, cache)
+
+    def context_frames(self, cache: Any) -> Sequence[int]:
+        """Positions of the clean latent frames that the cache holds, oldest first.
+
+        The diffusion model keeps the latents of these frames, and of no others, for
+        ``rewrite_context``; the default asks for none.
+        """
+        return ()
+
+    def update_context(self, cache: Any, *args: Any, **kwargs: Any) -> None:
+        """Take on another prompt in mid-rollout; subclasses name the context that they want.
+
+        Only what depends on the prompt directly is computed anew, in the storage that it has.
+        """
+        raise TypeError(
+            f"{type(self).__name__} cannot change its prompt in mid-rollout: it does not define "
+            "update_context(cache, text)."
+        )
+
+    def rewrite_context(self, cache: Any, chunks: Sequence[ContextChunk], timestep: Tensor) -> None:
+        """Run the clean pass again over what the context holds.
+
+        Args:
+            cache: this rollout's state; afterwards as before, but for the values.
+            chunks: the frames of ``context_frames``, oldest first.
+            timestep: 0-dim, the context noise level.
+        """
+        raise TypeError(
+            f"{type(self).__name__} cannot encode its context again: it does not define "
+            "rewrite_context(cache, chunks, timestep)."
+        )
+
+    def cache_nbytes(self, batch_size: int) -> int:
+        """Bytes of one rollout's largest state, for estimates of memory; 0 if there is none."""
+        return 0

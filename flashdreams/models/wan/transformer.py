@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
 from flashdreams.attention.core import AttentionCore
 from flashdreams.attention.rope import RotaryEmbedding3D, apply_rope
-from flashdreams.infra.diffusion.transformer import Transformer, TransformerConfig
+from flashdreams.infra.diffusion.transformer import (
+    ContextChunk,
+    Transformer,
+    TransformerConfig,
+)
+from flashdreams.models.wan.keys import WAN_KEY_MAPS
 from flashdreams.models.wan.plan import wan_plan
 from flashdreams.parallel.plan import ParallelPlan
 
@@ -323,7 +328,10 @@ class WanCache:
     self_attention: list[KVCache | None]
     cross_attention: list[list[tuple[Tensor, Tensor]]]
     condition: Tensor | None
-    """``[B, condition_channels, T, H, W]`` concatenated to every latent."""
+    """``[B, condition_channels, F, H, W]``, concatenated to the latents by position; latent frames
+    past the last one see that one."""
+    chunk_condition: Tensor | None = None
+    """``[B, condition_channels, T, H, W]`` of the current chunk."""
     rope: Tensor | None = None
     """``[L, D/2, 2]`` of the current chunk."""
     control: Control | None = None
@@ -334,6 +342,7 @@ class WanTransformer(Transformer):
 
     config: WanTransformerConfig
     block_class: type[WanBlock] = WanBlock
+    checkpoint_key_maps = WAN_KEY_MAPS
 
     def __init__(self, config: WanTransformerConfig) -> None:
         super().__init__(config)
@@ -376,16 +385,29 @@ class WanTransformer(Transformer):
         Args:
             text: ``[B, S, text_dim]`` with ``S <= text_len``; padded with zero rows.
             image_tokens: ``[B, S, image_dim]``, for models with image cross-attention.
-            condition: ``[B, condition_channels, T, H, W]``, concatenated to the latent.
+            condition: ``[B, condition_channels, F, H, W]``, concatenated to the latents by their
+                positions in the rollout.
 
         Raises:
             ValueError: a shape that does not fit the config.
         """
         cross_attention = self.project_context(text, image_tokens)
         c = self.config
+        if condition is not None:
+            condition = condition.to(self.device, self.dtype)
+        self._check_condition(condition, len(text))
         cursor = CacheCursor(c.sink_size_t, c.window_size_t, c.tokens_per_frame)
-        spec = KVCacheSpec(
-            batch_size=len(text),
+        spec = self.cache_spec(len(text))
+        caches = [
+            b.self_attn.core.new_cache(spec, cursor) if c.streaming else None for b in self.blocks
+        ]
+        return WanCache(cursor, caches, cross_attention, condition)
+
+    def cache_spec(self, batch_size: int) -> KVCacheSpec:
+        """Size of one layer's KV cache on one device."""
+        c = self.config
+        return KVCacheSpec(
+            batch_size=batch_size,
             sink_size_t=c.sink_size_t,
             window_size_t=c.window_size_t,
             tokens_per_frame=c.tokens_per_frame,
@@ -395,30 +417,67 @@ class WanTransformer(Transformer):
             device=self.device,
             relative_sink=c.relative_rope and c.sink_size_t > 0,
         )
-        caches = [
-            b.self_attn.core.new_cache(spec, cursor) if c.streaming else None for b in self.blocks
-        ]
-        return WanCache(cursor, caches, cross_attention, condition)
+
+    def cache_nbytes(self, batch_size: int) -> int:
+        """Bytes of the KV cache of all layers; 0 for a bidirectional model."""
+        layers = len(self.blocks) if self.config.streaming else 0
+        return layers * self.cache_spec(batch_size).nbytes
+
+    def _check_condition(self, condition: Tensor | None, batch_size: int) -> None:
+        c = self.config
+        if condition is None and c.condition_channels == 0:
+            return
+        wanted = (batch_size, c.condition_channels, c.latent_height, c.latent_width)
+        shape = None if condition is None else list(condition.shape)
+        if shape is None or (*shape[:2], *shape[3:]) != wanted or shape[2] == 0:
+            raise ValueError(
+                f"The condition must be [{batch_size}, {c.condition_channels}, latent frames, "
+                f"{c.latent_height}, {c.latent_width}]; got {shape}. "
+                "A model with condition_channels=0 takes none; others need one, usually an image."
+            )
 
     def project_context(
         self, text: Tensor, image_tokens: Tensor | None = None
     ) -> list[list[tuple[Tensor, Tensor]]]:
         """Cross-attention keys and values of every block; arguments as ``initialize_cache``."""
         c = self.config
+        if (image_tokens is None) != (c.image_dim is None):
+            wanted = "needs" if c.image_dim is not None else "takes no"
+            raise ValueError(f"This transformer {wanted} image tokens (image_dim={c.image_dim}).")
+        words = self.embed_text(text)
+        image = None
+        if image_tokens is not None:
+            image = self.img_emb(image_tokens.to(self.device, self.dtype))
+        return [block.cross_attn.project(words, image) for block in self.blocks]
+
+    def embed_text(self, text: Tensor) -> Tensor:
+        """Pad text embeddings ``[B, S, text_dim]`` with zero rows and embed all rows."""
+        c = self.config
         if text.ndim != 3 or text.shape[2] != c.text_dim or text.shape[1] > c.text_len:
             raise ValueError(
                 f"Text embeddings must be [B, at most {c.text_len}, {c.text_dim}]; "
                 f"got {list(text.shape)}."
             )
-        if (image_tokens is None) != (c.image_dim is None):
-            wanted = "needs" if c.image_dim is not None else "takes no"
-            raise ValueError(f"This transformer {wanted} image tokens (image_dim={c.image_dim}).")
         padded = F.pad(text.to(self.device, self.dtype), (0, 0, 0, c.text_len - text.shape[1]))
-        words = self.text_embedding(padded)
-        image = None
-        if image_tokens is not None:
-            image = self.img_emb(image_tokens.to(self.device, self.dtype))
-        return [block.cross_attn.project(words, image) for block in self.blocks]
+        return self.text_embedding(padded)
+
+    def update_context(self, cache: WanCache, text: Tensor) -> None:
+        """Take on another prompt: its keys and values replace those of the text, in place.
+
+        Args:
+            cache: this rollout's state.
+            text: ``[B, S, text_dim]``, as in ``initialize_cache``; B must stay the same.
+
+        Raises:
+            ValueError: a shape that does not fit the config or the rollout.
+        """
+        batch_size = len(cache.cross_attention[0][0][0])
+        if len(text) != batch_size:
+            raise ValueError(f"The rollout has {batch_size} prompts; got {len(text)}.")
+        words = self.embed_text(text)
+        for block, pairs in zip(self.blocks, cache.cross_attention, strict=True):
+            for stored, new in zip(pairs[0], block.cross_attn.project(words, None)[0], strict=True):
+                stored.copy_(new)
 
     def begin_step(self, autoregressive_index: int, cache: WanCache, control: Any = None) -> None:
         """Place the chunk in the cache, build its rotations and embed its control."""
@@ -430,11 +489,50 @@ class WanTransformer(Transformer):
                     layer.rotate_sink()
         self.prepare(cache, torch.arange(cache.cursor.start, cache.cursor.end), control)
 
+    def context_frames(self, cache: WanCache) -> list[int]:
+        """Positions of the clean latent frames in sink and window, oldest first."""
+        return cache.cursor.past_frames() if self.config.streaming else []
+
+    def rewrite_context(
+        self, cache: WanCache, chunks: Sequence[ContextChunk], timestep: Tensor
+    ) -> None:
+        """Fill sink and window anew, chunk by chunk; each sees itself and what came before it.
+
+        Frames keep their positions and slots. With cache-relative RoPE the sink stands where it
+        stands now, right before the window, once the first frames behind it are reached.
+        """
+        cursor, rope = cache.cursor, cache.rope
+        layers = [layer for layer in cache.self_attention if layer is not None]
+        cache.rope = None
+        with cursor.rewriting():
+            for chunk in chunks:
+                start, end = chunk.frames[0], chunk.frames[-1] + 1
+                if self.config.relative_rope and start >= cursor.sink_size_t:
+                    for layer in layers:
+                        layer.rotate_sink()
+                cursor.place_next(len(chunk.frames), self.device)
+                control = self.select_control(chunk.control, chunk.kept)
+                self.prepare(cache, torch.tensor(chunk.frames), control)
+                self(chunk.latent, timestep.to(self.device), cache)
+                for layer in layers:
+                    layer.keep_sink(start, end)
+        frames = [frame for chunk in chunks for frame in chunk.frames]
+        slots = [slot for frame in frames for slot in cursor.frame_slots(frame, frame + 1)]
+        for layer in layers:
+            layer.scatter(slots)
+        cache.rope = rope
+
+    def select_control(self, control: Any, kept: Sequence[int]) -> Any:
+        """The part of an AR step's control input that belongs to some of its latent frames."""
+        if control is None or len(kept) == self.config.len_t:
+            return control
+        return control.unflatten(1, (self.config.len_t, -1))[:, list(kept)].flatten(1, 2)
+
     def prepare(self, cache: WanCache, frames: Tensor, control: Any) -> None:
-        """Rotations and control of a chunk whose latent frames have the given positions.
+        """Rotations, condition and control of latent frames at the given positions.
 
         Args:
-            cache: receives ``rope`` and ``control``; the table keeps its storage between steps.
+            cache: receives them; the rotations keep their storage between steps.
             frames: ``[T]`` positions.
             control: ``[B, L, control_dim]`` or None.
         """
@@ -445,6 +543,9 @@ class WanTransformer(Transformer):
             cache.rope.copy_(table)
         else:
             cache.rope = table
+        if cache.condition is not None:
+            last = cache.condition.shape[2] - 1
+            cache.chunk_condition = cache.condition[:, :, frames.clamp(max=last).to(self.device)]
         cache.control = self.embed_control(control)
 
     def embed_control(self, control: Any) -> Control:
@@ -473,8 +574,8 @@ class WanTransformer(Transformer):
         """
         if cache.rope is None or cache.control is None:
             raise ValueError("The cache is not prepared for a chunk; call begin_step first.")
-        if cache.condition is not None:
-            latent = torch.cat([latent, cache.condition.to(latent)], dim=1)
+        if cache.chunk_condition is not None:
+            latent = torch.cat([latent, cache.chunk_condition.to(latent)], dim=1)
         patches = self.patch_embedding(latent.to(self.dtype))
         x = self.flatten_tokens(patches)
         if cache.control.tokens is not None:
@@ -526,8 +627,12 @@ class WanTransformer(Transformer):
         return (latent.float() - output) / sigma
 
     def update_cache(self, latent: Tensor, timestep: Tensor, cache: WanCache) -> None:
-        """Write the clean chunk's keys and values and move on to the next chunk."""
-        self(latent, timestep.to(latent.device), cache)
+        """Write the clean chunk's keys and values and move on to the next chunk.
+
+        A bidirectional model keeps nothing, so its network is not run.
+        """
+        if self.config.streaming:
+            self(latent, timestep.to(latent.device), cache)
         for layer in cache.self_attention:
             if layer is not None:
                 layer.keep_sink()

@@ -1,0 +1,96 @@
+"""What a pipeline needs before it can run: files, disk and memory."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flashdreams.infra.config import config_fields, derive_config, is_config
+from flashdreams.runtime.checkpoint import (
+    CheckpointConfig,
+    CheckpointError,
+    describe_missing,
+    find_local,
+)
+
+if TYPE_CHECKING:
+    from flashdreams.infra.pipeline import StreamInferencePipelineConfig
+
+
+def named_checkpoints(config: Any, prefix: str = "") -> Iterator[tuple[str, CheckpointConfig]]:
+    """Every checkpoint that a config names, with the dotted path of its field."""
+    for name in config_fields(config):
+        value = getattr(config, name)
+        if isinstance(value, CheckpointConfig):
+            yield f"{prefix}{name}", value
+        elif is_config(value):
+            yield from named_checkpoints(value, f"{prefix}{name}.")
+
+
+def require_weights(
+    config: "StreamInferencePipelineConfig", *, fetch_all: str | None = None
+) -> None:
+    """Refuse a pipeline whose weights are neither on this machine nor allowed to be fetched.
+
+    Nothing is read or downloaded.
+
+    Args:
+        config: the pipeline.
+        fetch_all: what to type to have all of them fetched; None names one option per file.
+
+    Raises:
+        CheckpointError: all that is missing, with its size, the memory that a rollout will take,
+            and how to get it.
+    """
+    missing: dict[tuple[str, str | None], tuple[str, CheckpointConfig]] = {}
+    for path, checkpoint in named_checkpoints(config):
+        if not checkpoint.download and find_local(checkpoint) is None:
+            missing.setdefault((checkpoint.source, checkpoint.file), (path, checkpoint))
+    if not missing:
+        return
+    size = sum(checkpoint.size_bytes or 0 for _, checkpoint in missing.values())
+    count = "1 checkpoint that is" if len(missing) == 1 else f"{len(missing)} checkpoints that are"
+    lines = [
+        f"{config.name} needs {count} not on this machine, {size / 1e9:.1f} GB on disk.",
+        memory_estimate(config),
+    ]
+    for path, checkpoint in missing.values():
+        option = f"--pipeline.{path.replace('_', '-')}.download"
+        description = describe_missing(checkpoint, flag=option).splitlines()
+        lines += description[:2] if fetch_all else description
+    if fetch_all:
+        lines.append(f"To let this program fetch all of them: {fetch_all}.")
+    raise CheckpointError("\n".join(lines))
+
+
+def memory_estimate(config: "StreamInferencePipelineConfig", batch_size: int = 1) -> str:
+    """Bytes of the weights and of one rollout's KV cache, in words; from shapes, not measured."""
+    with torch.device("meta"):
+        transformer = config.diffusion_model.transformer.setup()
+    branches = 1 if config.diffusion_model.guidance_scale is None else 2
+    cache = transformer.cache_nbytes(batch_size) * branches
+    weights = sum(p.numel() for p in transformer.parameters()) * transformer.dtype.itemsize
+    others = sum(
+        checkpoint.size_bytes or 0
+        for path, checkpoint in named_checkpoints(config)
+        if not path.startswith("diffusion_model.")
+    )
+    return (
+        f"Memory, from shapes: transformer {weights / 1e9:.1f} GB in "
+        f"{transformer.config.dtype}, KV cache {cache / 1e9:.1f} GB, other networks at most "
+        f"{others / 1e9:.1f} GB, and activations."
+    )
+
+
+def with_downloads(
+    config: "StreamInferencePipelineConfig",
+) -> "StreamInferencePipelineConfig":
+    """The same pipeline with every missing checkpoint allowed to be fetched."""
+    overrides: dict[str, Any] = {}
+    for path, _ in named_checkpoints(config):
+        *owners, leaf = path.split(".")
+        place = overrides
+        for owner in owners:
+            place = place.setdefault(owner, {})
+        place[leaf] = {"download": True}
+    return derive_config(config, **overrides)
