@@ -69,8 +69,8 @@ def main(argv: Sequence[str]) -> int:
 
     Returns:
         The exit code: 0 done, 1 the run failed, 2 the command line or a config is wrong and nothing
-        was started, 130 interrupted. Errors are one line on stderr of rank zero; with ``--debug``
-        every rank shows its traceback.
+        was started, 130 interrupted. Usage errors are one line on stderr of rank zero, a failing
+        run is one line on the rank that fails; with ``--debug`` it shows its traceback.
     """
     debug = "--debug" in argv
     try:
@@ -211,7 +211,7 @@ def _apply_overrides(config: Any, line: CommandLine) -> Any:
     form: Any = AvoidSubcommands[SuppressFixed[FlagConversionOff[type(config)]]]  # type: ignore[misc]
     # Help goes out as tyro lays it out. Without --help nothing but an error is printed, and its
     # layout is plain text of one width whatever the terminal, since stdout is no terminal then.
-    shown = line.wants_help and _is_rank_zero()
+    shown = line.wants_help and _rank() == 0
     stdout, stderr = sys.stdout if shown else io.StringIO(), io.StringIO()
     try:
         with (
@@ -317,7 +317,10 @@ def _report(error: Exception, code: int, debug: bool) -> int:
     if not isinstance(error, tuple(for_people)) or not text:
         hint = "" if debug else " (run again with --debug for the traceback)"
         text = f"{type(error).__name__}: {text}".rstrip(": ") + hint
-    _say(f"{PROGRAM}: error: {text}", sys.stderr)
+    if _rank() == 0:
+        print(f"{PROGRAM}: error: {text}", file=sys.stderr, flush=True)
+    elif code == RUN_FAILED:
+        print(f"{PROGRAM}: error on rank {_rank()}: {text}", file=sys.stderr, flush=True)
     return code
 
 
@@ -328,14 +331,14 @@ def _interrupted() -> int:
 
 def _say(text: str, stream: Any = None) -> None:
     """Print on rank zero only."""
-    if _is_rank_zero():
+    if _rank() == 0:
         print(text, file=stream or sys.stdout, flush=True)
 
 
-def _is_rank_zero() -> bool:
-    from flashdreams.parallel.environment import is_rank_zero_process
+def _rank() -> int:
+    from flashdreams.parallel.environment import process_rank
 
-    return is_rank_zero_process()
+    return process_rank()
 
 
 if __name__ == "__main__":

@@ -43,9 +43,9 @@ class Environment:
         return self.rank == 0
 
 
-def is_rank_zero_process() -> bool:
-    """Whether this process speaks for the run: rank 0 of a group, or the only process."""
-    return os.environ.get("RANK", "0") == "0"
+def process_rank() -> int:
+    """Rank that torchrun gave this process; 0 for the only process. Needs no process group."""
+    return _read_int("RANK", 0)
 
 
 def init(device: str = "auto", timeout_s: float = LOAD_TIMEOUT_S) -> Environment:

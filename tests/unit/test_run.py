@@ -364,7 +364,7 @@ def test_an_interrupt_aborts_the_runner_and_exits_130(
     assert (("abort",) in RunnerStandIn.calls) is (where == "run")
 
 
-def test_other_ranks_stay_silent(
+def test_other_ranks_stay_silent_unless_they_fail(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
@@ -373,10 +373,11 @@ def test_other_ranks_stay_silent(
         (["plian"], 2), (["plain", "--total-blocks", "x"], 2), (["plain"], 0),
     ):  # fmt: skip
         assert run.main(argv) == code
-    RunnerStandIn.errors["run"] = KeyError("x")
-    assert run.main(["plain"]) == 1
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
+    RunnerStandIn.errors["run"] = KeyError("x")
+    assert run.main(["plain"]) == 1
+    assert capsys.readouterr().err.startswith("flashdreams-run: error on rank 1: KeyError")
     assert run.main(["plain", "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
