@@ -78,6 +78,34 @@ def start_rotate(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
     return finish
 
 
+def exchange_edges(
+    left: Tensor, right: Tensor, group: ProcessGroup
+) -> tuple[Tensor | None, Tensor | None]:
+    """Give ``left`` to the previous rank and ``right`` to the next one.
+
+    Args:
+        left: this rank's left edge, contiguous.
+        right: this rank's right edge, like ``left``.
+        group: ranks in the order of their parts.
+
+    Returns:
+        The previous rank's right edge and the next rank's left edge; None where there is no such
+        rank.
+    """
+    rank, last = group.rank(), group.size() - 1
+    operations = []
+    received: list[Tensor | None] = [None, None]
+    for side, (edge, neighbour) in enumerate(((left, rank - 1), (right, rank + 1))):
+        if 0 <= neighbour <= last:
+            peer = dist.get_global_rank(group, neighbour)
+            received[side] = incoming = torch.empty_like(edge)
+            operations.append(dist.P2POp(dist.isend, edge, peer, group))
+            operations.append(dist.P2POp(dist.irecv, incoming, peer, group))
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+    return received[0], received[1]
+
+
 def sent_bytes(collective: str, nbytes: int, size: int) -> int:
     """Bytes that one rank sends in one call, by the usual algorithm of that collective.
 
@@ -186,6 +214,12 @@ class Channel:
         """See `start_rotate`."""
         self._count("rotate", x)
         return start_rotate(x, self.group)
+
+    def exchange_edges(self, left: Tensor, right: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """See `exchange_edges`."""
+        neighbours = (self.rank > 0) + (self.rank < self.size - 1)
+        self.meter.add(f"{self.name}.halo", neighbours * left.numel() * left.element_size())
+        return exchange_edges(left, right, self.group)
 
     def _count(self, collective: str, x: Tensor) -> None:
         sent = sent_bytes(collective, x.numel() * x.element_size(), self.size)

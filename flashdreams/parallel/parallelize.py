@@ -20,6 +20,7 @@ from flashdreams.parallel.mesh import Mesh
 from flashdreams.parallel.plan import ParallelPlan
 from flashdreams.parallel.ring import RingAttention
 from flashdreams.parallel.sequence import SequenceLayout
+from flashdreams.parallel.spatial import WidthLayout, split_by_width
 from flashdreams.parallel.strict import make_strict
 from flashdreams.parallel.tensor import (
     ColwiseLinear,
@@ -44,6 +45,9 @@ class ParallelReport:
 
     replicated: bool = False
     """Several ranks run the whole module each, because it ships no plan that fits the mesh."""
+
+    width_layout: WidthLayout | None = None
+    """How a decoder's columns are shared; it gathers and shards the decoder's rollout state."""
 
     def __str__(self) -> str:
         if self.replicated:
@@ -92,10 +96,23 @@ def parallelize(module: nn.Module, plan: ParallelPlan | None, mesh: Mesh) -> Par
             _replace(module, name, wrapped)
             what = str(wrapped)
             installed[what] = installed.get(what, 0) + 1
+    width_layout = None
+    if mesh.decode.size > 1 and plan.spatial and _wants_split_decode(mesh):
+        width_layout = split_by_width(module, matches.spatial, mesh.channel(mesh.decode))
+        installed["halo convolution"] = sum(s == "halo" for s in matches.spatial.values())
     idle = (mesh.sequence.size > 1 and not cut_sequence) or (mesh.tp.size > 1 and not cut_weights)
-    report = ParallelReport(installed=installed, slices=slices, replicated=idle)
+    report = ParallelReport(
+        installed=installed,
+        slices=slices,
+        replicated=idle and width_layout is None,
+        width_layout=width_layout,
+    )
     object.__setattr__(module, _MARK, report)
     return report
+
+
+def _wants_split_decode(mesh: Mesh) -> bool:
+    return mesh.config.decode in ("auto", "split") and not mesh.config.strict
 
 
 class _Matches:

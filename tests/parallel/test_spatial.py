@@ -1,0 +1,123 @@
+"""Decoding split by width against the whole decoder."""
+
+import pytest
+import torch
+
+from flashdreams.models.taehv import TAEHVDecoderConfig
+from flashdreams.models.wan.vae import WanVAEDecoderConfig
+from flashdreams.parallel import collectives
+from flashdreams.parallel.mesh import Axis, Mesh, ParallelConfig
+from flashdreams.parallel.parallelize import parallelize
+from flashdreams.parallel.plan import ParallelPlan
+from flashdreams.parallel.spatial import resolve_decode, split_by_width
+from tests.harness import run_ranks
+from tests.parallel.rollout import make_mesh
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
+"""Pixels run from -1 to 1; a bfloat16 decoder rounds every activation to 8 bits."""
+
+CHUNKS = (2, 1, 2)
+WIDTH = 7
+
+
+def build_decoder(kind, dtype):
+    torch.manual_seed(7)
+    if kind == "wan":
+        decoder = WanVAEDecoderConfig(dim=8, dtype=dtype).setup()
+    else:
+        decoder = TAEHVDecoderConfig(channels=(16, 8, 6, 6), dtype=dtype).setup()
+    return decoder.requires_grad_(False).eval()
+
+
+def decode(decoder, cache, first=0):
+    draw = torch.Generator().manual_seed(9)
+    latent = torch.randn(1, 16, sum(CHUNKS), 3, WIDTH, generator=draw)
+    chunks = list(enumerate(latent.split(CHUNKS, dim=2)))
+    return [decoder(chunk, index, cache) for index, chunk in chunks[first:]]
+
+
+def whole(kind, dtype="float32"):
+    decoder = build_decoder(kind, dtype)
+    return decode(decoder, decoder.initialize_cache())
+
+
+def split(kind, dtype, world_size):
+    decoder = build_decoder(kind, dtype)
+    mesh = make_mesh(ParallelConfig(), world_size)
+    report = parallelize(decoder, decoder.parallel_plan(), mesh)
+    cache = decoder.initialize_cache()
+    frames = decode(decoder, cache)
+    return frames, mesh, report, cache
+
+
+def split_cases(world_size):
+    found = {}
+    for kind in ("wan", "taehv"):
+        frames, mesh, report, cache = split(kind, "float32", world_size)
+        found[kind, "float32"] = frames
+        found[kind, "state"] = report.width_layout.gather_state(cache.state_dict(), WIDTH)
+        own = report.width_layout.shard_state(found[kind, "state"], WIDTH)
+        assert all(torch.equal(own[name], x) for name, x in cache.state_dict().items())
+        assert mesh.meter.counts["decode.halo"].bytes_sent > 0
+    found["wan", "bfloat16"] = split("wan", "bfloat16", world_size)[0]
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_split_decode_equals_the_whole(world_size):
+    for found in run_ranks(split_cases, world_size, world_size):
+        for kind, dtype in (("wan", "float32"), ("taehv", "float32"), ("wan", "bfloat16")):
+            for chunk, expected in zip(found[kind, dtype], whole(kind, dtype), strict=True):
+                assert chunk.shape == expected.shape
+                error = float((chunk - expected).abs().max())
+                assert error <= TOLERANCE[dtype], (kind, dtype, error)
+        for kind in ("wan", "taehv"):
+            decoder = build_decoder(kind, "float32")
+            cache = decoder.initialize_cache()
+            decode(decoder, cache)
+            state = cache.state_dict()
+            assert {k: v.shape for k, v in state.items()} == {
+                k: v.shape for k, v in found[kind, "state"].items()
+            }
+            for name, expected in state.items():
+                scale = max(1.0, float(expected.abs().max()))
+                error = float((found[kind, "state"][name] - expected).abs().max())
+                assert error <= 1e-5 * scale, name
+
+
+def forgotten_halo():
+    collectives.exchange_edges = lambda left, right, group: (None, None)
+    return split("wan", "float32", 2)[0]
+
+
+def test_forgotten_halo_is_seen():
+    frames = run_ranks(forgotten_halo, 2)[0]
+    expected = whole("wan")
+    assert max(float((a - b).abs().max()) for a, b in zip(frames, expected, strict=True)) > 1e-2
+
+
+def test_decode_is_resolved_with_reasons():
+    plan = ParallelPlan(spatial={"conv": "halo"})
+
+    def resolve(ranks, plan, columns, **wishes):
+        mesh = Mesh(config=ParallelConfig(**wishes), decode=Axis("decode", ranks))
+        return resolve_decode(mesh, plan, columns)
+
+    assert resolve(2, plan, 8) == "split"
+    assert resolve(1, plan, 8) == "replicated"
+    assert resolve(2, None, 8) == "replicated"
+    assert resolve(2, plan, 8, strict=True) == "replicated"
+    assert resolve(2, plan, 8, decode="rank0") == "rank0"
+    with pytest.raises(ValueError, match="ships no spatial plan"):
+        resolve(2, None, 8, decode="split")
+    with pytest.raises(ValueError, match="3 latent columns cannot be split over 4 ranks"):
+        resolve(4, plan, 3, decode="split")
+
+
+def test_uncentred_convolution_is_refused():
+    class FourRanks:
+        size, rank, name = 4, 0, "decode"
+
+    net = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 3))
+    with pytest.raises(ValueError, match="kernel 3, stride 1 and padding 0"):
+        split_by_width(net, {"0": "halo"}, FourRanks())
