@@ -1,0 +1,125 @@
+"""All attention backends over window lengths.
+
+``python benchmarks/attention.py --json out.json`` measures the 1.3B model at 480x832 on a GPU, one
+chunk of 3 latent frames against windows of 3 to 21; on a CPU it runs a tiny size.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import report
+import torch
+from flashdreams_kernels import reference
+from flashdreams_kernels.attention import STRICT_NUM_SPLITS, chunk_attention
+from torch import Tensor
+
+from flashdreams.attention.backends import BACKENDS
+from flashdreams.runtime.stats import sha256_of
+
+COLUMNS = ("case", "variant", "p50_ms", "p95_ms", "p99_ms", "tflops", "error")
+COMPARED_QUERIES = 256
+"""Queries that are checked against the reference, which needs a score for every key."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The attention of one layer."""
+
+    tokens_per_frame: int
+    len_t: int
+    num_heads: int
+    head_dim: int
+    windows_t: tuple[int, ...]
+
+
+PRESETS = {
+    "tiny": Sizes(24, 3, 2, 32, (3, 6, 12)),
+    "wan-1.3b": Sizes(1560, 3, 12, 128, (3, 6, 9, 12, 15, 18, 21)),
+    "wan-14b": Sizes(1560, 3, 40, 128, (3, 9, 21)),
+    "wan-1.3b-8-ranks": Sizes(1560, 3, 3, 128, (3, 9, 21)),
+}
+
+
+def variants(device: torch.device) -> dict[str, Callable[..., Tensor]]:
+    """Backends by name; on CUDA the Triton kernel as well, with its strict form."""
+    found: dict[str, Callable[..., Tensor]] = dict(BACKENDS)
+    if device.type == "cuda":
+        kernels: dict[str, Callable[..., Any]] = {
+            "triton": chunk_attention,
+            "triton, 1 split": partial(chunk_attention, num_splits=1),
+            "triton, strict": partial(chunk_attention, num_splits=STRICT_NUM_SPLITS),
+        }
+        found |= kernels
+    return found
+
+
+def measure(
+    sizes: Sizes, window_t: int, dtype: torch.dtype, device: torch.device, repeats: int
+) -> list[dict[str, Any]]:
+    """One row per backend that can be used here; the others say why not."""
+    length, keys = sizes.len_t * sizes.tokens_per_frame, window_t * sizes.tokens_per_frame
+    generator = torch.Generator().manual_seed(window_t)
+
+    def normal(tokens: int) -> Tensor:
+        shape = (1, tokens, sizes.num_heads, sizes.head_dim)
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    q, k, v = normal(length), normal(keys), normal(keys)
+    scale = sizes.head_dim**-0.5
+    expected, _ = reference.chunk_attention(q[:, :COMPARED_QUERIES], k, v, scale=scale)
+    flops = 4 * length * keys * sizes.num_heads * sizes.head_dim
+    rows = []
+    for name, backend in variants(device).items():
+        call = partial(backend, q, k, v, scale=scale)
+        try:
+            out = call()
+        except (ImportError, RuntimeError, ValueError) as error:
+            sys.stderr.write(f"{name} cannot be used here: {error}\n")
+            continue
+        timing = report.timing_fields(report.time_calls(call, device, repeats))
+        difference = (out[:, :COMPARED_QUERIES].float() - expected.float()).abs().max()
+        rows.append(
+            {
+                "case": f"{window_t} frames",
+                "variant": name,
+                **timing,
+                "tflops": flops / timing["p50_ms"] / 1e9,
+                "error": (difference / expected.float().abs().max()).item(),
+                "output_sha256": sha256_of(out),
+                "queries": length,
+                "keys": keys,
+            }
+        )
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    report.add_arguments(parser)
+    parser.add_argument("--preset", choices=PRESETS, default=None, help="default: by device")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=None)
+    options = parser.parse_args(arguments)
+    device = report.resolve_device(options.device)
+    on_gpu = device.type == "cuda"
+    preset = options.preset or ("wan-1.3b" if on_gpu else "tiny")
+    dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    repeats = options.repeats or (50 if on_gpu else 20)
+    sizes = PRESETS[preset]
+    with torch.no_grad():
+        rows = [
+            row
+            for window_t in sizes.windows_t
+            for row in measure(sizes, window_t, getattr(torch, dtype), device, repeats)
+        ]
+    config = {"preset": preset, "dtype": dtype, "repeats": repeats, **vars(sizes)}
+    result = report.new_report("attention", device, config, rows, options.git_commit)
+    report.finish(result, options, COLUMNS)
+
+
+if __name__ == "__main__":
+    main()

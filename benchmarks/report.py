@@ -1,0 +1,245 @@
+"""Timing and reports of the benchmarks.
+
+A report is one JSON file that says what was measured, where, with which code and versions. A field
+that is missing is an error: figures without it cannot be compared.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashdreams.runtime.cuda_graph import CudaCapture
+
+HEADER_FIELDS = ("benchmark", "date", "git_commit", "git_dirty", "config", "versions", "device")
+ROW_FIELDS = ("case", "variant", "repeats", "p50_ms", "p95_ms", "p99_ms", "output_sha256")
+PACKAGES = ("torch", "triton", "numpy")
+FLUSH_BYTES = 2**28
+"""Written between two timed calls on a GPU, so that none finds its data in the L2 cache."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every benchmark has."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--repeats", type=int, default=None, help="timed calls of each variant")
+    parser.add_argument("--json", type=Path, default=None, help="write the report here")
+    parser.add_argument("--plot", type=Path, default=None, help="write a picture here (.svg, .png)")
+    parser.add_argument("--git-commit", default=None, help="where the tree has no .git: its commit")
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of ``--device``; ``auto`` takes a GPU where there is one."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def time_calls(function: Callable[[], Tensor], device: torch.device, repeats: int) -> list[float]:
+    """Milliseconds of single calls after warm-up, in ascending order.
+
+    On CUDA the call is captured as a graph, so that only work on the device counts, and each
+    replay finds a cold L2 cache.
+
+    Args:
+        function: what is timed; its inputs stay where they are.
+        device: where it runs.
+        repeats: number of timed calls.
+    """
+    if device.type != "cuda":
+        for _ in range(2):
+            function()
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            function()
+            times.append(1e3 * (time.perf_counter() - start))
+        return sorted(times)
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    captured = CudaCapture(device).capture(function)
+    captured.replay()
+    events = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(repeats)
+    ]
+    for begin, end in events:
+        flush.zero_()
+        begin.record()
+        captured.replay()
+        end.record()
+    torch.cuda.synchronize(device)
+    return sorted(begin.elapsed_time(end) for begin, end in events)
+
+
+def percentile(ascending: Sequence[float], share: float) -> float:
+    """The smallest value that at least ``share`` of all values do not exceed."""
+    rank = -(-round(share * 1000) * len(ascending) // 1000)
+    return ascending[max(0, rank - 1)]
+
+
+def timing_fields(ascending: Sequence[float]) -> dict[str, Any]:
+    """What a row says about its times."""
+    return {
+        "repeats": len(ascending),
+        "p50_ms": percentile(ascending, 0.50),
+        "p95_ms": percentile(ascending, 0.95),
+        "p99_ms": percentile(ascending, 0.99),
+    }
+
+
+def new_report(
+    benchmark: str,
+    device: torch.device,
+    config: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    git_commit: str | None = None,
+) -> dict[str, Any]:
+    """Put a report together.
+
+    Args:
+        benchmark: its name.
+        device: where it ran.
+        config: everything that was chosen.
+        rows: the figures.
+        git_commit: the code's commit; None asks git.
+
+    Raises:
+        ValueError: a field is missing or empty.
+    """
+    commit, dirty = _git_state() if git_commit is None else (git_commit, False)
+    report = {
+        "benchmark": benchmark,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "config": dict(config),
+        "versions": _versions(),
+        "device": describe_device(device),
+        "rows": [dict(row) for row in rows],
+    }
+    check_report(report)
+    return report
+
+
+def check_report(report: Mapping[str, Any]) -> None:
+    """Refuse a report that leaves something out.
+
+    Raises:
+        ValueError: names the fields that are missing or empty.
+    """
+    missing = [name for name in HEADER_FIELDS if report.get(name) in (None, "", {})]
+    rows = report.get("rows") or []
+    if not rows:
+        missing.append("rows")
+    for index, row in enumerate(rows):
+        missing += [f"rows[{index}].{name}" for name in ROW_FIELDS if row.get(name) in (None, "")]
+    if missing:
+        hint = " Give --git-commit SHA." if "git_commit" in missing else ""
+        raise ValueError(f"The report lacks {', '.join(missing)}; it was not written.{hint}")
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """What a device is called and what it has."""
+    if device.type != "cuda":
+        return {
+            "type": device.type,
+            "name": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "type": "cuda",
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+    }
+
+
+def finish(report: Mapping[str, Any], options: argparse.Namespace, columns: Sequence[str]) -> None:
+    """Print the table; write the JSON and the picture that were asked for.
+
+    Args:
+        report: a checked report.
+        options: the parsed options of ``add_arguments``.
+        columns: row fields of the table.
+    """
+    device = report["device"]
+    sys.stdout.write(f"{report['benchmark']} on {device['name']} at {report['git_commit'][:12]}\n")
+    sys.stdout.write(table(report["rows"], columns))
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    if options.plot is not None:
+        plot(report, options.plot)
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Rows as aligned text; what a row does not have is a dash."""
+    cells = [list(columns)]
+    cells += [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    text = ""
+    for line in cells:
+        padded = (
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        text += "  ".join(padded).rstrip() + "\n"
+    return text
+
+
+def plot(report: Mapping[str, Any], path: Path) -> None:
+    """Median milliseconds of every variant over the cases, as a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    rows = report["rows"]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        mine = [row for row in rows if row["variant"] == variant]
+        axes.plot([r["case"] for r in mine], [r["p50_ms"] for r in mine], "o-", label=variant)
+    axes.set_ylabel("median, ms")
+    axes.set_ylim(bottom=0)
+    axes.tick_params(axis="x", rotation=20)
+    axes.set_title(f"{report['benchmark']}, {report['device']['name']}, {report['date'][:10]}")
+    axes.legend()
+    figure.savefig(path)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _git_state() -> tuple[str | None, bool]:
+    folder = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "-uno"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, False
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
