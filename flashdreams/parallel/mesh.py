@@ -148,6 +148,12 @@ def _refuse_conflicts(config: ParallelConfig, guided: bool) -> None:
             "cfg_parallel_degree=2, but this model is not guided: there is no second half. "
             "Use --parallel.cfg-parallel-degree 1."
         )
+    if config.context_backend == "xfuser" and config.tensor_parallel_degree not in ("auto", 1):
+        raise ValueError(
+            f"context_backend='xfuser' with tensor_parallel_degree="
+            f"{config.tensor_parallel_degree}: its groups are runs of neighbouring ranks. "
+            "Use --parallel.context-backend native."
+        )
     if config.strict and config.tensor_parallel_degree not in ("auto", 1):
         raise ValueError(
             f"strict=True with tensor_parallel_degree={config.tensor_parallel_degree}: a sum over "

@@ -28,6 +28,7 @@ from flashdreams.parallel.tensor import (
     ShardedLayer,
     ShardedRMSNorm,
 )
+from flashdreams.parallel.xfuser import XfuserAttention, build_long_context
 from flashdreams.runtime.checkpoint import TensorSlice
 
 _MARK = "_parallel_report"
@@ -90,8 +91,14 @@ def parallelize(module: nn.Module, plan: ParallelPlan | None, mesh: Mesh) -> Par
     if cut_sequence:
         layout = _split_sequence(module, matches, mesh, unit)
         installed["split"], installed["gather"] = len(matches.split), len(matches.gather)
+    xfuser = layout is not None and mesh.config.context_backend == "xfuser"
+    long_context = build_long_context(mesh) if xfuser else None
     for name in matches.attention:
-        wrapped = _wrap_core(_find_core(module, name), layout, cut_weights, mesh)
+        core = _find_core(module, name)
+        if long_context is not None and layout is not None:
+            wrapped: AttentionCore | AttentionWrapper = XfuserAttention(core, long_context, layout)
+        else:
+            wrapped = _wrap_core(core, layout, cut_weights, mesh)
         if isinstance(wrapped, AttentionWrapper):
             _replace(module, name, wrapped)
             what = str(wrapped)
