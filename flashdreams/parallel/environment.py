@@ -170,7 +170,12 @@ def _connect(device: torch.device, timeout: timedelta) -> dist.Store:
         timeout=timeout,
         device_id=device if on_cuda else None,
     )
-    return dist.PrefixStore("heartbeat", store)
+    # A connection of its own: a thread that reports must not wait behind a blocked one.
+    heartbeat = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"heartbeat{attempt}", heartbeat)
 
 
 def _collective_device() -> torch.device:
