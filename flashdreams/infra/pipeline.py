@@ -197,9 +197,10 @@ class StreamInferencePipeline(nn.Module):
             The rollout's state.
 
         Raises:
-            TypeError: a keyword that no component declares; the message lists the known ones.
+            TypeError: a keyword that no component declares, the message lists the known ones; or
+                an image that none of them takes.
         """
-        self._check_context(context)
+        self._check_context(context, image)
         batch_size = _batch_size(text, image)
         shared = {**context, "batch_size": batch_size}
         if image is not None:
@@ -340,12 +341,16 @@ class StreamInferencePipeline(nn.Module):
             )
         return self.text_encoder(list(text))
 
-    def _check_context(self, context: dict[str, Any]) -> None:
-        known = set(OWN_CONTEXT) | set(self.diffusion_model.known_context())
+    def _check_context(self, context: dict[str, Any], image: Any) -> None:
+        taken = set(self.diffusion_model.known_context())
         for part in (self.encoder, self.decoder):
             if part is not None and hasattr(part, "initialize_cache"):
-                known |= declared_context(part.initialize_cache)
-        known -= {"batch_size"}
+                taken |= declared_context(part.initialize_cache)
+        encoded = self.image_encoder is not None or isinstance(image, Mapping)
+        stamped = self.config.diffusion_model.first_latent_from_image
+        if image is not None and not (encoded or stamped or "image" in taken):
+            raise TypeError(f"{self.config.name} takes no image, so image must be None.")
+        known = (taken | set(OWN_CONTEXT)) - {"batch_size"}
         for name in context:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)

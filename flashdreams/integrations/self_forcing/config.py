@@ -1,0 +1,97 @@
+"""Config literals of Self-Forcing: streaming text-to-video on Wan 2.1 1.3B."""
+
+from flashdreams.infra.config import derive_config
+from flashdreams.infra.diffusion.model import DiffusionModelConfig
+from flashdreams.infra.diffusion.scheduler.fm import FlowMatchSchedulerConfig
+from flashdreams.infra.pipeline import StreamInferencePipelineConfig
+from flashdreams.infra.runner import RunnerConfig
+from flashdreams.models.wan.config import (
+    TAEHV_DECODER,
+    TINY_TEXT_ENCODER,
+    TINY_TRANSFORMER,
+    TINY_VAE_DECODER,
+    UMT5_TEXT_ENCODER,
+    WAN_TRANSFORMER_1_3B,
+    WAN_VAE_DECODER,
+)
+from flashdreams.models.wan.runner import TextToVideoRunnerConfig
+from flashdreams.runtime.checkpoint import CheckpointConfig
+
+CHECKPOINT = CheckpointConfig(
+    source="gdhe17/Self-Forcing",
+    file="checkpoints/self_forcing_dmd.pt",
+    # No commit hash of the repository is known here.
+    revision="main",
+    select=("generator_ema", "generator"),
+    strip_prefixes=("model.", "net."),
+    # One set of tensors; the file may hold more than the one that is read.
+    size_bytes=5_675_987_200,
+    license="CC BY-NC-SA 4.0",
+)
+
+# Schedule, chunk and window: guandeh17/Self-Forcing, configs/self_forcing_dmd.yaml and
+# default_config.yaml.
+
+PIPELINE = StreamInferencePipelineConfig(
+    name="self-forcing-wan2.1-t2v-1.3b",
+    text_encoder=UMT5_TEXT_ENCODER,
+    diffusion_model=DiffusionModelConfig(
+        transformer=derive_config(
+            WAN_TRANSFORMER_1_3B, len_t=3, window_size_t=21, sink_size_t=0, checkpoint=CHECKPOINT
+        ),
+        scheduler=FlowMatchSchedulerConfig(
+            denoising_timesteps=(1000.0, 750.0, 500.0, 250.0), shift=5.0
+        ),
+    ),
+    decoder=WAN_VAE_DECODER,
+)
+
+TAEHV_PIPELINE = derive_config(PIPELINE, name=f"{PIPELINE.name}-taehv", decoder=TAEHV_DECODER)
+
+REROPE_PIPELINE = derive_config(
+    PIPELINE,
+    name=f"{PIPELINE.name}-sink5-window7-rerope",
+    diffusion_model=dict(transformer=dict(sink_size_t=5, window_size_t=7, relative_rope=True)),
+)
+
+TINY_PIPELINE = derive_config(
+    PIPELINE,
+    name="self-forcing-tiny-random",
+    text_encoder=TINY_TEXT_ENCODER,
+    diffusion_model=dict(
+        transformer=derive_config(TINY_TRANSFORMER, len_t=3, window_size_t=7, sink_size_t=2)
+    ),
+    decoder=TINY_VAE_DECODER,
+)
+
+RUNNER = TextToVideoRunnerConfig(
+    runner_name=PIPELINE.name,
+    description="Self-Forcing on Wan 2.1 1.3B: streaming text-to-video at 480x832.",
+    pipeline=PIPELINE,
+)
+
+TAEHV_RUNNER = derive_config(
+    RUNNER,
+    runner_name=TAEHV_PIPELINE.name,
+    description="Self-Forcing with the tiny decoder, for speed.",
+    pipeline=TAEHV_PIPELINE,
+)
+
+REROPE_RUNNER = derive_config(
+    RUNNER,
+    runner_name=REROPE_PIPELINE.name,
+    description="Self-Forcing with 5 sink and 7 window frames, for long rollouts.",
+    pipeline=REROPE_PIPELINE,
+)
+
+TINY_RUNNER = derive_config(
+    RUNNER,
+    runner_name=TINY_PIPELINE.name,
+    description="Self-Forcing at toy size with random weights: noise, in seconds.",
+    pipeline=TINY_PIPELINE,
+    total_blocks=7,
+)
+
+RUNNER_CONFIGS: dict[str, RunnerConfig] = {
+    runner.runner_name: runner for runner in (RUNNER, TAEHV_RUNNER, REROPE_RUNNER, TINY_RUNNER)
+}

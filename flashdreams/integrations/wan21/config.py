@@ -1,0 +1,163 @@
+"""Config literals of Wan 2.1: bidirectional text- and image-to-video."""
+
+from flashdreams.infra.config import derive_config
+from flashdreams.infra.diffusion.model import DiffusionModelConfig
+from flashdreams.infra.diffusion.scheduler.fm_unipc import FlowUniPCSchedulerConfig
+from flashdreams.infra.pipeline import StreamInferencePipelineConfig
+from flashdreams.infra.runner import RunnerConfig
+from flashdreams.models.wan.config import (
+    I2V_14B_480P_REPO,
+    T2V_1_3B_REPO,
+    T2V_14B_REPO,
+    TINY_IMAGE_CONDITION_ENCODER,
+    TINY_TEXT_ENCODER,
+    TINY_TRANSFORMER,
+    TINY_VAE_DECODER,
+    UMT5_TEXT_ENCODER,
+    WAN_IMAGE_CONDITION_ENCODER,
+    WAN_TRANSFORMER_1_3B,
+    WAN_TRANSFORMER_14B,
+    WAN_TRANSFORMER_I2V_14B,
+    WAN_VAE_DECODER,
+    wan21_checkpoint,
+)
+from flashdreams.models.wan.runner import ImageToVideoRunnerConfig, TextToVideoRunnerConfig
+
+LATENT_FRAMES = 21
+"""The whole clip, 81 frames, is one chunk."""
+
+SHARD_INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+NEGATIVE_PROMPT = (
+    "oversaturated, overexposed, still picture, frozen motion, grey cast, blurry, noise, "
+    "compression artefacts, low quality, text, captions, watermark, logo, distorted faces, "
+    "malformed hands, extra fingers, extra limbs, crowded background, people walking backwards"
+)
+"""What guidance leads away from."""
+
+# Shift, steps and guidance: the release notes of Wan-Video/Wan2.1 for each model.
+
+T2V_1_3B_480P_PIPELINE = StreamInferencePipelineConfig(
+    name="wan21-t2v-1.3b-480p",
+    text_encoder=UMT5_TEXT_ENCODER,
+    diffusion_model=DiffusionModelConfig(
+        transformer=derive_config(
+            WAN_TRANSFORMER_1_3B,
+            streaming=False,
+            len_t=LATENT_FRAMES,
+            window_size_t=LATENT_FRAMES,
+            checkpoint=wan21_checkpoint(
+                T2V_1_3B_REPO, "diffusion_pytorch_model.safetensors", 5_675_987_200
+            ),
+        ),
+        scheduler=FlowUniPCSchedulerConfig(num_inference_steps=50, shift=8.0),
+        guidance_scale=6.0,
+    ),
+    decoder=WAN_VAE_DECODER,
+)
+
+T2V_14B_720P_PIPELINE = derive_config(
+    T2V_1_3B_480P_PIPELINE,
+    name="wan21-t2v-14b-720p",
+    diffusion_model=dict(
+        transformer=derive_config(
+            WAN_TRANSFORMER_14B,
+            streaming=False,
+            len_t=LATENT_FRAMES,
+            window_size_t=LATENT_FRAMES,
+            latent_height=90,
+            latent_width=160,
+            checkpoint=wan21_checkpoint(T2V_14B_REPO, SHARD_INDEX, 57_153_966_336),
+        ),
+        scheduler=dict(shift=5.0),
+        guidance_scale=5.0,
+    ),
+)
+
+I2V_14B_480P_PIPELINE = derive_config(
+    T2V_1_3B_480P_PIPELINE,
+    name="wan21-i2v-14b-480p",
+    image_encoder=WAN_IMAGE_CONDITION_ENCODER,
+    diffusion_model=dict(
+        transformer=derive_config(
+            WAN_TRANSFORMER_I2V_14B,
+            streaming=False,
+            len_t=LATENT_FRAMES,
+            window_size_t=LATENT_FRAMES,
+            checkpoint=wan21_checkpoint(I2V_14B_480P_REPO, SHARD_INDEX, 65_579_515_136),
+        ),
+        scheduler=dict(num_inference_steps=40, shift=3.0),
+        guidance_scale=5.0,
+    ),
+)
+
+T2V_TINY_PIPELINE = StreamInferencePipelineConfig(
+    name="wan21-tiny-random",
+    text_encoder=TINY_TEXT_ENCODER,
+    diffusion_model=DiffusionModelConfig(
+        transformer=derive_config(TINY_TRANSFORMER, streaming=False, len_t=3, window_size_t=3),
+        scheduler=FlowUniPCSchedulerConfig(num_inference_steps=6, shift=8.0),
+        guidance_scale=6.0,
+    ),
+    decoder=TINY_VAE_DECODER,
+)
+
+I2V_TINY_PIPELINE = derive_config(
+    T2V_TINY_PIPELINE,
+    name="wan21-i2v-tiny-random",
+    image_encoder=TINY_IMAGE_CONDITION_ENCODER,
+    diffusion_model=dict(
+        transformer=dict(condition_channels=20, image_dim=32),
+        scheduler=dict(shift=3.0),
+        guidance_scale=5.0,
+    ),
+)
+
+T2V_1_3B_480P_RUNNER = TextToVideoRunnerConfig(
+    runner_name=T2V_1_3B_480P_PIPELINE.name,
+    description="Wan 2.1 text-to-video 1.3B, 81 frames at 480x832, all frames at once.",
+    pipeline=T2V_1_3B_480P_PIPELINE,
+    negative_prompt=NEGATIVE_PROMPT,
+    total_blocks=1,
+)
+
+T2V_14B_720P_RUNNER = derive_config(
+    T2V_1_3B_480P_RUNNER,
+    runner_name=T2V_14B_720P_PIPELINE.name,
+    description="Wan 2.1 text-to-video 14B, 81 frames at 720x1280, all frames at once.",
+    pipeline=T2V_14B_720P_PIPELINE,
+)
+
+I2V_14B_480P_RUNNER = ImageToVideoRunnerConfig(
+    runner_name=I2V_14B_480P_PIPELINE.name,
+    description="Wan 2.1 image-to-video 14B, 81 frames at 480x832, all frames at once.",
+    pipeline=I2V_14B_480P_PIPELINE,
+    negative_prompt=NEGATIVE_PROMPT,
+    total_blocks=1,
+)
+
+T2V_TINY_RUNNER = derive_config(
+    T2V_1_3B_480P_RUNNER,
+    runner_name=T2V_TINY_PIPELINE.name,
+    description="Wan 2.1 text-to-video at toy size with random weights: noise, in seconds.",
+    pipeline=T2V_TINY_PIPELINE,
+)
+
+I2V_TINY_RUNNER = derive_config(
+    I2V_14B_480P_RUNNER,
+    runner_name=I2V_TINY_PIPELINE.name,
+    description="Wan 2.1 image-to-video at toy size with random weights: noise, in seconds.",
+    pipeline=I2V_TINY_PIPELINE,
+    test_image=True,
+)
+
+RUNNER_CONFIGS: dict[str, RunnerConfig] = {
+    runner.runner_name: runner
+    for runner in (
+        T2V_1_3B_480P_RUNNER,
+        T2V_14B_720P_RUNNER,
+        I2V_14B_480P_RUNNER,
+        T2V_TINY_RUNNER,
+        I2V_TINY_RUNNER,
+    )
+}

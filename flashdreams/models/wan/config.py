@@ -1,0 +1,140 @@
+"""Published sizes and weights of the Wan family, and the same parts at toy size."""
+
+from flashdreams.infra.config import derive_config
+from flashdreams.models.clip import UNUSED_TENSORS, CLIPImageEncoderConfig
+from flashdreams.models.prompts import HashTextEncoderConfig
+from flashdreams.models.taehv import DECODER_IGNORES as TAEHV_DECODER_IGNORES
+from flashdreams.models.taehv import TAEHVDecoderConfig
+from flashdreams.models.umt5 import UMT5TextEncoderConfig
+from flashdreams.models.wan.image import WanImageConditionEncoderConfig
+from flashdreams.models.wan.transformer import WanTransformerConfig
+from flashdreams.models.wan.vae import (
+    DECODER_IGNORES,
+    ENCODER_IGNORES,
+    WanVAEDecoderConfig,
+    WanVAEImageEncoderConfig,
+)
+from flashdreams.runtime.checkpoint import CheckpointConfig
+
+# Every revision is the branch "main": no commit hash of the repositories is known here.
+# Sizes on disk are those of the tensors, the files are a little larger.
+
+T2V_1_3B_REPO = "Wan-AI/Wan2.1-T2V-1.3B"
+T2V_14B_REPO = "Wan-AI/Wan2.1-T2V-14B"
+I2V_14B_480P_REPO = "Wan-AI/Wan2.1-I2V-14B-480P"
+
+
+def wan21_checkpoint(
+    repo: str, file: str, size_bytes: int, ignore: tuple[str, ...] = ()
+) -> CheckpointConfig:
+    """A file of an official Wan 2.1 repository."""
+    return CheckpointConfig(
+        source=repo,
+        file=file,
+        revision="main",
+        ignore=ignore,
+        size_bytes=size_bytes,
+        license="Apache-2.0",
+    )
+
+
+def wan21_vae_checkpoint(ignore: tuple[str, ...]) -> CheckpointConfig:
+    """The autoencoder, the same file in every Wan 2.1 repository, without one of its halves."""
+    return wan21_checkpoint(T2V_1_3B_REPO, "Wan2.1_VAE.pth", 507_570_124, ignore)
+
+
+WAN_TRANSFORMER_1_3B = WanTransformerConfig(dtype="bfloat16")
+"""Text-to-video, 1.3B parameters. Source: Wan-AI/Wan2.1-T2V-1.3B, config.json."""
+
+WAN_TRANSFORMER_14B = derive_config(
+    WAN_TRANSFORMER_1_3B, dim=5120, ffn_dim=13824, num_heads=40, num_layers=40
+)
+"""Text-to-video, 14B parameters. Source: Wan-AI/Wan2.1-T2V-14B, config.json."""
+
+WAN_TRANSFORMER_I2V_14B = derive_config(WAN_TRANSFORMER_14B, condition_channels=20, image_dim=1280)
+"""Image-to-video, 16B parameters with the image branch. Source: Wan-AI/Wan2.1-I2V-14B-480P."""
+
+WAN_TRANSFORMER_TI2V_5B = derive_config(
+    WAN_TRANSFORMER_1_3B,
+    dim=3072,
+    ffn_dim=14336,
+    num_heads=24,
+    in_channels=48,
+    out_channels=48,
+    latent_height=44,
+    latent_width=80,
+)
+"""Wan 2.2 text- and image-to-video, 5B parameters. Source: Wan-AI/Wan2.2-TI2V-5B."""
+
+UMT5_TEXT_ENCODER = UMT5TextEncoderConfig(
+    dtype="bfloat16",
+    checkpoint=wan21_checkpoint(T2V_1_3B_REPO, "models_t5_umt5-xxl-enc-bf16.pth", 11_361_820_672),
+)
+"""UMT5-XXL; the same file in every Wan 2.1 repository."""
+
+WAN_VAE_DECODER = WanVAEDecoderConfig(
+    dtype="bfloat16", checkpoint=wan21_vae_checkpoint(DECODER_IGNORES)
+)
+"""Decoder of the Wan 2.1 autoencoder."""
+
+WAN_VAE_IMAGE_ENCODER = WanVAEImageEncoderConfig(
+    dtype="bfloat16", checkpoint=wan21_vae_checkpoint(ENCODER_IGNORES)
+)
+"""Encoder of the Wan 2.1 autoencoder."""
+
+WAN_IMAGE_CONDITION_ENCODER = WanImageConditionEncoderConfig(
+    dtype="bfloat16",
+    vae=WAN_VAE_IMAGE_ENCODER,
+    clip=CLIPImageEncoderConfig(
+        dtype="float16",
+        checkpoint=wan21_checkpoint(
+            I2V_14B_480P_REPO,
+            "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+            4_772_059_140,
+            UNUSED_TENSORS,
+        ),
+    ),
+)
+"""Image latent, mask and CLIP tokens, as the Wan 2.1 image-to-video models want them."""
+
+TAEHV_DECODER = TAEHVDecoderConfig(
+    dtype="bfloat16",
+    checkpoint=CheckpointConfig(
+        source="lightx2v/Autoencoders",
+        file="taew2_1.pth",
+        revision="main",
+        ignore=TAEHV_DECODER_IGNORES,
+        size_bytes=45_262_156,
+        license="MIT (madebyollin/taehv)",
+    ),
+)
+"""Tiny decoder for the latents of Wan 2.1."""
+
+TINY_TRANSFORMER = WanTransformerConfig(
+    dim=48,
+    ffn_dim=96,
+    num_heads=2,
+    num_layers=2,
+    freq_dim=32,
+    text_dim=32,
+    text_len=32,
+    latent_height=4,
+    latent_width=6,
+)
+"""A transformer for tests and laptops, with random weights."""
+
+TINY_TEXT_ENCODER = HashTextEncoderConfig(text_len=32, text_dim=32)
+"""Words to random rows, to go with ``TINY_TRANSFORMER``."""
+
+TINY_VAE_DECODER = WanVAEDecoderConfig(dim=4)
+"""The Wan autoencoder's decoder at toy width, with random weights."""
+
+TINY_VAE_IMAGE_ENCODER = WanVAEImageEncoderConfig(dim=4)
+"""The Wan autoencoder's encoder at toy width, with random weights."""
+
+TINY_IMAGE_CONDITION_ENCODER = WanImageConditionEncoderConfig(
+    vae=TINY_VAE_IMAGE_ENCODER,
+    clip=CLIPImageEncoderConfig(image_size=28, dim=32, out_dim=16, num_heads=2, num_layers=2),
+    latent_frames=3,
+)
+"""Image condition at toy size, with random weights."""

@@ -1,0 +1,140 @@
+"""Images as Wan takes them: read from a file, and encoded for image-to-video."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashdreams.infra.component import build_component
+from flashdreams.infra.encoder.base import Encoder, EncoderConfig
+from flashdreams.models.clip import CLIPImageEncoder, CLIPImageEncoderConfig
+from flashdreams.models.wan.vae import WanVAEImageEncoder, WanVAEImageEncoderConfig
+
+MASK_CHANNELS = 4
+"""Mask values per latent frame: one for each of the pixel frames that it stands for."""
+
+
+@dataclass(kw_only=True)
+class WanImageConditionEncoderConfig(EncoderConfig):
+    """Config of the image condition of the Wan 2.1 image-to-video models."""
+
+    _target: type["WanImageConditionEncoder"] = field(
+        default_factory=lambda: WanImageConditionEncoder
+    )
+
+    vae: WanVAEImageEncoderConfig = field(default_factory=WanVAEImageEncoderConfig)
+    """Encodes the clip that begins with the image and is grey from there on."""
+
+    clip: CLIPImageEncoderConfig = field(default_factory=CLIPImageEncoderConfig)
+    """Encodes the image to tokens for cross-attention."""
+
+    latent_frames: int = 21
+    """Latent frames of the clip to be generated."""
+
+    def __post_init__(self) -> None:
+        if self.latent_frames < 1:
+            raise ValueError(f"latent_frames={self.latent_frames} must be at least 1.")
+
+
+class WanImageConditionEncoder(Encoder):
+    """An image to the context ``image_tokens`` and ``condition`` of a Wan transformer.
+
+    The two networks read their weights from files of their own.
+    """
+
+    config: WanImageConditionEncoderConfig
+
+    def __init__(self, config: WanImageConditionEncoderConfig) -> None:
+        super().__init__(config)
+        self.vae: WanVAEImageEncoder = build_component(config.vae)
+        self.clip: CLIPImageEncoder = build_component(config.clip)
+
+    @torch.no_grad()
+    def forward(self, input: Tensor) -> dict[str, Tensor]:
+        """Encode the first frame of a clip.
+
+        Args:
+            input: ``[B, 3, height, width]``, RGB in [-1, 1].
+
+        Returns:
+            ``image_tokens`` ``[B, S, C]``, and ``condition`` ``[B, 4 + 16, T, H, W]`` float32: the
+            mask, 1 on the first latent frame, then the latents of the image and grey frames.
+
+        Raises:
+            ValueError: wrong shape or size.
+            TypeError: integer pixels.
+
+        Source: Wan-Video/Wan2.1, wan/image2video.py.
+        """
+        frames = 1 + (self.config.latent_frames - 1) * self.vae.config.time_factor
+        clip = F.pad(input.unsqueeze(2), (0, 0, 0, 0, 0, frames - 1)) if input.ndim == 4 else input
+        latent = self.vae(clip)
+        mask = torch.zeros_like(latent[:, :1]).repeat(1, MASK_CHANNELS, 1, 1, 1)
+        mask[:, :, 0] = 1
+        return {
+            "image_tokens": self.clip(input),
+            "condition": torch.cat([mask, latent], dim=1),
+        }
+
+
+def load_image(path: Path, height: int, width: int, *, fit: bool = False) -> Tensor:
+    """Read an image from a file.
+
+    Args:
+        path: any format that Pillow reads.
+        height: wanted height in pixels.
+        width: wanted width in pixels.
+        fit: scale and crop an image of another size, keeping its centre; if not, refuse it.
+
+    Returns:
+        ``[1, 3, height, width]`` float32 in [-1, 1].
+
+    Raises:
+        ValueError: no readable image, not RGB, or of another size.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, UnidentifiedImageError) as error:
+        reason = getattr(error, "strerror", None) or "it is no image that can be read"
+        raise ValueError(f"--image-path {path}: {reason}.") from error
+    if image.mode != "RGB":
+        raise ValueError(
+            f"--image-path {path}: the image mode is {image.mode}; it must be RGB. Convert it, for "
+            'example with: python -c "from PIL import Image; '
+            "Image.open('in.png').convert('RGB').save('out.png')\"."
+        )
+    if image.size != (width, height):
+        if not fit:
+            raise ValueError(
+                f"--image-path {path}: the image is {image.width}x{image.height} (width x height); "
+                f"this run wants {width}x{height}. Type --fit-image True to scale and crop it, or "
+                "give --height and --width."
+            )
+        image = _cover(image, height, width)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    pixels = pixels.view(1, height, width, 3).permute(0, 3, 1, 2)
+    return pixels.contiguous().float() / 127.5 - 1
+
+
+def gradient_image(height: int, width: int) -> Tensor:
+    """A colour gradient ``[1, 3, height, width]`` in [-1, 1], where any image will do."""
+    rows = torch.linspace(-1, 1, height)[:, None].expand(height, width)
+    columns = torch.linspace(-1, 1, width).expand(height, width)
+    return torch.stack([rows, columns, -rows * columns])[None]
+
+
+def _cover(image: Any, height: int, width: int) -> Any:
+    """Scale until the image covers the size, then cut away what stands out, evenly."""
+    from PIL import Image
+
+    scale = max(height / image.height, width / image.width)
+    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    return image.crop((left, top, left + width, top + height))

@@ -1,0 +1,229 @@
+"""Text and images to video on the command line, for every Wan integration."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from torch import Tensor
+
+from flashdreams.infra.config import derive_config
+from flashdreams.infra.pipeline import StreamInferencePipeline
+from flashdreams.infra.runner import Runner, RunnerConfig
+from flashdreams.infra.weights import require_weights, with_downloads
+from flashdreams.models.prompts import load_prompt_embeds
+from flashdreams.models.wan.image import gradient_image, load_image
+from flashdreams.models.wan.transformer import WanTransformerConfig
+
+SPATIAL_FACTOR = 8
+"""Pixels per latent row or column; the same for the Wan autoencoder and TAEHV."""
+
+
+@dataclass(kw_only=True)
+class TextToVideoRunnerConfig(RunnerConfig):
+    """Text to video, streamed chunk by chunk."""
+
+    _target: type["TextToVideoRunner"] = field(default_factory=lambda: TextToVideoRunner)
+
+    prompt: str = (
+        "A red fox trots along a snowy forest path at sunrise, mist between the pines, "
+        "the camera follows close behind."
+    )
+    """What the video shows."""
+    prompt_path: Path | None = None
+    """A text file to read the prompt from."""
+    prompt_embeds: Path | None = None
+    """A safetensors file with the prompt's embeddings; the text encoder is then not loaded."""
+    negative_prompt: str | None = None
+    """What the video should not look like, for guided models."""
+    negative_prompt_embeds: Path | None = None
+    """A safetensors file with the negative prompt's embeddings, to go with --prompt-embeds."""
+    total_blocks: int = 60
+    """AR steps; each is one chunk of the video."""
+    height: int | None = None
+    """Height of the video in pixels; None is the method's own."""
+    width: int | None = None
+    """Width of the video in pixels; None is the method's own."""
+    download: bool = False
+    """Fetch all weights that are not on this machine."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("height", "width"):
+            check_size(name, getattr(self, name), self.transformer)
+        if self.prompt_embeds is None and self.prompt_path is None and not self.prompt.strip():
+            raise ValueError("--prompt is empty; describe what the video shows.")
+        if not self.transformer.streaming and self.total_blocks != 1:
+            raise ValueError(
+                f"--total-blocks {self.total_blocks}: {self.runner_name} makes the whole video in "
+                "one AR step; it must be 1."
+            )
+        self._check_negative()
+
+    def _check_negative(self) -> None:
+        guided = self.pipeline.diffusion_model.guidance_scale is not None
+        if not guided and (self.negative_prompt or self.negative_prompt_embeds):
+            raise ValueError(
+                f"{self.runner_name} runs without guidance, so it takes no negative prompt. "
+                "--pipeline.diffusion-model.guidance-scale switches guidance on."
+            )
+        given = (self.prompt_embeds is not None, self.negative_prompt_embeds is not None)
+        if guided and given[0] != given[1]:
+            raise ValueError(
+                "A guided model takes --prompt-embeds and --negative-prompt-embeds together: "
+                "without the text encoder neither prompt can be encoded."
+            )
+
+    @property
+    def transformer(self) -> WanTransformerConfig:
+        """Config of the transformer."""
+        found = self.pipeline.diffusion_model.transformer
+        if not isinstance(found, WanTransformerConfig):
+            raise TypeError(
+                f"{self.runner_name} needs a Wan transformer, got {type(found).__name__}."
+            )
+        return found
+
+
+@dataclass(kw_only=True)
+class ImageToVideoRunnerConfig(TextToVideoRunnerConfig):
+    """An image and text to video."""
+
+    _target: type["ImageToVideoRunner"] = field(default_factory=lambda: ImageToVideoRunner)
+
+    image_path: Path | None = None
+    """The first frame: an RGB image of the video's size."""
+    fit_image: bool = False
+    """Scale and crop an image of another size."""
+    test_image: bool = False
+    """Start from a drawn colour gradient if no image is given."""
+
+
+ConfigT = TypeVar("ConfigT", bound=TextToVideoRunnerConfig)
+
+
+class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]):
+    """Streams one video into a file."""
+
+    def __init__(self, config: TextToVideoRunnerConfig) -> None:
+        self.prompt = read_prompt(config)
+        config = resolve_config(config)
+        require_weights(config.pipeline, fetch_all="--download True")
+        self.image = self.first_image(config)
+        super().__init__(config)
+
+    def first_image(self, config: TextToVideoRunnerConfig) -> Tensor | None:
+        """The image that the video begins with; None for text alone."""
+        return None
+
+    def run(self) -> None:
+        """Generate all chunks and write each as it comes."""
+        cfg = self.config
+        cache = self.pipeline.initialize_cache(**self.conditions(), seed=cfg.seed)
+        video = self.open_video() if self.is_rank_zero else nullcontext()
+        with video as writer:
+            for i in self.progress(cfg.total_blocks):
+                chunk = self.pipeline.generate(autoregressive_index=i, cache=cache)
+                self.pipeline.finalize(autoregressive_index=i, cache=cache)
+                if writer is not None:
+                    writer.write(chunk)
+
+    def conditions(self) -> dict[str, Any]:
+        """What the rollout is conditioned on, for ``initialize_cache``."""
+        cfg = self.config
+        embeds = self._embeds(cfg.prompt_embeds)
+        conditions: dict[str, Any] = {"text": [self.prompt] if embeds is None else embeds}
+        if self.image is not None:
+            conditions["image"] = self.image.to(self.device)
+        if cfg.pipeline.diffusion_model.guidance_scale is not None:
+            negative = self._embeds(cfg.negative_prompt_embeds)
+            words = [cfg.negative_prompt or ""]
+            conditions["negative_text"] = words if negative is None else negative
+        return conditions
+
+    def _embeds(self, path: Path | None) -> Tensor | None:
+        if path is None:
+            return None
+        c = self.config.transformer
+        return load_prompt_embeds(path, text_len=c.text_len, text_dim=c.text_dim)
+
+
+class ImageToVideoRunner(TextToVideoRunner):
+    """Streams one video that begins with an image into a file."""
+
+    config: ImageToVideoRunnerConfig
+
+    def first_image(self, config: TextToVideoRunnerConfig) -> Tensor | None:
+        """The image of the config."""
+        return read_image(cast(ImageToVideoRunnerConfig, config))
+
+
+def resolve_config(config: ConfigT) -> ConfigT:
+    """The config with its shorthands carried over to the pipeline."""
+    sizes = {
+        f"latent_{name}": getattr(config, name) // SPATIAL_FACTOR
+        for name in ("height", "width")
+        if getattr(config, name) is not None
+    }
+    pipeline = config.pipeline
+    if sizes:
+        pipeline = derive_config(pipeline, diffusion_model={"transformer": sizes})
+    if config.prompt_embeds is not None:
+        pipeline = derive_config(pipeline, text_encoder=None)
+    if config.download:
+        pipeline = with_downloads(pipeline)
+    return replace(config, pipeline=pipeline)
+
+
+def check_size(name: str, pixels: int | None, transformer: WanTransformerConfig) -> None:
+    """Refuse a height or width in pixels that the latent and its patches do not divide.
+
+    Raises:
+        ValueError: the message names the nearest sizes that do.
+    """
+    if pixels is None:
+        return
+    unit = SPATIAL_FACTOR * transformer.patch_size[1 if name == "height" else 2]
+    if pixels < unit or pixels % unit:
+        below = max(unit, pixels // unit * unit)
+        raise ValueError(
+            f"--{name} {pixels}: must be a multiple of {unit} pixels (latents of "
+            f"{SPATIAL_FACTOR}, patches of {unit // SPATIAL_FACTOR}). Nearest: {below} and "
+            f"{below + unit}."
+        )
+
+
+def read_prompt(config: TextToVideoRunnerConfig) -> str:
+    """The prompt, from its file if there is one.
+
+    Raises:
+        ValueError: the file cannot be read or holds nothing.
+    """
+    if config.prompt_path is None:
+        return config.prompt
+    try:
+        text = config.prompt_path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ValueError(f"--prompt-path {config.prompt_path} cannot be read: {reason}.") from error
+    if not text:
+        raise ValueError(f"--prompt-path {config.prompt_path} is empty; describe the video in it.")
+    return text
+
+
+def read_image(config: ImageToVideoRunnerConfig) -> Tensor:
+    """The first frame ``[1, 3, height, width]`` in [-1, 1].
+
+    Raises:
+        ValueError: there is none, or it does not fit.
+    """
+    height = config.height or config.transformer.latent_height * SPATIAL_FACTOR
+    width = config.width or config.transformer.latent_width * SPATIAL_FACTOR
+    if config.image_path is not None:
+        return load_image(config.image_path, height, width, fit=config.fit_image)
+    if config.test_image:
+        return gradient_image(height, width)
+    raise ValueError(
+        f"{config.runner_name} begins with an image of {width}x{height} (width x height): name it "
+        "with --image-path FILE, or type --test-image True for a colour gradient."
+    )

@@ -1,0 +1,127 @@
+"""What the Wan integrations say to input that they cannot take: one clear line each."""
+
+import re
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from flashdreams.infra.config import derive_config
+from flashdreams.integrations.causal_forcing.config import TINY_RUNNER as CAUSAL_FORCING
+from flashdreams.integrations.self_forcing.config import TINY_RUNNER as SELF_FORCING
+from flashdreams.integrations.wan21.config import T2V_TINY_RUNNER
+from flashdreams.models.wan.image import load_image
+from flashdreams.models.wan.transformer import WanTransformerConfig
+from flashdreams.run import main
+
+
+def error_of(argv: list[str], tmp_path, capsys) -> tuple[int, str]:
+    code = main([*argv, "--device", "cpu", "--output-dir", str(tmp_path)])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    return code, lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--prompt", " "], 2, "--prompt is empty; describe what the video shows"),
+        (["--prompt", "word " * 33], 1, "prompt 0 has 33 words, 32 are allowed"),
+        (["--height", "40"], 2, "--height 40: must be a multiple of 16.*Nearest: 32 and 48"),
+        (["--width", "8"], 2, "--width 8: must be a multiple of 16.*Nearest: 16 and 32"),
+        (["--prompt-path", "/nowhere.txt"], 2, "--prompt-path /nowhere.txt cannot be read: No su"),
+        (["--prompt-embeds", "/nowhere.safetensors"], 1, "Prompt embeddings not found"),
+        (["--negative-prompt", "blurry"], 2, "runs without guidance"),
+        (
+            ["--pipeline.diffusion-model.transformer.latent-width", "5"],
+            2,
+            "latent_width=5 is not a multiple of the patch size 2; the nearest that are: 4, 6",
+        ),
+    ],
+)
+def test_one_line_says_what_is_wrong(flags, code, message, tmp_path, capsys):
+    found, line = error_of(["self-forcing-tiny-random", *flags], tmp_path, capsys)
+    assert found == code
+    assert re.search(message, line), line
+
+
+def test_embeddings_of_the_wrong_width_are_refused(tmp_path, capsys):
+    path = tmp_path / "prompt.safetensors"
+    save_file({"prompt_embeds": torch.zeros(1, 8, 31)}, path)
+    argv = ["self-forcing-tiny-random", "--prompt-embeds", str(path)]
+    code, line = error_of(argv, tmp_path, capsys)
+    assert code == 1 and "shape [1, 8, 31]; this model takes [rows, 32]" in line
+
+
+def test_a_bidirectional_model_has_one_step():
+    with pytest.raises(ValueError, match="whole video in one AR step; it must be 1"):
+        derive_config(T2V_TINY_RUNNER, total_blocks=2)
+
+
+def test_guided_models_take_both_embeddings_or_none(tmp_path):
+    with pytest.raises(ValueError, match="--prompt-embeds and --negative-prompt-embeds together"):
+        derive_config(T2V_TINY_RUNNER, prompt_embeds=tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "message"),
+    [
+        ("RGB", (40, 32), "the image is 40x32 .width x height.; this run wants 48x32"),
+        ("RGBA", (48, 32), "the image mode is RGBA; it must be RGB"),
+        ("L", (48, 32), "the image mode is L; it must be RGB"),
+    ],
+)
+def test_images_of_another_size_or_mode_are_refused(mode, size, message, tmp_path):
+    Image.new(mode, size).save(tmp_path / "in.png")
+    config = derive_config(CAUSAL_FORCING, image_path=tmp_path / "in.png", output_dir=tmp_path)
+    with pytest.raises(ValueError, match=message):
+        config.setup()
+
+
+def test_an_image_is_fitted_if_asked_for(tmp_path):
+    pixels = Image.new("RGB", (100, 32), (255, 0, 0))
+    pixels.paste((0, 255, 0), (26, 0, 74, 32))
+    pixels.save(tmp_path / "in.png")
+    image = load_image(tmp_path / "in.png", 32, 48, fit=True)
+    assert image.shape == (1, 3, 32, 48)
+    middle = image[:, :, :, 2:-2]
+    assert (middle[:, 1] == 1).all() and (middle[:, 0] == -1).all()  # the centre is kept
+
+
+def test_no_image_and_no_readable_image_are_refused(tmp_path):
+    (tmp_path / "in.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match="it is no image that can be read"):
+        load_image(tmp_path / "in.png", 32, 48)
+    with pytest.raises(ValueError, match="No such file"):
+        load_image(tmp_path / "absent.png", 32, 48)
+    config = derive_config(CAUSAL_FORCING, test_image=False, output_dir=tmp_path)
+    with pytest.raises(ValueError, match="begins with an image of 48x32"):
+        config.setup()
+
+
+def test_images_the_model_did_not_ask_for_are_refused():
+    pipeline = SELF_FORCING.pipeline.setup(device="cpu")
+    with pytest.raises(TypeError, match="self-forcing-tiny-random takes no image"):
+        pipeline.initialize_cache(text=["a fox"], image=torch.zeros(1, 3, 32, 48))
+
+
+def test_conditions_of_another_shape_are_refused():
+    transformer = WanTransformerConfig(
+        dim=12, ffn_dim=12, num_heads=1, num_layers=1, text_dim=4, text_len=2, freq_dim=4,
+        condition_channels=20, latent_height=4, latent_width=6,
+    ).setup()  # fmt: skip
+    text = torch.zeros(1, 2, 4)
+    with pytest.raises(ValueError, match=r"\[1, 20, latent frames, 4, 6\]; got None"):
+        transformer.initialize_cache(text=text)
+    with pytest.raises(ValueError, match=r"got \[1, 16, 3, 4, 6\]"):
+        transformer.initialize_cache(text=text, condition=torch.zeros(1, 16, 3, 4, 6))
+
+
+def test_without_weights_the_run_ends_before_anything_is_fetched(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    code, line = error_of(["causal-forcing-wan2.1-t2v-1.3b-framewise"], tmp_path, capsys)
+    assert code == 1
+    for part in ("zhuhz22/Causal-Forcing", "framewise/causal_forcing.pt", "GB on disk", "Memory"):
+        assert part in line
+    assert not (tmp_path / "hub").exists()
