@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flashdreams import run
 from flashdreams.registry import VARIABLE, discover
-from tests.unit.infra.test_config_snippets import CONFIG, RUNNER
+from tests.integrations.published_method import register, write_published_method
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLE = REPOSITORY / "docs/source/examples/customized_method"
@@ -28,31 +28,6 @@ HEADER_KEYS = {
     "flashdreams", "runner_name", "config_hash", "device", "torch", "first_frame_latency_ms",
     "parallel",
 }  # fmt: skip
-
-SEED_TRANSFORMER = """
-from dataclasses import dataclass, field
-
-from flashdreams.infra.diffusion.transformer import Transformer, TransformerConfig
-
-
-@dataclass(kw_only=True)
-class MyTransformerConfig(TransformerConfig):
-    '''A transformer that predicts no flow at all.'''
-
-    _target: type["MyTransformer"] = field(default_factory=lambda: MyTransformer)
-    latent_height: int = 4
-    latent_width: int = 4
-
-
-class MyTransformer(Transformer):
-    '''Leaves the noise as it is.'''
-
-    def initialize_cache(self, text):
-        return list(text)
-
-    def predict_flow(self, latent, timestep, cache):
-        return latent * 0
-"""
 
 
 @pytest.fixture
@@ -145,13 +120,6 @@ def test_the_example_runs_without_being_installed(example: Path, tmp_path: Path)
     assert_made_a_video(tmp_path / "out", steps=4)
 
 
-def register(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    for name in [n for n in sys.modules if n.split(".")[0] == "customized_method"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.setenv(VARIABLE, "customized-method=customized_method.config:RUNNER_CONFIGS")
-
-
 def test_the_example_repeats_itself_and_listens_to_prompt_and_seed(
     example: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,16 +146,11 @@ def test_the_example_repeats_itself_and_listens_to_prompt_and_seed(
     assert steps.max() < 0.2, "the frames jump"
 
 
-def test_the_seeds_runner_unchanged_leaves_complete_stats(
+def test_the_published_runner_unchanged_leaves_complete_stats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It writes nothing itself: its ``if self.is_rank_zero`` holds an ellipsis."""
-    package = tmp_path / "customized_method"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "runner.py").write_text(RUNNER)
-    (package / "config.py").write_text(CONFIG)
-    (package / "transformer.py").write_text(SEED_TRANSFORMER)
+    write_published_method(tmp_path)
     register(monkeypatch, tmp_path)
     out = tmp_path / "out"
     assert run.main(["customized-method", "--total-blocks", "3", "--output-dir", str(out)]) == 0

@@ -1,0 +1,272 @@
+"""Mistakes on a real command line: one line that helps, an exit code, and no half-written file."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashdreams import run
+from flashdreams.registry import VARIABLE
+from tests.integrations.published_method import register, write_published_method
+
+WEIGHTS = Path(__file__).parents[2] / "flashdreams/integrations/toy_world/weights"
+DECODER_SOURCE = "--pipeline.decoder.checkpoint.source"
+USAGE, FAILED = 2, 1
+
+Fails = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty working directory, nothing registered besides what is installed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Fails:
+    """Types a command that must fail, and gives what it says."""
+
+    def fails(code: int, slug: str, *flags: str) -> str:
+        where = [] if "--output-dir" in flags else ["--output-dir", "out"]
+        before = _finished(tmp_path)
+        assert run.main([slug, *flags, *where]) == code
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        # A progress bar may stand before the line; it draws over itself.
+        *bars, line = captured.err.replace("\r", "\n").splitlines()
+        assert all("chunk" in bar for bar in bars if bar), captured.err
+        assert line.startswith("flashdreams-run: error: ")
+        assert _finished(tmp_path) == before
+        for stats in tmp_path.rglob("stats_*.json"):
+            assert json.loads(stats.read_text())["records"], "what was done is on record"
+        return line
+
+    return fails
+
+
+def _finished(folder: Path) -> dict[Path, bytes]:
+    """The videos and latents that bear their final names, by what they hold."""
+    videos = (path for path in folder.rglob("*.mp4") if ".partial." not in path.name)
+    return {path: path.read_bytes() for path in (*videos, *folder.rglob("latents_*"))}
+
+
+@contextlib.contextmanager
+def no_file_beyond(size_bytes: int) -> Iterator[None]:
+    """Fail every write beyond a size, in this process and in ffmpeg: like a disk that is full."""
+    resource = pytest.importorskip("resource", reason="file sizes are limited on POSIX only")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_an_unknown_slug(fails: Fails) -> None:
+    line = fails(USAGE, "toy-wrold")
+    assert "Unknown slug 'toy-wrold'. Did you mean 'toy-world'? Valid slugs: " in line
+
+
+def test_an_unknown_field(fails: Fails) -> None:
+    line = fails(USAGE, "toy-world", "--total-blocs", "3")
+    assert "--total-blocs" in line
+    assert "Did you mean --total-blocks? Type flashdreams-run toy-world --help" in line
+    line = fails(USAGE, "toy-world", "--pipeline.decoder.widht", "3")
+    assert "Did you mean --pipeline.decoder.width" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--total-blocks", "many"), "--total-blocks: invalid literal for int"),
+        (("--total-blocks", "2.5"), "--total-blocks: invalid literal for int"),
+        (("--save-latents", "maybe"), "'--save-latents'. Expected one of ('True', 'False')"),
+        (("--pipeline.decoder.dtype", "int8"), "'int8' for argument '--pipeline.decoder.dtype'"),
+        (("--device", "tpu"), "Unknown device 'tpu'. Allowed: auto, cpu, cuda"),
+    ],
+)  # fmt: skip
+def test_a_wrong_type(fails: Fails, flags: tuple[str, ...], message: str) -> None:
+    assert message in fails(USAGE, "toy-world", *flags)
+
+
+@pytest.mark.parametrize("count", ["-3", "0"])
+def test_a_block_count_below_one(fails: Fails, count: str) -> None:
+    line = fails(USAGE, "toy-world", "--total-blocks", count)
+    assert f"--total-blocks {count}: must be at least 1" in line
+
+
+@pytest.mark.parametrize("folder", ["taken", "taken/out"])
+def test_an_output_directory_that_cannot_be_written(
+    fails: Fails, tmp_path: Path, folder: str
+) -> None:
+    """Also for root, who may write anywhere but not below a file."""
+    (tmp_path / "taken").write_text("mine")
+    line = fails(FAILED, "toy-world", "--output-dir", folder)
+    assert f"--output-dir {folder} cannot be written" in line
+    assert "Name another folder" in line
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_prompt_file_that_does_not_exist(fails: Fails) -> None:
+    line = fails(USAGE, "toy-world", "--prompt-path", "missing.txt")
+    assert "--prompt-path missing.txt cannot be read" in line
+    assert "No such file" in line
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("raise RuntimeError('no licence')", "RuntimeError: no licence"),
+        ("import nowhere_to_be_found", "No module named 'nowhere_to_be_found'"),
+        ("def broken(:", "SyntaxError"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("RUNNER = 5", "must be a RunnerConfig"),
+    ],
+)
+def test_a_plug_in_that_raises_at_import(
+    fails: Fails,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    message: str,
+) -> None:
+    (tmp_path / "faulty_plugin.py").write_text(source)
+    monkeypatch.setenv(VARIABLE, "faulty=faulty_plugin:RUNNER")
+    line = fails(USAGE, "faulty")
+    assert "'faulty' (faulty=faulty_plugin:RUNNER from FLASHDREAMS_RUNNER_CONFIGS)" in line
+    assert message in line
+    assert run.main(["--help"]) == 0
+    listing = " ".join(capsys.readouterr().out.split())
+    assert "faulty [broken]" in listing
+    assert "toy-world A small courtyard" in listing
+    assert run.main(["faulty", "--debug"]) == USAGE
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Callable[[str], str]:
+    """Writes a damaged copy of the decoder's weights and gives its path."""
+    good = (WEIGHTS / "decoder.safetensors").read_bytes()
+
+    def damaged(how: str) -> str:
+        contents = {
+            "empty": b"",
+            "short": good[: len(good) // 2],
+            "cut header": good[:100],
+            "corrupt": b"\xff" * 3000,
+            "corrupt header": good[:8] + b"?" * 64 + good[72:],
+            "no weights": b"<html>not found</html>" * 100,
+            "of another model": (WEIGHTS / "encoder.safetensors").read_bytes(),
+        }
+        file = tmp_path / "damaged.safetensors"
+        file.write_bytes(contents[how])
+        return str(file)
+
+    return damaged
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("empty", "truncated"),
+        ("short", "truncated: its header promises"),
+        ("cut header", "truncated"),
+        ("corrupt", "truncated or no safetensors file"),
+        ("corrupt header", "damaged.safetensors"),
+        ("no weights", "truncated or no safetensors file"),
+        ("of another model", "does not fit the model, nothing was loaded"),
+    ],
+)
+def test_weights_that_are_damaged(
+    fails: Fails, damaged: Callable[[str], str], how: str, message: str
+) -> None:
+    line = fails(FAILED, "toy-world", DECODER_SOURCE, damaged(how), "--device", "cpu")
+    assert message in line
+    assert "damaged.safetensors" in line
+    assert "--debug" not in line, "the message is of someone who foresaw it"
+
+
+def test_weights_that_are_missing(fails: Fails) -> None:
+    line = fails(FAILED, "toy-world", DECODER_SOURCE, "./missing.safetensors")
+    assert "./missing.safetensors" in line
+    assert "checkpoint.source" in line
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    """The output folder of a run that went well."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("toy-world.mp4", "latents_toy-world.safetensors"):
+        (out / name).write_bytes(b"of an earlier run")
+    return out
+
+
+SMALL = ("--scale", "1", "--device", "cpu", "--total-blocks", "24")
+
+
+def test_a_full_disk(fails: Fails, earlier: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    (earlier / "toy-world.partial.mp4").symlink_to("/dev/full")
+    line = fails(FAILED, "toy-world", *SMALL)
+    assert "the video out/toy-world.mp4 could not be written: " in line
+    assert "No space left on device. Free some space or choose another directory" in line
+
+
+def test_a_disk_that_fills_up_while_the_video_grows(fails: Fails, earlier: Path) -> None:
+    with no_file_beyond(2000):
+        line = fails(FAILED, "toy-world", *SMALL)
+    assert "the video out/toy-world.mp4 could not be written: " in line
+    assert "--output-dir" in line
+    assert (earlier / "toy-world.partial.mp4").stat().st_size == 2000
+
+
+def test_a_disk_that_fills_up_with_latents(
+    capsys: pytest.CaptureFixture[str], earlier: Path
+) -> None:
+    """The video was complete before, so it stands; the latents do not."""
+    with no_file_beyond(140_000):
+        assert run.main(["toy-world", *SMALL, "--save-latents", "True"]) == FAILED
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "latents_toy-world.safetensors could not be written" in line
+    assert "--output-dir" in line
+    latents = earlier / "latents_toy-world.safetensors"
+    assert latents.read_bytes() == b"of an earlier run"
+
+
+def test_a_disk_that_is_too_full_for_the_stats(
+    fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_published_method(tmp_path)
+    register(monkeypatch, tmp_path)
+    with no_file_beyond(500):
+        line = fails(FAILED, "customized-method", "--total-blocks", "3")
+    assert "stats_customized-method.json could not be written" in line
+    assert "--output-dir" in line
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_check_of_these_tests_sees_a_half_written_video(
+    fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control: a run that fails after a file got its final name."""
+
+    def leave_half(argv: list[str]) -> int:
+        (tmp_path / "half.mp4").write_bytes(b"half")
+        return real(argv)
+
+    real = run.main
+    monkeypatch.setattr(run, "main", leave_half)
+    with pytest.raises(AssertionError):
+        fails(USAGE, "toy-wrold")
