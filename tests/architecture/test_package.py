@@ -23,7 +23,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     clean = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in ("flashdreams", "kernels", "tests", "benchmarks", "docs", "launch"):
+    for name in ("flashdreams", "kernels", "tests", "benchmarks", "docs"):
         shutil.copytree(ROOT / name, copy / name, ignore=clean)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist"]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
