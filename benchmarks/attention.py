@@ -9,18 +9,34 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import report
 import torch
 from flashdreams_kernels import reference
-from flashdreams_kernels.attention import STRICT_NUM_SPLITS, chunk_attention
+from flashdreams_kernels.attention import (
+    STRICT_NUM_SPLITS,
+    TILES,
+    TileConfig,
+    chunk_attention,
+    tile_config,
+)
+from flashdreams_kernels.launch import next_power_of_2, target_of
 from torch import Tensor
 
 from flashdreams.attention.backends import BACKENDS
 from flashdreams.runtime.stats import sha256_of
 
 COLUMNS = ("case", "variant", "p50_ms", "p95_ms", "p99_ms", "tflops", "error")
+CANDIDATES = [
+    TileConfig(128, 128, 8, 2),
+    TileConfig(128, 64, 8, 3),
+    TileConfig(128, 64, 8, 4),
+    TileConfig(128, 64, 4, 3),
+    TileConfig(64, 128, 4, 2),
+    TileConfig(64, 64, 4, 3),
+]
+"""Tiles to sweep with ``--tiles``; the winner goes into the table of the kernel by hand."""
 COMPARED_QUERIES = 256
 """Queries that are checked against the reference, which needs a score for every key."""
 
@@ -44,10 +60,17 @@ PRESETS = {
 }
 
 
-def variants(device: torch.device) -> dict[str, Callable[..., Tensor]]:
-    """Backends by name; on CUDA the Triton kernel as well, with its strict form."""
+def variants(device: torch.device, tiles: bool) -> dict[str, Callable[..., Tensor]]:
+    """Backends by name; on CUDA the Triton kernel as well, with its strict form.
+
+    Args:
+        device: where they run.
+        tiles: the Triton kernel with every tile configuration of :data:`CANDIDATES` instead.
+    """
     found: dict[str, Callable[..., Tensor]] = dict(BACKENDS)
-    if device.type == "cuda":
+    if device.type == "cuda" and tiles:
+        found = {f"triton {config}": partial(_with_tiles, config) for config in CANDIDATES}
+    elif device.type == "cuda":
         kernels: dict[str, Callable[..., Any]] = {
             "triton": chunk_attention,
             "triton, 1 split": partial(chunk_attention, num_splits=1),
@@ -57,8 +80,27 @@ def variants(device: torch.device) -> dict[str, Callable[..., Tensor]]:
     return found
 
 
+def _with_tiles(config: TileConfig, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    """The Triton kernel with one configuration, whatever the table says."""
+    target = target_of(q.device)
+    generation = max(c for c, _ in TILES if c <= target.capability)
+    place = (generation, max(64, next_power_of_2(q.shape[-1])))
+    usual, TILES[place] = TILES[place], config
+    try:
+        if tile_config(target, q.shape[-1], q.element_size()) != config:
+            raise ValueError(f"the table of tiles does not apply to {q.dtype} on this GPU")
+        return cast(Tensor, chunk_attention(q, k, v, scale=scale))
+    finally:
+        TILES[place] = usual
+
+
 def measure(
-    sizes: Sizes, window_t: int, dtype: torch.dtype, device: torch.device, repeats: int
+    sizes: Sizes,
+    window_t: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    repeats: int,
+    tiles: bool = False,
 ) -> list[dict[str, Any]]:
     """One row per backend that can be used here; the others say why not."""
     length, keys = sizes.len_t * sizes.tokens_per_frame, window_t * sizes.tokens_per_frame
@@ -73,11 +115,11 @@ def measure(
     expected, _ = reference.chunk_attention(q[:, :COMPARED_QUERIES], k, v, scale=scale)
     flops = 4 * length * keys * sizes.num_heads * sizes.head_dim
     rows = []
-    for name, backend in variants(device).items():
+    for name, backend in variants(device, tiles).items():
         call = partial(backend, q, k, v, scale=scale)
         try:
             out = call()
-        except (ImportError, RuntimeError, ValueError) as error:
+        except Exception as error:
             sys.stderr.write(f"{name} cannot be used here: {error}\n")
             continue
         timing = report.timing_fields(report.time_calls(call, device, repeats))
@@ -103,6 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
     report.add_arguments(parser)
     parser.add_argument("--preset", choices=PRESETS, default=None, help="default: by device")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=None)
+    parser.add_argument("--tiles", action="store_true", help="sweep the Triton kernel's tiles")
     options = parser.parse_args(arguments)
     device = report.resolve_device(options.device)
     on_gpu = device.type == "cuda"
@@ -114,7 +157,9 @@ def main(arguments: list[str] | None = None) -> None:
         rows = [
             row
             for window_t in sizes.windows_t
-            for row in measure(sizes, window_t, getattr(torch, dtype), device, repeats)
+            for row in measure(
+                sizes, window_t, getattr(torch, dtype), device, repeats, options.tiles
+            )
         ]
     config = {"preset": preset, "dtype": dtype, "repeats": repeats, **vars(sizes)}
     result = report.new_report("attention", device, config, rows, options.git_commit)

@@ -42,31 +42,35 @@ class TileConfig:
     """Tiles that fit on one multiprocessor at a time."""
 
 
-TILES: dict[tuple[int, int, int], TileConfig] = {
-    (80, 64, 2): TileConfig(128, 64, 4, 3, 2),
-    (80, 128, 2): TileConfig(128, 64, 8, 3),
-    (90, 64, 2): TileConfig(128, 128, 8, 3),
-    (90, 128, 2): TileConfig(128, 128, 8, 2),
-    (100, 64, 2): TileConfig(128, 64, 4, 3, 2),
-    (100, 128, 2): TileConfig(128, 64, 8, 3),
+TILES: dict[tuple[int, int], TileConfig] = {
+    (80, 64): TileConfig(128, 64, 4, 3, 2),
+    (80, 128): TileConfig(128, 64, 8, 3),
+    (90, 64): TileConfig(128, 128, 8, 3),
+    (90, 128): TileConfig(128, 128, 8, 2),
+    (100, 64): TileConfig(128, 64, 4, 3, 2),
+    (100, 128): TileConfig(128, 64, 8, 3),
 }
-"""By (capability, padded head dim, bytes of an element); see :func:`tile_config`."""
+"""By (capability, padded head dim), for 16-bit inputs; see :func:`tile_config`."""
 
 
 def tile_config(target: Target, head_dim: int, itemsize: int) -> TileConfig:
     """Tiles for a machine, a head dim and an element size; a function of nothing else.
 
     The newest generation listed that is not newer than the machine; consumer chips (8.6, 8.9, 12.x)
-    have less shared memory and take small tiles, as do float32 and head dims above 128.
+    have less shared memory and a configuration of their own, as have head dims above 128. Float32
+    takes small tiles and spills registers: it is there for checks, not for speed.
     """
     if target.interpreted:
         return TileConfig(32, 32, 1, 1)
     padded = max(64, next_power_of_2(head_dim))
-    small_memory = target.capability in (86, 89) or target.capability >= 120
-    if itemsize > 2 or padded > 128 or small_memory or target.capability < 80:
-        return TileConfig(64, 32, 4, 2)
-    generation = max(c for c, _, _ in TILES if c <= target.capability)
-    return TILES[generation, padded, itemsize]
+    if itemsize > 2:
+        return TileConfig(32, 32, 4, 1) if padded <= 128 else TileConfig(16, 16, 4, 1)
+    if padded > 128:
+        return TileConfig(64, 32, 8, 2)
+    if target.capability in (86, 89) or target.capability >= 120 or target.capability < 80:
+        return TileConfig(128, 64, 8, 2)
+    generation = max(c for c, _ in TILES if c <= target.capability)
+    return TILES[generation, padded]
 
 
 def choose_num_splits(num_tiles: int, num_blocks: int, num_slots: int) -> int:
@@ -284,7 +288,7 @@ def _attend_launch(
             "BLOCK_S": tiles.block_s,
             "HAS_VISIBLE": visible is not None,
             "UPCAST": target.interpreted and q.dtype != torch.float32,
-            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+            "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
         },
         tiles.num_warps,
         tiles.num_stages,

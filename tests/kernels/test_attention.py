@@ -227,5 +227,5 @@ def test_tiles_depend_on_the_machine_and_not_on_the_shape() -> None:
     hopper = Target(90, 132)
     assert attention.tile_config(hopper, 96, 2) == attention.tile_config(hopper, 128, 2)
     assert attention.tile_config(hopper, 128, 2) != attention.tile_config(hopper, 128, 4)
-    assert attention.tile_config(Target(103, 148), 128, 2) == attention.TILES[100, 128, 2]
-    assert attention.tile_config(Target(89, 128), 128, 2).block_l == 64
+    assert attention.tile_config(Target(103, 148), 128, 2) == attention.TILES[100, 128]
+    assert attention.tile_config(Target(89, 128), 128, 2) != attention.TILES[80, 128]
