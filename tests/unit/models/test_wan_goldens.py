@@ -3,8 +3,14 @@
 import pytest
 import torch
 
+from flashdreams.infra.config import derive_config
+from flashdreams.infra.diffusion.model import DiffusionModelConfig
+from flashdreams.infra.diffusion.scheduler.fm_unipc import FlowUniPCSchedulerConfig
+from flashdreams.infra.pipeline import StreamInferencePipelineConfig
+from flashdreams.integrations.self_forcing.config import PIPELINE
 from flashdreams.models.wan.transformer import WanTransformer, WanTransformerConfig
-from tests.goldens import load_golden
+from flashdreams.runtime.checkpoint import CheckpointConfig
+from tests.goldens import golden_path, load_golden
 
 ATOL = 5e-5
 
@@ -61,3 +67,94 @@ def test_streaming_rollout_matches_official_self_forcing():
             torch.testing.assert_close(flow, calls[f"call{index:02d}/flow"], atol=ATOL, rtol=0)
         else:
             model.update_cache(noisy, timestep, cache)
+
+
+def weights_of(folder: str) -> CheckpointConfig:
+    return CheckpointConfig(source=str(golden_path(folder, "weights.safetensors")))
+
+
+@pytest.mark.parametrize(("scale", "agrees"), [(5.0, True), (4.8, False)])
+def test_guided_unipc_sampling_matches_official(scale, agrees):
+    """The whole loop of a bidirectional model, from the noise to the latent, and each flow."""
+    golden = load_golden("b1_wan21_t2v_tiny", "sampling.safetensors")
+    transformer = tiny_config(
+        len_t=3,
+        latent_height=8,
+        latent_width=8,
+        streaming=False,
+        checkpoint=weights_of("b1_wan21_t2v_tiny"),
+    )
+    config = StreamInferencePipelineConfig(
+        name="golden",
+        diffusion_model=DiffusionModelConfig(
+            transformer=transformer,
+            scheduler=FlowUniPCSchedulerConfig(num_inference_steps=6, shift=5.0),
+            guidance_scale=scale,
+        ),
+    )
+    pipeline = config.setup(device="cpu")
+    assert torch.equal(pipeline.diffusion_model.scheduler.timesteps, golden["unipc/timesteps"])
+    cache = pipeline.initialize_cache(
+        text=golden["context"],
+        negative_text=golden["context_null"],
+        noise=lambda index, step, shape: golden["noise"],
+    )
+    latent = pipeline.generate(autoregressive_index=0, cache=cache)
+    error = (latent[0] - golden["unipc/latents_after_step"][-1]).abs().max().item()
+    assert error < 2 * ATOL if agrees else error > 100 * ATOL
+
+
+def golden_self_forcing(**model):
+    """The shipped Self-Forcing literal at the golden's size."""
+    transformer = tiny_config(
+        len_t=3,
+        latent_height=8,
+        latent_width=8,
+        window_size_t=21,
+        checkpoint=weights_of("b2_self_forcing_tiny"),
+    )
+    overrides = {"transformer": transformer, **model}
+    config = derive_config(
+        PIPELINE, text_encoder=None, decoder=None, diffusion_model=dict(**overrides)
+    )
+    return config.setup(device="cpu")
+
+
+def golden_rollout(pipeline):
+    inputs = load_golden("b2_self_forcing_tiny", "inputs.safetensors")
+
+    def noise(index: int, step: int, shape) -> torch.Tensor:
+        if step == 0:
+            return inputs["noise"][:, 3 * index : 3 * index + 3].transpose(1, 2)
+        return inputs[f"renoise/chunk{index}/after_step{step - 1}"][None].transpose(1, 2)
+
+    cache = pipeline.initialize_cache(text=inputs["prompt_embeds"], noise=noise)
+    chunks = []
+    for i in range(4):
+        chunks.append(pipeline.generate(autoregressive_index=i, cache=cache))
+        pipeline.finalize(autoregressive_index=i, cache=cache)
+    return torch.cat(chunks, dim=2).transpose(1, 2), cache
+
+
+def test_whole_pipeline_rollout_matches_official_self_forcing():
+    calls = load_golden("b2_self_forcing_tiny", "rollout_full.safetensors")
+    output, cache = golden_rollout(golden_self_forcing())
+    torch.testing.assert_close(output, calls["output"], atol=ATOL, rtol=0)
+    branch = cache.diffusion.conditional
+    for layer, (kv, cross) in enumerate(
+        zip(branch.self_attention, branch.cross_attention, strict=True)
+    ):
+        for name, tensor in zip("kv", kv.visible(), strict=True):
+            expected = calls[f"final_kv/{layer}/{name}"]
+            torch.testing.assert_close(tensor, expected, atol=ATOL, rtol=0)
+        for name, tensor in zip("kv", cross[0], strict=True):
+            expected = calls[f"final_cross_kv/{layer}/{name}"]
+            torch.testing.assert_close(tensor, expected, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("wrong", [dict(shift=8.0), dict(warp_denoising_step=False)])
+def test_a_wrong_schedule_is_another_rollout(wrong):
+    """Negative control: the mistakes that are easy to make show at once."""
+    calls = load_golden("b2_self_forcing_tiny", "rollout_full.safetensors")
+    output, _ = golden_rollout(golden_self_forcing(scheduler=wrong))
+    assert (output - calls["output"]).abs().max() > 1000 * ATOL
