@@ -1,0 +1,105 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+
+SCRIPT = """
+import torch
+import torch.distributed as dist
+from flashdreams.parallel import environment
+
+place = environment.init("cpu")
+total = torch.tensor([float(place.rank)])
+dist.all_reduce(total)
+if place.is_rank_zero:
+    print(f"sum over {place.world_size} ranks: {total.item():.0f}", flush=True)
+environment.shutdown()
+"""
+
+STUBS = {
+    "scontrol": """#!/bin/sh
+test "$1 $2" = "show hostnames" && printf '127.0.0.1\\n127.0.0.1\\n'
+""",
+    # Two "nodes" of this machine: the same command twice, at the same time.
+    "srun": """#!/bin/sh
+test "$1" = --kill-on-bad-exit=1 && shift
+"$@" & first=$!
+"$@" & second=$!
+wait $first; a=$?
+wait $second; b=$?
+exit $((a > b ? a : b))
+""",
+}
+
+needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+
+
+def start(command, folder, **variables):
+    script = folder / "job.py"
+    script.write_text(SCRIPT)
+    return subprocess.run(
+        [*command, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **variables},
+        cwd=LAUNCH.parent,
+    )
+
+
+@needs_bash
+def test_scripts_parse_and_say_how_they_are_used():
+    for name in ("torchrun.sh", "slurm.sbatch"):
+        subprocess.run(["bash", "-n", str(LAUNCH / name)], check=True)
+        done = subprocess.run(["bash", str(LAUNCH / name)], capture_output=True, text=True)
+        assert done.returncode == 2 and "usage:" in done.stderr
+
+
+@needs_bash
+@pytest.mark.slow
+def test_torchrun_script_starts_a_node(tmp_path):
+    done = start(["bash", str(LAUNCH / "torchrun.sh")], tmp_path, RANKS="2")
+    assert done.returncode == 0, done.stderr
+    assert "sum over 2 ranks: 1\n" in done.stdout
+
+
+@needs_bash
+@pytest.mark.slow
+def test_slurm_script_joins_two_nodes(tmp_path):
+    for name, text in STUBS.items():
+        path = tmp_path / name
+        path.write_text(text)
+        path.chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": str(os.getpid())}
+    done = start(
+        ["bash", str(LAUNCH / "slurm.sbatch")],
+        tmp_path,
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        RANKS_PER_NODE="2",
+        **job,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 nodes x 2 ranks, rendezvous at 127.0.0.1:" in done.stdout
+    assert "sum over 4 ranks: 6\n" in done.stdout
+
+
+def test_kubernetes_manifest_agrees_with_itself():
+    service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    command = container["command"]
+    assert service["spec"]["clusterIP"] == "None"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"]["batch.kubernetes.io/job-name"] == job["metadata"]["name"]
+    assert f"--nnodes={job['spec']['completions']}" in command
+    assert job["spec"]["completions"] == job["spec"]["parallelism"]
+    assert f"--nproc-per-node={container['resources']['limits']['nvidia.com/gpu']}" in command
+    host = f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    assert f"--master-addr={host}" in command
+    assert f"--master-port={service['spec']['ports'][0]['port']}" in command
