@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -140,6 +141,7 @@ def test_a_plug_in_that_raises_at_import(
     source: str,
     message: str,
 ) -> None:
+    monkeypatch.delitem(sys.modules, "faulty_plugin", raising=False)
     (tmp_path / "faulty_plugin.py").write_text(source)
     monkeypatch.setenv(VARIABLE, "faulty=faulty_plugin:RUNNER")
     line = fails(USAGE, "faulty")
