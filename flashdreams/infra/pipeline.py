@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,10 @@ from flashdreams.infra.decoder.base import DecoderConfig, StreamingDecoder
 from flashdreams.infra.diffusion.model import DiffusionCache, DiffusionModelConfig
 from flashdreams.infra.encoder.base import EncoderConfig, StreamingEncoder
 from flashdreams.infra.weights import require_weights
+from flashdreams.parallel.guidance import build_guidance
+from flashdreams.parallel.mesh import Mesh
+from flashdreams.parallel.parallelize import ParallelReport, parallelize
+from flashdreams.parallel.spatial import resolve_decode
 from flashdreams.runtime.checkpoint import load_checkpoint
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource
 from flashdreams.runtime.profiler import StageTimer
@@ -87,6 +92,10 @@ ChunkObserver = Callable[[StreamInferencePipelineCache, Tensor], None]
 """Called with the rollout's cache and the chunk, right after each ``generate``."""
 
 
+StageGuard = Callable[[str, int], AbstractContextManager[Any]]
+"""Watches over one ``generate`` or ``finalize``: (stage, AR index) to a context."""
+
+
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device of a name; ``"auto"`` is CUDA where there is one, else the CPU."""
     if device == "auto":
@@ -126,6 +135,9 @@ class StreamInferencePipeline(nn.Module):
         self.config = config
         self.target_device = resolve_device(device)
         self.observers: list[ChunkObserver] = []
+        self.guard: StageGuard = lambda stage, autoregressive_index: nullcontext()
+        self._slices: dict[str, Mapping[str, Any]] = {}
+        self._decodes_here = True
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(INIT_SEED)
             self.text_encoder = build_component(config.text_encoder)
@@ -148,6 +160,30 @@ class StreamInferencePipeline(nn.Module):
         }
         return {name: part for name, part in found.items() if part is not None}
 
+    def parallelize(self, mesh: Mesh) -> dict[str, ParallelReport]:
+        """Cut every component as its plan allows; call before ``load``.
+
+        Args:
+            mesh: the ranks and the strategy; one rank leaves everything as it is, unless strict.
+
+        Returns:
+            What was done, by component.
+
+        Raises:
+            ValueError: a plan that does not fit its component, or an impossible way to decode.
+        """
+        reports = {
+            name: parallelize(part, part.parallel_plan(), mesh)
+            for name, part in self.components().items()
+        }
+        self._slices = {name: report.slices for name, report in reports.items()}
+        self.diffusion_model.guidance = build_guidance(mesh)
+        plan = self.decoder.parallel_plan() if self.decoder is not None else None
+        width = self.config.diffusion_model.transformer.latent_width
+        on_rank_zero = resolve_decode(mesh, plan, width) == "rank0"
+        self._decodes_here = not on_rank_zero or mesh.decode.rank == 0
+        return reports
+
     def load(self) -> None:
         """Read the weights and move every component to its device and type.
 
@@ -155,18 +191,26 @@ class StreamInferencePipeline(nn.Module):
             CheckpointError: weights are missing or do not fit; see ``load_checkpoint``.
         """
         require_weights(self.config)
-        for component in self.components().values():
-            self._load_component(component)
+        for name, component in self.components().items():
+            self._load_component(component, self._slices.get(name))
         self.requires_grad_(False).eval()
 
-    def _load_component(self, component: Component) -> None:
+    def _load_component(
+        self, component: Component, slices: Mapping[str, Any] | None = None
+    ) -> None:
         """Load one component; one without a checkpoint may be made of others that have theirs."""
         checkpoint = component.config.checkpoint
         parts = [] if checkpoint is not None else nested_components(component)
         for part in parts:
             self._load_component(part)
         if checkpoint is not None:
-            load_checkpoint(component, checkpoint, device=self.target_device, dtype=component.dtype)
+            load_checkpoint(
+                component,
+                checkpoint,
+                device=self.target_device,
+                dtype=component.dtype,
+                slices=slices,
+            )
             component.init_buffers()
         # Parts keep their own types: a pipeline may mix them.
         component.to(self.target_device, None if parts else component.dtype)
@@ -227,7 +271,7 @@ class StreamInferencePipeline(nn.Module):
         autoregressive_index: int,
         cache: StreamInferencePipelineCache,
         input: Any = None,
-    ) -> Tensor:
+    ) -> Any:
         """Generate one chunk.
 
         Args:
@@ -237,7 +281,7 @@ class StreamInferencePipeline(nn.Module):
 
         Returns:
             ``[B, F, 3, height, width]`` in [-1, 1]; without a decoder the latent
-            ``[B, C, T, H, W]``.
+            ``[B, C, T, H, W]``. None on a rank that leaves decoding to rank zero.
 
         Raises:
             ValueError: a step out of order, or an input that no encoder takes.
@@ -246,7 +290,7 @@ class StreamInferencePipeline(nn.Module):
         if self.encoder is None and input is not None:
             raise ValueError(f"{self.config.name} has no encoder, so input must be None.")
         timer = cache.timer
-        with timer.step(autoregressive_index):
+        with self.guard("generate", autoregressive_index), timer.step(autoregressive_index):
             with timer.stage("encode"):
                 control = self._encode(input, autoregressive_index, cache)
             with timer.stage("diffuse"):
@@ -257,8 +301,9 @@ class StreamInferencePipeline(nn.Module):
                 chunk = self._decode(latent, autoregressive_index, cache)
         cache.next_index += 1
         cache.pending = True
-        for observe in self.observers:
-            observe(cache, chunk)
+        if chunk is not None:
+            for observe in self.observers:
+                observe(cache, chunk)
         return chunk
 
     @torch.no_grad()
@@ -309,7 +354,7 @@ class StreamInferencePipeline(nn.Module):
             ValueError: the step is not the one just generated.
         """
         self._check_order("finalize", autoregressive_index, cache.next_index - 1, cache)
-        with cache.timer.stage("finalize"):
+        with self.guard("finalize", autoregressive_index), cache.timer.stage("finalize"):
             self.diffusion_model.finalize(autoregressive_index, cache.diffusion)
         cache.pending = False
 
@@ -320,7 +365,11 @@ class StreamInferencePipeline(nn.Module):
             return self.encoder(input, autoregressive_index=index, cache=cache.encoder)
         return self.encoder(input)
 
-    def _decode(self, latent: Tensor, index: int, cache: StreamInferencePipelineCache) -> Tensor:
+    def _decode(
+        self, latent: Tensor, index: int, cache: StreamInferencePipelineCache
+    ) -> Tensor | None:
+        if not self._decodes_here:
+            return None
         if self.decoder is None:
             return latent
         if isinstance(self.decoder, StreamingDecoder):

@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ import flashdreams
 from flashdreams.infra.config_file import config_hash
 from flashdreams.infra.pipeline import StreamInferencePipelineCache
 from flashdreams.parallel.environment import Environment
+from flashdreams.parallel.mesh import Mesh
 from flashdreams.runtime.stats import memory_stats, sha256_of, write_stats
 
 if TYPE_CHECKING:
@@ -25,12 +27,10 @@ class RunRecorder:
     for. Only rank zero records anything.
     """
 
-    def __init__(
-        self, config: "RunnerConfig", environment: Environment, parallel: dict[str, int]
-    ) -> None:
+    def __init__(self, config: "RunnerConfig", environment: Environment, mesh: Mesh) -> None:
         self.config = config
         self.environment = environment
-        self.parallel = parallel
+        self.mesh = mesh
         self._ready = time.perf_counter()
         self._first_chunk_ms: float | None = None
         self._first_seen = 0.0
@@ -101,7 +101,8 @@ class RunRecorder:
             "device": name,
             "torch": torch.__version__,
             "world_size": self.environment.world_size,
-            "parallel": self.parallel,
+            "parallel": asdict(self.mesh.degrees),
+            "collectives": {name: asdict(sent) for name, sent in self.mesh.meter.counts.items()},
             "first_frame_latency_ms": self._first_chunk_ms,
         }
 

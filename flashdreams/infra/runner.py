@@ -3,7 +3,7 @@
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -17,8 +17,9 @@ from flashdreams.infra.pipeline import (
     StreamInferencePipelineConfig,
 )
 from flashdreams.infra.recorder import RunRecorder
-from flashdreams.parallel.environment import Environment, init, shutdown
-from flashdreams.parallel.mesh import ParallelConfig, resolve_degrees
+from flashdreams.parallel.environment import LOAD_TIMEOUT_S, Environment, init, shutdown
+from flashdreams.parallel.mesh import Mesh, ParallelConfig, build_mesh, resolve_degrees
+from flashdreams.parallel.watchdog import Watchdog
 from flashdreams.runtime.video import VideoWriter
 
 
@@ -46,6 +47,8 @@ class RunnerConfig(InstantiateConfig):
     """Where to run: "auto" is CUDA where there is one, else "cpu"."""
     save_latents: bool = False
     """Also write all latents, float32, as latents_<slug>.safetensors."""
+    step_deadline_s: float = 60.0
+    """With several ranks, seconds after which a hung AR step ends the run."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How several ranks share the work."""
 
@@ -85,16 +88,34 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
         self.environment: Environment = init(config.device)
         if self.is_rank_zero:
             check_writable(config.output_dir)
-        degrees = resolve_degrees(
-            config.parallel,
-            self.environment.world_size,
-            num_heads=getattr(config.pipeline.diffusion_model.transformer, "num_heads", None),
-            guided=config.pipeline.diffusion_model.guidance_scale is not None,
-        )
         self.pipeline = config.pipeline.setup(device=self.environment.device, load=False)
-        self.pipeline.load()
-        self.recorder = RunRecorder(config, self.environment, asdict(degrees))
+        self.mesh = self._build_mesh()
+        reports = self.pipeline.parallelize(self.mesh)
+        if self.environment.world_size > 1 and self.is_rank_zero:
+            print(f"ranks: {self.mesh.degrees}; transformer: {reports['transformer']}")
+        self._resources = contextlib.ExitStack()
+        if self.environment.world_size > 1:
+            watchdog = Watchdog(self.environment, config.step_deadline_s)
+            self._resources.enter_context(watchdog)
+            self.pipeline.guard = watchdog.stage
+            with watchdog.stage("load", limit_s=LOAD_TIMEOUT_S):
+                self.pipeline.load()
+        else:
+            self.pipeline.load()
+        self.recorder = RunRecorder(config, self.environment, self.mesh)
         self.pipeline.observers.append(self.recorder.observe)
+
+    def _build_mesh(self) -> Mesh:
+        """Settle the degrees for this model and these ranks, and arrange the ranks."""
+        transformer = self.pipeline.diffusion_model.transformer
+        planned = transformer.parallel_plan() is not None
+        degrees = resolve_degrees(
+            self.config.parallel,
+            self.environment.world_size,
+            num_heads=getattr(transformer.config, "num_heads", None) if planned else None,
+            guided=self.config.pipeline.diffusion_model.guidance_scale is not None,
+        )
+        return build_mesh(degrees, self.device.type, self.config.parallel)
 
     @property
     def is_rank_zero(self) -> bool:
@@ -141,6 +162,7 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
     def close(self) -> None:
         """Write the stats, and the latents if asked for, then leave the process group."""
         self.recorder.close()
+        self._resources.close()
         shutdown()
 
     def abort(self) -> None:

@@ -11,6 +11,7 @@ from flashdreams.infra.component import build_component, declared_context, selec
 from flashdreams.infra.config import InstantiateConfig
 from flashdreams.infra.diffusion.scheduler.base import SchedulerConfig
 from flashdreams.infra.diffusion.transformer import ContextChunk, TransformerConfig
+from flashdreams.parallel.guidance import Guidance, SerialGuidance
 from flashdreams.runtime.noise import NoiseFunction, to_device
 
 
@@ -62,9 +63,10 @@ class DiffusionCache:
     """All state that the diffusion model has in one rollout."""
 
     conditional: Any
-    """The transformer's cache under the prompt."""
+    """The transformer's cache under the prompt; None on a rank that evaluates the other half."""
     unconditional: Any | None
-    """The same under the negative prompt; None without guidance."""
+    """The same under the negative prompt; None without guidance, or on a rank that evaluates the
+    conditional half."""
     noise: NoiseFunction
     batch_size: int
     image: Tensor | None
@@ -90,6 +92,7 @@ class DiffusionModel(nn.Module):
     def __init__(self, config: DiffusionModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.guidance: Guidance = SerialGuidance()
         self.transformer = build_component(config.transformer)
         self.scheduler = config.scheduler.setup()
 
@@ -113,16 +116,20 @@ class DiffusionModel(nn.Module):
             batch_size: B.
         """
         image = context.get("image") if self.config.first_latent_from_image else None
-        make = self.transformer.initialize_cache
+        guided = negative_context is not None
+        with_prompt = not guided or self.guidance.evaluates_conditional
+        with_negative = guided and self.guidance.evaluates_unconditional
         return DiffusionCache(
-            conditional=make(**select_context(make, context)),
-            unconditional=(
-                None if negative_context is None else make(**select_context(make, negative_context))
-            ),
+            conditional=self._new_branch(context) if with_prompt else None,
+            unconditional=self._new_branch(negative_context) if with_negative else None,
             noise=noise,
             batch_size=batch_size,
             image=self._check_image(image, batch_size),
         )
+
+    def _new_branch(self, context: Mapping[str, Any] | None) -> Any:
+        make = self.transformer.initialize_cache
+        return make(**select_context(make, context or {}))
 
     def generate(self, autoregressive_index: int, cache: DiffusionCache, control: Any) -> Tensor:
         """Denoise one chunk.
@@ -224,15 +231,13 @@ class DiffusionModel(nn.Module):
 
     def _flow(self, cache: DiffusionCache) -> Callable[[Tensor, Tensor], Tensor]:
         predict, scale = self.transformer.predict_flow, self.config.guidance_scale
-        if cache.unconditional is None or scale is None:
+        if scale is None:
             return lambda latent, timestep: predict(latent, timestep, cache.conditional)
-
-        def guided(latent: Tensor, timestep: Tensor) -> Tensor:
-            conditional = predict(latent, timestep, cache.conditional)
-            unconditional = predict(latent, timestep, cache.unconditional)
-            return unconditional + scale * (conditional - unconditional)
-
-        return guided
+        return lambda latent, timestep: self.guidance(
+            lambda: predict(latent, timestep, cache.conditional),
+            lambda: predict(latent, timestep, cache.unconditional),
+            scale,
+        )
 
     def _noise_of_step(
         self, autoregressive_index: int, cache: DiffusionCache
