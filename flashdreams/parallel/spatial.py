@@ -22,24 +22,17 @@ from flashdreams.parallel.sequence import pad_dim
 class WidthLayout:
     """Which latent columns each rank holds: runs whose lengths differ by one at most.
 
+    Where there are fewer columns than ranks, every rank decodes all of them and exchanges nothing.
     ``widths`` belongs to the forward pass that is under way; it is no state of a rollout.
     """
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.widths: list[int] = []
-
-    @property
-    def width(self) -> int:
-        """Latent columns of this rank."""
-        return self.widths[self.channel.rank]
+        """Latent columns of every rank; empty where nothing is split."""
 
     def split(self, latent: Tensor) -> Tensor:
-        """This rank's columns of ``[..., W]``.
-
-        Raises:
-            ValueError: there are fewer columns than ranks.
-        """
+        """This rank's columns of ``[..., W]``."""
         self._share_out(latent.shape[-1])
         return self._own_part(latent)
 
@@ -50,8 +43,10 @@ class WidthLayout:
             x: this rank's part, at any resolution.
             dim: the dim that holds columns (or rows times columns).
         """
+        if not self.widths:
+            return x
         dim = dim % x.ndim
-        scale = x.shape[dim] // self.width
+        scale = x.shape[dim] // self.widths[self.channel.rank]
         widest = max(self.widths) * scale
         padded = self.channel.all_gather(pad_dim(x, dim, widest), dim)
         if min(self.widths) == max(self.widths):
@@ -77,17 +72,15 @@ class WidthLayout:
 
     def _share_out(self, columns: int) -> None:
         size = self.channel.size
-        if columns < size:
-            raise ValueError(
-                f"{columns} latent columns cannot be split over {size} ranks. "
-                "Use --parallel.decode replicated."
-            )
-        self.widths = [columns // size + (rank < columns % size) for rank in range(size)]
+        shares = [columns // size + (rank < columns % size) for rank in range(size)]
+        self.widths = shares if columns >= size else []
 
     def _own_part(self, x: Tensor) -> Tensor:
+        if not self.widths:
+            return x
         scale = x.shape[-1] // sum(self.widths)
         start = sum(self.widths[: self.channel.rank])
-        return x.narrow(-1, start * scale, self.width * scale)
+        return x.narrow(-1, start * scale, self.widths[self.channel.rank] * scale)
 
     def with_halo(self, x: Tensor, columns: int) -> Tensor:
         """``x`` with the neighbours' nearest columns on both sides, zeros at the frame's border.
@@ -176,6 +169,8 @@ def _widen(conv: Any, name: str, layout: WidthLayout) -> None:
     whole: Callable[[Tensor], Tensor] = getattr(conv, method)
 
     def convolve(x: Tensor) -> Tensor:
+        if not layout.widths:
+            return whole(x)
         return whole(layout.with_halo(x, padding)).narrow(-1, padding, x.shape[-1])
 
     setattr(conv, method, convolve)

@@ -16,8 +16,8 @@ from tests.parallel.rollout import make_mesh
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
 """Pixels run from -1 to 1; a bfloat16 decoder rounds every activation to 8 bits."""
 
-CHUNKS = (2, 1, 2)
-WIDTH = 7
+CHUNKS = (2, 1)
+WIDTH = 5
 
 
 def build_decoder(kind, dtype):
@@ -31,7 +31,7 @@ def build_decoder(kind, dtype):
 
 def decode(decoder, cache, first=0):
     draw = torch.Generator().manual_seed(9)
-    latent = torch.randn(1, 16, sum(CHUNKS), 3, WIDTH, generator=draw)
+    latent = torch.randn(1, 16, sum(CHUNKS), 2, WIDTH, generator=draw)
     chunks = list(enumerate(latent.split(CHUNKS, dim=2)))
     return [decoder(chunk, index, cache) for index, chunk in chunks[first:]]
 
@@ -50,6 +50,15 @@ def split(kind, dtype, world_size):
     return frames, mesh, report, cache
 
 
+def narrow(mesh=None):
+    """One latent column: fewer than ranks."""
+    decoder = build_decoder("wan", "float32")
+    if mesh is not None:
+        parallelize(decoder, decoder.parallel_plan(), mesh)
+    latent = torch.randn(1, 16, 2, 2, 1, generator=torch.Generator().manual_seed(3))
+    return decoder(latent, 0, decoder.initialize_cache())
+
+
 def split_cases(world_size):
     found = {}
     for kind in ("wan", "taehv"):
@@ -59,6 +68,7 @@ def split_cases(world_size):
         own = report.width_layout.shard_state(found[kind, "state"], WIDTH)
         assert all(torch.equal(own[name], x) for name, x in cache.state_dict().items())
         assert mesh.meter.counts["decode.halo"].bytes_sent > 0
+    found["narrow"] = narrow(make_mesh(ParallelConfig(), world_size))
     found["wan", "bfloat16"] = split("wan", "bfloat16", world_size)[0]
     return found
 
@@ -71,6 +81,7 @@ def test_split_decode_equals_the_whole(world_size):
                 assert chunk.shape == expected.shape
                 error = float((chunk - expected).abs().max())
                 assert error <= TOLERANCE[dtype], (kind, dtype, error)
+        assert torch.equal(found["narrow"], narrow())
         for kind in ("wan", "taehv"):
             decoder = build_decoder(kind, "float32")
             cache = decoder.initialize_cache()

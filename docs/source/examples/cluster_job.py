@@ -1,0 +1,41 @@
+"""A rollout on all ranks of a cluster job, without the command line.
+
+    torchrun --nproc-per-node 2 docs/source/examples/cluster_job.py
+
+``launch/torchrun.sh`` and ``sbatch launch/slurm.sbatch`` take the file as well.
+"""
+
+from contextlib import nullcontext
+
+from flashdreams.integrations.toy_world.config import TOY_WORLD_PIPELINE, TOY_WORLD_RUNNER
+from flashdreams.integrations.toy_world.runner import walk
+from flashdreams.parallel import environment
+from flashdreams.parallel.mesh import ParallelConfig, build_mesh, resolve_degrees
+from flashdreams.runtime.video import VideoWriter
+
+BLOCKS = 12
+
+here = environment.init(device="auto")
+parallel = ParallelConfig()
+num_heads = TOY_WORLD_PIPELINE.diffusion_model.transformer.num_heads
+degrees = resolve_degrees(parallel, here.world_size, num_heads)
+
+# Nothing is read before the pipeline is cut: every rank then reads its slices alone.
+pipeline = TOY_WORLD_PIPELINE.setup(device=here.device, load=False)
+pipeline.parallelize(build_mesh(degrees, here.device.type, parallel))
+pipeline.load()
+
+cache = pipeline.initialize_cache(text=[TOY_WORLD_RUNNER.prompt], seed=0)
+poses = walk(TOY_WORLD_RUNNER.actions, BLOCKS)
+with (
+    VideoWriter("cluster_job.mp4", fps=16, scale=4) if here.is_rank_zero else nullcontext() as video
+):
+    for index in range(BLOCKS):
+        chunk = pipeline.generate(autoregressive_index=index, cache=cache, input=poses[index][None])
+        pipeline.finalize(autoregressive_index=index, cache=cache)
+        if video is not None:
+            video.write(chunk)
+
+if here.is_rank_zero:
+    print(f"{BLOCKS} chunks on {degrees}")
+environment.shutdown()
