@@ -10,6 +10,8 @@ SOURCE_ROOTS = (ROOT, ROOT / "kernels")
 """Folders that hold import packages."""
 PACKAGES = (ROOT / "flashdreams", ROOT / "kernels" / "flashdreams_kernels")
 EXAMPLES = ROOT / "docs" / "source" / "examples"
+EXAMPLE_PACKAGES = [file.parent for file in EXAMPLES.glob("*/pyproject.toml")]
+"""Examples that are installed, and so are source roots too."""
 
 
 def python_files(*folders: Path) -> list[Path]:
@@ -19,7 +21,7 @@ def python_files(*folders: Path) -> list[Path]:
 
 def module_name(file: Path) -> str:
     """The dotted name under which a file is imported."""
-    for root in (ROOT / "kernels", *EXAMPLES.glob("*"), ROOT):
+    for root in (ROOT / "kernels", *EXAMPLE_PACKAGES, ROOT):
         if file.is_relative_to(root):
             parts = file.relative_to(root).with_suffix("").parts
             return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.architecture.law import violations
-from tests.architecture.sources import EXAMPLES, PACKAGES, ROOT, module_name, python_files
+from tests.architecture.sources import EXAMPLE_PACKAGES, PACKAGES, ROOT, module_name, python_files
 
 
 def _in_file(file: Path) -> list[str]:
@@ -21,7 +21,7 @@ def test_every_file_obeys_the_import_law() -> None:
 
 
 def test_the_example_packages_use_what_a_method_may_use() -> None:
-    files = python_files(*(file.parent for file in EXAMPLES.glob("*/pyproject.toml")))
+    files = python_files(*EXAMPLE_PACKAGES)
     assert files
     assert not [text for file in files for text in _in_file(file)]
 
