@@ -80,7 +80,11 @@ class ParallelDegrees:
 
 
 def resolve_degrees(
-    config: ParallelConfig, world_size: int, num_heads: int | None, guided: bool = False
+    config: ParallelConfig,
+    world_size: int,
+    num_heads: int | None,
+    guided: bool = False,
+    cached_frame_tokens: int | None = None,
 ) -> ParallelDegrees:
     """Settle every ``"auto"`` and refuse what cannot work, before any weight is read.
 
@@ -89,6 +93,8 @@ def resolve_degrees(
         world_size: number of ranks.
         num_heads: attention heads of the model; None for a model that cannot be cut.
         guided: whether the model is evaluated twice per denoising step.
+        cached_frame_tokens: tokens per latent frame of a streaming model, which keeps a cache; None
+            for a bidirectional one.
 
     Raises:
         ValueError: impossible degrees; the message names some that would work.
@@ -101,6 +107,8 @@ def resolve_degrees(
     )
     if _kept_wishes(best, config) < 4:
         raise ValueError(_explain(config, world_size, num_heads, best))
+    if world_size > 1 and cached_frame_tokens is not None:
+        _refuse_cache(config, best, cached_frame_tokens)
     return best
 
 
@@ -168,6 +176,19 @@ def _refuse_conflicts(config: ParallelConfig, guided: bool) -> None:
         raise ValueError(
             "strict=True with context_backend='xfuser': its kernels are not tiled. "
             "Use --parallel.context-backend native."
+        )
+
+
+def _refuse_cache(config: ParallelConfig, degrees: ParallelDegrees, frame_tokens: int) -> None:
+    if config.context_backend == "xfuser" and degrees.sequence > 1:
+        raise ValueError(
+            "context_backend='xfuser' cannot serve a streaming model: it has no cache of keys and "
+            "values that the ranks share. Use --parallel.context-backend native."
+        )
+    if config.ring_method == "rotate" and frame_tokens % degrees.ring:
+        raise ValueError(
+            f"ring_method='rotate' shares every latent frame evenly, but {frame_tokens} tokens are "
+            f"not divisible by ring_degree={degrees.ring}. Use --parallel.ring-method gather."
         )
 
 

@@ -72,6 +72,18 @@ def test_refusal_keeps_the_wishes_that_can_be_kept():
         resolve_degrees(config, 16, 12)
 
 
+def test_what_a_cache_cannot_do_is_refused():
+    rotate = ParallelConfig(ring_method="rotate", ring_degree=2)
+    assert resolve_degrees(rotate, 4, 12).ring == 2
+    assert resolve_degrees(rotate, 4, 12, cached_frame_tokens=16).ring == 2
+    with pytest.raises(ValueError, match="15 tokens are not divisible by ring_degree=2"):
+        resolve_degrees(rotate, 4, 12, cached_frame_tokens=15)
+    xfuser = ParallelConfig(context_backend="xfuser")
+    assert resolve_degrees(xfuser, 4, 12).ulysses == 4
+    with pytest.raises(ValueError, match="cannot serve a streaming model"):
+        resolve_degrees(xfuser, 4, 12, cached_frame_tokens=16)
+
+
 def test_one_rank_needs_no_process_group():
     mesh = build_mesh(ParallelDegrees(), "cpu")
     assert isinstance(mesh, Mesh) and mesh.sequence.group is None
