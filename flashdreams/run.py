@@ -34,6 +34,9 @@ _OWN_OPTIONS = {
 }
 
 
+_HINT = " (run again with --debug for the traceback)"
+
+
 class UsageError(ValueError):
     """A command line that cannot be carried out as typed."""
 
@@ -315,8 +318,9 @@ def _report(error: Exception, code: int, debug: bool) -> int:
         for_people.append(TypeError)
     text = " ".join(str(error).split())
     if not isinstance(error, tuple(for_people)) or not text:
-        hint = "" if debug else " (run again with --debug for the traceback)"
-        text = f"{type(error).__name__}: {text}".rstrip(": ") + hint
+        text = f"{type(error).__name__}: {text}".rstrip(": ") + _HINT * (not debug)
+    elif isinstance(error, PluginError):
+        text += _HINT * (not debug)
     if _rank() == 0:
         print(f"{PROGRAM}: error: {text}", file=sys.stderr, flush=True)
     elif code == RUN_FAILED:

@@ -1,11 +1,15 @@
 """The record of a run: stage times, checksums and latents, gathered by watching the pipeline."""
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -111,14 +115,35 @@ class RunRecorder:
         if not self.environment.is_rank_zero:
             return
         folder, slug = self.config.output_dir, self.config.runner_name
-        try:
-            write_stats(folder / f"stats_{slug}.json", self.header(), self.records())
-        finally:
-            self._thread.shutdown()
+        records = self.records()
+        self._thread.shutdown()
+        stats = folder / f"stats_{slug}.json"
+        with _said_for_people(stats):
+            write_stats(stats, self.header(), records)
         if self._latents:
-            partial = folder / f".latents_{slug}.partial"
-            save_file({"latents": torch.cat(self._latents, dim=2)}, partial)
-            partial.replace(folder / f"latents_{slug}.safetensors")
+            self._write_latents(folder / f"latents_{slug}.safetensors")
+
+    def _write_latents(self, path: Path) -> None:
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            with _said_for_people(path):
+                save_file({"latents": torch.cat(self._latents, dim=2)}, partial)
+                partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _said_for_people(path: Path) -> Iterator[None]:
+    """Turn a failed write into one line that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OSError(
+            f"{path} could not be written: {reason}. Free some space or choose another "
+            "directory (--output-dir)."
+        ) from error
 
 
 def _host_copy(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -99,7 +99,11 @@ def read_prompt(config: ToyWorldRunnerConfig) -> str:
     try:
         return config.prompt_path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompt-path {config.prompt_path} cannot be read: {error}.") from error
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ValueError(
+            f"--prompt-path {config.prompt_path} cannot be read: {reason}. Name a text file, or "
+            "give the words with --prompt."
+        ) from error
 
 
 def walk(actions: str, frames: int) -> Tensor:
