@@ -1,11 +1,11 @@
 """Calls replayed as CUDA graphs."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Signature = tuple[tuple[torch.Size, torch.dtype], ...]
 Place = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
@@ -257,16 +257,61 @@ def _place(tensor: Tensor) -> Place:
 
 
 def _tensors(state: Any) -> Iterator[tuple[Path, Tensor]]:
-    """All tensors of the state with the path that leads to them; an object counts once."""
+    """All tensors of the state with the path that leads to them; an object counts once.
+
+    Walked at every call, so what a type holds is decided once per type.
+    """
     seen: set[int] = set()
     pending: list[tuple[Path, Any]] = [((), state)]
     while pending:
         path, value = pending.pop()
-        if isinstance(value, Tensor):
+        kind = _kind_of(type(value))
+        if kind == "tensor":
             yield path, value
-        elif id(value) not in seen:
-            seen.add(id(value))
-            pending += [((path, step), child) for step, child in _children(value)]
+            continue
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if kind == "sequence":
+            children: Iterable[tuple[Any, Any]] = enumerate(value)
+        elif kind == "mapping":
+            children = value.items()
+        else:
+            children = getattr(value, "__dict__", {}).items()
+            slots = _SLOTS[type(value)]
+            if slots:
+                here = [(name, getattr(value, name)) for name in slots if hasattr(value, name)]
+                children = [*children, *here]
+        for step, child in children:
+            if _kind_of(type(child)) != "leaf":
+                pending.append(((path, step), child))
+
+
+_KINDS: dict[type, str] = {}
+_SLOTS: dict[type, tuple[str, ...]] = {}
+
+
+def _kind_of(kind: type) -> str:
+    """What values of a type can hold: themselves a tensor, parts, or nothing that counts."""
+    found = _KINDS.get(kind)
+    if found is not None:
+        return found
+    groups = (vars(base).get("__slots__", ()) for base in kind.__mro__)
+    slots = [name for group in groups for name in ([group] if isinstance(group, str) else group)]
+    _SLOTS[kind] = tuple(name for name in slots if name not in ("__dict__", "__weakref__"))
+    is_code = issubclass(kind, type) or any("__call__" in vars(base) for base in kind.__mro__)
+    if issubclass(kind, Tensor):
+        found = "tensor"
+    elif issubclass(kind, (list, tuple)):
+        found = "sequence"
+    elif issubclass(kind, Mapping):
+        found = "mapping"
+    elif (kind.__dictoffset__ or _SLOTS[kind]) and not is_code:
+        found = "attributes"
+    else:
+        found = "leaf"
+    _KINDS[kind] = found
+    return found
 
 
 def _path_name(path: Path) -> str:
@@ -275,16 +320,3 @@ def _path_name(path: Path) -> str:
         path, step = path
         steps.append(f".{step}" if isinstance(step, str) else f"[{step}]")
     return "state" + "".join(reversed(steps))
-
-
-def _children(value: Any) -> list[tuple[Any, Any]]:
-    """The parts of a value: by name for attributes and keys, by index for sequences."""
-    if isinstance(value, Mapping):
-        return list(value.items())
-    if isinstance(value, (list, tuple)):
-        return list(enumerate(value))
-    if is_dataclass(value) and not isinstance(value, type):
-        return [(field.name, getattr(value, field.name)) for field in fields(value)]
-    if isinstance(value, (type, nn.Module)) or callable(value) or not hasattr(value, "__dict__"):
-        return []
-    return list(vars(value).items())

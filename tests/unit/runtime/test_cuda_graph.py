@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -237,6 +238,30 @@ def test_two_rollouts_over_a_ring_replay_what_they_would_compute() -> None:
     assert call.captures == 8 and call.replays == 40
     blind = GraphedCallable(attend, CPU, backend=TraceCapture())
     assert rollout(blind, caches()) != expected
+
+
+def test_tensors_are_found_wherever_the_state_keeps_them() -> None:
+    @dataclass
+    class Slotted:
+        __slots__ = ("inner",)
+        inner: Tensor
+
+    class Plain:
+        def __init__(self, inner: object) -> None:
+            self.inner = inner
+            self.again = inner
+
+    class Named(NamedTuple):
+        inner: Tensor
+
+    wrappers = (Slotted, Plain, Named, Layer, lambda x: {"a": {"b": [1, (x,)]}})
+    for wrap in (*wrappers, lambda x: Plain([Slotted(x)])):
+        call, stored = graphed(lambda x, state: 2 * x, key=None), torch.zeros(2)
+        call(torch.tensor(1.0), wrap(stored))
+        call(torch.tensor(1.0), wrap(stored))
+        assert call.captures == 1
+        call(torch.tensor(1.0), wrap(torch.zeros(2)))
+        assert call.captures == 2
 
 
 def test_copy_in_place_keeps_the_place_where_it_can() -> None:
