@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -116,6 +116,35 @@ def first_on_node(fn: Callable[[], T]) -> T:
             f"The first rank of {int(failed)} node(s) failed; its own message says why."
         )
     return result if is_first else fn()  # type: ignore[return-value]
+
+
+def from_rank_zero(fn: Callable[[], T]) -> T:
+    """Call ``fn`` on rank zero alone and give every rank its result; a collective call.
+
+    For what one rank decides or computes for all: a measured choice, text embeddings, whether a
+    file could be written.
+
+    Args:
+        fn: returns something picklable; tensors in it must be on the CPU.
+
+    Raises:
+        RuntimeError: ``fn`` failed; rank zero raises the true error.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return fn()
+    error: BaseException | None = None
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            box = [(fn(),)]
+        except BaseException as caught:
+            error = caught
+    dist.broadcast_object_list(box, src=0, device=_collective_device())
+    if error is not None:
+        raise error
+    if box[0] is None:
+        raise RuntimeError("Rank zero failed; its own message says why.")
+    return box[0][0]
 
 
 def set_up_logging(environment: Environment, level: int = logging.INFO) -> None:

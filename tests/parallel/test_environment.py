@@ -16,6 +16,7 @@ def test_a_single_process_makes_no_group(monkeypatch):
     assert found.is_rank_zero and found.device == torch.device("cpu") and found.store is None
     assert not dist.is_initialized()
     assert environment.first_on_node(lambda: "done") == "done"
+    assert environment.from_rank_zero(lambda: "done") == "done"
     environment.shutdown()
 
 
@@ -53,6 +54,10 @@ def take_places(path):
     kind = KeyError if found.is_rank_zero else RuntimeError
     with pytest.raises(kind, match="broken download" if found.is_rank_zero else "its own message"):
         environment.first_on_node(fail)
+    with pytest.raises(kind, match="broken download" if found.is_rank_zero else "its own message"):
+        environment.from_rank_zero(fail)
+    shared = environment.from_rank_zero(lambda: torch.full((2,), float(found.rank)))
+    assert torch.equal(shared, torch.zeros(2))
     environment.set_up_logging(found)
     level = logging.getLogger("flashdreams").getEffectiveLevel()
     return found.rank, found.world_size, result, level
