@@ -6,6 +6,8 @@ from flashdreams_kernels import attention, kv_write, reference
 from flashdreams_kernels.launch import Target, target_of
 from torch import Tensor
 
+from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
+from flashdreams.attention.core import AttentionCore
 from tests.kernels.guarded import TOLERANCE, Guarded, error
 
 
@@ -229,3 +231,28 @@ def test_tiles_depend_on_the_machine_and_not_on_the_shape() -> None:
     assert attention.tile_config(hopper, 128, 2) != attention.tile_config(hopper, 128, 4)
     assert attention.tile_config(Target(103, 148), 128, 2) == attention.TILES[100, 128]
     assert attention.tile_config(Target(89, 128), 128, 2) != attention.TILES[80, 128]
+
+
+def test_attention_is_a_backend_of_the_core(device: torch.device) -> None:
+    spec = KVCacheSpec(
+        batch_size=1,
+        sink_size_t=1,
+        window_size_t=2,
+        tokens_per_frame=3,
+        num_heads=2,
+        head_dim=16,
+        dtype=torch.float32,
+        device=device,
+    )
+    cursors = [CacheCursor(1, 2, tokens_per_frame=3) for _ in range(2)]
+    caches = [KVCache(spec, cursor) for cursor in cursors]
+    cores = [AttentionCore(16), AttentionCore(16, backend=attention.chunk_attention)]
+    for step in range(4):
+        q, k, v = inputs((1, 3, 3, 2, 16), torch.float32, device)
+        results = []
+        for core, cache in zip(cores, caches, strict=True):
+            cache.cursor.place(1, device)
+            results.append(core(q, k + step, v - step, cache))
+            cache.cursor.advance()
+        assert error(results[1], results[0]) < TOLERANCE[torch.float32]
+    assert error(results[1], v - step) > 1e-2
