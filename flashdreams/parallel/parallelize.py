@@ -91,18 +91,8 @@ def parallelize(module: nn.Module, plan: ParallelPlan | None, mesh: Mesh) -> Par
     if cut_sequence:
         layout = _split_sequence(module, matches, mesh, unit)
         installed["split"], installed["gather"] = len(matches.split), len(matches.gather)
-    xfuser = layout is not None and mesh.config.context_backend == "xfuser"
-    long_context = build_long_context(mesh) if xfuser else None
-    for name in matches.attention:
-        core = _find_core(module, name)
-        if long_context is not None and layout is not None:
-            wrapped: AttentionCore | AttentionWrapper = XfuserAttention(core, long_context, layout)
-        else:
-            wrapped = _wrap_core(core, layout, cut_weights, mesh)
-        if isinstance(wrapped, AttentionWrapper):
-            _replace(module, name, wrapped)
-            what = str(wrapped)
-            installed[what] = installed.get(what, 0) + 1
+    for strategy in _wrap_cores(module, matches, layout, cut_weights, mesh):
+        installed[strategy] = installed.get(strategy, 0) + 1
     width_layout = None
     if mesh.decode.size > 1 and plan.spatial and _wants_split_decode(mesh):
         width_layout = split_by_width(module, matches.spatial, mesh.channel(mesh.decode))
@@ -222,6 +212,30 @@ def _split_sequence(module: nn.Module, matches: _Matches, mesh: Mesh, unit: int)
     for name, dim in matches.gather.items():
         module.get_submodule(name).register_forward_hook(hook(layout.gather, dim))
     return layout
+
+
+def _wrap_cores(
+    module: nn.Module,
+    matches: _Matches,
+    layout: SequenceLayout | None,
+    heads_cut: bool,
+    mesh: Mesh,
+) -> list[str]:
+    """Put the strategies of the mesh around the attention cores; returns their names."""
+    use_xfuser = layout is not None and mesh.config.context_backend == "xfuser"
+    long_context = build_long_context(mesh) if use_xfuser else None
+    names = []
+    for name in matches.attention:
+        core = _find_core(module, name)
+        wrapped: AttentionCore | AttentionWrapper
+        if long_context is not None and layout is not None:
+            wrapped = XfuserAttention(core, long_context, layout)
+        else:
+            wrapped = _wrap_core(core, layout, heads_cut, mesh)
+        if isinstance(wrapped, AttentionWrapper):
+            _replace(module, name, wrapped)
+            names.append(str(wrapped))
+    return names
 
 
 def _wrap_core(
