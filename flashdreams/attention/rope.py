@@ -91,7 +91,11 @@ def apply_rope(x: Tensor, table: Tensor) -> Tensor:
     Returns:
         ``[B, L, N, D]`` in the dtype of ``x``; the arithmetic is float32.
     """
-    cos, sin = table[:, None].unbind(-1)
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return rotated.flatten(-2).to(x.dtype)
+    if torch.compiler.is_compiling():  # the compiler fuses real arithmetic, but no complex one
+        cos, sin = table[:, None].unbind(-1)
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+        return rotated.flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    rotation = torch.view_as_complex(table)[:, None]
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)

@@ -137,14 +137,27 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dim of ``x`` and keep its dtype."""
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale).to(x.dtype) * self.weight
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
-def layer_norm(x: Tensor, eps: float) -> Tensor:
-    """Layer norm without affine over the last dim, in float32."""
-    return F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """``norm(x) * (1 + scale) + shift``: layer norm without affine, all in float32 but the result.
+
+    Args:
+        x: ``[B, L, dim]``.
+        shift: ``[B, L or 1, dim]`` float32.
+        scale: like ``shift``.
+        eps: added to the variance.
+    """
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
+
+
+def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """``x + gate * y`` in the dtype of ``x``; ``gate`` is ``[B, L or 1, dim]`` float32."""
+    if x.dtype == torch.float32:
+        return torch.addcmul(x, y, gate)
+    return x + (y * gate).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -247,13 +260,12 @@ class WanBlock(nn.Module):
             control: what ``embed_control`` prepared for this block.
         """
         e = (self.modulation.float() + time).unbind(2)
-        dtype = x.dtype
-        y = layer_norm(x, self.eps) * (1 + e[1]) + e[0]
-        x = x + (self.self_attn(y.to(dtype), rope, cache) * e[2]).to(dtype)
+        y = modulated_norm(x, e[0], e[1], self.eps)
+        x = gated_sum(x, self.self_attn(y, rope, cache), e[2])
         x = self.inject(x, control)
         x = x + self.cross_attn(self.norm3(x), context)
-        y = layer_norm(x, self.eps) * (1 + e[4]) + e[3]
-        return x + (self.ffn(y.to(dtype)) * e[5]).to(dtype)
+        y = modulated_norm(x, e[3], e[4], self.eps)
+        return gated_sum(x, self.ffn(y), e[5])
 
     def inject(self, x: Tensor, control: Any) -> Tensor:
         """Hook between self- and cross-attention for models that control every block."""
@@ -272,8 +284,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Map ``[B, L, dim]`` and the time embedding ``[B, L or 1, dim]`` to patches."""
         shift, scale = (self.modulation.float() + time.float().unsqueeze(2)).unbind(2)
-        y = layer_norm(x, self.eps) * (1 + scale) + shift
-        return self.head(y.to(x.dtype))
+        return self.head(modulated_norm(x, shift, scale, self.eps))
 
 
 class ImageEmbedding(nn.Module):

@@ -76,3 +76,16 @@ def test_scores_depend_on_differences_of_positions_alone():
 def test_odd_head_sizes_are_refused(head_dim):
     with pytest.raises(ValueError, match=f"head_dim={head_dim} must be even"):
         axis_frequencies(head_dim)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_form_is_the_same_function(dtype, monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(2, 12, 3, 16).to(dtype)
+    table = RotaryEmbedding3D(16)(torch.tensor([3, 9]), 2, 3, x.device)
+    eager = apply_rope(x, table)
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    compiled = apply_rope(x, table)
+    ulp = 1e-6 if dtype == torch.float32 else 2**-6
+    torch.testing.assert_close(compiled, eager, atol=ulp, rtol=0)
+    assert eager.dtype == compiled.dtype == dtype and eager.is_contiguous()
