@@ -128,6 +128,20 @@ class GatherKVAttention(AttentionWrapper):
         return self.core(q, k, v, cache)
 
 
+class PaddedAttention(AttentionWrapper):
+    """Drops the padding of an unsplit sequence before the core and restores it after."""
+
+    def __init__(self, core: AttentionCore | AttentionWrapper, layout: SequenceLayout) -> None:
+        super().__init__(core)
+        self.layout = layout
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Attend; the arguments are ``[B, L, N, D]``, padded, and so is the result."""
+        tokens = q.shape[1]
+        q, k, v = (self.layout.trim(x, 1) for x in (q, k, v))
+        return pad_dim(self.core(q, k, v, cache), 1, tokens)
+
+
 def _divide_heads(spec: KVCacheSpec, channel: Channel) -> KVCacheSpec:
     if spec.num_heads % channel.size:
         raise ValueError(

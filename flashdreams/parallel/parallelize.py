@@ -14,6 +14,7 @@ from flashdreams.parallel.context import (
     AttentionWrapper,
     GatherKVAttention,
     HeadShardAttention,
+    PaddedAttention,
     UlyssesAttention,
 )
 from flashdreams.parallel.mesh import Mesh
@@ -88,7 +89,8 @@ def parallelize(module: nn.Module, plan: ParallelPlan | None, mesh: Mesh) -> Par
         installed["sliced layer"] = len(matches.styles)
     cut_sequence = mesh.sequence.size > 1 and bool(plan.split)
     layout = None
-    if cut_sequence:
+    # Strict pads the tokens of one rank too: the ends of long vectors are rounded otherwise.
+    if cut_sequence or (mesh.config.strict and plan.split):
         layout = _split_sequence(module, matches, mesh, unit)
         installed["split"], installed["gather"] = len(matches.split), len(matches.gather)
     for strategy in _wrap_cores(module, matches, layout, cut_weights, mesh):
@@ -199,7 +201,7 @@ def _split_sequence(module: nn.Module, matches: _Matches, mesh: Mesh, unit: int)
     layout = SequenceLayout(
         mesh.ring,
         mesh.ulysses,
-        mesh.channel(mesh.sequence),
+        mesh.channel(mesh.sequence) if mesh.sequence.size > 1 else None,
         interleaved=mesh.config.ring_method == "rotate" and mesh.ring.size > 1,
         unit=unit,
     )
@@ -222,7 +224,7 @@ def _wrap_cores(
     mesh: Mesh,
 ) -> list[str]:
     """Put the strategies of the mesh around the attention cores; returns their names."""
-    use_xfuser = layout is not None and mesh.config.context_backend == "xfuser"
+    use_xfuser = mesh.sequence.size > 1 and mesh.config.context_backend == "xfuser"
     long_context = build_long_context(mesh) if use_xfuser else None
     names = []
     for name in matches.attention:
@@ -243,6 +245,8 @@ def _wrap_core(
 ) -> AttentionCore | AttentionWrapper:
     """Put strategies around a core, the innermost axis of heads outermost."""
     wrapped: AttentionCore | AttentionWrapper = core
+    if layout is not None and layout.size == 1:
+        wrapped = PaddedAttention(wrapped, layout)
     if layout is not None and mesh.ring.size > 1:
         strategy = RingAttention if layout.interleaved else GatherKVAttention
         wrapped = strategy(wrapped, mesh.channel(mesh.ring), layout)

@@ -13,7 +13,8 @@ class SequenceLayout:
     Contiguous: rank ``s`` of the sequence holds the ``s``-th run of tokens. Interleaved: ring rank
     ``r`` of ``R`` holds tokens ``r, r + R, ...``, so that every ring rank has the same share of
     every latent frame; Ulysses ranks hold runs of that. The last ranks are padded with zeros to
-    equal lengths, in whole multiples of ``unit`` tokens.
+    equal lengths, in whole multiples of ``unit`` tokens. On a single rank, which has no channel,
+    nothing is left to do but that padding.
 
     ``length`` is the true number of tokens in the forward pass that is under way: the first split
     of a pass sets it and the last gather reads it. It is no state of a rollout.
@@ -23,7 +24,7 @@ class SequenceLayout:
         self,
         ring: Axis,
         ulysses: Axis,
-        channel: Channel,
+        channel: Channel | None,
         *,
         interleaved: bool = False,
         unit: int = 1,
@@ -67,7 +68,7 @@ class SequenceLayout:
         return pad_dim(x[tuple(index)].contiguous(), dim, count)
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
-        """All tokens in their order, without the padding.
+        """All tokens in their order, without the padding, contiguous.
 
         Args:
             x: this rank's tokens along ``dim``.
@@ -82,11 +83,12 @@ class SequenceLayout:
                 f"{self.length} tokens gave every rank {self.tokens_per_rank}; name in the plan's "
                 "split every module whose output has a token dim."
             )
-        x = self.channel.all_gather(x, dim)
+        if self.channel is not None:
+            x = self.channel.all_gather(x, dim)
         if self.interleaved:
             x = x.unflatten(dim, (self.ring.size, -1)).transpose(dim, dim + 1)
             x = x.flatten(dim, dim + 1)
-        return x.narrow(dim, 0, self.length)
+        return x.narrow(dim, 0, self.length).contiguous()
 
     def trim(self, x: Tensor, dim: int) -> Tensor:
         """Drop the padding of one ring rank's tokens, or of all tokens.

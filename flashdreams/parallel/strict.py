@@ -2,7 +2,9 @@
 
 The bits of a matrix product change with its number of rows, because libraries pick kernels by
 size. Here every product of tokens has the same number of rows, and the sequence is split at the
-borders of these tiles, so that a token sees the same arithmetic wherever it is computed.
+borders of these tiles, so that a token sees the same arithmetic wherever it is computed. One rank
+pads its tokens to whole tiles as well: element-wise loops round the end of a vector that their
+registers do not fill in another way than the rest.
 """
 
 import torch
