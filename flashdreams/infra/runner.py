@@ -114,6 +114,11 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
             self.environment.world_size,
             num_heads=getattr(transformer.config, "num_heads", None) if planned else None,
             guided=self.config.pipeline.diffusion_model.guidance_scale is not None,
+            cached_frame_tokens=(
+                getattr(transformer.config, "tokens_per_frame", None)
+                if getattr(transformer.config, "streaming", False)
+                else None
+            ),
         )
         return build_mesh(degrees, self.device.type, self.config.parallel)
 

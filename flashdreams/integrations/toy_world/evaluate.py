@@ -62,7 +62,7 @@ def self_rollout(
         seed: of the noise.
 
     Returns:
-        ``[B, F, 3, h, w]``.
+        ``[B, F, 3, h, w]``; latents ``[B, C, F, h / 8, w / 8]`` from a pipeline without a decoder.
     """
     text = [scene_to_text(scene) for scene in prompt]
     cameras = pose_to_camera(walks.pose).float()
@@ -75,7 +75,7 @@ def self_rollout(
         frames.append(pipeline.generate(index, cache, input=cameras[:, i : i + 1]))
         if not wipe:
             pipeline.finalize(index, cache)
-    return torch.cat(frames, dim=1)
+    return torch.cat(frames, dim=1 if pipeline.decoder is not None else 2)
 
 
 def hide_floor_and_sky(scene: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Command line of the toy world's training: ``python -m ...toy_world.training STAGE``.
 
 Stages, in order: ``codec`` (fit encoder and decoder), ``render`` (fill the pool of clips; may run
-beside the next two), ``frames``, ``video``, ``export``.
+beside the next two), ``frames``, ``video``, ``polish`` (the decoder, on rollouts), ``export``.
 """
 
 import argparse
@@ -19,9 +19,10 @@ from ..codec import PatchDecoder, PatchDecoderConfig, PatchEncoder, PatchEncoder
 from ..config import TRANSFORMER
 from .fit_codec import fit_decoder, fit_encoder, start_from_linear
 from .fit_transformer import Trainer
+from .polish import polish_decoder
 from .pool import ClipPool, fill
 
-STAGES = ("codec", "render", "frames", "video", "export")
+STAGES = ("codec", "render", "frames", "video", "polish", "export")
 
 
 def build_transformer() -> WanTransformer:
@@ -41,10 +42,12 @@ def load_encoder(folder: Path) -> PatchEncoder:
 
 
 def train(stage: str, folder: Path, seconds: float, seed: int, peak: float) -> None:
-    """Run ``frames`` or ``video`` and save the averaged weights."""
+    """Run ``frames`` or ``video`` and save the averaged weights; ``video`` may be repeated."""
     model = build_transformer()
     if stage == "video":
-        model.load_state_dict(load_file(folder / "frames.safetensors"))
+        earlier = folder / "video.safetensors"
+        start = earlier if earlier.exists() else folder / "frames.safetensors"
+        model.load_state_dict(load_file(start))
     pool = ClipPool(folder / "pool")
     while pool.filled() < 2000:
         time.sleep(5)
@@ -89,6 +92,11 @@ def main() -> None:
         save_file(decoder.state_dict(), folder / "decoder.safetensors")
     elif args.stage == "render":
         fill(ClipPool(folder / "pool", args.clips), load_encoder(folder), args.seed + 1)
+    elif args.stage == "polish":
+        decoder = PatchDecoder(PatchDecoderConfig())
+        decoder.load_state_dict(load_file(folder / "decoder.safetensors"))
+        polish_decoder(decoder, folder / "video.safetensors", args.seed, args.seconds)
+        save_file(decoder.state_dict(), folder / "decoder.safetensors")
     elif args.stage == "export":
         export(folder)
     else:

@@ -1,0 +1,63 @@
+"""Trains the decoder further on what the transformer really makes: its own rollouts."""
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flashdreams.infra.config import derive_config
+from flashdreams.infra.pipeline import StreamInferencePipeline
+from flashdreams.runtime.checkpoint import CheckpointConfig
+
+from ..codec import PatchDecoder
+from ..config import TOY_WORLD_PIPELINE
+from ..evaluate import HeldOut, draw_held_out, self_rollout
+
+log = logging.getLogger(__name__)
+
+WALKS, FRAMES, BATCH = 16, 24, 24
+
+
+def polish_decoder(decoder: PatchDecoder, weights: Path, seed: int, seconds: float) -> None:
+    """Train on pairs of neighbouring latents of self-rollouts, against the rendered truth.
+
+    Args:
+        decoder: trained in place.
+        weights: the transformer's.
+        seed: of walks and noise; never the one that evaluation draws its walks from.
+        seconds: how long.
+    """
+    transformer = dict(checkpoint=CheckpointConfig(source=str(weights)))
+    config = derive_config(
+        TOY_WORLD_PIPELINE, decoder=None, diffusion_model=dict(transformer=transformer)
+    )
+    pipeline: StreamInferencePipeline = config.setup(device="cpu")
+    decoder.requires_grad_(True)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0)
+    generator = torch.Generator().manual_seed(seed)
+    started, round_ = time.monotonic(), 0
+    while (elapsed := time.monotonic() - started) < seconds:
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (1 - elapsed / seconds)
+        walks = draw_held_out(WALKS, FRAMES, seed * 1_000_000 + round_)
+        pairs, truth = _pairs(self_rollout(pipeline, walks, walks.scene, seed=round_), walks)
+        errors = []
+        for picked in torch.randperm(len(pairs), generator=generator).split(BATCH):
+            output = decoder.decode_pictures(pairs[picked])
+            error = (output - truth[picked]).square().mean((1, 2, 3))
+            optimizer.zero_grad()
+            (error + 1e-5).sqrt().mean().backward()
+            optimizer.step()
+            errors.append(error.detach())
+        round_ += 1
+        decibel = float((-10 * (torch.cat(errors) / 4).log10()).mean())
+        log.info("polish round %d: %.2f dB, %.0f s", round_, decibel, elapsed)
+
+
+def _pairs(latent: Tensor, walks: HeldOut) -> tuple[Tensor, Tensor]:
+    """Latents ``[B, C, F, h, w]`` beside the ones before them, and the true frames."""
+    before = torch.cat([latent[:, :, :1], latent[:, :, :-1]], dim=2)
+    pairs = torch.cat([latent, before], dim=1).transpose(1, 2).flatten(0, 1)
+    return pairs, walks.truth.flatten(0, 1)
