@@ -128,40 +128,16 @@ def attend(
     row_sum = tl.zeros([BLOCK_L], dtype=tl.float32)
     for start in range(first, whole, BLOCK_S):
         acc, row_max, row_sum = _accumulate(
-            q_tile,
-            acc,
-            row_max,
-            row_sum,
-            k_base + start * k_stride_s + k_tile,
-            v_base + start * v_stride_s + v_tile,
-            BLOCK_S,
-            scale_log2,
-            columns,
-            dims,
-            HEAD_DIM,
-            BLOCK_D,
-            False,
-            UPCAST,
-            PRECISION,
-        )
+            q_tile, acc, row_max, row_sum,
+            k_base + start * k_stride_s + k_tile, v_base + start * v_stride_s + v_tile,
+            BLOCK_S, scale_log2, columns, dims, HEAD_DIM, BLOCK_D, False, UPCAST, PRECISION,
+        )  # fmt: skip
     if whole < last:
         acc, row_max, row_sum = _accumulate(
-            q_tile,
-            acc,
-            row_max,
-            row_sum,
-            k_base + whole * k_stride_s + k_tile,
-            v_base + whole * v_stride_s + v_tile,
-            last - whole,
-            scale_log2,
-            columns,
-            dims,
-            HEAD_DIM,
-            BLOCK_D,
-            True,
-            UPCAST,
-            PRECISION,
-        )
+            q_tile, acc, row_max, row_sum,
+            k_base + whole * k_stride_s + k_tile, v_base + whole * v_stride_s + v_tile,
+            last - whole, scale_log2, columns, dims, HEAD_DIM, BLOCK_D, True, UPCAST, PRECISION,
+        )  # fmt: skip
 
     seen = row_sum > 0.0
     result = acc / tl.where(seen, row_sum, 1.0)[:, None]
