@@ -1,0 +1,274 @@
+"""LingBot-World on the command line."""
+
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashdreams.infra.config import derive_config
+from flashdreams.models.wan.image import load_image
+from flashdreams.models.wan.runner import (
+    SPATIAL_FACTOR,
+    ImageToVideoRunner,
+    ImageToVideoRunnerConfig,
+    TextToVideoRunnerConfig,
+    read_image,
+)
+from flashdreams.runtime.actions import KeyMotion, integrate, parse_actions
+
+from .camera import check_intrinsics, check_poses, pixel_frames, whole_chunks
+from .encoder import CameraEncoderConfig, CameraPath, PoseMode
+from .inset import draw_inset
+
+KEY_ORDER = ("w", "a", "s", "d")
+"""Order of the key channels. Source: Robbyant/lingbot-world, the name of wasd_action."""
+MAX_IMAGE_PIXELS = 50_000_000
+"""Most pixels of a first image: more than any camera's picture needs here."""
+MAX_STRETCH = 0.05
+"""Difference of aspect ratios up to which an image is stretched without being asked for."""
+
+
+@dataclass(kw_only=True)
+class CameraToVideoRunnerConfig(ImageToVideoRunnerConfig):
+    """An image, a prompt and a camera path to video."""
+
+    _target: type["CameraToVideoRunner"] = field(default_factory=lambda: CameraToVideoRunner)
+
+    pose_path: Path | None = None
+    """A .npy file of camera-to-world poses [frames, 4, 4], one per pixel frame; camera axes x
+    right, y down, z forward."""
+    intrinsic_path: Path | None = None
+    """A .npy file of intrinsics [frames, 4]: fx, fy, cx, cy in pixels of a 480x832 picture."""
+    key_path: Path | None = None
+    """A .npy file [frames, 4] of the held keys w, a, s, d, to go with --pose-path, for models that
+    are steered by keys."""
+    actions: str | None = None
+    """Keys and how many frames they are held, instead of --pose-path: w a s d move, j l turn,
+    "wl6" holds two together."""
+    intrinsics: tuple[float, float, float, float] = (477.0, 477.0, 416.0, 240.0)
+    """fx, fy, cx, cy in pixels of a 480x832 picture, if --intrinsic-path gives none."""
+    move_per_frame: float = 0.25
+    """Distance that a movement key carries the camera in a pixel frame."""
+    turn_per_frame: float = 1.5
+    """Degrees that a turning key turns the camera in a pixel frame."""
+    pose_mode: PoseMode = "offline"
+    """"offline" knows the whole path beforehand and normalises it, as the official code does;
+    "streaming" takes poses as they come."""
+    world_scale: float = 1.0
+    """Factor on distances in streaming mode; a move of 1 per latent frame is the longest that the
+    model has seen."""
+    show_path: bool = False
+    """Draw the camera's path, seen from above, into a corner of the video."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.actions is not None:
+            parse_actions(self.actions)
+        self.motion()
+        derive_config(self.camera_encoder, world_scale=self.world_scale)
+
+    @property
+    def camera_encoder(self) -> CameraEncoderConfig:
+        """Config of the camera encoder."""
+        found = self.pipeline.encoder
+        if not isinstance(found, CameraEncoderConfig):
+            raise TypeError(
+                f"{self.runner_name} needs a camera encoder, got {type(found).__name__}."
+            )
+        return found
+
+    def motion(self) -> KeyMotion:
+        """How far keys carry the camera."""
+        return KeyMotion(
+            move_per_frame=self.move_per_frame,
+            turn_per_frame_rad=float(np.radians(self.turn_per_frame)),
+        )
+
+
+class CameraToVideoRunner(ImageToVideoRunner):
+    """Streams a walk through a world into a file; stops when the poses run out."""
+
+    config: CameraToVideoRunnerConfig
+
+    def __init__(self, config: CameraToVideoRunnerConfig) -> None:
+        """Read and check image and path, then build and load the pipeline.
+
+        Raises:
+            ValueError: input that cannot be used; no weights have been read.
+        """
+        transformer = config.transformer
+        path = read_path(config)
+        blocks = whole_chunks(len(path), transformer.len_t)
+        if blocks < 1:
+            raise ValueError(
+                f"{len(path)} poses are fewer than one chunk of {transformer.len_t} latent frames "
+                f"needs; give at least {pixel_frames(transformer.len_t)}."
+            )
+        self.num_poses = len(path)
+        self.blocks = min(config.total_blocks, blocks)
+        # Normalisation sees the frames that will be shown and no others.
+        self.path = path.part(slice(0, pixel_frames(self.blocks * transformer.len_t)))
+        self.image = read_first_frame(config)
+        pipeline = derive_config(
+            config.pipeline,
+            encoder=dict(
+                pose_mode=config.pose_mode,
+                world_scale=config.world_scale,
+                len_t=transformer.len_t,
+                patch_size=transformer.patch_size[1],
+            ),
+        )
+        super().__init__(replace(config, pipeline=pipeline))
+
+    def first_image(self, config: TextToVideoRunnerConfig) -> Tensor | None:
+        """The image that was read before anything else."""
+        return self.image
+
+    def run(self) -> None:
+        """Generate a chunk for every part of the path and write each as it comes."""
+        cfg = self.config
+        cache = self.pipeline.initialize_cache(**self.conditions(), seed=cfg.seed)
+        video = self.open_video() if self.is_rank_zero else nullcontext()
+        frame = 0
+        with video as writer:
+            for i in self.progress(self.blocks):
+                end = pixel_frames((i + 1) * cfg.transformer.len_t)
+                step = self.path.part(slice(frame, end)) if cfg.pose_mode == "streaming" else None
+                chunk = self.pipeline.generate(autoregressive_index=i, cache=cache, input=step)
+                self.pipeline.finalize(autoregressive_index=i, cache=cache)
+                if writer is not None:
+                    shown = draw_inset(chunk, self.path.poses, frame) if cfg.show_path else chunk
+                    writer.write(shown)
+                frame = end
+        if self.is_rank_zero and self.blocks < cfg.total_blocks:
+            print(
+                f"The poses ran out: {self.num_poses} of them suffice for {self.blocks} of "
+                f"{cfg.total_blocks} AR steps ({frame} frames)."
+            )
+
+    def conditions(self) -> dict[str, Any]:
+        """Prompt, image and, offline, the whole path."""
+        conditions = super().conditions()
+        if self.config.pose_mode == "offline":
+            conditions["camera"] = self.path
+        return conditions
+
+
+def read_path(config: CameraToVideoRunnerConfig) -> CameraPath:
+    """The camera path of files or key presses.
+
+    Raises:
+        ValueError: there is none, or it cannot be used.
+    """
+    keyed = config.camera_encoder.control_type == "act"
+    keys = None
+    if config.pose_path is not None:
+        name = f"--pose-path {config.pose_path}"
+        poses = read_array(config.pose_path, "--pose-path")
+        if keyed:
+            if config.key_path is None:
+                raise ValueError(
+                    f"{config.runner_name} is steered by keys: give them with --key-path FILE, or "
+                    "type --actions instead of --pose-path."
+                )
+            keys = read_array(config.key_path, "--key-path")
+    elif config.actions is not None:
+        name = "--actions"
+        held = parse_actions(config.actions)
+        poses = integrate(held, config.motion())
+        keys = torch.tensor([[key in now for key in KEY_ORDER] for now in (frozenset(), *held)])
+    else:
+        raise ValueError(
+            f"{config.runner_name} follows a camera: give --pose-path FILE, or type key presses "
+            'such as --actions "w40 l20".'
+        )
+    check_poses(poses, name)
+    if config.intrinsic_path is not None:
+        intrinsics = read_array(config.intrinsic_path, "--intrinsic-path")
+        name = f"--intrinsic-path {config.intrinsic_path}"
+    else:
+        intrinsics = torch.tensor(config.intrinsics).expand(len(poses), 4)
+        name = "--intrinsics"
+    check_intrinsics(intrinsics, len(poses), name)
+    if not keyed or keys is None:
+        return CameraPath(poses, intrinsics)
+    if keys.shape != (len(poses), 4):
+        raise ValueError(
+            f"--key-path {config.key_path}: the keys w, a, s, d must be [{len(poses)}, 4] for "
+            f"{len(poses)} poses; got {list(keys.shape)}."
+        )
+    return CameraPath(poses, intrinsics, keys.float())
+
+
+def read_array(path: Path, flag: str) -> Tensor:
+    """The numbers of a .npy file; integers become float64.
+
+    Raises:
+        ValueError: no such file, or none of numbers.
+    """
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or "it is no .npy file of numbers"
+        raise ValueError(f"{flag} {path} cannot be read: {reason}.") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
+        raise ValueError(f"{flag} {path} cannot be read: it is no .npy file of numbers.")
+    wide = array if array.dtype in (np.float32, np.float64) else array.astype(np.float64)
+    return torch.from_numpy(np.ascontiguousarray(wide))
+
+
+def read_first_frame(config: CameraToVideoRunnerConfig) -> Tensor:
+    """The first frame ``[1, 3, height, width]``.
+
+    An image of nearly the video's aspect ratio is stretched to its size by bicubic interpolation,
+    as in the official code; others are scaled and cropped only if the config asks for it.
+
+    Raises:
+        ValueError: there is none, it is no image, it is huge, or it has another aspect ratio.
+    """
+    if config.image_path is None:
+        return read_image(config)
+    height = config.height or config.transformer.latent_height * SPATIAL_FACTOR
+    width = config.width or config.transformer.latent_width * SPATIAL_FACTOR
+    columns, rows = image_size(config.image_path)
+    stretch = (columns / rows) / (width / height)
+    if config.fit_image or not 1 / (1 + MAX_STRETCH) <= stretch <= 1 + MAX_STRETCH:
+        return load_image(config.image_path, height, width, fit=config.fit_image)
+    image = load_image(config.image_path, rows, columns)
+    if (rows, columns) == (height, width):
+        return image
+    return F.interpolate(image, (height, width), mode="bicubic")
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height that an image file's header states; nothing is decoded.
+
+    Raises:
+        ValueError: no image, or a huge one.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"--image-path {path}: the image is huge; at most {MAX_IMAGE_PIXELS:,} pixels are read."
+        ) from error
+    except OSError as error:
+        reason = error.strerror or "it is no image that can be read"
+        raise ValueError(f"--image-path {path}: {reason}.") from error
+    if width * height > MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"--image-path {path}: the image is huge, {width}x{height} (width x height); at most "
+            f"{MAX_IMAGE_PIXELS:,} pixels are read. Scale it down first."
+        )
+    return width, height

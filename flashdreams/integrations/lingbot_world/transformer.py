@@ -1,0 +1,146 @@
+"""The Wan transformer with a camera branch in every block."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashdreams.models.wan.plan import wan_plan
+from flashdreams.models.wan.transformer import (
+    Control,
+    WanBlock,
+    WanTransformer,
+    WanTransformerConfig,
+)
+from flashdreams.parallel.plan import ParallelPlan
+
+from .camera import SPATIAL_FACTOR
+
+
+@dataclass(kw_only=True)
+class LingBotTransformerConfig(WanTransformerConfig):
+    """Config of a LingBot-World transformer."""
+
+    _target: type["LingBotTransformer"] = field(default_factory=lambda: LingBotTransformer)
+
+    camera_channels: int = 6
+    """Camera values per pixel: 6 for ray origins and directions, 7 for directions and four keys."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.control_dim is not None:
+            raise ValueError(
+                f"control_dim={self.control_dim}: the camera branch takes the place of Wan's own "
+                "control embedding; leave it None and set camera_channels."
+            )
+
+    @property
+    def camera_dim(self) -> int:
+        """Camera values of one token."""
+        _, rows, columns = self.patch_size
+        return self.camera_channels * SPATIAL_FACTOR**2 * rows * columns
+
+
+class CameraAffine(NamedTuple):
+    """What the camera does to a block's tokens: ``x * scale + shift``."""
+
+    scale: Tensor
+    """``[B or 1, L, dim]``, the 1 of ``1 + scale`` included."""
+    shift: Tensor
+    """``[B or 1, L, dim]``."""
+
+
+class LingBotBlock(WanBlock):
+    """A Wan block whose tokens the camera scales and shifts before cross-attention."""
+
+    def __init__(self, config: WanTransformerConfig) -> None:
+        super().__init__(config)
+        dim = config.dim
+        self.cam_injector_layer1 = nn.Linear(dim, dim)
+        self.cam_injector_layer2 = nn.Linear(dim, dim)
+        self.cam_scale_layer = nn.Linear(dim, dim)
+        self.cam_shift_layer = nn.Linear(dim, dim)
+
+    def read_camera(self, camera: Tensor) -> CameraAffine:
+        """Turn embedded camera tokens ``[B or 1, L, dim]`` into this block's scale and shift.
+
+        They depend on nothing else, so once per chunk is enough.
+        """
+        hidden = self.cam_injector_layer2(F.silu(self.cam_injector_layer1(camera))) + camera
+        return CameraAffine(1 + self.cam_scale_layer(hidden), self.cam_shift_layer(hidden))
+
+    def inject(self, x: Tensor, control: CameraAffine) -> Tensor:
+        """Scale and shift the tokens ``[B, L, dim]``."""
+        return torch.addcmul(control.shift, x, control.scale)
+
+
+class CameraTokens(nn.Module):
+    """Brings ray tokens to the type and device of the network; a place where a plan may split."""
+
+    def forward(self, tokens: Tensor, like: Tensor) -> Tensor:
+        """Cast ``[B or 1, L, camera_dim]``."""
+        return tokens.to(like)
+
+
+class LingBotTransformer(WanTransformer):
+    """Wan image-to-video with the camera as per-block control; official parameter names.
+
+    Source: Robbyant/lingbot-world, wan/modules/model_fast.py.
+    """
+
+    config: LingBotTransformerConfig
+    block_class = LingBotBlock
+
+    def __init__(self, config: LingBotTransformerConfig) -> None:
+        super().__init__(config)
+        self.camera_tokens = CameraTokens()
+        self.patch_embedding_wancamctrl = nn.Linear(config.camera_dim, config.dim)
+        self.c2ws_hidden_states_layer1 = nn.Linear(config.dim, config.dim)
+        self.c2ws_hidden_states_layer2 = nn.Linear(config.dim, config.dim)
+
+    def parallel_plan(self) -> ParallelPlan:
+        """Wan's plan and the camera branch.
+
+        A block's scale and shift meet tokens that every rank holds in full width, so the layers
+        that make them stay whole.
+        """
+        plan = wan_plan(self.config)
+        return replace(
+            plan,
+            tensor=plan.tensor
+            | {
+                "c2ws_hidden_states_layer1": "colwise",
+                "c2ws_hidden_states_layer2": "rowwise",
+                "blocks.*.cam_injector_layer1": "colwise",
+                "blocks.*.cam_injector_layer2": "rowwise",
+                "blocks.*.cam_scale_layer": "replicated",
+                "blocks.*.cam_shift_layer": "replicated",
+            },
+            split=plan.split | {"camera_tokens": 1},
+        )
+
+    def embed_control(self, control: Any) -> Control:
+        """Embed the camera and let every block read it, once per chunk.
+
+        Args:
+            control: ``[B or 1, L, camera_dim]``, as the camera encoder gives it.
+
+        Raises:
+            ValueError: no camera, or one of another shape.
+        """
+        c = self.config
+        fits = isinstance(control, Tensor) and control.ndim == 3
+        if not fits or control.shape[2] != c.camera_dim or control.shape[1] % c.tokens_per_frame:
+            got = list(control.shape) if isinstance(control, Tensor) else type(control).__name__
+            raise ValueError(
+                f"The camera must be [B, latent frames * {c.tokens_per_frame}, {c.camera_dim}] "
+                f"(camera_channels={c.camera_channels}); got {got}."
+            )
+        tokens = self.camera_tokens(control, self.patch_embedding_wancamctrl.weight)
+        embedded = self.patch_embedding_wancamctrl(tokens)
+        hidden = self.c2ws_hidden_states_layer1(embedded)
+        camera = embedded + self.c2ws_hidden_states_layer2(F.silu(hidden))
+        blocks = [cast(LingBotBlock, block).read_camera(camera) for block in self.blocks]
+        return Control(None, blocks)
