@@ -28,7 +28,8 @@ class TransformerConfig(ComponentConfig):
     """Latent columns W."""
 
     use_cuda_graph: bool = False
-    """Replay the network call as a CUDA graph. On a CPU the call is always eager."""
+    """Replay the network call as a CUDA graph, captured when it is first needed. On a CPU the call
+    is always eager."""
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "len_t", "latent_height", "latent_width"):

@@ -5,8 +5,9 @@ S key tokens, N heads, D head dim. Tokens run frame by frame, row by row. Parame
 of the official checkpoints.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
@@ -24,6 +25,7 @@ from flashdreams.infra.diffusion.transformer import (
 from flashdreams.models.wan.keys import WAN_KEY_MAPS
 from flashdreams.models.wan.plan import wan_plan
 from flashdreams.parallel.plan import ParallelPlan
+from flashdreams.runtime.cuda_graph import GraphedCallable, copy_in_place
 
 
 @dataclass(kw_only=True)
@@ -348,6 +350,11 @@ class WanCache:
     control: Control | None = None
 
 
+def graph_key(cache: WanCache) -> int:
+    """What the network call depends on beside tensors: the number of visible keys."""
+    return cache.cursor.visible_tokens
+
+
 class WanTransformer(Transformer):
     """One plain network for text-to-video, image-to-video, bidirectional and streaming use."""
 
@@ -556,8 +563,23 @@ class WanTransformer(Transformer):
             cache.rope = table
         if cache.condition is not None:
             last = cache.condition.shape[2] - 1
-            cache.chunk_condition = cache.condition[:, :, frames.clamp(max=last).to(self.device)]
-        cache.control = self.embed_control(control)
+            chosen = cache.condition[:, :, frames.clamp(max=last).to(self.device)]
+            cache.chunk_condition = self._keep_place(cache.chunk_condition, chosen)
+        embedded = self.embed_control(control)
+        if cache.control is not None:
+            embedded.tokens = self._keep_place(cache.control.tokens, embedded.tokens)
+            embedded.blocks = self._keep_place(cache.control.blocks, embedded.blocks)
+        cache.control = embedded
+
+    def _keep_place(self, stored: Any, new: Any) -> Any:
+        """``new``, in the storage of ``stored`` where a graph reads it there."""
+        if not self.config.use_cuda_graph:
+            return new
+        if isinstance(new, Tensor):
+            return copy_in_place(stored, new)
+        if isinstance(new, list | tuple) and isinstance(stored, list | tuple):
+            return [self._keep_place(a, b) for a, b in zip(stored, new, strict=True)]
+        return new
 
     def embed_control(self, control: Any) -> Control:
         """Embed a control signal ``[B, L, control_dim]``; other models override this hook."""
@@ -629,9 +651,16 @@ class WanTransformer(Transformer):
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)
         return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
+    @cached_property
+    def network(self) -> Callable[[Tensor, Tensor, WanCache], Tensor]:
+        """``forward``, replayed as a CUDA graph where the config asks for it and there is CUDA."""
+        if not self.config.use_cuda_graph:
+            return self.__call__
+        return GraphedCallable(self.__call__, self.device, key=graph_key)
+
     def predict_flow(self, latent: Tensor, timestep: Tensor, cache: WanCache) -> Tensor:
         """Predict ``noise - x0``; see the contract."""
-        output = self(latent, timestep.to(latent.device), cache)
+        output = self.network(latent, timestep.to(latent.device), cache)
         if self.config.prediction == "flow":
             return output
         sigma = timestep.to(latent.device, torch.float32) / 1000
@@ -643,7 +672,7 @@ class WanTransformer(Transformer):
         A bidirectional model keeps nothing, so its network is not run.
         """
         if self.config.streaming:
-            self(latent, timestep.to(latent.device), cache)
+            self.network(latent, timestep.to(latent.device), cache)
         for layer in cache.self_attention:
             if layer is not None:
                 layer.keep_sink()
