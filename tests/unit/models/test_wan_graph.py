@@ -1,4 +1,4 @@
-"""The Wan transformer's network call, replayed: the logic with a recorder in the place of CUDA's."""
+"""The Wan transformer, replayed: the logic with a recorder in the place of CUDA's."""
 
 import torch
 
