@@ -20,7 +20,7 @@ from flashdreams.infra.config import InstantiateConfig
 from flashdreams.infra.decoder.base import DecoderConfig, StreamingDecoder
 from flashdreams.infra.diffusion.model import DiffusionCache, DiffusionModelConfig
 from flashdreams.infra.encoder.base import EncoderConfig, StreamingEncoder
-from flashdreams.infra.weights import require_weights
+from flashdreams.infra.weights import fetch_weights, require_weights
 from flashdreams.parallel.guidance import build_guidance
 from flashdreams.parallel.mesh import Mesh
 from flashdreams.parallel.parallelize import ParallelReport, parallelize
@@ -191,6 +191,7 @@ class StreamInferencePipeline(nn.Module):
             CheckpointError: weights are missing or do not fit; see ``load_checkpoint``.
         """
         require_weights(self.config)
+        fetch_weights(self.config)
         for name, component in self.components().items():
             self._load_component(component, self._slices.get(name))
         self.requires_grad_(False).eval()

@@ -1,15 +1,18 @@
 """What a pipeline needs before it can run: files, disk and memory."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flashdreams.infra.config import config_fields, derive_config, is_config
+from flashdreams.parallel.environment import first_on_node
 from flashdreams.runtime.checkpoint import (
     CheckpointConfig,
     CheckpointError,
     describe_missing,
+    ensure_local,
     find_local,
 )
 
@@ -61,6 +64,19 @@ def require_weights(
     if fetch_all:
         lines.append(f"To let this program fetch all of them: {fetch_all}.")
     raise CheckpointError("\n".join(lines))
+
+
+def fetch_weights(config: "StreamInferencePipelineConfig") -> None:
+    """Download what may be downloaded and is not here yet; one rank per node does it.
+
+    Collective where there are several ranks.
+
+    Raises:
+        CheckpointError: a download failed.
+    """
+    for _, checkpoint in named_checkpoints(config):
+        if checkpoint.download:
+            first_on_node(partial(ensure_local, checkpoint))
 
 
 def memory_estimate(config: "StreamInferencePipelineConfig", batch_size: int = 1) -> str:
