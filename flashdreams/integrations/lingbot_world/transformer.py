@@ -1,7 +1,8 @@
 """The Wan transformer with a camera branch in every block."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,15 +44,6 @@ class LingBotTransformerConfig(WanTransformerConfig):
         return self.camera_channels * SPATIAL_FACTOR**2 * rows * columns
 
 
-class CameraAffine(NamedTuple):
-    """What the camera does to a block's tokens: ``x * scale + shift``."""
-
-    scale: Tensor
-    """``[B or 1, L, dim]``, the 1 of ``1 + scale`` included."""
-    shift: Tensor
-    """``[B or 1, L, dim]``."""
-
-
 class LingBotBlock(WanBlock):
     """A Wan block whose tokens the camera scales and shifts before cross-attention."""
 
@@ -63,17 +55,24 @@ class LingBotBlock(WanBlock):
         self.cam_scale_layer = nn.Linear(dim, dim)
         self.cam_shift_layer = nn.Linear(dim, dim)
 
-    def read_camera(self, camera: Tensor) -> CameraAffine:
-        """Turn embedded camera tokens ``[B or 1, L, dim]`` into this block's scale and shift.
+    def read_camera(self, camera: Tensor) -> tuple[Tensor, Tensor]:
+        """What the camera does to this block's tokens, ``x * scale + shift``.
 
-        They depend on nothing else, so once per chunk is enough.
+        It depends on nothing else, so once per chunk is enough.
+
+        Args:
+            camera: ``[B or 1, L, dim]``, the embedded camera tokens.
+
+        Returns:
+            scale, the 1 of ``1 + scale`` included, and shift, both ``[B or 1, L, dim]``.
         """
         hidden = self.cam_injector_layer2(F.silu(self.cam_injector_layer1(camera))) + camera
-        return CameraAffine(1 + self.cam_scale_layer(hidden), self.cam_shift_layer(hidden))
+        return 1 + self.cam_scale_layer(hidden), self.cam_shift_layer(hidden)
 
-    def inject(self, x: Tensor, control: CameraAffine) -> Tensor:
+    def inject(self, x: Tensor, control: Sequence[Tensor]) -> Tensor:
         """Scale and shift the tokens ``[B, L, dim]``."""
-        return torch.addcmul(control.shift, x, control.scale)
+        scale, shift = control
+        return torch.addcmul(shift, x, scale)
 
 
 class CameraTokens(nn.Module):
