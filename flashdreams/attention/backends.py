@@ -1,9 +1,21 @@
 """Attention backends of one device, as a table of functions."""
 
-from typing import Protocol
+import difflib
+import importlib.util
+import inspect
+import os
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+HALF_TYPES = (torch.bfloat16, torch.float16)
+FLASH_ATTN_HINT = "pip install flash-attn --no-build-isolation"
+FLASH_ATTN_3_HINT = "build the folder hopper/ of github.com/Dao-AILab/flash-attention"
 
 
 class AttentionBackend(Protocol):
@@ -23,21 +35,238 @@ class AttentionBackend(Protocol):
         """
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+class LseBackend(Protocol):
+    """An attention backend that can also say how much weight its keys had, for merging."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool = False
+    ) -> Any:
+        """Attend; arguments as in :class:`AttentionBackend`.
+
+        Returns:
+            ``[B, L, N, D]``; with ``return_lse`` a pair, the second being ``[B, N, L]`` float32,
+            the natural logarithm of each query's sum of exponentials.
+        """
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool = False) -> Any:
     """PyTorch's scaled dot-product attention, which picks its own kernel."""
+    if return_lse:
+        fused = next((f for f in (sdpa_flash, sdpa_efficient) if not _refused(f, q)), sdpa_math)
+        return fused(q, k, v, scale=scale, return_lse=True)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
-BACKENDS: dict[str, AttentionBackend] = {"sdpa": sdpa}
+def sdpa_flash(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool = False) -> Any:
+    """PyTorch's flash kernel."""
+    if not return_lse:
+        return _sdpa_with(SDPBackend.FLASH_ATTENTION, q, k, v, scale)
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    if q.device.type == "cpu":
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *heads_first, scale=scale
+        )
+    else:
+        found = torch.ops.aten._scaled_dot_product_flash_attention(*heads_first, scale=scale)
+    return found[0].transpose(1, 2), found[1]
 
 
-def resolve_backend(name: str) -> AttentionBackend:
-    """The backend of a name.
+def sdpa_cudnn(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool = False) -> Any:
+    """PyTorch's call of cuDNN."""
+    if not return_lse:
+        return _sdpa_with(SDPBackend.CUDNN_ATTENTION, q, k, v, scale)
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *heads_first, None, True, scale=scale
+    )
+    return found[0].transpose(1, 2), found[1].reshape(q.shape[0], q.shape[2], q.shape[1])
+
+
+def sdpa_efficient(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool = False
+) -> Any:
+    """PyTorch's memory-efficient kernel, the fused one that takes float32 on a GPU."""
+    if not return_lse:
+        return _sdpa_with(SDPBackend.EFFICIENT_ATTENTION, q, k, v, scale)
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    found = torch.ops.aten._scaled_dot_product_efficient_attention(
+        *heads_first, None, True, scale=scale
+    )
+    # The kernel pads its sums to whole tiles of queries.
+    return found[0].transpose(1, 2), found[1][..., : q.shape[1]]
+
+
+def sdpa_math(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool = False) -> Any:
+    """Plain matrix products; writes all scores to memory."""
+    if not return_lse:
+        return _sdpa_with(SDPBackend.MATH, q, k, v, scale)
+    query, key, value = (x.transpose(1, 2).float() for x in (q, k, v))
+    scores = query @ key.transpose(-1, -2) * scale
+    out = scores.softmax(-1) @ value
+    return out.transpose(1, 2).to(q.dtype), scores.logsumexp(-1)
+
+
+def triton(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool = False) -> Any:
+    """The package's own kernel."""
+    from flashdreams_kernels.attention import chunk_attention
+
+    return chunk_attention(q, k, v, scale=scale, return_lse=return_lse)
+
+
+def flash_attn(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool = False) -> Any:
+    """FlashAttention-2 of the ``flash-attn`` package.
 
     Raises:
-        ValueError: no backend of that name; the message lists all.
+        ImportError: it is not installed.
+    """
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError as error:
+        raise ImportError(f"flash-attn cannot be imported; {FLASH_ATTN_HINT}") from error
+    found = flash_attn_func(q, k, v, softmax_scale=scale, return_attn_probs=return_lse)
+    return (found[0], found[1]) if return_lse else found
+
+
+def flash_attn_3(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool = False) -> Any:
+    """FlashAttention-3 of the package ``flash_attn_interface``, for Hopper.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        from flash_attn_interface import flash_attn_func
+    except ImportError as error:
+        raise ImportError(f"FlashAttention-3 is not installed; {FLASH_ATTN_3_HINT}") from error
+    # Early releases always return the sums of exponentials and have no option for them.
+    known = "return_attn_probs" in inspect.signature(flash_attn_func).parameters
+    options = {"return_attn_probs": True} if known and return_lse else {}
+    found = flash_attn_func(q, k, v, softmax_scale=scale, **options)
+    if return_lse:
+        return found[0], found[1]
+    return found[0] if isinstance(found, tuple) else found
+
+
+BACKENDS: Mapping[str, LseBackend] = MappingProxyType(
+    {
+        "sdpa": sdpa,
+        "sdpa_flash": sdpa_flash,
+        "sdpa_cudnn": sdpa_cudnn,
+        "sdpa_efficient": sdpa_efficient,
+        "sdpa_math": sdpa_math,
+        "triton": triton,
+        "flash_attn": flash_attn,
+        "flash_attn_3": flash_attn_3,
+    }
+)
+"""Every backend by name."""
+
+
+def why_unusable(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int = 64
+) -> str | None:
+    """Why a backend cannot serve tensors of a kind on a device; None if it can.
+
+    Args:
+        name: one of :data:`BACKENDS`.
+        device: where the tensors are.
+        dtype: of queries, keys and values.
+        head_dim: channels of a head.
+    """
+    if name in ("sdpa", "sdpa_math"):
+        return None
+    if name == "triton":
+        return _why_no_triton(device, dtype, head_dim)
+    if name == "sdpa_flash" and device.type == "cpu":
+        return None
+    if name == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
+        return f"flash-attn is not installed; {FLASH_ATTN_HINT}"
+    if name == "flash_attn_3" and importlib.util.find_spec("flash_attn_interface") is None:
+        return f"FlashAttention-3 is not installed; {FLASH_ATTN_3_HINT}"
+    if device.type != "cuda":
+        return f"needs a CUDA device, not {device.type}"
+    if name == "sdpa_efficient":
+        return None
+    if dtype not in HALF_TYPES:
+        return f"takes bfloat16 and float16, not {_short(dtype)}"
+    if head_dim > 256 or head_dim % 8:
+        return f"takes head sizes that are multiples of 8 up to 256, not {head_dim}"
+    return _why_too_old(name, device)
+
+
+def _why_too_old(name: str, device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    found = ".".join(map(str, capability))
+    if name == "flash_attn_3" and capability[0] != 9:
+        return f"needs compute capability 9.x, found {found}"
+    if capability < (8, 0):
+        return f"needs compute capability 8.0, found {found}"
+    if name == "sdpa_cudnn" and not torch.backends.cudnn.is_available():
+        return "this build of PyTorch has no cuDNN"
+    return None
+
+
+def _why_no_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    if dtype not in (*HALF_TYPES, torch.float32):
+        return f"takes bfloat16, float16 and float32, not {_short(dtype)}"
+    if head_dim > 256:
+        return f"takes head sizes up to 256, not {head_dim}"
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"needs a CUDA device, not {device.type} (TRITON_INTERPRET=1 interprets it, for tests)"
+
+
+def usable_backends(device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> list[str]:
+    """Names of the backends that can serve, in the order of the table."""
+    return [name for name in BACKENDS if why_unusable(name, device, dtype, head_dim) is None]
+
+
+def resolve_backend(
+    name: str,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
+) -> LseBackend:
+    """The backend of a name.
+
+    Args:
+        name: one of :data:`BACKENDS`; ``"auto"`` is for ``choose_backend``, which measures.
+        device: where it will run; None checks the name alone.
+        dtype: of queries, keys and values.
+        head_dim: channels of a head.
+
+    Raises:
+        ValueError: no backend of that name, or one that cannot serve here; the message lists all,
+            or those that can.
     """
     if name not in BACKENDS:
-        raise ValueError(f"Unknown attention backend {name!r}. Allowed: {', '.join(BACKENDS)}.")
+        near = difflib.get_close_matches(name, BACKENDS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"Unknown attention backend {name!r}. Allowed: {', '.join(BACKENDS)}.{hint}"
+        )
+    reason = None if device is None else why_unusable(name, device, dtype, head_dim)
+    if device is not None and reason is not None:
+        usable = ", ".join(usable_backends(device, dtype, head_dim))
+        raise ValueError(
+            f"The attention backend {name!r} cannot be used here: {reason}. "
+            f"Usable on {device.type} with {_short(dtype)}: {usable}."
+        )
     return BACKENDS[name]
+
+
+def _refused(backend: LseBackend, q: Tensor) -> bool:
+    name = next(name for name, known in BACKENDS.items() if known is backend)
+    return why_unusable(name, q.device, q.dtype, q.shape[-1]) is not None
+
+
+def _sdpa_with(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    with sdpa_kernel(kernel):
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

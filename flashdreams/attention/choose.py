@@ -1,0 +1,310 @@
+"""The measured choice of an attention backend."""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashdreams.attention.backends import BACKENDS, AttentionBackend, why_unusable
+
+logger = logging.getLogger(__name__)
+
+ERROR_BOUNDS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Largest difference to float32 attention over the same values that is accepted, as a share of the
+reference's largest value; some four roundings of the type, and room for TF32."""
+
+COMPARED_QUERIES = 64
+"""Queries that are held against the reference, which needs a score for every key."""
+
+PACKAGES = ("torch", "triton", "flash-attn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """One attention call as this rank makes it."""
+
+    batch_size: int
+    queries: int
+    """Tokens of a chunk."""
+    keys: int
+    """Tokens that are visible once the window is full."""
+    num_heads: int
+    """Heads on this rank."""
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class MeasuredBackend:
+    """What was found out about one candidate."""
+
+    name: str
+    ms: float | None
+    """Median milliseconds of a call; None if it was not timed."""
+    error: float | None
+    """Largest difference to the reference, as a share of the reference's largest value."""
+    verdict: str
+    """"chosen", "slower", or why it was left out."""
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """The backend that was chosen, and why; plain data, so that one rank can tell the others."""
+
+    name: str
+    rows: tuple[MeasuredBackend, ...]
+    from_cache: bool
+
+    def table(self) -> str:
+        """The candidates as aligned lines of text."""
+        lines = [f"{'attention':16}{'ms':>10}{'error':>10}  verdict"]
+        for row in self.rows:
+            ms = "-" if row.ms is None else f"{row.ms:.3f}"
+            error = "-" if row.error is None else f"{row.error:.1e}"
+            lines.append(f"{row.name:16}{ms:>10}{error:>10}  {row.verdict}")
+        return "\n".join(lines)
+
+    def stats(self) -> dict[str, Any]:
+        """The choice as JSON values."""
+        return {
+            "attention_backend": self.name,
+            "attention_backend_from_cache": self.from_cache,
+            "attention_backends": [asdict(row) for row in self.rows],
+        }
+
+
+def choose_backend(
+    shape: AttentionShape,
+    device: torch.device,
+    dtype: torch.dtype,
+    candidates: Mapping[str, AttentionBackend] = BACKENDS,
+    *,
+    repeats: int = 10,
+    cache_dir: Path | None = None,
+) -> BackendChoice:
+    """Measure the candidates on the real shape and keep the fastest that is right.
+
+    A candidate is right if it stays within :data:`ERROR_BOUNDS` of attention in float32. Several
+    ranks let rank zero choose and broadcast the name, so that all run the same one.
+
+    Args:
+        shape: the call that is made once the window is full.
+        device: where it is made.
+        dtype: of queries, keys and values.
+        candidates: backends by name; those that cannot serve here are left out with the reason.
+        repeats: timed calls of each; the candidates take turns.
+        cache_dir: folder that remembers choices; None is :func:`default_cache_dir`.
+
+    Raises:
+        ValueError: the dtype has no bound, or no candidate is right; the message has the table.
+    """
+    if dtype not in ERROR_BOUNDS:
+        allowed = ", ".join(str(t).removeprefix("torch.") for t in ERROR_BOUNDS)
+        raise ValueError(f"Attention in {dtype} has no error bound. Allowed: {allowed}.")
+    key = choice_key(shape, device, dtype, list(candidates))
+    path = _file_of(key, default_cache_dir() if cache_dir is None else cache_dir)
+    remembered = _read_choice(path, key)
+    if remembered is not None:
+        return remembered
+    choice = _measure(shape, device, dtype, candidates, repeats)
+    _write_choice(path, key, choice)
+    return choice
+
+
+@torch.no_grad()
+def _measure(
+    shape: AttentionShape,
+    device: torch.device,
+    dtype: torch.dtype,
+    candidates: Mapping[str, AttentionBackend],
+    repeats: int,
+) -> BackendChoice:
+    q, k, v = draw_inputs(shape, device, dtype)
+    scale = shape.head_dim**-0.5
+    places = torch.linspace(0, shape.queries - 1, min(shape.queries, COMPARED_QUERIES)).long()
+    expected = reference_attention(q[:, places], k, v, scale)
+    bound = ERROR_BOUNDS[dtype]
+    errors: dict[str, float | None] = {}
+    reasons: dict[str, str] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, backend in candidates.items():
+        errors[name] = None
+        known = name in BACKENDS and backend is BACKENDS[name]
+        reason = why_unusable(name, device, dtype, shape.head_dim) if known else None
+        if reason is None:
+            errors[name], reason = _judge(backend, (q, k, v), scale, places, expected, bound)
+        if reason is None:
+            calls[name] = partial(backend, q, k, v, scale=scale)
+        else:
+            reasons[name] = reason
+    times = _time_in_turns(calls, device, repeats)
+    fastest = min(times, key=lambda name: times[name]) if times else ""
+    rows = tuple(
+        MeasuredBackend(
+            name,
+            times.get(name),
+            errors[name],
+            reasons.get(name, "chosen" if name == fastest else "slower"),
+        )
+        for name in candidates
+    )
+    choice = BackendChoice(fastest, rows, from_cache=False)
+    if not fastest:
+        raise ValueError(f"No attention backend is right for {shape} here.\n{choice.table()}")
+    return choice
+
+
+def _judge(
+    backend: AttentionBackend,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+    places: Tensor,
+    expected: Tensor,
+    bound: float,
+) -> tuple[float | None, str | None]:
+    """The error of a candidate, and why it is left out, if it is."""
+    q, k, v = qkv
+    try:
+        out = backend(q, k, v, scale=scale)
+    except Exception as caught:
+        return None, f"failed: {type(caught).__name__}: {' '.join(str(caught).split())[:200]}"
+    if out.shape != q.shape or out.dtype != q.dtype:
+        return None, f"wrong: gives {list(out.shape)} {out.dtype} for {list(q.shape)} {q.dtype}"
+    worst = (out[:, places].float() - expected).abs().max() / expected.abs().max()
+    error = worst.item()
+    if not (math.isfinite(error) and bool(out.isfinite().all())):
+        return None, "wrong: gives values that are not finite"
+    if error > bound:
+        return error, f"wrong: differs by {error:.1e} from float32, at most {bound:.0e} is allowed"
+    return error, None
+
+
+def draw_inputs(
+    shape: AttentionShape, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random queries, keys and values in which single keys matter.
+
+    Attention over thousands of random keys is nearly their mean, where a missing key does not show.
+    So some queries, from the first to the last, point at one key each, from the first to the last:
+    their result is that key's value.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(tokens: int) -> Tensor:
+        size = (shape.batch_size, tokens, shape.num_heads, shape.head_dim)
+        return torch.randn(size, generator=generator)
+
+    q, k, v = normal(shape.queries), normal(shape.keys), normal(shape.keys)
+    count = min(shape.queries, shape.keys, COMPARED_QUERIES)
+    asking = torch.linspace(0, shape.queries - 1, count).long()
+    asked = torch.linspace(0, shape.keys - 1, count).long()
+    q[:, asking] = 3 * k[:, asked]
+    return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
+
+
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention of ``[B, L, N, D]`` with every step in float32."""
+    scores = torch.einsum("blnd,bsnd->bnls", q.float(), k.float()) * scale
+    return torch.einsum("bnls,bsnd->blnd", scores.softmax(-1), v.float())
+
+
+def _time_in_turns(
+    calls: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int
+) -> dict[str, float]:
+    """Median milliseconds of each call; they have been called once before."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            if device.type == "cuda":
+                begin = torch.cuda.Event(enable_timing=True)
+                end = torch.cuda.Event(enable_timing=True)
+                begin.record()
+                call()
+                end.record()
+                end.synchronize()
+                times[name].append(begin.elapsed_time(end))
+            else:
+                start = time.perf_counter()
+                call()
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def choice_key(
+    shape: AttentionShape, device: torch.device, dtype: torch.dtype, names: list[str]
+) -> dict[str, Any]:
+    """Everything that a choice depends on, as JSON values."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
+        "threads": 0 if on_gpu else torch.get_num_threads(),
+        "versions": {package: _version(package) for package in PACKAGES},
+        "cuda": torch.version.cuda,
+        "flashdreams": _version("flashdreams"),
+        "dtype": str(dtype),
+        "shape": asdict(shape),
+        "candidates": names,
+    }
+
+
+def default_cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/flashdreams/attention``, ``~/.cache`` where the variable is not set."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "flashdreams" / "attention"
+
+
+def _file_of(key: Mapping[str, Any], folder: Path) -> Path:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return folder / f"{digest[:32]}.json"
+
+
+def _read_choice(path: Path, key: Mapping[str, Any]) -> BackendChoice | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = tuple(MeasuredBackend(**row) for row in content["rows"])
+        name = content["name"]
+        if content["key"] != key or name not in [r.name for r in rows if r.verdict == "chosen"]:
+            raise ValueError("it is for something else")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        logger.warning("%s is damaged (%s); attention is measured anew.", path, error)
+        return None
+    return BackendChoice(name, rows, from_cache=True)
+
+
+def _write_choice(path: Path, key: Mapping[str, Any], choice: BackendChoice) -> None:
+    """Write whole or not at all; a folder that cannot be written costs a measurement next time."""
+    content = {"key": key, "name": choice.name, "rows": [asdict(row) for row in choice.rows]}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".choice-")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        logger.warning("The choice of attention cannot be kept in %s: %s", path.parent, error)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
