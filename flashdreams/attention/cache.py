@@ -1,8 +1,9 @@
 """The sink-and-window KV cache of a streaming rollout."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +51,16 @@ class KVCacheSpec:
         return replace(self, num_heads=num_heads)
 
 
+class CacheLayout(Protocol):
+    """How a rank's part of a cache becomes the whole and back; an attention core is one."""
+
+    def gather_cache(self, x: Tensor) -> Tensor:
+        """``[B, slots, N, D]`` of the whole model from this rank's part; a collective call."""
+
+    def shard_cache(self, x: Tensor) -> Tensor:
+        """This rank's part of ``[B, slots, N, D]`` of the whole model."""
+
+
 class CacheCursor:
     """Which slots the current chunk fills and how many are visible; shared by all layers.
 
@@ -88,6 +99,14 @@ class CacheCursor:
         """Close the AR step: its frames are clean now and the next chunk comes after them."""
         self.start = self.end
         self.len_t = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Latent frames before the next chunk; to be asked between AR steps."""
+        return {"start": self.start}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Stand where the cursor stood that gave ``state``."""
+        self.start, self.len_t = state["start"], 0
 
     def frame_slots(self, start: int, stop: int) -> list[int]:
         """Slots of the latent frames ``start`` to ``stop - 1``."""
@@ -155,9 +174,12 @@ class KVCache:
     unwrapping.
     """
 
-    def __init__(self, spec: KVCacheSpec, cursor: CacheCursor) -> None:
+    def __init__(
+        self, spec: KVCacheSpec, cursor: CacheCursor, layout: CacheLayout | None = None
+    ) -> None:
         self.spec = spec
         self.cursor = cursor
+        self.layout = layout
         slots = spec.capacity_t * spec.tokens_per_frame
         shape = (spec.batch_size, slots, spec.num_heads, spec.head_dim)
         self.k = torch.zeros(shape, dtype=spec.dtype, device=spec.device)
@@ -226,3 +248,66 @@ class KVCache:
         for stored in (self.k, self.v):
             by_frame = stored.unflatten(1, (-1, tokens))
             by_frame.index_copy_(1, slots, by_frame[:, : len(slots)].clone())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Frames of the whole model in the order of their positions; a collective call.
+
+        Returns:
+            ``frames`` ``[F]`` int64, positions in the rollout, ascending; ``k`` and ``v``
+            ``[B, F * tokens per frame, N, D]``, keys as they are rotated now; ``sink_k``, the
+            sink's frames among these as first rotated, where those are stored.
+        """
+        frames = self.cursor.past_frames()
+        slots = self._slots_of(frames)
+        state = {"frames": torch.tensor(frames, dtype=torch.int64)}
+        for name, stored in (("k", self.k), ("v", self.v)):
+            state[name] = self._gather(self._by_frame(stored)[:, slots].flatten(1, 2))
+        if self.sink_k is not None:
+            kept = sum(frame < self.spec.sink_size_t for frame in frames)
+            state["sink_k"] = self._gather(self._by_frame(self.sink_k)[:, :kept].flatten(1, 2))
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take this rank's part of what ``state_dict`` gave, in place; the cursor comes first.
+
+        Raises:
+            ValueError: other frames than this sink and window hold, or another size of model.
+        """
+        frames, held = state["frames"].tolist(), self.cursor.past_frames()
+        if frames != held:
+            raise ValueError(
+                f"The state holds keys of the latent frames {frames}, but sink_size_t="
+                f"{self.spec.sink_size_t} and window_size_t={self.spec.window_size_t} hold {held} "
+                "here. Load it with the sink and window that it was exported with."
+            )
+        if ("sink_k" in state) != (self.sink_k is not None):
+            raise ValueError("The state and this model differ in relative_rope; set it alike.")
+        slots = self._slots_of(frames)
+        for name, stored in (("k", self.k), ("v", self.v)):
+            own = self._shard(state[name], stored, len(frames))
+            self._by_frame(stored)[:, slots] = self._by_frame(own)
+        if self.sink_k is not None:
+            kept = sum(frame < self.spec.sink_size_t for frame in frames)
+            own = self._shard(state["sink_k"], self.sink_k, kept)
+            self._by_frame(self.sink_k)[:, :kept] = self._by_frame(own)
+
+    def _slots_of(self, frames: Sequence[int]) -> Tensor:
+        slots = [slot for p in frames for slot in self.cursor.frame_slots(p, p + 1)]
+        return torch.tensor(slots, dtype=torch.int64, device=self.k.device)
+
+    def _by_frame(self, stored: Tensor) -> Tensor:
+        tokens = self.spec.tokens_per_frame
+        return stored.unflatten(1, (stored.shape[1] // tokens, tokens))
+
+    def _gather(self, x: Tensor) -> Tensor:
+        return x if self.layout is None else self.layout.gather_cache(x)
+
+    def _shard(self, whole: Tensor, stored: Tensor, frames: int) -> Tensor:
+        own = whole if self.layout is None else self.layout.shard_cache(whole)
+        wanted = (stored.shape[0], frames * self.spec.tokens_per_frame, *stored.shape[2:])
+        if tuple(own.shape) != wanted or own.dtype != stored.dtype:
+            raise ValueError(
+                f"This rank's part of the keys is {own.dtype} {list(own.shape)} in the state and "
+                f"{stored.dtype} {list(wanted)} here: it was exported from another model."
+            )
+        return own

@@ -19,7 +19,19 @@ class AttentionCore(nn.Module):
 
     def new_cache(self, spec: KVCacheSpec, cursor: CacheCursor) -> KVCache:
         """Storage for one rollout; a wrapper rewrites the spec on the way in."""
-        return KVCache(spec, cursor)
+        return KVCache(spec, cursor, layout=self)
+
+    def gather_cache(self, x: Tensor) -> Tensor:
+        """Cached keys or values of the whole model, of which a core without wrappers holds all.
+
+        Args:
+            x: ``[B, slots, N, D]``, any number of slots, in whole frames.
+        """
+        return x
+
+    def shard_cache(self, x: Tensor) -> Tensor:
+        """What is cached here of keys or values of the whole model: the inverse."""
+        return x
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
         """Attend to the cache, the current chunk included; without a cache to ``k`` and ``v``.

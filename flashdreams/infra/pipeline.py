@@ -20,10 +20,12 @@ from flashdreams.infra.config import InstantiateConfig
 from flashdreams.infra.decoder.base import DecoderConfig, StreamingDecoder
 from flashdreams.infra.diffusion.model import DiffusionCache, DiffusionModelConfig
 from flashdreams.infra.encoder.base import EncoderConfig, StreamingEncoder
+from flashdreams.infra.state import RolloutState, export_rollout, import_rollout
 from flashdreams.infra.weights import fetch_weights, require_weights
 from flashdreams.parallel.guidance import build_guidance
 from flashdreams.parallel.mesh import Mesh
 from flashdreams.parallel.parallelize import ParallelReport, parallelize
+from flashdreams.parallel.rollout import RolloutExchange
 from flashdreams.parallel.spatial import resolve_decode
 from flashdreams.runtime.checkpoint import load_checkpoint
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource
@@ -72,6 +74,12 @@ class StreamInferencePipelineCache:
     encoder: Any
     decoder: Any
     timer: StageTimer
+    pipeline: "StreamInferencePipeline" = field(repr=False)
+    """The pipeline that the rollout runs on."""
+    context: dict[str, Any] = field(repr=False)
+    """What the rollout is conditioned on, encoded, by name."""
+    negative_text: Any = field(default=None, repr=False)
+    """Embeddings of the negative prompt; None without guidance."""
     next_index: int = 0
     """The AR step that ``generate`` expects."""
     pending: bool = False
@@ -86,6 +94,21 @@ class StreamInferencePipelineCache:
     def latent(self) -> Tensor | None:
         """``[B, C, T, H, W]`` float32, the clean latent of the last chunk."""
         return self.diffusion.latent
+
+    @torch.no_grad()
+    def state_dict(self) -> RolloutState | None:
+        """The rollout in a form that does not know the number of ranks; a collective call.
+
+        Gathered one tensor at a time; `StreamInferencePipeline.load_cache` takes it back, on any
+        number of ranks. See `flashdreams.infra.state` for the form.
+
+        Returns:
+            The form on rank zero, None elsewhere.
+
+        Raises:
+            ValueError: between ``generate`` and ``finalize``.
+        """
+        return export_rollout(self.pipeline, self)
 
 
 ChunkObserver = Callable[[StreamInferencePipelineCache, Tensor], None]
@@ -138,6 +161,7 @@ class StreamInferencePipeline(nn.Module):
         self.guard: StageGuard = lambda stage, autoregressive_index: nullcontext()
         self._slices: dict[str, Mapping[str, Any]] = {}
         self._decodes_here = True
+        self._latent_width = config.diffusion_model.transformer.latent_width
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(INIT_SEED)
             self.text_encoder = build_component(config.text_encoder)
@@ -145,6 +169,7 @@ class StreamInferencePipeline(nn.Module):
             self.encoder = build_component(config.encoder)
             self.diffusion_model = config.diffusion_model.setup()
             self.decoder = build_component(config.decoder)
+        self.exchange = RolloutExchange(Mesh(), self.diffusion_model.transformer.parallel_plan())
         self.requires_grad_(False).eval()
         if load:
             self.load()
@@ -179,9 +204,11 @@ class StreamInferencePipeline(nn.Module):
         self._slices = {name: report.slices for name, report in reports.items()}
         self.diffusion_model.guidance = build_guidance(mesh)
         plan = self.decoder.parallel_plan() if self.decoder is not None else None
-        width = self.config.diffusion_model.transformer.latent_width
-        on_rank_zero = resolve_decode(mesh, plan, width) == "rank0"
+        on_rank_zero = resolve_decode(mesh, plan, self._latent_width) == "rank0"
         self._decodes_here = not on_rank_zero or mesh.decode.rank == 0
+        layout = reports["decoder"].width_layout if "decoder" in reports else None
+        cut = self.diffusion_model.transformer.parallel_plan()
+        self.exchange = RolloutExchange(mesh, cut, layout, self._latent_width)
         return reports
 
     def load(self) -> None:
@@ -255,16 +282,50 @@ class StreamInferencePipeline(nn.Module):
         negative = None
         if self.config.diffusion_model.guidance_scale is not None:
             prompts = [""] * batch_size if negative_text is None else negative_text
-            negative = {**shared, "text": self._encode_text(prompts)}
-        diffusion = self.diffusion_model.initialize_cache(
-            shared, negative, noise or NoiseSource(seed), batch_size
-        )
+            negative = self._encode_text(prompts)
+        return self.new_cache(shared, negative, noise or NoiseSource(seed))
+
+    def new_cache(
+        self, context: dict[str, Any], negative_text: Any, noise: NoiseFunction
+    ) -> StreamInferencePipelineCache:
+        """Fresh state under a context that is encoded already; see ``initialize_cache``.
+
+        Args:
+            context: by name, ``batch_size`` among it.
+            negative_text: embeddings for the unconditional half; None without guidance.
+            noise: of the rollout.
+        """
+        negative = None if negative_text is None else {**context, "text": negative_text}
         return StreamInferencePipelineCache(
-            diffusion=diffusion,
-            encoder=_new_state(self.encoder, shared),
-            decoder=_new_state(self.decoder, shared),
+            diffusion=self.diffusion_model.initialize_cache(
+                context, negative, noise, context["batch_size"]
+            ),
+            encoder=_new_state(self.encoder, context),
+            decoder=_new_state(self.decoder, context),
             timer=StageTimer(self.target_device),
+            pipeline=self,
+            context=context,
+            negative_text=negative_text,
         )
+
+    @torch.no_grad()
+    def load_cache(
+        self, state: RolloutState | None, noise: NoiseFunction | None = None
+    ) -> StreamInferencePipelineCache:
+        """Go on with a rollout that ``cache.state_dict()`` has exported; a collective call.
+
+        Args:
+            state: on rank zero the canonical form; elsewhere it is ignored.
+            noise: as in ``initialize_cache``; needed if the rollout was begun with one.
+
+        Returns:
+            The rollout's state: the next call is ``generate`` for its next AR step.
+
+        Raises:
+            ValueError: a state of another format, pipeline, sink or window, or no ``noise`` for a
+                rollout that was begun with one.
+        """
+        return import_rollout(self, state, noise)
 
     @torch.no_grad()
     def generate(
@@ -340,12 +401,14 @@ class StreamInferencePipeline(nn.Module):
                 f"The rollout has {batch_size} prompts, the update {len(prompts)}: "
                 "give one for all, or one for each."
             )
+        encoded = self._encode_text(prompts)
         self.diffusion_model.update_prompt(
-            {"text": self._encode_text(prompts)},
+            {"text": encoded},
             cache.diffusion,
             pending_index=cache.next_index - 1 if cache.pending else None,
             reencode=reencode_window,
         )
+        cache.context["text"] = encoded
 
     @torch.no_grad()
     def finalize(self, autoregressive_index: int, cache: StreamInferencePipelineCache) -> None:

@@ -29,7 +29,9 @@ class AttentionWrapper(nn.Module):
 
     def new_cache(self, spec: KVCacheSpec, cursor: CacheCursor) -> KVCache:
         """Storage for this rank's part of what ``spec`` says for the whole model."""
-        return self.core.new_cache(spec, cursor)
+        cache = self.core.new_cache(spec, cursor)
+        cache.layout = self
+        return cache
 
     def gather_cache(self, x: Tensor) -> Tensor:
         """Cached keys or values of all ranks; a collective call.
@@ -40,11 +42,11 @@ class AttentionWrapper(nn.Module):
         Returns:
             The same for the whole model, on every rank.
         """
-        return self.core.gather_cache(x) if isinstance(self.core, AttentionWrapper) else x
+        return self.core.gather_cache(x)
 
     def shard_cache(self, x: Tensor) -> Tensor:
         """This rank's part of cached keys or values: the inverse of ``gather_cache``."""
-        return self.core.shard_cache(x) if isinstance(self.core, AttentionWrapper) else x
+        return self.core.shard_cache(x)
 
 
 class HeadShardAttention(AttentionWrapper):

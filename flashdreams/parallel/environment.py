@@ -2,13 +2,14 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -118,6 +119,43 @@ def first_on_node(fn: Callable[[], T]) -> T:
     return result if is_first else fn()  # type: ignore[return-value]
 
 
+def group_rank() -> int:
+    """Rank in the process group; 0 without one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class RankZeroError(RuntimeError):
+    """Rank zero failed at what it did for all; its own message says why."""
+
+
+def broadcast_from_rank_zero(x: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Give every rank a copy of a tensor of rank zero; a collective call.
+
+    Args:
+        x: on rank zero the tensor, elsewhere ignored.
+        shape: its shape, known to all.
+        dtype: its type, known to all.
+
+    Returns:
+        The tensor, contiguous.
+
+    Raises:
+        ValueError: rank zero's tensor is another one than was announced.
+    """
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    if group_rank() == 0:
+        if x is None or tuple(x.shape) != tuple(shape) or x.dtype != dtype:
+            got = "none" if x is None else f"{x.dtype} {list(x.shape)}"
+            raise ValueError(f"Expected a tensor {dtype} {list(shape)}, got {got}.")
+        if alone:
+            return x.contiguous()
+        sent = x.to(_collective_device()).contiguous()
+    else:
+        sent = torch.empty(tuple(shape), dtype=dtype, device=_collective_device())
+    dist.broadcast(sent, src=0)
+    return sent
+
+
 def from_rank_zero(fn: Callable[[], T]) -> T:
     """Call ``fn`` on rank zero alone and give every rank its result; a collective call.
 
@@ -128,7 +166,7 @@ def from_rank_zero(fn: Callable[[], T]) -> T:
         fn: returns something picklable; tensors in it must be on the CPU.
 
     Raises:
-        RuntimeError: ``fn`` failed; rank zero raises the true error.
+        RankZeroError: ``fn`` failed; rank zero raises the true error.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return fn()
@@ -143,7 +181,7 @@ def from_rank_zero(fn: Callable[[], T]) -> T:
     if error is not None:
         raise error
     if box[0] is None:
-        raise RuntimeError("Rank zero failed; its own message says why.")
+        raise RankZeroError("Rank zero failed; its own message says why.")
     return box[0][0]
 
 

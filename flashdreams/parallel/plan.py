@@ -5,6 +5,7 @@ from typing import Literal
 
 TensorStyle = Literal["colwise", "rowwise", "norm", "replicated"]
 SpatialStyle = Literal["halo", "gather_width"]
+RolloutStyle = Literal["heads", "rebuilt"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,12 @@ class ParallelPlan:
 
     attention: tuple[str, ...] = ()
     """Attention cores whose exchange a context-parallel strategy takes over."""
+
+    rollout: dict[str, RolloutStyle] = field(default_factory=dict)
+    """Field of the transformer's rollout state -> ``"heads"`` (``[B, S, N, D]`` tensors that hold
+    the heads of the sliced weights) or ``"rebuilt"`` (made from the rollout's context or by
+    ``begin_step``, so that the exported state leaves it out). All other fields but KV caches must
+    be the same on every rank."""
 
     spatial: dict[str, SpatialStyle] = field(default_factory=dict)
     """Decoder submodule -> ``"halo"`` (a convolution that needs its neighbours' columns) or

@@ -46,6 +46,14 @@ class ShardedCursor:
         """Latent frames up to the end of the current chunk."""
         return self.cursor.end
 
+    def past_frames(self) -> list[int]:
+        """Latent frames before the current chunk that are in the cache."""
+        return self.cursor.past_frames()
+
+    def frame_slots(self, start: int, stop: int) -> list[int]:
+        """Slots of latent frames; every rank has its share of each."""
+        return self.cursor.frame_slots(start, stop)
+
     @property
     def evicted(self) -> int:
         """Latent frames that have left the window."""

@@ -32,4 +32,11 @@ def wan_plan(config: "WanTransformerConfig") -> ParallelPlan:
         split=split,
         gather={"head": 1},
         attention=("blocks.*.self_attn.core",),
+        rollout={
+            "cross_attention": "heads",
+            "condition": "rebuilt",
+            "chunk_condition": "rebuilt",
+            "rope": "rebuilt",
+            "control": "rebuilt",
+        },
     )
