@@ -1,0 +1,356 @@
+"""Parts of the site that are made from the code at build time.
+
+A line ``<!-- generated: NAME ARGUMENT -->`` in a page is replaced by what the function of that name
+in ``PARTS`` returns for the argument.
+"""
+
+import contextlib
+import importlib
+import io
+import os
+import pkgutil
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flashdreams
+from flashdreams import run
+from flashdreams.attention.backends import BACKENDS
+from flashdreams.infra.weights import named_checkpoints
+from flashdreams.parallel.mesh import ParallelConfig, resolve_degrees
+from flashdreams.registry import GROUP, discover
+
+MARK = re.compile(r"^<!-- generated: (\S+) ?(.*?) -->$", re.MULTILINE)
+PACKAGE = Path(flashdreams.__file__).parent
+RANKS = (1, 2, 4, 8)
+HELP_COLUMNS = "96"
+
+
+def shipped(family: str = "") -> dict[str, Any]:
+    """Runner configs that this package itself registers, by slug; only those of one family."""
+    registry = discover()
+    found = {}
+    for slug, config in registry.items():
+        source = registry.origin(slug)
+        module = source.reference.partition(":")[0]
+        if module.startswith(f"flashdreams.integrations.{family}"):
+            found[slug] = config
+    if not found:
+        raise ValueError(f"No slug of the group {GROUP} comes from the integration {family!r}.")
+    return found
+
+
+def family_of(slug: str) -> str:
+    """Page of the family that a slug belongs to."""
+    return discover().origin(slug).reference.split(".")[2]
+
+
+def gallery(_: str) -> str:
+    """One row per shipped slug."""
+    lines = ["| slug | what it does | frames | needs | page |", "|---|---|---|---|---|"]
+    for slug, config in shipped().items():
+        family = family_of(slug)
+        lines.append(
+            f"| `{slug}` | {config.description} | {frame_size(config)} | {needs(config)} | "
+            f"[{family.replace('_', '-')}](../models/{family}.md) |"
+        )
+    return "\n".join(lines)
+
+
+def frame_size(config: Any) -> str:
+    """Frames of an AR step and their size in pixels."""
+    t = config.pipeline.diffusion_model.transformer
+    (first, later), scale = decoded(repr(config.pipeline.decoder), config, t.in_channels, t.len_t)
+    height, width = t.latent_height * scale, t.latent_width * scale
+    once = first == later or not t.streaming
+    return f"{first if once else f'{first}, then {later}'} per step, {height}x{width}"
+
+
+_DECODED: dict[tuple[Any, ...], tuple[tuple[int, int], int]] = {}
+
+
+def decoded(name: str, config: Any, channels: int, len_t: int) -> tuple[tuple[int, int], int]:
+    """Frames of the first and of a later chunk, and pixels per latent pixel, on the meta device.
+
+    Small latents stand in for the real ones: a decoder is the same at every size.
+    """
+    key = (name, channels, len_t)
+    if key not in _DECODED:
+        with torch.device("meta"):
+            decoder = config.pipeline.decoder.setup()
+            latent = torch.zeros(1, channels, len_t, 8, 8, dtype=decoder.dtype)
+            cache = decoder.initialize_cache()
+            chunks = [decoder(latent, index, cache) for index in range(2)]
+        _DECODED[key] = (chunks[0].shape[1], chunks[1].shape[1]), chunks[0].shape[-1] // 8
+    return _DECODED[key]
+
+
+def needs(config: Any) -> str:
+    """What has to be fetched before a slug runs."""
+    checkpoints = _distinct_checkpoints(config)
+    if not checkpoints:
+        return "nothing: random weights"
+    fetched = [c for c in checkpoints if not c.source.startswith("package:")]
+    if not fetched:
+        return "nothing: weights in the package"
+    return f"{sum(c.size_bytes or 0 for c in fetched) / 1e9:.1f} GB of weights"
+
+
+def _distinct_checkpoints(config: Any) -> list[Any]:
+    found = {(c.source, c.file): c for _, c in named_checkpoints(config.pipeline)}
+    return list(found.values())
+
+
+def slugs(family: str) -> str:
+    """Table of a family's slugs and their main sizes."""
+    lines = [
+        "| slug | latent frames per step | window + sink | denoising | guidance "
+        "| AR steps by default |",
+        "|---|--:|--:|---|--:|--:|",
+    ]
+    for slug, config in shipped(family).items():
+        model = config.pipeline.diffusion_model
+        t = model.transformer
+        window = f"{t.window_size_t} + {t.sink_size_t}" if t.streaming else "whole clip"
+        scale = "off" if model.guidance_scale is None else f"{model.guidance_scale:g}"
+        lines.append(
+            f"| `{slug}` | {t.len_t} | {window} | {_denoising(model.scheduler)} | {scale} | "
+            f"{config.total_blocks} |"
+        )
+    return "\n".join(lines)
+
+
+def _denoising(scheduler: Any) -> str:
+    steps = getattr(scheduler, "denoising_timesteps", None)
+    count = len(steps) if steps is not None else scheduler.num_inference_steps
+    kind = type(scheduler).__name__.removesuffix("SchedulerConfig")
+    return f"{count} step{'s' * (count > 1)}, {kind}, shift {scheduler.shift:g}"
+
+
+def checkpoints(family: str) -> str:
+    """Table of every weight file that a family's slugs name."""
+    users: dict[tuple[str, str | None], list[str]] = {}
+    known: dict[tuple[str, str | None], Any] = {}
+    for slug, config in shipped(family).items():
+        for c in _distinct_checkpoints(config):
+            known[c.source, c.file] = c
+            users.setdefault((c.source, c.file), []).append(slug)
+    lines = ["| file | on disk | licence | used by |", "|---|--:|---|---|"]
+    for key, c in known.items():
+        name = f"`{c.source}`" + (f" `{c.file}`" if c.file else "")
+        packaged = c.source.startswith("package:")
+        absent = "in the package" if packaged else "not stated"
+        size = f"{c.size_bytes / 1e9:.2f} GB" if c.size_bytes else absent
+        owner = "Apache-2.0" if packaged else c.license or "not stated"
+        everyone = len(users[key]) == len(shipped(family))
+        by = "all" if everyone else ", ".join(f"`{slug}`" for slug in users[key])
+        lines.append(f"| {name} | {size} | {owner} | {by} |")
+    return "\n".join(lines)
+
+
+def memory(family: str) -> str:
+    """Table of weights and KV cache per rank, on several numbers of ranks, from shapes."""
+    head = " | ".join(f"KV cache per rank, {n} rank{'s' * (n > 1)}" for n in RANKS)
+    lines = [
+        f"| slug | transformer | other networks, at most | {head} |",
+        "|---|--:|--:|" + "--:|" * len(RANKS),
+    ]
+    for slug, config in shipped(family).items():
+        cells = " | ".join(_size(cache) for cache in _cache_per_rank(config))
+        transformer, others = _weights(config)
+        lines.append(f"| `{slug}` | {_size(transformer)} | {_size(others)} | {cells} |")
+    return "\n".join(lines)
+
+
+def _weights(config: Any) -> tuple[int, int]:
+    """Bytes of the transformer's parameters, and of all other files of weights."""
+    with torch.device("meta"):
+        transformer = config.pipeline.diffusion_model.transformer.setup()
+    own = sum(p.numel() for p in transformer.parameters()) * transformer.dtype.itemsize
+    files = {
+        (c.source, c.file): c.size_bytes or 0
+        for path, c in named_checkpoints(config.pipeline)
+        if not path.startswith("diffusion_model.")
+    }
+    return own, sum(files.values())
+
+
+def _cache_per_rank(config: Any) -> Iterator[int]:
+    """Bytes of one rollout's KV cache on one of 1, 2, 4, ... ranks under the automatic mesh."""
+    model = config.pipeline.diffusion_model
+    guided = model.guidance_scale is not None
+    with torch.device("meta"):
+        whole = model.transformer.setup().cache_nbytes(1)
+    for ranks in RANKS:
+        degrees = resolve_degrees(ParallelConfig(), ranks, model.transformer.num_heads, guided)
+        branches = 2 if guided and degrees.cfg == 1 else 1
+        yield whole * branches // (degrees.ulysses * degrees.tp)
+
+
+def _size(count: int) -> str:
+    if count >= 1e8:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.2f} MB" if count else "0"
+
+
+def mesh(family: str) -> str:
+    """Table of the meshes that the automatic degrees give, by number of heads and guidance."""
+    lines = ["| slug | " + " | ".join(f"{n} ranks" for n in RANKS[1:]) + " |", "|---|---|---|---|"]
+    for slug, config in shipped(family).items():
+        model = config.pipeline.diffusion_model
+        guided = model.guidance_scale is not None
+        cells = []
+        for ranks in RANKS[1:]:
+            d = resolve_degrees(ParallelConfig(), ranks, model.transformer.num_heads, guided)
+            parts = {"cfg": d.cfg, "ring": d.ring, "ulysses": d.ulysses, "tp": d.tp}
+            cells.append(" x ".join(f"{k} {v}" for k, v in parts.items() if v > 1))
+        lines.append(f"| `{slug}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def listing(_: str) -> str:
+    """What ``flashdreams-run --help`` prints."""
+    return _text(_help([]))
+
+
+def flags(_: str) -> str:
+    """What ``flashdreams-run SLUG --help`` prints, for every shipped slug."""
+    parts = []
+    for slug in shipped():
+        parts.append(f"### {slug}\n\n<details><summary>every field of {slug}</summary>\n")
+        parts.append(f"{_text(_help([slug]))}\n\n</details>\n")
+    return "\n".join(parts)
+
+
+def _help(words: list[str]) -> str:
+    """The help of the command line, laid out for one width."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = HELP_COLUMNS
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out):
+            code = run.main([*words, "--help"])
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+    if code:
+        raise ValueError(f"flashdreams-run {' '.join(words)} --help ended with code {code}.")
+    return re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).rstrip()
+
+
+def _text(content: str) -> str:
+    return f"```text\n{content}\n```"
+
+
+def graph_status(_: str) -> str:
+    """Whether the flag for CUDA graphs does anything yet, read off the code."""
+    flag = "`--pipeline.diffusion-model.transformer.use-cuda-graph True`"
+    package = PACKAGE.rglob("*.py")
+    users = [f for f in package if "GraphedCallable" in f.read_text() and f.name != "cuda_graph.py"]
+    if users:
+        return (
+            f"{flag} wraps the network call of a Wan transformer in it. Graphs are captured when "
+            "they are first needed, so the first steps of a rollout, in which the cache fills, are "
+            "slow. On a CPU the call stays eager. Speed and equality on a GPU: not measured here."
+        )
+    return (
+        "```{note}\nIn this version no shipped method wraps its network call in it: the field "
+        f"behind {flag} is accepted and changes nothing. Your own transformer may use the class "
+        "as shown.\n```"
+    )
+
+
+def backends(_: str) -> str:
+    """Table of the attention backends by name."""
+    lines = ["| name | what it calls |", "|---|---|"]
+    for name, backend in BACKENDS.items():
+        summary = (backend.__doc__ or "").strip().splitlines()[0]
+        lines.append(f"| `{name}` | {summary.replace('``', '`')} |")
+    return "\n".join(lines)
+
+
+def toy_quality(_: str) -> str:
+    """The table of figures in the README of the toy world."""
+    text = (PACKAGE / "integrations/toy_world/README.md").read_text(encoding="utf-8")
+    section = text.partition("## How good it is")[2].partition("\n## ")[0]
+    table = [line for line in section.splitlines() if line.startswith("|")]
+    return "\n".join(table) or "Not measured yet."
+
+
+def modules(package: str) -> str:
+    """Every public module of a package, documented from its docstrings."""
+    return "\n".join(
+        f"## {name}\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n" for name in walk(package)
+    )
+
+
+def walk(package: str) -> Iterator[str]:
+    """Names of a package's public modules that hold anything, in alphabetical order."""
+    root = importlib.import_module(package)
+    if not hasattr(root, "__path__"):
+        yield package
+        return
+    for found in sorted(pkgutil.iter_modules(root.__path__), key=lambda module: module.name):
+        name = f"{package}.{found.name}"
+        if found.ispkg:
+            yield from walk(name)
+        elif not found.name.startswith("_"):
+            yield name
+
+
+PARTS: dict[str, Callable[[str], str]] = {
+    part.__name__: part
+    for part in (
+        gallery,
+        slugs,
+        checkpoints,
+        memory,
+        mesh,
+        listing,
+        flags,
+        backends,
+        graph_status,
+        toy_quality,
+        modules,
+    )
+}
+
+
+def replace_marks(text: str) -> str:
+    """A page's source with every mark replaced.
+
+    Raises:
+        ValueError: a mark that names no part.
+    """
+
+    def part(match: re.Match[str]) -> str:
+        name, argument = match.groups()
+        if name not in PARTS:
+            raise ValueError(f"Unknown generated part {name!r}. Allowed: {', '.join(PARTS)}.")
+        return PARTS[name](argument)
+
+    return MARK.sub(part, text)
+
+
+def _on_source_read(app: Any, page: str, source: list[str]) -> None:
+    source[0] = replace_marks(source[0])
+
+
+def _on_docstring(
+    app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]
+) -> None:
+    """Keep napoleon from taking what stands before a colon for the type of a property."""
+    if what in ("attribute", "data", "property"):
+        lines.insert(0, "")
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """Register with Sphinx."""
+    app.connect("autodoc-process-docstring", _on_docstring, priority=400)
+    app.connect("source-read", _on_source_read)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,43 @@
+"""Configuration of the documentation site.
+
+``sphinx-build -W docs/source docs/build`` builds it; lists of slugs, flags, memory and modules are
+made from the code while it builds (``_ext/generated.py``).
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+for folder in (HERE / "_ext", HERE.parents[1], HERE.parents[1] / "kernels"):
+    sys.path.insert(0, str(folder))
+
+import flashdreams  # noqa: E402
+
+project = "flashdreams"
+author = "the flashdreams authors"
+project_copyright = author
+release = version = flashdreams.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "generated"]
+exclude_patterns = ["examples"]
+myst_enable_extensions = ["deflist", "colon_fence"]
+myst_heading_anchors = 3
+
+html_theme = "furo"
+html_title = "flashdreams"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+
+default_role = "py:obj"
+autodoc_default_options = {
+    "members": True,
+    "member-order": "bysource",
+    "show-inheritance": True,
+    "ignore-module-all": True,
+}
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 80
+napoleon_use_rtype = False
+napoleon_custom_sections = [("Source", "notes_style")]
