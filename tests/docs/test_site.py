@@ -1,0 +1,60 @@
+"""The site: it builds without a warning, forgets no family, and its links lead somewhere."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flashdreams.registry import discover
+from tests.docs.snippets import REPOSITORY, SITE, markdown_files
+
+LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)")
+
+
+@pytest.mark.slow
+def test_site_builds_with_warnings_as_errors(tmp_path: Path) -> None:
+    for package in ("sphinx", "furo", "myst_parser"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"building the site needs {package}: pip install -e '.[docs]'")
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", str(SITE), str(tmp_path)],
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    gallery = (tmp_path / "models/index.html").read_text(encoding="utf-8")
+    for slug in discover():
+        if discover().origin(slug).reference.startswith("flashdreams."):
+            assert slug in gallery, f"{slug} is missing from the gallery"
+
+
+def test_every_shipped_family_has_a_page() -> None:
+    registry = discover()
+    references = {registry.origin(slug).reference for slug in registry}
+    own = {reference.split(".")[2] for reference in references if "integrations." in reference}
+    template = [
+        "What it is", "Slugs", "Checkpoint", "Memory", "Commands", "Measured",
+        "Licence of the weights",
+    ]  # fmt: skip
+    for family in own:
+        page = SITE / f"models/{family}.md"
+        assert page.is_file(), f"the family {family} has no page docs/source/models/{family}.md"
+        headings = re.findall(r"^## (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert headings == template, f"{page.name} does not follow the template"
+
+
+@pytest.mark.parametrize("file", markdown_files(), ids=lambda f: str(f.relative_to(REPOSITORY)))
+def test_links_between_files_lead_somewhere(file: Path) -> None:
+    """Links of pages of the site are checked by its build."""
+    for target in LINK.findall(file.read_text(encoding="utf-8")):
+        if not re.match(r"[a-z]+:", target):
+            assert (file.parent / target).exists(), f"{file.name} links to {target}"
+
+
+def test_figures_are_drawn_and_used() -> None:
+    used = " ".join(page.read_text(encoding="utf-8") for page in SITE.rglob("*.md"))
+    for figure in (SITE / "_static").glob("*.svg"):
+        assert figure.name in used, f"{figure.name} is on no page"
+        assert "<title>" in figure.read_text(encoding="utf-8")

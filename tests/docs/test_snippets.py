@@ -1,0 +1,166 @@
+"""Every command and Python block of the README and the documentation, run or at least parsed."""
+
+import contextlib
+import io
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashdreams import run
+from tests.docs.snippets import (
+    REPOSITORY,
+    Snippet,
+    commands,
+    engine_arguments,
+    is_plain,
+    pages,
+    snippets_of,
+)
+
+SHARED = ("benchmarks", "docs", "launch", "kernels", "tests", "flashdreams")
+"""Folders of the checkout that commands may name."""
+OWN_METHOD = "customized-method"
+WITH_SNIPPETS = [page for page in pages() if snippets_of(page)]
+
+
+_ALREADY_RUN: set[str] = set()
+"""Shell blocks that passed on another page; starting several ranks twice would prove no more."""
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(REPOSITORY)).removeprefix("docs/source/")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like the checkout, in which commands may leave files."""
+    for name in SHARED:
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHON", sys.executable)
+    paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    monkeypatch.setenv("PATH", os.pathsep.join(paths))
+    sources = [str(REPOSITORY), str(REPOSITORY / "kernels")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sources))
+    return tmp_path
+
+
+def engine(arguments: list[str]) -> tuple[int, str]:
+    """Exit code of the engine's command line, run in this process, and what it said."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        code = run.main(arguments)
+    return code, out.getvalue()
+
+
+def start(words: list[str]) -> tuple[int, str]:
+    """Exit code and output of a call of the engine or of Python, in this process.
+
+    Importing torch anew for every command would take most of the time.
+    """
+    if words[0] == "flashdreams-run":
+        return engine(words[1:])
+    out = io.StringIO()
+    arguments, path = sys.argv, list(sys.path)
+    try:
+        with contextlib.redirect_stdout(out):
+            if words[1] == "-c":
+                exec(compile(words[2], "-c", "exec"), {"__name__": "__main__"})
+            else:
+                sys.argv = words[1:]
+                sys.path.insert(0, str((REPOSITORY / words[1]).parent))
+                runpy.run_path(words[1], run_name="__main__")
+    except SystemExit as exit:
+        return int(exit.code or 0), out.getvalue()
+    finally:
+        sys.argv, sys.path[:] = arguments, path
+    return 0, out.getvalue()
+
+
+def run_shell(snippet: Snippet, folder: Path) -> None:
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", snippet.code],
+        cwd=folder, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{snippet.place}\n{done.stdout}\n{done.stderr}"
+
+
+def execute(snippet: Snippet, folder: Path, names: dict[str, Any]) -> None:
+    """Carry out one block; Python blocks of a page share their names."""
+    if snippet.language == "python":
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(snippet.code, snippet.place, "exec"), names)
+    elif is_plain(snippet.code):
+        for command in commands(snippet.code):
+            code, said = start(command.words)
+            assert code == 0, f"{snippet.place}: {' '.join(command.words)}\n{said}"
+            if command.output is not None:
+                (folder / command.output).write_text(said)
+    elif snippet.code not in _ALREADY_RUN:
+        run_shell(snippet, folder)
+        _ALREADY_RUN.add(snippet.code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", WITH_SNIPPETS, ids=name_of)
+def test_page_does_what_it_says(page: Path, folder: Path) -> None:
+    """Blocks run in their order, in one folder per page."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for snippet in snippets_of(page):
+        if not snippet.mark:
+            execute(snippet, folder, names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", WITH_SNIPPETS, ids=name_of)
+def test_marked_blocks_have_flags_that_exist(page: Path) -> None:
+    for snippet in snippets_of(page):
+        if snippet.mark:
+            check_marked(snippet)
+
+
+def check_marked(snippet: Snippet) -> None:
+    """See that a block that cannot be run here is at least well formed."""
+    if snippet.language == "python":
+        compile(snippet.code, snippet.place, "exec")
+        return
+    subprocess.run(["bash", "-n", "-c", snippet.code], check=True)
+    for words in [command.words for command in commands(snippet.code)]:
+        arguments = engine_arguments(words)
+        if arguments is None:
+            check_files(snippet, words)
+        elif OWN_METHOD not in arguments:
+            what = arguments if "--help" in arguments else [*arguments, "--no-instantiate"]
+            code, said = engine(what)
+            assert code == 0, f"{snippet.place}: {' '.join(words)}\n{said}"
+
+
+def check_files(snippet: Snippet, words: list[str]) -> None:
+    """Files of the repository that a command names must exist."""
+    for word in words:
+        if word.startswith(("launch/", "benchmarks/", "docs/source", "tests/")):
+            assert (REPOSITORY / word).exists(), f"{snippet.place}: {word} does not exist"
+
+
+def test_a_wrong_flag_is_found(tmp_path: Path) -> None:
+    page = REPOSITORY / "README.md"
+    good = Snippet(page, 1, "bash", "gpu", "torchrun -m flashdreams.run toy-world --fps 8\n")
+    check_marked(good)
+    bad = Snippet(page, 1, "bash", "gpu", "torchrun -m flashdreams.run toy-world --fsp 8\n")
+    with pytest.raises(AssertionError, match="fsp"):
+        check_marked(bad)
+    missing = Snippet(page, 1, "bash", "cluster", "sbatch launch/absent.sbatch\n")
+    with pytest.raises(AssertionError, match="does not exist"):
+        check_marked(missing)
+
+
+def test_unmarked_blocks_are_found_on_every_kind_of_page() -> None:
+    runs = {name_of(page): [s for s in snippets_of(page) if not s.mark] for page in pages()}
+    assert runs["README.md"] and runs["quickstart/first_video.md"] and runs["models/wan21.md"]
+    assert sum(map(len, runs.values())) >= 30
