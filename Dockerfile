@@ -1,0 +1,56 @@
+# An image for clusters: CUDA, the engine, a user without root rights.
+#
+#   docker build -t flashdreams .
+#   mkdir -p outputs
+#   docker run --rm --gpus all --shm-size 8g --user "$(id -u):$(id -g)" \
+#       -v "$PWD/outputs:/work/outputs" flashdreams toy-world
+#   docker run --rm --gpus all --shm-size 8g --entrypoint torchrun flashdreams \
+#       --standalone --nproc-per-node 8 -m flashdreams.run self-forcing-wan2.1-t2v-1.3b
+#
+# PyTorch's wheels carry their own CUDA libraries, so the small "base" image is enough. Take a tag
+# whose CUDA version the driver of your nodes supports.
+ARG CUDA_IMAGE=nvidia/cuda:13.0.1-base-ubuntu24.04
+FROM ${CUDA_IMAGE}
+
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+
+# gcc and the Python headers: Triton compiles a small launcher for every kernel at run time.
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+        gcc libc6-dev python3 python3-dev python3-venv tini \
+    && rm -rf /var/lib/apt/lists/*
+
+ENV VIRTUAL_ENV=/opt/venv \
+    PATH=/opt/venv/bin:$PATH \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HF_HOME=/work/cache/huggingface \
+    TRITON_CACHE_DIR=/work/cache/triton
+
+RUN python3 -m venv "$VIRTUAL_ENV" \
+    && pip install "torch>=2.11,<2.14"
+
+# Sources in one layer after the large packages: a changed line does not fetch PyTorch again.
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY kernels kernels
+COPY flashdreams flashdreams
+RUN pip install ".[text,gpu]" \
+    && flashdreams-run --help
+
+RUN groupadd --gid 10001 dreamer \
+    && useradd --uid 10001 --gid dreamer --no-create-home --home-dir /work dreamer \
+    && install -d -m 1777 /work /work/outputs /work/cache
+WORKDIR /work
+USER dreamer
+
+# Also for a --user that has no entry in /etc/passwd, who then can write to mounted folders of hers.
+ENV HOME=/work USER=dreamer
+
+# Mount a folder here to keep weights and compiled kernels from one run to the next.
+VOLUME ["/work/cache"]
+
+ENTRYPOINT ["tini", "-g", "--", "flashdreams-run"]
+CMD ["--help"]
