@@ -5,7 +5,9 @@ that is missing is an error: figures without it cannot be compared.
 """
 
 import argparse
+import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -21,9 +23,20 @@ from torch import Tensor
 
 from flashdreams.runtime.cuda_graph import CudaCapture
 
-HEADER_FIELDS = ("benchmark", "date", "git_commit", "git_dirty", "config", "versions", "device")
+HEADER_FIELDS = (
+    "benchmark",
+    "date",
+    "git_commit",
+    "git_dirty",
+    "config",
+    "config_sha256",
+    "versions",
+    "device",
+)
 ROW_FIELDS = ("case", "variant", "repeats", "p50_ms", "p95_ms", "p99_ms", "output_sha256")
-PACKAGES = ("torch", "triton", "numpy")
+PACKAGES = ("torch", "triton", "numpy", "diffusers")
+MEASURED_FOLDERS = ("flashdreams", "kernels", "benchmarks")
+"""Where an uncommitted change makes figures belong to no commit."""
 FLUSH_BYTES = 2**28
 """Written between two timed calls on a GPU, so that none finds its data in the L2 cache."""
 
@@ -102,6 +115,7 @@ def new_report(
     config: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     git_commit: str | None = None,
+    row_fields: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Put a report together.
 
@@ -111,6 +125,7 @@ def new_report(
         config: everything that was chosen.
         rows: the figures.
         git_commit: the code's commit; None asks git.
+        row_fields: what every row must have beside :data:`ROW_FIELDS`.
 
     Raises:
         ValueError: a field is missing or empty.
@@ -122,16 +137,27 @@ def new_report(
         "git_commit": commit,
         "git_dirty": dirty,
         "config": dict(config),
+        "config_sha256": config_sha256(config),
         "versions": _versions(),
         "device": describe_device(device),
         "rows": [dict(row) for row in rows],
     }
-    check_report(report)
+    check_report(report, row_fields)
     return report
 
 
-def check_report(report: Mapping[str, Any]) -> None:
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of a config, so that two reports of the same one are known by it."""
+    text = json.dumps(config, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_report(report: Mapping[str, Any], row_fields: Sequence[str] = ()) -> None:
     """Refuse a report that leaves something out.
+
+    Args:
+        report: what would be written.
+        row_fields: what every row must have beside :data:`ROW_FIELDS`.
 
     Raises:
         ValueError: names the fields that are missing or empty.
@@ -140,8 +166,9 @@ def check_report(report: Mapping[str, Any]) -> None:
     rows = report.get("rows") or []
     if not rows:
         missing.append("rows")
+    wanted = (*ROW_FIELDS, *row_fields)
     for index, row in enumerate(rows):
-        missing += [f"rows[{index}].{name}" for name in ROW_FIELDS if row.get(name) in (None, "")]
+        missing += [f"rows[{index}].{name}" for name in wanted if row.get(name) in (None, "")]
     if missing:
         hint = " Give --git-commit SHA." if "git_commit" in missing else ""
         raise ValueError(f"The report lacks {', '.join(missing)}; it was not written.{hint}")
@@ -152,7 +179,8 @@ def describe_device(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {
             "type": device.type,
-            "name": platform.processor() or platform.machine(),
+            "name": _cpu_name(),
+            "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
         }
     properties = torch.cuda.get_device_properties(device)
@@ -165,13 +193,19 @@ def describe_device(device: torch.device) -> dict[str, Any]:
     }
 
 
-def finish(report: Mapping[str, Any], options: argparse.Namespace, columns: Sequence[str]) -> None:
+def finish(
+    report: Mapping[str, Any],
+    options: argparse.Namespace,
+    columns: Sequence[str],
+    draw: Callable[[Mapping[str, Any], Path], None] | None = None,
+) -> None:
     """Print the table; write the JSON and the picture that were asked for.
 
     Args:
         report: a checked report.
         options: the parsed options of ``add_arguments``.
         columns: row fields of the table.
+        draw: makes the picture; None is :func:`plot`.
     """
     device = report["device"]
     sys.stdout.write(f"{report['benchmark']} on {device['name']} at {report['git_commit'][:12]}\n")
@@ -180,7 +214,8 @@ def finish(report: Mapping[str, Any], options: argparse.Namespace, columns: Sequ
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     if options.plot is not None:
-        plot(report, options.plot)
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
+        (draw or plot)(report, options.plot)
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
@@ -222,6 +257,15 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
 def _git_state() -> tuple[str | None, bool]:
     folder = Path(__file__).resolve().parent
 
@@ -230,7 +274,9 @@ def _git_state() -> tuple[str | None, bool]:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "-uno"))
+        root = git("rev-parse", "--show-toplevel")
+        folders = [f"{root}/{name}" for name in MEASURED_FOLDERS]
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "-uno", "--", *folders))
     except (OSError, subprocess.CalledProcessError):
         return None, False
 

@@ -1,0 +1,125 @@
+"""Time and memory of AR steps 1 to 300: flat once the window is full.
+
+``python benchmarks/growth.py toy-world --json out.json --plot out.png``. On a CPU the seconds are
+those of the processor, so that other work on the machine does not count, and memory is the
+process's resident size; on a GPU memory is what PyTorch has allocated.
+"""
+
+import argparse
+import os
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import report
+import rollout
+import torch
+
+from flashdreams.parallel.environment import Environment
+from flashdreams.runtime.stats import sha256_of
+
+BAR = 1.03
+"""Largest ratio of the last steady steps to the first."""
+COLUMNS = ("case", "variant", "p50_ms", "p95_ms", "p99_ms", "time_ratio", "memory_ratio", "bar")
+FIELDS = (
+    "time_ratio", "memory_ratio", "bar", "within_bar", "first_steady_step", "compared_steps",
+    "times_ms", "memory_mib",
+)  # fmt: skip
+
+
+def memory_mib(device: torch.device) -> float:
+    """Memory in use now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**20
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def measure(subject: rollout.Subject, device: torch.device, steps: int) -> dict[str, Any]:
+    """Stream one rollout and compare its first steady steps with its last.
+
+    Raises:
+        ValueError: too few steps for two groups after the window is full.
+    """
+    first = subject.steps_to_fill
+    compared = (steps - first) // 4
+    if not subject.streaming or compared < 1:
+        raise ValueError(
+            f"{subject.slug} needs more than {first + 4} AR steps to show growth, got {steps}."
+        )
+    warm = subject.new_rollout()
+    for _ in range(2):
+        subject.step(warm)
+    cache, times, memory, chunk = subject.new_rollout(), [], [], None
+    for _ in range(steps):
+        start = rollout.clock_s(device)
+        chunk = subject.step(cache)
+        times.append(1e3 * (rollout.clock_s(device) - start))
+        memory.append(memory_mib(device))
+    medians = {
+        name: [statistics.median(part) for part in (found[first:][:compared], found[-compared:])]
+        for name, found in (("time", times), ("memory", memory))
+    }
+    ratios = {f"{name}_ratio": last / begin for name, (begin, last) in medians.items()}
+    return {
+        "case": subject.slug,
+        "variant": f"{steps} steps",
+        **report.timing_fields(sorted(times[first:])),
+        "output_sha256": sha256_of(torch.as_tensor(chunk)),
+        **ratios,
+        "bar": BAR,
+        "within_bar": max(ratios.values()) <= BAR,
+        "first_steady_step": first,
+        "compared_steps": compared,
+        "times_ms": [round(t, 3) for t in times],
+        "memory_mib": [round(m, 2) for m in memory],
+    }
+
+
+def draw(found: Mapping[str, Any], path: Path) -> None:
+    """Time and memory over the AR steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for row in found["rows"]:
+        upper.plot(row["times_ms"], ".", markersize=3, label=row["case"])
+        lower.plot(row["memory_mib"], label=row["case"])
+        for axes in (upper, lower):
+            axes.axvline(row["first_steady_step"], color="grey", linestyle=":", linewidth=1)
+    upper.set_ylabel("ms per AR step")
+    lower.set_ylabel("memory, MiB")
+    lower.set_xlabel("AR step; the dotted line is where the window has filled")
+    for axes in (upper, lower):
+        axes.set_ylim(bottom=0)
+    upper.set_title(f"growth, {found['device']['name']}, {found['date'][:10]}")
+    upper.legend()
+    figure.savefig(path, dpi=80)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    report.add_arguments(parser)
+    parser.add_argument("slug", nargs="?", default="toy-world", help="a streaming method")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    device = report.resolve_device(options.device)
+    subject = rollout.load_subject(options.slug, Environment(0, 0, 1, device))
+    steps = options.repeats or 300
+    with torch.no_grad():
+        row = measure(subject, device, steps)
+    config = {
+        "slug": options.slug,
+        "steps": steps,
+        "weights": subject.weights,
+        "pipeline": repr(subject.pipeline.config),
+    }
+    found = report.new_report("growth", device, config, [row], options.git_commit, FIELDS)
+    report.finish(found, options, COLUMNS, draw)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The engine's own cost: a streamed rollout against a bare loop over the same modules.
+
+The bare loop calls control encoder, network and decoder by hand, with noise drawn beforehand; it
+has no pipeline, no scheduler, no checks and no timers. Both sides take turns step by step, with the
+same rollout state, and must put out the same frames. On a CPU the seconds are those of the
+processor, so that other work on the machine does not count.
+
+``python benchmarks/overhead.py toy-world --json out.json``
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import report
+import rollout
+import torch
+from torch import Tensor
+
+from flashdreams.infra.decoder.base import StreamingDecoder
+from flashdreams.infra.diffusion.scheduler.fm import FlowMatchScheduler
+from flashdreams.infra.encoder.base import StreamingEncoder
+from flashdreams.models.wan.transformer import WanTransformer
+from flashdreams.parallel.environment import Environment
+from flashdreams.runtime.noise import NoiseSource
+from flashdreams.runtime.stats import sha256_of
+
+BARS = {"cpu": 1.05, "cuda": 1.02}
+"""Largest ratio of the engine's time to the bare loop's."""
+COLUMNS = ("case", "variant", "p50_ms", "p95_ms", "p99_ms", "ratio", "bar", "max_difference")
+FIELDS = ("ratio", "ratio_quartiles", "bar", "within_bar", "max_difference")
+TOLERANCE = 1e-3
+"""Frames are in [-1, 1]; the two sides round the sampler's arithmetic differently."""
+
+
+def bare_loop(subject: rollout.Subject, seed: int) -> Callable[[], Tensor]:
+    """A function that makes the next chunk of a rollout of its own.
+
+    Raises:
+        ValueError: a method whose loop is not written down here.
+    """
+    pipeline = subject.pipeline
+    model, decoder, encoder = pipeline.diffusion_model, pipeline.decoder, pipeline.encoder
+    network, scheduler = model.transformer, model.scheduler
+    guided = model.config.guidance_scale is not None
+    if not isinstance(scheduler, FlowMatchScheduler) or not isinstance(network, WanTransformer):
+        raise ValueError(f"{subject.slug}: the bare loop knows Wan with few-step sampling only.")
+    if guided or model.config.context_noise or not subject.streaming:
+        raise ValueError(f"{subject.slug}: the bare loop knows streaming without guidance only.")
+    state = subject.new_rollout(seed)
+    cache = state.diffusion.conditional
+    shape, source = network.latent_shape(1), NoiseSource(seed)
+    timesteps = list(scheduler.timesteps.to(network.device))
+    sigmas, renoise = scheduler.sigmas.tolist(), scheduler.renoise_sigmas.tolist()
+    clean = torch.zeros((), dtype=scheduler.timesteps.dtype, device=network.device)
+    gives_x0 = network.config.prediction == "x0"
+    layers = [layer for layer in cache.self_attention if layer is not None]
+    index = 0
+
+    def draw() -> tuple[Any, list[Tensor]]:
+        drawn = [source(index, k, shape).to(network.device) for k in range(len(timesteps))]
+        return subject.input(index), drawn
+
+    def step(control: Any, noise: list[Tensor]) -> Tensor:
+        nonlocal index
+        if isinstance(encoder, StreamingEncoder):
+            control = encoder(control, autoregressive_index=index, cache=state.encoder)
+        elif encoder is not None:
+            control = encoder(control)
+        network.begin_step(index, cache, control)
+        x0 = noise[0]
+        for k, timestep in enumerate(timesteps):
+            latent = noise[0] if k == 0 else (1 - renoise[k]) * x0 + renoise[k] * noise[k]
+            out = network(latent, timestep, cache)
+            x0 = out if gives_x0 else latent - sigmas[k] * out
+        if isinstance(decoder, StreamingDecoder):
+            chunk = decoder(x0, autoregressive_index=index, cache=state.decoder)
+        else:
+            chunk = x0 if decoder is None else decoder(x0)
+        network(x0, clean, cache)
+        for layer in layers:
+            layer.keep_sink()
+        cache.cursor.advance()
+        index += 1
+        return chunk
+
+    return lambda: _timed_apart(draw, step)
+
+
+def _timed_apart(draw: Callable[[], Any], step: Callable[..., Tensor]) -> Any:
+    """Draw now; the returned function runs the step."""
+    given = draw()
+    return lambda: step(*given)
+
+
+def measure(
+    subject: rollout.Subject, device: torch.device, steps: int
+) -> tuple[dict[str, list[float]], dict[str, str], float]:
+    """Milliseconds of every step by side, hashes of the last chunks, and their difference.
+
+    Raises:
+        RuntimeError: the two sides do not put out the same frames.
+    """
+    engine_cache, prepare = subject.new_rollout(1), bare_loop(subject, 1)
+    times: dict[str, list[float]] = {"engine": [], "bare loop": []}
+    chunks: dict[str, Tensor] = {}
+    difference = 0.0
+    for number in range(subject.steps_to_fill + steps):
+        bare: Any = prepare()
+        sides = [("engine", lambda: subject.step(engine_cache)), ("bare loop", bare)]
+        for name, call in sides if number % 2 else sides[::-1]:
+            start = rollout.clock_s(device)
+            chunks[name] = call()
+            times[name].append(1e3 * (rollout.clock_s(device) - start))
+        apart = (chunks["engine"] - chunks["bare loop"]).abs().max().item()
+        difference = max(difference, apart)
+    if not difference <= TOLERANCE:
+        raise RuntimeError(
+            f"Engine and bare loop differ by {difference:.1e}, more than {TOLERANCE:.0e}: "
+            "they do not do the same work, so their times say nothing."
+        )
+    steady = {name: found[subject.steps_to_fill :] for name, found in times.items()}
+    return steady, {name: sha256_of(chunk) for name, chunk in chunks.items()}, difference
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    report.add_arguments(parser)
+    parser.add_argument("slug", nargs="?", default="toy-world", help="a streaming Wan method")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    device = report.resolve_device(options.device)
+    subject = rollout.load_subject(options.slug, Environment(0, 0, 1, device))
+    repeats = options.repeats or 100
+    with torch.no_grad():
+        times, hashes, difference = measure(subject, device, repeats)
+    pairs = zip(times["engine"], times["bare loop"], strict=True)
+    ratios = sorted(engine / bare for engine, bare in pairs)
+    ratio, bar = statistics.median(ratios), BARS[device.type]
+    rows = [
+        {
+            "case": options.slug,
+            "variant": name,
+            **report.timing_fields(sorted(times[name])),
+            "output_sha256": hashes[name],
+            "ratio": ratio if name == "engine" else 1.0,
+            "ratio_quartiles": [report.percentile(ratios, share) for share in (0.25, 0.75)],
+            "bar": bar,
+            "within_bar": ratio <= bar,
+            "max_difference": difference,
+        }
+        for name in times
+    ]
+    config = {
+        "slug": options.slug,
+        "repeats": repeats,
+        "weights": subject.weights,
+        "pipeline": repr(subject.pipeline.config),
+    }
+    found = report.new_report("overhead", device, config, rows, options.git_commit, FIELDS)
+    report.finish(found, options, COLUMNS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""The same weights through this package and through ``diffusers``, pair by pair.
+
+Two pairs, each in turns in one process, with one set of random weights that goes from
+``WanTransformer3DModel`` through the key map of public checkpoints:
+
+- one denoising step of a bidirectional model over one clip; the outputs must agree;
+- one AR step of a stream. Here it is denoising and the clean pass against cached keys and values;
+  the public package has no cache, so its user computes all visible frames anew at every denoising
+  step. The outputs are not comparable: recomputing lets past frames see later ones.
+
+``python benchmarks/peers.py --json out.json``
+"""
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import report
+import rollout
+import torch
+from torch import Tensor
+
+from flashdreams.infra.config import derive_config
+from flashdreams.infra.diffusion.model import DiffusionModelConfig
+from flashdreams.infra.diffusion.scheduler.fm import FlowMatchSchedulerConfig
+from flashdreams.infra.pipeline import StreamInferencePipelineConfig
+from flashdreams.models.wan.transformer import WanTransformer, WanTransformerConfig
+from flashdreams.runtime.checkpoint import CheckpointConfig
+from flashdreams.runtime.stats import sha256_of
+
+COLUMNS = ("case", "variant", "p50_ms", "p95_ms", "p99_ms", "gflop", "ratio", "max_difference")
+FIELDS = ("ratio", "ratio_quartiles", "gflop", "max_difference", "difference_bound")
+STEP_TIMESTEPS = (1000.0, 750.0, 500.0, 250.0)
+DIFFERENCE_BOUNDS = {"float32": 1e-3, "bfloat16": 1e-1}
+"""Of a bidirectional step's output, as a share of its largest value."""
+PRESETS: dict[str, dict[str, int]] = {
+    "tiny": dict(
+        dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=16, text_len=12,
+        latent_height=4, latent_width=6, window_size_t=6,
+    ),
+    "small": dict(
+        dim=256, ffn_dim=1024, num_heads=4, num_layers=6, text_dim=256, text_len=64,
+        latent_height=16, latent_width=24, window_size_t=12,
+    ),
+    "wan-1.3b": dict(
+        dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, text_dim=4096, text_len=512,
+        latent_height=60, latent_width=104, window_size_t=21,
+    ),
+}  # fmt: skip
+
+
+def build_peer(sizes: dict[str, int]) -> Any:
+    """The public package's transformer, with random weights."""
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    peer: Any = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=sizes["num_heads"],
+        attention_head_dim=sizes["dim"] // sizes["num_heads"],
+        in_channels=16,
+        out_channels=16,
+        text_dim=sizes["text_dim"],
+        freq_dim=256,
+        ffn_dim=sizes["ffn_dim"],
+        num_layers=sizes["num_layers"],
+        cross_attn_norm=True,
+        eps=1e-6,
+    )
+    return peer.requires_grad_(False).eval()
+
+
+def configs(
+    sizes: dict[str, int], folder: str, dtype: str
+) -> tuple[WanTransformerConfig, StreamInferencePipelineConfig]:
+    """This package's bidirectional model and streaming pipeline over the peer's weights."""
+    values: dict[str, Any] = dict(sizes)
+    streaming = WanTransformerConfig(
+        **values,
+        freq_dim=256,
+        len_t=3,
+        dtype=dtype,
+        checkpoint=CheckpointConfig(source=folder),
+    )
+    pipeline = StreamInferencePipelineConfig(
+        name="peer",
+        diffusion_model=DiffusionModelConfig(
+            transformer=streaming,
+            scheduler=FlowMatchSchedulerConfig(denoising_timesteps=STEP_TIMESTEPS),
+        ),
+    )
+    clip = derive_config(streaming, streaming=False, len_t=sizes["window_size_t"])
+    return clip, pipeline
+
+
+def bidirectional_pair(
+    peer: Any, config: WanTransformerConfig, text: Tensor, device: torch.device
+) -> dict[str, Callable[[], Tensor]]:
+    """One denoising step over a whole clip on both sides."""
+    pipeline = StreamInferencePipelineConfig(
+        name="clip",
+        diffusion_model=DiffusionModelConfig(
+            transformer=config, scheduler=FlowMatchSchedulerConfig()
+        ),
+    ).setup(device=device)
+    model: Any = pipeline.diffusion_model.transformer
+    if not isinstance(model, WanTransformer):
+        raise TypeError(f"expected a WanTransformer, got {type(model).__name__}.")
+    cache = model.initialize_cache(text=text)
+    model.begin_step(0, cache)
+    generator = torch.Generator().manual_seed(1)
+    latent = torch.randn(model.latent_shape(1), generator=generator).to(device)
+    timestep = torch.tensor(500.0, device=device)
+
+    def theirs() -> Tensor:
+        return peer(latent.to(peer.dtype), timestep[None], text, return_dict=False)[0].float()
+
+    return {"flashdreams": lambda: model.predict_flow(latent, timestep, cache), "diffusers": theirs}
+
+
+def streaming_pair(
+    peer: Any, config: StreamInferencePipelineConfig, text: Tensor, device: torch.device
+) -> dict[str, Callable[[], Tensor]]:
+    """One AR step with a full window on both sides."""
+    pipeline = config.setup(device=device)
+    cache = pipeline.initialize_cache(text=text)
+    transformer: Any = pipeline.diffusion_model.transformer
+    c = transformer.config
+
+    def ours() -> Tensor:
+        index = cache.next_index
+        chunk = pipeline.generate(autoregressive_index=index, cache=cache)
+        pipeline.finalize(autoregressive_index=index, cache=cache)
+        return chunk
+
+    while cache.next_index * c.len_t < c.window_size_t:
+        ours()
+    shape = (1, 16, c.window_size_t, c.latent_height, c.latent_width)
+    generator = torch.Generator().manual_seed(2)
+    latent = torch.randn(shape, generator=generator).to(device, peer.dtype)
+    chunk_tokens = c.len_t * c.tokens_per_frame
+    per_token = torch.zeros(1, c.window_size_t * c.tokens_per_frame, device=device)
+
+    def theirs() -> Tensor:
+        window = latent.clone()
+        for timestep in STEP_TIMESTEPS:
+            per_token[:, -chunk_tokens:] = timestep
+            flow = peer(window, per_token, text, return_dict=False)[0]
+            window[:, :, -c.len_t :] -= flow[:, :, -c.len_t :] / len(STEP_TIMESTEPS)
+        return window[:, :, -c.len_t :].float()
+
+    return {"flashdreams": ours, "diffusers": theirs}
+
+
+def measure(
+    case: str,
+    pair: dict[str, Callable[[], Tensor]],
+    device: torch.device,
+    repeats: int,
+    difference_bound: float | None,
+) -> list[dict[str, Any]]:
+    """A row per side; the sides take turns.
+
+    Raises:
+        RuntimeError: the outputs should agree and do not.
+    """
+    outputs = {name: call() for name, call in pair.items()}
+    gflop = {name: rollout.count_flops(call) / 1e9 for name, call in pair.items()}
+    difference: Any = "not comparable"
+    if difference_bound is not None:
+        ours, theirs = outputs["flashdreams"], outputs["diffusers"]
+        difference = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+        if not difference <= difference_bound:
+            raise RuntimeError(
+                f"{case}: the outputs differ by {difference:.1e} of their size, more than "
+                f"{difference_bound:.0e}, so this is not the same model."
+            )
+    times: dict[str, list[float]] = {name: [] for name in pair}
+    for number in range(repeats):
+        for name in list(pair) if number % 2 else list(pair)[::-1]:
+            start = rollout.clock_s(device)
+            pair[name]()
+            times[name].append(1e3 * (rollout.clock_s(device) - start))
+    pairs = zip(times["diffusers"], times["flashdreams"], strict=True)
+    ratios = sorted(theirs / ours for theirs, ours in pairs)
+    return [
+        {
+            "case": case,
+            "variant": name,
+            **report.timing_fields(sorted(times[name])),
+            "output_sha256": sha256_of(outputs[name]),
+            "gflop": gflop[name],
+            "ratio": statistics.median(ratios) if name == "diffusers" else 1.0,
+            "ratio_quartiles": [report.percentile(ratios, share) for share in (0.25, 0.75)],
+            "max_difference": difference,
+            "difference_bound": difference_bound or "not comparable",
+        }
+        for name in pair
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    report.add_arguments(parser)
+    parser.add_argument("--preset", choices=PRESETS, default=None, help="default: by device")
+    parser.add_argument("--dtype", choices=list(DIFFERENCE_BOUNDS), default=None)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    device = report.resolve_device(options.device)
+    on_gpu = device.type == "cuda"
+    preset = options.preset or ("wan-1.3b" if on_gpu else "small")
+    dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    sizes, repeats = PRESETS[preset], options.repeats or 20
+    peer = build_peer(sizes)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        peer.save_pretrained(Path(folder), max_shard_size="100GB")
+        clip, stream = configs(sizes, folder, dtype)
+        if dtype != "float32":  # loading keeps in float32 what the peer wants in float32
+            peer = type(peer).from_pretrained(folder, torch_dtype=getattr(torch, dtype))
+        peer = peer.to(device)
+        text = torch.randn(1, sizes["text_len"], sizes["text_dim"], generator=generator)
+        text = text.to(device, peer.dtype)
+        rows = measure(
+            "bidirectional step",
+            bidirectional_pair(peer, clip, text, device),
+            device,
+            repeats,
+            DIFFERENCE_BOUNDS[dtype],
+        )
+        pair = streaming_pair(peer, stream, text, device)
+        rows += measure("streaming AR step", pair, device, repeats, None)
+    config = {"preset": preset, "dtype": dtype, "repeats": repeats, **sizes}
+    found = report.new_report("peers", device, config, rows, options.git_commit, FIELDS)
+    report.finish(found, options, COLUMNS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Pipelines of registered methods with something to stream, for the benchmarks."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from flashdreams.attention.backends import resolve_backend
+from flashdreams.attention.core import AttentionCore
+from flashdreams.infra.config import derive_config
+from flashdreams.infra.pipeline import StreamInferencePipeline, StreamInferencePipelineConfig
+from flashdreams.infra.runner import RunnerConfig
+from flashdreams.infra.weights import named_checkpoints
+from flashdreams.integrations.lingbot_world.encoder import CameraPath
+from flashdreams.integrations.lingbot_world.runner import CameraToVideoRunnerConfig, read_path
+from flashdreams.integrations.toy_world.runner import ToyWorldRunnerConfig, walk
+from flashdreams.models.wan.image import gradient_image
+from flashdreams.models.wan.runner import SPATIAL_FACTOR, ImageToVideoRunnerConfig
+from flashdreams.parallel.environment import Environment
+from flashdreams.parallel.mesh import Mesh, ParallelConfig, build_mesh, resolve_degrees
+from flashdreams.registry import discover
+from flashdreams.runtime.checkpoint import find_local
+
+WALKED_FRAMES = 4000
+"""Pixel frames of a walk; the camera then stands still."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A pipeline and what one of its rollouts is given."""
+
+    slug: str
+    pipeline: StreamInferencePipeline
+    mesh: Mesh
+    context: dict[str, Any]
+    """For ``initialize_cache``."""
+    input: Callable[[int], Any]
+    """The control input of an AR step."""
+    random_weights: tuple[str, ...]
+    """Fields of the config whose checkpoints are not on this machine."""
+
+    @property
+    def streaming(self) -> bool:
+        """Whether a rollout has more than one AR step."""
+        return bool(getattr(self.pipeline.diffusion_model.transformer.config, "streaming", False))
+
+    @property
+    def steps_to_fill(self) -> int:
+        """AR steps until the window is full and has evicted once, so that all later ones equal."""
+        c: Any = self.pipeline.diffusion_model.transformer.config
+        return -(-(c.sink_size_t + c.window_size_t) // c.len_t) + 1 if self.streaming else 1
+
+    @property
+    def weights(self) -> str:
+        """What the weights are, for the report: their values do not change the speed."""
+        names = ", ".join(self.random_weights)
+        return f"random for {names}; speed does not depend on them" if names else "as configured"
+
+    def new_rollout(self, seed: int = 0) -> Any:
+        """Begin a rollout."""
+        return self.pipeline.initialize_cache(**self.context, seed=seed)
+
+    def step(self, cache: Any) -> Any:
+        """One AR step, generate and finalize; returns the chunk."""
+        index = cache.next_index
+        chunk = self.pipeline.generate(
+            autoregressive_index=index, cache=cache, input=self.input(index)
+        )
+        self.pipeline.finalize(autoregressive_index=index, cache=cache)
+        return chunk
+
+
+def load_subject(
+    slug: str,
+    environment: Environment,
+    *,
+    backend: str | None = None,
+    use_cuda_graph: bool = False,
+    dtype: str | None = None,
+) -> Subject:
+    """Build the pipeline of a slug; weights that are not on this machine are drawn.
+
+    Args:
+        slug: as on the command line.
+        environment: the ranks.
+        backend: attention backend of every core; None leaves what is there.
+        use_cuda_graph: replay the network call.
+        dtype: of the transformer; None is the config's.
+
+    Raises:
+        ValueError: an unknown slug or backend, or a method whose control input is not known here.
+    """
+    runner: Any = discover().resolve(slug)
+    transformer: dict[str, Any] = {"use_cuda_graph": use_cuda_graph}
+    if dtype is not None:
+        transformer["dtype"] = dtype
+    config = derive_config(runner.pipeline, diffusion_model={"transformer": transformer})
+    config, missing = without_missing_weights(config)
+    config, context, steer = _conditions(runner, config)
+    pipeline = config.setup(device=environment.device, load=False)
+    mesh = _mesh_for(pipeline, environment)
+    pipeline.parallelize(mesh)
+    pipeline.load()
+    if backend is not None:
+        for module in pipeline.diffusion_model.modules():
+            if isinstance(module, AttentionCore):
+                head_dim = round(module.scale**-2)
+                weights: Any = pipeline.diffusion_model.transformer
+                module.backend = resolve_backend(
+                    backend, environment.device, weights.dtype, head_dim
+                )
+    return Subject(slug, pipeline, mesh, context, steer, missing)
+
+
+def without_missing_weights(
+    config: StreamInferencePipelineConfig,
+) -> tuple[StreamInferencePipelineConfig, tuple[str, ...]]:
+    """The config with random weights where a checkpoint is not on this machine, and where it is so.
+
+    A text encoder without its weights is left out; the prompt is then given as embeddings.
+    """
+    missing = []
+    for path, checkpoint in named_checkpoints(config):
+        if find_local(checkpoint) is not None:
+            continue
+        owner = path.removesuffix(".checkpoint")
+        missing.append(owner)
+        change: Any = {"checkpoint": None}
+        names = owner.split(".")
+        if names[0] == "text_encoder":
+            names, change = names[:1], None
+        for name in reversed(names):
+            change = {name: change}
+        if config.text_encoder is not None or names[0] != "text_encoder":
+            config = derive_config(config, **change)
+    return config, tuple(missing)
+
+
+def _conditions(
+    runner: RunnerConfig, config: StreamInferencePipelineConfig
+) -> tuple[StreamInferencePipelineConfig, dict[str, Any], Callable[[int], Any]]:
+    """The config, the context of a rollout and the control input of each AR step."""
+    transformer: Any = config.diffusion_model.transformer
+    context: dict[str, Any] = {"text": [getattr(runner, "prompt", "a walk through a town")]}
+    if config.text_encoder is None:
+        generator = torch.Generator().manual_seed(0)
+        size = (1, transformer.text_len, transformer.text_dim)
+        context["text"] = torch.randn(size, generator=generator)
+        if config.diffusion_model.guidance_scale is not None:
+            context["negative_text"] = torch.randn(size, generator=generator)
+    if isinstance(runner, ImageToVideoRunnerConfig):
+        sizes = (transformer.latent_height, transformer.latent_width)
+        context["image"] = gradient_image(*(SPATIAL_FACTOR * size for size in sizes))
+    if isinstance(runner, ToyWorldRunnerConfig):
+        return config, context, partial(_pose_of, walk(runner.actions, WALKED_FRAMES))
+    if isinstance(runner, CameraToVideoRunnerConfig):
+        encoder = dict(
+            pose_mode="streaming", len_t=transformer.len_t, patch_size=transformer.patch_size[1]
+        )
+        path = read_path(derive_config(runner, actions=f"w{WALKED_FRAMES}", pose_path=None))
+        return (
+            derive_config(config, encoder=encoder),
+            context,
+            partial(_path_of, path, transformer.len_t),
+        )
+    if config.encoder is not None:
+        raise ValueError(
+            f"{runner.runner_name} has an encoder of its own, {type(config.encoder).__name__}: "
+            "add its control input to benchmarks/rollout.py."
+        )
+    return config, context, lambda index: None
+
+
+def _pose_of(poses: Tensor, index: int) -> Tensor:
+    return poses[min(index, len(poses) - 1)][None]
+
+
+def _path_of(path: CameraPath, len_t: int, index: int) -> CameraPath:
+    """The pixel frames of a chunk: latent frame 0 is one, every other is four."""
+    first = 0 if index == 0 else 4 * index * len_t - 3
+    last = 4 * (index + 1) * len_t - 3
+    return path.part(slice(first, last))
+
+
+def _mesh_for(pipeline: StreamInferencePipeline, environment: Environment) -> Mesh:
+    transformer: Any = pipeline.diffusion_model.transformer
+    planned = transformer.parallel_plan() is not None
+    c = transformer.config
+    streaming = getattr(c, "streaming", False)
+    config = ParallelConfig()
+    degrees = resolve_degrees(
+        config,
+        environment.world_size,
+        num_heads=getattr(c, "num_heads", None) if planned else None,
+        guided=pipeline.config.diffusion_model.guidance_scale is not None,
+        cached_frame_tokens=getattr(c, "tokens_per_frame", None) if streaming else None,
+    )
+    return build_mesh(degrees, environment.device.type, config)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def clock_s(device: torch.device) -> float:
+    """Seconds for differences: the processor's own on a CPU, where other work must not count."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _heads_first_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    batch, heads, queries, dim = q
+    return int(2 * batch * heads * queries * k[2] * (dim + v[3]))
+
+
+def _tokens_first_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    batch, queries, heads, dim = q
+    return int(2 * batch * heads * queries * k[1] * (dim + v[3]))
+
+
+def count_flops(function: Callable[[], Any]) -> int:
+    """Floating point operations of one call on this rank: products, convolutions and attention."""
+    mapping: dict[Any, Any] = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _heads_first_flops
+    }
+    own = getattr(torch.ops, "flashdreams", None)
+    if own is not None and hasattr(own, "chunk_attention"):
+        mapping[own.chunk_attention] = _tokens_first_flops
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        function()
+    return int(counter.get_total_flops())

@@ -1,0 +1,181 @@
+"""Every benchmark runs at a tiny size, and its report says all that it must."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+COMMIT = ["--git-commit", "0" * 40, "--device", "cpu"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Import a script by name, as running it by path would, and forget it afterwards."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    threads = torch.get_num_threads()
+    yield importlib.import_module
+    torch.set_num_threads(threads)
+    for name in [path.stem for path in FOLDER.glob("*.py")]:
+        sys.modules.pop(name, None)
+
+
+def read_report(path: Path) -> dict:
+    found = json.loads(path.read_text())
+    assert found["git_commit"] == "0" * 40 and len(found["config_sha256"]) == 64
+    assert found["device"]["name"] and found["versions"]["torch"] and found["date"]
+    assert all(len(row["output_sha256"]) == 64 for row in found["rows"])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("slug", "frames"),
+    [("toy-world", 1), ("self-forcing-tiny-random", 12), ("wan21-i2v-tiny-random", None)],
+)
+def test_fps(script, tmp_path, slug, frames):
+    path = tmp_path / "fps.json"
+    script("fps").main([slug, "--repeats", "2", "--json", str(path), *COMMIT])
+    (row,) = read_report(path)["rows"]
+    assert row["frames_per_step"] == frames or frames is None
+    assert row["fps"] == pytest.approx(1e3 * row["frames_per_step"] / row["p50_ms"])
+    assert 0 < row["tflops"] < row["matmul_tflops"] * 1.5
+    assert row["latency_p50_ms"] <= row["p99_ms"] and row["peak_gib"] > 0
+
+
+def test_fps_with_a_named_backend_gives_the_same_frames(script, tmp_path):
+    rows = []
+    for backend in ("sdpa", "sdpa_flash"):
+        path = tmp_path / f"{backend}.json"
+        words = ["self-forcing-tiny-random", "--repeats", "1", "--backend", backend]
+        script("fps").main([*words, "--json", str(path), *COMMIT])
+        rows += read_report(path)["rows"]
+    assert rows[0]["output_sha256"] == rows[1]["output_sha256"]
+    with pytest.raises(ValueError, match="cannot be used here"):
+        script("fps").main(["toy-world", "--backend", "sdpa_cudnn", *COMMIT])
+
+
+def test_fps_steers_a_camera(script, tmp_path):
+    path = tmp_path / "fps.json"
+    script("fps").main(
+        ["lingbot-world-tiny-random", "--repeats", "1", "--json", str(path), *COMMIT]
+    )
+    assert read_report(path)["rows"][0]["weights"] == "as configured"
+
+
+def test_fps_under_torchrun(tmp_path):
+    path = tmp_path / "fps.json"
+    words = [FOLDER / "fps.py", "self-forcing-tiny-random", "--repeats", "1", "--json", path]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    subprocess.run(
+        [*command, "--standalone", *map(str, words), *COMMIT],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
+    assert read_report(path)["rows"][0]["ranks"] == 2
+
+
+def test_weights_that_are_not_here_are_drawn(script):
+    from flashdreams.integrations.self_forcing.config import PIPELINE
+
+    config, missing = script("rollout").without_missing_weights(PIPELINE)
+    assert config.text_encoder is None and config.decoder.checkpoint is None
+    assert config.diffusion_model.transformer.checkpoint is None
+    assert "diffusion_model.transformer" in missing
+
+
+def test_overhead(script, tmp_path):
+    path = tmp_path / "overhead.json"
+    words = ["self-forcing-tiny-random", "--repeats", "2", "--json", str(path)]
+    script("overhead").main([*words, *COMMIT])
+    engine, bare = read_report(path)["rows"]
+    assert engine["variant"] == "engine" and bare["ratio"] == 1.0
+    assert engine["max_difference"] < 1e-3 and engine["bar"] == 1.05
+
+
+def test_overhead_refuses_a_loop_that_does_other_work(script, monkeypatch):
+    overhead = script("overhead")
+
+    class OtherNoise(overhead.NoiseSource):
+        def __init__(self, seed):
+            super().__init__(seed + 1)
+
+    monkeypatch.setattr(overhead, "NoiseSource", OtherNoise)
+    with pytest.raises(RuntimeError, match="do not do the same work"):
+        overhead.main(["self-forcing-tiny-random", "--repeats", "1", *COMMIT])
+
+
+def test_growth(script, tmp_path):
+    path, picture = tmp_path / "growth.json", tmp_path / "growth.png"
+    words = ["--repeats", "20", "--json", str(path), "--plot", str(picture)]
+    script("growth").main([*words, *COMMIT])
+    (row,) = read_report(path)["rows"]
+    assert len(row["times_ms"]) == len(row["memory_mib"]) == 20
+    assert picture.stat().st_size > 1000
+    with pytest.raises(ValueError, match="needs more than"):
+        script("growth").main(["--repeats", "3", *COMMIT])
+
+
+def test_peers(script, tmp_path):
+    path = tmp_path / "peers.json"
+    words = ["--preset", "tiny", "--repeats", "1", "--json", str(path)]
+    script("peers").main([*words, *COMMIT])
+    ours, theirs, *stream = read_report(path)["rows"]
+    assert ours["max_difference"] < 1e-4 and theirs["gflop"] > 0
+    assert stream[1]["gflop"] > 2 * stream[0]["gflop"], "recomputing costs more"
+
+
+def test_attention(script, tmp_path):
+    path = tmp_path / "attention.json"
+    script("attention").main(["--preset", "tiny", "--repeats", "1", "--json", str(path), *COMMIT])
+    assert {"sdpa", "sdpa_math"} <= {row["variant"] for row in read_report(path)["rows"]}
+
+
+def test_decode(script, tmp_path):
+    path = tmp_path / "decode.json"
+    sizes = ["--dim", "8", "--taehv-width", "8", "--latent-height", "4", "--latent-width", "4"]
+    script("decode").main([*sizes, "--chunks", "1", "--device", "cpu", "--json", str(path)])
+    assert len(json.loads(path.read_text())["records"]) == 4
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["streaming_overhead.py", "--dim", "32", "--heads", "2", "--layers", "1", "--repeats", "4"],
+        ["scaling.py", "--model", "tiny"],
+        ["collectives.py", "--table"],
+    ],
+)
+def test_scripts_that_read_the_command_line(script, monkeypatch, words, capsys):
+    name = words[0].removesuffix(".py")
+    monkeypatch.setattr(sys, "argv", words)
+    assert not script(name).main()
+    assert capsys.readouterr().out
+
+
+def test_a_report_that_leaves_something_out_is_refused(script):
+    report = script("report")
+    row = dict(
+        case="c", variant="v", repeats=1, p50_ms=1.0, p95_ms=1.0, p99_ms=1.0, output_sha256="0"
+    )
+    cpu = torch.device("cpu")
+    made = report.new_report("b", cpu, {"a": 1}, [row], "0" * 40)
+    assert made["config_sha256"] != report.config_sha256({"a": 2})
+    with pytest.raises(ValueError, match=r"lacks rows\[0\].fps"):
+        report.new_report("b", cpu, {"a": 1}, [row], "0" * 40, ("fps",))
+    for name in ("config_sha256", "device", "rows"):
+        with pytest.raises(ValueError, match=name):
+            report.check_report({k: v for k, v in made.items() if k != name})
+
+
+def test_committed_results_are_whole(script):
+    files = sorted((FOLDER / "results").glob("*.json"))
+    for file in files:
+        script("report").check_report(json.loads(file.read_text()))
