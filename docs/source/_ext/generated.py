@@ -217,11 +217,26 @@ def listing(_: str) -> str:
 
 
 def flags(_: str) -> str:
-    """What ``flashdreams-run SLUG --help`` prints, for every shipped slug."""
-    parts = []
+    """What ``flashdreams-run SLUG --help`` prints, once for all slugs of the same fields.
+
+    Twins with random weights are left out.
+    """
+    helps: dict[frozenset[str], str] = {}
+    users: dict[frozenset[str], list[str]] = {}
     for slug in shipped():
-        parts.append(f"### {slug}\n\n<details><summary>every field of {slug}</summary>\n")
-        parts.append(f"{_text(_help([slug]))}\n\n</details>\n")
+        if "random" in slug:
+            continue
+        text = _help([slug])
+        fields = frozenset(re.findall(r"^\W*(--[\w.-]+)", text, re.MULTILINE))
+        helps.setdefault(fields, text)
+        users.setdefault(fields, []).append(slug)
+    parts = []
+    for fields, (first, *others) in users.items():
+        also = ", ".join(f"`{slug}`" for slug in others)
+        parts.append(f"### {first}\n")
+        parts.append(f"With other defaults also for {also}.\n" if others else "")
+        parts.append(f"<details><summary>{len(fields)} fields</summary>\n")
+        parts.append(f"{_text(helps[fields])}\n\n</details>\n")
     return "\n".join(parts)
 
 
