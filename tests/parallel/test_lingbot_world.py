@@ -1,10 +1,13 @@
 """LingBot-World on several ranks: the camera branch and its weights; float32."""
 
+import os
+import subprocess
+import sys
 from functools import cache
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from flashdreams.integrations.lingbot_world.transformer import (
     LingBotTransformer,
@@ -163,3 +166,24 @@ def test_full_size_slices_fit_the_checkpoint(world_size, share_gb, tmp_path):
     write_sparse_safetensors(path, load_manifest("lingbot_world_fast"))
     for own in run_ranks(fit_full_size, world_size, str(path), world_size):
         assert own / 1e9 == pytest.approx(share_gb, abs=0.01)
+
+
+@pytest.mark.slow
+def test_command_line_gives_the_same_world_on_one_rank_and_two(tmp_path):
+    slug, latents = "lingbot-world-tiny-random", []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+        flags = ["--total-blocks", "3", "--device", "cpu", "--save-latents", "True"]
+        flags += ["--output-dir", str(folder)]
+        subprocess.run(
+            [sys.executable, "-m", *torchrun, "flashdreams.run", slug, *flags],
+            check=True,
+            capture_output=True,
+            timeout=240,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert (folder / f"{slug}.mp4").stat().st_size > 500
+        latents.append(load_file(folder / f"latents_{slug}.safetensors")["latents"])
+    assert latents[0].shape == (1, 16, 9, 8, 14)
+    assert relative_error(latents[1:], latents[:1]) <= FLOAT32_TOLERANCE
