@@ -142,19 +142,26 @@ def check_marked(snippet: Snippet) -> None:
 
 
 def check_files(snippet: Snippet, words: list[str]) -> None:
-    """Files of the repository that a command names must exist."""
-    for word in words:
+    """Files of the repository that a command names must exist, and flags of a script, too."""
+    for at, word in enumerate(words):
         if word.startswith(("launch/", "benchmarks/", "docs/source", "tests/")):
             assert (REPOSITORY / word).exists(), f"{snippet.place}: {word} does not exist"
+        if word.startswith("benchmarks/"):
+            _, known = start(["python", str(REPOSITORY / word), "--help"])
+            for flag in [w for w in words[at:] if w.startswith("--")]:
+                assert flag in known, f"{snippet.place}: {word} has no {flag}"
 
 
-def test_a_wrong_flag_is_found(tmp_path: Path) -> None:
+def test_a_wrong_flag_is_found() -> None:
     page = REPOSITORY / "README.md"
     good = Snippet(page, 1, "bash", "gpu", "torchrun -m flashdreams.run toy-world --fps 8\n")
     check_marked(good)
     bad = Snippet(page, 1, "bash", "gpu", "torchrun -m flashdreams.run toy-world --fsp 8\n")
     with pytest.raises(AssertionError, match="fsp"):
         check_marked(bad)
+    wrong = Snippet(page, 1, "bash", "gpu", "torchrun benchmarks/scaling.py --chekc\n")
+    with pytest.raises(AssertionError, match="chekc"):
+        check_marked(wrong)
     missing = Snippet(page, 1, "bash", "cluster", "sbatch launch/absent.sbatch\n")
     with pytest.raises(AssertionError, match="does not exist"):
         check_marked(missing)
