@@ -16,7 +16,7 @@ from .render import render
 from .scene import check_scene, scene_from_text
 from .world import KEY_MOTION, START_POSE, camera_to_pose, collide_camera, pose_to_camera
 
-STROLL = "w16 wl10 w10 l12 w12 j8 wj14 w10 j16 d8 w12 l18 w14"
+STROLL = "w20 al10 wj12 l14 al12 j10 d10 l8 dj14 wj12 d14 j12 d6 wj10"
 
 
 @dataclass(kw_only=True)
