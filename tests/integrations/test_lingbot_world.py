@@ -17,7 +17,7 @@ from PIL import Image
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.weights import memory_estimate
-from flashdreams.integrations.lingbot_world.camera import pixel_frames
+from flashdreams.integrations.lingbot_world.camera import clip_poses, pixel_frames
 from flashdreams.integrations.lingbot_world.config import (
     ACT_TRANSFORMER,
     PIPELINE,
@@ -98,6 +98,19 @@ def test_a_path_that_is_long_enough_is_not_said_to_run_out(tmp_path, capsys):
     assert main([*example_files(tmp_path, poses=25), "--total-blocks", "1"]) == 0
     assert "ran out" not in capsys.readouterr().out
     assert len(frames_of(tmp_path)) == 9
+
+
+@pytest.mark.parametrize(("total_blocks", "frames"), [(4, 25), (2, 21), (1, 9)])
+def test_offline_spreads_the_whole_clip_that_was_asked_for(total_blocks, frames, tmp_path):
+    """25 poses become 6 latent frames from the first pose to the last; asking for less cuts."""
+    overrides = dict(actions="w20 l4", total_blocks=total_blocks, output_dir=tmp_path)
+    runner = derive_config(TINY_RUNNER, device="cpu", **overrides).setup()
+    camera = runner.conditions()["camera"]
+    cache = runner.pipeline.encoder.initialize_cache(torch.zeros(1, 20, 1, 8, 14), camera)
+    poses = integrate(parse_actions("w20 l4"), runner.config.motion())
+    expected = clip_poses(poses[:frames], 3 * min(total_blocks, 2))
+    assert len(camera) == frames and torch.equal(cache.clip.poses, expected)
+    runner.close()
 
 
 @pytest.mark.parametrize("mode", ["offline", "streaming"])

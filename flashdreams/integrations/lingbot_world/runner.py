@@ -112,8 +112,9 @@ class CameraToVideoRunner(ImageToVideoRunner):
             )
         self.num_poses = len(path)
         self.blocks = min(config.total_blocks, blocks)
-        # Normalisation sees the frames that will be shown and no others.
-        self.path = path.part(slice(0, pixel_frames(self.blocks * transformer.len_t)))
+        # What is asked for bounds the clip that offline mode spreads over the chunks, as in the
+        # official code; poses beyond the last whole chunk still count.
+        self.path = path.part(slice(0, pixel_frames(config.total_blocks * transformer.len_t)))
         self.image = read_first_frame(config)
         pipeline = derive_config(
             config.pipeline,
