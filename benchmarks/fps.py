@@ -3,7 +3,8 @@
 ``python benchmarks/fps.py toy-world --json out.json``, or under torchrun, where a step takes as
 long as on the slowest rank. Weights that are not on this machine are random, at the true size. A
 step is generate and finalize; the latency is that of generate alone, after which the chunk is
-there.
+there. On a CPU ``processor_share`` far below the number of threads says that other work held the
+machine, and that the times are too long by as much.
 """
 
 import argparse
@@ -20,13 +21,13 @@ from flashdreams.runtime.stats import memory_stats, sha256_of
 
 COLUMNS = (
     "case", "variant", "fps", "p50_ms", "p95_ms", "p99_ms", "latency_p50_ms", "first_frame_ms",
-    "peak_gib", "tflops", "fraction_of_matmul",
+    "peak_gib", "tflops", "fraction_of_matmul", "processor_share",
 )  # fmt: skip
 FIELDS = (
     "fps", "frames_per_step", "latency_p50_ms", "latency_p95_ms", "latency_p99_ms", "setup_s",
     "warm_up_s", "first_frame_cold_ms", "first_frame_ms", "peak_gib", "flops_per_step",
     "flops_from", "tflops", "matmul_tflops", "fraction_of_matmul", "fraction_of_datasheet",
-    "weights", "ranks",
+    "weights", "ranks", "processor_share",
 )  # fmt: skip
 DATASHEET_TFLOPS = {"A100": 312.0, "H100": 989.4, "H200": 989.4, "B200": 2250.0}
 """Dense bfloat16 rates of the makers' data sheets, by part of the device's name."""
@@ -52,7 +53,9 @@ def measure(
     warm_up_s = time.perf_counter() - start
     first_frame_ms = _first_frame_ms(subject, device)
     flops, flops_from = _flops(subject, cache)
+    start, worked = time.perf_counter(), time.process_time()
     times, latencies, chunk = _time_steps(subject, cache, device, steps)
+    processor_share = (time.process_time() - worked) / (time.perf_counter() - start)
     row: dict[str, Any] = {"case": subject.slug, **report.timing_fields(times)}
     for name in ("p50_ms", "p95_ms", "p99_ms"):
         row[f"latency_{name}"] = report.timing_fields(latencies)[name]
@@ -75,6 +78,7 @@ def measure(
         "fraction_of_matmul": rate / product,
         "fraction_of_datasheet": fraction_of_datasheet(rate, device, dtype),
         "weights": subject.weights,
+        "processor_share": processor_share,
     }
 
 
