@@ -180,3 +180,17 @@ def test_windows_and_sizes_are_the_published_ones():
         assert (8 * c.latent_height, 8 * c.latent_width) == (464, 832)
         assert pipeline.diffusion_model.guidance_scale is None
         assert pipeline.encoder.len_t == c.len_t and pipeline.encoder.patch_size == 2
+
+
+def test_bfloat16_stays_near_float32():
+    """Storage as in the full model; relative error of the latents of three AR steps."""
+    given = inputs(build().config)
+    errors = [
+        float((a - b).abs().max() / b.abs().max())
+        for a, b in zip(
+            roll_out(build(dtype="bfloat16").bfloat16(), given),
+            roll_out(build(), given),
+            strict=True,
+        )
+    ]
+    assert max(errors) < 0.02
