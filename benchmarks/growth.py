@@ -119,7 +119,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     lower.set_ylabel("memory, MiB")
     lower.set_xlabel("AR step; the dotted line is where the window has filled")
     for axes in (upper, lower):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     upper.set_title(f"growth, {found['device']['name']}, {found['date'][:10]}")
     upper.legend()
     figure.savefig(path, dpi=80)

@@ -14,7 +14,7 @@ Two pairs, each in turns in one process, with one set of random weights that goe
 import argparse
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,25 @@ def measure(
     ]
 
 
+def draw(found: Mapping[str, Any], path: Path) -> None:
+    """Median times of the pairs as bars."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    cases = list(dict.fromkeys(row["case"] for row in found["rows"]))
+    for shift, variant in ((-0.2, "flashdreams"), (0.2, "diffusers")):
+        mine = [row for row in found["rows"] if row["variant"] == variant]
+        places = [cases.index(row["case"]) + shift for row in mine]
+        bars = axes.bar(places, [row["p50_ms"] for row in mine], 0.4, label=variant)
+        axes.bar_label(bars, fmt="%.0f")
+    axes.set_xticks(range(len(cases)), cases)
+    axes.set_ylabel("median, ms")
+    axes.set_title(f"peers, {found['device']['name']}, {found['date'][:10]}")
+    axes.legend()
+    figure.savefig(path, dpi=80)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -237,7 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows += measure("streaming AR step", pair, device, repeats, None)
     config = {"preset": preset, "dtype": dtype, "repeats": repeats, **sizes}
     found = report.new_report("peers", device, config, rows, options.git_commit, FIELDS)
-    report.finish(found, options, COLUMNS)
+    report.finish(found, options, COLUMNS, draw)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,22 @@ def test_growth(script, tmp_path):
         script("growth").main(["--repeats", "3", *COMMIT])
 
 
+def test_growth_notices_a_rollout_that_slows_with_age(script, tmp_path, monkeypatch):
+    growth, path = script("growth"), tmp_path / "growth.json"
+    step = growth.rollout.Subject.step
+
+    def slower_every_time(subject, cache):
+        until = time.process_time() + 2e-3 * cache.next_index
+        while time.process_time() < until:
+            pass
+        return step(subject, cache)
+
+    monkeypatch.setattr(growth.rollout.Subject, "step", slower_every_time)
+    growth.main(["--repeats", "20", "--json", str(path), *COMMIT])
+    (row,) = read_report(path)["rows"]
+    assert row["paired_ratio"] > row["bar"] and not row["within_bar"]
+
+
 def test_peers(script, tmp_path):
     path = tmp_path / "peers.json"
     words = ["--preset", "tiny", "--repeats", "1", "--json", str(path)]
@@ -177,5 +194,6 @@ def test_a_report_that_leaves_something_out_is_refused(script):
 
 def test_committed_results_are_whole(script):
     files = sorted((FOLDER / "results").glob("*.json"))
+    assert files
     for file in files:
         script("report").check_report(json.loads(file.read_text()))
