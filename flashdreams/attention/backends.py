@@ -52,8 +52,9 @@ class LseBackend(Protocol):
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool = False) -> Any:
     """PyTorch's scaled dot-product attention, which picks its own kernel."""
     if return_lse:
-        fused = next((f for f in (sdpa_flash, sdpa_efficient) if not _refused(f, q)), sdpa_math)
-        return fused(q, k, v, scale=scale, return_lse=True)
+        kernels = ("sdpa_flash", "sdpa_efficient", "sdpa_math")
+        usable = (n for n in kernels if why_unusable(n, q.device, q.dtype, q.shape[-1]) is None)
+        return BACKENDS[next(usable)](q, k, v, scale=scale, return_lse=True)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
@@ -255,11 +256,6 @@ def resolve_backend(
             f"Usable on {device.type} with {_short(dtype)}: {usable}."
         )
     return BACKENDS[name]
-
-
-def _refused(backend: LseBackend, q: Tensor) -> bool:
-    name = next(name for name, known in BACKENDS.items() if known is backend)
-    return why_unusable(name, q.device, q.dtype, q.shape[-1]) is not None
 
 
 def _sdpa_with(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
