@@ -22,6 +22,7 @@ from flashdreams.infra.diffusion.model import DiffusionCache, DiffusionModelConf
 from flashdreams.infra.encoder.base import EncoderConfig, StreamingEncoder
 from flashdreams.infra.state import RolloutState, export_rollout, import_rollout
 from flashdreams.infra.weights import fetch_weights, require_weights
+from flashdreams.parallel.environment import from_rank_zero, group_rank
 from flashdreams.parallel.guidance import build_guidance
 from flashdreams.parallel.mesh import Mesh
 from flashdreams.parallel.parallelize import ParallelReport, parallelize
@@ -54,6 +55,9 @@ class StreamInferencePipelineConfig(InstantiateConfig):
 
     text_encoder: EncoderConfig | None = None
     """Turns prompts into embeddings, once per rollout; None hands ``text`` on as it is given."""
+
+    release_text_encoder: bool = False
+    """Free the text encoder once the first rollout has its prompt; later prompts are embeddings."""
 
     image_encoder: EncoderConfig | None = None
     """Turns an image into latents, or into a mapping of context names to tensors, once per rollout;
@@ -161,6 +165,7 @@ class StreamInferencePipeline(nn.Module):
         self.guard: StageGuard = lambda stage, autoregressive_index: nullcontext()
         self._slices: dict[str, Mapping[str, Any]] = {}
         self._decodes_here = True
+        self._text_from_rank_zero = False
         self._latent_width = config.diffusion_model.transformer.latent_width
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(INIT_SEED)
@@ -197,6 +202,9 @@ class StreamInferencePipeline(nn.Module):
         Raises:
             ValueError: a plan that does not fit its component, or an impossible way to decode.
         """
+        self._text_from_rank_zero = mesh.degrees.world_size > 1
+        if self._text_from_rank_zero and group_rank() != 0:
+            self.text_encoder = None
         reports = {
             name: parallelize(part, part.parallel_plan(), mesh)
             for name, part in self.components().items()
@@ -283,6 +291,8 @@ class StreamInferencePipeline(nn.Module):
         if self.config.diffusion_model.guidance_scale is not None:
             prompts = [""] * batch_size if negative_text is None else negative_text
             negative = self._encode_text(prompts)
+        if self.config.release_text_encoder:
+            self.text_encoder = None
         return self.new_cache(shared, negative, noise or NoiseSource(seed))
 
     def new_cache(
@@ -446,11 +456,22 @@ class StreamInferencePipeline(nn.Module):
         return dict(encoded) if isinstance(encoded, Mapping) else {"image": encoded}
 
     def _encode_text(self, text: Sequence[str] | Tensor) -> Any:
-        if self.text_encoder is None or isinstance(text, Tensor):
+        if self.config.text_encoder is None or isinstance(text, Tensor):
             return text
         if isinstance(text, str):
             raise ValueError(
                 f"text must be a list of prompts; got one string. Try text=[{text!r}]."
+            )
+        if not self._text_from_rank_zero:
+            return self._run_text_encoder(text)
+        # The other ranks have no text encoder: it may be larger than the transformer.
+        return from_rank_zero(lambda: self._run_text_encoder(text).cpu()).to(self.target_device)
+
+    def _run_text_encoder(self, text: Sequence[str]) -> Tensor:
+        if self.text_encoder is None:
+            raise ValueError(
+                "The text encoder was released after the first prompt. Give text as embeddings "
+                "[B, S, text_dim], or set release_text_encoder=False."
             )
         return self.text_encoder(list(text))
 
