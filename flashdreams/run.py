@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
@@ -33,6 +34,9 @@ _OWN_OPTIONS = {
     "--debug": "show the traceback of an error",
 }
 
+
+_PAUSE_S = 3.0
+"""How long a rank waits for rank zero to say what is wrong."""
 
 _HINT = " (run again with --debug for the traceback)"
 
@@ -85,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except Exception as error:
-        return _report(error, WRONG_USAGE, debug)
+        return _report(error, WRONG_USAGE, debug, same_everywhere=True)
     return DONE if config is None else _run(config, debug)
 
 
@@ -309,8 +313,11 @@ def _run(config: Any, debug: bool) -> int:
     return DONE
 
 
-def _report(error: Exception, code: int, debug: bool) -> int:
-    """Say in one line what went wrong, and give the exit code for it."""
+def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = False) -> int:
+    """Say in one line what went wrong, and give the exit code for it.
+
+    Where every rank has the same error, rank zero alone says so.
+    """
     if debug:
         traceback.print_exception(error)
     for_people = [ValueError, OSError, ImportError, PluginError, CheckpointError]
@@ -323,8 +330,15 @@ def _report(error: Exception, code: int, debug: bool) -> int:
         text += _HINT * (not debug)
     if _rank() == 0:
         print(f"{PROGRAM}: error: {text}", file=sys.stderr, flush=True)
-    elif code == RUN_FAILED:
-        print(f"{PROGRAM}: error on rank {_rank()}: {text}", file=sys.stderr, flush=True)
+        return code
+    if same_everywhere:
+        return code
+    from flashdreams.parallel.environment import RankZeroError
+
+    if code == WRONG_USAGE or isinstance(error, RankZeroError):
+        # Rank zero says the same or better, and torchrun then ends this rank within the pause.
+        time.sleep(_PAUSE_S)
+    print(f"{PROGRAM}: error on rank {_rank()}: {text}", file=sys.stderr, flush=True)
     return code
 
 

@@ -65,6 +65,11 @@ class RunRecorder:
                 self._latents.append(cache.latent.float().cpu())
 
     @property
+    def steps(self) -> int:
+        """AR steps of all rollouts so far; 0 on ranks that record nothing."""
+        return sum(cache.next_index for cache in self._caches)
+
+    @property
     def frames_per_second(self) -> float:
         """Rate since the first chunk, which start-up slows; 0 until the second."""
         elapsed = time.perf_counter() - self._first_seen

@@ -17,7 +17,13 @@ from flashdreams.infra.pipeline import (
     StreamInferencePipelineConfig,
 )
 from flashdreams.infra.recorder import RunRecorder
-from flashdreams.parallel.environment import LOAD_TIMEOUT_S, Environment, init, shutdown
+from flashdreams.parallel.environment import (
+    LOAD_TIMEOUT_S,
+    Environment,
+    from_rank_zero,
+    init,
+    shutdown,
+)
 from flashdreams.parallel.mesh import Mesh, ParallelConfig, build_mesh, resolve_degrees
 from flashdreams.parallel.watchdog import Watchdog
 from flashdreams.runtime.video import VideoWriter
@@ -165,8 +171,14 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
         cache.timer.note(**values)
 
     def close(self) -> None:
-        """Write the stats, and the latents if asked for, then leave the process group."""
-        self.recorder.close()
+        """Write the stats, and the latents if asked for, then leave the process group.
+
+        Raises:
+            OSError: on rank zero, if a file could not be written.
+            RankZeroError: on the other ranks, if rank zero has failed.
+        """
+        with self.pipeline.guard("close", self.recorder.steps):
+            from_rank_zero(self.recorder.close)
         self._resources.close()
         shutdown()
 

@@ -1,0 +1,148 @@
+"""How a run on several ranks ends when something goes wrong, and what it leaves."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flashdreams.integrations.toy_world import config
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+RUN = ["-m", "flashdreams.run"]
+LIMIT_S = 60
+WITHIN_S = 10
+"""A group must be gone so soon after the fault."""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (Path(config.__file__).parent / "weights" / "transformer.safetensors").exists(),
+        reason="needs the toy world's weights",
+    ),
+]
+
+
+def start(command, folder, **variables):
+    """Start ``command`` in a session of its own, output in files of ``folder``."""
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "FLASHDREAMS_RUNNER_CONFIGS": "faulty=tests.parallel.faulty:FAULTY",
+        **variables,
+    }
+    with (folder / "err").open("ab") as err, (folder / "out").open("ab") as out:
+        return subprocess.Popen(
+            command, stdout=out, stderr=err, env=env, cwd=folder, start_new_session=True
+        )
+
+
+def faulty(fault, folder, blocks=5):
+    options = ["faulty", "--fault", fault, "--total-blocks", str(blocks), "--device", "cpu"]
+    return [*options, "--output-dir", str(folder)]
+
+
+def wait(process):
+    try:
+        return process.wait(LIMIT_S)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def first_error(folder):
+    text = (folder / "err").read_text()
+    return text[text.index("flashdreams-run: error") :].splitlines()[0]
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + LIMIT_S
+    while not path.exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def has_ended(*pids):
+    """Whether the processes are gone, and reaped, in time."""
+    deadline = time.monotonic() + WITHIN_S
+    left = list(pids)
+    while left and time.monotonic() < deadline:
+        left = [pid for pid in left if Path(f"/proc/{pid}").exists()]
+        time.sleep(0.05)
+    return not left
+
+
+@pytest.mark.parametrize("fault", ["raise", "die"])
+def test_a_rank_that_fails_takes_the_group_down(fault, tmp_path):
+    process = start([*TORCHRUN, "2", *RUN, *faulty(fault, tmp_path)], tmp_path)
+    wait_for(tmp_path / "fault", process)
+    assert has_ended(*(int((tmp_path / name).read_text()) for name in ("pid0", "pid1")))
+    assert wait(process) != 0
+    if fault == "raise":
+        assert first_error(tmp_path).startswith(
+            "flashdreams-run: error on rank 1: LookupError: the map is torn"
+        )
+    else:
+        assert "Signal 9 (SIGKILL)" in (tmp_path / "err").read_text()
+
+
+@pytest.mark.parametrize("fault", ["stats", "video"])
+def test_a_failing_write_reaches_all_ranks(fault, tmp_path):
+    """Without torchrun, which would end the other ranks by itself."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    command = [sys.executable, *RUN, *faulty(fault, tmp_path)]
+    ranks = [
+        start(command, tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank in (0, 1)
+    ]
+    assert [wait(rank) != 0 for rank in ranks] == [True, True]
+    error = first_error(tmp_path)
+    assert error.startswith("flashdreams-run: error: ")
+    assert str(tmp_path / {"stats": "stats_faulty.json", "video": "faulty.mp4"}[fault]) in error
+
+
+def test_an_interrupt_ends_all_ranks_and_leaves_a_playable_video(tmp_path):
+    command = [*TORCHRUN, "2", *RUN, *faulty("slow", tmp_path, blocks=200)]
+    process = start(command, tmp_path)
+    wait_for(tmp_path / "step8", process)
+    process.send_signal(signal.SIGINT)
+    assert has_ended(*(int((tmp_path / name).read_text()) for name in ("pid0", "pid1")))
+    assert wait(process) != 0
+    assert "flashdreams-run: interrupted" in (tmp_path / "err").read_text()
+    assert count_frames(tmp_path / "faulty.partial.mp4") >= 4
+
+
+def count_frames(path):
+    import imageio_ffmpeg
+
+    count, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+    return count
+
+
+def test_strict_runs_have_the_same_checksums_on_one_and_three_ranks(tmp_path):
+    options = ["toy-world", "--parallel.strict", "True", "--total-blocks", "10", "--device", "cpu"]
+    stats = []
+    for ranks in ("1", "3"):
+        folder = tmp_path / ranks
+        folder.mkdir()
+        process = start([*TORCHRUN, ranks, *RUN, *options, "--output-dir", str(folder)], folder)
+        assert wait(process) == 0, (folder / "err").read_text()
+        stats.append(json.loads((folder / "stats_toy-world.json").read_text()))
+    one, three = stats
+    keys = ("latent_sha256", "frames_sha256")
+    steps = [[[record[key] for key in keys] for record in s["records"]] for s in stats]
+    assert steps[0] == steps[1] and len(steps[0]) == 10
+    assert len({tuple(step) for step in steps[0]}) == 10
+    degrees = three["header"]["parallel"]
+    assert degrees == {"cfg": 1, "ring": 1, "ulysses": 3, "tp": 1}
+    sent = three["header"]["collectives"]
+    assert sent["ulysses.all_to_all"]["bytes_sent"] > 0
+    assert one["header"]["collectives"] == {}
