@@ -14,15 +14,19 @@ from tests.parallel.rollout import relative_error
 HAS_WEIGHTS = (Path(config.__file__).parent / "weights" / "transformer.safetensors").exists()
 
 
+def slowly(*values):
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 @pytest.mark.parametrize(
-    "case", ["plain", "relative_rope", "guided", "split_decode", "rotate", "tensor"]
+    "case", ["plain", *slowly("relative_rope", "guided", "split_decode", "rotate", "tensor")]
 )
 def test_a_rollout_goes_on_with_the_frames_of_the_run_that_never_moved(case):
     for a, b in zip(moved(case), stayed(case), strict=True):
         assert relative_error(a, b) <= 1e-5
 
 
-@pytest.mark.parametrize("case", ["relative_rope", "guided"])
+@pytest.mark.parametrize("case", ["relative_rope", *slowly("guided")])
 def test_a_strict_rollout_goes_on_with_the_same_bits(case):
     for a, b in zip(moved(case, strict=True), stayed(case, strict=True), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -35,6 +39,7 @@ def test_the_toy_world_goes_on_with_the_same_bits():
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch_at", [3, 4])
 def test_a_prompt_switch_moves_with_the_rollout(switch_at):
     """At step 4 the move itself comes first, so the window is encoded again from its latents."""
@@ -48,8 +53,7 @@ def test_a_prompt_switch_moves_with_the_rollout(switch_at):
     "lost",
     [
         "conditional/self_attention/1/k",
-        "conditional/cross_attention/0/0/1",
-        "decoder/last",
+        *slowly("conditional/cross_attention/0/0/1", "decoder/last"),
     ],
 )
 def test_what_gets_lost_is_seen(lost):
@@ -65,6 +69,7 @@ def reports_of(case, world_size):
     return {name: report.installed for name, report in reports.items()}
 
 
+@pytest.mark.slow
 def test_the_cases_are_cut_as_their_names_say():
     assert "halo convolution" in run_ranks(reports_of, 2, "split_decode", 2)[0]["decoder"]
     assert "RingAttention" in run_ranks(reports_of, 2, "rotate", 2)[0]["transformer"]
