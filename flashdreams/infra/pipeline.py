@@ -1,6 +1,5 @@
 """The pipeline: encoders, diffusion model and decoder, conducted through one rollout."""
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashdreams.infra.checks import check_order, refuse_unknown
 from flashdreams.infra.component import (
     Component,
     build_component,
@@ -358,7 +358,7 @@ class StreamInferencePipeline(nn.Module):
         Raises:
             ValueError: a step out of order, or an input that no encoder takes.
         """
-        self._check_order("generate", autoregressive_index, cache.next_index, cache)
+        check_order("generate", autoregressive_index, cache.next_index, cache.pending)
         if self.encoder is None and input is not None:
             raise ValueError(f"{self.config.name} has no encoder, so input must be None.")
         timer = cache.timer
@@ -427,7 +427,7 @@ class StreamInferencePipeline(nn.Module):
         Raises:
             ValueError: the step is not the one just generated.
         """
-        self._check_order("finalize", autoregressive_index, cache.next_index - 1, cache)
+        check_order("finalize", autoregressive_index, cache.next_index, cache.pending)
         with self.guard("finalize", autoregressive_index), cache.timer.stage("finalize"):
             self.diffusion_model.finalize(autoregressive_index, cache.diffusion)
         cache.pending = False
@@ -484,36 +484,7 @@ class StreamInferencePipeline(nn.Module):
         stamped = self.config.diffusion_model.first_latent_from_image
         if image is not None and not (encoded or stamped or "image" in taken):
             raise TypeError(f"{self.config.name} takes no image, so image must be None.")
-        known = (taken | set(OWN_CONTEXT)) - {"batch_size"}
-        for name in context:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise TypeError(
-                    f"No component of {self.config.name} takes the context {name!r}.{hint} "
-                    f"Known: {', '.join(sorted(known))}."
-                )
-
-    @staticmethod
-    def _check_order(
-        call: str, index: int, expected: int, cache: StreamInferencePipelineCache
-    ) -> None:
-        if call == "generate" and cache.pending:
-            last = cache.next_index - 1
-            raise ValueError(
-                f"generate(autoregressive_index={index}): expected "
-                f"finalize(autoregressive_index={last}) first."
-            )
-        if call == "finalize" and not cache.pending:
-            raise ValueError(
-                f"finalize(autoregressive_index={index}): expected "
-                f"generate(autoregressive_index={cache.next_index}) first."
-            )
-        if index != expected:
-            raise ValueError(
-                f"{call}: expected autoregressive_index={expected}, got {index}. "
-                "AR steps of a rollout come in order."
-            )
+        refuse_unknown(context, (taken | set(OWN_CONTEXT)) - {"batch_size"}, self.config.name)
 
 
 def _new_state(part: Component | None, context: dict[str, Any]) -> Any:
