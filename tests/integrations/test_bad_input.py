@@ -74,7 +74,8 @@ def no_file_beyond(size_bytes: int) -> Iterator[None]:
 
 def test_an_unknown_slug(fails: Fails) -> None:
     line = fails(USAGE, "toy-wrold")
-    assert "Unknown slug 'toy-wrold'. Did you mean 'toy-world'? Valid slugs: " in line
+    assert "Unknown slug 'toy-wrold'. Did you mean 'toy-world'" in line
+    assert "Valid slugs: " in line
 
 
 def test_an_unknown_field(fails: Fails) -> None:

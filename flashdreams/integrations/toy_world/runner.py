@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flashdreams.infra.pipeline import StreamInferencePipeline
+from flashdreams.infra.prompt import read_prompt
 from flashdreams.infra.runner import Runner, RunnerConfig
 from flashdreams.runtime.actions import hold, integrate, parse_actions
 
@@ -56,7 +57,7 @@ class ToyWorldRunner(Runner[ToyWorldRunnerConfig, StreamInferencePipeline]):
     """Walks, generates a frame for every pose and, if asked, holds it against the truth."""
 
     def __init__(self, config: ToyWorldRunnerConfig) -> None:
-        self.prompt = read_prompt(config)
+        self.prompt = read_prompt(config.prompt, config.prompt_path)
         self.scene = scene_from_text(self.prompt)[None]
         if config.compare_to_truth or config.start_from_truth:
             check_scene(self.scene)
@@ -88,24 +89,6 @@ class ToyWorldRunner(Runner[ToyWorldRunnerConfig, StreamInferencePipeline]):
     def truth(self, pose: Tensor) -> Tensor:
         """The rendered frame ``[1, 3, 64, 64]`` for a camera-to-world matrix ``[4, 4]``."""
         return render(self.scene, camera_to_pose(pose)[None].float()).to(self.device)
-
-
-def read_prompt(config: ToyWorldRunnerConfig) -> str:
-    """The prompt, from its file if there is one.
-
-    Raises:
-        ValueError: the file cannot be read.
-    """
-    if config.prompt_path is None:
-        return config.prompt
-    try:
-        return config.prompt_path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ValueError(
-            f"--prompt-path {config.prompt_path} cannot be read: {reason}. Name a text file, or "
-            "give the words with --prompt."
-        ) from error
 
 
 def walk(actions: str, frames: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.pipeline import StreamInferencePipeline
+from flashdreams.infra.prompt import read_prompt
 from flashdreams.infra.runner import Runner, RunnerConfig
 from flashdreams.infra.weights import require_weights, with_downloads
 from flashdreams.models.prompts import load_prompt_embeds
@@ -106,7 +107,7 @@ class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]
     """Streams one video into a file."""
 
     def __init__(self, config: TextToVideoRunnerConfig) -> None:
-        self.prompt = read_prompt(config)
+        self.prompt = read_prompt(config.prompt, config.prompt_path)
         config = resolve_config(config)
         require_weights(config.pipeline, fetch_all="--download True")
         self.image = self.first_image(config)
@@ -191,24 +192,6 @@ def check_size(name: str, pixels: int | None, transformer: WanTransformerConfig)
             f"{SPATIAL_FACTOR}, patches of {unit // SPATIAL_FACTOR}). Nearest: {below} and "
             f"{below + unit}."
         )
-
-
-def read_prompt(config: TextToVideoRunnerConfig) -> str:
-    """The prompt, from its file if there is one.
-
-    Raises:
-        ValueError: the file cannot be read or holds nothing.
-    """
-    if config.prompt_path is None:
-        return config.prompt
-    try:
-        text = config.prompt_path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ValueError(f"--prompt-path {config.prompt_path} cannot be read: {reason}.") from error
-    if not text:
-        raise ValueError(f"--prompt-path {config.prompt_path} is empty; describe the video in it.")
-    return text
 
 
 def read_image(config: ImageToVideoRunnerConfig) -> Tensor:
