@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from flashdreams.attention.backends import sdpa
 from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
 from flashdreams.attention.core import AttentionCore
 from flashdreams.parallel.collectives import Channel
@@ -122,7 +123,7 @@ class RingAttention(AttentionWrapper):
 
 
 def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention and the logarithm of its normaliser.
+    """Attention and the logarithm of its normaliser, in the form that `merge` takes.
 
     Args:
         q: ``[B, L, N, D]``.
@@ -133,16 +134,8 @@ def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[T
     Returns:
         ``[B, L, N, D]`` float32 and ``[B, L, N]`` float32.
     """
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
-    elif q.dtype in (torch.bfloat16, torch.float16):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
-    else:
-        scores = (q.float() @ k.float().transpose(-1, -2)) * scale
-        lse = scores.logsumexp(-1)
-        out = (scores - lse[..., None]).exp() @ v.float()
-    return out.transpose(1, 2).float(), lse.transpose(1, 2)
+    out, lse = sdpa(q, k, v, scale=scale, return_lse=True)
+    return out.float(), lse.transpose(1, 2)
 
 
 def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
