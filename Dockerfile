@@ -3,7 +3,7 @@
 #   docker build -t flashdreams .
 #   mkdir -p outputs
 #   docker run --rm --gpus all --shm-size 8g --user "$(id -u):$(id -g)" \
-#       -v "$PWD/outputs:/work/outputs" flashdreams toy-world
+#       -v "$PWD/outputs:/workspace/outputs" flashdreams toy-world
 #   docker run --rm --gpus all --shm-size 8g --entrypoint torchrun flashdreams \
 #       --standalone --nproc-per-node 8 -m flashdreams.run self-forcing-wan2.1-t2v-1.3b
 #
@@ -26,8 +26,8 @@ ENV VIRTUAL_ENV=/opt/venv \
     PIP_NO_CACHE_DIR=1 \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
-    HF_HOME=/work/cache/huggingface \
-    TRITON_CACHE_DIR=/work/cache/triton
+    HF_HOME=/workspace/cache/huggingface \
+    TRITON_CACHE_DIR=/workspace/cache/triton
 
 RUN python3 -m venv "$VIRTUAL_ENV" \
     && pip install "torch>=2.11,<2.14"
@@ -41,16 +41,16 @@ RUN pip install ".[text,gpu]" \
     && flashdreams-run --help
 
 RUN groupadd --gid 10001 dreamer \
-    && useradd --uid 10001 --gid dreamer --no-create-home --home-dir /work dreamer \
-    && install -d -m 1777 /work /work/outputs /work/cache
-WORKDIR /work
+    && useradd --uid 10001 --gid dreamer --no-create-home --home-dir /workspace dreamer \
+    && install -d -m 1777 /workspace /workspace/outputs /workspace/cache
+WORKDIR /workspace
 USER dreamer
 
 # Also for a --user that has no entry in /etc/passwd, who then can write to mounted folders of hers.
-ENV HOME=/work USER=dreamer
+ENV HOME=/workspace USER=dreamer
 
 # Mount a folder here to keep weights and compiled kernels from one run to the next.
-VOLUME ["/work/cache"]
+VOLUME ["/workspace/cache"]
 
 ENTRYPOINT ["tini", "-g", "--", "flashdreams-run"]
 CMD ["--help"]
