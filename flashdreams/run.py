@@ -316,15 +316,19 @@ def _run(config: Any, debug: bool) -> int:
 def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = False) -> int:
     """Say in one line what went wrong, and give the exit code for it.
 
-    Where every rank has the same error, rank zero alone says so.
+    Where every rank has the same error, rank zero alone says so. On several ranks an error that is
+    nobody's mistake shows its traceback at once: such a run is not easily repeated.
     """
-    if debug:
-        traceback.print_exception(error)
     for_people = [ValueError, OSError, ImportError, PluginError, CheckpointError]
     if code == WRONG_USAGE:
         for_people.append(TypeError)
     text = " ".join(str(error).split())
-    if not isinstance(error, tuple(for_people)) or not text:
+    unexpected = not isinstance(error, tuple(for_people)) or not text
+    echo = _is_echo(error)
+    debug = debug or (unexpected and not echo and code == RUN_FAILED and _ranks() > 1)
+    if debug:
+        traceback.print_exception(error)
+    if unexpected:
         text = f"{type(error).__name__}: {text}".rstrip(": ") + _HINT * (not debug)
     elif isinstance(error, PluginError):
         text += _HINT * (not debug)
@@ -333,9 +337,7 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
         return code
     if same_everywhere:
         return code
-    from flashdreams.parallel.environment import RankZeroError
-
-    if code == WRONG_USAGE or isinstance(error, RankZeroError):
+    if code == WRONG_USAGE or echo:
         # Rank zero says the same or better, and torchrun then ends this rank within the pause.
         time.sleep(_PAUSE_S)
     print(f"{PROGRAM}: error on rank {_rank()}: {text}", file=sys.stderr, flush=True)
@@ -351,6 +353,19 @@ def _say(text: str, stream: Any = None) -> None:
     """Print on rank zero only."""
     if _rank() == 0:
         print(text, file=stream or sys.stdout, flush=True)
+
+
+def _is_echo(error: Exception) -> bool:
+    """Whether the error only says that rank zero has one, which rank zero states itself."""
+    from flashdreams.parallel.environment import RankZeroError
+
+    return isinstance(error, RankZeroError)
+
+
+def _ranks() -> int:
+    from flashdreams.parallel.environment import process_count
+
+    return process_count()
 
 
 def _rank() -> int:

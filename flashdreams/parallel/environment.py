@@ -49,6 +49,11 @@ def process_rank() -> int:
     return _read_int("RANK", 0)
 
 
+def process_count() -> int:
+    """Ranks that torchrun started; 1 for the only process. Needs no process group."""
+    return _read_int("WORLD_SIZE", 1)
+
+
 def init(device: str = "auto", timeout_s: float = LOAD_TIMEOUT_S) -> Environment:
     """Take this process's place among the ranks that torchrun started.
 

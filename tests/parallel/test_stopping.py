@@ -86,6 +86,8 @@ def test_a_rank_that_fails_takes_the_group_down(fault, tmp_path):
     assert has_ended(*(int((tmp_path / name).read_text()) for name in ("pid0", "pid1")))
     assert wait(process) != 0
     if fault == "raise":
+        text = (tmp_path / "err").read_text()
+        assert 0 <= text.find("Traceback") < text.index("flashdreams-run: error")
         assert first_error(tmp_path).startswith(
             "flashdreams-run: error on rank 1: LookupError: the map is torn"
         )
