@@ -128,6 +128,21 @@ def test_rotate_equals_one_rank(world_size):
         assert max(errors.values()) <= FLOAT32_TOLERANCE, errors
 
 
+def forgotten_rotation():
+    """Every rank keeps its own share of the keys and takes it for the next one's."""
+    collectives.Channel.start_rotate = lambda self, x: lambda: x
+    model = build_model(**ROTATE_CASES["streaming"])
+    mesh = make_mesh(ParallelConfig(ulysses_degree=1, ring_method="rotate"), 2)
+    parallelize(model, model.parallel_plan(), mesh)
+    return roll_out(model, 4)
+
+
+def test_forgotten_rotation_is_seen():
+    expected = roll_out(build_model(**ROTATE_CASES["streaming"]), 4)
+    for wrong in run_ranks(forgotten_rotation, 2):
+        assert relative_error(wrong, expected) > 1e-2
+
+
 def exported_caches():
     """The canonical form of a layer's cache after a rollout, under several strategies."""
     exported = []
