@@ -5,6 +5,7 @@ import torch
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
+from flashdreams.infra.diffusion.scheduler.fm_dpmpp import FlowDPMSolverSchedulerConfig
 from flashdreams.infra.diffusion.scheduler.fm_unipc import FlowUniPCSchedulerConfig
 from flashdreams.infra.pipeline import StreamInferencePipelineConfig
 from flashdreams.integrations.self_forcing.config import PIPELINE
@@ -73,8 +74,12 @@ def weights_of(folder: str) -> CheckpointConfig:
     return CheckpointConfig(source=str(golden_path(folder, "weights.safetensors")))
 
 
+SAMPLERS = {"unipc": FlowUniPCSchedulerConfig, "dpmpp": FlowDPMSolverSchedulerConfig}
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
 @pytest.mark.parametrize(("scale", "agrees"), [(5.0, True), (4.8, False)])
-def test_guided_unipc_sampling_matches_official(scale, agrees):
+def test_guided_sampling_matches_official(sampler, scale, agrees):
     """The whole loop of a bidirectional model, from the noise to the latent."""
     golden = load_golden("b1_wan21_t2v_tiny", "sampling.safetensors")
     transformer = tiny_config(
@@ -88,19 +93,19 @@ def test_guided_unipc_sampling_matches_official(scale, agrees):
         name="golden",
         diffusion_model=DiffusionModelConfig(
             transformer=transformer,
-            scheduler=FlowUniPCSchedulerConfig(num_inference_steps=6, shift=5.0),
+            scheduler=SAMPLERS[sampler](num_inference_steps=6, shift=5.0),
             guidance_scale=scale,
         ),
     )
     pipeline = config.setup(device="cpu")
-    assert torch.equal(pipeline.diffusion_model.scheduler.timesteps, golden["unipc/timesteps"])
+    assert torch.equal(pipeline.diffusion_model.scheduler.timesteps, golden[f"{sampler}/timesteps"])
     cache = pipeline.initialize_cache(
         text=golden["context"],
         negative_text=golden["context_null"],
         noise=lambda index, step, shape: golden["noise"],
     )
     latent = pipeline.generate(autoregressive_index=0, cache=cache)
-    error = (latent[0] - golden["unipc/latents_after_step"][-1]).abs().max().item()
+    error = (latent[0] - golden[f"{sampler}/latents_after_step"][-1]).abs().max().item()
     assert error < ATOL if agrees else error > 100 * ATOL
 
 

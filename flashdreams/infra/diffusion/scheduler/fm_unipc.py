@@ -155,4 +155,6 @@ def _history_ratio(levels: Sequence[float]) -> float:
 
 
 def _log_snr(sigma: float) -> float:
+    if sigma >= 1:
+        return -math.inf
     return math.log1p(-sigma) - math.log(sigma) if sigma > 0 else math.inf

@@ -12,6 +12,7 @@ from flashdreams.infra.diffusion.scheduler.base import (
 )
 from flashdreams.infra.diffusion.scheduler.euler import EulerSchedulerConfig
 from flashdreams.infra.diffusion.scheduler.fm import FlowMatchSchedulerConfig
+from flashdreams.infra.diffusion.scheduler.fm_dpmpp import FlowDPMSolverSchedulerConfig
 from flashdreams.infra.diffusion.scheduler.fm_unipc import FlowUniPCSchedulerConfig
 from tests.goldens import golden_config, load_golden
 
@@ -153,7 +154,11 @@ class ToyModel:
         return torch.stack([*self.latents[1:], last])
 
 
-CONFIGS = {"euler": EulerSchedulerConfig, "unipc": FlowUniPCSchedulerConfig}
+CONFIGS = {
+    "euler": EulerSchedulerConfig,
+    "unipc": FlowUniPCSchedulerConfig,
+    "dpmpp": FlowDPMSolverSchedulerConfig,
+}
 
 
 @pytest.mark.parametrize("kind", ["closed", "fixed"])
