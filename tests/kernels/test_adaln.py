@@ -5,7 +5,7 @@ import torch
 from flashdreams_kernels import adaln, reference
 from torch import Tensor
 
-from flashdreams.models.wan.transformer import modulated_norm
+from flashdreams.models.wan.blocks import modulated_norm
 from tests.kernels.guarded import TOLERANCE, Guarded, error
 
 EPS = 1e-6

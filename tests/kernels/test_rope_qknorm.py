@@ -6,7 +6,7 @@ from flashdreams_kernels import reference, rope_qknorm
 from torch import Tensor
 
 from flashdreams.attention.rope import RotaryEmbedding3D, apply_rope
-from flashdreams.models.wan.transformer import RMSNorm
+from flashdreams.models.wan.blocks import RMSNorm
 from tests.kernels.guarded import TOLERANCE, Guarded, error
 
 EPS = 1e-6

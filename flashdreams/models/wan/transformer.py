@@ -15,12 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
-from flashdreams.attention.core import AttentionCore
-from flashdreams.attention.rope import RotaryEmbedding3D, apply_rope
+from flashdreams.attention.rope import RotaryEmbedding3D
 from flashdreams.infra.diffusion.transformer import (
     ContextChunk,
     Transformer,
     TransformerConfig,
+)
+from flashdreams.models.wan.blocks import (
+    ExpandFrames,
+    FlattenTokens,
+    Head,
+    ImageEmbedding,
+    WanBlock,
+    timestep_embedding,
 )
 from flashdreams.models.wan.keys import WAN_KEY_MAPS
 from flashdreams.models.wan.plan import wan_plan
@@ -109,218 +116,6 @@ class WanTransformerConfig(TransformerConfig):
         """Tokens of one latent frame (of one temporal patch)."""
         _, rows, columns = self.patch_size
         return (self.latent_height // rows) * (self.latent_width // columns)
-
-
-def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding, cosines first.
-
-    Args:
-        timestep: any shape, integer or fractional, 0 to 1000.
-        dim: even width of the embedding.
-
-    Returns:
-        ``[*timestep.shape, dim]`` float32; the angles are computed in float64.
-
-    Source: Attention Is All You Need, arXiv:1706.03762, section 3.5; order as in Wan 2.1.
-    """
-    half = dim // 2
-    exponents = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
-    angles = timestep.to(torch.float64)[..., None] * 10000.0**-exponents
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the full width, all heads together; statistics in float32."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dim of ``x`` and keep its dtype."""
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
-
-
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """``norm(x) * (1 + scale) + shift``: layer norm without affine, all in float32 but the result.
-
-    Args:
-        x: ``[B, L, dim]``.
-        shift: ``[B, L or 1, dim]`` float32.
-        scale: like ``shift``.
-        eps: added to the variance.
-    """
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
-
-
-def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """``x + gate * y`` in the dtype of ``x``; ``gate`` is ``[B, L or 1, dim]`` float32."""
-    if x.dtype == torch.float32:
-        return torch.addcmul(x, y, gate)
-    return x + (y * gate).to(x.dtype)
-
-
-class SelfAttention(nn.Module):
-    """Self-attention of the tokens over the sink, the window and themselves."""
-
-    def __init__(self, dim: int, head_dim: int, eps: float) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.o = nn.Linear(dim, dim)
-        self.norm_q = RMSNorm(dim, eps)
-        self.norm_k = RMSNorm(dim, eps)
-        self.core = AttentionCore(head_dim)
-
-    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None) -> Tensor:
-        """Attend; ``x`` is ``[B, L, dim]``, ``rope`` is ``[L, D/2, 2]``."""
-        heads = (-1, self.head_dim)
-        q = apply_rope(self.norm_q(self.q(x)).unflatten(-1, heads), rope)
-        k = apply_rope(self.norm_k(self.k(x)).unflatten(-1, heads), rope)
-        v = self.v(x).unflatten(-1, heads)
-        return self.o(self.core(q, k, v, cache).flatten(2))
-
-
-class CrossAttention(nn.Module):
-    """Attention of the tokens to the prompt and, for image-to-video, to the image tokens.
-
-    Keys and values depend on the prompt alone: ``project`` computes them once per rollout.
-    """
-
-    def __init__(self, dim: int, head_dim: int, eps: float, with_image: bool) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.o = nn.Linear(dim, dim)
-        self.norm_q = RMSNorm(dim, eps)
-        self.norm_k = RMSNorm(dim, eps)
-        if with_image:
-            self.k_img = nn.Linear(dim, dim)
-            self.v_img = nn.Linear(dim, dim)
-            self.norm_k_img = RMSNorm(dim, eps)
-        self.core = AttentionCore(head_dim)
-
-    def project(self, text: Tensor, image: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values ``[B, S, N, D]`` of the text and, where given, of the image."""
-        heads = (-1, self.head_dim)
-        pairs = [
-            (
-                self.norm_k(self.k(text)).unflatten(-1, heads),
-                self.v(text).unflatten(-1, heads),
-            )
-        ]
-        if image is not None:
-            k = self.norm_k_img(self.k_img(image)).unflatten(-1, heads)
-            pairs.append((k, self.v_img(image).unflatten(-1, heads)))
-        return pairs
-
-    def forward(self, x: Tensor, context: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Attend to each source on its own and add the results; ``x`` is ``[B, L, dim]``."""
-        q = self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_dim))
-        attended = [self.core(q, k, v).flatten(2) for k, v in context]
-        return self.o(attended[0] if len(attended) == 1 else attended[0] + attended[1])
-
-
-class WanBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, modulated by the timestep."""
-
-    def __init__(self, config: WanTransformerConfig) -> None:
-        super().__init__()
-        c = config
-        self.eps = c.eps
-        self.self_attn = SelfAttention(c.dim, c.head_dim, c.eps)
-        self.norm3 = nn.LayerNorm(c.dim, eps=c.eps)
-        self.cross_attn = CrossAttention(c.dim, c.head_dim, c.eps, c.image_dim is not None)
-        self.ffn = nn.Sequential(
-            nn.Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(c.ffn_dim, c.dim)
-        )
-        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim**0.5)
-
-    def forward(
-        self,
-        x: Tensor,
-        time: Tensor,
-        rope: Tensor,
-        context: Sequence[tuple[Tensor, Tensor]],
-        cache: KVCache | None,
-        control: Any,
-    ) -> Tensor:
-        """Run the block.
-
-        Args:
-            x: ``[B, L, dim]``.
-            time: ``[B, L or 1, 6, dim]`` float32, the projected timestep.
-            rope: ``[L, D/2, 2]``.
-            context: cross-attention keys and values of this block.
-            cache: self-attention cache of this block.
-            control: what ``embed_control`` prepared for this block.
-        """
-        e = (self.modulation.float() + time).unbind(2)
-        y = modulated_norm(x, e[0], e[1], self.eps)
-        x = gated_sum(x, self.self_attn(y, rope, cache), e[2])
-        x = self.inject(x, control)
-        x = x + self.cross_attn(self.norm3(x), context)
-        y = modulated_norm(x, e[3], e[4], self.eps)
-        return gated_sum(x, self.ffn(y), e[5])
-
-    def inject(self, x: Tensor, control: Any) -> Tensor:
-        """Hook between self- and cross-attention for models that control every block."""
-        return x
-
-
-class Head(nn.Module):
-    """Final modulated projection from tokens to patches."""
-
-    def __init__(self, dim: int, patch_channels: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.head = nn.Linear(dim, patch_channels)
-        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """Map ``[B, L, dim]`` and the time embedding ``[B, L or 1, dim]`` to patches."""
-        shift, scale = (self.modulation.float() + time.float().unsqueeze(2)).unbind(2)
-        return self.head(modulated_norm(x, shift, scale, self.eps))
-
-
-class ImageEmbedding(nn.Module):
-    """Brings image tokens to the width of the transformer."""
-
-    def __init__(self, image_dim: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Sequential(
-            nn.LayerNorm(image_dim),
-            nn.Linear(image_dim, image_dim),
-            nn.GELU(),
-            nn.Linear(image_dim, dim),
-            nn.LayerNorm(dim),
-        )
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Map ``[B, S, image_dim]`` to ``[B, S, dim]``."""
-        return self.proj(image)
-
-
-class FlattenTokens(nn.Module):
-    """``[B, C, T, H, W]`` to tokens ``[B, T*H*W, C]``; a place where a plan may split."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Flatten frames, rows and columns."""
-        return x.flatten(2).transpose(1, 2)
-
-
-class ExpandFrames(nn.Module):
-    """Per-frame values ``[B, T, ...]`` to per-token values ``[B, L, ...]``; may be split."""
-
-    def forward(self, x: Tensor, tokens_per_frame: int) -> Tensor:
-        """Repeat every frame's value for all of its tokens."""
-        return x.repeat_interleave(tokens_per_frame, dim=1)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from flashdreams.attention.rope import (
     axis_frequencies,
     time_rotation,
 )
-from flashdreams.models.wan.transformer import timestep_embedding
+from flashdreams.models.wan.blocks import timestep_embedding
 from tests.goldens import load_golden
 
 ATOL = 1e-5  # float32; the official code rotates in float64 and casts
