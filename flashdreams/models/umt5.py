@@ -36,11 +36,6 @@ OFFICIAL_KEYS = KeyMap(
 Source: the state dicts of both beside each other; Wan-Video/Wan2.1, wan/modules/t5.py.
 """
 
-WAN_TOKENIZER = CheckpointConfig(
-    source="Wan-AI/Wan2.1-T2V-1.3B", file="google/umt5-xxl/tokenizer.json"
-)
-"""The tokenizer of UMT5-XXL, as every Wan 2.1 repository holds it."""
-
 
 @dataclass(kw_only=True)
 class UMT5TextEncoderConfig(EncoderConfig):
@@ -78,7 +73,7 @@ class UMT5TextEncoderConfig(EncoderConfig):
     eos_id: int = 1
     """Token that ends every prompt."""
 
-    tokenizer: CheckpointConfig = WAN_TOKENIZER
+    tokenizer: CheckpointConfig
     """Place of ``tokenizer.json``; fetched also where the checkpoint may be."""
 
 

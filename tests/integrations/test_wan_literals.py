@@ -1,11 +1,15 @@
 """The shipped literals of the Wan family against the models' facts and manifests."""
 
+import re
+
 import pytest
 import torch
 
 from flashdreams.infra.component import Component, nested_components
 from flashdreams.infra.weights import named_checkpoints, require_weights, with_downloads
 from flashdreams.integrations.causal_forcing.config import RUNNER_CONFIGS as CAUSAL_FORCING
+from flashdreams.integrations.lingbot_world.config import ACT_TRANSFORMER
+from flashdreams.integrations.lingbot_world.config import RUNNER_CONFIGS as LINGBOT
 from flashdreams.integrations.self_forcing.config import RUNNER_CONFIGS as SELF_FORCING
 from flashdreams.integrations.wan21.config import RUNNER_CONFIGS as WAN21
 from flashdreams.models.wan.config import WAN_TRANSFORMER_TI2V_5B
@@ -163,11 +167,36 @@ def test_causal_forcing_takes_the_tensors_that_its_release_names():
     assert chosen["causal-forcing-wan2.1-i2v-1.3b-framewise"].select[0] == "generator_ema"
 
 
-@pytest.mark.parametrize("slug", FULL_SIZE)
-def test_every_file_states_its_revision_and_size(slug):
-    for path, checkpoint in named_checkpoints(LITERALS[slug].pipeline):
-        if not path.endswith("tokenizer"):
-            assert checkpoint.revision == "main" and checkpoint.size_bytes > 1e7, path
+UNPINNED = {
+    "lightx2v/Autoencoders",
+    "robbyant/lingbot-world-base-act",
+    "robbyant/lingbot-world-fast",
+}
+"""Repositories that are read at their branch: no commit of theirs is known."""
+
+
+def shipped_checkpoints() -> dict[str, CheckpointConfig]:
+    """Every public file that a slug or a transformer without one names, by its place."""
+    pipelines = {slug: config.pipeline for slug, config in {**LITERALS, **LINGBOT}.items()}
+    return {
+        f"{slug}: {path}": checkpoint
+        for slug, config in (pipelines | {"act": ACT_TRANSFORMER}).items()
+        for path, checkpoint in named_checkpoints(config)
+    }
+
+
+def test_every_file_states_its_commit_and_size():
+    commits: dict[str, set[str]] = {}
+    for place, checkpoint in shipped_checkpoints().items():
+        assert checkpoint.size_bytes > 1e7, place
+        commits.setdefault(checkpoint.source, set()).add(checkpoint.revision)
+    assert UNPINNED | {"Wan-AI/Wan2.1-T2V-1.3B", "zhuhz22/Causal-Forcing"} < set(commits)
+    unpinned = set()
+    for source, revisions in commits.items():
+        assert len(revisions) == 1, f"{source} is read at several commits"
+        if not re.fullmatch("[0-9a-f]{40}", *revisions):
+            unpinned.add(source)
+    assert unpinned == UNPINNED
 
 
 def test_missing_weights_are_listed_with_disk_memory_and_what_to_type(monkeypatch, tmp_path):
@@ -176,7 +205,7 @@ def test_missing_weights_are_listed_with_disk_memory_and_what_to_type(monkeypatc
     with pytest.raises(CheckpointError) as caught:
         require_weights(pipeline, fetch_all="--download True")
     text = str(caught.value)
-    assert "needs 4 checkpoints that are not on this machine, 17.5 GB on disk" in text
+    assert "needs 4 checkpoints that are not on this machine, 17.6 GB on disk" in text
     assert "transformer 2.8 GB in bfloat16, KV cache 6.0 GB" in text
     assert "hf download gdhe17/Self-Forcing checkpoints/self_forcing_dmd.pt" in text
     assert text.count("--download True") == 1

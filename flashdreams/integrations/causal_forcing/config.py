@@ -20,11 +20,11 @@ from flashdreams.runtime.checkpoint import CheckpointConfig
 
 
 def checkpoint(file: str, select: tuple[str, ...]) -> CheckpointConfig:
-    """A file of the official repository; no commit hash of it is known here."""
+    """A file of the official repository."""
     return CheckpointConfig(
         source="zhuhz22/Causal-Forcing",
         file=file,
-        revision="main",
+        revision="2f8eb8bb6eeb1238da9d13e5420d342a74d634a6",
         select=select,
         strip_prefixes=("model.", "net."),
         # One set of tensors; the file may hold more than the one that is read.

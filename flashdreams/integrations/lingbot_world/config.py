@@ -22,10 +22,18 @@ from .transformer import LingBotTransformerConfig
 
 SHARD_INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
+FAST_REPO = "robbyant/lingbot-world-fast"
+ACT_REPO = "robbyant/lingbot-world-base-act"
+
+REVISIONS = {FAST_REPO: "main", ACT_REPO: "main"}
+"""Of each official repository; a branch, which may move: no commit is known."""
+
 
 def lingbot_checkpoint(repo: str, size_bytes: int) -> CheckpointConfig:
-    """The sharded transformer of an official repository; no commit hash of it is known here."""
-    return CheckpointConfig(source=repo, file=SHARD_INDEX, revision="main", size_bytes=size_bytes)
+    """The sharded transformer of an official repository."""
+    return CheckpointConfig(
+        source=repo, file=SHARD_INDEX, revision=REVISIONS[repo], size_bytes=size_bytes
+    )
 
 
 TRANSFORMER = LingBotTransformerConfig(
@@ -41,7 +49,7 @@ TRANSFORMER = LingBotTransformerConfig(
     sink_size_t=0,
     latent_height=58,
     latent_width=104,
-    checkpoint=lingbot_checkpoint("robbyant/lingbot-world-fast", 74_177_331_456),
+    checkpoint=lingbot_checkpoint(FAST_REPO, 74_177_331_456),
 )
 """Steered by the camera's path, 18.5B parameters, 464x832 pixels.
 Source: robbyant/lingbot-world-fast."""
@@ -49,7 +57,7 @@ Source: robbyant/lingbot-world-fast."""
 ACT_TRANSFORMER = derive_config(
     TRANSFORMER,
     camera_channels=7,
-    checkpoint=lingbot_checkpoint("robbyant/lingbot-world-base-act", 74_182_574_336),
+    checkpoint=lingbot_checkpoint(ACT_REPO, 74_182_574_336),
 )
 """Steered by turns and keys; goes with ``CameraEncoderConfig(control_type="act")``.
 Source: robbyant/lingbot-world-base-act."""

@@ -20,8 +20,7 @@ from flashdreams.runtime.checkpoint import CheckpointConfig
 CHECKPOINT = CheckpointConfig(
     source="gdhe17/Self-Forcing",
     file="checkpoints/self_forcing_dmd.pt",
-    # No commit hash of the repository is known here.
-    revision="main",
+    revision="2f8b779212da279d212c22a509b66ad6552f350e",
     select=("generator_ema", "generator"),
     strip_prefixes=("model.", "net."),
     # One set of tensors; the file may hold more than the one that is read.

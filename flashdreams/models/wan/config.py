@@ -16,22 +16,31 @@ from flashdreams.models.wan.vae import (
 )
 from flashdreams.runtime.checkpoint import CheckpointConfig
 
-# Every revision is the branch "main": no commit hash of the repositories is known here.
 # Sizes on disk are those of the tensors, the files are a little larger.
 
 T2V_1_3B_REPO = "Wan-AI/Wan2.1-T2V-1.3B"
 T2V_14B_REPO = "Wan-AI/Wan2.1-T2V-14B"
 I2V_14B_480P_REPO = "Wan-AI/Wan2.1-I2V-14B-480P"
 
+REVISIONS = {
+    T2V_1_3B_REPO: "37ec512624d61f7aa208f7ea8140a131f93afc9a",
+    T2V_14B_REPO: "a064a6c71f5be440641209c07bf2a5ce7a2ff5e4",
+    I2V_14B_480P_REPO: "6b73f84e66371cdfe870c72acd6826e1d61cf279",
+}
+"""Commit of each official repository."""
+
+AUTOENCODERS_REVISION = "main"
+"""Of lightx2v/Autoencoders; a branch, which may move: no commit is known."""
+
 
 def wan21_checkpoint(
     repo: str, file: str, size_bytes: int, ignore: tuple[str, ...] = ()
 ) -> CheckpointConfig:
-    """A file of an official Wan 2.1 repository."""
+    """A file of an official Wan 2.1 repository, at the commit that ``REVISIONS`` names."""
     return CheckpointConfig(
         source=repo,
         file=file,
-        revision="main",
+        revision=REVISIONS[repo],
         ignore=ignore,
         size_bytes=size_bytes,
         license="Apache-2.0",
@@ -69,8 +78,9 @@ WAN_TRANSFORMER_TI2V_5B = derive_config(
 UMT5_TEXT_ENCODER = UMT5TextEncoderConfig(
     dtype="bfloat16",
     checkpoint=wan21_checkpoint(T2V_1_3B_REPO, "models_t5_umt5-xxl-enc-bf16.pth", 11_361_820_672),
+    tokenizer=wan21_checkpoint(T2V_1_3B_REPO, "google/umt5-xxl/tokenizer.json", 16_837_417),
 )
-"""UMT5-XXL; the same file in every Wan 2.1 repository."""
+"""UMT5-XXL and its tokenizer; the same files in every Wan 2.1 repository."""
 
 WAN_VAE_DECODER = WanVAEDecoderConfig(
     dtype="bfloat16", checkpoint=wan21_vae_checkpoint(DECODER_IGNORES)
@@ -102,7 +112,7 @@ TAEHV_DECODER = TAEHVDecoderConfig(
     checkpoint=CheckpointConfig(
         source="lightx2v/Autoencoders",
         file="taew2_1.pth",
-        revision="main",
+        revision=AUTOENCODERS_REVISION,
         ignore=TAEHV_DECODER_IGNORES,
         size_bytes=45_262_156,
         license="MIT (madebyollin/taehv)",
