@@ -1,5 +1,6 @@
 """Where a component's weights are and how their names are read: plain data."""
 
+import re
 from dataclasses import dataclass
 
 WRAPPER_MARKERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -19,7 +20,8 @@ class CheckpointConfig:
 
     source: str
     """A local file or folder, ``package:some.package/weights/x.safetensors`` (data of an installed
-    package), or a Hugging Face repository as ``hf://org/repo`` or ``org/repo``."""
+    package), a Hugging Face repository as ``hf://org/repo`` or ``org/repo``, or the ``https://``
+    address of one file together with its ``sha256``."""
 
     file: str | None = None
     """File, or ``...index.json`` of a sharded checkpoint, inside the repository or folder;
@@ -27,6 +29,10 @@ class CheckpointConfig:
 
     revision: str | None = None
     """Branch, tag or commit of the repository; ``None``: ``main``. Local sources have none."""
+
+    sha256: str | None = None
+    """Checksum of the file at an ``https://`` address, 64 hex digits; a download that differs is
+    thrown away. Other sources have none."""
 
     download: bool = False
     """Fetch weights that are not in the local cache; if off, their absence is an error that says
@@ -54,3 +60,15 @@ class CheckpointConfig:
 
     license: str | None = None
     """Licence of the weights, for the same message; ``None``: not stated."""
+
+    def __post_init__(self) -> None:
+        if self.is_address and not re.fullmatch("[0-9a-f]{64}", self.sha256 or ""):
+            raise CheckpointError(
+                f"checkpoint {self.source}: a file on the web may change, so its sha256 is needed, "
+                f"64 hex digits; got {self.sha256!r}"
+            )
+
+    @property
+    def is_address(self) -> bool:
+        """Whether the source is a single file on the web."""
+        return self.source.startswith("https://")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
+from flashdreams.runtime.checkpoint_address import cached_file, download_file, fetch_command
 from flashdreams.runtime.checkpoint_config import CheckpointConfig, CheckpointError
 
 _REPOSITORY = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -31,8 +32,9 @@ def ensure_local(
     """Find the checkpoint on this machine, or download it if that is allowed.
 
     Downloads go to the Hugging Face cache, resume where an earlier one stopped and show a progress
-    bar. Several processes on one node should take turns: let one come first, the others then find
-    the files in place.
+    bar; a single file of an ``https://`` address goes to the folder of ``torch.hub``. Several
+    processes on one node should take turns: let one come first, the others then find the files in
+    place.
 
     Args:
         config: the checkpoint.
@@ -47,14 +49,18 @@ def ensure_local(
         return local
     allowed = config.download if allow_download is None else allow_download
     target = _repository(config)
-    if target is None or not allowed:
+    if not allowed or (target is None and not config.is_address):
         raise CheckpointError(describe_missing(config, flag=flag))
-    _download(config, *target)
+    _refuse_download(config)
+    if target is None:
+        download_file(config)
+    else:
+        _download(config, *target)
     local = find_local(config)
     if local is None:
         raise CheckpointError(
             f"{_title(config)}: the download ended but files are still absent from the cache. "
-            f"Try: {_hf_command(config, *target)}"
+            f"Try: {_fetch_command(config, target)}"
         )
     return local
 
@@ -68,6 +74,9 @@ def find_local(config: CheckpointConfig) -> LocalCheckpoint | None:
     Raises:
         CheckpointError: a local index is damaged or names a missing shard; several files fit.
     """
+    if config.is_address:
+        fetched = cached_file(config)
+        return LocalCheckpoint(files=(fetched,)) if fetched.is_file() else None
     target = _repository(config)
     if target is not None:
         repo, file = target
@@ -106,21 +115,27 @@ def describe_missing(config: CheckpointConfig, *, flag: str | None = None) -> st
     if config.license is not None:
         facts.append(f"licence: {config.license}")
     extra = f" ({', '.join(facts)})" if facts else ""
-    if target is None:
+    if config.is_address:
+        place = f"{config.source}{extra}; looked for {cached_file(config)}."
+    elif target is None:
         wanted = f", file {config.file}" if config.file else ""
         return (
             f"Not on this machine: {config.source}{wanted}{extra}.\n"
             "Name an existing file or folder, hf://org/repo or package:some.package/file "
             "with --...checkpoint.source."
         )
-    repo, file = target
-    import huggingface_hub
+    else:
+        repo, file = target
+        import huggingface_hub
 
-    cache = huggingface_hub.constants.HF_HUB_CACHE
+        cache = huggingface_hub.constants.HF_HUB_CACHE
+        place = (
+            f"{repo}, file {file}, revision {config.revision or 'main'}{extra}; "
+            f"looked in the Hugging Face cache {cache}."
+        )
     return (
-        f"Not on this machine: {repo}, file {file}, revision {config.revision or 'main'}{extra}; "
-        f"looked in the Hugging Face cache {cache}.\n"
-        f"Fetch it with: {_hf_command(config, repo, file)}\n"
+        f"Not on this machine: {place}\n"
+        f"Fetch it with: {_fetch_command(config, target)}\n"
         f"or let this program do it: {flag or '--...checkpoint.download'} True"
     )
 
@@ -143,7 +158,7 @@ def _repository(config: CheckpointConfig) -> tuple[str, str] | None:
         source, inside = "/".join(parts[:2]), "/".join(parts[2:])
         file = "/".join(part for part in (inside, file) if part) or None
     elif (
-        source.startswith("package:")
+        source.startswith(("package:", "https://"))
         or source.endswith(_WEIGHT_SUFFIXES)
         or not _REPOSITORY.match(source)
         or Path(source).expanduser().exists()
@@ -155,6 +170,10 @@ def _repository(config: CheckpointConfig) -> tuple[str, str] | None:
             "--...checkpoint.file, such as diffusion_pytorch_model.safetensors"
         )
     return source, file
+
+
+def _fetch_command(config: CheckpointConfig, target: tuple[str, str] | None) -> str:
+    return fetch_command(config) if target is None else _hf_command(config, *target)
 
 
 def _hf_command(config: CheckpointConfig, repo: str, file: str) -> str:
@@ -260,7 +279,8 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _download(config: CheckpointConfig, repo: str, file: str) -> None:
+def _refuse_download(config: CheckpointConfig) -> None:
+    """Say so where downloads are off or the disk is too small."""
     import huggingface_hub
 
     constants = huggingface_hub.constants
@@ -269,7 +289,15 @@ def _download(config: CheckpointConfig, repo: str, file: str) -> None:
             f"{describe_missing(config)}\n"
             "The download is off: HF_HUB_OFFLINE is set. Unset it, or fetch the file elsewhere"
         )
-    _check_disk(config, Path(constants.HF_HUB_CACHE))
+    if config.is_address:
+        _check_disk(config, cached_file(config), "TORCH_HOME")
+    else:
+        _check_disk(config, Path(constants.HF_HUB_CACHE), "HF_HOME")
+
+
+def _download(config: CheckpointConfig, repo: str, file: str) -> None:
+    import huggingface_hub
+
     try:
         path = huggingface_hub.hf_hub_download(repo, file, revision=config.revision)
         if file.endswith(_INDEX_SUFFIX):
@@ -295,7 +323,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
 
 
-def _check_disk(config: CheckpointConfig, cache: Path) -> None:
+def _check_disk(config: CheckpointConfig, cache: Path, variable: str) -> None:
     if config.size_bytes is None:
         return
     existing = next(place for place in (cache, *cache.parents) if place.exists())
@@ -303,5 +331,5 @@ def _check_disk(config: CheckpointConfig, cache: Path) -> None:
     if free < config.size_bytes:
         raise CheckpointError(
             f"{_title(config)} needs {_size(config.size_bytes)} on disk and {existing} has "
-            f"{_size(free)} left. Free some, or set HF_HOME to a folder on a larger disk"
+            f"{_size(free)} left. Free some, or set {variable} to a folder on a larger disk"
         )

@@ -35,7 +35,8 @@ MANIFESTS = {
 
 
 def manifest_of(checkpoint: CheckpointConfig) -> str:
-    return MANIFESTS.get(checkpoint.file) or MANIFESTS[checkpoint.source]
+    file = checkpoint.file or checkpoint.source.rpartition("/")[2]
+    return MANIFESTS.get(file) or MANIFESTS[checkpoint.source]
 
 
 def on_meta(config) -> Component:
@@ -168,7 +169,6 @@ def test_causal_forcing_takes_the_tensors_that_its_release_names():
 
 
 UNPINNED = {
-    "lightx2v/Autoencoders",
     "robbyant/lingbot-world-base-act",
     "robbyant/lingbot-world-fast",
 }
@@ -189,12 +189,13 @@ def test_every_file_states_its_commit_and_size():
     commits: dict[str, set[str]] = {}
     for place, checkpoint in shipped_checkpoints().items():
         assert checkpoint.size_bytes > 1e7, place
-        commits.setdefault(checkpoint.source, set()).add(checkpoint.revision)
+        pin = checkpoint.sha256 if checkpoint.is_address else checkpoint.revision
+        commits.setdefault(checkpoint.source, set()).add(pin)
     assert UNPINNED | {"Wan-AI/Wan2.1-T2V-1.3B", "zhuhz22/Causal-Forcing"} < set(commits)
     unpinned = set()
     for source, revisions in commits.items():
         assert len(revisions) == 1, f"{source} is read at several commits"
-        if not re.fullmatch("[0-9a-f]{40}", *revisions):
+        if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", *revisions):
             unpinned.add(source)
     assert unpinned == UNPINNED
 

@@ -29,9 +29,6 @@ REVISIONS = {
 }
 """Commit of each official repository."""
 
-AUTOENCODERS_REVISION = "main"
-"""Of lightx2v/Autoencoders; a branch, which may move: no commit is known."""
-
 
 def wan21_checkpoint(
     repo: str, file: str, size_bytes: int, ignore: tuple[str, ...] = ()
@@ -110,11 +107,14 @@ WAN_IMAGE_CONDITION_ENCODER = WanImageConditionEncoderConfig(
 TAEHV_DECODER = TAEHVDecoderConfig(
     dtype="bfloat16",
     checkpoint=CheckpointConfig(
-        source="lightx2v/Autoencoders",
-        file="taew2_1.pth",
-        revision=AUTOENCODERS_REVISION,
+        # The file of this name in lightx2v/Autoencoders has the same shapes and other values.
+        source=(
+            "https://raw.githubusercontent.com/madebyollin/taehv/"
+            "011dfc2112197741c540e0bdd5b7b67bcc930771/taew2_1.pth"
+        ),
+        sha256="d26151e76cdc2c9424bef988de874b33d9a53f30ef3060cd556c429c469c797e",
         ignore=TAEHV_DECODER_IGNORES,
-        size_bytes=45_262_156,
+        size_bytes=22_678_901,
         license="MIT (madebyollin/taehv)",
     ),
 )

@@ -1,0 +1,43 @@
+"""Checkpoints that are one file at an address on the web, known by its checksum."""
+
+from pathlib import Path, PurePosixPath
+
+from flashdreams.runtime.checkpoint_config import CheckpointConfig, CheckpointError
+
+
+def cached_file(config: CheckpointConfig) -> Path:
+    """Where the file of an address lies once it is fetched: the folder of ``torch.hub``.
+
+    The name carries the checksum, so another file under the same address is another name.
+    """
+    import torch
+
+    name = PurePosixPath(config.source).name
+    stem, dot, suffix = name.partition(".")
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    return folder / f"{stem}-{(config.sha256 or '')[:8]}{dot}{suffix}"
+
+
+def fetch_command(config: CheckpointConfig) -> str:
+    """What to type to fetch the file by hand."""
+    return f"curl --create-dirs -Lo {cached_file(config)} {config.source}"
+
+
+def download_file(config: CheckpointConfig) -> None:
+    """Fetch the file, compare its checksum and move it into place; never half a file.
+
+    Raises:
+        CheckpointError: the address cannot be reached, or holds another file.
+    """
+    import torch
+
+    path = cached_file(config)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(config.source, str(path), hash_prefix=config.sha256)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"Could not download {config.source}: {str(error).splitlines()[0]}. Without a network, "
+            f"fetch it elsewhere: {fetch_command(config)}; then name the file with "
+            "--...checkpoint.source"
+        ) from error

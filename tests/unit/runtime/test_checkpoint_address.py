@@ -1,0 +1,96 @@
+"""Checkpoints at an address on the web: found, fetched, refused."""
+
+import hashlib
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from flashdreams.runtime.checkpoint import (
+    CheckpointConfig,
+    CheckpointError,
+    describe_missing,
+    ensure_local,
+    find_local,
+)
+
+CONTENT = b"not really weights"
+ADDRESS = "https://weights.example/commit/tiny.pth"
+
+
+@pytest.fixture
+def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A web that holds one file, and an empty folder of ``torch.hub``; lists what was asked."""
+    served = tmp_path / "served.pth"
+    served.write_bytes(CONTENT)
+    asked: list[str] = []
+
+    def urlopen(request: urllib.request.Request) -> object:
+        asked.append(request.full_url)
+        if request.full_url != ADDRESS:
+            raise OSError("no such host")
+        return urllib.request.urlopen(served.as_uri())
+
+    monkeypatch.setattr(torch.hub, "urlopen", urlopen)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    return asked
+
+
+def config(**changes: object) -> CheckpointConfig:
+    sha256 = hashlib.sha256(CONTENT).hexdigest()
+    return CheckpointConfig(**{"source": ADDRESS, "sha256": sha256, "download": True} | changes)
+
+
+def test_a_file_is_fetched_once_and_found_from_then_on(web: list[str], tmp_path: Path) -> None:
+    assert find_local(config()) is None
+    local = ensure_local(config())
+    assert local.files[0].read_bytes() == CONTENT
+    assert local.files[0].is_relative_to(tmp_path / "home" / "hub" / "checkpoints")
+    assert ensure_local(config()) == local and find_local(config()) == local
+    assert web == [ADDRESS]
+
+
+def test_a_file_of_another_checksum_is_thrown_away(web: list[str], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="invalid hash value"):
+        ensure_local(config(sha256="0" * 64))
+    assert not list((tmp_path / "home").rglob("*.p*"))
+
+
+def test_an_address_that_cannot_be_reached_is_one_line(web: list[str]) -> None:
+    with pytest.raises(CheckpointError, match="no such host") as caught:
+        ensure_local(config(source="https://elsewhere.example/w.pth"))
+    assert "\n" not in str(caught.value) and "curl --create-dirs -Lo" in str(caught.value)
+
+
+def test_nothing_is_asked_unless_allowed_nor_offline(
+    web: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CheckpointError, match="Not on this machine: https://weights"):
+        ensure_local(config(download=False))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set"):
+        ensure_local(config())
+    assert web == []
+
+
+def test_the_disk_is_looked_at_first(web: list[str]) -> None:
+    with pytest.raises(CheckpointError, match=r"GB left\. Free some, or set TORCH_HOME"):
+        ensure_local(config(size_bytes=10**18))
+    assert web == []
+
+
+def test_missing_weights_say_how_to_get_them(web: list[str]) -> None:
+    text = describe_missing(config(size_bytes=22_678_901, license="MIT"))
+    assert "22.7 MB on disk, licence: MIT" in text and f"tiny-{config().sha256[:8]}.pth" in text
+    assert ADDRESS in text.splitlines()[1]
+
+
+@pytest.mark.parametrize("sha256", [None, "", "abc", "g" * 64])
+def test_an_address_without_a_checksum_is_refused(sha256: str | None) -> None:
+    with pytest.raises(CheckpointError, match="its sha256 is needed"):
+        config(sha256=sha256)
+    assert CheckpointConfig(source="org/name", sha256=sha256).sha256 == sha256
