@@ -22,6 +22,7 @@ from flashdreams.parallel.environment import (
     Environment,
     from_rank_zero,
     init,
+    set_up_logging,
     shutdown,
 )
 from flashdreams.parallel.mesh import Mesh, ParallelConfig, build_mesh, resolve_degrees
@@ -92,6 +93,7 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
         """
         self.config = config
         self.environment: Environment = init(config.device)
+        set_up_logging(self.environment)
         if self.is_rank_zero:
             check_writable(config.output_dir)
         self.pipeline = config.pipeline.setup(device=self.environment.device, load=False)

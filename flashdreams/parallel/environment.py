@@ -191,14 +191,15 @@ def from_rank_zero(fn: Callable[[], T]) -> T:
 
 
 def set_up_logging(environment: Environment, level: int = logging.INFO) -> None:
-    """Let rank zero log from ``level`` on and the others from warnings on, under their number."""
-    handler = logging.StreamHandler()
+    """Let rank zero log from ``level`` on and the others from warnings on, under their number.
+
+    The level is that of this package. Messages of other packages, plug-ins among them, appear from
+    warnings on and bear the rank as well. A program that has set up logging itself keeps its form.
+    """
     mark = f"[rank {environment.rank}] " if environment.world_size > 1 else ""
-    handler.setFormatter(logging.Formatter(f"{mark}%(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger("flashdreams")
-    logger.handlers = [handler]
-    logger.propagate = False
-    logger.setLevel(level if environment.is_rank_zero else max(level, logging.WARNING))
+    logging.basicConfig(format=f"{mark}%(levelname)s %(name)s: %(message)s")
+    quiet = max(level, logging.WARNING)
+    logging.getLogger("flashdreams").setLevel(level if environment.is_rank_zero else quiet)
 
 
 def _read_int(name: str, default: int) -> int:

@@ -1,9 +1,14 @@
+import contextlib
+import io
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from flashdreams.infra.config import derive_config
+from flashdreams.integrations.self_forcing.config import TINY_RUNNER
 from flashdreams.parallel import environment
 from tests.harness import run_ranks
 
@@ -58,13 +63,40 @@ def take_places(path):
         environment.from_rank_zero(fail)
     shared = environment.from_rank_zero(lambda: torch.full((2,), float(found.rank)))
     assert torch.equal(shared, torch.zeros(2))
-    environment.set_up_logging(found)
-    level = logging.getLogger("flashdreams").getEffectiveLevel()
-    return found.rank, found.world_size, result, level
+    return found.rank, found.world_size, result
 
 
 def test_ranks_of_an_existing_group_take_turns(tmp_path):
     results = run_ranks(take_places, 3, str(tmp_path / "log"))
-    info, warning = logging.INFO, logging.WARNING
-    assert results == [(0, 3, 0, info), (1, 3, 1, warning), (2, 3, 2, warning)]
+    assert results == [(0, 3, 0), (1, 3, 1), (2, 3, 2)]
     assert (tmp_path / "log").read_text().startswith("0\n")
+
+
+def log_beside_a_runner(folder, own_format):
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        if own_format is not None:
+            logging.basicConfig(format=own_format)
+        derive_config(TINY_RUNNER, output_dir=Path(folder)).setup()
+        for name in ("flashdreams.somewhere", "plug_in"):
+            logging.getLogger(name).info("all is well")
+            logging.getLogger(name).warning("look here")
+    return stderr.getvalue().splitlines()
+
+
+def test_a_runner_marks_messages_with_their_rank(tmp_path):
+    first, second = run_ranks(log_beside_a_runner, 2, str(tmp_path), None)
+    assert first == [
+        "[rank 0] INFO flashdreams.somewhere: all is well",
+        "[rank 0] WARNING flashdreams.somewhere: look here",
+        "[rank 0] WARNING plug_in: look here",
+    ]
+    assert second == [
+        "[rank 1] WARNING flashdreams.somewhere: look here",
+        "[rank 1] WARNING plug_in: look here",
+    ]
+
+
+def test_a_program_that_has_set_up_logging_keeps_its_form(tmp_path):
+    first, second = run_ranks(log_beside_a_runner, 2, str(tmp_path), "program: %(message)s")
+    assert first == ["program: all is well", "program: look here", "program: look here"]
+    assert second == ["program: look here", "program: look here"]
