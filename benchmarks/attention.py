@@ -4,7 +4,6 @@
 chunk of 3 latent frames against windows of 3 to 21; on a CPU it runs a tiny size.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,31 +138,26 @@ def measure(
     return rows
 
 
+def measure_windows(
+    sizes: Sizes, dtype: torch.dtype, device: torch.device, repeats: int, tiles: bool
+) -> list[dict[str, Any]]:
+    """The rows of all window lengths of a preset."""
+    windows = sizes.windows_t
+    return [row for t in windows for row in measure(sizes, t, dtype, device, repeats, tiles)]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    report.add_arguments(parser)
-    parser.add_argument("--preset", choices=PRESETS, default=None, help="default: by device")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=None)
-    parser.add_argument("--tiles", action="store_true", help="sweep the Triton kernel's tiles")
-    options = parser.parse_args(arguments)
-    device = report.resolve_device(options.device)
-    on_gpu = device.type == "cuda"
-    preset = options.preset or ("wan-1.3b" if on_gpu else "tiny")
-    dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
-    repeats = options.repeats or (50 if on_gpu else 20)
-    sizes = PRESETS[preset]
-    with torch.no_grad():
-        rows = [
-            row
-            for window_t in sizes.windows_t
-            for row in measure(
-                sizes, window_t, getattr(torch, dtype), device, repeats, options.tiles
-            )
-        ]
-    config = {"preset": preset, "dtype": dtype, "repeats": repeats, **vars(sizes)}
-    result = report.new_report("attention", device, config, rows, options.git_commit)
-    report.finish(result, options, COLUMNS)
+    report.run_over_sizes(
+        "attention",
+        __doc__,
+        arguments,
+        presets=PRESETS,
+        gpu_repeats=50,
+        switch=("tiles", "sweep the Triton kernel's tiles"),
+        measure=measure_windows,
+        columns=COLUMNS,
+    )
 
 
 if __name__ == "__main__":

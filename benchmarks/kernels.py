@@ -4,7 +4,6 @@
 GPU; on a CPU it runs the PyTorch references at a tiny size.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -142,29 +141,26 @@ def measure(case: Case, device: torch.device, repeats: int, compiled: bool) -> l
     return rows
 
 
+def measure_all(
+    sizes: Sizes, dtype: torch.dtype, device: torch.device, repeats: int, compiled: bool
+) -> list[dict[str, Any]]:
+    """The rows of all kernels at one size."""
+    cases = build_cases(sizes, dtype, device)
+    return [row for case in cases for row in measure(case, device, repeats, compiled)]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    report.add_arguments(parser)
-    parser.add_argument("--preset", choices=PRESETS, default=None, help="default: by device")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=None)
-    parser.add_argument("--compile", action="store_true", help="also the unfused form, compiled")
-    options = parser.parse_args(arguments)
-    device = report.resolve_device(options.device)
-    on_gpu = device.type == "cuda"
-    preset = options.preset or ("wan-1.3b" if on_gpu else "tiny")
-    dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
-    repeats = options.repeats or (200 if on_gpu else 20)
-    sizes = PRESETS[preset]
-    with torch.no_grad():
-        rows = [
-            row
-            for case in build_cases(sizes, getattr(torch, dtype), device)
-            for row in measure(case, device, repeats, options.compile)
-        ]
-    config = {"preset": preset, "dtype": dtype, "repeats": repeats, **vars(sizes)}
-    result = report.new_report("kernels", device, config, rows, options.git_commit)
-    report.finish(result, options, COLUMNS)
+    report.run_over_sizes(
+        "kernels",
+        __doc__,
+        arguments,
+        presets=PRESETS,
+        gpu_repeats=200,
+        switch=("compile", "also the unfused form, compiled"),
+        measure=measure_all,
+        columns=COLUMNS,
+    )
 
 
 if __name__ == "__main__":

@@ -57,6 +57,47 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def run_over_sizes(
+    benchmark: str,
+    description: str | None,
+    arguments: list[str] | None,
+    *,
+    presets: Mapping[str, Any],
+    gpu_repeats: int,
+    switch: tuple[str, str],
+    measure: Callable[[Any, torch.dtype, torch.device, int, bool], list[dict[str, Any]]],
+    columns: Sequence[str],
+) -> None:
+    """The whole of a script that measures one size of model out of a few.
+
+    Args:
+        benchmark: its name.
+        description: docstring of the script; its first paragraph is the help text.
+        arguments: of the command line; None takes those of the process.
+        presets: sizes by name; ``tiny`` is taken on a CPU, ``wan-1.3b`` on a GPU.
+        gpu_repeats: timed calls of each variant on a GPU; 20 on a CPU.
+        switch: name and help of the script's own switch.
+        measure: rows for sizes, dtype, device, repeats, and whether the switch is on.
+        columns: row fields of the table.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").split("\n\n")[0])
+    add_arguments(parser)
+    parser.add_argument("--preset", choices=presets, default=None, help="default: by device")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=None)
+    parser.add_argument(f"--{switch[0]}", action="store_true", help=switch[1])
+    options = parser.parse_args(arguments)
+    device = resolve_device(options.device)
+    on_gpu = device.type == "cuda"
+    preset = options.preset or ("wan-1.3b" if on_gpu else "tiny")
+    dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    repeats = options.repeats or (gpu_repeats if on_gpu else 20)
+    sizes, switched = presets[preset], getattr(options, switch[0])
+    with torch.no_grad():
+        rows = measure(sizes, getattr(torch, dtype), device, repeats, switched)
+    config = {"preset": preset, "dtype": dtype, "repeats": repeats, **vars(sizes)}
+    finish(new_report(benchmark, device, config, rows, options.git_commit), options, columns)
+
+
 def time_calls(function: Callable[[], Tensor], device: torch.device, repeats: int) -> list[float]:
     """Milliseconds of single calls after warm-up, in ascending order.
 

@@ -3,6 +3,8 @@
 Shape letters: B batch, L query tokens, S key slots, N heads, D head dim.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -89,21 +91,21 @@ def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     v_cache[:, slots[inside]] = v[:, inside]
 
 
-def qk_norm_rope_write(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    table: Tensor,
-    eps: float,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-) -> Tensor:
-    """:func:`qk_norm_rope`, then :func:`kv_write`; returns the queries."""
-    q, k = qk_norm_rope(q, k, q_weight, k_weight, table, eps)
-    kv_write(k, v, k_cache, v_cache, slots)
+def qk_norm_rope_write(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    """:func:`qk_norm_rope`, then :func:`kv_write`.
+
+    Args:
+        q: ``[B, L, N, D]``.
+        k: like ``q``.
+        v: like ``q``.
+        rest: what else these two take, in their order: weights, table and eps; caches and slots.
+
+    Returns:
+        Queries, ``[B, L, N, D]``.
+    """
+    norm, cache = rest[:4], rest[4:]
+    q, k = qk_norm_rope(q, k, *norm)
+    kv_write(k, v, *cache)
     return q
 
 

@@ -86,9 +86,8 @@ def test_fused_write_equals_norm_rotation_and_write(
     result = rope_qknorm.qk_norm_rope_write(
         **tensors, v=v, eps=EPS, k_cache=k_cache, v_cache=v_cache, slots=slots
     )
-    wanted = reference.qk_norm_rope_write(
-        **tensors, v=v, eps=EPS, k_cache=expected[0], v_cache=expected[1], slots=slots.long()
-    )
+    q, k, *norm = tensors.values()
+    wanted = reference.qk_norm_rope_write(q, k, v, *norm, EPS, *expected, slots.long())
     assert error(result, wanted) < TOLERANCE[torch.float32]
     written = [5, 0, 2]
     assert error(k_cache[:, written], expected[0][:, written]) < TOLERANCE[torch.float32]
