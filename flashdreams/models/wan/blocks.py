@@ -219,8 +219,12 @@ class FlattenTokens(nn.Module):
     """``[B, C, T, H, W]`` to tokens ``[B, T*H*W, C]``; a place where a plan may split."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Flatten frames, rows and columns."""
-        return x.flatten(2).transpose(1, 2)
+        """Flatten frames, rows and columns.
+
+        The result lies token by token: element-wise operations hand the layout of the residual
+        stream on from block to block, so a transposed one would slow all of them.
+        """
+        return x.flatten(2).transpose(1, 2).contiguous()
 
 
 class ExpandFrames(nn.Module):
