@@ -18,9 +18,11 @@ from flashdreams.infra.component import (
 )
 from flashdreams.infra.config import InstantiateConfig
 from flashdreams.infra.decoder.base import DecoderConfig, StreamingDecoder
-from flashdreams.infra.diffusion.model import DiffusionCache, DiffusionModelConfig
+from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.encoder.base import EncoderConfig, StreamingEncoder
-from flashdreams.infra.state import RolloutState, export_rollout, import_rollout
+from flashdreams.infra.rollout import StreamInferencePipelineCache
+from flashdreams.infra.state import RolloutState, import_rollout
+from flashdreams.infra.warm_up import WarmUp, warm_up
 from flashdreams.infra.weights import fetch_weights, require_weights
 from flashdreams.parallel.environment import from_rank_zero, group_rank
 from flashdreams.parallel.guidance import build_guidance
@@ -68,51 +70,6 @@ class StreamInferencePipelineConfig(InstantiateConfig):
 
     decoder: DecoderConfig | None = None
     """Turns latents into frames; None makes ``generate`` return latents."""
-
-
-@dataclass
-class StreamInferencePipelineCache:
-    """ALL state of one rollout; the pipeline itself has none."""
-
-    diffusion: DiffusionCache
-    encoder: Any
-    decoder: Any
-    timer: StageTimer
-    pipeline: "StreamInferencePipeline" = field(repr=False)
-    """The pipeline that the rollout runs on."""
-    context: dict[str, Any] = field(repr=False)
-    """What the rollout is conditioned on, encoded, by name."""
-    negative_text: Any = field(default=None, repr=False)
-    """Embeddings of the negative prompt; None without guidance."""
-    next_index: int = 0
-    """The AR step that ``generate`` expects."""
-    pending: bool = False
-    """A chunk is generated and not yet finalized."""
-
-    @property
-    def records(self) -> list[dict[str, Any]]:
-        """Stage times and sizes, one record per AR step."""
-        return self.timer.records
-
-    @property
-    def latent(self) -> Tensor | None:
-        """``[B, C, T, H, W]`` float32, the clean latent of the last chunk."""
-        return self.diffusion.latent
-
-    @torch.no_grad()
-    def state_dict(self) -> RolloutState | None:
-        """The rollout in a form that does not know the number of ranks; a collective call.
-
-        Gathered one tensor at a time; `StreamInferencePipeline.load_cache` takes it back, on any
-        number of ranks. See `flashdreams.infra.state` for the form.
-
-        Returns:
-            The form on rank zero, None elsewhere.
-
-        Raises:
-            ValueError: between ``generate`` and ``finalize``.
-        """
-        return export_rollout(self.pipeline, self)
 
 
 ChunkObserver = Callable[[StreamInferencePipelineCache, Tensor], None]
@@ -166,6 +123,7 @@ class StreamInferencePipeline(nn.Module):
         self._slices: dict[str, Mapping[str, Any]] = {}
         self._decodes_here = True
         self._text_from_rank_zero = False
+        self.warmed_up: WarmUp | None = None
         self._latent_width = config.diffusion_model.transformer.latent_width
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(INIT_SEED)
@@ -230,6 +188,20 @@ class StreamInferencePipeline(nn.Module):
         for name, component in self.components().items():
             self._load_component(component, self._slices.get(name))
         self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def warm_up(self) -> WarmUp:
+        """Build whatever is built once, so that no rollout pays for it; a collective call.
+
+        Afterwards nothing is compiled, captured or measured any more. Call after ``load``; a second
+        call does nothing. On a CPU there is usually nothing to build.
+
+        Returns:
+            What was done, also kept as ``warmed_up``.
+        """
+        if self.warmed_up is None:
+            self.warmed_up = warm_up(self)
+        return self.warmed_up
 
     def _load_component(
         self, component: Component, slices: Mapping[str, Any] | None = None

@@ -108,8 +108,13 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
             self.pipeline.guard = watchdog.stage
             with watchdog.stage("load", limit_s=LOAD_TIMEOUT_S):
                 self.pipeline.load()
+            with watchdog.stage("warm-up", limit_s=LOAD_TIMEOUT_S):
+                warmed_up = self.pipeline.warm_up()
         else:
             self.pipeline.load()
+            warmed_up = self.pipeline.warm_up()
+        if warmed_up.steps and self.is_rank_zero:
+            print(f"ready: {warmed_up}")
         self.recorder = RunRecorder(config, self.environment, self.mesh)
         self.pipeline.observers.append(self.recorder.observe)
 

@@ -153,6 +153,11 @@ class GraphedCallable:
             self.replays += 1
         return graph.output.clone()
 
+    @property
+    def can_capture(self) -> bool:
+        """Whether anything is ever recorded here; on a CPU nothing is."""
+        return self._backend is not None
+
     def seal(self) -> None:
         """Declare warm-up over: whatever is not captured by now will never be."""
         self.sealed = True

@@ -131,6 +131,32 @@ class DiffusionModel(nn.Module):
         make = self.transformer.initialize_cache
         return make(**select_context(make, context or {}))
 
+    def warm_up(self) -> int:
+        """Run AR steps with dummy values until every network call has had each of its forms.
+
+        One denoising step each: the others differ in values alone. A collective call.
+
+        Returns:
+            The number of AR steps; 0 where nothing is built at first calls, or where the
+            transformer names no dummy context.
+        """
+        transformer = self.transformer
+        context = transformer.example_context(1)
+        if context is None or not transformer.needs_warm_up:
+            return 0
+        shape = transformer.latent_shape(1)
+        latent = torch.zeros(shape, device=transformer.device)
+        timestep = self.scheduler.timesteps_on(transformer.device)[0]
+        negative = None if self.config.guidance_scale is None else context
+        cache = self.initialize_cache(context, negative, lambda i, k, size: torch.zeros(size), 1)
+        cache.control = transformer.example_control(1)
+        for index in range(transformer.warm_up_steps):
+            for branch in cache.branches:
+                transformer.begin_step(index, branch, cache.control)
+            cache.latent = self._flow(cache)(latent, timestep)
+            self.finalize(index, cache)
+        return transformer.warm_up_steps
+
     def generate(self, autoregressive_index: int, cache: DiffusionCache, control: Any) -> Tensor:
         """Denoise one chunk.
 

@@ -138,6 +138,27 @@ class Transformer(Component):
             "rewrite_context(cache, chunks, timestep)."
         )
 
+    @property
+    def needs_warm_up(self) -> bool:
+        """Whether first calls build something: CUDA's handles, graphs, compiled code."""
+        return self.device.type == "cuda"
+
+    @property
+    def warm_up_steps(self) -> int:
+        """AR steps after which no network call takes a form that it has not had."""
+        return 1
+
+    def example_context(self, batch_size: int) -> dict[str, Any] | None:
+        """Dummy context for ``initialize_cache``, of the shapes that rollouts have.
+
+        None where there is none: the transformer is then not warmed up.
+        """
+        return None
+
+    def example_control(self, batch_size: int) -> Any:
+        """A dummy control input for ``begin_step``; None for a transformer without control."""
+        return None
+
     def cache_nbytes(self, batch_size: int) -> int:
         """Bytes of one rollout's largest state, for estimates of memory; 0 if there is none."""
         return 0

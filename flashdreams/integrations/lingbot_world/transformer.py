@@ -120,6 +120,11 @@ class LingBotTransformer(WanTransformer):
             split=plan.split | {"camera_tokens": 1},
         )
 
+    def example_control(self, batch_size: int) -> Tensor:
+        """Zeros ``[1, L, camera_dim]``: one camera for the whole batch."""
+        c = self.config
+        return torch.zeros(1, c.len_t * c.tokens_per_frame, c.camera_dim)
+
     def embed_control(self, control: Any) -> Control:
         """Embed the camera and let every block read it, once per chunk.
 

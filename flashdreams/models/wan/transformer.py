@@ -63,6 +63,8 @@ class WanTransformerConfig(TransformerConfig):
     """Text tokens; shorter prompts are padded with zero rows, which are attended."""
     image_dim: int | None = None
     """Width of the image tokens for cross-attention; None for models without them."""
+    image_len: int = 257
+    """Image tokens that warm-up prepares for: CLIP's 16 x 16 patches and its class token."""
     control_dim: int | None = None
     """Width of a per-token control signal that is embedded and added to the tokens; None for
     models without control."""
@@ -215,6 +217,36 @@ class WanTransformer(Transformer):
             b.self_attn.core.new_cache(spec, cursor) if c.streaming else None for b in self.blocks
         ]
         return WanCache(cursor, caches, cross_attention, condition)
+
+    @property
+    def needs_warm_up(self) -> bool:
+        """Also where calls are captured; see the contract."""
+        graphed = isinstance(self.network, GraphedCallable) and self.network.can_capture
+        return super().needs_warm_up or graphed
+
+    @property
+    def warm_up_steps(self) -> int:
+        """Until the window is full and has evicted once."""
+        c = self.config
+        return -(-(c.sink_size_t + c.window_size_t) // c.len_t) + 1 if c.streaming else 1
+
+    def example_context(self, batch_size: int) -> dict[str, Any]:
+        """Zeros for ``initialize_cache``."""
+        c = self.config
+        context = {"text": torch.zeros(batch_size, c.text_len, c.text_dim)}
+        if c.image_dim is not None:
+            context["image_tokens"] = torch.zeros(batch_size, c.image_len, c.image_dim)
+        if c.condition_channels:
+            size = (batch_size, c.condition_channels, 1, c.latent_height, c.latent_width)
+            context["condition"] = torch.zeros(size)
+        return context
+
+    def example_control(self, batch_size: int) -> Tensor | None:
+        """Zeros ``[B, L, control_dim]``."""
+        c = self.config
+        if c.control_dim is None:
+            return None
+        return torch.zeros(batch_size, c.len_t * c.tokens_per_frame, c.control_dim)
 
     def cache_spec(self, batch_size: int) -> KVCacheSpec:
         """Size of one layer's KV cache on one device."""
