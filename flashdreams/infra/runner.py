@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -13,7 +13,6 @@ from tqdm import tqdm
 from flashdreams.infra.config import InstantiateConfig
 from flashdreams.infra.pipeline import (
     StreamInferencePipeline,
-    StreamInferencePipelineCache,
     StreamInferencePipelineConfig,
 )
 from flashdreams.infra.recorder import RunRecorder
@@ -172,10 +171,6 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
                 yield index
                 bar.set_postfix_str(f"{self.recorder.frames_per_second:.1f} fps", refresh=False)
                 bar.update()
-
-    def track(self, cache: StreamInferencePipelineCache, **values: Any) -> None:
-        """Put further figures into the stats record of the AR step just generated."""
-        cache.timer.note(**values)
 
     def close(self) -> None:
         """Write the stats, and the latents if asked for, then leave the process group.

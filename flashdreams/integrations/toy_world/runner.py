@@ -81,7 +81,7 @@ class ToyWorldRunner(Runner[ToyWorldRunnerConfig, StreamInferencePipeline]):
                     continue
                 if cfg.compare_to_truth:
                     truth = self.truth(poses[i])[:, None]
-                    self.track(cache, psnr_db=float(psnr_db(chunk, truth).mean()))
+                    cache.timer.note(psnr_db=float(psnr_db(chunk, truth).mean()))
                     chunk = torch.cat([chunk, truth], dim=-1)
                 if writer is not None:
                     writer.write(chunk)
