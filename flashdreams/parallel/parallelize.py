@@ -25,6 +25,7 @@ from flashdreams.parallel.spatial import WidthLayout, split_by_width
 from flashdreams.parallel.strict import make_strict
 from flashdreams.parallel.tensor import (
     ColwiseLinear,
+    GatheredColwiseLinear,
     RowwiseLinear,
     ShardedLayer,
     ShardedRMSNorm,
@@ -33,6 +34,12 @@ from flashdreams.parallel.xfuser import XfuserAttention, build_long_context
 from flashdreams.runtime.checkpoint import TensorSlice
 
 _MARK = "_parallel_report"
+
+_LINEARS: dict[str, Callable[[nn.Linear, Channel, str], ShardedLayer]] = {
+    "colwise": ColwiseLinear,
+    "colwise_gathered": GatheredColwiseLinear,
+    "rowwise": RowwiseLinear,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +173,7 @@ class _Matches:
             shapes = sorted({re.sub(r"\b\d+\b", "*", name, count=1) for name in unnamed})
             raise ValueError(
                 f"The plan's tensor leaves out linear layers of a block: {', '.join(shapes)}. "
-                'Name each as "colwise", "rowwise" or "replicated".'
+                'Name each as "colwise", "colwise_gathered", "rowwise" or "replicated".'
             )
 
 
@@ -187,10 +194,8 @@ def _split_weights(
             sharded = ShardedRMSNorm(layer, channel, name)
         elif type(layer) is not nn.Linear:
             raise ValueError(f"{name} is a {type(layer).__name__}; only nn.Linear can be {style}.")
-        elif style == "colwise":
-            sharded = ColwiseLinear(layer, channel, name)
         else:
-            sharded = RowwiseLinear(layer, channel, name)
+            sharded = _LINEARS[style](layer, channel, name)
         _replace(module, name, sharded)
         slices |= {f"{name}.{leaf}": part for leaf, part in sharded.slices.items()}
     return slices

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-TensorStyle = Literal["colwise", "rowwise", "norm", "replicated"]
+TensorStyle = Literal["colwise", "colwise_gathered", "rowwise", "norm", "replicated"]
 SpatialStyle = Literal["halo", "gather_width"]
 RolloutStyle = Literal["heads", "rebuilt"]
 
@@ -17,7 +17,9 @@ class ParallelPlan:
     """
 
     tensor: dict[str, TensorStyle] = field(default_factory=dict)
-    """Linear or norm -> how its weight is split over the ``tp`` axis; ``"replicated"`` says that a
+    """Linear or norm -> how its weight is split over the ``tp`` axis. ``"colwise_gathered"`` is
+    colwise with an output that every rank gets whole, for a result that meets whole tensors: an
+    exchange as large as the output, so for layers that run seldom. ``"replicated"`` says that a
     linear stays whole on purpose."""
 
     split: dict[str, int] = field(default_factory=dict)

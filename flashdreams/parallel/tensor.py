@@ -52,6 +52,23 @@ class ColwiseLinear(nn.Linear, ShardedLayer):
             self.slices["bias"] = part
 
 
+class GatheredColwiseLinear(ColwiseLinear):
+    """A linear layer that computes this rank's output features and gathers those of all ranks.
+
+    It costs an exchange of the whole output where `ColwiseLinear` costs none: for what must be whole
+    on every rank and is computed seldom, such as a control embedding once per AR step.
+    """
+
+    def __init__(self, linear: nn.Linear, channel: Channel, name: str) -> None:
+        super().__init__(linear, channel, name)
+        self.channel = channel
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``[..., in_features]``, whole, to ``[..., P * out_features]``, whole."""
+        own = super().forward(input)
+        return self.channel.all_gather(own, dim=own.ndim - 1)
+
+
 class RowwiseLinear(nn.Linear, ShardedLayer):
     """A linear layer over this rank's input features; the partial results are summed.
 

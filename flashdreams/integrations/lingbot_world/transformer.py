@@ -103,7 +103,10 @@ class LingBotTransformer(WanTransformer):
         """Wan's plan and the camera branch.
 
         A block's scale and shift meet tokens that every rank holds in full width, so the layers
-        that make them stay whole.
+        that make them are cut and their outputs gathered: twice per block and AR step, whatever
+        the number of denoising steps. Beside the sums of 4 denoising steps and a clean pass that is
+        1/16 more bytes; it saves ``1 - 1/P`` of 4.2 GB at 14B in bfloat16, and the same share of
+        these layers' work.
         """
         plan = wan_plan(self.config)
         return replace(
@@ -114,8 +117,8 @@ class LingBotTransformer(WanTransformer):
                 "c2ws_hidden_states_layer2": "rowwise",
                 "blocks.*.cam_injector_layer1": "colwise",
                 "blocks.*.cam_injector_layer2": "rowwise",
-                "blocks.*.cam_scale_layer": "replicated",
-                "blocks.*.cam_shift_layer": "replicated",
+                "blocks.*.cam_scale_layer": "colwise_gathered",
+                "blocks.*.cam_shift_layer": "colwise_gathered",
             },
             split=plan.split | {"camera_tokens": 1},
         )
