@@ -131,10 +131,13 @@ def _flops(subject: rollout.Subject, cache: Any) -> tuple[int, str]:
         import scaling
 
         visible_t = c.window_size_t + c.sink_size_t if c.streaming else c.len_t
-        call = scaling.predict_call(c, subject.mesh.degrees, visible_t)
-        calls = model.scheduler.num_inference_steps + int(c.streaming)
+        degrees = subject.mesh.degrees
+        flops = scaling.predict_call(c, degrees, visible_t).flops
+        flops *= model.scheduler.num_inference_steps
+        if c.streaming:
+            flops += scaling.predict_call(c, degrees, visible_t, write_only=True).flops
         branches = 1 if model.config.guidance_scale is None else 2
-        return calls * branches * call.flops, "formula, transformer alone"
+        return branches * flops, "formula, transformer alone"
     rolling = cache if subject.streaming else subject.new_rollout()
     return rollout.count_flops(lambda: subject.step(rolling)), "counted"
 

@@ -6,6 +6,7 @@ and compares the counted FLOPs, calls and bytes with the model's: they must be e
 """
 
 import argparse
+import itertools
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -57,6 +58,7 @@ def predict_call(
     degrees: ParallelDegrees,
     visible_t: int,
     ring_method: str = "gather",
+    write_only: bool = False,
 ) -> Call:
     """Count one network call.
 
@@ -65,6 +67,7 @@ def predict_call(
         degrees: the mesh.
         visible_t: latent frames that attention sees.
         ring_method: ``"gather"`` or ``"rotate"``.
+        write_only: the clean pass, which ends with the last block's keys and values.
     """
     c, ring, ulysses, tp = config, degrees.ring, degrees.ulysses, degrees.tp
     tokens = c.len_t * c.tokens_per_frame
@@ -78,28 +81,34 @@ def predict_call(
     self_attention = 4 * queries * visible * width // ulysses
     cross_attention = 4 * own * c.text_len * width
     channels = c.in_channels + c.condition_channels
-    ends = 2 * tokens * channels * patch * c.dim + 2 * own * c.dim * c.out_channels * patch
+    entry = 2 * tokens * channels * patch * c.dim
+    head = 2 * own * c.dim * c.out_channels * patch
+    keys_values = 2 * own * 2 * c.dim * width
     time = 2 * (c.freq_dim + c.dim + 6 * c.dim) * c.dim
-    flops = c.num_layers * (linear + self_attention + cross_attention) + ends + time
+    layers, written = c.num_layers - write_only, int(write_only)
+    flops = layers * (linear + self_attention + cross_attention) + written * keys_values
+    flops += entry + (1 - written) * head + time
 
     traffic: dict[str, Traffic] = {}
 
     def add(name: str, size: int, calls: int, nbytes: int) -> None:
-        if size > 1:
+        if size > 1 and calls:
             sent = sent_bytes(name.rpartition(".")[2], nbytes, size)
             traffic[name] = traffic.get(name, Traffic()) + Traffic(calls, calls * sent)
 
     chunk = own * width * item
-    add("ulysses.all_to_all", ulysses, c.num_layers, 3 * chunk)
-    add("ulysses.all_to_all", ulysses, c.num_layers, chunk)
+    add("ulysses.all_to_all", ulysses, layers, 3 * chunk)
+    add("ulysses.all_to_all", ulysses, layers, chunk)
+    add("ulysses.all_to_all", ulysses, written, 2 * chunk)
     if ring_method == "gather":
         add("ring.all_gather", ring, c.num_layers, 2 * chunk)
     else:
         share = visible // ring * width // ulysses * item
-        add("ring.rotate", ring, c.num_layers * (ring - 1), 2 * share)
-    add("tp.all_reduce", tp, 3 * c.num_layers, own * c.dim * item)
-    add("tp.all_reduce", tp, 3 * c.num_layers, own * 4)
-    add("sequence.all_gather", degrees.sequence, 1, own * c.out_channels * patch * item)
+        add("ring.rotate", ring, layers * (ring - 1), 2 * share)
+    add("tp.all_reduce", tp, 3 * layers, own * c.dim * item)
+    add("tp.all_reduce", tp, 3 * layers + written, own * 4)
+    out = own * c.out_channels * patch * item
+    add("sequence.all_gather", degrees.sequence, 1 - written, out)
     return Call(flops, traffic)
 
 
@@ -165,11 +174,11 @@ def _flops_of_cpu_attention(
 
 @torch.no_grad()
 def count_call(
-    config: WanTransformerConfig, parallel: ParallelConfig
+    config: WanTransformerConfig, parallel: ParallelConfig, write_only: bool = False
 ) -> tuple[Call, Call, ParallelDegrees]:
     """Run the model on the ranks there are; returns what was predicted and what was counted.
 
-    The counted call is the second of a rollout's second AR step.
+    The counted call is of a rollout's second AR step: a denoising step, or the clean pass.
     """
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     degrees = resolve_degrees(parallel, ranks, config.num_heads)
@@ -186,23 +195,28 @@ def count_call(
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counter = FlopCounterMode(display=False, custom_mapping={attention: _flops_of_cpu_attention})
     with counter:
-        model.predict_flow(latent, torch.tensor(500.0), cache)
+        run = model.update_cache if write_only else model.predict_flow
+        run(latent, torch.tensor(500.0), cache)
     counted = Call(counter.get_total_flops(), mesh.meter.since(before))
     visible_t = min(2 * config.len_t, config.window_size_t + config.sink_size_t)
-    return predict_call(config, degrees, visible_t, parallel.ring_method), counted, degrees
+    predicted = predict_call(config, degrees, visible_t, parallel.ring_method, write_only)
+    return predicted, counted, degrees
 
 
 def check_counts() -> int:
     """Compare on the ranks of torchrun; returns an exit code."""
     place = environment.init("cpu")
     wrong = 0
-    for parallel in CHECKED:
-        predicted, counted, degrees = count_call(MODELS["tiny"], parallel)
+    for parallel, write_only in itertools.product(CHECKED, (False, True)):
+        predicted, counted, degrees = count_call(MODELS["tiny"], parallel, write_only)
         same = predicted == counted
         wrong += not same
         if place.is_rank_zero:
             verdict = "equal" if same else f"NOT equal: predicted {predicted}"
-            sys.stdout.write(f"{degrees}: {counted.flops} FLOP, {counted.traffic}: {verdict}\n")
+            call = "clean pass" if write_only else "denoising step"
+            sys.stdout.write(
+                f"{degrees}, {call}: {counted.flops} FLOP, {counted.traffic}: {verdict}\n"
+            )
     environment.shutdown()
     return int(wrong > 0)
 

@@ -48,3 +48,7 @@ class AttentionCore(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v)
         return self.backend(q, k, v, scale=self.scale)
+
+    def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
+        """Write the current chunk into the cache and attend to nothing; as in ``forward``."""
+        cache.update(k, v)

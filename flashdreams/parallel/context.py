@@ -48,6 +48,13 @@ class AttentionWrapper(nn.Module):
         """This rank's part of cached keys or values: the inverse of ``gather_cache``."""
         return self.core.shard_cache(x)
 
+    def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
+        """Write this rank's part of the chunk; see `AttentionCore.write`.
+
+        A strategy whose ``forward`` exchanges or trims does the same here, without queries.
+        """
+        self.core.write(k, v, cache)
+
 
 class HeadShardAttention(AttentionWrapper):
     """Attention over the heads that tensor parallelism left to this rank; exchanges nothing."""
@@ -90,18 +97,25 @@ class UlyssesAttention(HeadShardAttention):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
         """Attend; the arguments are ``[B, L/P, N, D]``, and so is the result."""
         tokens = q.shape[1]
-        q, k, v = self.layout.trim(self._to_heads(q, k, v), 2).unbind(0)
+        q, k, v = self._to_heads(q, k, v)
         out = pad_dim(self.core(q, k, v, cache), 1, tokens * self.channel.size)
         return self._to_tokens(out)
 
-    def _to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Three times ``[B, L/P, N, D]`` to ``[3, B, L, N/P, D]`` in one exchange."""
+    def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
+        """See `AttentionWrapper.write`; exchanges keys and values alone."""
+        k, v = self._to_heads(k, v)
+        self.core.write(k, v, cache)
+
+    def _to_heads(self, *projections: Tensor) -> tuple[Tensor, ...]:
+        """Each ``[B, L/P, N, D]`` to ``[B, L, N/P, D]``, all in one exchange, padding dropped."""
         size = self.channel.size
-        batch, tokens, heads, head_dim = q.shape
-        send = q.new_empty((size, 3, batch, tokens, heads // size, head_dim))
-        for i, x in enumerate((q, k, v)):
+        batch, tokens, heads, head_dim = projections[0].shape
+        shape = (size, len(projections), batch, tokens, heads // size, head_dim)
+        send = projections[0].new_empty(shape)
+        for i, x in enumerate(projections):
             send[:, i] = x.unflatten(2, (size, -1)).permute(2, 0, 1, 3, 4)
-        return self.channel.all_to_all(send).permute(1, 2, 0, 3, 4, 5).flatten(2, 3)
+        received = self.channel.all_to_all(send).permute(1, 2, 0, 3, 4, 5).flatten(2, 3)
+        return self.layout.trim(received, 2).unbind(0)
 
     def _to_tokens(self, x: Tensor) -> Tensor:
         """``[B, L, N/P, D]`` to ``[B, L/P, N, D]``."""
@@ -124,10 +138,19 @@ class GatherKVAttention(AttentionWrapper):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
         """Attend; the arguments are ``[B, L/P, N, D]``, and so is the result."""
+        k, v = self._gather(k, v)
+        return self.core(q, k, v, cache)
+
+    def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
+        """See `AttentionWrapper.write`; every rank needs all keys and values here, too."""
+        k, v = self._gather(k, v)
+        self.core.write(k, v, cache)
+
+    def _gather(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values of all ranks in one exchange, padding dropped."""
         send = k.new_empty((2, *k.shape))
         send[0], send[1] = k, v
-        k, v = self.layout.trim(self.channel.all_gather(send, dim=2), 2).unbind(0)
-        return self.core(q, k, v, cache)
+        return self.layout.trim(self.channel.all_gather(send, dim=2), 2).unbind(0)
 
 
 class PaddedAttention(AttentionWrapper):
@@ -142,6 +165,10 @@ class PaddedAttention(AttentionWrapper):
         tokens = q.shape[1]
         q, k, v = (self.layout.trim(x, 1) for x in (q, k, v))
         return pad_dim(self.core(q, k, v, cache), 1, tokens)
+
+    def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
+        """See `AttentionWrapper.write`."""
+        self.core.write(self.layout.trim(k, 1), self.layout.trim(v, 1), cache)
 
 
 def _divide_heads(spec: KVCacheSpec, channel: Channel) -> KVCacheSpec:

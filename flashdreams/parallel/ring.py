@@ -121,6 +121,10 @@ class RingAttention(AttentionWrapper):
                 travelling = following()
         return out.to(q.dtype)
 
+    def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
+        """See `AttentionWrapper.write`; each rank keeps its share, nothing travels."""
+        self.core.write(self.layout.trim(k, 1), self.layout.trim(v, 1), cache)
+
 
 def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
     """Attention and the logarithm of its normaliser, in the form that `merge` takes.

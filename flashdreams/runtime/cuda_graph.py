@@ -96,7 +96,7 @@ class GraphedCallable:
         *,
         key: Callable[..., Hashable] | None = None,
         backend: CaptureBackend | None = None,
-        max_graphs: int = 64,
+        max_graphs: int = 128,
     ) -> None:
         """Wrap a function.
 

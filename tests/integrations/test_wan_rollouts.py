@@ -119,7 +119,7 @@ def test_two_hundred_steps_need_no_more_memory_or_work_than_the_first_full_ones(
     config = derive_config(
         TINY_PIPELINE,
         diffusion_model=dict(
-            transformer=dict(relative_rope=relative, num_layers=1),
+            transformer=dict(relative_rope=relative, num_layers=2),
             scheduler=dict(denoising_timesteps=(1000.0,)),
         ),
         decoder=None,

@@ -77,21 +77,27 @@ def sent_in_one_call():
 
 
 def test_sent_bytes_equal_the_formula():
-    """One AR step is three network calls; the current chunk alone is visible."""
-    ranks, layers, calls, batch = 2, TINY["num_layers"], 3, 2
+    """One AR step is two network calls and a clean pass; the current chunk alone is visible.
+
+    The clean pass exchanges no queries in the last layer, attends to nothing there and gathers no
+    output.
+    """
+    ranks, layers, calls, batch = 2, TINY["num_layers"], 2, 2
     tokens = TINY["len_t"] * 3 * 4
     chunk = batch * tokens * TINY["dim"] * 4
     head = batch * tokens // ranks * 4 * TINY["out_channels"] * 4
     for sent in run_ranks(sent_in_one_call, ranks):
+        exchanged, gathered = chunk // ranks * (ranks - 1) // ranks, chunk // ranks * (ranks - 1)
         per_layer = {
-            "ulysses": ("ulysses.all_to_all", 2, 4 * chunk // ranks * (ranks - 1) // ranks),
-            "gather": ("ring.all_gather", 1, 2 * chunk // ranks * (ranks - 1)),
-            "rotate": ("ring.rotate", ranks - 1, 2 * chunk // ranks * (ranks - 1)),
+            "ulysses": ("ulysses.all_to_all", 2, 4 * exchanged, 1, 2 * exchanged),
+            "gather": ("ring.all_gather", 1, 2 * gathered, 1, 2 * gathered),
+            "rotate": ("ring.rotate", ranks - 1, 2 * gathered, 0, 0),
         }
-        for strategy, (name, count, nbytes) in per_layer.items():
+        for strategy, (name, count, nbytes, last_count, last_nbytes) in per_layer.items():
             traffic = sent[strategy]
-            assert traffic[name].calls == count * layers * calls
-            assert traffic[name].bytes_sent == nbytes * layers * calls
+            whole_layers = layers * calls + layers - 1
+            assert traffic[name].calls == count * whole_layers + last_count
+            assert traffic[name].bytes_sent == nbytes * whole_layers + last_nbytes
             assert traffic["sequence.all_gather"].bytes_sent == head * (ranks - 1) * calls
             assert len(traffic) == 2
 

@@ -25,7 +25,11 @@ def count(configs):
     sys.path.insert(0, BENCHMARKS)
     import scaling
 
-    return [scaling.count_call(scaling.MODELS["tiny"], config)[:2] for config in configs]
+    return [
+        scaling.count_call(scaling.MODELS["tiny"], config, write_only)[:2]
+        for config in configs
+        for write_only in (False, True)
+    ]
 
 
 @pytest.mark.parametrize("world_size", [4])

@@ -86,11 +86,19 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None) -> Tensor:
         """Attend; ``x`` is ``[B, L, dim]``, ``rope`` is ``[L, D/2, 2]``."""
-        heads = (-1, self.head_dim)
-        q = apply_rope(self.norm_q(self.q(x)).unflatten(-1, heads), rope)
-        k = apply_rope(self.norm_k(self.k(x)).unflatten(-1, heads), rope)
-        v = self.v(x).unflatten(-1, heads)
+        q = apply_rope(self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_dim)), rope)
+        k, v = self._keys_values(x, rope)
         return self.o(self.core(q, k, v, cache).flatten(2))
+
+    def write(self, x: Tensor, rope: Tensor, cache: KVCache) -> None:
+        """Leave the keys and values of ``x`` in the cache; arguments as in ``forward``."""
+        k, v = self._keys_values(x, rope)
+        self.core.write(k, v, cache)
+
+    def _keys_values(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        heads = (-1, self.head_dim)
+        k = apply_rope(self.norm_k(self.k(x)).unflatten(-1, heads), rope)
+        return k, self.v(x).unflatten(-1, heads)
 
 
 class CrossAttention(nn.Module):
@@ -176,6 +184,14 @@ class WanBlock(nn.Module):
         x = x + self.cross_attn(self.norm3(x), context)
         y = modulated_norm(x, e[3], e[4], self.eps)
         return gated_sum(x, self.ffn(y), e[5])
+
+    def write(self, x: Tensor, time: Tensor, rope: Tensor, cache: KVCache) -> None:
+        """Leave in the cache what ``forward`` leaves there, and compute no more than that.
+
+        A block that changes its tokens before self-attention overrides this as well.
+        """
+        e = (self.modulation.float() + time).unbind(2)
+        self.self_attn.write(modulated_norm(x, e[0], e[1], self.eps), rope, cache)
 
     def inject(self, x: Tensor, control: Any) -> Tensor:
         """Hook between self- and cross-attention for models that control every block."""

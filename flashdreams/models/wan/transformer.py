@@ -147,9 +147,12 @@ class WanCache:
     control: Control | None = None
 
 
-def graph_key(cache: WanCache) -> int:
-    """What the network call depends on beside tensors: the number of visible keys."""
-    return cache.cursor.visible_tokens
+def graph_key(cache: WanCache, write_only: bool = False) -> tuple[int, bool]:
+    """What the network call depends on beside tensors.
+
+    That is the number of visible keys, and how much of the network is run.
+    """
+    return cache.cursor.visible_tokens, write_only
 
 
 class WanTransformer(Transformer):
@@ -358,7 +361,7 @@ class WanTransformer(Transformer):
                 cursor.place_next(len(chunk.frames), self.device)
                 control = self.select_control(chunk.control, chunk.kept)
                 self.prepare(cache, torch.tensor(chunk.frames), control)
-                self(chunk.latent, timestep.to(self.device), cache)
+                self(chunk.latent, timestep.to(self.device), cache, write_only=True)
                 for layer in layers:
                     layer.keep_sink(start, end)
         frames = [frame for chunk in chunks for frame in chunk.frames]
@@ -421,16 +424,19 @@ class WanTransformer(Transformer):
         tokens = self.control_embedding(control.to(self.device, self.dtype))
         return Control(tokens, none_per_block)
 
-    def forward(self, latent: Tensor, timestep: Tensor, cache: WanCache) -> Tensor:
+    def forward(
+        self, latent: Tensor, timestep: Tensor, cache: WanCache, write_only: bool = False
+    ) -> Tensor:
         """The network call.
 
         Args:
             latent: ``[B, C, T, H, W]``.
             timestep: 0-dim, ``[B]``, or ``[B, T]`` for one timestep per latent frame.
             cache: rotations, control, keys and values; the chunk's slots are overwritten.
+            write_only: stop when the last block's keys and values are in the cache.
 
         Returns:
-            ``[B, out_channels, T, H, W]`` float32.
+            ``[B, out_channels, T, H, W]`` float32; an empty tensor if ``write_only``.
         """
         if cache.rope is None or cache.control is None:
             raise ValueError("The cache is not prepared for a chunk; call begin_step first.")
@@ -447,7 +453,7 @@ class WanTransformer(Transformer):
             tokens_per_frame = patches.shape[3] * patches.shape[4]
             embedded = self.expand_frames(embedded, tokens_per_frame)
             projected = self.expand_frames(projected, tokens_per_frame)
-        layers = zip(
+        *layers, last = zip(
             self.blocks,
             cache.cross_attention,
             cache.self_attention,
@@ -456,6 +462,11 @@ class WanTransformer(Transformer):
         )
         for block, context, kv_cache, control in layers:
             x = block(x, projected, cache.rope, context, kv_cache, control)
+        block, context, kv_cache, control = last
+        if write_only and kv_cache is not None:
+            block.write(x, projected, cache.rope, kv_cache)
+            return x.new_empty(0)
+        x = block(x, projected, cache.rope, context, kv_cache, control)
         return self.unpatchify(self.head(x, embedded), *patches.shape[2:]).float()
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
@@ -479,7 +490,7 @@ class WanTransformer(Transformer):
         return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     @cached_property
-    def network(self) -> Callable[[Tensor, Tensor, WanCache], Tensor]:
+    def network(self) -> Callable[..., Tensor]:
         """``forward``, replayed as a CUDA graph where the config asks for it and there is CUDA."""
         if not self.config.use_cuda_graph:
             return self.__call__
@@ -496,10 +507,11 @@ class WanTransformer(Transformer):
     def update_cache(self, latent: Tensor, timestep: Tensor, cache: WanCache) -> None:
         """Write the clean chunk's keys and values and move on to the next chunk.
 
-        A bidirectional model keeps nothing, so its network is not run.
+        What comes after the last of them is not computed. A bidirectional model keeps nothing, so
+        its network is not run.
         """
         if self.config.streaming:
-            self.network(latent, timestep.to(latent.device), cache)
+            self.network(latent, timestep.to(latent.device), cache, True)
         for layer in cache.self_attention:
             if layer is not None:
                 layer.keep_sink()
