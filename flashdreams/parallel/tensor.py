@@ -55,8 +55,8 @@ class ColwiseLinear(nn.Linear, ShardedLayer):
 class GatheredColwiseLinear(ColwiseLinear):
     """A linear layer that computes this rank's output features and gathers those of all ranks.
 
-    It costs an exchange of the whole output where `ColwiseLinear` costs none: for what must be whole
-    on every rank and is computed seldom, such as a control embedding once per AR step.
+    It costs an exchange of the whole output where `ColwiseLinear` costs none: for what must be
+    whole on every rank and is computed seldom, such as a control embedding once per AR step.
     """
 
     def __init__(self, linear: nn.Linear, channel: Channel, name: str) -> None:
