@@ -1,62 +1,32 @@
 """Config literals of Causal-Forcing: streaming text- and image-to-video on Wan 2.1 1.3B."""
 
 from flashdreams.infra.config import derive_config
-from flashdreams.infra.diffusion.model import DiffusionModelConfig
-from flashdreams.infra.diffusion.scheduler.fm import FlowMatchSchedulerConfig
-from flashdreams.infra.pipeline import StreamInferencePipelineConfig
 from flashdreams.infra.runner import RunnerConfig
 from flashdreams.models.wan.config import (
+    FOUR_STEP_PIPELINE_1_3B,
     TINY_TEXT_ENCODER,
     TINY_TRANSFORMER,
     TINY_VAE_DECODER,
     TINY_VAE_IMAGE_ENCODER,
-    UMT5_TEXT_ENCODER,
-    WAN_TRANSFORMER_1_3B,
-    WAN_VAE_DECODER,
     WAN_VAE_IMAGE_ENCODER,
+    training_checkpoint,
 )
 from flashdreams.models.wan.runner import ImageToVideoRunnerConfig, TextToVideoRunnerConfig
-from flashdreams.runtime.checkpoint import CheckpointConfig
 
+REPO = "zhuhz22/Causal-Forcing"
+REVISION = "2f8eb8bb6eeb1238da9d13e5420d342a74d634a6"
 
-def checkpoint(file: str, select: tuple[str, ...]) -> CheckpointConfig:
-    """A file of the official repository."""
-    return CheckpointConfig(
-        source="zhuhz22/Causal-Forcing",
-        file=file,
-        revision="2f8eb8bb6eeb1238da9d13e5420d342a74d634a6",
-        select=select,
-        strip_prefixes=("model.", "net."),
-        # One set of tensors; the file may hold more than the one that is read.
-        size_bytes=5_675_987_200,
-    )
-
-
-CHUNKWISE_CHECKPOINT = checkpoint(
-    "chunkwise/causal_forcing.pt", select=("generator", "generator_ema")
+CHUNKWISE_CHECKPOINT = training_checkpoint(
+    REPO, "chunkwise/causal_forcing.pt", REVISION, select=("generator", "generator_ema")
 )
-FRAMEWISE_CHECKPOINT = checkpoint(
-    "framewise/causal_forcing.pt", select=("generator_ema", "generator")
+FRAMEWISE_CHECKPOINT = training_checkpoint(
+    REPO, "framewise/causal_forcing.pt", REVISION, select=("generator_ema", "generator")
 )
 
-# Schedule and chunks: thu-ml/Causal-Forcing, which takes over Self-Forcing's.
-
-CHUNKWISE_PIPELINE = StreamInferencePipelineConfig(
+CHUNKWISE_PIPELINE = derive_config(
+    FOUR_STEP_PIPELINE_1_3B,
     name="causal-forcing-wan2.1-t2v-1.3b-chunkwise",
-    text_encoder=UMT5_TEXT_ENCODER,
-    diffusion_model=DiffusionModelConfig(
-        transformer=derive_config(
-            WAN_TRANSFORMER_1_3B,
-            len_t=3,
-            window_size_t=21,
-            sink_size_t=0,
-            checkpoint=CHUNKWISE_CHECKPOINT,
-        ),
-        scheduler=FlowMatchSchedulerConfig(
-            denoising_timesteps=(1000.0, 750.0, 500.0, 250.0), shift=5.0
-        ),
-    ),
-    decoder=WAN_VAE_DECODER,
+    diffusion_model=dict(transformer=dict(checkpoint=CHUNKWISE_CHECKPOINT)),
 )
 
 FRAMEWISE_PIPELINE = derive_config(

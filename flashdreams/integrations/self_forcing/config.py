@@ -1,48 +1,29 @@
 """Config literals of Self-Forcing: streaming text-to-video on Wan 2.1 1.3B."""
 
 from flashdreams.infra.config import derive_config
-from flashdreams.infra.diffusion.model import DiffusionModelConfig
-from flashdreams.infra.diffusion.scheduler.fm import FlowMatchSchedulerConfig
-from flashdreams.infra.pipeline import StreamInferencePipelineConfig
 from flashdreams.infra.runner import RunnerConfig
 from flashdreams.models.wan.config import (
+    FOUR_STEP_PIPELINE_1_3B,
     TAEHV_DECODER,
     TINY_TEXT_ENCODER,
     TINY_TRANSFORMER,
     TINY_VAE_DECODER,
-    UMT5_TEXT_ENCODER,
-    WAN_TRANSFORMER_1_3B,
-    WAN_VAE_DECODER,
+    training_checkpoint,
 )
 from flashdreams.models.wan.runner import TextToVideoRunnerConfig
-from flashdreams.runtime.checkpoint import CheckpointConfig
 
-CHECKPOINT = CheckpointConfig(
-    source="gdhe17/Self-Forcing",
-    file="checkpoints/self_forcing_dmd.pt",
-    revision="2f8b779212da279d212c22a509b66ad6552f350e",
+CHECKPOINT = training_checkpoint(
+    "gdhe17/Self-Forcing",
+    "checkpoints/self_forcing_dmd.pt",
+    "2f8b779212da279d212c22a509b66ad6552f350e",
     select=("generator_ema", "generator"),
-    strip_prefixes=("model.", "net."),
-    # One set of tensors; the file may hold more than the one that is read.
-    size_bytes=5_675_987_200,
     license="CC BY-NC-SA 4.0",
 )
 
-# Schedule, chunk and window: guandeh17/Self-Forcing, configs/self_forcing_dmd.yaml and
-# default_config.yaml.
-
-PIPELINE = StreamInferencePipelineConfig(
+PIPELINE = derive_config(
+    FOUR_STEP_PIPELINE_1_3B,
     name="self-forcing-wan2.1-t2v-1.3b",
-    text_encoder=UMT5_TEXT_ENCODER,
-    diffusion_model=DiffusionModelConfig(
-        transformer=derive_config(
-            WAN_TRANSFORMER_1_3B, len_t=3, window_size_t=21, sink_size_t=0, checkpoint=CHECKPOINT
-        ),
-        scheduler=FlowMatchSchedulerConfig(
-            denoising_timesteps=(1000.0, 750.0, 500.0, 250.0), shift=5.0
-        ),
-    ),
-    decoder=WAN_VAE_DECODER,
+    diffusion_model=dict(transformer=dict(checkpoint=CHECKPOINT)),
 )
 
 TAEHV_PIPELINE = derive_config(PIPELINE, name=f"{PIPELINE.name}-taehv", decoder=TAEHV_DECODER)

@@ -23,8 +23,8 @@ from flashdreams.models.wan.config import (
 )
 from flashdreams.models.wan.runner import ImageToVideoRunnerConfig, TextToVideoRunnerConfig
 
-LATENT_FRAMES = 21
-"""The whole clip, 81 frames, is one chunk."""
+ONE_CHUNK = dict(streaming=False, len_t=21, window_size_t=21)
+"""Transformer fields: the whole clip, 81 frames, is one chunk."""
 
 SHARD_INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
@@ -43,9 +43,7 @@ T2V_1_3B_480P_PIPELINE = StreamInferencePipelineConfig(
     diffusion_model=DiffusionModelConfig(
         transformer=derive_config(
             WAN_TRANSFORMER_1_3B,
-            streaming=False,
-            len_t=LATENT_FRAMES,
-            window_size_t=LATENT_FRAMES,
+            **ONE_CHUNK,
             checkpoint=wan21_checkpoint(
                 T2V_1_3B_REPO, "diffusion_pytorch_model.safetensors", 5_675_987_200
             ),
@@ -62,9 +60,7 @@ T2V_14B_720P_PIPELINE = derive_config(
     diffusion_model=dict(
         transformer=derive_config(
             WAN_TRANSFORMER_14B,
-            streaming=False,
-            len_t=LATENT_FRAMES,
-            window_size_t=LATENT_FRAMES,
+            **ONE_CHUNK,
             latent_height=90,
             latent_width=160,
             checkpoint=wan21_checkpoint(T2V_14B_REPO, SHARD_INDEX, 57_153_966_336),
@@ -81,9 +77,7 @@ I2V_14B_480P_PIPELINE = derive_config(
     diffusion_model=dict(
         transformer=derive_config(
             WAN_TRANSFORMER_I2V_14B,
-            streaming=False,
-            len_t=LATENT_FRAMES,
-            window_size_t=LATENT_FRAMES,
+            **ONE_CHUNK,
             checkpoint=wan21_checkpoint(I2V_14B_480P_REPO, SHARD_INDEX, 65_579_515_136),
         ),
         scheduler=dict(num_inference_steps=40, shift=3.0),

@@ -1,6 +1,9 @@
 """Published sizes and weights of the Wan family, and the same parts at toy size."""
 
 from flashdreams.infra.config import derive_config
+from flashdreams.infra.diffusion.model import DiffusionModelConfig
+from flashdreams.infra.diffusion.scheduler.fm import FlowMatchSchedulerConfig
+from flashdreams.infra.pipeline import StreamInferencePipelineConfig
 from flashdreams.models.clip import UNUSED_TENSORS, CLIPImageEncoderConfig
 from flashdreams.models.prompts import HashTextEncoderConfig
 from flashdreams.models.taehv import DECODER_IGNORES as TAEHV_DECODER_IGNORES
@@ -47,6 +50,30 @@ def wan21_checkpoint(
 def wan21_vae_checkpoint(ignore: tuple[str, ...]) -> CheckpointConfig:
     """The autoencoder, the same file in every Wan 2.1 repository, without one of its halves."""
     return wan21_checkpoint(T2V_1_3B_REPO, "Wan2.1_VAE.pth", 507_570_124, ignore)
+
+
+def training_checkpoint(
+    repo: str, file: str, revision: str, select: tuple[str, str], license: str | None = None
+) -> CheckpointConfig:
+    """A 1.3B transformer in a file as Self-Forcing's training code writes it.
+
+    Args:
+        repo: Hugging Face repository.
+        file: in the repository.
+        revision: its commit.
+        select: ``"generator"`` and ``"generator_ema"``, the one to take first.
+        license: of the weights.
+    """
+    return CheckpointConfig(
+        source=repo,
+        file=file,
+        revision=revision,
+        select=select,
+        strip_prefixes=("model.", "net."),
+        # One set of tensors; the file may hold more than the one that is read.
+        size_bytes=5_675_987_200,
+        license=license,
+    )
 
 
 WAN_TRANSFORMER_1_3B = WanTransformerConfig(dtype="bfloat16")
@@ -119,6 +146,23 @@ TAEHV_DECODER = TAEHVDecoderConfig(
     ),
 )
 """Tiny decoder for the latents of Wan 2.1."""
+
+FOUR_STEP_PIPELINE_1_3B = StreamInferencePipelineConfig(
+    name="wan2.1-t2v-1.3b-four-steps",
+    text_encoder=UMT5_TEXT_ENCODER,
+    diffusion_model=DiffusionModelConfig(
+        transformer=derive_config(WAN_TRANSFORMER_1_3B, len_t=3, window_size_t=21, sink_size_t=0),
+        scheduler=FlowMatchSchedulerConfig(
+            denoising_timesteps=(1000.0, 750.0, 500.0, 250.0), shift=5.0
+        ),
+    ),
+    decoder=WAN_VAE_DECODER,
+)
+"""Streaming text-to-video as Self-Forcing trains it: a base for literals that add the weights.
+
+Source: guandeh17/Self-Forcing, configs/self_forcing_dmd.yaml and default_config.yaml; thu-ml/
+Causal-Forcing takes it over.
+"""
 
 TINY_TRANSFORMER = WanTransformerConfig(
     dim=48,
