@@ -183,8 +183,8 @@ class StreamInferencePipeline(nn.Module):
         Raises:
             CheckpointError: weights are missing or do not fit; see ``load_checkpoint``.
         """
-        require_weights(self.config)
-        fetch_weights(self.config)
+        require_weights(self.config, encodes_text=self.text_encoder is not None)
+        fetch_weights(self.config, text_on_rank_zero=self._text_from_rank_zero)
         for name, component in self.components().items():
             self._load_component(component, self._slices.get(name))
         self.requires_grad_(False).eval()

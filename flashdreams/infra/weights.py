@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flashdreams.infra.config import config_fields, derive_config, is_config
-from flashdreams.parallel.environment import first_on_node
+from flashdreams.parallel.environment import first_on_node, from_rank_zero, process_rank
 from flashdreams.runtime.checkpoint import (
     CheckpointConfig,
     CheckpointError,
@@ -18,6 +18,9 @@ from flashdreams.runtime.checkpoint import (
 
 if TYPE_CHECKING:
     from flashdreams.infra.pipeline import StreamInferencePipelineConfig
+
+_TEXT_ENCODER = "text_encoder."
+"""What the paths of the text encoder's files begin with."""
 
 
 def named_checkpoints(config: Any, prefix: str = "") -> Iterator[tuple[str, CheckpointConfig]]:
@@ -31,7 +34,10 @@ def named_checkpoints(config: Any, prefix: str = "") -> Iterator[tuple[str, Chec
 
 
 def require_weights(
-    config: "StreamInferencePipelineConfig", *, fetch_all: str | None = None
+    config: "StreamInferencePipelineConfig",
+    *,
+    fetch_all: str | None = None,
+    encodes_text: bool | None = None,
 ) -> None:
     """Refuse a pipeline whose weights are neither on this machine nor allowed to be fetched.
 
@@ -40,14 +46,19 @@ def require_weights(
     Args:
         config: the pipeline.
         fetch_all: what to type to have all of them fetched; None names one option per file.
+        encodes_text: whether this process runs the text encoder; None: it does on rank zero, as
+            with a runner.
 
     Raises:
         CheckpointError: all that is missing, with its size, the memory that a rollout will take,
             and how to get it.
     """
+    if encodes_text is None:
+        encodes_text = process_rank() == 0
     missing: dict[tuple[str, str | None], tuple[str, CheckpointConfig]] = {}
     for path, checkpoint in named_checkpoints(config):
-        if not checkpoint.download and find_local(checkpoint) is None:
+        wanted = encodes_text or not path.startswith(_TEXT_ENCODER)
+        if wanted and not checkpoint.download and find_local(checkpoint) is None:
             missing.setdefault((checkpoint.source, checkpoint.file), (path, checkpoint))
     if not missing:
         return
@@ -66,17 +77,25 @@ def require_weights(
     raise CheckpointError("\n".join(lines))
 
 
-def fetch_weights(config: "StreamInferencePipelineConfig") -> None:
+def fetch_weights(
+    config: "StreamInferencePipelineConfig", *, text_on_rank_zero: bool = False
+) -> None:
     """Download what may be downloaded and is not here yet; one rank per node does it.
 
     Collective where there are several ranks.
 
+    Args:
+        config: the pipeline.
+        text_on_rank_zero: rank zero alone runs the text encoder and fetches its files.
+
     Raises:
         CheckpointError: a download failed.
     """
-    for _, checkpoint in named_checkpoints(config):
+    for path, checkpoint in named_checkpoints(config):
         if checkpoint.download:
-            first_on_node(partial(ensure_local, checkpoint))
+            alone = text_on_rank_zero and path.startswith(_TEXT_ENCODER)
+            take_turns = from_rank_zero if alone else first_on_node
+            take_turns(partial(ensure_local, checkpoint))
 
 
 def memory_estimate(config: "StreamInferencePipelineConfig", batch_size: int = 1) -> str:

@@ -126,12 +126,11 @@ def describe_missing(config: CheckpointConfig, *, flag: str | None = None) -> st
         )
     else:
         repo, file = target
-        import huggingface_hub
+        from huggingface_hub import constants
 
-        cache = huggingface_hub.constants.HF_HUB_CACHE
         place = (
             f"{repo}, file {file}, revision {config.revision or 'main'}{extra}; "
-            f"looked in the Hugging Face cache {cache}."
+            f"looked in the Hugging Face cache {constants.HF_HUB_CACHE}."
         )
     return (
         f"Not on this machine: {place}\n"
@@ -281,9 +280,8 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _refuse_download(config: CheckpointConfig) -> None:
     """Say so where downloads are off or the disk is too small."""
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    constants = huggingface_hub.constants
     if constants.HF_HUB_OFFLINE:
         raise CheckpointError(
             f"{describe_missing(config)}\n"

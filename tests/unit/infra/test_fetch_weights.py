@@ -1,31 +1,85 @@
-"""Who fetches weights when several ranks start."""
+"""Who asks for weights, and who fetches them, when several ranks start."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
 from flashdreams.infra import weights
 from flashdreams.infra.config import derive_config
-from flashdreams.runtime.checkpoint import CheckpointConfig
+from flashdreams.infra.pipeline import StreamInferencePipelineConfig
+from flashdreams.models.wan.config import TINY_TEXT_ENCODER
+from flashdreams.parallel.mesh import ParallelConfig, build_mesh, resolve_degrees
+from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError
 from tests.harness import run_ranks
 from tests.tiny import tiny_pipeline
 
+CHECKPOINT = CheckpointConfig(source="org/repo", file="w.safetensors", download=True)
+CONFIG = derive_config(
+    tiny_pipeline(), diffusion_model=dict(transformer=dict(checkpoint=CHECKPOINT))
+)
+WITH_TEXT_ENCODER = derive_config(
+    CONFIG,
+    text_encoder=derive_config(
+        TINY_TEXT_ENCODER, checkpoint=replace(CHECKPOINT, source="org/text")
+    ),
+)
 
-def fetch(folder: str) -> None:
-    checkpoint = CheckpointConfig(source="org/repo", download=True)
-    config = derive_config(
-        tiny_pipeline(), diffusion_model=dict(transformer=dict(checkpoint=checkpoint))
-    )
+
+def fetch(folder: str, config: StreamInferencePipelineConfig, text_on_rank_zero: bool) -> None:
     log = Path(folder) / "order.txt"
 
-    def record(_: CheckpointConfig) -> None:
+    def record(checkpoint: CheckpointConfig) -> None:
         with log.open("a") as file:
-            file.write(f"{dist.get_rank()}\n")
+            file.write(f"{dist.get_rank()} {checkpoint.source}\n")
 
     weights.ensure_local = record
-    weights.fetch_weights(config)
+    weights.fetch_weights(config, text_on_rank_zero=text_on_rank_zero)
 
 
 def test_one_rank_of_a_node_fetches_first(tmp_path):
-    run_ranks(fetch, 2, str(tmp_path))
-    assert (tmp_path / "order.txt").read_text().split() == ["0", "1"]
+    run_ranks(fetch, 2, str(tmp_path), CONFIG, False)
+    assert (tmp_path / "order.txt").read_text().split()[::2] == ["0", "1"]
+
+
+@pytest.mark.parametrize(("alone", "ranks"), [(True, ["0"]), (False, ["0", "1"])])
+def test_rank_zero_alone_fetches_what_it_alone_runs(alone, ranks, tmp_path):
+    run_ranks(fetch, 2, str(tmp_path), WITH_TEXT_ENCODER, alone)
+    fetched = [line.split() for line in (tmp_path / "order.txt").read_text().splitlines()]
+    assert sorted(rank for rank, source in fetched if source == "org/text") == ranks
+    assert sorted(rank for rank, source in fetched if source == "org/repo") == ["0", "1"]
+
+
+NO_DOWNLOADS = derive_config(
+    WITH_TEXT_ENCODER,
+    text_encoder=dict(checkpoint=dict(download=False)),
+    diffusion_model=dict(transformer=dict(checkpoint=dict(download=False))),
+)
+
+
+def missing_files(cut: bool) -> str:
+    """What a rank of two says before it loads."""
+    weights.find_local = lambda checkpoint: None
+    pipeline = NO_DOWNLOADS.setup(device="cpu", load=False)
+    if cut:
+        pipeline.parallelize(build_mesh(resolve_degrees(ParallelConfig(), 2, 2), "cpu"))
+    with pytest.raises(CheckpointError) as caught:
+        pipeline.load()
+    return str(caught.value)
+
+
+def test_only_ranks_that_encode_prompts_ask_for_the_text_encoder():
+    first, second = run_ranks(missing_files, 2, True)
+    assert "needs 2 checkpoints" in first and "org/text" in first
+    assert "needs 1 checkpoint " in second and "org/text" not in second
+    each = run_ranks(missing_files, 2, False)  # two whole pipelines, side by side
+    assert all("org/text" in text for text in each)
+
+
+@pytest.mark.parametrize(("rank", "count"), [("0", 2), ("1", 1)])
+def test_a_runner_asks_by_the_rank_that_torchrun_gave(rank, count, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(weights, "find_local", lambda checkpoint: None)
+    with pytest.raises(CheckpointError, match=f"needs {count} checkpoint"):
+        weights.require_weights(NO_DOWNLOADS)
