@@ -15,6 +15,8 @@ FROM ${CUDA_IMAGE}
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 
 # gcc and the Python headers: Triton compiles a small launcher for every kernel at run time.
+# The distribution's release is what is pinned; its mirrors keep no older versions of a package.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
         gcc libc6-dev python3 python3-dev python3-venv tini \
@@ -37,6 +39,8 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY kernels kernels
 COPY flashdreams flashdreams
+# Versions are those that pyproject.toml allows.
+# hadolint ignore=DL3013
 RUN pip install ".[text,gpu]" \
     && flashdreams-run --help
 
@@ -44,7 +48,8 @@ RUN groupadd --gid 10001 dreamer \
     && useradd --uid 10001 --gid dreamer --no-create-home --home-dir /workspace dreamer \
     && install -d -m 1777 /workspace /workspace/outputs /workspace/cache
 WORKDIR /workspace
-USER dreamer
+# By number, for clusters that see to it that it is not root's.
+USER 10001:10001
 
 # Also for a --user that has no entry in /etc/passwd, who then can write to mounted folders of hers.
 ENV HOME=/workspace USER=dreamer

@@ -1,13 +1,18 @@
-"""The wheel holds what an installed package needs, and nothing else."""
+"""The archives hold what an installed package needs, and nothing else, and the wheel works."""
 
 import configparser
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from email import message_from_string
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from flashdreams.registry import GROUP
 from tests.architecture.sources import PACKAGES, ROOT, SOURCE_ROOTS
@@ -16,8 +21,11 @@ MAX_WEIGHTS_MB = 10
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The wheel of a copy of the sources, so that no old ``build`` folder gets into it."""
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist, and with the wheel that was built from the sdist.
+
+    They are made from a copy of the sources, so that no old ``build`` folder gets into them.
+    """
     pytest.importorskip("build", reason="the wheel is built with: pip install build")
     copy = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -25,10 +33,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     clean = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("flashdreams", "kernels", "tests", "benchmarks", "docs"):
         shutil.copytree(ROOT / name, copy / name, ignore=clean)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist"]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist"]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (file,) = (copy / "dist").glob("*.whl")
+    return copy / "dist"
+
+
+@pytest.fixture
+def wheel(dist: Path) -> zipfile.ZipFile:
+    (file,) = dist.glob("*.whl")
     return zipfile.ZipFile(file)
 
 
@@ -75,3 +88,101 @@ def test_the_wheel_registers_the_command_and_the_shipped_runners(wheel: zipfile.
     for reference in points[GROUP].values():
         module = reference.split(":")[0].replace(".", "/")
         assert f"{module}.py" in wheel.namelist()
+
+
+@pytest.mark.slow
+def test_an_index_would_take_both_archives(dist: Path) -> None:
+    pytest.importorskip("twine", reason="the archives are checked with: pip install twine")
+    files = sorted(map(str, dist.iterdir()))
+    assert len(files) == 2
+    done = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", *files], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "WARNING" not in done.stdout, done.stdout
+
+
+@pytest.mark.slow
+def test_the_sdist_holds_no_folder_that_is_not_installed(dist: Path) -> None:
+    (file,) = dist.glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        folders = {Path(name).parts[1] for name in archive.getnames() if name.count("/") > 1}
+    assert folders == {"flashdreams", "kernels", "flashdreams.egg-info"}
+
+
+@pytest.fixture(scope="module")
+def empty(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel, the packages that it requires, and nothing else.
+
+    The packages are links into this environment: installing PyTorch anew would take minutes.
+    """
+    folder = tmp_path_factory.mktemp("empty") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (wheel,) = dist.glob("*.whl")
+    for name in required(wheel):
+        link(name, packages)
+    python = str(folder / "bin/python")
+    command = ["-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index"]
+    subprocess.run([sys.executable, *command, str(wheel)], check=True)
+    return folder
+
+
+def required(wheel: Path) -> set[str]:
+    """Names of the packages that a wheel requires without extras, and that these require."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        own = message_from_string(archive.read(name).decode()).get_all("Requires-Dist")
+    found: set[str] = set()
+    seen: set[str] = set()
+    waiting = [(line, "") for line in own or ()]
+    while waiting:
+        line, extra = waiting.pop()
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+            found.add(requirement.name)
+            for wanted in {"", *requirement.extras}:
+                if (key := f"{requirement.name}[{wanted}]") not in seen:
+                    seen.add(key)
+                    lines = metadata.requires(requirement.name) or ()
+                    waiting += [(line, wanted) for line in lines]
+    return found
+
+
+def link(name: str, packages: Path) -> None:
+    """Link what an installed package put into its site-packages into those of another."""
+    installed = metadata.distribution(name)
+    tops = {file.parts[0] for file in installed.files or ()}
+    for top in tops - {"..", "__pycache__"}:
+        source = Path(str(installed.locate_file(top)))
+        if source.exists() and source.suffix != ".pth" and not (packages / top).exists():
+            (packages / top).symlink_to(source)
+
+
+def in_empty(empty: Path, cwd: Path, *words: str) -> str:
+    """What a command of the empty environment prints, in a folder far from the checkout."""
+    hidden = ("PYTHON", "VIRTUAL_ENV", "FLASHDREAMS_")
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
+    done = subprocess.run(
+        [str(empty / "bin" / words[0]), *words[1:]],
+        cwd=cwd, env=variables | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_an_empty_environment_makes_the_video_from_the_wheel(empty: Path, tmp_path: Path) -> None:
+    code = "import flashdreams, flashdreams_kernels as k; print(flashdreams.__file__, k.__file__)"
+    for file in in_empty(empty, tmp_path, "python", "-c", code).split():
+        assert Path(file).is_relative_to(empty), f"{file} is not from the wheel"
+    in_empty(empty, tmp_path, "flashdreams-run", "toy-world", "--total-blocks", "6")
+    assert (tmp_path / "outputs/toy-world.mp4").stat().st_size > 1000
+    assert (tmp_path / "outputs/stats_toy-world.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_empty_environment_is_empty(empty: Path, tmp_path: Path) -> None:
+    """What only the checkout or an extra has cannot be imported, so nothing leaned on it."""
+    for name in ("tests", "benchmarks", "customized_method", "pytest", "transformers"):
+        code = f"from importlib.util import find_spec; assert find_spec({name!r}) is None"
+        in_empty(empty, tmp_path, "python", "-c", code)
