@@ -54,6 +54,13 @@ class Component(nn.Module):
             return tensor.device
         return torch.device("cpu")
 
+    def check_device(self, device: torch.device) -> None:
+        """Refuse a device on which this config cannot run; asked before any weights are read.
+
+        Raises:
+            ValueError: says what is missing and what to set instead.
+        """
+
     def parallel_plan(self) -> ParallelPlan | None:
         """Where this component may be cut; None means that every rank runs it whole."""
         return None

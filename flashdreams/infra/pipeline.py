@@ -132,6 +132,8 @@ class StreamInferencePipeline(nn.Module):
             self.encoder = build_component(config.encoder)
             self.diffusion_model = config.diffusion_model.setup()
             self.decoder = build_component(config.decoder)
+        for part in self.components().values():
+            part.check_device(self.target_device)
         self.exchange = RolloutExchange(Mesh(), self.diffusion_model.transformer.parallel_plan())
         self.requires_grad_(False).eval()
         if load:

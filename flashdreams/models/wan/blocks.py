@@ -4,7 +4,7 @@ Shape letters as in `flashdreams.models.wan.transformer`; parameter names are th
 checkpoints.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flashdreams.attention.cache import KVCache
 from flashdreams.attention.core import AttentionCore
 from flashdreams.attention.rope import apply_rope
+from flashdreams.models.wan import fused
 
 if TYPE_CHECKING:
     from flashdreams.models.wan.transformer import WanTransformerConfig
@@ -70,12 +71,31 @@ def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return x + (y * gate).to(x.dtype)
 
 
+def norm_rope(
+    q: Tensor, k: Tensor, norm_q: nn.Module, norm_k: nn.Module, rope: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Norm over all heads together, then rotation, of queries and keys.
+
+    Args:
+        q: ``[B, L, N, D]``, this rank's heads.
+        k: like ``q``.
+        norm_q: maps ``[B, L, N * D]``.
+        norm_k: like ``norm_q``.
+        rope: ``[L, D/2, 2]``.
+    """
+    return (
+        apply_rope(norm_q(q.flatten(2)).view_as(q), rope),
+        apply_rope(norm_k(k.flatten(2)).view_as(k), rope),
+    )
+
+
 class SelfAttention(nn.Module):
     """Self-attention of the tokens over the sink, the window and themselves."""
 
     def __init__(self, dim: int, head_dim: int, eps: float) -> None:
         super().__init__()
         self.head_dim = head_dim
+        self.norm_rope: Callable[..., tuple[Tensor, Tensor]] = norm_rope
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim)
         self.v = nn.Linear(dim, dim)
@@ -86,19 +106,16 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None) -> Tensor:
         """Attend; ``x`` is ``[B, L, dim]``, ``rope`` is ``[L, D/2, 2]``."""
-        q = apply_rope(self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_dim)), rope)
-        k, v = self._keys_values(x, rope)
+        heads = (-1, self.head_dim)
+        q, k, v = (linear(x).unflatten(-1, heads) for linear in (self.q, self.k, self.v))
+        q, k = self.norm_rope(q, k, self.norm_q, self.norm_k, rope)
         return self.o(self.core(q, k, v, cache).flatten(2))
 
     def write(self, x: Tensor, rope: Tensor, cache: KVCache) -> None:
         """Leave the keys and values of ``x`` in the cache; arguments as in ``forward``."""
-        k, v = self._keys_values(x, rope)
-        self.core.write(k, v, cache)
-
-    def _keys_values(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         heads = (-1, self.head_dim)
         k = apply_rope(self.norm_k(self.k(x)).unflatten(-1, heads), rope)
-        return k, self.v(x).unflatten(-1, heads)
+        self.core.write(k, self.v(x).unflatten(-1, heads), cache)
 
 
 class CrossAttention(nn.Module):
@@ -150,6 +167,9 @@ class WanBlock(nn.Module):
         super().__init__()
         c = config
         self.eps = c.eps
+        self.fused_kernels = c.fused_kernels
+        self.modulated_norm: Callable[..., Tensor] = modulated_norm
+        self.gated_sum: Callable[..., Tensor] = gated_sum
         self.self_attn = SelfAttention(c.dim, c.head_dim, c.eps)
         self.norm3 = nn.LayerNorm(c.dim, eps=c.eps)
         self.cross_attn = CrossAttention(c.dim, c.head_dim, c.eps, c.image_dim is not None)
@@ -157,6 +177,14 @@ class WanBlock(nn.Module):
             nn.Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(c.ffn_dim, c.dim)
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim**0.5)
+
+    def settle(self) -> None:
+        """Choose how the block computes, once; the ranks have taken their parts of it by now."""
+        if self.fused_kernels:
+            self.modulated_norm, self.gated_sum = fused.modulated_norm, fused.gated_sum
+            # Ranks that share the heads exchange sums in the middle of the norm.
+            if isinstance(self.self_attn.norm_q, RMSNorm):
+                self.self_attn.norm_rope = fused.norm_rope
 
     def forward(
         self,
@@ -178,12 +206,12 @@ class WanBlock(nn.Module):
             control: what ``embed_control`` prepared for this block.
         """
         e = (self.modulation.float() + time).unbind(2)
-        y = modulated_norm(x, e[0], e[1], self.eps)
-        x = gated_sum(x, self.self_attn(y, rope, cache), e[2])
+        y = self.modulated_norm(x, e[0], e[1], self.eps)
+        x = self.gated_sum(x, self.self_attn(y, rope, cache), e[2])
         x = self.inject(x, control)
         x = x + self.cross_attn(self.norm3(x), context)
-        y = modulated_norm(x, e[3], e[4], self.eps)
-        return gated_sum(x, self.ffn(y), e[5])
+        y = self.modulated_norm(x, e[3], e[4], self.eps)
+        return self.gated_sum(x, self.ffn(y), e[5])
 
     def write(self, x: Tensor, time: Tensor, rope: Tensor, cache: KVCache) -> None:
         """Leave in the cache what ``forward`` leaves there, and compute no more than that.
@@ -191,7 +219,7 @@ class WanBlock(nn.Module):
         A block that changes its tokens before self-attention overrides this as well.
         """
         e = (self.modulation.float() + time).unbind(2)
-        self.self_attn.write(modulated_norm(x, e[0], e[1], self.eps), rope, cache)
+        self.self_attn.write(self.modulated_norm(x, e[0], e[1], self.eps), rope, cache)
 
     def inject(self, x: Tensor, control: Any) -> Tensor:
         """Hook between self- and cross-attention for models that control every block."""

@@ -29,6 +29,7 @@ from flashdreams.models.wan.blocks import (
     WanBlock,
     timestep_embedding,
 )
+from flashdreams.models.wan.fused import check_fused_kernels
 from flashdreams.models.wan.keys import WAN_KEY_MAPS
 from flashdreams.models.wan.plan import wan_plan
 from flashdreams.parallel.plan import ParallelPlan
@@ -80,6 +81,9 @@ class WanTransformerConfig(TransformerConfig):
     """First latent frames of the rollout that are never evicted."""
     relative_rope: bool = False
     """Cache-relative positions: the sink always stands right before the window."""
+    fused_kernels: bool = False
+    """Run modulated norms, gated sums and the norm and rotation of queries and keys as Triton
+    kernels. Needs CUDA (for tests, TRITON_INTERPRET=1)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -187,6 +191,11 @@ class WanTransformer(Transformer):
         self.blocks: Sequence[WanBlock] = cast(Any, blocks)
         patch_volume = c.patch_size[0] * c.patch_size[1] * c.patch_size[2]
         self.head = Head(c.dim, c.out_channels * patch_volume, c.eps)
+
+    def check_device(self, device: torch.device) -> None:
+        """See the contract."""
+        if self.config.fused_kernels:
+            check_fused_kernels(device, self.dtype)
 
     def parallel_plan(self) -> ParallelPlan:
         """Where the network may be cut."""
@@ -491,7 +500,12 @@ class WanTransformer(Transformer):
 
     @cached_property
     def network(self) -> Callable[..., Tensor]:
-        """``forward``, replayed as a CUDA graph where the config asks for it and there is CUDA."""
+        """``forward``, replayed as a CUDA graph where the config asks for it and there is CUDA.
+
+        Made at the first call: by then the ranks have cut the blocks, which can settle.
+        """
+        for block in self.blocks:
+            block.settle()
         if not self.config.use_cuda_graph:
             return self.__call__
         return GraphedCallable(self.__call__, self.device, key=graph_key)

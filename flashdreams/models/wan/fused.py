@@ -1,0 +1,41 @@
+"""Small operations of a Wan block as Triton kernels, in the form in which the block calls them."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from flashdreams_kernels.adaln import gate_residual, layer_norm_modulate
+from flashdreams_kernels.rope_qknorm import qk_norm_rope
+from torch import Tensor
+
+from flashdreams.attention.backends import why_unusable
+
+if TYPE_CHECKING:
+    from flashdreams.models.wan.blocks import RMSNorm
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """See `flashdreams.models.wan.blocks.modulated_norm`."""
+    return layer_norm_modulate(x, shift, scale, eps)
+
+
+def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """See `flashdreams.models.wan.blocks.gated_sum`."""
+    return gate_residual(x, y, gate)
+
+
+def norm_rope(
+    q: Tensor, k: Tensor, norm_q: "RMSNorm", norm_k: "RMSNorm", rope: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `flashdreams.models.wan.blocks.norm_rope`; the norms must hold all heads."""
+    return qk_norm_rope(q, k, norm_q.weight, norm_k.weight, rope, norm_q.eps)
+
+
+def check_fused_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse the kernels where they cannot run.
+
+    Raises:
+        ValueError: says what is missing.
+    """
+    reason = why_unusable("triton", device, dtype)
+    if reason is not None:
+        raise ValueError(f"fused_kernels=True cannot be used here: {reason}. Leave it off.")

@@ -1,0 +1,95 @@
+"""Wan blocks with fused kernels, interpreted, against plain ones.
+
+Tolerance: float32 1e-5 relative. In bfloat16 twice the error of the plain rollout against float32:
+the interpreter truncates where a GPU rounds.
+"""
+
+from unittest.mock import patch
+
+import pytest
+
+from flashdreams.infra.config import derive_config
+from flashdreams.models.wan import fused
+from flashdreams.parallel.mesh import Mesh, ParallelConfig
+from flashdreams.parallel.parallelize import parallelize
+from tests.harness import run_ranks
+from tests.kernels.conftest import switch_to_interpreter
+from tests.parallel.rollout import build_model, make_mesh, relative_error, roll_out
+from tests.tiny import tiny_pipeline
+
+pytest.importorskip("triton")
+
+SIZES = {
+    "len_t": 1,
+    "window_size_t": 2,
+    "sink_size_t": 1,
+    "latent_height": 2,
+    "latent_width": 4,
+    "control_dim": 7,
+}
+STEPS = 4
+"""One frame each; the window of two wraps in the last."""
+KERNELS = ("layer_norm_modulate", "gate_residual", "qk_norm_rope")
+
+
+def roll(fused_kernels: bool, dtype: str = "float32", mesh: Mesh | None = None, **changes):
+    """Latents of a rollout, and how often each kernel was called."""
+    model = build_model(dtype, fused_kernels=fused_kernels, **SIZES, **changes)
+    parallelize(model, model.parallel_plan(), mesh or Mesh())
+    with pytest.MonkeyPatch.context() as environment:
+        switch_to_interpreter(environment)
+        patches = [patch.object(fused, name, wraps=getattr(fused, name)) for name in KERNELS]
+        calls = [p.start() for p in patches]
+        try:
+            latents = roll_out(model, STEPS)
+        finally:
+            for p in patches:
+                p.stop()
+    return latents, [call.call_count for call in calls]
+
+
+def test_the_fused_rollout_equals_the_plain_one():
+    plain, not_called = roll(False)
+    same, called = roll(True)
+    assert relative_error(same, plain) < 1e-5
+    blocks = 2 * STEPS * 3 - STEPS
+    assert not_called == [0, 0, 0] and called == [2 * blocks + STEPS, 2 * blocks, blocks]
+    assert relative_error(same, roll(False, eps=1e-3)[0]) > 1e-4
+
+
+def test_in_bfloat16_the_fused_rollout_is_as_near_to_float32_as_the_plain_one():
+    exact, _ = roll(False)
+    plain, _ = roll(False, "bfloat16")
+    near, _ = roll(True, "bfloat16")
+    assert 1e-3 < relative_error(near, exact) < 2 * relative_error(plain, exact) < 0.05
+
+
+def roll_on_ranks(parallel: ParallelConfig, world_size: int):
+    return roll(True, mesh=make_mesh(parallel, world_size))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parallel", "with_norm"),
+    [
+        (ParallelConfig(), True),
+        (ParallelConfig(ulysses_degree=1), True),
+        (ParallelConfig(tensor_parallel_degree=2), False),
+    ],
+    ids=["ulysses", "gather", "tensor"],
+)
+def test_ranks_fuse_what_they_hold_whole(parallel, with_norm):
+    """Ranks that share the heads exchange sums inside the norm, which stays unfused there."""
+    plain, _ = roll(False)
+    for latents, calls in run_ranks(roll_on_ranks, 2, parallel, 2):
+        assert relative_error(latents, plain) < 1e-5
+        assert calls[0] > 0 and calls[1] > 0 and (calls[2] > 0) == with_norm
+
+
+def test_a_device_without_triton_is_refused_before_weights_are_read(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    config = derive_config(
+        tiny_pipeline(), diffusion_model=dict(transformer=dict(fused_kernels=True))
+    )
+    with pytest.raises(ValueError, match="fused_kernels=True cannot be used here: needs a CUDA"):
+        config.setup(device="cpu", load=False)
