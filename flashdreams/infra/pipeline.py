@@ -22,7 +22,7 @@ from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.encoder.base import EncoderConfig, StreamingEncoder
 from flashdreams.infra.rollout import StreamInferencePipelineCache
 from flashdreams.infra.state import RolloutState, import_rollout
-from flashdreams.infra.warm_up import WarmUp, warm_up
+from flashdreams.infra.warm_up import WarmUp, stats, warm_up
 from flashdreams.infra.weights import fetch_weights, require_weights
 from flashdreams.parallel.environment import from_rank_zero, group_rank
 from flashdreams.parallel.guidance import build_guidance
@@ -70,6 +70,14 @@ class StreamInferencePipelineConfig(InstantiateConfig):
 
     decoder: DecoderConfig | None = None
     """Turns latents into frames; None makes ``generate`` return latents."""
+
+    max_rollouts: int = 1
+    """Rollouts of one prompt each that may run as CUDA graphs at the same time: storage for so many
+    is allocated and captured at warm-up. Further ones run without graphs."""
+
+    def __post_init__(self) -> None:
+        if self.max_rollouts < 1:
+            raise ValueError(f"max_rollouts={self.max_rollouts} must be at least 1.")
 
 
 ChunkObserver = Callable[[StreamInferencePipelineCache, Tensor], None]
@@ -190,6 +198,8 @@ class StreamInferencePipeline(nn.Module):
         for name, component in self.components().items():
             self._load_component(component, self._slices.get(name))
         self.requires_grad_(False).eval()
+        for call in self.diffusion_model.transformer.graphed_calls():
+            call.meter = self.exchange.mesh.meter
 
     @torch.no_grad()
     def warm_up(self) -> WarmUp:
@@ -204,6 +214,18 @@ class StreamInferencePipeline(nn.Module):
         if self.warmed_up is None:
             self.warmed_up = warm_up(self)
         return self.warmed_up
+
+    def stats(self) -> dict[str, Any]:
+        """What was built at warm-up and what happened to it since, as JSON values."""
+        return stats(self)
+
+    def drop_graphs(self) -> None:
+        """Free all CUDA graphs; before the process group ends, since they hold its collectives.
+
+        Rollouts can go on without them.
+        """
+        for call in self.diffusion_model.transformer.graphed_calls():
+            call.drop()
 
     def _load_component(
         self, component: Component, slices: Mapping[str, Any] | None = None
@@ -332,6 +354,7 @@ class StreamInferencePipeline(nn.Module):
         Raises:
             ValueError: a step out of order, or an input that no encoder takes.
         """
+        cache.require_live()
         check_order("generate", autoregressive_index, cache.next_index, cache.pending)
         if self.encoder is None and input is not None:
             raise ValueError(f"{self.config.name} has no encoder, so input must be None.")
@@ -378,6 +401,7 @@ class StreamInferencePipeline(nn.Module):
                 encoder refuses.
             TypeError: the transformer has no prompt that it could change.
         """
+        cache.require_live()
         batch_size = cache.diffusion.batch_size
         prompts = [text] * batch_size if isinstance(text, str) else text
         if len(prompts) != batch_size:
@@ -401,6 +425,7 @@ class StreamInferencePipeline(nn.Module):
         Raises:
             ValueError: the step is not the one just generated.
         """
+        cache.require_live()
         check_order("finalize", autoregressive_index, cache.next_index, cache.pending)
         with self.guard("finalize", autoregressive_index), cache.timer.stage("finalize"):
             self.diffusion_model.finalize(autoregressive_index, cache.diffusion)

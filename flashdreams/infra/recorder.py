@@ -15,9 +15,10 @@ from torch import Tensor
 
 import flashdreams
 from flashdreams.infra.config_file import config_hash
-from flashdreams.infra.pipeline import StreamInferencePipelineCache
+from flashdreams.infra.pipeline import StreamInferencePipeline, StreamInferencePipelineCache
 from flashdreams.parallel.environment import Environment
 from flashdreams.parallel.mesh import Mesh
+from flashdreams.runtime.profiler import StageTimer
 from flashdreams.runtime.stats import memory_stats, sha256_of, write_stats
 
 if TYPE_CHECKING:
@@ -31,15 +32,22 @@ class RunRecorder:
     for. Only rank zero records anything.
     """
 
-    def __init__(self, config: "RunnerConfig", environment: Environment, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        config: "RunnerConfig",
+        environment: Environment,
+        mesh: Mesh,
+        pipeline: StreamInferencePipeline,
+    ) -> None:
         self.config = config
+        self.pipeline = pipeline
         self.environment = environment
         self.mesh = mesh
         self._ready = time.perf_counter()
         self._first_chunk_ms: float | None = None
         self._first_seen = 0.0
         self._frames_since = 0
-        self._caches: list[StreamInferencePipelineCache] = []
+        self._timers: list[StageTimer] = []  # not the caches, whose memory is for other rollouts
         self._latents: list[Tensor] = []
         self._checksums: list[tuple[dict[str, Any], str, Future[str]]] = []
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checksum")
@@ -48,8 +56,8 @@ class RunRecorder:
         """Note one chunk; called by the pipeline right after it was generated."""
         if not self.environment.is_rank_zero:
             return
-        if not any(known is cache for known in self._caches):
-            self._caches.append(cache)
+        if not any(known is cache.timer for known in self._timers):
+            self._timers.append(cache.timer)
         decoded = chunk is not cache.latent
         frames = chunk.shape[1] if decoded else chunk.shape[2]
         if self._first_chunk_ms is None:
@@ -67,7 +75,7 @@ class RunRecorder:
     @property
     def steps(self) -> int:
         """AR steps of all rollouts so far; 0 on ranks that record nothing."""
-        return sum(cache.next_index for cache in self._caches)
+        return sum(len(timer.records) for timer in self._timers)
 
     @property
     def frames_per_second(self) -> float:
@@ -91,8 +99,8 @@ class RunRecorder:
             record[key] = checksum.result()
         self._checksums.clear()
         found = []
-        for rollout, cache in enumerate(self._caches):
-            for record in cache.timer.flush():
+        for rollout, timer in enumerate(self._timers):
+            for record in timer.flush():
                 seconds = record["total_ms"] / 1e3
                 rate = record["frames"] / seconds if seconds > 0 else None
                 found.append({"rollout": rollout, **record, "fps": rate})
@@ -113,6 +121,7 @@ class RunRecorder:
             "parallel": asdict(self.mesh.degrees),
             "collectives": {name: asdict(sent) for name, sent in self.mesh.meter.counts.items()},
             "first_frame_latency_ms": self._first_chunk_ms,
+            **self.pipeline.stats(),
         }
 
     def close(self) -> None:

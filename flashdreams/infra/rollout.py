@@ -43,6 +43,26 @@ class StreamInferencePipelineCache:
         """``[B, C, T, H, W]`` float32, the clean latent of the last chunk."""
         return self.diffusion.latent
 
+    def release(self) -> None:
+        """End the rollout: its memory is free for another one. Records and last latent stay.
+
+        A rollout that nobody refers to any more is released as well.
+        """
+        self.diffusion.release()
+        self.encoder = self.decoder = None
+
+    def require_live(self) -> None:
+        """Refuse a rollout that is over.
+
+        Raises:
+            ValueError: it was released.
+        """
+        if self.diffusion.released:
+            raise ValueError(
+                f"This rollout was released after {self.next_index} AR steps, and another one may "
+                "live in its storage. Begin a new one with pipeline.initialize_cache(...)."
+            )
+
     @torch.no_grad()
     def state_dict(self) -> RolloutState | None:
         """The rollout in a form that does not know the number of ranks; a collective call.
@@ -54,6 +74,7 @@ class StreamInferencePipelineCache:
             The form on rank zero, None elsewhere.
 
         Raises:
-            ValueError: between ``generate`` and ``finalize``.
+            ValueError: between ``generate`` and ``finalize``, or after ``release``.
         """
+        self.require_live()
         return export_rollout(self.pipeline, self)

@@ -113,8 +113,8 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
             self.pipeline.load()
             warmed_up = self.pipeline.warm_up()
         if warmed_up.steps and self.is_rank_zero:
-            print(f"ready: {warmed_up}")
-        self.recorder = RunRecorder(config, self.environment, self.mesh)
+            print(f"ready: {warmed_up}", flush=True)
+        self.recorder = RunRecorder(config, self.environment, self.mesh, self.pipeline)
         self.pipeline.observers.append(self.recorder.observe)
 
     def _build_mesh(self) -> Mesh:
@@ -181,6 +181,7 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
         """
         with self.pipeline.guard("close", self.recorder.steps):
             from_rank_zero(self.recorder.close)
+        self.pipeline.drop_graphs()
         self._resources.close()
         shutdown()
 

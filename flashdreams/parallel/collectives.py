@@ -152,7 +152,7 @@ class TrafficMeter:
     """What this rank sent, by name of the exchange; counted on the host as calls are issued.
 
     A replayed CUDA graph issues no calls: whoever captures takes ``since(snapshot)`` of the capture
-    and hands it to ``add_all`` at every replay.
+    and hands it to ``add_all`` at every replay. What warm-up sent is forgotten by ``rewind``.
     """
 
     counts: dict[str, Traffic] = field(default_factory=dict)
@@ -170,6 +170,10 @@ class TrafficMeter:
     def snapshot(self) -> dict[str, Traffic]:
         """The counts as they are now."""
         return dict(self.counts)
+
+    def rewind(self, snapshot: Mapping[str, Traffic]) -> None:
+        """Forget what was counted after a snapshot."""
+        self.counts = dict(snapshot)
 
     def since(self, snapshot: Mapping[str, Traffic]) -> dict[str, Traffic]:
         """What was counted after a snapshot; names without new calls are left out."""

@@ -1,7 +1,7 @@
 """Calls replayed as CUDA graphs."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,8 @@ class Captured:
 
     replay: Callable[[], None]
     output: Tensor
+    counted: Any = None
+    """What the recorded call counted, to be counted again at every replay; None without a meter."""
 
 
 class CaptureBackend(Protocol):
@@ -30,6 +32,19 @@ class CaptureBackend(Protocol):
 
     def wait(self) -> None:
         """Wait for all replays, and raise what went wrong in them."""
+
+
+class CallMeter(Protocol):
+    """Counts what calls do on the host, where the replay of a recorded one does nothing."""
+
+    def snapshot(self) -> Any:
+        """The counts as they are now."""
+
+    def since(self, snapshot: Any) -> Any:
+        """What was counted after a snapshot."""
+
+    def add_all(self, counts: Any) -> None:
+        """Count all of it once more."""
 
 
 class CudaCapture:
@@ -80,10 +95,13 @@ class GraphedCallable:
     arguments after them are state, whose tensors the function reads and writes where they lie. A
     graph is found by what must not change under it: the place, shape and dtype of every tensor of
     the state, and what ``key`` says of the rest (the visible length, which is a Python number).
-    Tensors are found in lists, tuples, mappings, dataclasses and attributes of plain objects.
+    Tensors are found in lists, tuples, mappings, dataclasses and attributes of plain objects; a
+    class lists in ``outside_graphs`` the attributes that the function never touches.
 
     The function is run more than once while it is captured, so running it again must change
     nothing: the chunk's cache slots are overwritten with the same values.
+
+    A meter given as ``meter`` counts replays, too.
 
     Life: capture (warm-up) -> :meth:`seal` (from then on a new key raises) -> :meth:`drop`. On a
     CPU the function is simply called.
@@ -122,6 +140,8 @@ class GraphedCallable:
         self._signature: Signature | None = None
         self._inputs: list[Tensor] = []
         self._graphs: dict[GraphKey, Captured] = {}
+        self.meter: CallMeter | None = None
+        self._states: Sequence[Any] | None = None
 
     def __call__(self, *arguments: Any) -> Tensor:
         """Call the function, by replay where it can.
@@ -140,7 +160,7 @@ class GraphedCallable:
         count = next((i for i, x in enumerate(arguments) if not isinstance(x, Tensor)), None)
         tensors, state = arguments[:count], () if count is None else arguments[count:]
         said = self.key(*state) if self.key is not None else ()
-        if backend is None or said is None:
+        if backend is None or said is None or self._is_foreign(state):
             self.eager_calls += 1
             return self.function(*arguments)
         self._load(tensors)
@@ -151,6 +171,8 @@ class GraphedCallable:
         else:
             graph.replay()
             self.replays += 1
+            if self.meter is not None:
+                self.meter.add_all(graph.counted)
         return graph.output.clone()
 
     @property
@@ -158,9 +180,15 @@ class GraphedCallable:
         """Whether anything is ever recorded here; on a CPU nothing is."""
         return self._backend is not None
 
-    def seal(self) -> None:
-        """Declare warm-up over: whatever is not captured by now will never be."""
+    def seal(self, states: Sequence[Any] | None = None) -> None:
+        """Declare warm-up over: whatever is not captured by now will never be.
+
+        Args:
+            states: the states that were captured, each as the first argument after the tensors. A
+                call on any other object is eager from now on; None: it raises.
+        """
         self.sealed = True
+        self._states = states
 
     def reset(self) -> None:
         """Begin another rollout: counts restart; graphs, buffers and the seal stay."""
@@ -168,10 +196,19 @@ class GraphedCallable:
         self.eager_calls = 0
 
     def drop(self) -> None:
-        """Free graphs and buffers; do this before the process group ends. The seal stays."""
+        """Free graphs and buffers; do this before the process group ends.
+
+        The seal stays; calls on states that were named there are eager from then on.
+        """
         self._graphs.clear()
         self._inputs.clear()
         self._signature = None
+        if self._states is not None:
+            self._states = ()
+
+    def _is_foreign(self, state: tuple[Any, ...]) -> bool:
+        """Whether this state was left out of what was captured before the seal."""
+        return self._states is not None and not any(state[0] is known for known in self._states)
 
     def _load(self, tensors: Sequence[Tensor]) -> None:
         """Copy the inputs into their static buffers; the first call makes these."""
@@ -201,8 +238,17 @@ class GraphedCallable:
         """Record the call; the graph is kept once its first replay has succeeded."""
         if self.sealed or len(self._graphs) >= self.max_graphs:
             raise RuntimeError(self._refusal(graph_key, state))
+        counted: Any = None
+
+        def function() -> Tensor:
+            nonlocal counted
+            before = self.meter.snapshot() if self.meter is not None else None
+            output = self.function(*self._inputs, *state)
+            counted = self.meter.since(before) if self.meter is not None else None
+            return output
+
         with torch.no_grad():
-            graph = backend.capture(lambda: self.function(*self._inputs, *state))
+            graph = replace(backend.capture(function), counted=counted)
             graph.replay()
             backend.wait()
         self._graphs[graph_key] = graph
@@ -277,6 +323,7 @@ def _tensors(state: Any) -> Iterator[tuple[Path, Tensor]]:
         if id(value) in seen:
             continue
         seen.add(id(value))
+        hidden: frozenset[str] = getattr(type(value), "outside_graphs", frozenset())
         if kind == "sequence":
             children: Iterable[tuple[Any, Any]] = enumerate(value)
         elif kind == "mapping":
@@ -288,7 +335,7 @@ def _tensors(state: Any) -> Iterator[tuple[Path, Tensor]]:
                 here = [(name, getattr(value, name)) for name in slots if hasattr(value, name)]
                 children = [*children, *here]
         for step, child in children:
-            if _kind_of(type(child)) != "leaf":
+            if _kind_of(type(child)) != "leaf" and step not in hidden:
                 pending.append(((path, step), child))
 
 

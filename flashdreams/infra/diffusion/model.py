@@ -1,6 +1,7 @@
 """The diffusion model: one AR step as noise, denoising loop and clean pass."""
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 
 from flashdreams.infra.component import build_component, declared_context, select_context
 from flashdreams.infra.config import InstantiateConfig
+from flashdreams.infra.diffusion.pool import Storage, StoragePool
 from flashdreams.infra.diffusion.scheduler.base import SchedulerConfig
 from flashdreams.infra.diffusion.transformer import ContextChunk, TransformerConfig
 from flashdreams.parallel.guidance import Guidance, SerialGuidance
-from flashdreams.runtime.noise import NoiseFunction, to_device
+from flashdreams.runtime.noise import NoiseFunction, NoiseSource, to_device
 
 
 @dataclass(kw_only=True)
@@ -77,11 +79,24 @@ class DiffusionCache:
     """The control input of the last chunk."""
     history: list[CleanChunk] = field(default_factory=list)
     """What the sink and the window were made from, oldest first; no more than they hold."""
+    give_back: Callable[[], Any] | None = field(default=None, repr=False)
+    """Returns leased storage, once; None for storage of its own. Also called for a rollout that is
+    forgotten."""
+    released: bool = False
+    """The rollout is over and has no state any more."""
 
     @property
     def branches(self) -> list[Any]:
         """The transformer caches that are in use."""
         return [c for c in (self.conditional, self.unconditional) if c is not None]
+
+    def release(self) -> None:
+        """End the rollout; its storage is free for another one."""
+        self.conditional = self.unconditional = self.control = None
+        self.history = []
+        self.released = True
+        if self.give_back is not None:
+            self.give_back()
 
 
 class DiffusionModel(nn.Module):
@@ -95,6 +110,7 @@ class DiffusionModel(nn.Module):
         self.guidance: Guidance = SerialGuidance()
         self.transformer = build_component(config.transformer)
         self.scheduler = config.scheduler.setup()
+        self.pool: StoragePool | None = None
 
     def known_context(self) -> frozenset[str]:
         """Names of the context that a rollout may be given."""
@@ -116,25 +132,40 @@ class DiffusionModel(nn.Module):
             batch_size: B.
         """
         image = context.get("image") if self.config.first_latent_from_image else None
+        first_latent = self._check_image(image, batch_size)
         guided = negative_context is not None
         with_prompt = not guided or self.guidance.evaluates_conditional
         with_negative = guided and self.guidance.evaluates_unconditional
-        return DiffusionCache(
-            conditional=self._new_branch(context) if with_prompt else None,
-            unconditional=self._new_branch(negative_context) if with_negative else None,
-            noise=noise,
-            batch_size=batch_size,
-            image=self._check_image(image, batch_size),
-        )
+        contexts = (context if with_prompt else None, negative_context if with_negative else None)
+        leased = self.pool.lease(lambda s: self._begin_in(s, contexts)) if self.pool else None
+        conditional, unconditional = leased or tuple(self._new_branch(c) for c in contexts)
+        cache = DiffusionCache(conditional, unconditional, noise, batch_size, first_latent)
+        if self.pool is not None and leased is not None:
+            cache.give_back = weakref.finalize(cache, self.pool.give_back, leased)
+            cache.give_back.atexit = False
+        return cache
 
     def _new_branch(self, context: Mapping[str, Any] | None) -> Any:
         make = self.transformer.initialize_cache
-        return make(**select_context(make, context or {}))
+        return None if context is None else make(**select_context(make, context))
 
-    def warm_up(self) -> int:
+    def _begin_in(self, storage: Storage, contexts: Sequence[Mapping[str, Any] | None]) -> bool:
+        begin = self.transformer.reuse_cache
+        return all(
+            begin(branch, **select_context(begin, context))
+            for branch, context in zip(storage, contexts, strict=True)
+            if context is not None
+        )
+
+    def warm_up(self, max_rollouts: int = 1) -> int:
         """Run AR steps with dummy values until every network call has had each of its forms.
 
-        One denoising step each: the others differ in values alone. A collective call.
+        One denoising step each: the others differ in values alone. Where calls are captured, every
+        storage of the pool is stepped through, and nothing is captured afterwards. A collective
+        call.
+
+        Args:
+            max_rollouts: size of the pool.
 
         Returns:
             The number of AR steps; 0 where nothing is built at first calls, or where the
@@ -144,18 +175,33 @@ class DiffusionModel(nn.Module):
         context = transformer.example_context(1)
         if context is None or not transformer.needs_warm_up:
             return 0
-        shape = transformer.latent_shape(1)
-        latent = torch.zeros(shape, device=transformer.device)
-        timestep = self.scheduler.timesteps_on(transformer.device)[0]
+        captured = [call for call in transformer.graphed_calls() if call.can_capture]
         negative = None if self.config.guidance_scale is None else context
-        cache = self.initialize_cache(context, negative, lambda i, k, size: torch.zeros(size), 1)
+        storages: list[Storage] = []
+        for _ in range(max_rollouts if captured else 1):
+            cache = self.initialize_cache(context, negative, NoiseSource(0), 1)
+            storages.append((cache.conditional, cache.unconditional))
+            for call in captured:
+                call.max_graphs += len(cache.branches) * transformer.warm_up_steps
+            self._step_through(cache)
+        if captured:
+            self.pool = StoragePool(storages)
+            states = [branch for storage in storages for branch in storage if branch is not None]
+            for call in captured:
+                call.seal(states)
+        return len(storages) * transformer.warm_up_steps
+
+    def _step_through(self, cache: DiffusionCache) -> None:
+        """A rollout of dummy values, up to the point from which all AR steps are alike."""
+        transformer = self.transformer
+        latent = torch.zeros(transformer.latent_shape(1), device=transformer.device)
+        timestep = self.scheduler.timesteps_on(transformer.device)[0]
         cache.control = transformer.example_control(1)
         for index in range(transformer.warm_up_steps):
             for branch in cache.branches:
                 transformer.begin_step(index, branch, cache.control)
             cache.latent = self._flow(cache)(latent, timestep)
             self.finalize(index, cache)
-        return transformer.warm_up_steps
 
     def generate(self, autoregressive_index: int, cache: DiffusionCache, control: Any) -> Tensor:
         """Denoise one chunk.

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from flashdreams.infra.component import Component, ComponentConfig
+from flashdreams.runtime.cuda_graph import GraphedCallable
 
 
 @dataclass(kw_only=True)
@@ -69,6 +70,21 @@ class Transformer(Component):
     def initialize_cache(self, *args: Any, **kwargs: Any) -> Any:
         """Fresh state for one rollout; subclasses name the context that they want."""
         return None
+
+    def reuse_cache(self, cache: Any, *args: Any, **kwargs: Any) -> bool:
+        """Begin a rollout in the state of a former one, whose tensors stay where they are.
+
+        Subclasses whose calls are captured as graphs name the context as in ``initialize_cache``.
+
+        Args:
+            cache: of a rollout that is over.
+            args: the context.
+            kwargs: the context.
+
+        Returns:
+            Whether it was done; False if the context does not fit the state.
+        """
+        return False
 
     def begin_step(self, autoregressive_index: int, cache: Any, control: Any = None) -> None:
         """Prepare what stays the same over all denoising steps of an AR step.
@@ -141,7 +157,12 @@ class Transformer(Component):
     @property
     def needs_warm_up(self) -> bool:
         """Whether first calls build something: CUDA's handles, graphs, compiled code."""
-        return self.device.type == "cuda"
+        return self.device.type == "cuda" or any(c.can_capture for c in self.graphed_calls())
+
+    def graphed_calls(self) -> Sequence[GraphedCallable]:
+        """The calls that are replayed as CUDA graphs where there is CUDA; their first argument
+        after the tensors is the rollout's state."""
+        return ()
 
     @property
     def warm_up_steps(self) -> int:

@@ -8,7 +8,7 @@ of the official checkpoints.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -141,6 +141,9 @@ class WanCache:
     cursor: CacheCursor
     self_attention: list[KVCache | None]
     cross_attention: list[list[tuple[Tensor, Tensor]]]
+    outside_graphs: ClassVar[frozenset[str]] = frozenset({"condition"})
+    """What the network call does not touch, so that it may move; see `GraphedCallable`."""
+
     condition: Tensor | None
     """``[B, condition_channels, F, H, W]``, concatenated to the latents by position; latent frames
     past the last one see that one."""
@@ -220,9 +223,7 @@ class WanTransformer(Transformer):
         """
         cross_attention = self.project_context(text, image_tokens)
         c = self.config
-        if condition is not None:
-            condition = condition.to(self.device, self.dtype)
-        self._check_condition(condition, len(text))
+        condition = self._checked_condition(condition, len(text))
         cursor = CacheCursor(c.sink_size_t, c.window_size_t, c.tokens_per_frame)
         spec = self.cache_spec(len(text))
         caches = [
@@ -230,11 +231,29 @@ class WanTransformer(Transformer):
         ]
         return WanCache(cursor, caches, cross_attention, condition)
 
-    @property
-    def needs_warm_up(self) -> bool:
-        """Also where calls are captured; see the contract."""
-        graphed = isinstance(self.network, GraphedCallable) and self.network.can_capture
-        return super().needs_warm_up or graphed
+    def reuse_cache(
+        self,
+        cache: WanCache,
+        text: Tensor,
+        image_tokens: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> bool:
+        """Begin a rollout in the storage of a former one; see ``initialize_cache``."""
+        projected = self.project_context(text, image_tokens)
+        condition = self._checked_condition(condition, len(text))
+        new = [x for pairs in projected for pair in pairs for x in pair]
+        stored = [x for pairs in cache.cross_attention for pair in pairs for x in pair]
+        if [x.shape for x in new] != [x.shape for x in stored]:
+            return False
+        for mine, x in zip(stored, new, strict=True):
+            mine.copy_(x)
+        cache.condition = condition
+        cache.cursor.load_state_dict({"start": 0})
+        return True
+
+    def graphed_calls(self) -> list[GraphedCallable]:
+        """The network call, if the config asks for graphs."""
+        return [self.network] if isinstance(self.network, GraphedCallable) else []
 
     @property
     def warm_up_steps(self) -> int:
@@ -280,18 +299,19 @@ class WanTransformer(Transformer):
         layers = len(self.blocks) if self.config.streaming else 0
         return layers * self.cache_spec(batch_size).nbytes
 
-    def _check_condition(self, condition: Tensor | None, batch_size: int) -> None:
+    def _checked_condition(self, condition: Tensor | None, batch_size: int) -> Tensor | None:
         c = self.config
         if condition is None and c.condition_channels == 0:
-            return
+            return None
         wanted = (batch_size, c.condition_channels, c.latent_height, c.latent_width)
-        shape = None if condition is None else list(condition.shape)
-        if shape is None or (*shape[:2], *shape[3:]) != wanted or shape[2] == 0:
+        shape = [] if condition is None else list(condition.shape)
+        if condition is None or (*shape[:2], *shape[3:]) != wanted or shape[2] == 0:
             raise ValueError(
                 f"The condition must be [{batch_size}, {c.condition_channels}, latent frames, "
-                f"{c.latent_height}, {c.latent_width}]; got {shape}. "
+                f"{c.latent_height}, {c.latent_width}]; got {shape or None}. "
                 "A model with condition_channels=0 takes none; others need one, usually an image."
             )
+        return condition.to(self.device, self.dtype)
 
     def project_context(
         self, text: Tensor, image_tokens: Tensor | None = None
@@ -358,9 +378,11 @@ class WanTransformer(Transformer):
         Frames keep their positions and slots. With cache-relative RoPE the sink stands where it
         stands now, right before the window, once the first frames behind it are reached.
         """
-        cursor, rope = cache.cursor, cache.rope
+        cursor = cache.cursor
         layers = [layer for layer in cache.self_attention if layer is not None]
-        cache.rope = None
+        # Frames of a chunk may be gone: buffers of another size must not take the place of these.
+        kept = (cache.rope, cache.chunk_condition, cache.control)
+        cache.rope = cache.chunk_condition = cache.control = None
         with cursor.rewriting():
             for chunk in chunks:
                 start, end = chunk.frames[0], chunk.frames[-1] + 1
@@ -377,7 +399,7 @@ class WanTransformer(Transformer):
         slots = [slot for frame in frames for slot in cursor.frame_slots(frame, frame + 1)]
         for layer in layers:
             layer.scatter(slots)
-        cache.rope = rope
+        cache.rope, cache.chunk_condition, cache.control = kept
 
     def select_control(self, control: Any, kept: Sequence[int]) -> Any:
         """The part of an AR step's control input that belongs to some of its latent frames."""

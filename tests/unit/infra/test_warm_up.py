@@ -1,33 +1,289 @@
-"""What is built before the first rollout, with a recorder in the place of CUDA's."""
+"""What is built before the first rollout, and the pool of storages that keeps it valid.
 
+CUDA's recorder is replaced by one that runs on a CPU and is as blind: what a graph froze stays so.
+"""
+
+import gc
+import logging
+
+import pytest
 import torch
 
+from flashdreams.infra.config import derive_config
+from flashdreams.parallel.collectives import TrafficMeter
 from flashdreams.runtime.cuda_graph import GraphedCallable
-from tests.tiny import tiny_pipeline
+from tests.tiny import TEXT_DIM, tiny_pipeline
 from tests.unit.runtime.test_cuda_graph import TraceCapture
 
+CPU = torch.device("cpu")
+SLOW = pytest.mark.slow
+PHASES = 3
+"""Numbers of visible frames of the tiny transformer: 2, 4, 6."""
 
-def graphed_pipeline(**transformer):
+
+def graphed_pipeline(warm: bool = True, max_rollouts: int = 1, guided: bool = False):
     """A tiny pipeline whose network call is recorded on a CPU as on CUDA."""
-    pipeline = tiny_pipeline(use_cuda_graph=True, **transformer).setup(device="cpu")
+    config = tiny_pipeline(use_cuda_graph=True, num_layers=1)
+    scale = {"guidance_scale": 3.0} if guided else {}
+    config = derive_config(config, max_rollouts=max_rollouts, diffusion_model=scale)
+    pipeline = config.setup(device="cpu")
     model = pipeline.diffusion_model.transformer
     key = model.network.key
-    model.network = GraphedCallable(
-        model.__call__, torch.device("cpu"), key=key, backend=TraceCapture()
-    )
+    model.network = GraphedCallable(model.__call__, CPU, key=key, backend=TraceCapture())
+    if warm:
+        pipeline.warm_up()
     return pipeline
+
+
+def begin(pipeline, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    text, negative = torch.randn(2, 1, 4, TEXT_DIM, generator=generator)
+    guided = pipeline.config.diffusion_model.guidance_scale is not None
+    words = {"text": text, "negative_text": negative} if guided else {"text": text}
+    return pipeline.initialize_cache(**words, seed=seed)
+
+
+def step(pipeline, cache) -> torch.Tensor:
+    index = cache.next_index
+    pipeline.generate(autoregressive_index=index, cache=cache, input=0.1 * (index % 7))
+    pipeline.finalize(autoregressive_index=index, cache=cache)
+    return cache.latent
+
+
+def eager_latents(seed: int, steps: int, guided: bool = False) -> list[torch.Tensor]:
+    config = derive_config(
+        tiny_pipeline(num_layers=1), diffusion_model={"guidance_scale": 3.0 * guided or None}
+    )
+    pipeline = config.setup(device="cpu")
+    cache = begin(pipeline, seed)
+    return [step(pipeline, cache) for _ in range(steps)]
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def tensor_bytes() -> int:
+    gc.collect()
+    return sum(x.nbytes for x in gc.get_objects() if issubclass(type(x), torch.Tensor))
+
+
+def graphs_of(pipeline) -> dict[str, int]:
+    return pipeline.stats()["cuda_graphs"]
 
 
 def test_a_cpu_has_nothing_to_build():
     pipeline = tiny_pipeline(use_cuda_graph=True).setup(device="cpu")
-    assert pipeline.warm_up().steps == 0
+    done = pipeline.warm_up()
+    assert (done.steps, done.captures) == (0, 0)
     assert pipeline.diffusion_model.transformer.network.eager_calls == 0
+    assert pipeline.diffusion_model.pool is None
+    assert pipeline.stats()["cuda_graphs"] is None
 
 
 def test_every_fill_phase_and_its_clean_pass_are_captured_once():
-    pipeline = graphed_pipeline()
-    done = pipeline.warm_up()
-    graphs = pipeline.diffusion_model.transformer.network
-    assert graphs.captures == 2 * 3
+    pipeline = graphed_pipeline(max_rollouts=2)
+    done = pipeline.warmed_up
+    assert done.captures == 2 * 2 * PHASES
+    assert "CUDA graphs" in str(done)
     assert pipeline.warm_up() is done
-    assert graphs.captures == 2 * 3
+    assert graphs_of(pipeline) == {
+        "captures_at_warm_up": done.captures,
+        "captures_after_ready": 0,
+        "replays": 0,
+        "eager_calls": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("steps", "guided"),
+    [(24, False), pytest.param(200, False, marks=SLOW), pytest.param(200, True, marks=SLOW)],
+)
+def test_nothing_is_captured_after_warm_up_whatever_rollouts_do(steps, guided):
+    """A long rollout, a second one in its storage, and two interleaved; bit for bit as eager."""
+    pipeline = graphed_pipeline(max_rollouts=2, guided=guided)
+    first = begin(pipeline, 1)
+    early = [step(pipeline, first).clone() for _ in range(8)]
+    last, held = early[-1], 0
+    for _ in range(8, steps):
+        last = step(pipeline, first)
+        held = held or tensor_bytes()
+    assert tensor_bytes() == held
+    expected = eager_latents(1, steps, guided)
+    assert same(early, expected[:8]) and torch.equal(last, expected[-1])
+    first.release()
+    second = begin(pipeline, 2)
+    assert same([step(pipeline, second) for _ in range(6)], eager_latents(2, 6, guided))
+    third = begin(pipeline, 3)
+    pairs = [(step(pipeline, third), step(pipeline, second)) for _ in range(6)]
+    assert same([a for a, _ in pairs], eager_latents(3, 6, guided))
+    assert same([b for _, b in pairs], eager_latents(2, 12, guided)[6:])
+    counts = graphs_of(pipeline)
+    assert (counts["captures_after_ready"], counts["eager_calls"]) == (0, 0)
+    assert counts["replays"] == 3 * (steps + 18) * (2 if guided else 1)
+
+
+def test_without_a_pool_every_rollout_is_captured_anew():
+    """Negative control: graphs know storage by its place."""
+    pipeline = graphed_pipeline(warm=False)
+    graphs = pipeline.diffusion_model.transformer.network
+    for seed in (1, 2):
+        cache = begin(pipeline, seed)
+        for _ in range(4):
+            step(pipeline, cache)
+        if seed == 1:
+            once = graphs.captures
+    assert graphs.captures == 2 * once > 0
+    graphs.seal()
+    other = begin(pipeline, 3)
+    with pytest.raises(RuntimeError, match="sealed since warm-up"):
+        step(pipeline, other)
+
+
+def test_a_storage_that_keeps_the_old_prompt_shows():
+    """Negative control of the second rollout: its prompt must have been copied in."""
+    pipeline = graphed_pipeline()
+    cache = begin(pipeline, 2)
+    for pairs in cache.diffusion.conditional.cross_attention:
+        for x in pairs[0]:
+            x.zero_()
+    assert not same([step(pipeline, cache) for _ in range(2)], eager_latents(2, 2))
+
+
+def test_a_rollout_beyond_the_pool_is_eager_and_says_so_once(caplog):
+    pipeline = graphed_pipeline()
+    first = begin(pipeline, 1)
+    with caplog.at_level(logging.WARNING):
+        others = [begin(pipeline, seed) for seed in (2, 3)]
+    assert [r.message for r in caplog.records if "max_rollouts=1" in r.message] == [
+        r.message for r in caplog.records
+    ]
+    assert len(caplog.records) == 1
+    for cache, seed in zip((first, *others), (1, 2, 3), strict=True):
+        assert same([step(pipeline, cache) for _ in range(5)], eager_latents(seed, 5))
+    counts = graphs_of(pipeline)
+    assert counts["captures_after_ready"] == 0
+    assert (counts["replays"], counts["eager_calls"]) == (15, 30)
+
+
+def test_a_batch_of_two_is_eager():
+    pipeline = graphed_pipeline()
+    text = torch.randn(2, 4, TEXT_DIM, generator=torch.Generator().manual_seed(1))
+    cache = pipeline.initialize_cache(text=text, seed=1)
+    step(pipeline, cache)
+    assert graphs_of(pipeline)["replays"] == 0
+    cache = begin(pipeline, 1)
+    assert same([step(pipeline, cache)], eager_latents(1, 1))
+    assert graphs_of(pipeline)["replays"] == 3
+
+
+def test_a_forgotten_rollout_gives_its_storage_back():
+    pipeline = graphed_pipeline()
+    cache = begin(pipeline, 1)
+    pool = pipeline.diffusion_model.pool
+    assert pool.lease(lambda storage: True) is None
+    del cache
+    gc.collect()
+    storage = pool.lease(lambda storage: True)
+    assert storage is not None
+    pool.give_back(storage)
+    assert same([step(pipeline, begin(pipeline, 2))], eager_latents(2, 1))
+
+
+def test_a_storage_is_given_back_once():
+    pipeline = graphed_pipeline()
+    cache = begin(pipeline, 1)
+    cache.release()
+    cache.release()
+    del cache
+    gc.collect()
+    held = begin(pipeline, 2), begin(pipeline, 3)
+    branches = [cache.diffusion.conditional for cache in held]
+    assert branches[0] is not branches[1]
+
+
+def test_a_refused_prompt_leaves_the_storage_free():
+    pipeline = graphed_pipeline()
+    with pytest.raises(ValueError, match="Text embeddings must be"):
+        pipeline.initialize_cache(text=torch.zeros(1, 4, TEXT_DIM + 1))
+    assert same([step(pipeline, begin(pipeline, 2))], eager_latents(2, 1))
+    assert graphs_of(pipeline)["eager_calls"] == 0
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_released_rollout_is_refused(pooled):
+    pipeline = graphed_pipeline() if pooled else tiny_pipeline().setup(device="cpu")
+    cache = begin(pipeline, 1)
+    latent = step(pipeline, cache)
+    cache.release()
+    assert len(cache.records) == 1 and cache.latent is latent
+    for use in (
+        lambda: pipeline.generate(autoregressive_index=1, cache=cache, input=0.0),
+        lambda: pipeline.finalize(autoregressive_index=0, cache=cache),
+        lambda: pipeline.update_prompt(cache, torch.zeros(1, 4, TEXT_DIM)),
+        cache.state_dict,
+    ):
+        with pytest.raises(ValueError, match="released after 1 AR steps"):
+            use()
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_prompt_updates_and_imports_keep_storage_in_place(steps):
+    """Also in mid-chunk, and when the window holds a part of a chunk."""
+    graphed, eager = (
+        graphed_pipeline(max_rollouts=2),
+        tiny_pipeline(num_layers=1).setup(device="cpu"),
+    )
+    other = torch.randn(1, 3, TEXT_DIM, generator=torch.Generator().manual_seed(9))
+    found = []
+    for pipeline in (graphed, eager):
+        cache = begin(pipeline, 1)
+        latents = [step(pipeline, cache) for _ in range(steps)]
+        pipeline.generate(autoregressive_index=steps, cache=cache, input=0.0)
+        pipeline.update_prompt(cache, other, reencode_window=True)
+        pipeline.finalize(autoregressive_index=steps, cache=cache)
+        latents += [step(pipeline, cache) for _ in range(3)]
+        pipeline.update_prompt(cache, other + 1, reencode_window=True)
+        fork = pipeline.load_cache(cache.state_dict())
+        latents += [x for _ in range(4) for x in (step(pipeline, fork), step(pipeline, cache))]
+        found.append(latents)
+    assert same(*found)
+    counts = graphs_of(graphed)
+    assert (counts["captures_after_ready"], counts["eager_calls"]) == (0, 0)
+
+
+def test_dropped_graphs_leave_rollouts_that_go_on():
+    pipeline = graphed_pipeline()
+    cache = begin(pipeline, 1)
+    latents = [step(pipeline, cache) for _ in range(3)]
+    pipeline.drop_graphs()
+    latents += [step(pipeline, cache) for _ in range(3)]
+    assert same(latents, eager_latents(1, 6))
+    assert graphs_of(pipeline)["eager_calls"] == 9
+
+
+def test_replays_count_what_the_recorded_call_sent():
+    """The meter of the ranks sees one exchange per call; warm-up leaves no trace in it."""
+    meters = []
+    for warm in (False, True):
+        pipeline = graphed_pipeline(warm=False)
+        meter, model = TrafficMeter(), pipeline.diffusion_model.transformer
+        object.__setattr__(pipeline.exchange.mesh, "meter", meter)
+        model.network.meter = meter
+        model.blocks[0].register_forward_hook(lambda *_, meter=meter: meter.add("exchange", 10))
+        if warm:
+            pipeline.warm_up()
+            assert not meter.counts
+        else:
+            model.network = model.__call__
+        cache = begin(pipeline, 1)
+        for _ in range(5):
+            step(pipeline, cache)
+        meters.append(meter.counts)
+    assert meters[0] == meters[1]
+    assert meters[0]["exchange"].calls > 0
+
+
+def test_a_pool_of_none_is_refused():
+    with pytest.raises(ValueError, match="max_rollouts=0 must be at least 1"):
+        derive_config(tiny_pipeline(), max_rollouts=0)

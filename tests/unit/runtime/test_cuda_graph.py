@@ -2,17 +2,45 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
 from flashdreams.runtime.cuda_graph import Captured, GraphedCallable, copy_in_place
 
 CPU = torch.device("cpu")
+
+
+class Tape(TorchDispatchMode):
+    """Writes down operations with the tensors that they read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, (args, kwargs or {}), out))
+        return out
+
+    def play(self, result: Tensor) -> Tensor:
+        """Carry all of it out again; what was computed then is computed anew, the rest is read."""
+        new: dict[int, Tensor] = {}
+
+        def current(x: Any) -> Any:
+            return new.get(id(x), x) if isinstance(x, Tensor) else x
+
+        for func, inputs, out in self.calls:
+            args, kwargs = tree_map(current, inputs)
+            for old, x in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, Tensor):
+                    new[id(old)] = x
+        return current(result)
 
 
 class TraceCapture:
@@ -24,13 +52,14 @@ class TraceCapture:
 
     def capture(self, function: Callable[[], Tensor]) -> Captured:
         function()
-        traced = make_fx(function)()
-        output = torch.full_like(traced(), torch.nan)
+        with Tape() as tape:
+            result = function()
+        output = torch.full_like(result, torch.nan)
 
         def replay() -> None:
             if self.fail:
                 raise RuntimeError("replay failed")
-            output.copy_(traced())
+            output.copy_(tape.play(result))
 
         return Captured(replay, output)
 
