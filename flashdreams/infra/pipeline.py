@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from flashdreams.infra.rollout import StreamInferencePipelineCache
 from flashdreams.infra.state import RolloutState, import_rollout
 from flashdreams.infra.warm_up import WarmUp, stats, warm_up
 from flashdreams.infra.weights import fetch_weights, require_weights
-from flashdreams.parallel.environment import from_rank_zero, group_rank
+from flashdreams.parallel.environment import LOAD_TIMEOUT_S, from_rank_zero, group_rank
 from flashdreams.parallel.guidance import build_guidance
 from flashdreams.parallel.mesh import Mesh
 from flashdreams.parallel.parallelize import ParallelReport, parallelize
@@ -84,8 +84,18 @@ ChunkObserver = Callable[[StreamInferencePipelineCache, Tensor], None]
 """Called with the rollout's cache and the chunk, right after each ``generate``."""
 
 
-StageGuard = Callable[[str, int], AbstractContextManager[Any]]
-"""Watches over one ``generate`` or ``finalize``: (stage, AR index) to a context."""
+class StageGuard(Protocol):
+    """Watches over one collective stage, such as a ``generate``."""
+
+    def __call__(
+        self, stage: str, autoregressive_index: int | None, limit_s: float | None = None, /
+    ) -> AbstractContextManager[Any]:
+        """The context of the stage; ``limit_s`` None: as long as a stage of an AR step may take."""
+
+
+def no_guard(*_: Any) -> AbstractContextManager[Any]:
+    """The guard of a pipeline that nobody watches."""
+    return nullcontext()
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -127,7 +137,7 @@ class StreamInferencePipeline(nn.Module):
         self.config = config
         self.target_device = resolve_device(device)
         self.observers: list[ChunkObserver] = []
-        self.guard: StageGuard = lambda stage, autoregressive_index: nullcontext()
+        self.guard: StageGuard = no_guard
         self._slices: dict[str, Mapping[str, Any]] = {}
         self._decodes_here = True
         self._text_from_rank_zero = False
@@ -331,7 +341,8 @@ class StreamInferencePipeline(nn.Module):
             ValueError: a state of another format, pipeline, sink or window, or no ``noise`` for a
                 rollout that was begun with one.
         """
-        return import_rollout(self, state, noise)
+        with self.guard("import", None, LOAD_TIMEOUT_S):
+            return import_rollout(self, state, noise)
 
     @torch.no_grad()
     def generate(
