@@ -1,9 +1,8 @@
 """The pipeline: encoders, diffusion model and decoder, conducted through one rollout."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from flashdreams.parallel.mesh import Mesh
 from flashdreams.parallel.parallelize import ParallelReport, parallelize
 from flashdreams.parallel.rollout import RolloutExchange
 from flashdreams.parallel.spatial import resolve_decode
+from flashdreams.parallel.watchdog import StageGuard, no_guard
 from flashdreams.runtime.checkpoint import load_checkpoint
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource
 from flashdreams.runtime.profiler import StageTimer
@@ -82,20 +82,6 @@ class StreamInferencePipelineConfig(InstantiateConfig):
 
 ChunkObserver = Callable[[StreamInferencePipelineCache, Tensor], None]
 """Called with the rollout's cache and the chunk, right after each ``generate``."""
-
-
-class StageGuard(Protocol):
-    """Watches over one collective stage, such as a ``generate``."""
-
-    def __call__(
-        self, stage: str, autoregressive_index: int | None, limit_s: float | None = None, /
-    ) -> AbstractContextManager[Any]:
-        """The context of the stage; ``limit_s`` None: as long as a stage of an AR step may take."""
-
-
-def no_guard(*_: Any) -> AbstractContextManager[Any]:
-    """The guard of a pipeline that nobody watches."""
-    return nullcontext()
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
