@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flashdreams.attention.quantized import KVStorage, QuantizedTokens
 from flashdreams.attention.rope import apply_rope, time_rotation
 
 
@@ -34,6 +35,9 @@ class KVCacheSpec:
     relative_sink: bool = False
     """Keep the sink keys as first rotated too, for cache-relative RoPE."""
 
+    storage: KVStorage = "native"
+    """Keep keys and values in ``dtype``, or in eight bits and a scale per token and head."""
+
     @property
     def capacity_t(self) -> int:
         """Latent frames that fit: sink and window."""
@@ -43,8 +47,16 @@ class KVCacheSpec:
     def nbytes(self) -> int:
         """Bytes of keys and values (and stored sink keys) of one layer."""
         frames = 2 * self.capacity_t + (self.sink_size_t if self.relative_sink else 0)
-        row = self.num_heads * self.head_dim * self.dtype.itemsize
-        return self.batch_size * frames * self.tokens_per_frame * row
+        native = self.head_dim * self.dtype.itemsize
+        row = native if self.storage == "native" else self.head_dim + 1
+        return self.batch_size * frames * self.tokens_per_frame * self.num_heads * row
+
+    def new_tokens(self, frames: int) -> Tensor | QuantizedTokens:
+        """Zeros ``[B, tokens, N, D]`` for some latent frames, stored as the spec says."""
+        shape = (self.batch_size, frames * self.tokens_per_frame, self.num_heads, self.head_dim)
+        if self.storage == "native":
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return QuantizedTokens(shape, self.storage, self.dtype, self.device)
 
     def with_heads(self, num_heads: int) -> "KVCacheSpec":
         """The same cache for another number of heads."""
@@ -59,6 +71,12 @@ class CacheLayout(Protocol):
 
     def shard_cache(self, x: Tensor) -> Tensor:
         """This rank's part of ``[B, slots, N, D]`` of the whole model."""
+
+
+def token_slots(frame_slots: Sequence[int], tokens_per_frame: int) -> Tensor:
+    """Slots of the tokens of latent frames in the given slots, ``[F * tokens per frame]`` int64."""
+    slots = torch.tensor(list(frame_slots), dtype=torch.int64)
+    return (slots[:, None] * tokens_per_frame + torch.arange(tokens_per_frame)).flatten()
 
 
 class CacheCursor:
@@ -140,9 +158,7 @@ class CacheCursor:
         self._point_at(range(first, first + len_t), device)
 
     def _point_at(self, frame_slots: Sequence[int], device: torch.device) -> None:
-        slots = torch.tensor(list(frame_slots), dtype=torch.int64)
-        tokens = slots[:, None] * self.tokens_per_frame + torch.arange(self.tokens_per_frame)
-        tokens = tokens.flatten().to(device)
+        tokens = token_slots(frame_slots, self.tokens_per_frame).to(device)
         if self.slots is not None and self.slots.shape == tokens.shape:
             self.slots.copy_(tokens)
         else:
@@ -171,7 +187,8 @@ class KVCache:
     """Keys and values of one layer, ``[B, slots, N, D]``, written in place and never rolled.
 
     Softmax does not care for the order of keys once the rotation is in them, so the ring needs no
-    unwrapping.
+    unwrapping. In eight bits the past is what has been rounded: the chunk that is being computed
+    attends to its own keys and values as they are.
     """
 
     def __init__(
@@ -180,12 +197,10 @@ class KVCache:
         self.spec = spec
         self.cursor = cursor
         self.layout = layout
-        slots = spec.capacity_t * spec.tokens_per_frame
-        shape = (spec.batch_size, slots, spec.num_heads, spec.head_dim)
-        self.k = torch.zeros(shape, dtype=spec.dtype, device=spec.device)
-        self.v = torch.zeros_like(self.k)
+        self.k = spec.new_tokens(spec.capacity_t)
+        self.v = spec.new_tokens(spec.capacity_t)
         self.sink_tokens = spec.sink_size_t * spec.tokens_per_frame
-        self.sink_k = self.k[:, : self.sink_tokens].clone() if spec.relative_sink else None
+        self.sink_k = spec.new_tokens(spec.sink_size_t) if spec.relative_sink else None
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write the current chunk and return all that it may attend to.
@@ -195,18 +210,28 @@ class KVCache:
             v: ``[B, L, N, D]``.
 
         Returns:
-            Views of the visible keys and values, ``[B, S, N, D]``, in slot order.
+            The visible keys and values, ``[B, S, N, D]``, in slot order: views, or new tensors
+            where they are stored in eight bits.
         """
+        slots = self.write(k, v)
+        visible = self.visible()
+        if self.spec.storage != "native":
+            for read, own in zip(visible, (k, v), strict=True):
+                read.index_copy_(1, slots, own)
+        return visible
+
+    def write(self, k: Tensor, v: Tensor) -> Tensor:
+        """Write the current chunk, as ``update``; returns the slots of its tokens."""
         slots = self.cursor.slots
         if slots is None or k.shape[1] != len(slots):
             expected = 0 if slots is None else len(slots)
             raise ValueError(f"The cache expects {expected} tokens of a chunk, got {k.shape[1]}.")
         self.k.index_copy_(1, slots, k)
         self.v.index_copy_(1, slots, v)
-        return self.visible()
+        return slots
 
     def visible(self) -> tuple[Tensor, Tensor]:
-        """Views of the keys and values that attention reads, ``[B, S, N, D]``."""
+        """The keys and values that attention reads, ``[B, S, N, D]``, as they are stored."""
         length = self.cursor.visible_tokens
         return self.k[:, :length], self.v[:, :length]
 
@@ -234,7 +259,7 @@ class KVCache:
         if self.sink_k is None or self.cursor.evicted == 0:
             return
         table = time_rotation(self.cursor.evicted, self.spec.head_dim).to(self.k.device)
-        self.k[:, : self.sink_tokens] = apply_rope(self.sink_k, table)
+        self.k[:, : self.sink_tokens] = apply_rope(self.sink_k[:, :], table)
 
     def scatter(self, frame_slots: Sequence[int]) -> None:
         """Move frame ``i`` of those written anew to slot ``frame_slots[i]``; one copy, in place.
@@ -243,11 +268,9 @@ class KVCache:
         """
         if list(frame_slots) == list(range(len(frame_slots))):
             return
-        slots = torch.tensor(list(frame_slots), device=self.k.device)
-        tokens = self.spec.tokens_per_frame
+        tokens = self._tokens_of(frame_slots)
         for stored in (self.k, self.v):
-            by_frame = stored.unflatten(1, (-1, tokens))
-            by_frame.index_copy_(1, slots, by_frame[:, : len(slots)].clone())
+            stored.index_copy_(1, tokens, stored[:, : len(tokens)].clone())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Frames of the whole model in the order of their positions; a collective call.
@@ -258,13 +281,12 @@ class KVCache:
             sink's frames among these as first rotated, where those are stored.
         """
         frames = self.cursor.past_frames()
-        slots = self._slots_of(frames)
+        tokens = self._tokens_of(self._slots_of(frames))
         state = {"frames": torch.tensor(frames, dtype=torch.int64)}
         for name, stored in (("k", self.k), ("v", self.v)):
-            state[name] = self._gather(self._by_frame(stored)[:, slots].flatten(1, 2))
+            state[name] = self._gather(stored[:, tokens])
         if self.sink_k is not None:
-            kept = sum(frame < self.spec.sink_size_t for frame in frames)
-            state["sink_k"] = self._gather(self._by_frame(self.sink_k)[:, :kept].flatten(1, 2))
+            state["sink_k"] = self._gather(self.sink_k[:, : self._sink_tokens_of(frames)])
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -282,32 +304,31 @@ class KVCache:
             )
         if ("sink_k" in state) != (self.sink_k is not None):
             raise ValueError("The state and this model differ in relative_rope; set it alike.")
-        slots = self._slots_of(frames)
+        tokens = self._tokens_of(self._slots_of(frames))
         for name, stored in (("k", self.k), ("v", self.v)):
-            own = self._shard(state[name], stored, len(frames))
-            self._by_frame(stored)[:, slots] = self._by_frame(own)
+            stored[:, tokens] = self._shard(state[name], len(tokens))
         if self.sink_k is not None:
-            kept = sum(frame < self.spec.sink_size_t for frame in frames)
-            own = self._shard(state["sink_k"], self.sink_k, kept)
-            self._by_frame(self.sink_k)[:, :kept] = self._by_frame(own)
+            kept = self._sink_tokens_of(frames)
+            self.sink_k[:, :kept] = self._shard(state["sink_k"], kept)
 
-    def _slots_of(self, frames: Sequence[int]) -> Tensor:
-        slots = [slot for p in frames for slot in self.cursor.frame_slots(p, p + 1)]
-        return torch.tensor(slots, dtype=torch.int64, device=self.k.device)
+    def _slots_of(self, frames: Sequence[int]) -> list[int]:
+        return [slot for p in frames for slot in self.cursor.frame_slots(p, p + 1)]
 
-    def _by_frame(self, stored: Tensor) -> Tensor:
-        tokens = self.spec.tokens_per_frame
-        return stored.unflatten(1, (stored.shape[1] // tokens, tokens))
+    def _tokens_of(self, frame_slots: Sequence[int]) -> Tensor:
+        return token_slots(frame_slots, self.spec.tokens_per_frame).to(self.k.device)
+
+    def _sink_tokens_of(self, frames: Sequence[int]) -> int:
+        return sum(p < self.spec.sink_size_t for p in frames) * self.spec.tokens_per_frame
 
     def _gather(self, x: Tensor) -> Tensor:
         return x if self.layout is None else self.layout.gather_cache(x)
 
-    def _shard(self, whole: Tensor, stored: Tensor, frames: int) -> Tensor:
+    def _shard(self, whole: Tensor, tokens: int) -> Tensor:
         own = whole if self.layout is None else self.layout.shard_cache(whole)
-        wanted = (stored.shape[0], frames * self.spec.tokens_per_frame, *stored.shape[2:])
-        if tuple(own.shape) != wanted or own.dtype != stored.dtype:
+        wanted = (self.spec.batch_size, tokens, self.spec.num_heads, self.spec.head_dim)
+        if tuple(own.shape) != wanted or own.dtype != self.spec.dtype:
             raise ValueError(
                 f"This rank's part of the keys is {own.dtype} {list(own.shape)} in the state and "
-                f"{stored.dtype} {list(wanted)} here: it was exported from another model."
+                f"{self.spec.dtype} {list(wanted)} here: it was exported from another model."
             )
         return own

@@ -51,4 +51,4 @@ class AttentionCore(nn.Module):
 
     def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
         """Write the current chunk into the cache and attend to nothing; as in ``forward``."""
-        cache.update(k, v)
+        cache.write(k, v)

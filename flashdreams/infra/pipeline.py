@@ -1,6 +1,7 @@
 """The pipeline: encoders, diffusion model and decoder, conducted through one rollout."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,13 +24,12 @@ from flashdreams.infra.rollout import StreamInferencePipelineCache
 from flashdreams.infra.state import RolloutState, import_rollout
 from flashdreams.infra.warm_up import WarmUp, stats, warm_up
 from flashdreams.infra.weights import fetch_weights, require_weights
-from flashdreams.parallel.environment import LOAD_TIMEOUT_S, from_rank_zero, group_rank
+from flashdreams.parallel.environment import from_rank_zero, group_rank
 from flashdreams.parallel.guidance import build_guidance
 from flashdreams.parallel.mesh import Mesh
 from flashdreams.parallel.parallelize import ParallelReport, parallelize
 from flashdreams.parallel.rollout import RolloutExchange
 from flashdreams.parallel.spatial import resolve_decode
-from flashdreams.parallel.watchdog import StageGuard, no_guard
 from flashdreams.runtime.checkpoint import load_checkpoint
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource
 from flashdreams.runtime.profiler import StageTimer
@@ -84,6 +84,10 @@ ChunkObserver = Callable[[StreamInferencePipelineCache, Tensor], None]
 """Called with the rollout's cache and the chunk, right after each ``generate``."""
 
 
+StageGuard = Callable[[str, int], AbstractContextManager[Any]]
+"""Watches over one ``generate`` or ``finalize``: (stage, AR index) to a context."""
+
+
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device of a name; ``"auto"`` is CUDA where there is one, else the CPU."""
     if device == "auto":
@@ -123,7 +127,7 @@ class StreamInferencePipeline(nn.Module):
         self.config = config
         self.target_device = resolve_device(device)
         self.observers: list[ChunkObserver] = []
-        self.guard: StageGuard = no_guard
+        self.guard: StageGuard = lambda stage, autoregressive_index: nullcontext()
         self._slices: dict[str, Mapping[str, Any]] = {}
         self._decodes_here = True
         self._text_from_rank_zero = False
@@ -327,8 +331,7 @@ class StreamInferencePipeline(nn.Module):
             ValueError: a state of another format, pipeline, sink or window, or no ``noise`` for a
                 rollout that was begun with one.
         """
-        with self.guard("import", None, LOAD_TIMEOUT_S):
-            return import_rollout(self, state, noise)
+        return import_rollout(self, state, noise)
 
     @torch.no_grad()
     def generate(

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from flashdreams.infra.diffusion.model import DiffusionCache
 from flashdreams.infra.state import RolloutState, export_rollout
-from flashdreams.parallel.environment import LOAD_TIMEOUT_S
 from flashdreams.runtime.profiler import StageTimer
 
 if TYPE_CHECKING:
@@ -78,5 +77,4 @@ class StreamInferencePipelineCache:
             ValueError: between ``generate`` and ``finalize``, or after ``release``.
         """
         self.require_live()
-        with self.pipeline.guard("export", self.next_index, LOAD_TIMEOUT_S):
-            return export_rollout(self.pipeline, self)
+        return export_rollout(self.pipeline, self)

@@ -6,10 +6,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any, Protocol
 
 from flashdreams.parallel.environment import LOAD_TIMEOUT_S, Environment
 
@@ -39,20 +38,6 @@ class Heartbeat:
             "" if self.autoregressive_index is None else f" of AR step {self.autoregressive_index}"
         )
         return f"rank {self.rank}: {self.stage}{step}, for {now - self.since:.1f} s"
-
-
-class StageGuard(Protocol):
-    """Watches over one collective stage, such as a ``generate``."""
-
-    def __call__(
-        self, stage: str, autoregressive_index: int | None, limit_s: float | None = None, /
-    ) -> AbstractContextManager[Any]:
-        """The context of the stage; ``limit_s`` None: as long as a stage of an AR step may take."""
-
-
-def no_guard(*_: Any) -> AbstractContextManager[Any]:
-    """The guard of a pipeline that nobody watches."""
-    return nullcontext()
 
 
 class Watchdog:
@@ -191,13 +176,4 @@ def _key(rank: int) -> str:
     return f"rank{rank}"
 
 
-__all__ = [
-    "EXIT_CODE",
-    "LOAD_TIMEOUT_S",
-    "STEP_DEADLINE_S",
-    "Heartbeat",
-    "StageGuard",
-    "Watchdog",
-    "end_process",
-    "no_guard",
-]
+__all__ = ["EXIT_CODE", "LOAD_TIMEOUT_S", "STEP_DEADLINE_S", "Heartbeat", "Watchdog", "end_process"]

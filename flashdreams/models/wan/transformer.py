@@ -8,13 +8,14 @@ of the official checkpoints.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
+from flashdreams.attention.quantized import KVStorage
 from flashdreams.attention.rope import RotaryEmbedding3D
 from flashdreams.infra.diffusion.transformer import (
     ContextChunk,
@@ -84,6 +85,9 @@ class WanTransformerConfig(TransformerConfig):
     fused_kernels: bool = False
     """Run modulated norms, gated sums and the norm and rotation of queries and keys as Triton
     kernels. Needs CUDA (for tests, TRITON_INTERPRET=1)."""
+    kv_cache_dtype: KVStorage = "native"
+    """How past keys and values are stored: ``"native"`` is ``dtype``; ``"int8"`` and ``"fp8"`` take
+    a byte each, which costs accuracy and the time to widen them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,6 +104,12 @@ class WanTransformerConfig(TransformerConfig):
             )
         if self.sink_size_t < 0:
             raise ValueError(f"sink_size_t={self.sink_size_t} must not be negative.")
+        allowed = get_args(KVStorage) if self.streaming else ("native",)
+        if self.kv_cache_dtype not in allowed:
+            raise ValueError(
+                f"kv_cache_dtype={self.kv_cache_dtype!r} with streaming={self.streaming}: "
+                f"allowed is {', '.join(map(repr, allowed))}."
+            )
 
     def _check_patching(self) -> None:
         sizes = (self.len_t, self.latent_height, self.latent_width)
@@ -292,6 +302,7 @@ class WanTransformer(Transformer):
             dtype=self.dtype,
             device=self.device,
             relative_sink=c.relative_rope and c.sink_size_t > 0,
+            storage=c.kv_cache_dtype,
         )
 
     def cache_nbytes(self, batch_size: int) -> int:

@@ -1,0 +1,104 @@
+"""Keys and values in eight bits."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+KVStorage = Literal["native", "fp8", "int8"]
+"""How cached keys and values are stored: as they are computed, or in eight bits."""
+
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+"""The largest value of each eight-bit type; for int8 the range is kept symmetric."""
+
+DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+
+LARGEST_EXPONENT = 126
+"""Powers of two up to this one, and their inverses, are normal float32 numbers."""
+
+
+class QuantizedTokens:
+    """``[B, tokens, N, D]`` in eight bits, with one scale per token and head.
+
+    Read and written along its tokens like the tensor that it stands for: ``x[:, a:b]`` gives new
+    numbers in ``dtype``, assignments and ``index_copy_`` round to what can be stored. Scales are
+    powers of two, one byte each. So what is read is exact in bfloat16 and float32, and writing it
+    again changes nothing: moving, exporting and importing tokens lose nothing more.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        storage: Literal["fp8", "int8"],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Allocate zeros.
+
+        Args:
+            shape: ``(B, tokens, N, D)``.
+            storage: which eight bits.
+            dtype: type of what is read.
+            device: where it lies.
+        """
+        self.dtype = dtype
+        self.values = torch.zeros(shape, dtype=DTYPES[storage], device=device)
+        self.exponents = torch.zeros((*shape[:3], 1), dtype=torch.int8, device=device)
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[B, tokens, N, D]``."""
+        return self.values.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and scales."""
+        return self.values.nbytes + self.exponents.nbytes
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.values[index].to(self.dtype) * power_of_two(self.exponents[index]).to(
+            self.dtype
+        )
+
+    def __setitem__(self, index: Any, x: Tensor) -> None:
+        self.values[index], self.exponents[index] = quantize(x, self.values.dtype)
+
+    def index_copy_(self, dim: int, index: Tensor, x: Tensor) -> None:
+        """Write ``x`` to the places of ``index`` along ``dim``, as `torch.Tensor.index_copy_`."""
+        values, exponents = quantize(x, self.values.dtype)
+        # An eight-bit float has no index_copy_ on every device; its bytes do.
+        self.values.view(torch.int8).index_copy_(dim, index, values.view(torch.int8))
+        self.exponents.index_copy_(dim, index, exponents)
+
+
+def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Round to eight bits with a power of two per row.
+
+    The power is the least one with which the row fits: ``values * 2 ** exponents`` is closest to
+    ``x`` without any entry being cut.
+
+    Args:
+        x: ``[..., D]``.
+        dtype: ``torch.int8`` or ``torch.float8_e4m3fn``.
+
+    Returns:
+        Values ``[..., D]`` in ``dtype`` and exponents ``[..., 1]`` int8.
+    """
+    wide, largest = x.float(), LARGEST[dtype]
+    mantissa, exponents = torch.frexp(wide.abs().amax(-1, keepdim=True) / largest)
+    # frexp's mantissa lies in [0.5, 1), so an exact power of two needs one less.
+    exponents = (exponents - (mantissa == 0.5).int()).clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
+    scaled = (wide * power_of_two(-exponents)).clamp(-largest, largest)
+    if dtype == torch.int8:
+        scaled = scaled.round()
+    return scaled.to(dtype), exponents.to(torch.int8)
+
+
+def power_of_two(exponents: Tensor) -> Tensor:
+    """``2 ** exponents`` as float32, exact on every device; integers from -126 to 126."""
+    return (exponents.int() + 127 << 23).view(torch.float32)

@@ -1,0 +1,161 @@
+"""Keys and values in eight bits: bounds from the formats, exact where nothing needs rounding."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
+from flashdreams.attention.quantized import QuantizedTokens
+from flashdreams.attention.rope import apply_rope, time_rotation
+
+CPU = torch.device("cpu")
+STORAGES = ["int8", "fp8"]
+BOUND = {"int8": 1 / 127, "fp8": 1 / 16}
+"""Largest error over the largest entry of a row: half a step, the range used to half at least."""
+TOKENS, HEADS, HEAD_DIM = 3, 2, 16
+SPEC = KVCacheSpec(
+    batch_size=2,
+    sink_size_t=2,
+    window_size_t=4,
+    tokens_per_frame=TOKENS,
+    num_heads=HEADS,
+    head_dim=HEAD_DIM,
+    dtype=torch.float32,
+    device=CPU,
+    relative_sink=True,
+)
+
+
+def draw(seed: int, tokens: int, dtype=torch.float32) -> torch.Tensor:
+    """``[2, tokens, N, D]``, rows of very unequal size."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, tokens, HEADS, HEAD_DIM, generator=generator)
+    return (x * torch.randn(2, tokens, HEADS, 1, generator=generator).mul(3).exp()).to(dtype)
+
+
+def stored(x: torch.Tensor, storage: str) -> QuantizedTokens:
+    kept = QuantizedTokens(tuple(x.shape), storage, x.dtype, CPU)
+    kept.index_copy_(1, torch.arange(x.shape[1]), x)
+    return kept
+
+
+def new_cache(storage: str, **changes) -> KVCache:
+    spec = replace(SPEC, storage=storage, **changes)
+    return KVCache(spec, CacheCursor(spec.sink_size_t, spec.window_size_t, TOKENS))
+
+
+def fill(cache: KVCache, steps: int, len_t: int = 2) -> None:
+    for step in range(cache.cursor.start // len_t, steps):
+        cache.cursor.place(len_t, CPU)
+        cache.rotate_sink()
+        cache.update(*(draw(2 * step + i, len_t * TOKENS, cache.spec.dtype) for i in (0, 1)))
+        cache.keep_sink()
+        cache.cursor.advance()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_stays_within_half_a_step(storage, dtype):
+    x = draw(0, 200, dtype)
+    error = (stored(x, storage)[:, :] - x).float().abs().amax(-1) / x.float().abs().amax(-1)
+    rounding = 2**-9 if dtype == torch.bfloat16 else 0
+    assert BOUND[storage] / 4 < error.max() <= BOUND[storage] + rounding
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_scale_of_the_whole_token_is_seen(storage):
+    """Negative control: heads of very unequal size need a scale each."""
+    x = draw(0, 200)
+    x[:, :, 1] *= 1e-3
+    together = stored(x.flatten(2)[:, :, None], storage)[:, :].view_as(x)
+    error = (together - x).abs().amax(-1) / x.abs().amax(-1)
+    assert error.max() > 2 * BOUND[storage]
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_read_can_be_written_again_without_a_change(storage, dtype):
+    x = draw(1, 500, dtype)
+    once = stored(x, storage)[:, :]
+    assert torch.equal(stored(once, storage)[:, :], once)
+    assert not torch.equal(once, x)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_extreme_rows_are_kept(storage):
+    x = torch.zeros(1, 4, 1, 8)
+    x[0, 1], x[0, 2], x[0, 3, 0, 0] = 1e38, 1e-30, -448.0
+    kept = stored(x, storage)[:, :]
+    assert torch.isfinite(kept).all() and (kept[0, 0] == 0).all()
+    assert ((kept - x).abs() <= BOUND[storage] * x.abs()).all()
+
+
+@pytest.mark.parametrize("storage", ["native", *STORAGES])
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_spec_knows_how_many_bytes_there_are(storage, relative, dtype):
+    cache = new_cache(storage, relative_sink=relative, dtype=dtype)
+    parts = [x for x in (cache.k, cache.v, cache.sink_k) if x is not None]
+    assert cache.spec.nbytes == sum(x.nbytes for x in parts)
+    if storage != "native":
+        wide = replace(cache.spec, storage="native", head_dim=128)
+        assert replace(wide, storage=storage).nbytes / wide.nbytes == 129 / (128 * dtype.itemsize)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_the_chunk_sees_itself_unrounded_and_the_past_rounded(storage):
+    cache, exact = new_cache(storage), new_cache("native")
+    for other in (cache, exact):
+        fill(other, 3)
+        other.cursor.place(2, CPU)
+    own = draw(50, 2 * TOKENS), draw(51, 2 * TOKENS)
+    for read, true, new in zip(cache.update(*own), exact.update(*own), own, strict=True):
+        assert torch.equal(read[:, cache.cursor.slots], new)
+        past = [i for i in range(read.shape[1]) if i not in cache.cursor.slots.tolist()]
+        largest = true[:, past].abs().amax(-1, keepdim=True)
+        error = ((read - true)[:, past].abs() / largest).amax()
+        assert 0 < error <= BOUND[storage]
+    assert not torch.equal(cache.visible()[0][:, cache.cursor.slots], own[0])
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_the_sink_is_turned_from_what_was_stored_first(storage):
+    cache = new_cache(storage)
+    fill(cache, 1)
+    first = cache.sink_k[:, :]
+    fill(cache, 40)
+    assert torch.equal(cache.sink_k[:, :], first)
+    turned = apply_rope(first, time_rotation(cache.cursor.evicted, HEAD_DIM))
+    sink = cache.k[:, : 2 * TOKENS]
+    bound = BOUND[storage] * turned.abs().amax(-1, keepdim=True)
+    assert ((sink - turned).abs() <= bound).all()
+    assert ((sink - first).abs() > bound).any()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_cache_goes_on_with_the_same_bits_from_its_state(storage):
+    cache = new_cache(storage)
+    fill(cache, 6)
+    state = cache.state_dict()
+    assert state["k"].dtype == torch.float32
+    other = new_cache(storage)
+    other.cursor.load_state_dict(cache.cursor.state_dict())
+    other.load_state_dict(state)
+    for x, y in ((cache.k, other.k), (cache.v, other.v), (cache.sink_k, other.sink_k)):
+        assert torch.equal(x[:, :], y[:, :])
+    state["k"][:, -1] *= 1.1
+    other.load_state_dict(state)
+    assert not torch.equal(cache.k[:, :], other.k[:, :])
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_frames_move_without_loss(storage):
+    cache, slots = new_cache(storage), [0, 1, 4, 5, 2]
+    fill(cache, 3)
+    before = [x[:, :].unflatten(1, (-1, TOKENS)) for x in (cache.k, cache.v)]
+    cache.scatter(slots)
+    for x, old in zip((cache.k, cache.v), before, strict=True):
+        now = x[:, :].unflatten(1, (-1, TOKENS))
+        assert torch.equal(now[:, slots], old[:, :5])
+        assert not torch.equal(now, old)

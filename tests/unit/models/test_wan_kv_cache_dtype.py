@@ -1,0 +1,118 @@
+"""Rollouts whose past is kept in eight bits, against the same ones in float32."""
+
+import pytest
+import torch
+
+from flashdreams.attention import quantized
+from flashdreams.infra.weights import memory_estimate
+from tests.tiny import TEXT_DIM, tiny_pipeline, tiny_transformer
+
+STEPS = 6
+BOUND = {"int8": 1e-3, "fp8": 3e-3}
+"""Largest error of the latents over their largest entry: 2.5 times what was measured."""
+
+
+def build(storage: str, **transformer):
+    sizes = dict(sink_size_t=2, window_size_t=3, relative_rope=True, kv_cache_dtype=storage)
+    pipeline = tiny_pipeline(**{**sizes, **transformer}).setup(device="cpu")
+    for parameter in pipeline.parameters():  # the default initialisation is too tame to tell
+        if parameter.ndim > 1:
+            parameter.mul_(2)
+    return pipeline
+
+
+def begin(pipeline, seed: int = 3):
+    text = torch.randn(1, 4, TEXT_DIM, generator=torch.Generator().manual_seed(seed))
+    return pipeline.initialize_cache(text=text, seed=seed)
+
+
+def run(pipeline, cache, steps: int = STEPS) -> torch.Tensor:
+    latents = []
+    for index in range(cache.next_index, steps):
+        pipeline.generate(index, cache, 0.1 * index)
+        pipeline.finalize(index, cache)
+        latents.append(cache.latent)
+    return torch.cat(latents, dim=2)
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("storage", ["int8", "fp8"])
+def test_the_error_of_a_rollout_is_bounded(storage, monkeypatch):
+    exact, rounded = build("native"), build(storage)
+    expected = run(exact, begin(exact))
+    latents = run(rounded, begin(rounded))
+    assert torch.equal(latents[:, :, :2], expected[:, :, :2])  # there is no past yet
+    assert 1e-5 < error(latents, expected) < BOUND[storage]
+
+    coarse = {torch.int8: 7.0, torch.float8_e4m3fn: 2.0**-8}
+    monkeypatch.setattr(quantized, "LARGEST", coarse)  # negative control: some three bits
+    assert error(run(rounded, begin(rounded)), expected) > BOUND[storage]
+
+
+@pytest.mark.parametrize("storage", ["int8", "fp8"])
+def test_a_rollout_goes_on_with_the_same_bits(storage):
+    pipeline = build(storage)
+    cache = begin(pipeline)
+    run(pipeline, cache, 4)
+    state = cache.state_dict()
+    assert {x.dtype for x in state["tensors"].values()} <= {torch.float32, torch.int64}
+    other = pipeline.load_cache(state)
+    assert torch.equal(run(pipeline, other), run(pipeline, cache))
+    del state["tensors"]["conditional/self_attention/0/v"]
+    with pytest.raises(KeyError):
+        pipeline.load_cache(state)
+
+
+def test_a_rollout_may_go_on_in_another_storage():
+    rounded, exact = build("int8"), build("native")
+    cache = begin(rounded)
+    run(rounded, cache, 4)
+    latents = run(exact, exact.load_cache(cache.state_dict()))
+    assert 0 < error(latents, run(rounded, cache)) < BOUND["int8"]
+
+
+@pytest.mark.parametrize("storage", ["int8", "fp8"])
+def test_two_rollouts_interleave(storage):
+    pipeline = build(storage)
+    alone = [run(pipeline, begin(pipeline, seed)) for seed in (3, 4)]
+    caches = [begin(pipeline, seed) for seed in (3, 4)]
+    together = [[run(pipeline, cache, i + 1) for cache in caches] for i in range(STEPS)]
+    for expected, parts in zip(alone, zip(*together, strict=True), strict=True):
+        assert torch.equal(torch.cat(parts, dim=2), expected)
+    assert not torch.equal(*alone)
+
+
+def test_a_prompt_update_writes_the_window_anew():
+    pipeline = build("int8", relative_rope=False)
+    changed, kept = begin(pipeline), begin(pipeline)
+    for cache in (changed, kept):
+        run(pipeline, cache, 4)
+    pipeline.update_prompt(changed, torch.ones(1, 4, TEXT_DIM), reencode_window=True)
+    layers = [c.diffusion.conditional.self_attention[1] for c in (changed, kept)]
+    assert not torch.equal(layers[0].v.values, layers[1].v.values)
+    assert error(run(pipeline, changed), run(pipeline, kept)) > 1e-3
+
+
+def test_the_estimate_knows_the_storage():
+    def cache_bytes(**changes) -> int:
+        return tiny_transformer(**changes).setup().cache_nbytes(1)
+
+    assert cache_bytes(kv_cache_dtype="int8") * 48 == cache_bytes() * 13  # 12 + 1 bytes for 48
+    sizes = dict(window_size_t=2_000_000)
+    assert "KV cache 3.1 GB" in memory_estimate(tiny_pipeline(**sizes))
+    assert "KV cache 0.8 GB" in memory_estimate(tiny_pipeline(kv_cache_dtype="int8", **sizes))
+
+
+@pytest.mark.parametrize(
+    ("change", "allowed"),
+    [
+        ({"kv_cache_dtype": "int4"}, "'native', 'fp8', 'int8'"),
+        ({"kv_cache_dtype": "int8", "streaming": False}, "allowed is 'native'"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused(change, allowed):
+    with pytest.raises(ValueError, match=allowed):
+        tiny_transformer(**change)
