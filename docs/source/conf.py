@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-for folder in (HERE / "_ext", HERE.parents[1], HERE.parents[1] / "kernels"):
+ROOT = HERE.parents[1]
+for folder in (HERE / "_ext", ROOT, ROOT / "kernels", ROOT / "benchmarks"):
     sys.path.insert(0, str(folder))
 
 import flashdreams  # noqa: E402
@@ -30,6 +31,8 @@ html_css_files = ["site.css"]
 html_show_sphinx = False
 
 default_role = "py:obj"
+# Two modules may name a class alike; an annotation under TYPE_CHECKING does not say which it means.
+suppress_warnings = ["ref.python"]
 autodoc_default_options = {
     "members": True,
     "member-order": "bysource",

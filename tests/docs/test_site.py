@@ -11,7 +11,7 @@ import pytest
 from flashdreams.registry import discover
 from tests.docs.snippets import REPOSITORY, SITE, markdown_files
 
-LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)")
+LINK = re.compile(r"(?:\]\(|\bsrc=\")([^)\"\s#]+)")
 
 
 @pytest.mark.slow

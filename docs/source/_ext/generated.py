@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import table as figures
 import torch
 
 import flashdreams
@@ -198,6 +199,12 @@ def _size(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count else "0"
 
 
+def measured(family: str) -> str:
+    """Table of the speed of a family's slugs, from the committed reports of the benchmarks."""
+    trained = {s: c.description for s, c in shipped(family).items() if "random" not in s}
+    return figures.speeds(figures.read_reports(), trained)
+
+
 def mesh(family: str) -> str:
     """Table of the meshes that the automatic degrees give, by number of heads and guidance."""
     lines = ["| slug | " + " | ".join(f"{n} ranks" for n in RANKS[1:]) + " |", "|---|---|---|---|"]
@@ -327,6 +334,7 @@ PARTS: dict[str, Callable[[str], str]] = {
         slugs,
         checkpoints,
         memory,
+        measured,
         mesh,
         listing,
         flags,

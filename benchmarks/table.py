@@ -1,0 +1,175 @@
+"""Tables of measured figures for the README and the site, made from the committed reports alone.
+
+``python benchmarks/table.py`` prints them, ``python benchmarks/table.py --write README.md`` puts
+them between the README's two marks. Of several reports for one cell the fastest, or for a ratio the
+newest, is taken. What no report has measured is "not measured".
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import report
+
+from flashdreams.registry import discover
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+NOT_MEASURED = "not measured"
+PACKAGE = "flashdreams.integrations."
+PLAIN = "default attention, eager"
+"""What need not be said of a run."""
+AS_CONFIGURED = "as configured"
+DEVICES = ("cpu", "cuda")
+
+
+class Figure(NamedTuple):
+    """One row of a report, with the report that it stands in."""
+
+    report: Mapping[str, Any]
+    row: Mapping[str, Any]
+
+
+class Ratio(NamedTuple):
+    """A ratio that a benchmark reports."""
+
+    benchmark: str
+    variant: str | None
+    """Whose row has it; None: any."""
+    field: str
+    meaning: str
+
+
+RATIOS = (
+    Ratio("overhead", "engine", "ratio", "time of the engine to a bare loop over its modules"),
+    Ratio("growth", None, "paired_ratio", "time of a step of an old rollout to a young one's"),
+    Ratio("growth", None, "memory_ratio", "memory after the last step to that after the first"),
+    Ratio(
+        "peers", "diffusers", "ratio", "time of `diffusers`, which keeps no past, to this package"
+    ),
+)
+
+
+def read_reports(folder: Path = RESULTS) -> list[Figure]:
+    """Every row of every report in a folder.
+
+    Raises:
+        ValueError: a report is incomplete, or of code that belongs to no commit.
+    """
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        read = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            report.check_report(read)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        if read["git_dirty"]:
+            raise ValueError(f"{file} was measured with uncommitted changes; run it again.")
+        found += [Figure(read, row) for row in read["rows"]]
+    return found
+
+
+def shipped_slugs() -> dict[str, str]:
+    """What the slugs with trained weights do that this package registers."""
+    registry = discover()
+    own = {s: c for s, c in registry.items() if registry.origin(s).reference.startswith(PACKAGE)}
+    return {slug: config.description for slug, config in own.items() if "random" not in slug}
+
+
+def speed(figures: Sequence[Figure], slug: str, device: str) -> str:
+    """The fastest committed run of a slug on a kind of device."""
+    mine = [f for f in figures if f.row["case"] == slug and _is(f, "fps", device)]
+    if not mine:
+        return NOT_MEASURED
+    best = max(mine, key=lambda f: f.row["fps"])
+    row = best.row
+    how = [f"{row['p50_ms']:.3g} ms per step (p99 {row['p99_ms']:.3g})"]
+    variant = row["variant"].rpartition(", ")[0]
+    how += [variant] if variant != PLAIN else []
+    how += ["random weights"] if row["weights"] != AS_CONFIGURED else []
+    how += [f"{row['ranks']} ranks"] if row["ranks"] > 1 else []
+    return f"**{row['fps']:.3g} frames/s**, {', '.join(how)}; {place(best)}"
+
+
+def place(figure: Figure) -> str:
+    """On what a figure was measured, and when."""
+    device = figure.report["device"]
+    name = device["name"].replace("(R)", "").replace("(TM)", "")
+    threads = device.get("threads")
+    shared = f", {threads} thread{'s' * (threads > 1)}" if threads else ""
+    return f"{name}{shared}, {figure.report['date'][:10]}"
+
+
+def speeds(figures: Sequence[Figure], slugs: Mapping[str, str]) -> str:
+    """Table of slugs and their speed, those that anybody has measured first."""
+    cells = {slug: [speed(figures, slug, device) for device in DEVICES] for slug in slugs}
+    lines = ["| slug | what it does | on a CPU | on a GPU |", "|---|---|---|---|"]
+    for slug in sorted(slugs, key=lambda slug: cells[slug] == [NOT_MEASURED] * len(DEVICES)):
+        lines.append(f"| `{slug}` | {slugs[slug].rstrip('.')} | {' | '.join(cells[slug])} |")
+    return "\n".join(lines)
+
+
+def ratios(figures: Sequence[Figure]) -> str:
+    """Table of what the engine adds, whether it grows, and how it compares."""
+    lines = ["| ratio | of | on a CPU | on a GPU |", "|---|---|---|---|"]
+    for wanted in RATIOS:
+        mine = [f for f in figures if f.report["benchmark"] == wanted.benchmark]
+        mine = [f for f in mine if wanted.variant in (None, f.row["variant"])]
+        for case in dict.fromkeys(f.row["case"] for f in mine):
+            here = [f for f in mine if f.row["case"] == case]
+            cells = (_ratio(here, wanted, device) for device in DEVICES)
+            name = f"`{case}`" if "-" in case else case
+            lines.append(f"| {wanted.meaning} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ratio(figures: Sequence[Figure], wanted: Ratio, device: str) -> str:
+    mine = [f for f in figures if _is(f, wanted.benchmark, device)]
+    if not mine:
+        return NOT_MEASURED
+    newest = max(mine, key=lambda f: f.report["date"])
+    return f"**{newest.row[wanted.field]:.3f}**; {place(newest)}"
+
+
+def _is(figure: Figure, benchmark: str, device: str) -> bool:
+    found = figure.report
+    return bool(found["benchmark"] == benchmark and found["device"]["type"] == device)
+
+
+def measured(figures: Sequence[Figure]) -> str:
+    """Both tables."""
+    return f"{speeds(figures, shipped_slugs())}\n\n{ratios(figures)}"
+
+
+def replace_region(text: str, content: str) -> str:
+    """A text with new content between its two marks.
+
+    Raises:
+        ValueError: a mark is missing, in the wrong place, or stands there more than once.
+    """
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or END in before:
+        raise ValueError(f"The text must hold {BEGIN!r} and {END!r} once each, in this order.")
+    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the tables, or write them into a file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--write", type=Path, default=None, help="file with the two marks")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the reports")
+    options = parser.parse_args(arguments)
+    text = measured(read_reports(options.results))
+    if options.write is None:
+        sys.stdout.write(text + "\n")
+    else:
+        before = options.write.read_text(encoding="utf-8")
+        options.write.write_text(replace_region(before, text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
