@@ -1,5 +1,6 @@
 """The shipped literals of the Wan family against the models' facts and manifests."""
 
+import math
 import re
 
 import pytest
@@ -34,9 +35,14 @@ MANIFESTS = {
 }
 
 
-def manifest_of(checkpoint: CheckpointConfig) -> str:
+def published_name(checkpoint: CheckpointConfig) -> str:
+    """The file, or the repository of a sharded one."""
     file = checkpoint.file or checkpoint.source.rpartition("/")[2]
-    return MANIFESTS.get(file) or MANIFESTS[checkpoint.source]
+    return file if file in MANIFESTS else checkpoint.source
+
+
+def manifest_of(checkpoint: CheckpointConfig) -> str:
+    return MANIFESTS[published_name(checkpoint)]
 
 
 def on_meta(config) -> Component:
@@ -198,6 +204,26 @@ def test_every_file_states_its_commit_and_size():
         if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", *revisions):
             unpinned.add(source)
     assert unpinned == UNPINNED
+
+
+STORED_ITEMSIZE = {
+    "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth": 4,
+    "taew2_1.pth": 2,
+}
+"""Bytes per value where a file is published in another type than the manifest counts."""
+
+
+@pytest.mark.parametrize("name", sorted(MANIFESTS))
+def test_sizes_on_disk_are_those_of_the_tensors(name):
+    stated = {c.size_bytes for c in shipped_checkpoints().values() if published_name(c) == name}
+    tensors = load_manifest(MANIFESTS[name]).values()
+    expected = sum(
+        math.prod(shape) * STORED_ITEMSIZE.get(name, getattr(torch, dtype).itemsize)
+        for shape, dtype in tensors
+    )
+    assert len(stated) == 1
+    # The archive around the tensors weighs most in a small file.
+    assert 0 <= stated.pop() / expected - 1 < 3e-3
 
 
 def test_missing_weights_are_listed_with_disk_memory_and_what_to_type(monkeypatch, tmp_path):

@@ -70,7 +70,6 @@ def training_checkpoint(
         revision=revision,
         select=select,
         strip_prefixes=("model.", "net."),
-        # One set of tensors; the file may hold more than the one that is read.
         size_bytes=5_675_987_200,
         license=license,
     )
@@ -124,7 +123,7 @@ WAN_IMAGE_CONDITION_ENCODER = WanImageConditionEncoderConfig(
         checkpoint=wan21_checkpoint(
             I2V_14B_480P_REPO,
             "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
-            4_772_059_140,
+            4_772_059_140,  # the file holds float32
             UNUSED_TENSORS,
         ),
     ),
