@@ -133,6 +133,8 @@ class CameraEncoder(StreamingEncoder):
         As in the official code the poses are spread over a whole number of chunks, the first
         frame's intrinsics hold for all, and keys are those of every fourth frame.
 
+        Source: Robbyant/lingbot-world, wan/image2video_fast.py, generate.
+
         Raises:
             ValueError: the path is too short for one chunk.
         """

@@ -27,7 +27,8 @@ from .encoder import CameraEncoderConfig, CameraPath, PoseMode
 from .inset import draw_inset
 
 KEY_ORDER = ("w", "a", "s", "d")
-"""Order of the key channels. Source: Robbyant/lingbot-world, the name of wasd_action."""
+"""Order of the key channels: forward, left, back, right.
+Source: Robbyant/lingbot-world, wan/utils/vis_utils.py, extract_translation_wasd."""
 MAX_IMAGE_PIXELS = 50_000_000
 """Most pixels of a first image: more than any camera's picture needs here."""
 MAX_STRETCH = 0.05
