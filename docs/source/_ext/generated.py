@@ -140,17 +140,18 @@ def checkpoints(family: str) -> str:
         for c in _distinct_checkpoints(config):
             known[c.source, c.file] = c
             users.setdefault((c.source, c.file), []).append(slug)
-    lines = ["| file | revision | on disk | licence | used by |", "|---|---|--:|---|---|"]
+    lines = ["| file | commit | on disk | licence | used by |", "|---|---|--:|---|---|"]
     for key, c in known.items():
         name = f"`{c.source}`" + (f" `{c.file}`" if c.file else "")
         packaged = c.source.startswith("package:")
         absent = "in the package" if packaged else "not stated"
         size = f"{c.size_bytes / 1e9:.2f} GB" if c.size_bytes else absent
         owner = "Apache-2.0" if packaged else c.license or "not stated"
-        revision = "" if packaged else f"`{(c.revision or 'main')[:SHORT_COMMIT]}`"
+        named = not (packaged or c.is_address)  # an address holds its own
+        commit = f"`{(c.revision or 'main')[:SHORT_COMMIT]}`" if named else ""
         everyone = len(users[key]) == len(shipped(family))
         by = "all" if everyone else ", ".join(f"`{slug}`" for slug in users[key])
-        lines.append(f"| {name} | {revision} | {size} | {owner} | {by} |")
+        lines.append(f"| {name} | {commit} | {size} | {owner} | {by} |")
     return "\n".join(lines)
 
 
