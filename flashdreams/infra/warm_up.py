@@ -8,6 +8,7 @@ import torch
 
 from flashdreams.infra.component import declared_context
 from flashdreams.infra.decoder.base import StreamingDecoder
+from flashdreams.runtime.compilation import Compilation, compiled_so_far
 
 if TYPE_CHECKING:
     from flashdreams.infra.pipeline import StreamInferencePipeline
@@ -26,10 +27,18 @@ class WarmUp:
     captures: int
     """CUDA graphs that were captured."""
 
+    compiled: Compilation
+    """What torch.compile built."""
+
+    compiled_so_far: Compilation
+    """The same since the process began, to know later what is new."""
+
     def __str__(self) -> str:
         parts = [f"{self.ms / 1e3:.1f} s", f"{self.steps} AR steps with dummy values"]
         if self.captures:
             parts.append(f"{self.captures} CUDA graphs")
+        if self.compiled.graphs:
+            parts.append(f"{self.compiled.ms / 1e3:.1f} s of it torch.compile")
         return ", ".join(parts)
 
 
@@ -37,7 +46,7 @@ def warm_up(pipeline: "StreamInferencePipeline") -> WarmUp:
     """Run every form that a network call takes once; see `StreamInferencePipeline.warm_up`."""
     start = time.perf_counter()
     model, meter = pipeline.diffusion_model, pipeline.exchange.mesh.meter
-    sent = meter.snapshot()
+    sent, compiled = meter.snapshot(), compiled_so_far()
     steps = model.warm_up(pipeline.config.max_rollouts)
     if steps:
         _decode_zeros(pipeline)
@@ -51,6 +60,8 @@ def warm_up(pipeline: "StreamInferencePipeline") -> WarmUp:
         ms=1e3 * (time.perf_counter() - start),
         steps=steps,
         captures=sum(call.captures for call in calls),
+        compiled=compiled_so_far() - compiled,
+        compiled_so_far=compiled_so_far(),
     )
 
 
@@ -79,7 +90,15 @@ def stats(pipeline: "StreamInferencePipeline") -> dict[str, Any]:
         "replays": sum(call.replays for call in calls),
         "eager_calls": sum(call.eager_calls for call in calls),
     }
+    built = None
+    if done is not None and done.compiled.graphs:
+        built = {
+            "graphs_at_warm_up": done.compiled.graphs,
+            "ms_at_warm_up": done.compiled.ms,
+            "graphs_after_ready": (compiled_so_far() - done.compiled_so_far).graphs,
+        }
     return {
         "warm_up_ms": done.ms if done is not None else None,
         "cuda_graphs": graphs if calls else None,
+        "torch_compile": built,
     }

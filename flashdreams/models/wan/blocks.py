@@ -168,6 +168,7 @@ class WanBlock(nn.Module):
         c = config
         self.eps = c.eps
         self.fused_kernels = c.fused_kernels
+        self.compiled = c.compile_blocks
         self.modulated_norm: Callable[..., Tensor] = modulated_norm
         self.gated_sum: Callable[..., Tensor] = gated_sum
         self.self_attn = SelfAttention(c.dim, c.head_dim, c.eps)
@@ -185,6 +186,12 @@ class WanBlock(nn.Module):
             # Ranks that share the heads exchange sums in the middle of the norm.
             if isinstance(self.self_attn.norm_q, RMSNorm):
                 self.self_attn.norm_rope = fused.norm_rope
+        if self.compiled:
+            # The core is left out: what it sees grows from AR step to AR step, and ranks exchange
+            # in it. All blocks share the code that the first one compiles.
+            core = self.self_attn.core
+            core.forward = torch.compiler.disable(core.forward)  # type: ignore[method-assign]
+            self.compile(dynamic=False)
 
     def forward(
         self,

@@ -34,6 +34,7 @@ from flashdreams.models.wan.fused import check_fused_kernels
 from flashdreams.models.wan.keys import WAN_KEY_MAPS
 from flashdreams.models.wan.plan import wan_plan
 from flashdreams.parallel.plan import ParallelPlan
+from flashdreams.runtime.compilation import why_no_compiler
 from flashdreams.runtime.cuda_graph import GraphedCallable, copy_in_place
 
 
@@ -88,6 +89,9 @@ class WanTransformerConfig(TransformerConfig):
     kv_cache_dtype: KVStorage = "native"
     """How past keys and values are stored: ``"native"`` is ``dtype``; ``"int8"`` and ``"fp8"`` take
     a byte each, which costs accuracy and the time to widen them."""
+    compile_blocks: bool = False
+    """Compile the blocks with torch.compile at warm-up, attention over the cache left out. Costs
+    10 to 40 seconds at every start, fewer once inductor's cache on disk is warm."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -209,6 +213,14 @@ class WanTransformer(Transformer):
         """See the contract."""
         if self.config.fused_kernels:
             check_fused_kernels(device, self.dtype)
+        reason = why_no_compiler() if self.config.compile_blocks else None
+        if reason is not None:
+            raise ValueError(f"compile_blocks=True cannot be used here: {reason}.")
+
+    @property
+    def needs_warm_up(self) -> bool:
+        """Also where blocks are compiled; see the contract."""
+        return super().needs_warm_up or self.config.compile_blocks
 
     def parallel_plan(self) -> ParallelPlan:
         """Where the network may be cut."""
