@@ -60,7 +60,7 @@ def predict_call(
     ring_method: str = "gather",
     write_only: bool = False,
 ) -> Call:
-    """Count one network call.
+    """Count one network call, its timestep's modulations being at hand.
 
     Args:
         config: the model.
@@ -84,10 +84,9 @@ def predict_call(
     entry = 2 * tokens * channels * patch * c.dim
     head = 2 * own * c.dim * c.out_channels * patch
     keys_values = 2 * own * 2 * c.dim * width
-    time = 2 * (c.freq_dim + c.dim + 6 * c.dim) * c.dim
     layers, written = c.num_layers - write_only, int(write_only)
     flops = layers * (linear + self_attention + cross_attention) + written * keys_values
-    flops += entry + (1 - written) * head + time
+    flops += entry + (1 - written) * head
 
     traffic: dict[str, Traffic] = {}
 
@@ -188,15 +187,16 @@ def count_call(
     parallelize(model, model.parallel_plan(), mesh)
     cache = model.initialize_cache(text=torch.zeros(1, 1, config.text_dim))
     latent = torch.zeros(model.latent_shape(1))
+    timestep = torch.tensor(500.0)
     model.begin_step(0, cache)
-    model.update_cache(latent, torch.tensor(0.0), cache)
+    model.update_cache(latent, timestep, cache)
     model.begin_step(1, cache)
     before = mesh.meter.snapshot()
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counter = FlopCounterMode(display=False, custom_mapping={attention: _flops_of_cpu_attention})
     with counter:
         run = model.update_cache if write_only else model.predict_flow
-        run(latent, torch.tensor(500.0), cache)
+        run(latent, timestep, cache)
     counted = Call(counter.get_total_flops(), mesh.meter.since(before))
     visible_t = min(2 * config.len_t, config.window_size_t + config.sink_size_t)
     predicted = predict_call(config, degrees, visible_t, parallel.ring_method, write_only)

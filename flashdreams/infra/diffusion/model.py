@@ -195,7 +195,7 @@ class DiffusionModel(nn.Module):
         """A rollout of dummy values, up to the point from which all AR steps are alike."""
         transformer = self.transformer
         latent = torch.zeros(transformer.latent_shape(1), device=transformer.device)
-        timestep = self.scheduler.timesteps_on(transformer.device)[0]
+        timestep = self.scheduler.timesteps[0]
         cache.control = transformer.example_control(1)
         for index in range(transformer.warm_up_steps):
             for branch in cache.branches:

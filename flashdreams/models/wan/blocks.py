@@ -196,7 +196,7 @@ class WanBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        time: Tensor,
+        modulation: Tensor,
         rope: Tensor,
         context: Sequence[tuple[Tensor, Tensor]],
         cache: KVCache | None,
@@ -206,13 +206,13 @@ class WanBlock(nn.Module):
 
         Args:
             x: ``[B, L, dim]``.
-            time: ``[B, L or 1, 6, dim]`` float32, the projected timestep.
+            modulation: ``[B, L or 1, 6, dim]`` float32, this block's at the timestep.
             rope: ``[L, D/2, 2]``.
             context: cross-attention keys and values of this block.
             cache: self-attention cache of this block.
             control: what ``embed_control`` prepared for this block.
         """
-        e = (self.modulation.float() + time).unbind(2)
+        e = modulation.unbind(2)
         y = self.modulated_norm(x, e[0], e[1], self.eps)
         x = self.gated_sum(x, self.self_attn(y, rope, cache), e[2])
         x = self.inject(x, control)
@@ -220,13 +220,13 @@ class WanBlock(nn.Module):
         y = self.modulated_norm(x, e[3], e[4], self.eps)
         return self.gated_sum(x, self.ffn(y), e[5])
 
-    def write(self, x: Tensor, time: Tensor, rope: Tensor, cache: KVCache) -> None:
+    def write(self, x: Tensor, modulation: Tensor, rope: Tensor, cache: KVCache) -> None:
         """Leave in the cache what ``forward`` leaves there, and compute no more than that.
 
         A block that changes its tokens before self-attention overrides this as well.
         """
-        e = (self.modulation.float() + time).unbind(2)
-        self.self_attn.write(self.modulated_norm(x, e[0], e[1], self.eps), rope, cache)
+        shift, scale = modulation[:, :, 0], modulation[:, :, 1]
+        self.self_attn.write(self.modulated_norm(x, shift, scale, self.eps), rope, cache)
 
     def inject(self, x: Tensor, control: Any) -> Tensor:
         """Hook between self- and cross-attention for models that control every block."""
@@ -242,9 +242,9 @@ class Head(nn.Module):
         self.head = nn.Linear(dim, patch_channels)
         self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """Map ``[B, L, dim]`` and the time embedding ``[B, L or 1, dim]`` to patches."""
-        shift, scale = (self.modulation.float() + time.float().unsqueeze(2)).unbind(2)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """Map ``[B, L, dim]`` to patches; ``modulation`` is ``[B, L or 1, 2, dim]`` float32."""
+        shift, scale = modulation.unbind(2)
         return self.head(modulated_norm(x, shift, scale, self.eps))
 
 

@@ -38,5 +38,6 @@ def wan_plan(config: "WanTransformerConfig") -> ParallelPlan:
             "chunk_condition": "rebuilt",
             "rope": "rebuilt",
             "control": "rebuilt",
+            "modulations": "rebuilt",
         },
     )

@@ -7,7 +7,7 @@ of the official checkpoints.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
@@ -36,6 +36,9 @@ from flashdreams.models.wan.plan import wan_plan
 from flashdreams.parallel.plan import ParallelPlan
 from flashdreams.runtime.compilation import why_no_compiler
 from flashdreams.runtime.cuda_graph import GraphedCallable, copy_in_place
+
+MAX_TIMESTEPS = 64
+"""Timesteps whose modulations a streaming rollout keeps; schedules have fewer."""
 
 
 @dataclass(kw_only=True)
@@ -161,6 +164,8 @@ class WanCache:
     condition: Tensor | None
     """``[B, condition_channels, F, H, W]``, concatenated to the latents by position; latent frames
     past the last one see that one."""
+    modulations: Callable[[float], Tensor]
+    """Of a timestep, as ``WanTransformer.modulations`` gives them; kept once they are computed."""
     chunk_condition: Tensor | None = None
     """``[B, condition_channels, T, H, W]`` of the current chunk."""
     rope: Tensor | None = None
@@ -251,7 +256,9 @@ class WanTransformer(Transformer):
         caches = [
             b.self_attn.core.new_cache(spec, cursor) if c.streaming else None for b in self.blocks
         ]
-        return WanCache(cursor, caches, cross_attention, condition)
+        keep = lru_cache(maxsize=MAX_TIMESTEPS if c.streaming else 0)
+        modulations = keep(partial(self._modulations_of_value, len(text)))
+        return WanCache(cursor, caches, cross_attention, condition, modulations)
 
     def reuse_cache(
         self,
@@ -415,7 +422,7 @@ class WanTransformer(Transformer):
                 cursor.place_next(len(chunk.frames), self.device)
                 control = self.select_control(chunk.control, chunk.kept)
                 self.prepare(cache, torch.tensor(chunk.frames), control)
-                self(chunk.latent, timestep.to(self.device), cache, write_only=True)
+                self(chunk.latent, self._time(timestep, cache), cache, write_only=True)
                 for layer in layers:
                     layer.keep_sink(start, end)
         frames = [frame for chunk in chunks for frame in chunk.frames]
@@ -479,13 +486,14 @@ class WanTransformer(Transformer):
         return Control(tokens, none_per_block)
 
     def forward(
-        self, latent: Tensor, timestep: Tensor, cache: WanCache, write_only: bool = False
+        self, latent: Tensor, time: Tensor, cache: WanCache, write_only: bool = False
     ) -> Tensor:
         """The network call.
 
         Args:
             latent: ``[B, C, T, H, W]``.
-            timestep: 0-dim, ``[B]``, or ``[B, T]`` for one timestep per latent frame.
+            time: the timestep, 0-dim, ``[B]``, or ``[B, T]`` for one per latent frame; or what
+                ``modulations`` made of it.
             cache: rotations, control, keys and values; the chunk's slots are overwritten.
             write_only: stop when the last block's keys and values are in the cache.
 
@@ -500,41 +508,67 @@ class WanTransformer(Transformer):
         x = self.flatten_tokens(patches)
         if cache.control.tokens is not None:
             x = x + cache.control.tokens
-        embedded, projected = self.embed_time(
-            timestep.expand(len(x)) if timestep.ndim == 0 else timestep
-        )
-        if timestep.ndim == 2:
-            tokens_per_frame = patches.shape[3] * patches.shape[4]
-            embedded = self.expand_frames(embedded, tokens_per_frame)
-            projected = self.expand_frames(projected, tokens_per_frame)
+        if time.ndim < 4:
+            time = self.modulations(time.expand(len(x)) if time.ndim == 0 else time)
+        *of_blocks, of_head = time.split([6] * len(self.blocks) + [2], dim=2)
+        tokens_per_frame = patches.shape[3] * patches.shape[4]
         *layers, last = zip(
             self.blocks,
+            of_blocks,
             cache.cross_attention,
             cache.self_attention,
             cache.control.blocks,
             strict=True,
         )
-        for block, context, kv_cache, control in layers:
-            x = block(x, projected, cache.rope, context, kv_cache, control)
-        block, context, kv_cache, control = last
+        for block, modulation, context, kv_cache, control in layers:
+            modulation = self._per_token(modulation, tokens_per_frame)
+            x = block(x, modulation, cache.rope, context, kv_cache, control)
+        block, modulation, context, kv_cache, control = last
+        modulation = self._per_token(modulation, tokens_per_frame)
         if write_only and kv_cache is not None:
-            block.write(x, projected, cache.rope, kv_cache)
+            block.write(x, modulation, cache.rope, kv_cache)
             return x.new_empty(0)
-        x = block(x, projected, cache.rope, context, kv_cache, control)
-        return self.unpatchify(self.head(x, embedded), *patches.shape[2:]).float()
+        x = block(x, modulation, cache.rope, context, kv_cache, control)
+        x = self.head(x, self._per_token(of_head, tokens_per_frame))
+        return self.unpatchify(x, *patches.shape[2:]).float()
 
-    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed ``[B]`` or ``[B, T]`` timesteps.
+    def _per_token(self, modulation: Tensor, tokens_per_frame: int) -> Tensor:
+        """One modulation for all frames serves all tokens as it is."""
+        if modulation.shape[1] == 1:
+            return modulation
+        return self.expand_frames(modulation, tokens_per_frame)
+
+    def modulations(self, timestep: Tensor) -> Tensor:
+        """What timesteps make of the modulation of every block and of the head.
+
+        Args:
+            timestep: ``[B]`` or ``[B, T]``.
 
         Returns:
-            The embedding ``[B, T or 1, dim]`` and its projection ``[B, T or 1, 6, dim]`` float32.
+            ``[B, T or 1, 6 * num_layers + 2, dim]`` float32: six rows per block, two of the head.
         """
         per_frame = timestep if timestep.ndim == 2 else timestep[:, None]
         embedded = self.time_embedding(
             timestep_embedding(per_frame, self.config.freq_dim).to(self.dtype)
         )
-        projected = self.time_projection(embedded).unflatten(-1, (6, -1))
-        return embedded, projected.float()
+        projected = self.time_projection(embedded).unflatten(-1, (6, -1)).float()
+        of_blocks = [block.modulation.float() + projected for block in self.blocks]
+        return torch.cat(
+            [*of_blocks, self.head.modulation.float() + embedded.float().unsqueeze(2)], dim=2
+        )
+
+    def _modulations_of_value(self, batch_size: int, timestep: float) -> Tensor:
+        value = torch.full((batch_size,), timestep, dtype=torch.float64, device=self.device)
+        return self.modulations(value)
+
+    def _time(self, timestep: Tensor, cache: WanCache) -> Tensor:
+        """What the network call takes for a timestep: its modulations, if they are at hand.
+
+        The value of a timestep on the CPU can be asked for without waiting for the device.
+        """
+        if timestep.ndim == 0 and timestep.device.type == "cpu" and not torch.is_grad_enabled():
+            return cache.modulations(float(timestep))
+        return timestep.to(self.device)
 
     def unpatchify(self, patches: Tensor, frames: int, rows: int, columns: int) -> Tensor:
         """Undo the patching: ``[B, L, kt*kh*kw*C]`` (channels last) to ``[B, C, T, H, W]``."""
@@ -557,7 +591,7 @@ class WanTransformer(Transformer):
 
     def predict_flow(self, latent: Tensor, timestep: Tensor, cache: WanCache) -> Tensor:
         """Predict ``noise - x0``; see the contract."""
-        output = self.network(latent, timestep.to(latent.device), cache)
+        output = self.network(latent, self._time(timestep, cache), cache)
         if self.config.prediction == "flow":
             return output
         sigma = timestep.to(latent.device, torch.float32) / 1000
@@ -570,7 +604,7 @@ class WanTransformer(Transformer):
         its network is not run.
         """
         if self.config.streaming:
-            self.network(latent, timestep.to(latent.device), cache, True)
+            self.network(latent, self._time(timestep, cache), cache, True)
         for layer in cache.self_attention:
             if layer is not None:
                 layer.keep_sink()

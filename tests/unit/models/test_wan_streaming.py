@@ -192,8 +192,4 @@ def test_prompts_of_the_wrong_size_are_refused():
     with pytest.raises(ValueError, match="takes no control input"):
         model.begin_step(0, cache, torch.zeros(1, 12, 4))
     with pytest.raises(ValueError, match="call begin_step first"):
-        model(
-            torch.zeros(1, 4, 3, 4, 4),
-            torch.tensor(0.0),
-            cache.__class__(cache.cursor, [], [], None),
-        )
+        model(torch.zeros(1, 4, 3, 4, 4), torch.tensor(0.0), cache)

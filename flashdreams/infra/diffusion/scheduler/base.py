@@ -42,7 +42,6 @@ class Scheduler(ABC):
         self.config = config
         self.timesteps = timesteps
         self.sigmas = sigmas
-        self._timesteps_by_device: dict[torch.device, Tensor] = {}
 
     @property
     def num_inference_steps(self) -> int:
@@ -57,8 +56,9 @@ class Scheduler(ABC):
 
         Args:
             predict_flow: ``(latent, timestep) -> flow``. The latent is float32; the timestep is
-                0-dim, on the latent's device, in the type of :attr:`timesteps`; the flow has the
-                latent's shape and any floating type.
+                0-dim, on the CPU, where its value can be asked for without waiting for a device,
+                in the type of :attr:`timesteps`; the flow has the latent's shape and any floating
+                type.
             noise: ``denoising_step -> tensor``. ``noise(0)`` is the initial latent; ``noise(k)``
                 for k >= 1, asked for by schedules that re-noise, is what step k starts from.
 
@@ -68,12 +68,6 @@ class Scheduler(ABC):
         Raises:
             ValueError: a flow whose shape is not the latent's.
         """
-
-    def timesteps_on(self, device: torch.device) -> Tensor:
-        """:attr:`timesteps` on a device; copied there once, so that the loop never waits."""
-        if device not in self._timesteps_by_device:
-            self._timesteps_by_device[device] = self.timesteps.to(device)
-        return self._timesteps_by_device[device]
 
     def sigma_of(self, timestep: float) -> float:
         """The noise level that a timestep in [0, 1000] stands for."""

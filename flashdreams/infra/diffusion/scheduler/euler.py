@@ -52,7 +52,7 @@ class EulerScheduler(Scheduler):
     ) -> Tensor:
         """Follow the flow from ``noise(0)`` to sigma 0; see :meth:`Scheduler.sample`."""
         latent = noise(0).float()
-        timesteps = self.timesteps_on(latent.device)
+        timesteps = self.timesteps
         for step, delta in enumerate(self._deltas):
             flow = predict_flow(latent, timesteps[step])
             require_same_shape("flow", flow, latent)

@@ -157,7 +157,7 @@ class FlowMatchScheduler(Scheduler):
     ) -> Tensor:
         """Denoise, re-noise with fresh noise, repeat; see :meth:`Scheduler.sample`."""
         latent = noise(0).float()
-        timesteps = self.timesteps_on(latent.device)
+        timesteps = self.timesteps
         sigmas, renoise_sigmas = self.sigmas.tolist(), self.renoise_sigmas.tolist()
         x0 = flow_to_x0(latent, predict_flow(latent, timesteps[0]), sigmas[0])
         for step in range(1, self.num_inference_steps):

@@ -65,7 +65,7 @@ class FlowDPMSolverScheduler(Scheduler):
     ) -> Tensor:
         """Evaluate and step, from ``noise(0)``; see :meth:`Scheduler.sample`."""
         latent = noise(0).float()
-        timesteps, sigmas = self.timesteps_on(latent.device), self.sigmas.tolist()
+        timesteps, sigmas = self.timesteps, self.sigmas.tolist()
         newest = latent
         for step in range(self.num_inference_steps):
             older = newest

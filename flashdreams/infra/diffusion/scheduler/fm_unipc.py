@@ -76,7 +76,7 @@ class FlowUniPCScheduler(Scheduler):
     ) -> Tensor:
         """Predict, evaluate, correct, repeat from ``noise(0)``; see :meth:`Scheduler.sample`."""
         latent = noise(0).float()
-        timesteps, sigmas = self.timesteps_on(latent.device), self.sigmas.tolist()
+        timesteps, sigmas = self.timesteps, self.sigmas.tolist()
         start = newest = older = latent
         for step in range(self.num_inference_steps):
             x0 = flow_to_x0(latent, predict_flow(latent, timesteps[step]), sigmas[step])
