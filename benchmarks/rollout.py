@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from flashdreams.attention.backends import resolve_backend
-from flashdreams.attention.core import AttentionCore
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.pipeline import StreamInferencePipeline, StreamInferencePipelineConfig
 from flashdreams.infra.runner import RunnerConfig
@@ -88,7 +86,7 @@ def load_subject(
     Args:
         slug: as on the command line.
         environment: the ranks.
-        backend: attention backend of every core; None leaves what is there.
+        backend: attention backend of every core; None is the config's.
         use_cuda_graph: replay the network call.
         dtype: of the transformer; None is the config's.
 
@@ -99,6 +97,8 @@ def load_subject(
     transformer: dict[str, Any] = {"use_cuda_graph": use_cuda_graph}
     if dtype is not None:
         transformer["dtype"] = dtype
+    if backend is not None:
+        transformer["attention_backend"] = backend
     config = derive_config(runner.pipeline, diffusion_model={"transformer": transformer})
     config, missing = without_missing_weights(config)
     config, context, steer = _conditions(runner, config)
@@ -106,14 +106,6 @@ def load_subject(
     mesh = _mesh_for(pipeline, environment)
     pipeline.parallelize(mesh)
     pipeline.load()
-    if backend is not None:
-        for module in pipeline.diffusion_model.modules():
-            if isinstance(module, AttentionCore):
-                head_dim = round(module.scale**-2)
-                weights: Any = pipeline.diffusion_model.transformer
-                module.backend = resolve_backend(
-                    backend, environment.device, weights.dtype, head_dim
-                )
     return Subject(slug, pipeline, mesh, context, steer, missing)
 
 

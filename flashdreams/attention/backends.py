@@ -246,7 +246,8 @@ def resolve_backend(
         near = difflib.get_close_matches(name, BACKENDS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"Unknown attention backend {name!r}. Allowed: {', '.join(BACKENDS)}.{hint}"
+            f"Unknown attention backend {name!r}. Allowed: {', '.join(BACKENDS)}; in a config "
+            f"also auto.{hint}"
         )
     reason = None if device is None else why_unusable(name, device, dtype, head_dim)
     if device is not None and reason is not None:

@@ -30,6 +30,9 @@ reference's largest value; some four roundings of the type, and room for TF32.""
 COMPARED_QUERIES = 64
 """Queries that are held against the reference, which needs a score for every key."""
 
+AUTO = "auto"
+"""What a config says to have the backend measured."""
+
 PACKAGES = ("torch", "triton", "flash-attn")
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from flashdreams.infra.config import InstantiateConfig
 from flashdreams.parallel.plan import ParallelPlan
-from flashdreams.runtime.checkpoint import CheckpointConfig
+from flashdreams.runtime.checkpoint import CheckpointConfig, load_checkpoint
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -79,6 +79,32 @@ def build_component(config: ComponentConfig | None) -> Any:
         return None
     with torch.device("cpu" if config.checkpoint is None else "meta"):
         return config.setup()
+
+
+def load_component(
+    component: Component, device: torch.device, slices: Mapping[str, Any] | None = None
+) -> None:
+    """Load one component and bring it to its device and type.
+
+    One without a checkpoint may be made of others that have theirs.
+
+    Args:
+        component: on the meta device where it names a checkpoint.
+        device: where it shall run.
+        slices: this rank's parts, by parameter.
+
+    Raises:
+        CheckpointError: weights are missing or do not fit; see ``load_checkpoint``.
+    """
+    checkpoint = component.config.checkpoint
+    parts = [] if checkpoint is not None else nested_components(component)
+    for part in parts:
+        load_component(part, device)
+    if checkpoint is not None:
+        load_checkpoint(component, checkpoint, device=device, dtype=component.dtype, slices=slices)
+        component.init_buffers()
+    # Parts keep their own types: a pipeline may mix them.
+    component.to(device, None if parts else component.dtype)
 
 
 def nested_components(component: Component) -> list[Component]:

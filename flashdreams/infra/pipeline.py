@@ -13,7 +13,7 @@ from flashdreams.infra.component import (
     Component,
     build_component,
     declared_context,
-    nested_components,
+    load_component,
     select_context,
 )
 from flashdreams.infra.config import InstantiateConfig
@@ -30,7 +30,6 @@ from flashdreams.parallel.mesh import Mesh
 from flashdreams.parallel.parallelize import ParallelReport, parallelize
 from flashdreams.parallel.rollout import RolloutExchange
 from flashdreams.parallel.spatial import resolve_decode
-from flashdreams.runtime.checkpoint import load_checkpoint
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource
 from flashdreams.runtime.profiler import StageTimer
 
@@ -196,7 +195,7 @@ class StreamInferencePipeline(nn.Module):
         require_weights(self.config, encodes_text=self.text_encoder is not None)
         fetch_weights(self.config, text_on_rank_zero=self._text_from_rank_zero)
         for name, component in self.components().items():
-            self._load_component(component, self._slices.get(name))
+            load_component(component, self.target_device, self._slices.get(name))
         self.requires_grad_(False).eval()
         for call in self.diffusion_model.transformer.graphed_calls():
             call.meter = self.exchange.mesh.meter
@@ -216,7 +215,10 @@ class StreamInferencePipeline(nn.Module):
         return self.warmed_up
 
     def stats(self) -> dict[str, Any]:
-        """What was built at warm-up and what happened to it since, as JSON values."""
+        """What was built at warm-up and what happened to it since, as JSON values.
+
+        Figures of graphs are there only where calls are captured.
+        """
         return stats(self)
 
     def drop_graphs(self) -> None:
@@ -226,26 +228,6 @@ class StreamInferencePipeline(nn.Module):
         """
         for call in self.diffusion_model.transformer.graphed_calls():
             call.drop()
-
-    def _load_component(
-        self, component: Component, slices: Mapping[str, Any] | None = None
-    ) -> None:
-        """Load one component; one without a checkpoint may be made of others that have theirs."""
-        checkpoint = component.config.checkpoint
-        parts = [] if checkpoint is not None else nested_components(component)
-        for part in parts:
-            self._load_component(part)
-        if checkpoint is not None:
-            load_checkpoint(
-                component,
-                checkpoint,
-                device=self.target_device,
-                dtype=component.dtype,
-                slices=slices,
-            )
-            component.init_buffers()
-        # Parts keep their own types: a pipeline may mix them.
-        component.to(self.target_device, None if parts else component.dtype)
 
     @torch.no_grad()
     def initialize_cache(

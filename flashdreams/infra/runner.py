@@ -113,7 +113,7 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
             self.pipeline.load()
             warmed_up = self.pipeline.warm_up()
         if warmed_up.steps and self.is_rank_zero:
-            print(f"ready: {warmed_up}", flush=True)
+            print(f"{warmed_up.measured}ready: {warmed_up}", flush=True)
         self.recorder = RunRecorder(config, self.environment, self.mesh, self.pipeline)
         self.pipeline.observers.append(self.recorder.observe)
 

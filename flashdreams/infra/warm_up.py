@@ -6,8 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flashdreams.attention.choose import AUTO, BackendChoice, choose_backend
 from flashdreams.infra.component import declared_context
 from flashdreams.infra.decoder.base import StreamingDecoder
+from flashdreams.infra.diffusion.transformer import Transformer
+from flashdreams.parallel.environment import from_rank_zero
+from flashdreams.parallel.mesh import Mesh, local_attention
 from flashdreams.runtime.compilation import Compilation, compiled_so_far
 
 if TYPE_CHECKING:
@@ -33,12 +37,24 @@ class WarmUp:
     compiled_so_far: Compilation
     """The same since the process began, to know later what is new."""
 
+    attention: BackendChoice | None
+    """The attention backend, and how it was chosen; None without attention cores."""
+
+    @property
+    def measured(self) -> str:
+        """The table of attention backends, if it was measured just now."""
+        choice = self.attention
+        fresh = choice is not None and choice.rows and not choice.from_cache
+        return f"{choice.table()}\n" if choice is not None and fresh else ""
+
     def __str__(self) -> str:
         parts = [f"{self.ms / 1e3:.1f} s", f"{self.steps} AR steps with dummy values"]
         if self.captures:
             parts.append(f"{self.captures} CUDA graphs")
         if self.compiled.graphs:
             parts.append(f"{self.compiled.ms / 1e3:.1f} s of it torch.compile")
+        if self.attention is not None:
+            parts.append(f"attention {self.attention.name}")
         return ", ".join(parts)
 
 
@@ -47,6 +63,7 @@ def warm_up(pipeline: "StreamInferencePipeline") -> WarmUp:
     start = time.perf_counter()
     model, meter = pipeline.diffusion_model, pipeline.exchange.mesh.meter
     sent, compiled = meter.snapshot(), compiled_so_far()
+    attention = choose_attention(model.transformer, pipeline.exchange.mesh, pipeline.target_device)
     steps = model.warm_up(pipeline.config.max_rollouts)
     if steps:
         _decode_zeros(pipeline)
@@ -62,7 +79,33 @@ def warm_up(pipeline: "StreamInferencePipeline") -> WarmUp:
         captures=sum(call.captures for call in calls),
         compiled=compiled_so_far() - compiled,
         compiled_so_far=compiled_so_far(),
+        attention=attention,
     )
+
+
+def choose_attention(
+    transformer: Transformer, mesh: Mesh, device: torch.device
+) -> BackendChoice | None:
+    """Settle the attention backend of all ranks; a collective call.
+
+    "auto" is measured on a GPU. A CPU has one fused kernel, so a measurement would only make runs
+    differ; strict ranks must not depend on the clock; xfuser's attention has no core.
+
+    Returns:
+        The choice, without rows where nothing was measured; None without attention cores.
+    """
+    shape, name = transformer.attention_shape(1), transformer.config.attention_backend
+    if shape is None:
+        return None
+    foreign = mesh.config.context_backend == "xfuser" and mesh.sequence.size > 1
+    if name == AUTO and (device.type != "cuda" or mesh.config.strict or foreign):
+        name = "sdpa"
+    if name != AUTO:
+        return BackendChoice(name, (), from_cache=False)
+    local = local_attention(shape, mesh)
+    choice = from_rank_zero(lambda: choose_backend(local, device, transformer.dtype))
+    transformer.set_attention_backend(choice.name)
+    return choice
 
 
 def _decode_zeros(pipeline: "StreamInferencePipeline") -> None:
@@ -82,23 +125,23 @@ def _decode_zeros(pipeline: "StreamInferencePipeline") -> None:
 def stats(pipeline: "StreamInferencePipeline") -> dict[str, Any]:
     """Figures of warm-up and of what came after it; see `StreamInferencePipeline.stats`."""
     done = pipeline.warmed_up
+    found: dict[str, Any] = {}
+    if done is not None:
+        found["warm_up_ms"] = done.ms
+        found |= done.attention.stats() if done.attention is not None else {}
     calls = [c for c in pipeline.diffusion_model.transformer.graphed_calls() if c.can_capture]
-    captures = done.captures if done is not None else 0
-    graphs = {
-        "captures_at_warm_up": captures,
-        "captures_after_ready": sum(call.captures for call in calls) - captures,
-        "replays": sum(call.replays for call in calls),
-        "eager_calls": sum(call.eager_calls for call in calls),
-    }
-    built = None
+    if calls:
+        captures = done.captures if done is not None else 0
+        found["cuda_graphs"] = {
+            "captures_at_warm_up": captures,
+            "captures_after_ready": sum(call.captures for call in calls) - captures,
+            "replays": sum(call.replays for call in calls),
+            "eager_calls": sum(call.eager_calls for call in calls),
+        }
     if done is not None and done.compiled.graphs:
-        built = {
+        found["torch_compile"] = {
             "graphs_at_warm_up": done.compiled.graphs,
             "ms_at_warm_up": done.compiled.ms,
             "graphs_after_ready": (compiled_so_far() - done.compiled_so_far).graphs,
         }
-    return {
-        "warm_up_ms": done.ms if done is not None else None,
-        "cuda_graphs": graphs if calls else None,
-        "torch_compile": built,
-    }
+    return found

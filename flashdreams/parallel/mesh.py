@@ -1,13 +1,14 @@
 """Degrees of parallelism: what the user asks for, what it resolves to, and the groups of ranks."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from flashdreams.attention.choose import AttentionShape
 from flashdreams.parallel.collectives import Channel, TrafficMeter
 
 Degree = int | Literal["auto"]
@@ -263,6 +264,23 @@ class Mesh:
         if axis.group is None:
             raise ValueError(f"Axis {axis.name!r} has a single rank: there is no one to talk to.")
         return Channel(axis.name, axis.group, self.meter)
+
+
+def local_attention(shape: AttentionShape, mesh: Mesh) -> AttentionShape:
+    """One rank's attention call, as the native strategies leave it to the core.
+
+    Args:
+        shape: the call of the whole model.
+        mesh: the ranks.
+    """
+    ring = mesh.ring.size
+    rotates = mesh.config.ring_method == "rotate"
+    return replace(
+        shape,
+        queries=-(-shape.queries // ring),
+        keys=-(-shape.keys // ring) if rotates else shape.keys,
+        num_heads=shape.num_heads // (mesh.ulysses.size * mesh.tp.size),
+    )
 
 
 def build_mesh(

@@ -1,6 +1,7 @@
 """Ring attention: the cache stays split over the ranks and travels past all queries."""
 
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -105,6 +106,7 @@ class RingAttention(AttentionWrapper):
         """Attend; the arguments are this rank's ``[B, L/P, N, D]``, and so is the result."""
         k, v = self.layout.trim(k, 1), self.layout.trim(v, 1)
         ranks, rank = self.channel.size, self.channel.rank
+        backend = cast(AttentionCore, self.core).backend
         if cache is None:
             counts = [self.layout.share_of(r) for r in range(ranks)]
         else:
@@ -115,7 +117,8 @@ class RingAttention(AttentionWrapper):
         for hop in range(ranks):
             following = self.channel.start_rotate(travelling) if hop + 1 < ranks else None
             count = counts[(rank - hop) % ranks]
-            part = attend_with_lse(q, *travelling[:, :, :count].unbind(0), scale=self.scale)
+            k, v = travelling[:, :, :count].unbind(0)
+            part = attend_with_lse(q, k, v, scale=self.scale, backend=backend)
             out, lse = part if lse is None else merge(out, lse, *part)
             if following is not None:
                 travelling = following()
@@ -126,7 +129,9 @@ class RingAttention(AttentionWrapper):
         self.core.write(self.layout.trim(k, 1), self.layout.trim(v, 1), cache)
 
 
-def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+def attend_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, backend: Any = sdpa
+) -> tuple[Tensor, Tensor]:
     """Attention and the logarithm of its normaliser, in the form that `merge` takes.
 
     Args:
@@ -134,11 +139,12 @@ def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[T
         k: ``[B, S, N, D]``.
         v: ``[B, S, N, D]``.
         scale: factor on the scores.
+        backend: one that takes ``return_lse``, as all named ones do.
 
     Returns:
         ``[B, L, N, D]`` float32 and ``[B, L, N]`` float32.
     """
-    out, lse = sdpa(q, k, v, scale=scale, return_lse=True)
+    out, lse = backend(q, k, v, scale=scale, return_lse=True)
     return out.float(), lse.transpose(1, 2)
 
 

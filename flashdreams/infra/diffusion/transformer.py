@@ -4,8 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from flashdreams.attention.backends import resolve_backend
+from flashdreams.attention.choose import AUTO, AttentionShape
+from flashdreams.attention.core import AttentionCore
 from flashdreams.infra.component import Component, ComponentConfig
 from flashdreams.runtime.cuda_graph import GraphedCallable
 
@@ -32,7 +36,14 @@ class TransformerConfig(ComponentConfig):
     """Replay the network call as a CUDA graph, captured when it is first needed. On a CPU the call
     is always eager."""
 
+    attention_backend: str = "auto"
+    """Backend of the attention cores, by name. "auto" measures the candidates on a GPU at warm-up,
+    on this rank's share of self-attention over the full window, and keeps the fastest that is
+    right; on a CPU and under --parallel.strict it is "sdpa"."""
+
     def __post_init__(self) -> None:
+        if self.attention_backend != AUTO:
+            resolve_backend(self.attention_backend)
         for name in ("in_channels", "len_t", "latent_height", "latent_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
@@ -153,6 +164,33 @@ class Transformer(Component):
             f"{type(self).__name__} cannot encode its context again: it does not define "
             "rewrite_context(cache, chunks, timestep)."
         )
+
+    def attention_shape(self, batch_size: int) -> AttentionShape | None:
+        """Self-attention of the whole model once the window is full; None without cores."""
+        return None
+
+    def set_attention_backend(self, name: str) -> None:
+        """Let all attention cores, also those inside of wrappers, run a backend.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        backend = resolve_backend(name)
+        for core in self.modules():
+            if isinstance(core, AttentionCore):
+                core.backend = backend
+
+    def check_device(self, device: torch.device) -> None:
+        """Refuse an ``attention_backend`` that cannot run there; see the contract."""
+        name, shape = self.config.attention_backend, self.attention_shape(1)
+        if name == AUTO:
+            return
+        if shape is None:
+            raise ValueError(
+                f"{type(self).__name__} names no attention cores (attention_shape), so "
+                f"attention_backend must stay {AUTO!r}; got {name!r}."
+            )
+        resolve_backend(name, device, self.dtype, shape.head_dim)
 
     @property
     def needs_warm_up(self) -> bool:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
+from flashdreams.attention.choose import AUTO, AttentionShape
 from flashdreams.attention.quantized import KVStorage
 from flashdreams.attention.rope import RotaryEmbedding3D
 from flashdreams.infra.diffusion.transformer import (
@@ -213,9 +214,12 @@ class WanTransformer(Transformer):
         self.blocks: Sequence[WanBlock] = cast(Any, blocks)
         patch_volume = c.patch_size[0] * c.patch_size[1] * c.patch_size[2]
         self.head = Head(c.dim, c.out_channels * patch_volume, c.eps)
+        if c.attention_backend != AUTO:
+            self.set_attention_backend(c.attention_backend)
 
     def check_device(self, device: torch.device) -> None:
         """See the contract."""
+        super().check_device(device)
         if self.config.fused_kernels:
             check_fused_kernels(device, self.dtype)
         reason = why_no_compiler() if self.config.compile_blocks else None
@@ -307,6 +311,19 @@ class WanTransformer(Transformer):
         if c.control_dim is None:
             return None
         return torch.zeros(batch_size, c.len_t * c.tokens_per_frame, c.control_dim)
+
+    def attention_shape(self, batch_size: int) -> AttentionShape:
+        """See the contract."""
+        c = self.config
+        tokens = c.len_t // c.patch_size[0] * c.tokens_per_frame
+        window = (c.sink_size_t + c.window_size_t) * c.tokens_per_frame
+        return AttentionShape(
+            batch_size=batch_size,
+            queries=tokens,
+            keys=window if c.streaming else tokens,
+            num_heads=c.num_heads,
+            head_dim=c.head_dim,
+        )
 
     def cache_spec(self, batch_size: int) -> KVCacheSpec:
         """Size of one layer's KV cache on one device."""
