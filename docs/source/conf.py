@@ -29,6 +29,8 @@ html_title = "flashdreams"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
+html_show_sourcelink = html_copy_source = False
+html_theme_options = {"top_of_page_buttons": []}
 
 default_role = "py:obj"
 # Two modules may name a class alike; an annotation under TYPE_CHECKING does not say which it means.
@@ -40,6 +42,7 @@ autodoc_default_options = {
     "ignore-module-all": True,
 }
 autodoc_typehints = "signature"
+add_module_names = False
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 80
 napoleon_use_rtype = False

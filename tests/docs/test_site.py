@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flashdreams.registry import discover
-from tests.docs.snippets import REPOSITORY, SITE, markdown_files
+from tests.docs.snippets import REPOSITORY, SITE, markdown_files, pages
 
 LINK = re.compile(r"(?:\]\(|\bsrc=\")([^)\"\s#]+)")
 
@@ -58,3 +58,13 @@ def test_figures_are_drawn_and_used() -> None:
     for figure in (SITE / "_static").glob("*.svg"):
         assert figure.name in used, f"{figure.name} is on no page"
         assert "<title>" in figure.read_text(encoding="utf-8")
+
+
+def test_every_guide_has_its_drawing_and_every_picture_says_what_it_shows() -> None:
+    for guide in (SITE / "developer_guides").glob("*.md"):
+        assert re.search(r"\]\(\.\./_static/[\w-]+\.svg\)", guide.read_text("utf-8")), guide.name
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        assert "![](" not in text, f"{page.name} has a picture without a description"
+        for tag in re.findall(r"<img[^>]*>", text):
+            assert re.search(r'alt="[^"]{10,}"', tag), f"{page.name}: {tag}"

@@ -51,15 +51,18 @@ def family_of(slug: str) -> str:
 
 
 def gallery(_: str) -> str:
-    """One row per shipped slug."""
-    lines = ["| slug | what it does | frames | needs | page |", "|---|---|---|---|---|"]
-    for slug, config in shipped().items():
-        family = family_of(slug)
-        lines.append(
-            f"| `{slug}` | {config.description} | {frame_size(config)} | {needs(config)} | "
-            f"[{family.replace('_', '-')}](../models/{family}.md) |"
-        )
-    return "\n".join(lines)
+    """One row per shipped slug: those that run at once, trained ones, twins with random weights."""
+    lines = ["| slug | what it does | frames | needs |", "|---|---|---|---|"]
+    for slug, config in sorted(shipped().items(), key=_rank_in_gallery):
+        page = f"../models/{family_of(slug)}.md"
+        cells = (config.description, frame_size(config), needs(config))
+        lines.append(f"| [`{slug}`]({page}) | {' | '.join(cells)} |")
+    return ":::{container} gallery\n" + "\n".join(lines) + "\n:::"
+
+
+def _rank_in_gallery(item: tuple[str, Any]) -> int:
+    slug, config = item
+    return 2 if "random" in slug else int(bool(to_fetch(config)))
 
 
 def frame_size(config: Any) -> str:
@@ -92,13 +95,16 @@ def decoded(name: str, config: Any, channels: int, len_t: int) -> tuple[tuple[in
 
 def needs(config: Any) -> str:
     """What has to be fetched before a slug runs."""
-    checkpoints = _distinct_checkpoints(config)
-    if not checkpoints:
+    if not _distinct_checkpoints(config):
         return "nothing: random weights"
-    fetched = [c for c in checkpoints if not c.source.startswith("package:")]
-    if not fetched:
+    if not to_fetch(config):
         return "nothing: weights in the package"
-    return f"{sum(c.size_bytes or 0 for c in fetched) / 1e9:.1f} GB of weights"
+    return f"{sum(c.size_bytes or 0 for c in to_fetch(config)) / 1e9:.1f} GB of weights"
+
+
+def to_fetch(config: Any) -> list[Any]:
+    """The files of weights that do not come with the package."""
+    return [c for c in _distinct_checkpoints(config) if not c.source.startswith("package:")]
 
 
 def _distinct_checkpoints(config: Any) -> list[Any]:
@@ -140,58 +146,87 @@ def checkpoints(family: str) -> str:
         for c in _distinct_checkpoints(config):
             known[c.source, c.file] = c
             users.setdefault((c.source, c.file), []).append(slug)
-    lines = ["| file | commit | on disk | licence | used by |", "|---|---|--:|---|---|"]
+    trained = [slug for slug in shipped(family) if "random" not in slug]
+    words = {tuple(trained): "all with trained weights", tuple(shipped(family)): "all"}
+    lines = ["| file | on disk | licence | used by |", "|---|--:|---|---|"]
     for key, c in known.items():
-        name = f"`{c.source}`" + (f" `{c.file}`" if c.file else "")
         packaged = c.source.startswith("package:")
         absent = "in the package" if packaged else "not stated"
         size = f"{c.size_bytes / 1e9:.2f} GB" if c.size_bytes else absent
         owner = "Apache-2.0" if packaged else c.license or "not stated"
-        named = not (packaged or c.is_address)  # an address holds its own
-        commit = f"`{(c.revision or 'main')[:SHORT_COMMIT]}`" if named else ""
-        everyone = len(users[key]) == len(shipped(family))
-        by = "all" if everyone else ", ".join(f"`{slug}`" for slug in users[key])
-        lines.append(f"| {name} | {commit} | {size} | {owner} | {by} |")
+        by = words.get(tuple(users[key])) or ", ".join(f"`{slug}`" for slug in users[key])
+        lines.append(f"| {_file(c)} | {size} | {owner} | {by} |")
     return "\n".join(lines)
+
+
+def _file(checkpoint: Any) -> str:
+    """Where a file of weights comes from, as short as it can be said."""
+    source, name = checkpoint.source, checkpoint.file
+    if source.startswith("package:"):
+        return f"`{source.partition('/')[2]}`"
+    if checkpoint.is_address:
+        return f"[`{source.rpartition('/')[2]}`]({source})"
+    whole = f"`{source}`" + (f" `{name}`" if name else "")
+    return f"{whole} at `{(checkpoint.revision or 'main')[:SHORT_COMMIT]}`"
 
 
 def memory(family: str) -> str:
     """Table of weights and KV cache per rank, on several numbers of ranks, from shapes."""
-    head = " | ".join(f"KV cache per rank, {n} rank{'s' * (n > 1)}" for n in RANKS)
+    ranks = ", ".join(map(str, RANKS[:-1])) + f" and {RANKS[-1]}"
     lines = [
-        f"| slug | transformer | other networks, at most | {head} |",
-        "|---|--:|--:|" + "--:|" * len(RANKS),
+        f"| slug | transformer | other networks, at most | KV cache per rank, {ranks} ranks |",
+        "|---|--:|--:|--:|",
     ]
     for slug, config in shipped(family).items():
-        cells = " | ".join(_size(cache) for cache in _cache_per_rank(config))
+        cache = _sizes(list(_cache_per_rank(config)))
         transformer, others = _weights(config)
-        lines.append(f"| `{slug}` | {_size(transformer)} | {_size(others)} | {cells} |")
+        lines.append(f"| `{slug}` | {_size(transformer)} | {_size(others)} | {cache} |")
     return "\n".join(lines)
 
 
 def _weights(config: Any) -> tuple[int, int]:
     """Bytes of the transformer's parameters, and of all other files of weights."""
-    with torch.device("meta"):
-        transformer = config.pipeline.diffusion_model.transformer.setup()
-    own = sum(p.numel() for p in transformer.parameters()) * transformer.dtype.itemsize
     files = {
         (c.source, c.file): c.size_bytes or 0
         for path, c in named_checkpoints(config.pipeline)
         if not path.startswith("diffusion_model.")
     }
-    return own, sum(files.values())
+    return transformer_nbytes(config)[0], sum(files.values())
+
+
+_TRANSFORMERS: dict[str, tuple[int, int]] = {}
+
+
+def transformer_nbytes(config: Any) -> tuple[int, int]:
+    """Bytes of a transformer's parameters and of one rollout's cache, from the meta device."""
+    transformer = config.pipeline.diffusion_model.transformer
+    key = repr(transformer)
+    if key not in _TRANSFORMERS:
+        with torch.device("meta"):
+            built = transformer.setup()
+        parameters = sum(p.numel() for p in built.parameters()) * built.dtype.itemsize
+        _TRANSFORMERS[key] = parameters, built.cache_nbytes(1)
+    return _TRANSFORMERS[key]
 
 
 def _cache_per_rank(config: Any) -> Iterator[int]:
     """Bytes of one rollout's KV cache on one of 1, 2, 4, ... ranks under the automatic mesh."""
     model = config.pipeline.diffusion_model
     guided = model.guidance_scale is not None
-    with torch.device("meta"):
-        whole = model.transformer.setup().cache_nbytes(1)
+    _, whole = transformer_nbytes(config)
     for ranks in RANKS:
         degrees = resolve_degrees(ParallelConfig(), ranks, model.transformer.num_heads, guided)
         branches = 2 if guided and degrees.cfg == 1 else 1
         yield whole * branches // (degrees.ulysses * degrees.tp)
+
+
+def _sizes(counts: list[int]) -> str:
+    """Several sizes, their common unit said once."""
+    texts = [_size(count) for count in counts]
+    units = {text.partition(" ")[2] for text in texts}
+    if len(units) == 1:
+        return ", ".join(text.partition(" ")[0] for text in texts) + f" {units.pop()}".rstrip()
+    return ", ".join(texts)
 
 
 def _size(count: int) -> str:
@@ -308,10 +343,17 @@ def toy_quality(_: str) -> str:
 
 
 def modules(package: str) -> str:
-    """Every public module of a package, documented from its docstrings."""
-    return "\n".join(
-        f"## {name}\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n" for name in walk(package)
-    )
+    """A list of a package's public modules, and each documented from its docstrings."""
+    names = list(walk(package))
+    lines = ["| module | what it is |", "|---|---|"] if len(names) > 1 else []
+    parts = []
+    for name in names:
+        short = name.removeprefix(f"{package}.")
+        summary = (importlib.import_module(name).__doc__ or "").strip().splitlines()[0]
+        if len(names) > 1:
+            lines.append(f"| {{py:mod}}`{short} <{name}>` | {summary.replace('``', '`')} |")
+        parts.append(f"## {short}\n\n`{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n")
+    return "\n".join([*lines, "", *parts])
 
 
 def walk(package: str) -> Iterator[str]:
