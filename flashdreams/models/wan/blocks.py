@@ -96,6 +96,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.norm_rope: Callable[..., tuple[Tensor, Tensor]] = norm_rope
+        self.writes_fused = False
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim)
         self.v = nn.Linear(dim, dim)
@@ -108,7 +109,11 @@ class SelfAttention(nn.Module):
         """Attend; ``x`` is ``[B, L, dim]``, ``rope`` is ``[L, D/2, 2]``."""
         heads = (-1, self.head_dim)
         q, k, v = (linear(x).unflatten(-1, heads) for linear in (self.q, self.k, self.v))
-        q, k = self.norm_rope(q, k, self.norm_q, self.norm_k, rope)
+        if cache is not None and self.writes_fused:
+            q = fused.norm_rope_write(q, k, v, self.norm_q, self.norm_k, rope, cache)
+            k, v, cache = *cache.visible(), None  # written already: the core attends to these
+        else:
+            q, k = self.norm_rope(q, k, self.norm_q, self.norm_k, rope)
         return self.o(self.core(q, k, v, cache).flatten(2))
 
     def write(self, x: Tensor, rope: Tensor, cache: KVCache) -> None:
@@ -167,8 +172,7 @@ class WanBlock(nn.Module):
         super().__init__()
         c = config
         self.eps = c.eps
-        self.fused_kernels = c.fused_kernels
-        self.compiled = c.compile_blocks
+        self.config = c
         self.modulated_norm: Callable[..., Tensor] = modulated_norm
         self.gated_sum: Callable[..., Tensor] = gated_sum
         self.self_attn = SelfAttention(c.dim, c.head_dim, c.eps)
@@ -181,15 +185,22 @@ class WanBlock(nn.Module):
 
     def settle(self) -> None:
         """Choose how the block computes, once; the ranks have taken their parts of it by now."""
-        if self.fused_kernels:
+        attention = self.self_attn
+        if self.config.fused_kernels:
             self.modulated_norm, self.gated_sum = fused.modulated_norm, fused.gated_sum
             # Ranks that share the heads exchange sums in the middle of the norm.
-            if isinstance(self.self_attn.norm_q, RMSNorm):
-                self.self_attn.norm_rope = fused.norm_rope
-        if self.compiled:
+            if isinstance(attention.norm_q, RMSNorm):
+                attention.norm_rope = fused.norm_rope
+                # The write can join in where the core would write these very keys as they are.
+                attention.writes_fused = (
+                    type(attention.core) is AttentionCore
+                    and self.config.kv_cache_dtype == "native"
+                    and not self.config.compile_blocks
+                )
+        if self.config.compile_blocks:
             # The core is left out: what it sees grows from AR step to AR step, and ranks exchange
             # in it. All blocks share the code that the first one compiles.
-            core = self.self_attn.core
+            core = attention.core
             core.forward = torch.compiler.disable(core.forward)  # type: ignore[method-assign]
             self.compile(dynamic=False)
 

@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from flashdreams_kernels.adaln import gate_residual, layer_norm_modulate
-from flashdreams_kernels.rope_qknorm import qk_norm_rope
+from flashdreams_kernels.rope_qknorm import qk_norm_rope, qk_norm_rope_write
 from torch import Tensor
 
 from flashdreams.attention.backends import why_unusable
+from flashdreams.attention.cache import KVCache
 
 if TYPE_CHECKING:
     from flashdreams.models.wan.blocks import RMSNorm
@@ -28,6 +29,20 @@ def norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """See `flashdreams.models.wan.blocks.norm_rope`; the norms must hold all heads."""
     return qk_norm_rope(q, k, norm_q.weight, norm_k.weight, rope, norm_q.eps)
+
+
+def norm_rope_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norm_q: "RMSNorm",
+    norm_k: "RMSNorm",
+    rope: Tensor,
+    cache: KVCache,
+) -> Tensor:
+    """``norm_rope``, and the write of keys and values into the cache; returns the queries."""
+    where = cache.k, cache.v, cache.cursor.slots
+    return qk_norm_rope_write(q, k, v, norm_q.weight, norm_k.weight, rope, norm_q.eps, *where)
 
 
 def check_fused_kernels(device: torch.device, dtype: torch.dtype) -> None:

@@ -88,8 +88,8 @@ class WanTransformerConfig(TransformerConfig):
     relative_rope: bool = False
     """Cache-relative positions: the sink always stands right before the window."""
     fused_kernels: bool = False
-    """Run modulated norms, gated sums and the norm and rotation of queries and keys as Triton
-    kernels. Needs CUDA (for tests, TRITON_INTERPRET=1)."""
+    """Run modulated norms, gated sums, and norm, rotation and cache write of queries and keys as
+    Triton kernels. Needs CUDA (for tests, TRITON_INTERPRET=1)."""
     kv_cache_dtype: KVStorage = "native"
     """How past keys and values are stored: ``"native"`` is ``dtype``; ``"int8"`` and ``"fp8"`` take
     a byte each, which costs accuracy and the time to widen them."""
