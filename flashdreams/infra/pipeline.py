@@ -179,8 +179,10 @@ class StreamInferencePipeline(nn.Module):
         self._slices = {name: report.slices for name, report in reports.items()}
         self.diffusion_model.guidance = build_guidance(mesh)
         plan = self.decoder.parallel_plan() if self.decoder is not None else None
-        on_rank_zero = resolve_decode(mesh, plan, self._latent_width) == "rank0"
-        self._decodes_here = not on_rank_zero or mesh.decode.rank == 0
+        decode = resolve_decode(mesh, plan, self._latent_width)
+        self._decodes_here = decode != "rank0" or mesh.decode.rank == 0
+        # Exchanges of two groups at once may wait for each other for ever.
+        self.diffusion_model.may_overlap &= decode != "split"
         layout = reports["decoder"].width_layout if "decoder" in reports else None
         cut = self.diffusion_model.transformer.parallel_plan()
         self.exchange = RolloutExchange(mesh, cut, layout, self._latent_width)
@@ -226,6 +228,7 @@ class StreamInferencePipeline(nn.Module):
 
         Rollouts can go on without them.
         """
+        self.diffusion_model.side.join()
         for call in self.diffusion_model.transformer.graphed_calls():
             call.drop()
 
@@ -409,7 +412,8 @@ class StreamInferencePipeline(nn.Module):
         """
         cache.require_live()
         check_order("finalize", autoregressive_index, cache.next_index, cache.pending)
-        with self.guard("finalize", autoregressive_index), cache.timer.stage("finalize"):
+        beside = self.diffusion_model.side.work(cache.diffusion)
+        with self.guard("finalize", autoregressive_index), beside, cache.timer.stage("finalize"):
             self.diffusion_model.finalize(autoregressive_index, cache.diffusion)
         cache.pending = False
 

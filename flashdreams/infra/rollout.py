@@ -48,6 +48,7 @@ class StreamInferencePipelineCache:
 
         A rollout that nobody refers to any more is released as well.
         """
+        self.pipeline.diffusion_model.side.join()
         self.diffusion.release()
         self.encoder = self.decoder = None
 

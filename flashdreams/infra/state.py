@@ -57,6 +57,7 @@ def export_rollout(
             "A rollout has no canonical form between generate and finalize. Call "
             f"pipeline.finalize(autoregressive_index={cache.next_index - 1}, cache=cache) first."
         )
+    pipeline.diffusion_model.side.join()
     exchange, diffusion = pipeline.exchange, cache.diffusion
     tensors: dict[str, Tensor] = {}
 

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from flashdreams.infra.diffusion.scheduler.base import SchedulerConfig
 from flashdreams.infra.diffusion.transformer import ContextChunk, TransformerConfig
 from flashdreams.parallel.guidance import Guidance, SerialGuidance
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource, to_device
+from flashdreams.runtime.streams import SideStream
 
 
 @dataclass(kw_only=True)
@@ -39,6 +41,10 @@ class DiffusionModelConfig(InstantiateConfig):
     first_latent_from_image: bool = False
     """Use the encoded ``image`` as the first latent frame of the rollout instead of generating
     it; needs ``len_t`` 1."""
+
+    overlap_clean_pass: bool = True
+    """On CUDA, run the clean pass of a chunk beside its decoding and its copies to the host. Takes
+    memory for the activations of both; ranks that split the decoder among them do not overlap."""
 
     def __post_init__(self) -> None:
         if self.first_latent_from_image and self.transformer.len_t != 1:
@@ -111,6 +117,16 @@ class DiffusionModel(nn.Module):
         self.transformer = build_component(config.transformer)
         self.scheduler = config.scheduler.setup()
         self.pool: StoragePool | None = None
+        self.may_overlap = config.overlap_clean_pass
+
+    @cached_property
+    def side(self) -> SideStream:
+        """Where clean passes run. Whatever touches a rollout's state joins it first.
+
+        That holds across rollouts: captured calls share their memory.
+        """
+        device = self.transformer.device
+        return SideStream(device if self.may_overlap else torch.device("cpu"))
 
     def known_context(self) -> frozenset[str]:
         """Names of the context that a rollout may be given."""
@@ -131,6 +147,7 @@ class DiffusionModel(nn.Module):
             noise: noise of (AR index, denoising step, shape).
             batch_size: B.
         """
+        self.side.join()
         image = context.get("image") if self.config.first_latent_from_image else None
         first_latent = self._check_image(image, batch_size)
         guided = negative_context is not None
@@ -214,14 +231,16 @@ class DiffusionModel(nn.Module):
         Returns:
             ``[B, C, T, H, W]`` float32, also kept as ``cache.latent``.
         """
+        self.side.join()
         cache.control = control
         for branch in cache.branches:
             self.transformer.begin_step(autoregressive_index, branch, control)
         if autoregressive_index == 0 and cache.image is not None:
             cache.latent = cache.image
-            return cache.latent
-        noise = self._noise_of_step(autoregressive_index, cache)
-        cache.latent = self.scheduler.sample(self._flow(cache), noise)
+        else:
+            noise = self._noise_of_step(autoregressive_index, cache)
+            cache.latent = self.scheduler.sample(self._flow(cache), noise)
+        self.side.mark()
         return cache.latent
 
     def finalize(self, autoregressive_index: int, cache: DiffusionCache) -> None:
@@ -255,14 +274,15 @@ class DiffusionModel(nn.Module):
         branch = cache.conditional
         if branch is None:
             return
+        self.side.join()
         update = self.transformer.update_context
         update(branch, **select_context(update, context))
-        if not reencode:
-            return
-        chunks = self._held_chunks(cache)
-        self.transformer.rewrite_context(branch, chunks, self._context_timestep())
-        if pending_index is not None:
+        if reencode:
+            chunks = self._held_chunks(cache)
+            self.transformer.rewrite_context(branch, chunks, self._context_timestep())
+        if reencode and pending_index is not None:
             self.transformer.begin_step(pending_index, branch, cache.control)
+        self.side.mark()
 
     def _held_chunks(self, cache: DiffusionCache) -> list[ContextChunk]:
         """The latents of the frames that the context holds, as the clean pass sees them."""
