@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flashdreams.runtime.noise import NoiseSource
 from tests.tiny import TEXT_DIM, tiny_pipeline
 
 pytestmark = [
@@ -47,3 +48,23 @@ def test_the_clean_pass_is_on_another_stream():
     pipeline.generate(0, cache, 0.5)
     pipeline.finalize(0, cache)
     assert streams[0] != torch.cuda.current_stream()
+
+
+def test_noise_drawn_ahead_changes_nothing_and_a_callable_is_not_asked_early():
+    pipeline = tiny_pipeline().setup(device="cuda")
+    text, asked = torch.ones(1, 3, TEXT_DIM), []
+
+    def noise(index, step, shape):
+        asked.append(index)
+        return NoiseSource(5)(index, step, shape)
+
+    found = []
+    for chosen in (dict(seed=5), dict(noise=noise)):
+        cache = pipeline.initialize_cache(text=text, **chosen)
+        for index in range(3):
+            pipeline.generate(index, cache, 0.5)
+            assert not asked or max(asked) == index
+            pipeline.finalize(index, cache)
+            found.append(cache.latent.clone())
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], found[3:], strict=True))
+    assert max(asked) == 2

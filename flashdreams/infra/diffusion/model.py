@@ -254,6 +254,10 @@ class DiffusionModel(nn.Module):
         held = set(self._held_frames(cache))
         chunks = [*cache.history, chunk]
         cache.history = [c for c in chunks if not held.isdisjoint(self._frames_of(c))]
+        if self.transformer.device.type == "cuda" and isinstance(cache.noise, NoiseSource):
+            # All is queued, so the host is free; a callable is asked when its noise is needed.
+            shape = self.transformer.latent_shape(cache.batch_size)
+            cache.noise.draw_ahead(autoregressive_index + 1, 0, shape)
 
     def update_prompt(
         self,

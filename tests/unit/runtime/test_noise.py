@@ -84,3 +84,23 @@ def test_to_device_copies_by_the_stream() -> None:
     moved = to_device(noise, "cuda")
     assert moved.is_cuda
     assert torch.equal(moved.cpu(), noise)
+
+
+def test_noise_drawn_ahead_is_the_same_and_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, draws = NoiseSource(7), []
+    draw = source._draw
+    monkeypatch.setattr(source, "_draw", lambda *key: (draws.append(key), draw(*key))[1])
+    source.draw_ahead(1, 0, SHAPE)
+    for key in ((1, 1), (1, 0), (2, 0)):
+        assert torch.equal(source(*key, SHAPE), NoiseSource(7)(*key, SHAPE))
+    assert [key[:2] for key in draws] == [(1, 0), (1, 1), (2, 0)]
+
+
+def test_what_is_drawn_ahead_serves_its_own_call_alone() -> None:
+    """Another step, index or shape is not what was drawn; the second time it is drawn anew."""
+    source = NoiseSource(7)
+    source.draw_ahead(1, 0, SHAPE)
+    for key in ((1, 1, SHAPE), (0, 0, SHAPE), (1, 0, (2, 4, 3, 8, 7))):
+        assert torch.equal(source(*key), NoiseSource(7)(*key))
+    taken, again = source(1, 0, SHAPE), source(1, 0, SHAPE)
+    assert taken is not again and torch.equal(taken, again)
