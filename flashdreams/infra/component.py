@@ -68,6 +68,9 @@ class Component(nn.Module):
     def init_buffers(self) -> None:
         """Fill the non-persistent buffers after a build on the meta device."""
 
+    def finish_loading(self) -> None:
+        """Change what follows from the weights; called once they are loaded, cut and in place."""
+
     def _tensors(self) -> Iterator[torch.Tensor]:
         yield from self.parameters()
         yield from self.buffers()
@@ -105,6 +108,7 @@ def load_component(
         component.init_buffers()
     # Parts keep their own types: a pipeline may mix them.
     component.to(device, None if parts else component.dtype)
+    component.finish_loading()
 
 
 def nested_components(component: Component) -> list[Component]:

@@ -189,11 +189,14 @@ class StreamInferencePipeline(nn.Module):
         return reports
 
     def load(self) -> None:
-        """Read the weights and move every component to its device and type.
+        """Read the weights, once, and move every component to its device and type.
 
         Raises:
+            ValueError: the device, or this rank's share, does not allow what the config asks for.
             CheckpointError: weights are missing or do not fit; see ``load_checkpoint``.
         """
+        for component in self.components().values():
+            component.check_device(self.target_device)
         require_weights(self.config, encodes_text=self.text_encoder is not None)
         fetch_weights(self.config, text_on_rank_zero=self._text_from_rank_zero)
         for name, component in self.components().items():

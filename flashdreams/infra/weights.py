@@ -8,6 +8,7 @@ import torch
 
 from flashdreams.infra.config import config_fields, derive_config, is_config
 from flashdreams.parallel.environment import first_on_node, from_rank_zero, process_rank
+from flashdreams.parallel.low_precision import weight_nbytes
 from flashdreams.runtime.checkpoint import (
     CheckpointConfig,
     CheckpointError,
@@ -104,16 +105,18 @@ def memory_estimate(config: "StreamInferencePipelineConfig", batch_size: int = 1
         transformer = config.diffusion_model.transformer.setup()
     branches = 1 if config.diffusion_model.guidance_scale is None else 2
     cache = transformer.cache_nbytes(batch_size) * branches
-    weights = sum(p.numel() for p in transformer.parameters()) * transformer.dtype.itemsize
+    precision = transformer.config.linear_precision
+    weights = weight_nbytes(transformer, transformer.parallel_plan(), precision)
     others = sum(
         checkpoint.size_bytes or 0
         for path, checkpoint in named_checkpoints(config)
         if not path.startswith("diffusion_model.")
     )
+    rounded = "" if precision == "native" else " and fp8"
     return (
         f"Memory, from shapes: transformer {weights / 1e9:.1f} GB in "
-        f"{transformer.config.dtype}, KV cache {cache / 1e9:.1f} GB, other networks at most "
-        f"{others / 1e9:.1f} GB, and activations."
+        f"{transformer.config.dtype}{rounded}, KV cache {cache / 1e9:.1f} GB, "
+        f"other networks at most {others / 1e9:.1f} GB, and activations."
     )
 
 

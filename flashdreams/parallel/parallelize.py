@@ -18,7 +18,7 @@ from flashdreams.parallel.context import (
     UlyssesAttention,
 )
 from flashdreams.parallel.mesh import Mesh
-from flashdreams.parallel.plan import ParallelPlan
+from flashdreams.parallel.plan import ParallelPlan, glob_pattern
 from flashdreams.parallel.ring import RingAttention
 from flashdreams.parallel.sequence import SequenceLayout
 from flashdreams.parallel.spatial import WidthLayout, split_by_width
@@ -132,6 +132,7 @@ class _Matches:
         self.gather = self._find("gather", plan.gather)
         self.attention = list(self._find("attention", dict.fromkeys(plan.attention)))
         self.spatial = self._find("spatial", plan.spatial)
+        self._find("low_precision", dict.fromkeys(plan.low_precision))
         self._refuse_unnamed_linears(module, plan, named)
         parts = (plan.split, plan.gather, plan.attention)
         if any(parts) and not all(parts):
@@ -143,7 +144,7 @@ class _Matches:
     def _find(self, field_name: str, globs: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for glob, value in globs.items():
-            pattern = re.compile(_pattern(glob))
+            pattern = glob_pattern(glob)
             names = [name for name in self.names if pattern.fullmatch(name)]
             if not names:
                 raise ValueError(self._near_misses(field_name, glob))
@@ -161,7 +162,7 @@ class _Matches:
     ) -> None:
         """Every linear of a block must be named: a forgotten one would see a part for the whole."""
         blocks = {glob[: glob.rfind("*") + 1] for glob in plan.tensor if "*" in glob}
-        inside = [re.compile(_pattern(block) + r"\..+") for block in blocks]
+        inside = [re.compile(glob_pattern(block).pattern + r"\..+") for block in blocks]
         unnamed = [
             name
             for name, child in module.named_modules()
@@ -175,11 +176,6 @@ class _Matches:
                 f"The plan's tensor leaves out linear layers of a block: {', '.join(shapes)}. "
                 'Name each as "colwise", "colwise_gathered", "rowwise" or "replicated".'
             )
-
-
-def _pattern(glob: str) -> str:
-    """A glob over dotted names as a regular expression; ``*`` stays within one component."""
-    return re.escape(glob).replace(r"\*", r"[^.]*")
 
 
 def _split_weights(

@@ -1,5 +1,6 @@
 """Parallel plans: what a model lets others split, as frozen data."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -37,6 +38,14 @@ class ParallelPlan:
     ``begin_step``, so that the exported state leaves it out). All other fields but KV caches must
     be the same on every rank."""
 
+    low_precision: tuple[str, ...] = ()
+    """Linears whose products may be computed in eight bits where the user asks for it."""
+
     spatial: dict[str, SpatialStyle] = field(default_factory=dict)
     """Decoder submodule -> ``"halo"`` (a convolution that needs its neighbours' columns) or
     ``"gather_width"`` (a module that must see the full width)."""
+
+
+def glob_pattern(glob: str) -> re.Pattern[str]:
+    """A glob over dotted names as a regular expression; ``*`` stays within one component."""
+    return re.compile(re.escape(glob).replace(r"\*", r"[^.]*"))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +11,11 @@ from flashdreams.attention.backends import resolve_backend
 from flashdreams.attention.choose import AUTO, AttentionShape
 from flashdreams.attention.core import AttentionCore
 from flashdreams.infra.component import Component, ComponentConfig
+from flashdreams.parallel.low_precision import (
+    LinearPrecision,
+    check_low_precision,
+    lower_precision,
+)
 from flashdreams.runtime.cuda_graph import GraphedCallable
 
 
@@ -41,12 +46,23 @@ class TransformerConfig(ComponentConfig):
     on this rank's share of self-attention over the full window, and keeps the fastest that is
     right; on a CPU and under --parallel.strict it is "sdpa"."""
 
+    linear_precision: LinearPrecision = "native"
+    """How the products with the blocks' weights are computed: ``"native"`` in ``dtype``; ``"fp8"``
+    in eight bits with one scale per tensor, ``"fp8_rowwise"`` with one per token and per output
+    feature. The weights are rounded once, after loading. Needs a GPU with eight-bit products; a CPU
+    gives the same accuracy, slower."""
+
     def __post_init__(self) -> None:
         if self.attention_backend != AUTO:
             resolve_backend(self.attention_backend)
         for name in ("in_channels", "len_t", "latent_height", "latent_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.linear_precision not in get_args(LinearPrecision):
+            allowed = ", ".join(map(repr, get_args(LinearPrecision)))
+            raise ValueError(
+                f"linear_precision={self.linear_precision!r} is unknown; allowed is {allowed}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +88,11 @@ class Transformer(Component):
     """
 
     config: TransformerConfig
+
+    def finish_loading(self) -> None:
+        """Round the weights where the config asks for it."""
+        precision = self.config.linear_precision
+        lower_precision(self, self.parallel_plan(), precision, self.device)
 
     def latent_shape(self, batch_size: int) -> tuple[int, int, int, int, int]:
         """Shape ``(B, C, T, H, W)`` of one chunk."""
@@ -181,7 +202,8 @@ class Transformer(Component):
                 core.backend = backend
 
     def check_device(self, device: torch.device) -> None:
-        """Refuse an ``attention_backend`` that cannot run there; see the contract."""
+        """Refuse a ``linear_precision`` or ``attention_backend`` that cannot run there."""
+        check_low_precision(self, self.parallel_plan(), self.config.linear_precision, device)
         name, shape = self.config.attention_backend, self.attention_shape(1)
         if name == AUTO:
             return

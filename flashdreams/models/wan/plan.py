@@ -40,4 +40,12 @@ def wan_plan(config: "WanTransformerConfig") -> ParallelPlan:
             "control": "rebuilt",
             "modulations": "rebuilt",
         },
+        low_precision=tuple(
+            f"blocks.*.{name}"
+            for name in (
+                *("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"),
+                *("cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o"),
+                *("ffn.0", "ffn.2"),
+            )
+        ),
     )
