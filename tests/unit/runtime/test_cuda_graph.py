@@ -37,7 +37,11 @@ class Tape(TorchDispatchMode):
 
         for func, inputs, out in self.calls:
             args, kwargs = tree_map(current, inputs)
-            for old, x in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+            done = tree_leaves(func(*args, **kwargs))
+            for work in done:
+                if hasattr(work, "wait"):  # an exchange between ranks
+                    work.wait()
+            for old, x in zip(tree_leaves(out), done, strict=True):
                 if isinstance(old, Tensor):
                     new[id(old)] = x
         return current(result)
