@@ -101,7 +101,7 @@ I2V_TINY_PIPELINE = derive_config(
     name="wan21-i2v-tiny-random",
     image_encoder=TINY_IMAGE_CONDITION_ENCODER,
     diffusion_model=dict(
-        transformer=dict(condition_channels=20, image_dim=32),
+        transformer=dict(condition_channels=20, image_dim=32, image_len=5),
         scheduler=dict(shift=3.0),
         guidance_scale=5.0,
     ),
