@@ -1,9 +1,11 @@
 """The attention core: write the cache, attend. The one seam that parallel strategies wrap."""
 
+import torch
 from torch import Tensor, nn
 
 from flashdreams.attention.backends import AttentionBackend, sdpa
 from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
+from flashdreams.attention.merge import attend_ranges
 
 
 class AttentionCore(nn.Module):
@@ -45,6 +47,8 @@ class AttentionCore(nn.Module):
         Returns:
             ``[B, L, N, D]``.
         """
+        if cache is not None and cache.cursor.groups:
+            return self._attend_in_groups(q, k, v, cache)
         if cache is not None:
             k, v = cache.update(k, v)
         return self.backend(q, k, v, scale=self.scale)
@@ -52,3 +56,23 @@ class AttentionCore(nn.Module):
     def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
         """Write the current chunk into the cache and attend to nothing; as in ``forward``."""
         cache.write(k, v)
+
+    def _attend_in_groups(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
+        """Write several chunks, then let each see its own part of the cache.
+
+        Args:
+            q: ``[B * chunks, L, N, D]``, the chunks of a batch entry side by side.
+            k: like ``q``.
+            v: like ``q``.
+            cache: this layer's keys and values.
+        """
+        groups = cache.cursor.groups
+        q, k, v = (x.unflatten(0, (-1, len(groups))) for x in (q, k, v))
+        slots = cache.write(k.flatten(1, 2), v.flatten(1, 2)).chunk(len(groups))
+        out = []
+        for i, ranges in enumerate(groups):
+            seen = cache.seen_with(k[:, i], v[:, i], slots[i])
+            out.append(
+                attend_ranges(q[:, i], *seen, ranges, scale=self.scale, backend=self.backend)
+            )
+        return torch.stack(out, dim=1).flatten(0, 1)

@@ -6,9 +6,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from flashdreams.attention.backends import sdpa
 from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
 from flashdreams.attention.core import AttentionCore
+from flashdreams.attention.merge import attend_with_lse, merge
 from flashdreams.parallel.collectives import Channel
 from flashdreams.parallel.context import AttentionWrapper
 from flashdreams.parallel.sequence import SequenceLayout, pad_dim
@@ -68,8 +68,7 @@ class RingAttention(AttentionWrapper):
     Each rank keeps its share of the tokens of every latent frame, so all ranks evict the same
     slots. Memory per rank falls with the degree; the whole visible window travels in each call.
 
-    Source: Ring Attention, arXiv:2310.01889, section 3; merging by log-sum-exp as in
-    FlashAttention, arXiv:2205.14135, section 3.1.
+    Source: Ring Attention, arXiv:2310.01889, section 3.
     """
 
     def __init__(
@@ -127,33 +126,3 @@ class RingAttention(AttentionWrapper):
     def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
         """See `AttentionWrapper.write`; each rank keeps its share, nothing travels."""
         self.core.write(self.layout.trim(k, 1), self.layout.trim(v, 1), cache)
-
-
-def attend_with_lse(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, backend: Any = sdpa
-) -> tuple[Tensor, Tensor]:
-    """Attention and the logarithm of its normaliser, in the form that `merge` takes.
-
-    Args:
-        q: ``[B, L, N, D]``.
-        k: ``[B, S, N, D]``.
-        v: ``[B, S, N, D]``.
-        scale: factor on the scores.
-        backend: one that takes ``return_lse``, as all named ones do.
-
-    Returns:
-        ``[B, L, N, D]`` float32 and ``[B, L, N]`` float32.
-    """
-    out, lse = backend(q, k, v, scale=scale, return_lse=True)
-    return out.float(), lse.transpose(1, 2)
-
-
-def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint sets of keys, from the attention over each.
-
-    With ``w = exp(lse)`` the sum of exponentials of a set, the result is the mean of the two
-    outputs weighted by ``w``.
-    """
-    total = lse.logaddexp(more_lse)
-    kept, added = (lse - total).exp()[..., None], (more_lse - total).exp()[..., None]
-    return out * kept + more * added, total

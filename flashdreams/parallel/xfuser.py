@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
 from flashdreams.attention.core import AttentionCore
+from flashdreams.attention.merge import attend_with_lse
 from flashdreams.parallel.context import AttentionWrapper
 from flashdreams.parallel.mesh import Mesh
-from flashdreams.parallel.ring import attend_with_lse
 from flashdreams.parallel.sequence import SequenceLayout
 
 INSTALL = "pip install 'flashdreams[gpu]'"

@@ -1,5 +1,7 @@
 """Changing the prompt in mid-rollout (float32; tolerance 1e-5 absolute where bits may differ)."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -89,6 +91,8 @@ def reencoded_by_hand(pipeline, latents, prompt, cache) -> None:
 
 class FrameStore:
     """Keys and values by frame number, in a dict."""
+
+    cursor = SimpleNamespace(groups=())
 
     def __init__(self, config, evicted: int) -> None:
         self.config, self.evicted = config, evicted

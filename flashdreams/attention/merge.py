@@ -1,0 +1,73 @@
+"""Attention over parts of the keys, merged into attention over all of them.
+
+Shape letters: B batch, L query tokens, S key tokens, N heads, D head dim.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from flashdreams.attention.backends import AttentionBackend, LseBackend, sdpa
+
+
+def attend_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, backend: LseBackend = sdpa
+) -> tuple[Tensor, Tensor]:
+    """Attention and the logarithm of its normaliser, in the form that `merge` takes.
+
+    Args:
+        q: ``[B, L, N, D]``.
+        k: ``[B, S, N, D]``.
+        v: ``[B, S, N, D]``.
+        scale: factor on the scores.
+        backend: what attends.
+
+    Returns:
+        ``[B, L, N, D]`` float32 and ``[B, L, N]`` float32.
+    """
+    out, lse = backend(q, k, v, scale=scale, return_lse=True)
+    return out.float(), lse.transpose(1, 2)
+
+
+def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys, from the attention over each.
+
+    With ``w = exp(lse)`` the sum of exponentials of a set, the result is the mean of the two
+    outputs weighted by ``w``.
+
+    Source: FlashAttention, arXiv:2205.14135, section 3.1.
+    """
+    total = lse.logaddexp(more_lse)
+    kept, added = (lse - total).exp()[..., None], (more_lse - total).exp()[..., None]
+    return out * kept + more * added, total
+
+
+def attend_ranges(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: Sequence[tuple[int, int]],
+    *,
+    scale: float,
+    backend: AttentionBackend | LseBackend,
+) -> Tensor:
+    """Attend to some runs of the keys, where they lie.
+
+    Args:
+        q: ``[B, L, N, D]``.
+        k: ``[B, S, N, D]``.
+        v: ``[B, S, N, D]``.
+        ranges: disjoint, as (first key, key after the last one).
+        scale: factor on the scores.
+        backend: what attends; it must know ``return_lse`` if there is more than one range.
+
+    Returns:
+        ``[B, L, N, D]`` in the dtype of ``q``.
+    """
+    parts = [(k[:, start:stop], v[:, start:stop]) for start, stop in ranges]
+    if len(parts) == 1:
+        return backend(q, *parts[0], scale=scale)
+    out, lse = attend_with_lse(q, *parts[0], scale=scale, backend=backend)
+    for part in parts[1:]:
+        out, lse = merge(out, lse, *attend_with_lse(q, *part, scale=scale, backend=backend))
+    return out.to(q.dtype)
