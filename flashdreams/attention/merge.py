@@ -4,6 +4,7 @@ Shape letters: B batch, L query tokens, S key tokens, N heads, D head dim.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from flashdreams.attention.backends import AttentionBackend, LseBackend, sdpa
 
 
 def attend_with_lse(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, backend: LseBackend = sdpa
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, backend: AttentionBackend = sdpa
 ) -> tuple[Tensor, Tensor]:
     """Attention and the logarithm of its normaliser, in the form that `merge` takes.
 
@@ -20,12 +21,12 @@ def attend_with_lse(
         k: ``[B, S, N, D]``.
         v: ``[B, S, N, D]``.
         scale: factor on the scores.
-        backend: what attends.
+        backend: what attends, an `LseBackend`, as all named ones are.
 
     Returns:
         ``[B, L, N, D]`` float32 and ``[B, L, N]`` float32.
     """
-    out, lse = backend(q, k, v, scale=scale, return_lse=True)
+    out, lse = cast(LseBackend, backend)(q, k, v, scale=scale, return_lse=True)
     return out.float(), lse.transpose(1, 2)
 
 
@@ -49,7 +50,7 @@ def attend_ranges(
     ranges: Sequence[tuple[int, int]],
     *,
     scale: float,
-    backend: AttentionBackend | LseBackend,
+    backend: AttentionBackend,
 ) -> Tensor:
     """Attend to some runs of the keys, where they lie.
 
@@ -59,7 +60,7 @@ def attend_ranges(
         v: ``[B, S, N, D]``.
         ranges: disjoint, as (first key, key after the last one).
         scale: factor on the scores.
-        backend: what attends; it must know ``return_lse`` if there is more than one range.
+        backend: what attends; an `LseBackend` if there is more than one range.
 
     Returns:
         ``[B, L, N, D]`` in the dtype of ``q``.

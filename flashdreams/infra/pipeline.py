@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashdreams.infra.checks import check_order, refuse_unknown
+from flashdreams.infra.checks import refuse_fusing, refuse_unknown
 from flashdreams.infra.component import (
     Component,
     build_component,
@@ -167,8 +167,10 @@ class StreamInferencePipeline(nn.Module):
             What was done, by component.
 
         Raises:
-            ValueError: a plan that does not fit its component, or an impossible way to decode.
+            ValueError: a plan that does not fit its component, an impossible way to decode, or a
+                strategy that cannot serve ``fuse_clean_pass``.
         """
+        refuse_fusing(self.config.diffusion_model.transformer.fuse_clean_pass, mesh)
         self._text_from_rank_zero = mesh.degrees.world_size > 1
         if self._text_from_rank_zero and group_rank() != 0:
             self.text_encoder = None
@@ -342,8 +344,7 @@ class StreamInferencePipeline(nn.Module):
         Raises:
             ValueError: a step out of order, or an input that no encoder takes.
         """
-        cache.require_live()
-        check_order("generate", autoregressive_index, cache.next_index, cache.pending)
+        cache.check_order("generate", autoregressive_index)
         if self.encoder is None and input is not None:
             raise ValueError(f"{self.config.name} has no encoder, so input must be None.")
         timer = cache.timer
@@ -357,7 +358,6 @@ class StreamInferencePipeline(nn.Module):
             with timer.stage("decode"):
                 chunk = self._decode(latent, autoregressive_index, cache)
         cache.next_index += 1
-        cache.pending = True
         if chunk is not None:
             for observe in self.observers:
                 observe(cache, chunk)
@@ -375,7 +375,7 @@ class StreamInferencePipeline(nn.Module):
         May be called before any ``generate`` or ``finalize``. Cross-attention keys and values are
         computed anew in the storage that they have; what the context remembers of past frames stays
         as it was made under the old prompt, unless asked otherwise. Under guidance the negative
-        prompt stays.
+        prompt stays. With ``fuse_clean_pass`` a pending clean pass is made up first.
 
         Args:
             cache: this rollout's state.
@@ -398,6 +398,7 @@ class StreamInferencePipeline(nn.Module):
                 "give one for all, or one for each."
             )
         encoded = self._encode_text(prompts)
+        cache.flush()
         self.diffusion_model.update_prompt(
             {"text": encoded},
             cache.diffusion,
@@ -413,12 +414,24 @@ class StreamInferencePipeline(nn.Module):
         Raises:
             ValueError: the step is not the one just generated.
         """
-        cache.require_live()
-        check_order("finalize", autoregressive_index, cache.next_index, cache.pending)
+        cache.check_order("finalize", autoregressive_index)
+        if not cache.pending:
+            return
         beside = self.diffusion_model.side.work(cache.diffusion)
         with self.guard("finalize", autoregressive_index), beside, cache.timer.stage("finalize"):
             self.diffusion_model.finalize(autoregressive_index, cache.diffusion)
-        cache.pending = False
+
+    def end_step(self, autoregressive_index: int, cache: StreamInferencePipelineCache) -> None:
+        """``finalize``; with ``fuse_clean_pass`` left to the first call of the next ``generate``.
+
+        Raises:
+            ValueError: the step is not the one just generated.
+        """
+        cache.check_order("end_step", autoregressive_index)
+        if cache.fuses:
+            self.diffusion_model.draw_ahead(autoregressive_index + 1, cache.diffusion)
+        else:
+            self.finalize(autoregressive_index, cache)
 
     def _encode(self, input: Any, index: int, cache: StreamInferencePipelineCache) -> Any:
         if self.encoder is None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flashdreams.infra.checks import check_order
 from flashdreams.infra.diffusion.model import DiffusionCache
 from flashdreams.infra.state import RolloutState, export_rollout
 from flashdreams.runtime.profiler import StageTimer
@@ -30,8 +31,16 @@ class StreamInferencePipelineCache:
     """Embeddings of the negative prompt; None without guidance."""
     next_index: int = 0
     """The AR step that ``generate`` expects."""
-    pending: bool = False
-    """A chunk is generated and not yet finalized."""
+
+    @property
+    def pending(self) -> bool:
+        """A chunk is generated and its clean pass is yet to come."""
+        return self.diffusion.pending
+
+    @property
+    def fuses(self) -> bool:
+        """Whether a pending clean pass may wait for the next ``generate``."""
+        return self.pipeline.config.diffusion_model.transformer.fuse_clean_pass
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -51,6 +60,27 @@ class StreamInferencePipelineCache:
         self.pipeline.diffusion_model.side.join()
         self.diffusion.release()
         self.encoder = self.decoder = None
+
+    def flush(self) -> None:
+        """Make up the clean pass that has been left to the next ``generate``, if one has."""
+        if self.fuses and self.pending:
+            self.pipeline.finalize(self.next_index - 1, self)
+
+    def check_order(self, call: str, autoregressive_index: int) -> None:
+        """Refuse a call out of turn.
+
+        Args:
+            call: ``"generate"``, ``"finalize"`` or ``"end_step"``.
+            autoregressive_index: the AR step asked for.
+
+        Raises:
+            ValueError: says what was expected; or the rollout was released.
+        """
+        self.require_live()
+        pending = self.pending
+        if self.fuses:  # a clean pass may be made up later, and may be made up already
+            pending = call != "generate" and self.next_index > 0
+        check_order(call, autoregressive_index, self.next_index, pending)
 
     def require_live(self) -> None:
         """Refuse a rollout that is over.
@@ -75,7 +105,8 @@ class StreamInferencePipelineCache:
             The form on rank zero, None elsewhere.
 
         Raises:
-            ValueError: between ``generate`` and ``finalize``, or after ``release``.
+            ValueError: after ``release``, or between ``generate`` and ``finalize``; with
+                ``fuse_clean_pass`` the clean pass is made up instead.
         """
         self.require_live()
         return export_rollout(self.pipeline, self)

@@ -1,7 +1,7 @@
 """Ring attention: the cache stays split over the ranks and travels past all queries."""
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor

@@ -13,10 +13,17 @@ from flashdreams.infra.component import build_component, declared_context, selec
 from flashdreams.infra.config import InstantiateConfig
 from flashdreams.infra.diffusion.pool import Storage, StoragePool
 from flashdreams.infra.diffusion.scheduler.base import SchedulerConfig
-from flashdreams.infra.diffusion.transformer import ContextChunk, TransformerConfig
+from flashdreams.infra.diffusion.transformer import (
+    ContextChunk,
+    PendingChunk,
+    TransformerConfig,
+)
 from flashdreams.parallel.guidance import Guidance, SerialGuidance
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource, to_device
 from flashdreams.runtime.streams import SideStream
+
+PredictFlow = Callable[[Tensor, Tensor, Any], Tensor]
+"""(noisy latent, timestep, the transformer's cache) to the flow."""
 
 
 @dataclass(kw_only=True)
@@ -53,6 +60,11 @@ class DiffusionModelConfig(InstantiateConfig):
             )
         if not 0 <= self.context_noise <= 1000:
             raise ValueError(f"context_noise={self.context_noise} must be from 0 to 1000.")
+        if self.transformer.fuse_clean_pass and self.context_noise > 0:
+            raise ValueError(
+                f"fuse_clean_pass=True is for a clean context; got context_noise="
+                f"{self.context_noise}. Set context_noise=0 or fuse_clean_pass=False."
+            )
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,8 @@ class DiffusionCache:
     """``[B, C, T, H, W]`` float32, the last clean chunk."""
     control: Any = None
     """The control input of the last chunk."""
+    pending: bool = False
+    """The last chunk's clean pass is yet to come."""
     history: list[CleanChunk] = field(default_factory=list)
     """What the sink and the window were made from, oldest first; no more than they hold."""
     give_back: Callable[[], Any] | None = field(default=None, repr=False)
@@ -195,33 +209,46 @@ class DiffusionModel(nn.Module):
         captured = [call for call in transformer.graphed_calls() if call.can_capture]
         negative = None if self.config.guidance_scale is None else context
         storages: list[Storage] = []
+        steps = 0
         for _ in range(max_rollouts if captured else 1):
             cache = self.initialize_cache(context, negative, NoiseSource(0), 1)
             storages.append((cache.conditional, cache.unconditional))
             for call in captured:
                 call.max_graphs += len(cache.branches) * transformer.warm_up_steps
-            self._step_through(cache)
+            steps += self._step_through(cache)
+            if transformer.config.fuse_clean_pass:
+                contexts = [
+                    c if b is not None else None
+                    for b, c in zip(storages[-1], (context, negative), strict=True)
+                ]
+                # The same phases again, in the same storage, with clean passes that wait.
+                if self._begin_in(storages[-1], contexts):
+                    steps += self._step_through(cache, fused=True)
         if captured:
             self.pool = StoragePool(storages)
             states = [branch for storage in storages for branch in storage if branch is not None]
             for call in captured:
                 call.seal(states)
-        return len(storages) * transformer.warm_up_steps
+        return steps
 
-    def _step_through(self, cache: DiffusionCache) -> None:
+    def _step_through(self, cache: DiffusionCache, fused: bool = False) -> int:
         """A rollout of dummy values, up to the point from which all AR steps are alike."""
         transformer = self.transformer
         latent = torch.zeros(transformer.latent_shape(1), device=transformer.device)
         timestep = self.scheduler.timesteps[0]
-        cache.control = transformer.example_control(1)
+        control = transformer.example_control(1)
         for index in range(transformer.warm_up_steps):
-            for branch in cache.branches:
-                transformer.begin_step(index, branch, cache.control)
-            cache.latent = self._flow(cache)(latent, timestep)
-            self.finalize(index, cache)
+            predict = self._begin_step(index, cache, control)
+            cache.latent, cache.control = self._flow(cache, predict)(latent, timestep), control
+            cache.pending = fused
+            if not fused:
+                self.finalize(index, cache)
+        return transformer.warm_up_steps
 
     def generate(self, autoregressive_index: int, cache: DiffusionCache, control: Any) -> Tensor:
         """Denoise one chunk.
+
+        If the clean pass of the chunk before is pending, it is made up in the first denoising step.
 
         Args:
             autoregressive_index: number of the AR step, from 0.
@@ -232,32 +259,72 @@ class DiffusionModel(nn.Module):
             ``[B, C, T, H, W]`` float32, also kept as ``cache.latent``.
         """
         self.side.join()
-        cache.control = control
-        for branch in cache.branches:
-            self.transformer.begin_step(autoregressive_index, branch, control)
+        predict = self._begin_step(autoregressive_index, cache, control)
         if autoregressive_index == 0 and cache.image is not None:
-            cache.latent = cache.image
+            latent = cache.image
         else:
             noise = self._noise_of_step(autoregressive_index, cache)
-            cache.latent = self.scheduler.sample(self._flow(cache), noise)
+            latent = self.scheduler.sample(self._flow(cache, predict), noise)
+        cache.latent, cache.control, cache.pending = latent, control, True
         self.side.mark()
-        return cache.latent
+        return latent
+
+    def _begin_step(self, index: int, cache: DiffusionCache, control: Any) -> PredictFlow:
+        """Begin AR step ``index``; what predicts flows in it.
+
+        That is ``predict_flow``; after a step whose clean pass is pending, each half's first call
+        makes that up.
+        """
+        if not cache.pending:
+            for branch in cache.branches:
+                self.transformer.begin_step(index, branch, control)
+            return self.transformer.predict_flow
+        chunk = self._last_chunk(index - 1, cache)
+        before = PendingChunk(
+            autoregressive_index=chunk.autoregressive_index,
+            latent=self._context_latent(chunk, cache),
+            timestep=self._context_timestep(),
+        )
+        waiting = list(cache.branches)
+
+        def predict(latent: Tensor, timestep: Tensor, branch: Any) -> Tensor:
+            if not any(branch is other for other in waiting):
+                return self.transformer.predict_flow(latent, timestep, branch)
+            flow = self.transformer.predict_first_flow(latent, timestep, branch, before, control)
+            waiting[:] = [other for other in waiting if other is not branch]
+            if not waiting:
+                self._remember(chunk, cache)
+            return flow
+
+        return predict
 
     def finalize(self, autoregressive_index: int, cache: DiffusionCache) -> None:
         """The clean pass over the chunk that ``generate`` left in ``cache.latent``."""
-        if cache.latent is None:
-            raise ValueError("There is no chunk to finalize; call generate first.")
-        chunk = CleanChunk(autoregressive_index, cache.latent, cache.control)
+        chunk = self._last_chunk(autoregressive_index, cache)
         timestep = self._context_timestep()
         for branch in cache.branches:
             self.transformer.update_cache(self._context_latent(chunk, cache), timestep, branch)
+        self._remember(chunk, cache)
+        self.draw_ahead(autoregressive_index + 1, cache)
+
+    def draw_ahead(self, autoregressive_index: int, cache: DiffusionCache) -> None:
+        """Draw the first noise of a step, now that all is queued and the host is free."""
+        if self.transformer.device.type == "cuda" and isinstance(cache.noise, NoiseSource):
+            # A callable is asked when its noise is needed.
+            shape = self.transformer.latent_shape(cache.batch_size)
+            cache.noise.draw_ahead(autoregressive_index, 0, shape)
+
+    def _last_chunk(self, autoregressive_index: int, cache: DiffusionCache) -> CleanChunk:
+        if cache.latent is None:
+            raise ValueError("There is no chunk to finalize; call generate first.")
+        return CleanChunk(autoregressive_index, cache.latent, cache.control)
+
+    def _remember(self, chunk: CleanChunk, cache: DiffusionCache) -> None:
+        """Note that a chunk is part of the context, and forget those that no longer are."""
+        cache.pending = False
         held = set(self._held_frames(cache))
         chunks = [*cache.history, chunk]
         cache.history = [c for c in chunks if not held.isdisjoint(self._frames_of(c))]
-        if self.transformer.device.type == "cuda" and isinstance(cache.noise, NoiseSource):
-            # All is queued, so the host is free; a callable is asked when its noise is needed.
-            shape = self.transformer.latent_shape(cache.batch_size)
-            cache.noise.draw_ahead(autoregressive_index + 1, 0, shape)
 
     def update_prompt(
         self,
@@ -325,8 +392,10 @@ class DiffusionModel(nn.Module):
     def _held_frames(self, cache: DiffusionCache) -> list[int]:
         return [f for branch in cache.branches[:1] for f in self.transformer.context_frames(branch)]
 
-    def _flow(self, cache: DiffusionCache) -> Callable[[Tensor, Tensor], Tensor]:
-        predict, scale = self.transformer.predict_flow, self.config.guidance_scale
+    def _flow(
+        self, cache: DiffusionCache, predict: PredictFlow
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        scale = self.config.guidance_scale
         if scale is None:
             return lambda latent, timestep: predict(latent, timestep, cache.conditional)
         return lambda latent, timestep: self.guidance(

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashdreams.models.wan.plan import wan_plan
+from flashdreams.models.wan.state import Control
 from flashdreams.models.wan.transformer import (
-    Control,
     WanBlock,
     WanTransformer,
     WanTransformerConfig,

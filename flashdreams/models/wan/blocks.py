@@ -106,18 +106,26 @@ class SelfAttention(nn.Module):
         self.core = AttentionCore(head_dim)
 
     def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None) -> Tensor:
-        """Attend; ``x`` is ``[B, L, dim]``, ``rope`` is ``[L, D/2, 2]``."""
-        heads = (-1, self.head_dim)
-        q, k, v = (linear(x).unflatten(-1, heads) for linear in (self.q, self.k, self.v))
-        if cache is not None and self.writes_fused:
+        """Attend.
+
+        Args:
+            x: ``[B, L, dim]``; of several chunks at once ``[B * chunks, L, dim]``, those of a batch
+                entry side by side.
+            rope: ``[L, D/2, 2]``; of several chunks ``[chunks * L, D/2, 2]``.
+            cache: of this block; None attends to ``x`` alone.
+        """
+        tokens = x.reshape(-1, len(rope), x.shape[-1])
+        q, k, v = (y(tokens).unflatten(-1, (-1, self.head_dim)) for y in (self.q, self.k, self.v))
+        if cache is not None and self.writes_fused and not cache.cursor.groups:
             q = fused.norm_rope_write(q, k, v, self.norm_q, self.norm_k, rope, cache)
             k, v, cache = *cache.visible(), None  # written already: the core attends to these
         else:
             q, k = self.norm_rope(q, k, self.norm_q, self.norm_k, rope)
+            q, k, v = (y.reshape(*x.shape[:2], *y.shape[2:]) for y in (q, k, v))
         return self.o(self.core(q, k, v, cache).flatten(2))
 
     def write(self, x: Tensor, rope: Tensor, cache: KVCache) -> None:
-        """Leave the keys and values of ``x`` in the cache; arguments as in ``forward``."""
+        """Leave the keys and values of one chunk in the cache; arguments as in ``forward``."""
         heads = (-1, self.head_dim)
         k = apply_rope(self.norm_k(self.k(x)).unflatten(-1, heads), rope)
         self.core.write(k, self.v(x).unflatten(-1, heads), cache)
@@ -159,10 +167,17 @@ class CrossAttention(nn.Module):
         return pairs
 
     def forward(self, x: Tensor, context: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Attend to each source on its own and add the results; ``x`` is ``[B, L, dim]``."""
+        """Attend to each source on its own and add the results.
+
+        Args:
+            x: ``[B, L, dim]``; of several chunks at once ``[B * chunks, L, dim]``.
+            context: what ``project`` made of ``B`` prompts.
+        """
         q = self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_dim))
+        q = q.reshape(len(context[0][0]), -1, *q.shape[2:])
         attended = [self.core(q, k, v).flatten(2) for k, v in context]
-        return self.o(attended[0] if len(attended) == 1 else attended[0] + attended[1])
+        y = attended[0] if len(attended) == 1 else attended[0] + attended[1]
+        return self.o(y.reshape(*x.shape[:2], -1))
 
 
 class WanBlock(nn.Module):
@@ -173,6 +188,7 @@ class WanBlock(nn.Module):
         c = config
         self.eps = c.eps
         self.config = c
+        self.settled = False
         self.modulated_norm: Callable[..., Tensor] = modulated_norm
         self.gated_sum: Callable[..., Tensor] = gated_sum
         self.self_attn = SelfAttention(c.dim, c.head_dim, c.eps)
@@ -185,6 +201,9 @@ class WanBlock(nn.Module):
 
     def settle(self) -> None:
         """Choose how the block computes, once; the ranks have taken their parts of it by now."""
+        if self.settled:
+            return
+        self.settled = True
         attention = self.self_attn
         if self.config.fused_kernels:
             self.modulated_norm, self.gated_sum = fused.modulated_norm, fused.gated_sum

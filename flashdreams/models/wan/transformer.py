@@ -5,21 +5,23 @@ S key tokens, N heads, D head dim. Tokens run frame by frame, row by row. Parame
 of the official checkpoints.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
+from flashdreams.attention.cache import CacheCursor, KVCacheSpec
 from flashdreams.attention.choose import AUTO, AttentionShape
 from flashdreams.attention.quantized import KVStorage
 from flashdreams.attention.rope import RotaryEmbedding3D
 from flashdreams.infra.diffusion.transformer import (
     ContextChunk,
+    PendingChunk,
     Transformer,
     TransformerConfig,
 )
@@ -33,7 +35,9 @@ from flashdreams.models.wan.blocks import (
 )
 from flashdreams.models.wan.fused import check_fused_kernels
 from flashdreams.models.wan.keys import WAN_KEY_MAPS
+from flashdreams.models.wan.pairs import pair_up
 from flashdreams.models.wan.plan import wan_plan
+from flashdreams.models.wan.state import Control, WanCache, graph_key
 from flashdreams.parallel.plan import ParallelPlan
 from flashdreams.runtime.compilation import why_no_compiler
 from flashdreams.runtime.cuda_graph import GraphedCallable, copy_in_place
@@ -118,6 +122,16 @@ class WanTransformerConfig(TransformerConfig):
                 f"kv_cache_dtype={self.kv_cache_dtype!r} with streaming={self.streaming}: "
                 f"allowed is {', '.join(map(repr, allowed))}."
             )
+        if self.fuse_clean_pass and not self.streaming:
+            raise ValueError(
+                "fuse_clean_pass=True needs streaming=True: a bidirectional model makes one chunk "
+                "and has no clean pass."
+            )
+        if self.fuse_clean_pass and self.relative_rope:
+            raise ValueError(
+                "fuse_clean_pass=True with relative_rope=True: the sink would have to stand in two "
+                "places at once, one for each chunk. Switch one of the two off."
+            )
 
     def _check_patching(self) -> None:
         sizes = (self.len_t, self.latent_height, self.latent_width)
@@ -140,46 +154,6 @@ class WanTransformerConfig(TransformerConfig):
         """Tokens of one latent frame (of one temporal patch)."""
         _, rows, columns = self.patch_size
         return (self.latent_height // rows) * (self.latent_width // columns)
-
-
-@dataclass
-class Control:
-    """A control signal, embedded once per AR step."""
-
-    tokens: Tensor | None
-    """``[B, L, dim]``, added to the tokens."""
-    blocks: Sequence[Any]
-    """One entry per block, handed to ``WanBlock.inject``."""
-
-
-@dataclass
-class WanCache:
-    """All state that a Wan transformer has in one rollout."""
-
-    cursor: CacheCursor
-    self_attention: list[KVCache | None]
-    cross_attention: list[list[tuple[Tensor, Tensor]]]
-    outside_graphs: ClassVar[frozenset[str]] = frozenset({"condition"})
-    """What the network call does not touch, so that it may move; see `GraphedCallable`."""
-
-    condition: Tensor | None
-    """``[B, condition_channels, F, H, W]``, concatenated to the latents by position; latent frames
-    past the last one see that one."""
-    modulations: Callable[[float], Tensor]
-    """Of a timestep, as ``WanTransformer.modulations`` gives them; kept once they are computed."""
-    chunk_condition: Tensor | None = None
-    """``[B, condition_channels, T, H, W]`` of the current chunk."""
-    rope: Tensor | None = None
-    """``[L, D/2, 2]`` of the current chunk."""
-    control: Control | None = None
-
-
-def graph_key(cache: WanCache, write_only: bool = False) -> tuple[int, bool]:
-    """What the network call depends on beside tensors.
-
-    That is the number of visible keys, and how much of the network is run.
-    """
-    return cache.cursor.visible_tokens, write_only
 
 
 class WanTransformer(Transformer):
@@ -285,14 +259,17 @@ class WanTransformer(Transformer):
         return True
 
     def graphed_calls(self) -> list[GraphedCallable]:
-        """The network call, if the config asks for graphs."""
-        return [self.network] if isinstance(self.network, GraphedCallable) else []
+        """The network calls, if the config asks for graphs."""
+        calls = [self.network, *([self.pair_network] if self.config.fuse_clean_pass else [])]
+        return [call for call in calls if isinstance(call, GraphedCallable)]
 
     @property
     def warm_up_steps(self) -> int:
-        """Until the window is full and has evicted once."""
+        """Until the window is full and has evicted once; with fused passes, all around."""
         c = self.config
-        return -(-(c.sink_size_t + c.window_size_t) // c.len_t) + 1 if c.streaming else 1
+        full = -(-(c.sink_size_t + c.window_size_t) // c.len_t) + 1 if c.streaming else 1
+        around = c.window_size_t // math.gcd(c.window_size_t, c.len_t)
+        return full + around if c.fuse_clean_pass else full
 
     def example_context(self, batch_size: int) -> dict[str, Any]:
         """Zeros for ``initialize_cache``."""
@@ -338,6 +315,7 @@ class WanTransformer(Transformer):
             dtype=self.dtype,
             device=self.device,
             relative_sink=c.relative_rope and c.sink_size_t > 0,
+            staging_t=c.len_t if c.fuse_clean_pass else 0,
             storage=c.kv_cache_dtype,
         )
 
@@ -412,6 +390,11 @@ class WanTransformer(Transformer):
                 if layer is not None:
                     layer.rotate_sink()
         self.prepare(cache, torch.arange(cache.cursor.start, cache.cursor.end), control)
+        if c.fuse_clean_pass and cache.pair is None:
+            # Graphs are found by where tensors lie: those of pairs must be there from the first on.
+            cache.pair = pair_up(cache, cache)
+            with cache.cursor.with_next(self.device):
+                pass
 
     def context_frames(self, cache: WanCache) -> list[int]:
         """Positions of the clean latent frames in sink and window, oldest first."""
@@ -462,22 +445,29 @@ class WanTransformer(Transformer):
             frames: ``[T]`` positions.
             control: ``[B, L, control_dim]`` or None.
         """
+        self._adopt(cache, *self._inputs_at(cache, frames, control))
+
+    def _inputs_at(
+        self, cache: WanCache, frames: Tensor, control: Any
+    ) -> tuple[Tensor, Tensor | None, Control]:
         _, rows, columns = self.config.patch_size
         height, width = self.config.latent_height // rows, self.config.latent_width // columns
-        table = self.rope(frames, height, width, self.device)
-        if cache.rope is not None and cache.rope.shape == table.shape:
-            cache.rope.copy_(table)
-        else:
-            cache.rope = table
+        table, condition = self.rope(frames, height, width, self.device), None
         if cache.condition is not None:
             last = cache.condition.shape[2] - 1
-            chosen = cache.condition[:, :, frames.clamp(max=last).to(self.device)]
-            cache.chunk_condition = self._keep_place(cache.chunk_condition, chosen)
-        embedded = self.embed_control(control)
+            condition = cache.condition[:, :, frames.clamp(max=last).to(self.device)]
+        return table, condition, self.embed_control(control)
+
+    def _adopt(
+        self, cache: WanCache, rope: Tensor, condition: Tensor | None, control: Control
+    ) -> None:
+        """Make these the inputs of the current chunk."""
+        cache.rope = copy_in_place(cache.rope, rope)
+        cache.chunk_condition = self._keep_place(cache.chunk_condition, condition)
         if cache.control is not None:
-            embedded.tokens = self._keep_place(cache.control.tokens, embedded.tokens)
-            embedded.blocks = self._keep_place(cache.control.blocks, embedded.blocks)
-        cache.control = embedded
+            control.tokens = self._keep_place(cache.control.tokens, control.tokens)
+            control.blocks = self._keep_place(cache.control.blocks, control.blocks)
+        cache.control = control
 
     def _keep_place(self, stored: Any, new: Any) -> Any:
         """``new``, in the storage of ``stored`` where a graph reads it there."""
@@ -600,19 +590,65 @@ class WanTransformer(Transformer):
 
         Made at the first call: by then the ranks have cut the blocks, which can settle.
         """
+        return self._settled(self.__call__)
+
+    @cached_property
+    def pair_network(self) -> Callable[..., Tensor]:
+        """The same for two chunks at once."""
+        return self._settled(self._forward_pair)
+
+    def _settled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         for block in self.blocks:
             block.settle()
         if not self.config.use_cuda_graph:
-            return self.__call__
-        return GraphedCallable(self.__call__, self.device, key=graph_key)
+            return function
+        return GraphedCallable(function, self.device, key=graph_key)
+
+    def _forward_pair(self, latents: Tensor, time: Tensor, cache: WanCache) -> Tensor:
+        return self(latents, time, cache.pair)
 
     def predict_flow(self, latent: Tensor, timestep: Tensor, cache: WanCache) -> Tensor:
         """Predict ``noise - x0``; see the contract."""
         output = self.network(latent, self._time(timestep, cache), cache)
+        return self._as_flow(output, latent, timestep)
+
+    def _as_flow(self, output: Tensor, latent: Tensor, timestep: Tensor) -> Tensor:
         if self.config.prediction == "flow":
             return output
         sigma = timestep.to(latent.device, torch.float32) / 1000
         return (latent.float() - output) / sigma
+
+    def predict_first_flow(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        cache: WanCache,
+        before: PendingChunk,
+        control: Any,
+    ) -> Tensor:
+        """See the contract; where the config asks for it both chunks share one network call.
+
+        They go through the network side by side, as a batch of twice the size, so that whatever
+        cuts the tokens of a chunk cuts those of each. Only the current chunk's part of the cache
+        changes before the call has succeeded.
+        """
+        cursor, len_t = cache.cursor, self.config.len_t
+        if not self.config.fuse_clean_pass:
+            return super().predict_first_flow(latent, timestep, cache, before, control)
+        frames = torch.arange(cursor.end, cursor.end + len_t)
+        rope, condition, embedded = self._inputs_at(cache, frames, control)
+        following = replace(cache, rope=rope, chunk_condition=condition, control=embedded)
+        cache.pair = pair_up(cache, following, cache.pair)
+        latents = torch.stack([before.latent, latent], dim=1).flatten(0, 1)
+        times = [self._time(t, cache) for t in (before.timestep, timestep)]
+        of_entries = [t.expand(len(latent)) if t.ndim == 0 else t for t in times]
+        with cursor.with_next(self.device):
+            time = torch.stack(of_entries, dim=1).flatten(0, 1)
+            output = self.pair_network(latents, time, cache)
+        self._adopt(cache, rope, condition, embedded)
+        cursor.advance()
+        cursor.place(len_t, self.device)
+        return self._as_flow(output[1::2], latent, timestep)
 
     def update_cache(self, latent: Tensor, timestep: Tensor, cache: WanCache) -> None:
         """Write the clean chunk's keys and values and move on to the next chunk.

@@ -21,15 +21,18 @@ PHASES = 3
 """Numbers of visible frames of the tiny transformer: 2, 4, 6."""
 
 
-def graphed_pipeline(warm: bool = True, max_rollouts: int = 1, guided: bool = False):
-    """A tiny pipeline whose network call is recorded on a CPU as on CUDA."""
-    config = tiny_pipeline(use_cuda_graph=True, num_layers=1)
+def graphed_pipeline(
+    warm: bool = True, max_rollouts: int = 1, guided: bool = False, fused: bool = False
+):
+    """A tiny pipeline whose network calls are recorded on a CPU as on CUDA."""
+    config = tiny_pipeline(use_cuda_graph=True, num_layers=1, fuse_clean_pass=fused)
     scale = {"guidance_scale": 3.0} if guided else {}
     config = derive_config(config, max_rollouts=max_rollouts, diffusion_model=scale)
     pipeline = config.setup(device="cpu")
     model = pipeline.diffusion_model.transformer
     key = model.network.key
     model.network = GraphedCallable(model.__call__, CPU, key=key, backend=TraceCapture())
+    model.pair_network = GraphedCallable(model._forward_pair, CPU, key=key, backend=TraceCapture())
     if warm:
         pipeline.warm_up()
     return pipeline
@@ -46,13 +49,16 @@ def begin(pipeline, seed: int):
 def step(pipeline, cache) -> torch.Tensor:
     index = cache.next_index
     pipeline.generate(autoregressive_index=index, cache=cache, input=0.1 * (index % 7))
-    pipeline.finalize(autoregressive_index=index, cache=cache)
+    pipeline.end_step(autoregressive_index=index, cache=cache)
     return cache.latent
 
 
-def eager_latents(seed: int, steps: int, guided: bool = False) -> list[torch.Tensor]:
+def eager_latents(
+    seed: int, steps: int, guided: bool = False, fused: bool = False
+) -> list[torch.Tensor]:
     config = derive_config(
-        tiny_pipeline(num_layers=1), diffusion_model={"guidance_scale": 3.0 * guided or None}
+        tiny_pipeline(num_layers=1, fuse_clean_pass=fused),
+        diffusion_model={"guidance_scale": 3.0 * guided or None},
     )
     pipeline = config.setup(device="cpu")
     cache = begin(pipeline, seed)
@@ -126,6 +132,23 @@ def test_nothing_is_captured_after_warm_up_whatever_rollouts_do(steps, guided):
     counts = graphs_of(pipeline)
     assert (counts["captures_after_ready"], counts["eager_calls"]) == (0, 0)
     assert counts["replays"] == 3 * (steps + 18) * (2 if guided else 1)
+
+
+@pytest.mark.parametrize("guided", [False, pytest.param(True, marks=SLOW)])
+def test_nothing_is_captured_after_warm_up_where_clean_passes_are_fused(guided):
+    """Also where some are finalized; two rollouts, the second in the storage of the first."""
+    pipeline = graphed_pipeline(guided=guided, fused=True)
+    for seed in (1, 2):
+        cache = begin(pipeline, seed)
+        found = [step(pipeline, cache).clone() for _ in range(12)]
+        assert same(found, eager_latents(seed, 12, guided, fused=True))
+        for index in range(12, 18):
+            step(pipeline, cache)
+            if index % 2:
+                pipeline.finalize(index, cache)
+        cache.release()
+    counts = graphs_of(pipeline)
+    assert (counts["captures_after_ready"], counts["eager_calls"]) == (0, 0)
 
 
 def test_without_a_pool_every_rollout_is_captured_anew():
