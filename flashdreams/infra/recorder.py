@@ -124,18 +124,25 @@ class RunRecorder:
             **self.pipeline.stats(),
         }
 
-    def close(self) -> None:
-        """Write the stats and, if asked for, the latents; only rank zero does."""
+    def close(self) -> list[Path]:
+        """Write the stats and, if asked for, the latents; only rank zero does.
+
+        Returns:
+            The files that were written.
+        """
         if not self.environment.is_rank_zero:
-            return
+            return []
         folder, slug = self.config.output_dir, self.config.runner_name
         records = self.records()
         self._thread.shutdown()
         stats = folder / f"stats_{slug}.json"
         with _said_for_people(stats):
             write_stats(stats, self.header(), records)
-        if self._latents:
-            self._write_latents(folder / f"latents_{slug}.safetensors")
+        if not self._latents:
+            return [stats]
+        latents = folder / f"latents_{slug}.safetensors"
+        self._write_latents(latents)
+        return [stats, latents]
 
     def _write_latents(self, path: Path) -> None:
         partial = path.with_name(f".{path.name}.partial")

@@ -101,6 +101,7 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
         if self.environment.world_size > 1 and self.is_rank_zero:
             print(f"ranks: {self.mesh.degrees}; transformer: {reports['transformer']}")
         self._resources = contextlib.ExitStack()
+        self._videos: list[Path] = []
         if self.environment.world_size > 1:
             watchdog = Watchdog(self.environment, config.step_deadline_s)
             self._resources.enter_context(watchdog)
@@ -155,6 +156,7 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
             scale: enlargement by whole pixels, for small worlds.
         """
         path = self.config.output_dir / f"{self.config.runner_name}.mp4"
+        self._videos.append(path)
         return VideoWriter(path, fps=self.config.fps, scale=scale)
 
     def progress(self, total_blocks: int) -> Iterator[int]:
@@ -173,14 +175,16 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
                 bar.update()
 
     def close(self) -> None:
-        """Write the stats, and the latents if asked for, then leave the process group.
+        """Write the stats, and the latents if asked for, say so, then leave the process group.
 
         Raises:
             OSError: on rank zero, if a file could not be written.
             RankZeroError: on the other ranks, if rank zero has failed.
         """
         with self.pipeline.guard("close", self.recorder.steps):
-            from_rank_zero(self.recorder.close)
+            files = from_rank_zero(self.recorder.close)
+        if self.is_rank_zero:
+            print("written:", *self._videos, *files, flush=True)
         self.pipeline.drop_graphs()
         self._resources.close()
         shutdown()

@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def name_of(page: Path) -> str:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder that looks like the checkout, in which commands may leave files."""
     for name in SHARED:
         (tmp_path / name).symlink_to(REPOSITORY / name)
@@ -50,7 +51,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", os.pathsep.join(paths))
     sources = [str(REPOSITORY), str(REPOSITORY / "kernels")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sources))
-    return tmp_path
+    monkeypatch.syspath_prepend("")  # the working folder, as for a Python that is typed into
+    yield tmp_path
+    for name in [name for name in sys.modules if name.startswith("customized_method")]:
+        del sys.modules[name]
 
 
 def engine(arguments: list[str]) -> tuple[int, str]:
@@ -86,11 +90,14 @@ def start(words: list[str]) -> tuple[int, str]:
 
 
 def run_shell(snippet: Snippet, folder: Path) -> None:
+    """Run a block; the next one of its page begins in the folder in which it ends."""
+    end = folder / ".pwd"
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", snippet.code],
-        cwd=folder, capture_output=True, text=True, timeout=240,
+        ["bash", "-euo", "pipefail", "-c", f'{snippet.code}\npwd > "{end}"'],
+        capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, f"{snippet.place}\n{done.stdout}\n{done.stderr}"
+    os.chdir(end.read_text().strip())
 
 
 def execute(snippet: Snippet, folder: Path, names: dict[str, Any]) -> None:
@@ -103,7 +110,7 @@ def execute(snippet: Snippet, folder: Path, names: dict[str, Any]) -> None:
             code, said = start(command.words)
             assert code == 0, f"{snippet.place}: {' '.join(command.words)}\n{said}"
             if command.output is not None:
-                (folder / command.output).write_text(said)
+                Path(command.output).write_text(said)
     elif snippet.code not in _ALREADY_RUN:
         run_shell(snippet, folder)
         _ALREADY_RUN.add(snippet.code)

@@ -104,8 +104,10 @@ def test_the_example_is_installed_listed_and_run(
     assert "customized-method Moving patterns from a network" in " ".join(listing.split())
     prompt = ("--prompt", "A beautiful custom generation.", "--total-blocks", "4")
     words = ("customized-method", *prompt, "--output-dir", "installed")
-    command(own_python, *program, *words, cwd=tmp_path)
+    said = command(own_python, *program, *words, cwd=tmp_path)
     assert_made_a_video(tmp_path / "installed", steps=4)
+    files = ("installed/customized-method.mp4", "installed/stats_customized-method.json")
+    assert said.splitlines()[-1].split() == ["written:", *files]
     command(own_python, *pip, "uninstall", "-y", "customized_method", cwd=tmp_path)
     assert "customized-method" not in command(own_python, *program, "--help", cwd=tmp_path)
 
