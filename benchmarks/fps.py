@@ -45,13 +45,14 @@ def measure(
         setup_s: how long building took, for the row.
     """
     start = time.perf_counter()
+    subject.pipeline.warm_up()
     first_frame_cold_ms = _first_frame_ms(subject, device)
+    first_frame_ms = _first_frame_ms(subject, device)
     cache = subject.new_rollout()
     for _ in range(subject.steps_to_fill):
         subject.step(cache)
     rollout.synchronize(device)
     warm_up_s = time.perf_counter() - start
-    first_frame_ms = _first_frame_ms(subject, device)
     flops, flops_from = _flops(subject, cache)
     start, worked = time.perf_counter(), time.process_time()
     times, latencies, chunk = _time_steps(subject, cache, device, steps)
@@ -79,6 +80,7 @@ def measure(
         "fraction_of_datasheet": fraction_of_datasheet(rate, device, dtype),
         "weights": subject.weights,
         "processor_share": processor_share,
+        **subject.pipeline.stats(),
     }
 
 
@@ -100,6 +102,7 @@ def _time_steps(
     pipeline = subject.pipeline
     for _ in range(steps):
         if not subject.streaming:
+            cache.release()
             cache = subject.new_rollout()
         index = cache.next_index
         control = subject.input(index)

@@ -314,9 +314,9 @@ def graph_status(_: str) -> str:
     users = [f for f in package if "GraphedCallable" in f.read_text() and f.name != "cuda_graph.py"]
     if users:
         return (
-            f"{flag} wraps the network call of a Wan transformer in it. Graphs are captured when "
-            "they are first needed, so the first steps of a rollout, in which the cache fills, are "
-            "slow. On a CPU the call stays eager. Speed and equality on a GPU: not measured here."
+            f"{flag} wraps the network call of a Wan transformer in it. All graphs are captured "
+            "at warm-up; without one, when they are first needed. On a CPU the call stays eager. "
+            "Speed and equality on a GPU: not measured here."
         )
     return (
         "```{note}\nIn this version no shipped method wraps its network call in it: the field "

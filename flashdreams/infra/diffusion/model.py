@@ -213,8 +213,8 @@ class DiffusionModel(nn.Module):
         for _ in range(max_rollouts if captured else 1):
             cache = self.initialize_cache(context, negative, NoiseSource(0), 1)
             storages.append((cache.conditional, cache.unconditional))
-            for call in captured:
-                call.max_graphs += len(cache.branches) * transformer.warm_up_steps
+            for call in captured:  # a denoising step and a clean pass in every AR step
+                call.max_graphs += 2 * len(cache.branches) * transformer.warm_up_steps
             steps += self._step_through(cache)
             if transformer.config.fuse_clean_pass:
                 contexts = [

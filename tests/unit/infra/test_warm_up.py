@@ -21,11 +21,9 @@ PHASES = 3
 """Numbers of visible frames of the tiny transformer: 2, 4, 6."""
 
 
-def graphed_pipeline(
-    warm: bool = True, max_rollouts: int = 1, guided: bool = False, fused: bool = False
-):
+def graphed_pipeline(warm: bool = True, max_rollouts: int = 1, guided: bool = False, **transformer):
     """A tiny pipeline whose network calls are recorded on a CPU as on CUDA."""
-    config = tiny_pipeline(use_cuda_graph=True, num_layers=1, fuse_clean_pass=fused)
+    config = tiny_pipeline(use_cuda_graph=True, num_layers=1, **transformer)
     scale = {"guidance_scale": 3.0} if guided else {}
     config = derive_config(config, max_rollouts=max_rollouts, diffusion_model=scale)
     pipeline = config.setup(device="cpu")
@@ -34,6 +32,7 @@ def graphed_pipeline(
     model.network = GraphedCallable(model.__call__, CPU, key=key, backend=TraceCapture())
     model.pair_network = GraphedCallable(model._forward_pair, CPU, key=key, backend=TraceCapture())
     if warm:
+        model.network.max_graphs = model.pair_network.max_graphs = 0  # warm-up makes room
         pipeline.warm_up()
     return pipeline
 
@@ -137,7 +136,7 @@ def test_nothing_is_captured_after_warm_up_whatever_rollouts_do(steps, guided):
 @pytest.mark.parametrize("guided", [False, pytest.param(True, marks=SLOW)])
 def test_nothing_is_captured_after_warm_up_where_clean_passes_are_fused(guided):
     """Also where some are finalized; two rollouts, the second in the storage of the first."""
-    pipeline = graphed_pipeline(guided=guided, fused=True)
+    pipeline = graphed_pipeline(guided=guided, fuse_clean_pass=True)
     for seed in (1, 2):
         cache = begin(pipeline, seed)
         found = [step(pipeline, cache).clone() for _ in range(12)]
@@ -148,6 +147,34 @@ def test_nothing_is_captured_after_warm_up_where_clean_passes_are_fused(guided):
                 pipeline.finalize(index, cache)
         cache.release()
     counts = graphs_of(pipeline)
+    assert (counts["captures_after_ready"], counts["eager_calls"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "transformer",
+    [
+        {"relative_rope": True, "sink_size_t": 2, "window_size_t": 3},
+        {"kv_cache_dtype": "int8"},
+        {"condition_channels": 2, "image_dim": 6, "image_len": 3},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_other_kinds_of_state_stay_in_place_too(transformer):
+    context = {}
+    if "image_dim" in transformer:
+        context = {"image_tokens": torch.ones(1, 3, 6), "condition": torch.ones(1, 2, 5, 4, 4)}
+    eager = tiny_pipeline(num_layers=1, **transformer).setup(device="cpu")
+    graphed = graphed_pipeline(**transformer)
+    found = []
+    for pipeline in (graphed, eager):
+        for seed in (1, 2):
+            text = torch.randn(1, 4, TEXT_DIM, generator=torch.Generator().manual_seed(seed))
+            more = {name: seed * value for name, value in context.items()}
+            cache = pipeline.initialize_cache(text=text, seed=seed, **more)
+            found.append([step(pipeline, cache) for _ in range(7)])
+            cache.release()
+    assert same(found[0] + found[1], found[2] + found[3])
+    counts = graphs_of(graphed)
     assert (counts["captures_after_ready"], counts["eager_calls"]) == (0, 0)
 
 
