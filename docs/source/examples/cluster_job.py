@@ -24,6 +24,7 @@ degrees = resolve_degrees(parallel, here.world_size, num_heads)
 pipeline = TOY_WORLD_PIPELINE.setup(device=here.device, load=False)
 pipeline.parallelize(build_mesh(degrees, here.device.type, parallel))
 pipeline.load()
+pipeline.warm_up()
 
 cache = pipeline.initialize_cache(text=[TOY_WORLD_RUNNER.prompt], seed=0)
 poses = walk(TOY_WORLD_RUNNER.actions, BLOCKS)
@@ -38,4 +39,5 @@ with (
 
 if here.is_rank_zero:
     print(f"{BLOCKS} chunks on {degrees}")
+pipeline.drop_graphs()
 environment.shutdown()
