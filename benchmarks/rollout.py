@@ -1,7 +1,7 @@
 """Pipelines of registered methods with something to stream, for the benchmarks."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -80,6 +80,7 @@ def load_subject(
     backend: str | None = None,
     use_cuda_graph: bool = False,
     dtype: str | None = None,
+    transformer: Mapping[str, Any] | None = None,
 ) -> Subject:
     """Build the pipeline of a slug; weights that are not on this machine are drawn.
 
@@ -89,17 +90,18 @@ def load_subject(
         backend: attention backend of every core; None is the config's.
         use_cuda_graph: replay the network call.
         dtype: of the transformer; None is the config's.
+        transformer: more fields of the transformer that are changed.
 
     Raises:
         ValueError: an unknown slug or backend, or a method whose control input is not known here.
     """
     runner: Any = discover().resolve(slug)
-    transformer: dict[str, Any] = {"use_cuda_graph": use_cuda_graph}
+    changes: dict[str, Any] = {**(transformer or {}), "use_cuda_graph": use_cuda_graph}
     if dtype is not None:
-        transformer["dtype"] = dtype
+        changes["dtype"] = dtype
     if backend is not None:
-        transformer["attention_backend"] = backend
-    config = derive_config(runner.pipeline, diffusion_model={"transformer": transformer})
+        changes["attention_backend"] = backend
+    config = derive_config(runner.pipeline, diffusion_model={"transformer": changes})
     config, missing = without_missing_weights(config)
     config, context, steer = _conditions(runner, config)
     pipeline = config.setup(device=environment.device, load=False)

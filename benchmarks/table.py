@@ -126,6 +126,40 @@ def ratios(figures: Sequence[Figure]) -> str:
     return "\n".join(lines)
 
 
+def precisions(figures: Sequence[Figure]) -> str:
+    """Table of what lower precision costs and saves, from the newest report on each device."""
+    lines = [
+        "| case | variant | PSNR to the truth | to float32 | latent error | weights | KV cache "
+        "| time on a CPU | on a GPU |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    by_device = {d: _newest([f for f in figures if _is(f, "precision", d)]) for d in DEVICES}
+    shown: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for device in reversed(DEVICES):
+        shown |= by_device[device]
+    for key, row in shown.items():
+        cells = [f"`{key[0]}`", key[1]]
+        cells += [
+            _number(row.get(f"psnr_{name}_db"), ".2f", " dB") for name in ("truth", "float32")
+        ]
+        cells.append(_number(row["latent_error_max"], ".1e"))
+        cells += [_number(row[f"{name}_mib"], ".3g", " MiB") for name in ("weights", "kv_cache")]
+        for found in by_device.values():
+            cells.append(f"x {found[key]['ratio']:.2f}" if key in found else NOT_MEASURED)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _newest(figures: Sequence[Figure]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """Rows by case and variant; later reports replace earlier ones."""
+    ordered = sorted(figures, key=lambda f: f.report["date"])
+    return {(f.row["case"], f.row["variant"]): f.row for f in ordered}
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
 def _ratio(figures: Sequence[Figure], wanted: Ratio, device: str) -> str:
     mine = [f for f in figures if _is(f, wanted.benchmark, device)]
     if not mine:

@@ -140,6 +140,20 @@ def test_growth_notices_a_rollout_that_slows_with_age(script, tmp_path, monkeypa
     assert row["paired_ratio"] > row["bar"] and not row["within_bar"]
 
 
+def test_precision(script, tmp_path):
+    path = tmp_path / "precision.json"
+    words = ["self-forcing-tiny-random", "--repeats", "2", "--variants", "fp8", "KV int8"]
+    script("precision").main([*words, "--json", str(path), *COMMIT])
+    exact, fp8, int8, *golden = read_report(path)["rows"]
+    assert exact["latent_error_max"] == 0 and exact["ratio"] == 1
+    assert 0 < int8["latent_error_max"] < fp8["latent_error_max"] < 0.1
+    assert int8["kv_cache_mib"] < exact["kv_cache_mib"] / 3
+    assert fp8["weights_mib"] < exact["weights_mib"]
+    assert all(row["case"] == "wan-golden" for row in golden)
+    with pytest.raises(ValueError, match="makes one chunk"):
+        script("precision").main(["wan21-i2v-tiny-random", *COMMIT])
+
+
 def test_peers(script, tmp_path):
     path = tmp_path / "peers.json"
     words = ["--preset", "tiny", "--repeats", "1", "--json", str(path)]

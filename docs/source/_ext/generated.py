@@ -241,6 +241,11 @@ def measured(family: str) -> str:
     return figures.speeds(figures.read_reports(), trained)
 
 
+def precision(_: str) -> str:
+    """Table of what lower precision costs, from the committed reports of the benchmarks."""
+    return figures.precisions(figures.read_reports())
+
+
 def mesh(family: str) -> str:
     """Table of the meshes that the automatic degrees give, by number of heads and guidance."""
     lines = ["| slug | " + " | ".join(f"{n} ranks" for n in RANKS[1:]) + " |", "|---|---|---|---|"]
@@ -384,6 +389,7 @@ PARTS: dict[str, Callable[[str], str]] = {
         backends,
         graph_status,
         toy_quality,
+        precision,
         modules,
     )
 }

@@ -1,0 +1,207 @@
+"""What lower precision costs and what it saves, beside float32.
+
+``python benchmarks/precision.py --json out.json``. Every variant makes the same rollouts from the
+same noise. For the toy world: PSNR against the rendered truth and against the float32 frames. For
+every case: error of the latents over all steps, bytes of weights and KV cache, and the time of a
+step as a ratio in pairs: all variants make step i before any makes step i + 1. With
+FLASHDREAMS_GOLDENS_DIR set, the weights, noise and latents of the official code are a case, too;
+its errors are then those against the official latents. On a CPU, products in eight bits are
+emulated: their error is the true one, their time is not what a GPU would take.
+"""
+
+import argparse
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import report
+import rollout
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flashdreams.infra.config import derive_config
+from flashdreams.integrations.self_forcing.config import PIPELINE
+from flashdreams.integrations.toy_world.evaluate import (
+    FPS,
+    HeldOut,
+    draw_held_out,
+    self_rollout,
+)
+from flashdreams.integrations.toy_world.metrics import psnr_db
+from flashdreams.models.wan.transformer import WanTransformerConfig
+from flashdreams.parallel.environment import Environment
+from flashdreams.parallel.mesh import Mesh
+from flashdreams.runtime.checkpoint import CheckpointConfig
+from flashdreams.runtime.stats import sha256_of
+
+EXACT = "float32"
+VARIANTS: dict[str, dict[str, Any]] = {
+    EXACT: {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "fp8": {"linear_precision": "fp8"},
+    "fp8_rowwise": {"linear_precision": "fp8_rowwise"},
+    "KV int8": {"kv_cache_dtype": "int8"},
+    "KV fp8": {"kv_cache_dtype": "fp8"},
+    "bfloat16, fp8_rowwise, KV int8": {
+        "dtype": "bfloat16",
+        "linear_precision": "fp8_rowwise",
+        "kv_cache_dtype": "int8",
+    },
+}
+"""Name -> what it changes of the transformer."""
+TOY_WORLD = "toy-world"
+GOLDEN = "wan-golden"
+GOLDEN_STEPS = 4
+"""AR steps that the official rollout has."""
+COLUMNS = (
+    "case", "variant", "psnr_truth_db", "psnr_float32_db", "latent_error_max", "latent_error_rms",
+    "weights_mib", "kv_cache_mib", "p50_ms", "ratio",
+)  # fmt: skip
+FIELDS = ("latent_error_max", "latent_error_rms", "weights_mib", "kv_cache_mib", "ratio", "steps")
+
+
+def build_subject(case: str, changes: Mapping[str, Any], device: torch.device) -> rollout.Subject:
+    """The pipeline of a slug or of the golden numbers, with a changed transformer.
+
+    Raises:
+        ValueError: a method that keeps no past.
+    """
+    if case == GOLDEN:
+        return _golden_subject(changes, device)
+    place = Environment(0, 0, 1, device)
+    subject = rollout.load_subject(case, place, transformer={"dtype": "float32", **changes})
+    if not subject.streaming:
+        raise ValueError(f"{case} makes one chunk; the variants need a streaming method.")
+    return subject
+
+
+def _golden_folder() -> Path:
+    return Path(os.environ["FLASHDREAMS_GOLDENS_DIR"]) / "b2_self_forcing_tiny"
+
+
+def _golden_subject(changes: Mapping[str, Any], device: torch.device) -> rollout.Subject:
+    """Self-Forcing at the size of the golden numbers, with their weights and noise."""
+    folder = _golden_folder()
+    inputs = load_file(folder / "inputs.safetensors")
+    sizes = dict(dim=64, ffn_dim=144, num_heads=2, num_layers=3, freq_dim=32, text_dim=64)
+    transformer = WanTransformerConfig(
+        **{**sizes, "text_len": 16, "len_t": 3, "latent_height": 8, "latent_width": 8, **changes},
+        checkpoint=CheckpointConfig(source=str(folder / "weights.safetensors")),
+    )
+    model = dict(transformer=transformer)
+    config = derive_config(PIPELINE, text_encoder=None, decoder=None, diffusion_model=model)
+
+    def noise(index: int, step: int, shape: Sequence[int]) -> Tensor:
+        chunk = index % GOLDEN_STEPS
+        if step == 0:
+            return inputs["noise"][:, 3 * chunk : 3 * chunk + 3].transpose(1, 2)
+        return inputs[f"renoise/chunk{chunk}/after_step{step - 1}"][None].transpose(1, 2)
+
+    context = {"text": inputs["prompt_embeds"], "noise": noise}
+    pipeline = config.setup(device=device)
+    return rollout.Subject(GOLDEN, pipeline, Mesh(), context, lambda index: None, ())
+
+
+def roll_latents(subject: rollout.Subject, steps: int) -> Tensor:
+    """``[B, C, steps * T, H, W]``, the clean latents of a rollout from its beginning."""
+    cache, latents = subject.new_rollout(), []
+    for _ in range(steps):
+        subject.step(cache)
+        latents.append(cache.latent.float().cpu())
+    return torch.cat(latents, dim=2)
+
+
+def time_in_turn(
+    subjects: Mapping[str, rollout.Subject], device: torch.device, repeats: int
+) -> dict[str, list[float]]:
+    """Milliseconds of the steady steps of every variant, step by step in turn."""
+    caches = {name: subject.new_rollout(1) for name, subject in subjects.items()}
+    times: dict[str, list[float]] = {name: [] for name in subjects}
+    fill = next(iter(subjects.values())).steps_to_fill
+    for number in range(fill + repeats):
+        names = list(subjects) if number % 2 else list(subjects)[::-1]
+        for name in names:
+            start = rollout.clock_s(device)
+            subjects[name].step(caches[name])
+            if number >= fill:
+                times[name].append(1e3 * (rollout.clock_s(device) - start))
+    return times
+
+
+def measure(
+    case: str, names: Sequence[str], device: torch.device, repeats: int, walks: HeldOut
+) -> list[dict[str, Any]]:
+    """One row per variant."""
+    subjects = {name: build_subject(case, VARIANTS[name], device) for name in names}
+    steps = GOLDEN_STEPS if case == GOLDEN else 2 * subjects[EXACT].steps_to_fill
+    latents = {name: roll_latents(subject, steps) for name, subject in subjects.items()}
+    exact = latents[EXACT]
+    if case == GOLDEN:
+        calls = load_file(_golden_folder() / "rollout_full.safetensors")
+        exact = calls["output"].transpose(1, 2)
+    frames: dict[str, Tensor] = {}
+    if case == TOY_WORLD:
+        for name, subject in subjects.items():
+            frames[name] = self_rollout(subject.pipeline, walks, walks.scene.to(device)).cpu()
+    times = time_in_turn(subjects, device, repeats)
+    rows = []
+    for name, subject in subjects.items():
+        error, network = latents[name] - exact, subject.pipeline.diffusion_model.transformer
+        ratios = [a / b for a, b in zip(times[name], times[EXACT], strict=True)]
+        row = {
+            "case": case,
+            "variant": name,
+            **report.timing_fields(sorted(times[name])),
+            "output_sha256": sha256_of(latents[name]),
+            "steps": steps,
+            "latent_error_max": float(error.abs().max() / exact.abs().max()),
+            "latent_error_rms": float(error.square().mean().sqrt() / exact.square().mean().sqrt()),
+            "weights_mib": sum(t.nbytes for t in network.state_dict().values()) / 2**20,
+            "kv_cache_mib": network.cache_nbytes(1) / 2**20,
+            "ratio": statistics.median(ratios),
+        }
+        if frames:
+            row["psnr_truth_db"] = float(psnr_db(frames[name], walks.truth).mean())
+            row["psnr_float32_db"] = float(psnr_db(frames[name], frames[EXACT]).mean())
+        rows.append(row)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    report.add_arguments(parser)
+    parser.add_argument(
+        "cases", nargs="*", default=[TOY_WORLD, "self-forcing-tiny-random"],
+        help="streaming Wan methods",
+    )  # fmt: skip
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--walks", type=int, default=4, help="held-out walks of the toy world")
+    parser.add_argument("--seconds", type=int, default=10, help="length of a walk")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    device, repeats = report.resolve_device(options.device), options.repeats or 50
+    walks = draw_held_out(options.walks, options.seconds * FPS)
+    names = list(dict.fromkeys([EXACT, *options.variants]))
+    cases = list(options.cases)
+    if "FLASHDREAMS_GOLDENS_DIR" in os.environ and _golden_folder().exists():
+        cases.append(GOLDEN)
+    with torch.no_grad():
+        rows = [row for case in cases for row in measure(case, names, device, repeats, walks)]
+    config = {
+        "cases": cases,
+        "variants": {name: VARIANTS[name] for name in names},
+        "repeats": repeats,
+        "walks": options.walks,
+        "seconds": options.seconds,
+    }
+    found = report.new_report("precision", device, config, rows, options.git_commit, FIELDS)
+    report.finish(found, options, COLUMNS)
+
+
+if __name__ == "__main__":
+    main()
