@@ -154,6 +154,15 @@ def test_precision(script, tmp_path):
         script("precision").main(["wan21-i2v-tiny-random", *COMMIT])
 
 
+def test_cpu(script, tmp_path):
+    path = tmp_path / "cpu.json"
+    words = ["--cases", "dim 192, 16 tokens", "--threads", "1", "--repeats", "2"]
+    script("cpu").main([*words, "--json", str(path), "--git-commit", "0" * 40])
+    exact, rounded = read_report(path)["rows"]
+    assert exact["ratio"] == 1 and rounded["variant"] == "bfloat16, 1 thread"
+    assert exact["output_sha256"] != rounded["output_sha256"] and exact["tokens"] == 16
+
+
 def test_peers(script, tmp_path):
     path = tmp_path / "peers.json"
     words = ["--preset", "tiny", "--repeats", "1", "--json", str(path)]
