@@ -12,6 +12,7 @@ from tests.harness import run_ranks
 from tests.parallel.pipelines import prompt
 from tests.parallel.rollout import relative_error
 from tests.tiny import tiny_pipeline
+from tests.unit.infra import test_fused_clean_pass as fused_clean_pass
 
 pytestmark = [
     pytest.mark.slow,
@@ -62,6 +63,17 @@ def test_compiled_rollout_equals_the_eager_one_and_compiles_nothing_after_warm_u
     assert figures["graphs_after_ready"] == 0
     with pytest.raises(RuntimeError, match="recompile"):
         roll(pipeline, batch_size=2)
+
+
+@torch.no_grad()
+def test_nothing_is_compiled_after_warm_up_where_clean_passes_are_fused():
+    latents = []
+    for changes in ({}, {"compile_blocks": True}):
+        pipeline = fused_clean_pass.build(True, **changes)
+        pipeline.warm_up()
+        with torch.compiler.set_stance("fail_on_recompile"):
+            latents.append(fused_clean_pass.roll(pipeline, fused_clean_pass.begin(pipeline)))
+    assert 0 < relative_error(*latents) < 1e-5
 
 
 def roll_on_ranks(compile_blocks: bool, parallel: ParallelConfig, world_size: int):

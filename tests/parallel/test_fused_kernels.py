@@ -7,6 +7,7 @@ the interpreter truncates where a GPU rounds.
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from flashdreams.infra.config import derive_config
 from flashdreams.models.wan import fused
@@ -16,6 +17,7 @@ from tests.harness import run_ranks
 from tests.kernels.conftest import switch_to_interpreter
 from tests.parallel.rollout import build_model, make_mesh, relative_error, roll_out
 from tests.tiny import tiny_pipeline
+from tests.unit.infra import test_fused_clean_pass as fused_clean_pass
 
 pytest.importorskip("triton")
 
@@ -36,6 +38,7 @@ def roll(fused_kernels: bool, dtype: str = "float32", mesh: Mesh | None = None, 
     """Latents of a rollout, and how often each kernel was called."""
     model = build_model(dtype, **{"fused_kernels": fused_kernels, **SIZES, **changes})
     parallelize(model, model.parallel_plan(), mesh or Mesh())
+    model.finish_loading()
     with pytest.MonkeyPatch.context() as environment:
         switch_to_interpreter(environment)
         patches = [patch.object(fused, name, wraps=getattr(fused, name)) for name in KERNELS]
@@ -58,6 +61,7 @@ def test_the_fused_rollout_equals_the_plain_one():
     assert relative_error(same, roll(False, eps=1e-3)[0]) > 1e-4
 
 
+@pytest.mark.slow
 def test_in_bfloat16_the_fused_rollout_is_as_near_to_float32_as_the_plain_one():
     exact, _ = roll(False)
     plain, _ = roll(False, "bfloat16")
@@ -65,12 +69,26 @@ def test_in_bfloat16_the_fused_rollout_is_as_near_to_float32_as_the_plain_one():
     assert 1e-3 < relative_error(near, exact) < 2 * relative_error(plain, exact) < 0.05
 
 
+@pytest.mark.slow
 def test_what_the_core_stores_otherwise_or_not_at_all_is_not_written_by_the_kernel():
     for changes in ({"kv_cache_dtype": "int8"}, {"streaming": False, "sink_size_t": 0}):
         plain, _ = roll(False, **changes)
         same, called = roll(True, **changes)
         assert relative_error(same, plain) < 1e-5
         assert called[2] > 0 and called[3] == 0
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_kernels_serve_a_chunk_and_the_next_one_in_one_pass():
+    latents = []
+    for changes in ({}, {"fused_kernels": True}):
+        with pytest.MonkeyPatch.context() as environment:
+            switch_to_interpreter(environment)
+            pipeline = fused_clean_pass.build(True, 2, 1, 1, **changes)
+            cache = fused_clean_pass.begin(pipeline)
+            latents.append(fused_clean_pass.roll(pipeline, cache, STEPS))
+    assert 0 < relative_error(*latents) < 1e-5
 
 
 def roll_on_ranks(parallel: ParallelConfig, world_size: int):

@@ -188,7 +188,6 @@ class WanBlock(nn.Module):
         c = config
         self.eps = c.eps
         self.config = c
-        self.settled = False
         self.modulated_norm: Callable[..., Tensor] = modulated_norm
         self.gated_sum: Callable[..., Tensor] = gated_sum
         self.self_attn = SelfAttention(c.dim, c.head_dim, c.eps)
@@ -200,10 +199,7 @@ class WanBlock(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim**0.5)
 
     def settle(self) -> None:
-        """Choose how the block computes, once; the ranks have taken their parts of it by now."""
-        if self.settled:
-            return
-        self.settled = True
+        """Choose how the block computes; called once, when ranks have taken their parts of it."""
         attention = self.self_attn
         if self.config.fused_kernels:
             self.modulated_norm, self.gated_sum = fused.modulated_norm, fused.gated_sum

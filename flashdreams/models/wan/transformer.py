@@ -200,6 +200,12 @@ class WanTransformer(Transformer):
         if reason is not None:
             raise ValueError(f"compile_blocks=True cannot be used here: {reason}.")
 
+    def finish_loading(self) -> None:
+        """Settle how the blocks compute, too; see the contract."""
+        super().finish_loading()
+        for block in self.blocks:
+            block.settle()
+
     @property
     def needs_warm_up(self) -> bool:
         """Also where blocks are compiled; see the contract."""
@@ -586,20 +592,15 @@ class WanTransformer(Transformer):
 
     @cached_property
     def network(self) -> Callable[..., Tensor]:
-        """``forward``, replayed as a CUDA graph where the config asks for it and there is CUDA.
-
-        Made at the first call: by then the ranks have cut the blocks, which can settle.
-        """
-        return self._settled(self.__call__)
+        """``forward``, replayed as a CUDA graph where the config asks for it and there is CUDA."""
+        return self._replayed(self.__call__)
 
     @cached_property
     def pair_network(self) -> Callable[..., Tensor]:
         """The same for two chunks at once."""
-        return self._settled(self._forward_pair)
+        return self._replayed(self._forward_pair)
 
-    def _settled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        for block in self.blocks:
-            block.settle()
+    def _replayed(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if not self.config.use_cuda_graph:
             return function
         return GraphedCallable(function, self.device, key=graph_key)
