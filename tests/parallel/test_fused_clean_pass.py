@@ -66,6 +66,25 @@ def test_fused_on_two_ranks_equals_plain_on_one(strategy, guided):
         assert relative_error(latents, expected) <= 1e-5
 
 
+def exchanges(fused: bool) -> int:
+    """Exchanges of one AR step."""
+    pipeline = build(STRATEGIES["ulysses"], 2, fused, False)
+    cache = pipeline.initialize_cache(text=draw(0, 1, 4, TEXT_DIM))
+    counts = pipeline.exchange.mesh.meter.counts
+    sent = []
+    for index in range(3):
+        pipeline.generate(index, cache, draw(10 + index, 1, 3, CONTROL_DIM))
+        pipeline.end_step(index, cache)
+        sent.append(sum(count.calls for count in counts.values()))
+    return sent[2] - sent[1]
+
+
+def test_a_step_has_fewer_rounds_of_exchange():
+    """Two layers exchange twice per call, and the head once; a clean pass of its own: 2 + 1."""
+    assert run_ranks(exchanges, 2, False)[0] == 2 * 5 + 3
+    assert run_ranks(exchanges, 2, True)[0] == 2 * 5
+
+
 def test_another_prompt_would_be_seen():
     """Negative control: the middle of the rollout counts."""
     plain = run_ranks(roll, 1, "ulysses", 1, False, False)[0]

@@ -227,21 +227,25 @@ class WanBlock(nn.Module):
         context: Sequence[tuple[Tensor, Tensor]],
         cache: KVCache | None,
         control: Any,
+        chunks: int = 1,
     ) -> Tensor:
         """Run the block.
 
         Args:
-            x: ``[B, L, dim]``.
+            x: ``[B, L, dim]``; of several chunks at once see ``SelfAttention.forward``.
             modulation: ``[B, L or 1, 6, dim]`` float32, this block's at the timestep.
             rope: ``[L, D/2, 2]``.
             context: cross-attention keys and values of this block.
             cache: self-attention cache of this block.
             control: what ``embed_control`` prepared for this block.
+            chunks: of so many only the last goes on after self-attention: what is put out is its.
         """
         e = modulation.unbind(2)
         y = self.modulated_norm(x, e[0], e[1], self.eps)
         x = self.gated_sum(x, self.self_attn(y, rope, cache), e[2])
         x = self.inject(x, control)
+        if chunks > 1:
+            x, e = x[chunks - 1 :: chunks], modulation[chunks - 1 :: chunks].unbind(2)
         x = x + self.cross_attn(self.norm3(x), context)
         y = self.modulated_norm(x, e[3], e[4], self.eps)
         return self.gated_sum(x, self.ffn(y), e[5])

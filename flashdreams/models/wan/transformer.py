@@ -511,7 +511,8 @@ class WanTransformer(Transformer):
             write_only: stop when the last block's keys and values are in the cache.
 
         Returns:
-            ``[B, out_channels, T, H, W]`` float32; an empty tensor if ``write_only``.
+            ``[B, out_channels, T, H, W]`` float32, of several chunks at once the last one's; an
+            empty tensor if ``write_only``.
         """
         if cache.rope is None or cache.control is None:
             raise ValueError("The cache is not prepared for a chunk; call begin_step first.")
@@ -541,8 +542,9 @@ class WanTransformer(Transformer):
         if write_only and kv_cache is not None:
             block.write(x, modulation, cache.rope, kv_cache)
             return x.new_empty(0)
-        x = block(x, modulation, cache.rope, context, kv_cache, control)
-        x = self.head(x, self._per_token(of_head, tokens_per_frame))
+        chunks = len(cache.cursor.groups) or 1
+        x = block(x, modulation, cache.rope, context, kv_cache, control, chunks)
+        x = self.head(x, self._per_token(of_head, tokens_per_frame)[chunks - 1 :: chunks])
         return self.unpatchify(x, *patches.shape[2:]).float()
 
     def _per_token(self, modulation: Tensor, tokens_per_frame: int) -> Tensor:
@@ -649,7 +651,7 @@ class WanTransformer(Transformer):
         self._adopt(cache, rope, condition, embedded)
         cursor.advance()
         cursor.place(len_t, self.device)
-        return self._as_flow(output[1::2], latent, timestep)
+        return self._as_flow(output, latent, timestep)
 
     def update_cache(self, latent: Tensor, timestep: Tensor, cache: WanCache) -> None:
         """Write the clean chunk's keys and values and move on to the next chunk.

@@ -86,6 +86,7 @@ def test_fused_rollout_equals_the_other(window, sink, chunk):
         dict(control_dim=None),
         dict(control_dim=None, prediction="x0"),
         dict(condition_channels=3, image_dim=10),
+        dict(kv_cache_dtype="int8"),  # rounding itself changes the latents by 8e-4
         dict(condition_channels=3, guided=True, prompts=2),
     ],
     ids=str,
