@@ -14,12 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+FORKS = multiprocessing.get_context("forkserver")
+"""Starts processes that have torch and the engine already."""
+FORKS.set_forkserver_preload(
     [
         "torch.distributed.device_mesh",
         "flashdreams.models.wan.transformer",
         "flashdreams.parallel.parallelize",
+        "flashdreams.run",
         "tests.harness",
     ]
 )
@@ -51,7 +53,7 @@ def run_ranks(
         paths = [Path(folder, f"rank{rank}") for rank in range(world_size)]
         torch.save(args, Path(folder, "args"))
         processes = [
-            _CONTEXT.Process(target=_run, args=(fn, rank, world_size, folder, timeout_s))
+            FORKS.Process(target=_run, args=(fn, rank, world_size, folder, timeout_s))
             for rank in range(world_size)
         ]
         try:

@@ -44,6 +44,7 @@ autodoc_default_options = {
 autodoc_typehints = "signature"
 add_module_names = False
 autodoc_typehints_format = "short"
+autodoc_use_type_comments = False
 python_maximum_signature_line_length = 80
 napoleon_use_rtype = False
 napoleon_custom_sections = [("Source", "notes_style")]

@@ -121,9 +121,15 @@ def engine_arguments(words: list[str]) -> list[str] | None:
 
 
 def is_plain(code: str) -> bool:
-    """Whether a block only calls the engine or Python scripts, so that it needs no shell."""
+    """Whether a block only calls the engine, torchrun or Python, so that it needs no shell."""
     code = re.sub(r"^ *#.*$", "", code, flags=re.MULTILINE)
+    code = re.sub(r"^OMP_NUM_THREADS=1 (?=torchrun )", "", code, flags=re.MULTILINE)
     if any(sign in code for sign in "$|<;*`") or re.search(r"^\w+=", code, re.MULTILINE):
         return False
-    known = (["flashdreams-run"], ["python"])
-    return all(c.words[:1] in known and c.words[1:2] != ["-m"] for c in commands(code))
+    calls = [c.words for c in commands(code)]
+    return all(
+        words[:1] == ["flashdreams-run"]
+        or (words[:1] == ["python"] and words[1:2] != ["-m"])
+        or (words[:2] == ["torchrun", "--standalone"] and engine_arguments(words) is not None)
+        for words in calls
+    )

@@ -5,6 +5,7 @@ import io
 import os
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flashdreams import run
 from tests.docs.snippets import (
@@ -23,6 +25,7 @@ from tests.docs.snippets import (
     pages,
     snippets_of,
 )
+from tests.harness import FORKS
 
 SHARED = ("benchmarks", "docs", "launch", "kernels", "tests", "flashdreams")
 """Folders of the checkout that commands may name."""
@@ -31,7 +34,7 @@ WITH_SNIPPETS = [page for page in pages() if snippets_of(page)]
 
 
 _ALREADY_RUN: set[str] = set()
-"""Shell blocks that passed on another page; starting several ranks twice would prove no more."""
+"""Shell blocks that passed on another page; starting a shell twice would prove no more."""
 
 
 def name_of(page: Path) -> str:
@@ -68,10 +71,13 @@ def engine(arguments: list[str]) -> tuple[int, str]:
 def start(words: list[str]) -> tuple[int, str]:
     """Exit code and output of a call of the engine or of Python, in this process.
 
-    Importing torch anew for every command would take most of the time.
+    Importing torch anew for every command would take most of the time. So ranks are forked, too;
+    ``tests/parallel`` starts torchrun itself.
     """
     if words[0] == "flashdreams-run":
         return engine(words[1:])
+    if words[0] == "torchrun":
+        return start_ranks(words), ""
     out = io.StringIO()
     arguments, path = sys.argv, list(sys.path)
     try:
@@ -87,6 +93,36 @@ def start(words: list[str]) -> tuple[int, str]:
     finally:
         sys.argv, sys.path[:] = arguments, path
     return 0, out.getvalue()
+
+
+def start_ranks(words: list[str]) -> int:
+    """The exit code of the ranks of a torchrun command on one node; 0 if all ended well."""
+    count = int(words[words.index("--nproc-per-node") + 1])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = engine_arguments(words)
+    ranks = [
+        FORKS.Process(target=be_rank, args=(rank, count, port, arguments, os.getcwd()))
+        for rank in range(count)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    return max(1 if code is None else abs(code) for code in codes)
+
+
+def be_rank(rank: int, count: int, port: int, arguments: list[str], folder: str) -> None:
+    """Do what torchrun would let one rank do."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    sys.exit(run.main(arguments))
 
 
 def run_shell(snippet: Snippet, folder: Path) -> None:
