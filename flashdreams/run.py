@@ -316,13 +316,15 @@ def _run(config: Any, debug: bool) -> int:
 def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = False) -> int:
     """Say in one line what went wrong, and give the exit code for it.
 
+    Files that have to be fetched are a list, one to a line.
     Where every rank has the same error, rank zero alone says so. On several ranks an error that is
     nobody's mistake shows its traceback at once: such a run is not easily repeated.
     """
     for_people = [ValueError, OSError, ImportError, PluginError, CheckpointError]
     if code == WRONG_USAGE:
         for_people.append(TypeError)
-    text = " ".join(str(error).split())
+    lines = [" ".join(line.split()) for line in str(error).splitlines()]
+    text = ("\n  " if isinstance(error, CheckpointError) else " ").join(filter(None, lines))
     unexpected = not isinstance(error, tuple(for_people)) or not text
     echo = _is_echo(error)
     debug = debug or (unexpected and not echo and code == RUN_FAILED and _ranks() > 1)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import runpy
 import shutil
 import socket
@@ -16,12 +17,14 @@ import pytest
 import torch
 
 from flashdreams import run
+from flashdreams.registry import discover
 from tests.docs.snippets import (
     REPOSITORY,
     Snippet,
     commands,
     engine_arguments,
     is_plain,
+    markdown_files,
     pages,
     snippets_of,
 )
@@ -195,6 +198,26 @@ def check_files(snippet: Snippet, words: list[str]) -> None:
             _, known = start(["python", str(REPOSITORY / word), "--help"])
             for flag in [w for w in words[at:] if w.startswith("--")]:
                 assert flag in known, f"{snippet.place}: {word} has no {flag}"
+
+
+OF_OTHER_PROGRAMS = {
+    "--kill-on-bad-exit", "--no-build-isolation", "--nodes", "--nproc-per-node", "--pid",
+    "--standalone",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_flags_in_the_text_exist() -> None:
+    known = set(OF_OTHER_PROGRAMS)
+    for words in ([], *([slug] for slug in discover())):
+        known |= set(re.findall(r"--[\w.-]+", engine([*words, "--help"])[1]))
+    for script in (REPOSITORY / "benchmarks").glob("*.py"):
+        known |= set(re.findall(r'"(--[\w-]+)"', script.read_text(encoding="utf-8")))
+    for page in [*pages(), *markdown_files()]:
+        text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for code in re.findall(r"`([^`]+)`", text):
+            for flag in re.findall(r"(?:^|\s)(--\w[\w.-]*)", code):
+                assert flag in known, f"{name_of(page)} speaks of {flag}, which does not exist"
 
 
 def test_a_wrong_flag_is_found() -> None:

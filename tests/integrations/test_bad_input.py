@@ -42,14 +42,15 @@ def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Fails:
         assert run.main([slug, *flags, *where]) == code
         captured = capsys.readouterr()
         assert captured.out == ""
-        # A progress bar may stand before the line; it draws over itself.
-        *bars, line = captured.err.replace("\r", "\n").splitlines()
-        assert all("chunk" in bar for bar in bars if bar), captured.err
-        assert line.startswith("flashdreams-run: error: ")
+        # A progress bar may stand before the line, it draws over itself; files may be listed below.
+        bars, start, said = captured.err.replace("\r", "\n").rpartition("flashdreams-run: error: ")
+        assert all("chunk" in bar for bar in bars.splitlines() if bar), captured.err
+        line, *listed = said.splitlines()
+        assert start and all(item.startswith("  ") for item in listed), captured.err
         assert _finished(tmp_path) == before
         for stats in tmp_path.rglob("stats_*.json"):
             assert json.loads(stats.read_text())["records"], "what was done is on record"
-        return line
+        return "\n".join([line, *listed])
 
     return fails
 

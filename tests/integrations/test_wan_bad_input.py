@@ -18,9 +18,9 @@ from flashdreams.run import main
 
 def error_of(argv: list[str], tmp_path, capsys) -> tuple[int, str]:
     code = main([*argv, "--device", "cpu", "--output-dir", str(tmp_path)])
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(lines) == 1
-    return code, lines[0]
+    said = capsys.readouterr().err
+    assert said.count("error:") == 1
+    return code, said[said.index("error:") :]
 
 
 @pytest.mark.parametrize(
