@@ -19,7 +19,7 @@ from torch import Tensor
 from flashdreams.models.wan.transformer import WanTransformer, WanTransformerConfig
 from flashdreams.runtime.stats import sha256_of
 
-COLUMNS = ("case", "variant", "repeats", "p50_ms", "p95_ms", "ratio", "ratio_quartiles")
+COLUMNS = ("case", "variant", "repeats", "p50_ms", "p95_ms", "ratio")
 FIELDS = ("ratio", "ratio_quartiles", "tokens")
 DTYPES = ("float32", "bfloat16")
 CHUNKS = 6

@@ -139,9 +139,9 @@ def precisions(figures: Sequence[Figure]) -> str:
         shown |= by_device[device]
     for key, row in shown.items():
         cells = [f"`{key[0]}`", key[1]]
-        cells += [
-            _number(row.get(f"psnr_{name}_db"), ".2f", " dB") for name in ("truth", "float32")
-        ]
+        same = row["latent_error_max"] == 0
+        cells.append(_number(row.get("psnr_truth_db"), ".2f", " dB"))
+        cells.append(_number(None if same else row.get("psnr_float32_db"), ".2f", " dB"))
         cells.append(_number(row["latent_error_max"], ".1e"))
         cells += [_number(row[f"{name}_mib"], ".3g", " MiB") for name in ("weights", "kv_cache")]
         for found in by_device.values():

@@ -67,6 +67,24 @@ def test_a_saved_rollout_goes_on_with_the_same_bits_on_two_ranks(storage):
         assert not torch.equal(stayed, damaged)
 
 
+def run_strictly(world_size: int, storage: str) -> list[torch.Tensor]:
+    change = dict(transformer=dict(kv_cache_dtype=storage))
+    pipeline, _ = build_pipeline("plain", world_size, strict=True, diffusion_model=change)
+    cache, latents = begin(pipeline, "plain"), []
+    for index in range(4):
+        pipeline.generate(index, cache, control("plain", index))
+        pipeline.finalize(index, cache)
+        latents.append(cache.latent.clone())
+    return latents
+
+
+def test_a_cache_in_eight_bits_keeps_the_bits_of_a_strict_rollout():
+    alone, native = (run_ranks(run_strictly, 1, 1, x)[0] for x in ("int8", "native"))
+    for latents in run_ranks(run_strictly, 2, 2, "int8"):
+        assert all(torch.equal(x, y) for x, y in zip(latents, alone, strict=True))
+        assert not torch.equal(latents[-1], native[-1])
+
+
 def run_fp8(mesh: Mesh, precision: str, scale_late: bool = False) -> list[torch.Tensor]:
     model = build_model(sink_size_t=1)
     parallelize(model, model.parallel_plan(), mesh)
