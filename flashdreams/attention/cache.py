@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashdreams.attention.quantized import KVStorage, QuantizedTokens
 from flashdreams.attention.rope import apply_rope, time_rotation
+from flashdreams.runtime.transfer import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +206,7 @@ class CacheCursor:
         self._point_at(range(first, first + len_t), device)
 
     def _point_at(self, frame_slots: Sequence[int], device: torch.device) -> None:
-        tokens = token_slots(frame_slots, self.tokens_per_frame).to(device)
+        tokens = to_device(token_slots(frame_slots, self.tokens_per_frame), device)
         if self.slots is not None and self.slots.shape == tokens.shape:
             self.slots.copy_(tokens)
         else:
@@ -308,16 +309,21 @@ class KVCache:
         last = min(end, self.spec.sink_size_t) * self.spec.tokens_per_frame
         self.sink_k[:, first:last] = self.k[:, first:last]
 
-    def rotate_sink(self) -> None:
+    def rotate_sink(self, rotation: Tensor | None = None) -> None:
         """Move the sink so that it stands right before the window (cache-relative RoPE).
 
         Dot products see differences of positions alone, so shifting the sink forward by the
         number of evicted frames equals numbering the slots. Always from the stored keys.
+
+        Args:
+            rotation: by that number, ``[1, D/2, 2]`` on the device, where the caller has it for all
+                layers; None computes it.
         """
         if self.sink_k is None or self.cursor.evicted == 0:
             return
-        table = time_rotation(self.cursor.evicted, self.spec.head_dim).to(self.k.device)
-        self.k[:, : self.sink_tokens] = apply_rope(self.sink_k[:, :], table)
+        if rotation is None:
+            rotation = time_rotation(self.cursor.evicted, self.spec.head_dim).to(self.k.device)
+        self.k[:, : self.sink_tokens] = apply_rope(self.sink_k[:, :], rotation)
 
     def scatter(self, frame_slots: Sequence[int]) -> None:
         """Move frame ``i`` of those written anew to slot ``frame_slots[i]``; one copy, in place.

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from flashdreams.runtime.transfer import to_device
+
 
 def axis_frequencies(head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor, Tensor]:
     """Angular frequencies of the three axes, in radians per position.
@@ -39,8 +41,7 @@ class RotaryEmbedding3D(nn.Module):
 
     def __init__(self, head_dim: int, theta: float = 10000.0) -> None:
         super().__init__()
-        self.head_dim = head_dim
-        self.theta = theta
+        self.frequencies = axis_frequencies(head_dim, theta)
 
     def forward(self, frames: Tensor, height: int, width: int, device: torch.device) -> Tensor:
         """Rotations of all tokens of some latent frames, in (frame, row, column) order.
@@ -54,7 +55,7 @@ class RotaryEmbedding3D(nn.Module):
         Returns:
             ``[T * height * width, D/2, 2]`` float32: cosine and sine of every pair's angle.
         """
-        time, rows, columns = axis_frequencies(self.head_dim, self.theta)
+        time, rows, columns = self.frequencies
         shape = (len(frames), height, width, -1)
         positions = frames.to("cpu", torch.float64)
         row_positions = torch.arange(height, dtype=torch.float64)
@@ -67,7 +68,7 @@ class RotaryEmbedding3D(nn.Module):
             ],
             dim=-1,
         ).flatten(0, 2)
-        return torch.stack([angles.cos(), angles.sin()], dim=-1).float().to(device)
+        return to_device(torch.stack([angles.cos(), angles.sin()], dim=-1).float(), device)
 
 
 def time_rotation(delta: float, head_dim: int, theta: float = 10000.0) -> Tensor:

@@ -88,18 +88,6 @@ class NoiseSource:
         return f"NoiseSource(seed={self.seed})"
 
 
-def to_device(noise: Tensor, device: torch.device | str) -> Tensor:
-    """Bring noise to a device without making the host wait.
-
-    On CUDA the noise is copied to pinned memory and from there by the current stream, so a chunk's
-    noise can be sent while the chunk before it is computed. Elsewhere it is a plain move.
-    """
-    device = torch.device(device)
-    if device.type != "cuda" or noise.is_cuda:
-        return noise.to(device)
-    return noise.pin_memory().to(device, non_blocking=True)
-
-
 def _word(name: str, value: int) -> int:
     value = operator.index(value)
     if not 0 <= value < SEED_LIMIT:

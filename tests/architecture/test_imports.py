@@ -29,7 +29,7 @@ def test_the_example_packages_use_what_a_method_may_use() -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("flashdreams_kernels.adaln", "from flashdreams.runtime.noise import to_device"),
+        ("flashdreams_kernels.adaln", "from flashdreams.runtime.transfer import to_device"),
         ("flashdreams_kernels.adaln", "import flashdreams.infra.config"),
         ("flashdreams_kernels.adaln", "import triton"),
         ("flashdreams.runtime.noise", "from flashdreams.infra.pipeline import INIT_SEED"),

@@ -19,8 +19,9 @@ from flashdreams.infra.diffusion.transformer import (
     TransformerConfig,
 )
 from flashdreams.parallel.guidance import Guidance, SerialGuidance
-from flashdreams.runtime.noise import NoiseFunction, NoiseSource, to_device
+from flashdreams.runtime.noise import NoiseFunction, NoiseSource
 from flashdreams.runtime.streams import SideStream
+from flashdreams.runtime.transfer import to_device
 
 PredictFlow = Callable[[Tensor, Tensor, Any], Tensor]
 """(noisy latent, timestep, the transformer's cache) to the flow."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flashdreams.attention.cache import CacheCursor, KVCacheSpec
 from flashdreams.attention.choose import AUTO, AttentionShape
 from flashdreams.attention.quantized import KVStorage
-from flashdreams.attention.rope import RotaryEmbedding3D
+from flashdreams.attention.rope import RotaryEmbedding3D, time_rotation
 from flashdreams.infra.diffusion.transformer import (
     ContextChunk,
     PendingChunk,
@@ -41,6 +41,7 @@ from flashdreams.models.wan.state import Control, WanCache, graph_key
 from flashdreams.parallel.plan import ParallelPlan
 from flashdreams.runtime.compilation import why_no_compiler
 from flashdreams.runtime.cuda_graph import GraphedCallable, copy_in_place
+from flashdreams.runtime.transfer import to_device
 
 MAX_TIMESTEPS = 64
 """Timesteps whose modulations a streaming rollout keeps; schedules have fewer."""
@@ -391,16 +392,23 @@ class WanTransformer(Transformer):
         """Place the chunk in the cache, build its rotations and embed its control."""
         c = self.config
         cache.cursor.place(c.len_t, self.device)
-        if c.relative_rope:
-            for layer in cache.self_attention:
-                if layer is not None:
-                    layer.rotate_sink()
+        self._rotate_sinks(cache)
         self.prepare(cache, torch.arange(cache.cursor.start, cache.cursor.end), control)
         if c.fuse_clean_pass and cache.pair is None:
             # Graphs are found by where tensors lie: those of pairs must be there from the first on.
             cache.pair = pair_up(cache, cache)
             with cache.cursor.with_next(self.device):
                 pass
+
+    def _rotate_sinks(self, cache: WanCache) -> None:
+        """With cache-relative RoPE: let the sink of every layer stand right before the window."""
+        evicted = cache.cursor.evicted
+        if not self.config.relative_rope or evicted == 0:
+            return
+        rotation = to_device(time_rotation(evicted, self.config.head_dim), self.device)
+        for layer in cache.self_attention:
+            if layer is not None:
+                layer.rotate_sink(rotation)
 
     def context_frames(self, cache: WanCache) -> list[int]:
         """Positions of the clean latent frames in sink and window, oldest first."""
@@ -422,9 +430,8 @@ class WanTransformer(Transformer):
         with cursor.rewriting():
             for chunk in chunks:
                 start, end = chunk.frames[0], chunk.frames[-1] + 1
-                if self.config.relative_rope and start >= cursor.sink_size_t:
-                    for layer in layers:
-                        layer.rotate_sink()
+                if start >= cursor.sink_size_t:
+                    self._rotate_sinks(cache)
                 cursor.place_next(len(chunk.frames), self.device)
                 control = self.select_control(chunk.control, chunk.kept)
                 self.prepare(cache, torch.tensor(chunk.frames), control)
@@ -461,7 +468,7 @@ class WanTransformer(Transformer):
         table, condition = self.rope(frames, height, width, self.device), None
         if cache.condition is not None:
             last = cache.condition.shape[2] - 1
-            condition = cache.condition[:, :, frames.clamp(max=last).to(self.device)]
+            condition = cache.condition[:, :, to_device(frames.clamp(max=last), self.device)]
         return table, condition, self.embed_control(control)
 
     def _adopt(

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from flashdreams.runtime.noise import NoiseSource, to_device
+from flashdreams.runtime.noise import NoiseSource
 
 SHAPE = (2, 4, 3, 8, 8)
 
@@ -70,20 +70,6 @@ def test_numbers_out_of_range_are_refused(number: int) -> None:
         NoiseSource(0)(0, number, (1,))
     with pytest.raises(TypeError):
         NoiseSource(0.5)  # type: ignore[arg-type]
-
-
-def test_to_device_keeps_the_values() -> None:
-    noise = NoiseSource(1)(0, 0, (4, 4))
-    assert torch.equal(to_device(noise, "cpu"), noise)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_to_device_copies_by_the_stream() -> None:
-    noise = NoiseSource(1)(0, 0, (256, 256))
-    moved = to_device(noise, "cuda")
-    assert moved.is_cuda
-    assert torch.equal(moved.cpu(), noise)
 
 
 def test_noise_drawn_ahead_is_the_same_and_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
