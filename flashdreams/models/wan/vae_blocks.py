@@ -138,7 +138,7 @@ class AttentionBlock(nn.Module):
         tokens = qkv.flatten(2).transpose(1, 2).unsqueeze(1)
         q, k, v = (part.contiguous() for part in tokens.chunk(3, dim=-1))
         y = self.core(q, k, v).squeeze(1).transpose(1, 2).reshape(frames.shape)
-        return unfold_frames(self.proj(y) + frames, batch)
+        return unfold_frames(frames + self.proj(y), batch)
 
 
 class Upsample(nn.Module):
@@ -199,13 +199,17 @@ class Downsample(nn.Module):
 
 
 def fold_frames(x: Tensor) -> Tensor:
-    """``[B, C, T, H, W]`` to ``[B T, C, H, W]``; a view where the memory layout allows it."""
-    return x.transpose(1, 2).flatten(0, 1)
+    """``[B, C, T, H, W]`` to ``[B T, C, H, W]``; a view where the memory layout allows it.
+
+    The stride over a single frame has no meaning, but operators guess the memory layout from
+    strides: with the channels moved last for a while it becomes one that they recognise.
+    """
+    return x.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def unfold_frames(frames: Tensor, batch: int) -> Tensor:
-    """``[B T, C, H, W]`` to ``[B, C, T, H, W]``; always a view."""
-    return frames.unflatten(0, (batch, -1)).transpose(1, 2)
+    """``[B T, C, H, W]`` to ``[B, C, T, H, W]``; always a view, with strides as ``fold_frames``."""
+    return frames.permute(0, 2, 3, 1).unflatten(0, (batch, -1)).permute(0, 4, 1, 2, 3)
 
 
 def interleave_frames(x: Tensor) -> Tensor:
