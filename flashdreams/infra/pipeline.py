@@ -1,21 +1,20 @@
 """The pipeline: encoders, diffusion model and decoder, conducted through one rollout."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flashdreams.infra.checks import refuse_fusing, refuse_unknown
+from flashdreams.infra.checks import refuse_fusing
 from flashdreams.infra.component import (
     Component,
     build_component,
-    declared_context,
     load_component,
     select_context,
 )
+from flashdreams.infra.conditioning import encode_context, encode_text
 from flashdreams.infra.config import InstantiateConfig
 from flashdreams.infra.decoder.base import DecoderConfig, StreamingDecoder
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
@@ -24,17 +23,15 @@ from flashdreams.infra.rollout import StreamInferencePipelineCache
 from flashdreams.infra.state import RolloutState, import_rollout
 from flashdreams.infra.warm_up import WarmUp, stats, warm_up
 from flashdreams.infra.weights import fetch_weights, require_weights
-from flashdreams.parallel.environment import from_rank_zero, group_rank
+from flashdreams.parallel.environment import LOAD_TIMEOUT_S, group_rank
 from flashdreams.parallel.guidance import build_guidance
 from flashdreams.parallel.mesh import Mesh
 from flashdreams.parallel.parallelize import ParallelReport, parallelize
 from flashdreams.parallel.rollout import RolloutExchange
 from flashdreams.parallel.spatial import resolve_decode
+from flashdreams.parallel.watchdog import StageGuard, no_guard
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource
 from flashdreams.runtime.profiler import StageTimer
-
-OWN_CONTEXT = ("text", "negative_text", "image", "seed", "noise")
-"""Context that the pipeline itself understands."""
 
 INIT_SEED = 0
 """Seed of weights that no checkpoint gives, so that every rank draws the same ones."""
@@ -83,10 +80,6 @@ ChunkObserver = Callable[[StreamInferencePipelineCache, Tensor], None]
 """Called with the rollout's cache and the chunk, right after each ``generate``."""
 
 
-StageGuard = Callable[[str, int], AbstractContextManager[Any]]
-"""Watches over one ``generate`` or ``finalize``: (stage, AR index) to a context."""
-
-
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device of a name; ``"auto"`` is CUDA where there is one, else the CPU."""
     if device == "auto":
@@ -126,10 +119,10 @@ class StreamInferencePipeline(nn.Module):
         self.config = config
         self.target_device = resolve_device(device)
         self.observers: list[ChunkObserver] = []
-        self.guard: StageGuard = lambda stage, autoregressive_index: nullcontext()
+        self.guard: StageGuard = no_guard
         self._slices: dict[str, Mapping[str, Any]] = {}
         self._decodes_here = True
-        self._text_from_rank_zero = False
+        self.text_from_rank_zero = False
         self.warmed_up: WarmUp | None = None
         self._latent_width = config.diffusion_model.transformer.latent_width
         with torch.random.fork_rng(devices=[]):
@@ -171,8 +164,8 @@ class StreamInferencePipeline(nn.Module):
                 strategy that cannot serve ``fuse_clean_pass``.
         """
         refuse_fusing(self.config.diffusion_model.transformer.fuse_clean_pass, mesh)
-        self._text_from_rank_zero = mesh.degrees.world_size > 1
-        if self._text_from_rank_zero and group_rank() != 0:
+        self.text_from_rank_zero = mesh.degrees.world_size > 1
+        if self.text_from_rank_zero and group_rank() != 0:
             self.text_encoder = None
         reports = {
             name: parallelize(part, part.parallel_plan(), mesh)
@@ -200,7 +193,7 @@ class StreamInferencePipeline(nn.Module):
         for component in self.components().values():
             component.check_device(self.target_device)
         require_weights(self.config, encodes_text=self.text_encoder is not None)
-        fetch_weights(self.config, text_on_rank_zero=self._text_from_rank_zero)
+        fetch_weights(self.config, text_on_rank_zero=self.text_from_rank_zero)
         for name, component in self.components().items():
             load_component(component, self.target_device, self._slices.get(name))
         self.requires_grad_(False).eval()
@@ -266,20 +259,11 @@ class StreamInferencePipeline(nn.Module):
             TypeError: a keyword that no component declares, the message lists the known ones; or
                 an image that none of them takes.
         """
-        self._check_context(context, image)
-        batch_size = _batch_size(text, image)
-        shared = {**context, "batch_size": batch_size}
-        if image is not None:
-            shared |= self._encode_image(image)
-        if text is not None:
-            shared["text"] = self._encode_text(text)
-        negative = None
-        if self.config.diffusion_model.guidance_scale is not None:
-            prompts = [""] * batch_size if negative_text is None else negative_text
-            negative = self._encode_text(prompts)
-        if self.config.release_text_encoder:
-            self.text_encoder = None
-        return self.new_cache(shared, negative, noise or NoiseSource(seed))
+        with self.guard("initialize", None, LOAD_TIMEOUT_S):
+            encoded, negative = encode_context(self, text, negative_text, image, context)
+            if self.config.release_text_encoder:
+                self.text_encoder = None
+            return self.new_cache(encoded, negative, noise or NoiseSource(seed))
 
     def new_cache(
         self, context: dict[str, Any], negative_text: Any, noise: NoiseFunction
@@ -321,7 +305,8 @@ class StreamInferencePipeline(nn.Module):
             ValueError: a state of another format, pipeline, sink or window, or no ``noise`` for a
                 rollout that was begun with one.
         """
-        return import_rollout(self, state, noise)
+        with self.guard("import", None, LOAD_TIMEOUT_S):
+            return import_rollout(self, state, noise)
 
     @torch.no_grad()
     def generate(
@@ -397,14 +382,15 @@ class StreamInferencePipeline(nn.Module):
                 f"The rollout has {batch_size} prompts, the update {len(prompts)}: "
                 "give one for all, or one for each."
             )
-        encoded = self._encode_text(prompts)
-        cache.flush()
-        self.diffusion_model.update_prompt(
-            {"text": encoded},
-            cache.diffusion,
-            pending_index=cache.next_index - 1 if cache.pending else None,
-            reencode=reencode_window,
-        )
+        with self.guard("update_prompt", cache.next_index, LOAD_TIMEOUT_S):
+            encoded = encode_text(self, prompts)
+            cache.flush()
+            self.diffusion_model.update_prompt(
+                {"text": encoded},
+                cache.diffusion,
+                pending_index=cache.next_index - 1 if cache.pending else None,
+                reencode=reencode_window,
+            )
         cache.context["text"] = encoded
 
     @torch.no_grad()
@@ -451,50 +437,8 @@ class StreamInferencePipeline(nn.Module):
             return self.decoder(latent, autoregressive_index=index, cache=cache.decoder)
         return self.decoder(latent)
 
-    def _encode_image(self, image: Any) -> dict[str, Any]:
-        """What the image conditions, by context name; an encoder may give several tensors."""
-        encoded = self.image_encoder(image) if self.image_encoder else image
-        return dict(encoded) if isinstance(encoded, Mapping) else {"image": encoded}
-
-    def _encode_text(self, text: Sequence[str] | Tensor) -> Any:
-        if self.config.text_encoder is None or isinstance(text, Tensor):
-            return text
-        if isinstance(text, str):
-            raise ValueError(
-                f"text must be a list of prompts; got one string. Try text=[{text!r}]."
-            )
-        if not self._text_from_rank_zero:
-            return self._run_text_encoder(text)
-        # The other ranks have no text encoder: it may be larger than the transformer.
-        return from_rank_zero(lambda: self._run_text_encoder(text).cpu()).to(self.target_device)
-
-    def _run_text_encoder(self, text: Sequence[str]) -> Tensor:
-        if self.text_encoder is None:
-            raise ValueError(
-                "The text encoder was released after the first prompt. Give text as embeddings "
-                "[B, S, text_dim], or set release_text_encoder=False."
-            )
-        return self.text_encoder(list(text))
-
-    def _check_context(self, context: dict[str, Any], image: Any) -> None:
-        taken = set(self.diffusion_model.known_context())
-        for part in (self.encoder, self.decoder):
-            if part is not None and hasattr(part, "initialize_cache"):
-                taken |= declared_context(part.initialize_cache)
-        encoded = self.image_encoder is not None or isinstance(image, Mapping)
-        stamped = self.config.diffusion_model.first_latent_from_image
-        if image is not None and not (encoded or stamped or "image" in taken):
-            raise TypeError(f"{self.config.name} takes no image, so image must be None.")
-        refuse_unknown(context, (taken | set(OWN_CONTEXT)) - {"batch_size"}, self.config.name)
-
 
 def _new_state(part: Component | None, context: dict[str, Any]) -> Any:
     if not isinstance(part, StreamingEncoder | StreamingDecoder):
         return None
     return part.initialize_cache(**select_context(part.initialize_cache, context))
-
-
-def _batch_size(text: Any, image: Any) -> int:
-    if text is not None:
-        return len(text)
-    return len(image) if isinstance(image, Tensor) and image.ndim >= 4 else 1

@@ -9,6 +9,7 @@ from torch import Tensor
 from flashdreams.infra.checks import check_order
 from flashdreams.infra.diffusion.model import DiffusionCache
 from flashdreams.infra.state import RolloutState, export_rollout
+from flashdreams.parallel.environment import LOAD_TIMEOUT_S
 from flashdreams.runtime.profiler import StageTimer
 
 if TYPE_CHECKING:
@@ -109,4 +110,5 @@ class StreamInferencePipelineCache:
                 ``fuse_clean_pass`` the clean pass is made up instead.
         """
         self.require_live()
-        return export_rollout(self.pipeline, self)
+        with self.pipeline.guard("export", self.next_index, LOAD_TIMEOUT_S):
+            return export_rollout(self.pipeline, self)

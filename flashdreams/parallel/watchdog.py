@@ -6,9 +6,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from types import TracebackType
+from typing import Any, Protocol
 
 from flashdreams.parallel.environment import LOAD_TIMEOUT_S, Environment
 
@@ -38,6 +39,20 @@ class Heartbeat:
             "" if self.autoregressive_index is None else f" of AR step {self.autoregressive_index}"
         )
         return f"rank {self.rank}: {self.stage}{step}, for {now - self.since:.1f} s"
+
+
+class StageGuard(Protocol):
+    """Watches over one collective stage, such as a ``generate``."""
+
+    def __call__(
+        self, stage: str, autoregressive_index: int | None, limit_s: float | None = None, /
+    ) -> AbstractContextManager[Any]:
+        """The context of the stage; ``limit_s`` None: as long as a stage of an AR step may take."""
+
+
+def no_guard(*_: Any) -> AbstractContextManager[Any]:
+    """The guard of a pipeline that nobody watches."""
+    return nullcontext()
 
 
 class Watchdog:
@@ -102,7 +117,7 @@ class Watchdog:
     def stage(
         self, name: str, autoregressive_index: int | None = None, limit_s: float | None = None
     ) -> Iterator[None]:
-        """Watch a stage; between stages the clock stands still.
+        """Watch a stage; between stages the clock stands still, and within one another's runs.
 
         Args:
             name: for the report.
@@ -110,14 +125,15 @@ class Watchdog:
             limit_s: its deadline; None: the watchdog's own. Loading and warm-up want
                 ``LOAD_TIMEOUT_S``.
         """
-        rank = self.environment.rank
+        rank, outer = self.environment.rank, (self._beat, self._expires)
         self._beat = Heartbeat(rank, name, autoregressive_index, time.time())
         self._expires = time.monotonic() + (limit_s or self.deadline_s)
         try:
             yield
         finally:
-            self._expires = None
-            self._beat = Heartbeat(rank, f"after {name}", autoregressive_index, time.time())
+            beat, self._expires = outer
+            after = Heartbeat(rank, f"after {name}", autoregressive_index, time.time())
+            self._beat = after if self._expires is None else beat
 
     def report(self) -> str:
         """What every rank last reported, one line each, this one first."""
@@ -176,4 +192,13 @@ def _key(rank: int) -> str:
     return f"rank{rank}"
 
 
-__all__ = ["EXIT_CODE", "LOAD_TIMEOUT_S", "STEP_DEADLINE_S", "Heartbeat", "Watchdog", "end_process"]
+__all__ = [
+    "EXIT_CODE",
+    "LOAD_TIMEOUT_S",
+    "STEP_DEADLINE_S",
+    "Heartbeat",
+    "StageGuard",
+    "Watchdog",
+    "end_process",
+    "no_guard",
+]

@@ -50,6 +50,20 @@ def test_a_hang_is_reported_with_all_ranks(tmp_path):
     assert lines[2].startswith("  rank 1: decode of AR step 6, for 0.")
 
 
+@pytest.mark.parametrize("outer_limit_s", [0.6, 60.0])
+def test_a_stage_within_another_hands_the_watch_back(outer_limit_s):
+    """The outer deadline still counts after the inner stage, and not more than it did."""
+    reports = []
+    with Watchdog(ALONE, deadline_s=60.0, end=reports.append) as watchdog:
+        with watchdog.stage("update_prompt", 3, outer_limit_s):
+            with watchdog.stage("finalize", 2):
+                time.sleep(0.1)
+            time.sleep(1.0)
+        time.sleep(0.6)
+    assert len(reports) == (outer_limit_s < 1)
+    assert all("rank 0: update_prompt of AR step 3, for " in report for report in reports)
+
+
 def test_a_deadline_must_be_positive():
     with pytest.raises(ValueError, match="deadline_s=0"):
         Watchdog(ALONE, deadline_s=0)

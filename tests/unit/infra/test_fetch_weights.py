@@ -58,28 +58,32 @@ NO_DOWNLOADS = derive_config(
 )
 
 
-def missing_files(cut: bool) -> str:
-    """What a rank of two says before it loads."""
+def missing_files() -> list[str]:
+    """What a rank of two says before it loads a pipeline that is shared, and one of its own."""
     weights.find_local = lambda checkpoint: None
-    pipeline = NO_DOWNLOADS.setup(device="cpu", load=False)
-    if cut:
-        pipeline.parallelize(build_mesh(resolve_degrees(ParallelConfig(), 2, 2), "cpu"))
-    with pytest.raises(CheckpointError) as caught:
-        pipeline.load()
-    return str(caught.value)
+    weights.describe_missing = lambda checkpoint, flag: checkpoint.source
+    texts = []
+    for shared in (True, False):
+        pipeline = NO_DOWNLOADS.setup(device="cpu", load=False)
+        if shared:
+            pipeline.parallelize(build_mesh(resolve_degrees(ParallelConfig(), 2, 2), "cpu"))
+        with pytest.raises(CheckpointError) as caught:
+            pipeline.load()
+        texts.append(str(caught.value))
+    return texts
 
 
 def test_only_ranks_that_encode_prompts_ask_for_the_text_encoder():
-    first, second = run_ranks(missing_files, 2, True)
-    assert "needs 2 checkpoints" in first and "org/text" in first
-    assert "needs 1 checkpoint " in second and "org/text" not in second
-    each = run_ranks(missing_files, 2, False)  # two whole pipelines, side by side
-    assert all("org/text" in text for text in each)
+    first, second = run_ranks(missing_files, 2)
+    assert all("needs 2 checkpoints" in text and "org/text" in text for text in first)
+    assert "needs 1 checkpoint " in second[0] and "org/text" not in second[0]
+    assert "org/text" in second[1]
 
 
 @pytest.mark.parametrize(("rank", "count"), [("0", 2), ("1", 1)])
 def test_a_runner_asks_by_the_rank_that_torchrun_gave(rank, count, monkeypatch):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(weights, "find_local", lambda checkpoint: None)
+    monkeypatch.setattr(weights, "describe_missing", lambda checkpoint, flag: checkpoint.source)
     with pytest.raises(CheckpointError, match=f"needs {count} checkpoint"):
         weights.require_weights(NO_DOWNLOADS)

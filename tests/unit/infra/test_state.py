@@ -1,6 +1,7 @@
 """The canonical form of a rollout on one rank, through JSON and safetensors (same bits)."""
 
 import json
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -10,10 +11,13 @@ from torch import Tensor
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.state import StateCodec, known_classes
+from flashdreams.parallel.environment import LOAD_TIMEOUT_S, Environment
+from flashdreams.parallel.watchdog import Watchdog
 from flashdreams.runtime.noise import NoiseSource
 from tests.tiny import TEXT_DIM, tiny_pipeline
 
 CPU = torch.device("cpu")
+ALONE = Environment(0, 0, 1, CPU)
 
 
 def prompt(number):
@@ -171,3 +175,44 @@ def test_containers_and_dataclasses_come_back():
 def test_what_has_no_plain_form_is_named():
     with pytest.raises(TypeError, match=r"encoder/0: a set has no plain form"):
         StateCodec(CPU).encode([{1}], "encoder", lambda path, x: x)
+
+
+@pytest.mark.parametrize("limit_s", [0.3, LOAD_TIMEOUT_S])
+@pytest.mark.parametrize(
+    ("module", "work", "name"),
+    [
+        ("rollout", "export_rollout", "export of AR step 2"),
+        ("pipeline", "import_rollout", "import"),
+        ("pipeline", "encode_context", "initialize"),
+        ("pipeline", "encode_text", "update_prompt of AR step 2"),
+    ],
+)
+def test_moving_or_conditioning_a_rollout_has_a_long_deadline(
+    module, work, name, limit_s, monkeypatch
+):
+    """Longer than a step's, and it counts."""
+    pipeline = tiny_pipeline().setup(device="cpu")
+    cache = pipeline.initialize_cache(text=prompt(0))
+    advance(pipeline, cache, 0, 2)
+
+    def slow(*_: object) -> None:
+        time.sleep(0.7)
+        raise InterruptedError
+
+    monkeypatch.setattr(f"flashdreams.infra.{module}.{work}", slow)
+    monkeypatch.setattr(f"flashdreams.infra.{module}.LOAD_TIMEOUT_S", limit_s)
+    reports = []
+    calls = {
+        "export_rollout": cache.state_dict,
+        "import_rollout": lambda: pipeline.load_cache({}),
+        "encode_context": lambda: pipeline.initialize_cache(text=prompt(0)),
+        "encode_text": lambda: pipeline.update_prompt(cache, prompt(1)),
+    }
+    with (
+        Watchdog(ALONE, deadline_s=0.1, end=reports.append) as watchdog,
+        pytest.raises(InterruptedError),
+    ):
+        pipeline.guard = watchdog.stage
+        calls[work]()
+    assert len(reports) == (limit_s < 1)
+    assert all(f"rank 0: {name}, for 0." in report for report in reports)
