@@ -51,9 +51,9 @@ def bare_loop(subject: rollout.Subject, seed: int) -> Callable[[], Tensor]:
     state = subject.new_rollout(seed)
     cache = state.diffusion.conditional
     shape, source = network.latent_shape(1), NoiseSource(seed)
-    timesteps = list(scheduler.timesteps.to(network.device))
+    timesteps = [cache.modulations(float(timestep)) for timestep in scheduler.timesteps]
     sigmas, renoise = scheduler.sigmas.tolist(), scheduler.renoise_sigmas.tolist()
-    clean = torch.zeros((), dtype=scheduler.timesteps.dtype, device=network.device)
+    clean = cache.modulations(0.0)
     gives_x0 = network.config.prediction == "x0"
     layers = [layer for layer in cache.self_attention if layer is not None]
     index = 0
@@ -78,7 +78,7 @@ def bare_loop(subject: rollout.Subject, seed: int) -> Callable[[], Tensor]:
             chunk = decoder(x0, autoregressive_index=index, cache=state.decoder)
         else:
             chunk = x0 if decoder is None else decoder(x0)
-        network(x0, clean, cache)
+        network(x0, clean, cache, write_only=True)
         for layer in layers:
             layer.keep_sink()
         cache.cursor.advance()
