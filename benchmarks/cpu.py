@@ -7,7 +7,6 @@ what is looked at: other work on the machine counts, and slows two threads more 
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -82,15 +81,13 @@ def measure(case: str, size: Size, threads: list[int], repeats: int) -> list[dic
                 times[variant].append(1e3 * (time.perf_counter() - start))
     rows = []
     for variant in variants:
-        ratios = [a / b for a, b in zip(times[variant], times[variants[0]], strict=True)]
         rows.append(
             {
                 "case": case,
                 "variant": f"{variant[0]}, {variant[1]} thread{'s' * (variant[1] > 1)}",
                 **report.timing_fields(sorted(times[variant])),
                 "output_sha256": sha256_of(outputs[variant]),
-                "ratio": statistics.median(ratios),
-                "ratio_quartiles": [report.percentile(sorted(ratios), q) for q in (0.25, 0.75)],
+                **report.ratio_fields(times[variant], times[variants[0]]),
                 "tokens": size.tokens,
             }
         )

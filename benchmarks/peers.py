@@ -12,7 +12,6 @@ Two pairs, each in turns in one process, with one set of random weights that goe
 """
 
 import argparse
-import statistics
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -178,14 +177,7 @@ def measure(
                 f"{case}: the outputs differ by {difference:.1e} of their size, more than "
                 f"{difference_bound:.0e}, so this is not the same model."
             )
-    times: dict[str, list[float]] = {name: [] for name in pair}
-    for number in range(repeats):
-        for name in list(pair) if number % 2 else list(pair)[::-1]:
-            start = rollout.clock_s(device)
-            pair[name]()
-            times[name].append(1e3 * (rollout.clock_s(device) - start))
-    pairs = zip(times["diffusers"], times["flashdreams"], strict=True)
-    ratios = sorted(theirs / ours for theirs, ours in pairs)
+    times = rollout.time_in_turn(pair, device, repeats)
     return [
         {
             "case": case,
@@ -193,8 +185,7 @@ def measure(
             **report.timing_fields(sorted(times[name])),
             "output_sha256": sha256_of(outputs[name]),
             "gflop": gflop[name],
-            "ratio": statistics.median(ratios) if name == "diffusers" else 1.0,
-            "ratio_quartiles": [report.percentile(ratios, share) for share in (0.25, 0.75)],
+            **report.ratio_fields(times[name], times["flashdreams"]),
             "max_difference": difference,
             "difference_bound": difference_bound or "not comparable",
         }

@@ -11,7 +11,6 @@ emulated: their error is the true one, their time is not what a GPU would take.
 
 import argparse
 import os
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,7 +149,6 @@ def measure(
     rows = []
     for name, subject in subjects.items():
         error, network = latents[name] - exact, subject.pipeline.diffusion_model.transformer
-        ratios = [a / b for a, b in zip(times[name], times[EXACT], strict=True)]
         row = {
             "case": case,
             "variant": name,
@@ -161,7 +159,7 @@ def measure(
             "latent_error_rms": float(error.square().mean().sqrt() / exact.square().mean().sqrt()),
             "weights_mib": sum(t.nbytes for t in network.state_dict().values()) / 2**20,
             "kv_cache_mib": network.cache_nbytes(1) / 2**20,
-            "ratio": statistics.median(ratios),
+            **report.ratio_fields(times[name], times[EXACT]),
         }
         if frames:
             row["psnr_truth_db"] = float(psnr_db(frames[name], walks.truth).mean())

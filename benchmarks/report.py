@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -147,6 +148,23 @@ def timing_fields(ascending: Sequence[float]) -> dict[str, Any]:
         "p50_ms": percentile(ascending, 0.50),
         "p95_ms": percentile(ascending, 0.95),
         "p99_ms": percentile(ascending, 0.99),
+    }
+
+
+def ratio_fields(
+    times: Sequence[float], baseline: Sequence[float], scale: float = 1.0
+) -> dict[str, Any]:
+    """What a row says about its times beside those of another variant, pair by pair.
+
+    Args:
+        times: in the order of the calls.
+        baseline: of the calls made in turn with them.
+        scale: multiplies every ratio.
+    """
+    ratios = sorted(scale * a / b for a, b in zip(times, baseline, strict=True))
+    return {
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": [percentile(ratios, share) for share in (0.25, 0.75)],
     }
 
 

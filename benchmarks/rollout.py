@@ -211,6 +211,19 @@ def clock_s(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def time_in_turn(
+    calls: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int
+) -> dict[str, list[float]]:
+    """Milliseconds of every call; the variants take turns, so that all see the same machine."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(repeats):
+        for name in list(calls) if number % 2 else list(calls)[::-1]:
+            start = clock_s(device)
+            calls[name]()
+            times[name].append(1e3 * (clock_s(device) - start))
+    return times
+
+
 def _heads_first_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     batch, heads, queries, dim = q
     return int(2 * batch * heads * queries * k[2] * (dim + v[3]))

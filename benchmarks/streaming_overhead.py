@@ -1,94 +1,98 @@
 """Cost of a streaming AR step against bare ``diffusers`` blocks at the same size.
 
-Both sides run in one process, in turns, in float32 on the CPU. The streaming side is a whole AR
-step of `StreamInferencePipeline`: noise, embedding, four denoising passes and the clean pass over
-a full window. The other side calls ``WanTransformerBlock`` alone, as often, on the same tokens.
-The two do not do quite the same work: streaming embeds and unpatches, and projects the prompt once
-per rollout. So their floating point operations are counted, and what is compared is time per
+Both sides run in one process, in turns, in float32. The streaming side is a whole AR step of
+`StreamInferencePipeline`: noise, embedding, four denoising passes and the clean pass over a full
+window. The other side calls ``WanTransformerBlock`` alone, as often, on the same tokens. The two do
+not do quite the same work: streaming embeds and unpatches, and projects the prompt once per
+rollout. So their floating point operations are counted, and what is compared is time per
 operation::
 
     ratio = (streaming seconds / streaming FLOPs) / (bare seconds / bare FLOPs)
 
 A window of one chunk makes attention the same on both sides; a longer one lets streaming attend to
-more keys, at the rate of attention. Seconds are those of the processor, so that other work on the
-machine does not count.
+more keys, at the rate of attention. On a CPU the seconds are those of the processor, so that other
+work on the machine does not count.
 
-Type ``python benchmarks/streaming_overhead.py --help`` for the sizes.
+``python benchmarks/streaming_overhead.py --json out.json``
 """
 
 import argparse
-import json
-import platform
-import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
+import report
+import rollout
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.diffusion.scheduler.fm import FlowMatchSchedulerConfig
 from flashdreams.infra.pipeline import StreamInferencePipelineConfig
 from flashdreams.models.wan.transformer import WanTransformerConfig
+from flashdreams.runtime.stats import sha256_of
 
-PASSES = 5
+BAR = 1.05
+"""Largest ratio of time per operation, streaming to bare blocks."""
+COLUMNS = ("case", "variant", "p50_ms", "p95_ms", "p99_ms", "gflop", "ratio", "bar", "within_bar")
+FIELDS = ("gflop", "ratio", "ratio_quartiles", "bar", "within_bar")
+STREAMING, BARE = "streaming", "bare diffusers"
+LEN_T, PASSES = 3, 5
 
 
-def streaming_step(args: argparse.Namespace) -> Callable[[], object]:
+def streaming_step(options: argparse.Namespace, device: torch.device) -> Callable[[], Tensor]:
     """A function that runs one AR step over a full window."""
     transformer = WanTransformerConfig(
-        dim=args.dim,
-        ffn_dim=4 * args.dim,
-        num_heads=args.heads,
-        num_layers=args.layers,
+        dim=options.dim,
+        ffn_dim=4 * options.dim,
+        num_heads=options.heads,
+        num_layers=options.layers,
         freq_dim=64,
-        text_dim=args.dim,
-        text_len=args.text_len,
-        len_t=3,
-        latent_height=2 * args.rows,
-        latent_width=2 * args.columns,
-        window_size_t=args.window,
+        text_dim=options.dim,
+        text_len=options.text_len,
+        len_t=LEN_T,
+        latent_height=2 * options.rows,
+        latent_width=2 * options.columns,
+        window_size_t=options.window,
     )
     pipeline = StreamInferencePipelineConfig(
         name="overhead",
         diffusion_model=DiffusionModelConfig(
             transformer=transformer, scheduler=FlowMatchSchedulerConfig()
         ),
-    ).setup(device="cpu")
-    cache = pipeline.initialize_cache(text=torch.randn(1, args.text_len, args.dim))
+    ).setup(device=device)
+    text = torch.randn(1, options.text_len, options.dim).to(device)
+    cache = pipeline.initialize_cache(text=text)
 
-    def step() -> None:
+    def step() -> Tensor:
         index = cache.next_index
-        pipeline.generate(autoregressive_index=index, cache=cache)
+        chunk = pipeline.generate(autoregressive_index=index, cache=cache)
         pipeline.finalize(autoregressive_index=index, cache=cache)
+        return chunk
 
-    while cache.next_index * 3 < args.window:
+    while cache.next_index * LEN_T < options.window:
         step()
     return step
 
 
-def bare_step(args: argparse.Namespace) -> Callable[[], object]:
+def bare_step(options: argparse.Namespace, device: torch.device) -> Callable[[], Tensor]:
     """A function that runs as many passes of bare blocks over as many tokens."""
     from diffusers.models.transformers.transformer_wan import (
         WanRotaryPosEmbed,
         WanTransformerBlock,
     )
 
-    head_dim = args.dim // args.heads
     blocks = torch.nn.ModuleList(
-        WanTransformerBlock(args.dim, 4 * args.dim, args.heads, cross_attn_norm=True)
-        for _ in range(args.layers)
+        WanTransformerBlock(options.dim, 4 * options.dim, options.heads, cross_attn_norm=True)
+        for _ in range(options.layers)
     )
-    blocks.requires_grad_(False).eval()
-    tokens = torch.randn(1, 3 * args.rows * args.columns, args.dim)
-    text = torch.randn(1, args.text_len, args.dim)
-    time_embedding = torch.randn(1, 6, args.dim)
-    latent = torch.empty(1, 16, 3, 2 * args.rows, 2 * args.columns)
-    rope = WanRotaryPosEmbed(head_dim, (1, 2, 2), 1024)(latent)
+    blocks.requires_grad_(False).eval().to(device)
+    tokens = torch.randn(1, LEN_T * options.rows * options.columns, options.dim).to(device)
+    text = torch.randn(1, options.text_len, options.dim).to(device)
+    time_embedding = torch.randn(1, 6, options.dim).to(device)
+    latent = torch.empty(1, 16, LEN_T, 2 * options.rows, 2 * options.columns, device=device)
+    rope = WanRotaryPosEmbed(options.dim // options.heads, (1, 2, 2), 1024).to(device)(latent)
 
-    def step() -> torch.Tensor:
+    def step() -> Tensor:
         for _ in range(PASSES):
             x = tokens
             for block in blocks:
@@ -98,80 +102,58 @@ def bare_step(args: argparse.Namespace) -> Callable[[], object]:
     return step
 
 
-def attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
-    """Operations of attention over ``[B, N, L, D]``, which PyTorch does not count on a CPU."""
-    batch, heads, queries, dim = q
-    return 2 * batch * heads * queries * k[2] * (dim + v[3])
+def measure(
+    case: str, steps: dict[str, Callable[[], Tensor]], device: torch.device, repeats: int
+) -> list[dict[str, Any]]:
+    """One row per side, for the steps of :data:`STREAMING` and :data:`BARE`."""
+    outputs = {name: step() for name, step in steps.items()}
+    gflop = {name: rollout.count_flops(step) / 1e9 for name, step in steps.items()}
+    times = rollout.time_in_turn(steps, device, repeats)
+    ratios = {
+        name: report.ratio_fields(times[name], times[BARE], gflop[BARE] / gflop[name])
+        for name in steps
+    }
+    return [
+        {
+            "case": case,
+            "variant": name,
+            **report.timing_fields(sorted(times[name])),
+            "output_sha256": sha256_of(outputs[name]),
+            "gflop": gflop[name],
+            **ratios[name],
+            "bar": BAR,
+            "within_bar": ratios[STREAMING]["ratio"] <= BAR,
+        }
+        for name in steps
+    ]
 
 
-def count_flops(step: Callable[[], object]) -> int:
-    """Floating point operations of one call."""
-    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={operator: attention_flops}) as counter:
-        step()
-    return counter.get_total_flops()
-
-
-def measure(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Processor seconds of every call; the sides take turns, so both see the same machine."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            started = time.process_time()
-            step()
-            seconds[name].append(time.process_time() - started)
-    return seconds
-
-
-def main() -> None:
-    """Measure, print a line per side and the ratio, and write them as JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    report.add_arguments(parser)
     parser.add_argument("--dim", type=int, default=256, help="width of the tokens")
     parser.add_argument("--heads", type=int, default=4, help="attention heads")
     parser.add_argument("--layers", type=int, default=8, help="transformer blocks")
     parser.add_argument("--rows", type=int, default=8, help="token rows of a latent frame")
     parser.add_argument("--columns", type=int, default=12, help="token columns of a latent frame")
-    parser.add_argument("--window", type=int, default=3, help="latent frames of the window")
+    parser.add_argument("--window", type=int, default=LEN_T, help="latent frames of the window")
     parser.add_argument("--text-len", type=int, default=64, help="text tokens")
-    parser.add_argument("--repeats", type=int, default=20, help="timed AR steps per side")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--json", type=Path, help="file to write the result to")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    device, repeats = report.resolve_device(options.device), options.repeats or 40
+    sizes = ("dim", "heads", "layers", "rows", "columns", "window", "text_len")
+    config = {name: getattr(options, name) for name in sizes} | {"repeats": repeats}
+    case = f"AR step, {options.layers} blocks of width {options.dim}"
     torch.manual_seed(0)
     with torch.no_grad():
-        steps = {"streaming": streaming_step(args), "bare diffusers": bare_step(args)}
-        flops = {name: count_flops(step) for name, step in steps.items()}
-        measure(steps, 2)
-        seconds = measure(steps, args.repeats)
-    for name in steps:
-        typical = statistics.median(seconds[name])
-        print(
-            f"{name:15} median {typical * 1e3:8.2f} ms  min {min(seconds[name]) * 1e3:8.2f} ms  "
-            f"{flops[name] / 1e9:7.3f} GFLOP  {flops[name] / typical / 1e9:6.1f} GFLOP/s"
-        )
-    work = flops["streaming"] / flops["bare diffusers"]
-    pairs = zip(seconds["streaming"], seconds["bare diffusers"], strict=True)
-    ratios = sorted(ours / theirs / work for ours, theirs in pairs)
-    ratio = statistics.median(ratios)
-    quarter = len(ratios) // 4
-    fastest = min(seconds["streaming"]) / min(seconds["bare diffusers"]) / work
-    print(
-        f"time per operation, streaming / bare: median of {len(ratios)} pairs {ratio:.3f} "
-        f"(quartiles {ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f}), fastest {fastest:.3f}"
+        steps = {STREAMING: streaming_step(options, device), BARE: bare_step(options, device)}
+        rows = measure(case, steps, device, repeats)
+    found = report.new_report(
+        "streaming_overhead", device, config, rows, options.git_commit, FIELDS
     )
-    if args.json:
-        result = {
-            "command": sys.argv,
-            "machine": platform.platform(),
-            "torch": torch.__version__,
-            "sizes": {k: v for k, v in vars(args).items() if k != "json"},
-            "flops": flops,
-            "seconds": seconds,
-            "ratio": ratio,
-            "ratio_of_fastest": fastest,
-        }
-        args.json.write_text(json.dumps(result, indent=1))
+    report.finish(found, options, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -178,20 +178,49 @@ def test_attention(script, tmp_path):
     assert {"sdpa", "sdpa_math"} <= {row["variant"] for row in read_report(path)["rows"]}
 
 
+def decode(script, path: Path) -> list[dict]:
+    sizes = ["--dim", "8", "--taehv-width", "8", "--latent-height", "4", "--latent-width", "4"]
+    script("decode").main([*sizes, "--repeats", "2", "--json", str(path), *COMMIT])
+    return read_report(path)["rows"]
+
+
 def test_decode(script, tmp_path):
     path = tmp_path / "decode.json"
-    sizes = ["--dim", "8", "--taehv-width", "8", "--latent-height", "4", "--latent-width", "4"]
-    script("decode").main([*sizes, "--chunks", "1", "--device", "cpu", "--json", str(path)])
-    assert len(json.loads(path.read_text())["records"]) == 4
+    rows = decode(script, path)
+    assert [row["case"] for row in rows] == ["Wan autoencoder"] * 2 + ["TAEHV"] * 2
+    for framewise, at_once in (rows[:2], rows[2:]):
+        assert framewise["ratio"] == 1 and framewise["max_difference"] == 0
+        assert at_once["max_difference"] < 1e-5, "float32 frames in [-1, 1]"
+        assert at_once["fps"] == pytest.approx(12e3 / at_once["p50_ms"])
+        assert at_once["state_bytes"] == framewise["state_bytes"] > 0
+
+
+def test_decode_tells_decoders_of_other_weights_apart(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: torch.default_generator)
+    rows = decode(script, tmp_path / "decode.json")
+    assert all(row["max_difference"] > 1e-3 for row in rows[1::2])
+
+
+def test_streaming_overhead(script, tmp_path):
+    path = tmp_path / "streaming.json"
+    sizes = ["--dim", "32", "--heads", "2", "--layers", "1", "--repeats", "4"]
+    script("streaming_overhead").main([*sizes, "--json", str(path), *COMMIT])
+    streaming, bare = read_report(path)["rows"]
+    assert streaming["variant"] == "streaming" and bare["ratio"] == 1
+    assert streaming["bar"] == 1.05 and streaming["within_bar"] == (streaming["ratio"] <= 1.05)
+    assert 0.5 < streaming["gflop"] / bare["gflop"] < 2, "attention is counted on both sides"
+
+
+def test_ratios_are_of_pairs_and_per_operation(script):
+    ratio_fields = script("report").ratio_fields
+    assert ratio_fields([2, 4, 9], [1, 2, 3]) == {"ratio": 2, "ratio_quartiles": [2, 3]}
+    assert ratio_fields([2, 4, 9], [1, 2, 3], scale=0.5)["ratio"] == 1
+    with pytest.raises(ValueError, match="zip"):
+        ratio_fields([2, 4], [1])
 
 
 @pytest.mark.parametrize(
-    "words",
-    [
-        ["streaming_overhead.py", "--dim", "32", "--heads", "2", "--layers", "1", "--repeats", "4"],
-        ["scaling.py", "--model", "tiny"],
-        ["collectives.py", "--table"],
-    ],
+    "words", [["scaling.py", "--model", "tiny"], ["collectives.py", "--table"]]
 )
 def test_scripts_that_read_the_command_line(script, monkeypatch, words, capsys):
     name = words[0].removesuffix(".py")
