@@ -304,10 +304,14 @@ class StateCodec:
     def _restore_items(self, items: list[Any], path: str, take: Take, into: Any) -> list[Any]:
         same = isinstance(into, list | tuple) and len(into) == len(items)
         places = into if same else [None] * len(items)
-        return [
+        restored = [
             self.restore(x, _join(path, str(i)), take, place)
             for i, (x, place) in enumerate(zip(items, places, strict=True))
         ]
+        if not (same and isinstance(into, list)):
+            return restored
+        into[:] = restored  # others may refer to this very list
+        return into
 
     def _restore_tensor(self, value: Any, path: str, take: Take, into: Any) -> Tensor:
         x = take(path, tuple(value["shape"]), getattr(torch, value["dtype"]))

@@ -282,12 +282,12 @@ def test_a_released_rollout_is_refused(pooled):
             use()
 
 
-@pytest.mark.parametrize("steps", [2, 5])
-def test_prompt_updates_and_imports_keep_storage_in_place(steps):
+@pytest.mark.parametrize(("steps", "fused"), [(2, False), (5, False), (5, True)])
+def test_prompt_updates_and_imports_keep_storage_in_place(steps, fused):
     """Also in mid-chunk, and when the window holds a part of a chunk."""
     graphed, eager = (
-        graphed_pipeline(max_rollouts=2),
-        tiny_pipeline(num_layers=1).setup(device="cpu"),
+        graphed_pipeline(max_rollouts=2, fuse_clean_pass=fused),
+        tiny_pipeline(num_layers=1, fuse_clean_pass=fused).setup(device="cpu"),
     )
     other = torch.randn(1, 3, TEXT_DIM, generator=torch.Generator().manual_seed(9))
     found = []
