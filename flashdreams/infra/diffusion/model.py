@@ -96,8 +96,8 @@ class DiffusionCache:
     """``[B, C, T, H, W]`` float32, the last clean chunk."""
     control: Any = None
     """The control input of the last chunk."""
-    pending: bool = False
-    """The last chunk's clean pass is yet to come."""
+    waiting: list[Any] = field(default_factory=list, repr=False)
+    """Those of the transformer caches that the last chunk's clean pass is yet to come for."""
     history: list[CleanChunk] = field(default_factory=list)
     """What the sink and the window were made from, oldest first; no more than they hold."""
     give_back: Callable[[], Any] | None = field(default=None, repr=False)
@@ -111,10 +111,19 @@ class DiffusionCache:
         """The transformer caches that are in use."""
         return [c for c in (self.conditional, self.unconditional) if c is not None]
 
+    @property
+    def pending(self) -> bool:
+        """The last chunk's clean pass is yet to come, at least for one half."""
+        return bool(self.waiting)
+
+    def waits(self, branch: Any) -> bool:
+        """Whether the last chunk's clean pass is yet to come for this half."""
+        return any(branch is other for other in self.waiting)
+
     def release(self) -> None:
         """End the rollout; its storage is free for another one."""
         self.conditional = self.unconditional = self.control = None
-        self.history = []
+        self.history, self.waiting = [], []
         self.released = True
         if self.give_back is not None:
             self.give_back()
@@ -241,7 +250,7 @@ class DiffusionModel(nn.Module):
         for index in range(transformer.warm_up_steps):
             predict = self._begin_step(index, cache, control)
             cache.latent, cache.control = self._flow(cache, predict)(latent, timestep), control
-            cache.pending = fused
+            cache.waiting = cache.branches
             if not fused:
                 self.finalize(index, cache)
         return transformer.warm_up_steps
@@ -266,19 +275,20 @@ class DiffusionModel(nn.Module):
         else:
             noise = self._noise_of_step(autoregressive_index, cache)
             latent = self.scheduler.sample(self._flow(cache, predict), noise)
-        cache.latent, cache.control, cache.pending = latent, control, True
+        cache.latent, cache.control, cache.waiting = latent, control, cache.branches
         self.side.mark()
         return latent
 
     def _begin_step(self, index: int, cache: DiffusionCache, control: Any) -> PredictFlow:
         """Begin AR step ``index``; what predicts flows in it.
 
-        That is ``predict_flow``; after a step whose clean pass is pending, each half's first call
-        makes that up.
+        That is ``predict_flow``; after a step whose clean pass is pending, the first call of each
+        half that waits for it makes it up.
         """
-        if not cache.pending:
-            for branch in cache.branches:
+        for branch in cache.branches:
+            if not cache.waits(branch):
                 self.transformer.begin_step(index, branch, control)
+        if not cache.pending:
             return self.transformer.predict_flow
         chunk = self._last_chunk(index - 1, cache)
         before = PendingChunk(
@@ -286,15 +296,12 @@ class DiffusionModel(nn.Module):
             latent=self._context_latent(chunk, cache),
             timestep=self._context_timestep(),
         )
-        waiting = list(cache.branches)
 
         def predict(latent: Tensor, timestep: Tensor, branch: Any) -> Tensor:
-            if not any(branch is other for other in waiting):
+            if not cache.waits(branch):
                 return self.transformer.predict_flow(latent, timestep, branch)
             flow = self.transformer.predict_first_flow(latent, timestep, branch, before, control)
-            waiting[:] = [other for other in waiting if other is not branch]
-            if not waiting:
-                self._remember(chunk, cache)
+            self._remember(chunk, branch, cache)
             return flow
 
         return predict
@@ -303,9 +310,9 @@ class DiffusionModel(nn.Module):
         """The clean pass over the chunk that ``generate`` left in ``cache.latent``."""
         chunk = self._last_chunk(autoregressive_index, cache)
         timestep = self._context_timestep()
-        for branch in cache.branches:
+        for branch in cache.waiting:
             self.transformer.update_cache(self._context_latent(chunk, cache), timestep, branch)
-        self._remember(chunk, cache)
+            self._remember(chunk, branch, cache)
         self.draw_ahead(autoregressive_index + 1, cache)
 
     def draw_ahead(self, autoregressive_index: int, cache: DiffusionCache) -> None:
@@ -320,9 +327,11 @@ class DiffusionModel(nn.Module):
             raise ValueError("There is no chunk to finalize; call generate first.")
         return CleanChunk(autoregressive_index, cache.latent, cache.control)
 
-    def _remember(self, chunk: CleanChunk, cache: DiffusionCache) -> None:
-        """Note that a chunk is part of the context, and forget those that no longer are."""
-        cache.pending = False
+    def _remember(self, chunk: CleanChunk, branch: Any, cache: DiffusionCache) -> None:
+        """Note that a chunk is part of a half's context, and forget those that no longer are."""
+        cache.waiting = [other for other in cache.waiting if other is not branch]
+        if cache.waiting:
+            return
         held = set(self._held_frames(cache))
         chunks = [*cache.history, chunk]
         cache.history = [c for c in chunks if not held.isdisjoint(self._frames_of(c))]

@@ -264,6 +264,27 @@ def test_a_step_that_failed_can_be_repeated():
     assert max(errors(latents, roll(plain, begin(plain), 8))) <= TOLERANCE
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_failed_between_the_halves_can_be_repeated(fused, monkeypatch):
+    """One half has made up the clean pass, the other one has not."""
+    pipeline, plain = build(fused, guided=True), build(False, guided=True)
+    cache = begin(pipeline)
+    latents = roll(pipeline, cache, 4)
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        transformer = pipeline.diffusion_model.transformer
+        first = transformer.predict_first_flow if fused else transformer.predict_flow
+        calls = iter([first, fail])
+        patch.setattr(transformer, first.__name__, lambda *arguments: next(calls)(*arguments))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            step(pipeline, cache)
+    latents += roll(pipeline, cache, 4)
+    assert max(errors(latents, roll(plain, begin(plain), 8))) <= TOLERANCE
+
+
 def test_steps_out_of_order_are_refused():
     pipeline = build(True)
     cache = begin(pipeline)
