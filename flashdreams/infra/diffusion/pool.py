@@ -26,7 +26,7 @@ class StoragePool:
         """
         self.size = len(storages)
         self._free = list(storages)
-        self._told = False
+        self._told: set[str] = set()
 
     def lease(self, begin: Callable[[Storage], bool]) -> Storage | None:
         """Begin a rollout in a free storage.
@@ -59,6 +59,6 @@ class StoragePool:
         self._free.append(storage)
 
     def _tell(self, reason: str) -> None:
-        if not self._told:
+        if reason not in self._told:
             logger.warning("A rollout runs without CUDA graphs: %s. Said once.", reason)
-        self._told = True
+        self._told.add(reason)
