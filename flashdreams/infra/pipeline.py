@@ -121,7 +121,7 @@ class StreamInferencePipeline(nn.Module):
         self.observers: list[ChunkObserver] = []
         self.guard: StageGuard = no_guard
         self._slices: dict[str, Mapping[str, Any]] = {}
-        self._decodes_here = True
+        self.decodes_here = True
         self.text_from_rank_zero = False
         self.warmed_up: WarmUp | None = None
         self._latent_width = config.diffusion_model.transformer.latent_width
@@ -175,7 +175,7 @@ class StreamInferencePipeline(nn.Module):
         self.diffusion_model.guidance = build_guidance(mesh)
         plan = self.decoder.parallel_plan() if self.decoder is not None else None
         decode = resolve_decode(mesh, plan, self._latent_width)
-        self._decodes_here = decode != "rank0" or mesh.decode.rank == 0
+        self.decodes_here = decode != "rank0" or mesh.decode.rank == 0
         # Exchanges of two groups at once may wait for each other for ever.
         self.diffusion_model.may_overlap &= decode != "split"
         layout = reports["decoder"].width_layout if "decoder" in reports else None
@@ -429,7 +429,7 @@ class StreamInferencePipeline(nn.Module):
     def _decode(
         self, latent: Tensor, index: int, cache: StreamInferencePipelineCache
     ) -> Tensor | None:
-        if not self._decodes_here:
+        if not self.decodes_here:
             return None
         if self.decoder is None:
             return latent

@@ -65,7 +65,7 @@ def warm_up(pipeline: "StreamInferencePipeline") -> WarmUp:
     sent, compiled = meter.snapshot(), compiled_so_far()
     attention = choose_attention(model.transformer, pipeline.exchange.mesh, pipeline.target_device)
     steps = model.warm_up(pipeline.config.max_rollouts)
-    if steps:
+    if steps and pipeline.decodes_here:
         _decode_zeros(pipeline)
     if pipeline.target_device.type == "cuda":
         torch.cuda.synchronize(pipeline.target_device)

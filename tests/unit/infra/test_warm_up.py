@@ -221,6 +221,28 @@ def test_a_rollout_beyond_the_pool_is_eager_and_says_so_once(caplog):
     assert (counts["replays"], counts["eager_calls"]) == (15, 30)
 
 
+def test_each_reason_for_a_rollout_without_graphs_is_told(caplog):
+    pipeline = graphed_pipeline()
+    text = torch.zeros(2, 4, TEXT_DIM)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            pipeline.initialize_cache(text=text)
+        held = [begin(pipeline, seed) for seed in (1, 2, 3)]
+    told = [record.message for record in caplog.records]
+    assert len(held) == 3 and len(told) == 2
+    assert "another shape" in told[0] and "max_rollouts=1" in told[1]
+
+
+@pytest.mark.parametrize("decodes_here", [True, False])
+def test_a_rank_that_leaves_decoding_to_another_decodes_no_zeros(decodes_here):
+    pipeline = graphed_pipeline(warm=False)
+    pipeline.decodes_here = decodes_here
+    calls = []
+    pipeline.decoder.register_forward_hook(lambda *_: calls.append(1))
+    pipeline.warm_up()
+    assert len(calls) == 2 * decodes_here
+
+
 def test_a_batch_of_two_is_eager():
     pipeline = graphed_pipeline()
     text = torch.randn(2, 4, TEXT_DIM, generator=torch.Generator().manual_seed(1))
