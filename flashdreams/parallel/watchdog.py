@@ -117,7 +117,7 @@ class Watchdog:
     def stage(
         self, name: str, autoregressive_index: int | None = None, limit_s: float | None = None
     ) -> Iterator[None]:
-        """Watch a stage; between stages the clock stands still, and within one another's runs.
+        """Watch a stage. Between stages no clock runs; a stage inside another has its own limit.
 
         Args:
             name: for the report.
