@@ -1,6 +1,7 @@
 """Calls replayed as CUDA graphs."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -58,30 +59,51 @@ class CudaCapture:
         self.device = device
         self.warmup_runs = warmup_runs
         self._pool: Any = None
+        self._stream: Any = None
 
     def capture(self, function: Callable[[], Tensor]) -> Captured:
         """Run ``function`` on a side stream until nothing is built any more, then record it.
+
+        It is one stream for all recordings: blocks of a pool belong to the stream that took them,
+        so on another one a recording could use nothing that those before it have freed.
 
         Errors in other threads do not break the recording, but no other thread may issue work that
         the recorded stream waits for.
         """
         with torch.cuda.device(self.device):
-            stream = torch.cuda.Stream()
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()
+            stream = self._stream
             stream.wait_stream(torch.cuda.current_stream())
+            # Also around the recording: one that fails does not put the caller's stream back.
             with torch.cuda.stream(stream):
                 for _ in range(self.warmup_runs):
                     function()
+                graph = torch.cuda.CUDAGraph()
+                pool = self._pool or torch.cuda.graph_pool_handle()
+                # A recording that fails may keep its pool for ever: the next one begins a new one.
+                self._pool = None
+                try:
+                    with torch.cuda.graph(
+                        graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+                    ):
+                        output = function()
+                except BaseException:
+                    self._stop_allocating(pool)
+                    raise
+                self._pool = pool
             torch.cuda.current_stream().wait_stream(stream)
-            pool = self._pool or torch.cuda.graph_pool_handle()
-            # A recording that fails may keep its pool for ever: the next one then begins a new one.
-            self._pool = None
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(
-                graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-            ):
-                output = function()
-            self._pool = pool
         return Captured(graph.replay, output)
+
+    @staticmethod
+    def _stop_allocating(pool: Any) -> None:
+        """Take back what a failed recording leaves behind in PyTorch's allocator.
+
+        It would believe for ever that a recording is under way, and refuse the next one. Releases
+        that clean up by themselves say that there is nothing to stop.
+        """
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 
     def wait(self) -> None:
         """Wait for the current stream."""
@@ -198,8 +220,11 @@ class GraphedCallable:
     def drop(self) -> None:
         """Free graphs and buffers; do this before the process group ends.
 
-        The seal stays; calls on states that were named there are eager from then on.
+        The seal stays; calls on states that were named there are eager from then on. Waits for the
+        replays that are under way.
         """
+        if self._backend is not None and self._graphs:
+            self._backend.wait()
         self._graphs.clear()
         self._inputs.clear()
         self._signature = None
