@@ -234,9 +234,9 @@ def _time_in_turns(
             if device.type == "cuda":
                 begin = torch.cuda.Event(enable_timing=True)
                 end = torch.cuda.Event(enable_timing=True)
-                begin.record()
+                begin.record(torch.cuda.current_stream(device))
                 call()
-                end.record()
+                end.record(torch.cuda.current_stream(device))
                 end.synchronize()
                 times[name].append(begin.elapsed_time(end))
             else:

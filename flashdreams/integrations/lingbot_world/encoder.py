@@ -16,6 +16,7 @@ from flashdreams.infra.encoder.base import (
 )
 from flashdreams.models.wan.image import MASK_CHANNELS
 from flashdreams.models.wan.vae import WanVAEImageEncoder, WanVAEImageEncoderConfig
+from flashdreams.runtime.transfer import to_device
 
 from .camera import (
     SPATIAL_FACTOR,
@@ -225,11 +226,15 @@ class CameraEncoder(StreamingEncoder):
 
     def _tokens(self, chunk: CameraPath, cache: CameraCache) -> Tensor:
         height, width = cache.height, cache.width
-        intrinsics = scale_intrinsics(chunk.intrinsics, height, width).to(cache.device)
-        poses = chunk.poses.to(cache.device)
+        intrinsics = to_device(scale_intrinsics(chunk.intrinsics, height, width), cache.device)
+        poses = to_device(chunk.poses, cache.device)
         pixels = camera_rays(poses, intrinsics, height, width, with_origins=chunk.keys is None)
         if chunk.keys is not None:
-            keys = chunk.keys.to(pixels)[:, :, None, None].expand(-1, -1, height, width)
+            keys = (
+                to_device(chunk.keys, cache.device)
+                .to(pixels.dtype)[:, :, None, None]
+                .expand(-1, -1, height, width)
+            )
             pixels = torch.cat([pixels, keys], dim=1)
         return to_tokens(pixels, self.config.patch_size)
 

@@ -16,6 +16,7 @@ from flashdreams.models.wan.transformer import (
     WanTransformerConfig,
 )
 from flashdreams.parallel.plan import ParallelPlan
+from flashdreams.runtime.transfer import to_device
 
 from .camera import SPATIAL_FACTOR
 
@@ -80,7 +81,7 @@ class CameraTokens(nn.Module):
 
     def forward(self, tokens: Tensor, like: Tensor) -> Tensor:
         """Cast ``[B or 1, L, camera_dim]``."""
-        return tokens.to(like)
+        return to_device(tokens, like.device).to(like.dtype)
 
 
 class LingBotTransformer(WanTransformer):

@@ -502,7 +502,7 @@ class WanTransformer(Transformer):
             )
         if control is None:
             return Control(None, none_per_block)
-        tokens = self.control_embedding(control.to(self.device, self.dtype))
+        tokens = self.control_embedding(to_device(control, self.device).to(self.dtype))
         return Control(tokens, none_per_block)
 
     def forward(
@@ -625,7 +625,7 @@ class WanTransformer(Transformer):
     def _as_flow(self, output: Tensor, latent: Tensor, timestep: Tensor) -> Tensor:
         if self.config.prediction == "flow":
             return output
-        sigma = timestep.to(latent.device, torch.float32) / 1000
+        sigma = to_device(timestep, latent.device).float() / 1000
         return (latent.float() - output) / sigma
 
     def predict_first_flow(

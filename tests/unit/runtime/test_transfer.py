@@ -21,3 +21,5 @@ def test_to_device_copies_by_the_stream() -> None:
     moved = to_device(values, "cuda")
     assert moved.is_cuda
     assert torch.equal(moved.cpu(), values)
+    wide = values[:1].expand(4, -1)
+    assert torch.equal(to_device(wide, "cuda").cpu(), wide)
