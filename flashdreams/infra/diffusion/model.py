@@ -252,7 +252,10 @@ class DiffusionModel(nn.Module):
             cache.latent, cache.control = self._flow(cache, predict)(latent, timestep), control
             cache.waiting = cache.branches
             if not fused:
-                self.finalize(index, cache)
+                self.side.mark()
+                with self.side.work(cache):  # the stream has handles and memory of its own
+                    self.finalize(index, cache)
+                self.side.join()
         return transformer.warm_up_steps
 
     def generate(self, autoregressive_index: int, cache: DiffusionCache, control: Any) -> Tensor:
