@@ -38,8 +38,8 @@ class TransformerConfig(ComponentConfig):
     """Latent columns W."""
 
     use_cuda_graph: bool = False
-    """Replay the network call as a CUDA graph, captured when it is first needed. On a CPU the call
-    is always eager."""
+    """Replay the network call as CUDA graphs, all captured at warm-up. On a CPU the call is always
+    eager."""
 
     attention_backend: str = "auto"
     """Backend of the attention cores, by name. "auto" measures the candidates on a GPU at warm-up,
