@@ -1,5 +1,6 @@
 """A video file that grows while its frames are made."""
 
+import atexit
 import contextlib
 import queue
 import threading
@@ -39,7 +40,8 @@ class VideoWriter:
     caller. What goes wrong there is raised, as OSError, by the next :meth:`write` or by
     :meth:`close`.
 
-    As a context manager it closes at the end, and aborts if the body raises. Width or height that
+    As a context manager it closes at the end, and aborts if the body raises. A program that ends
+    without either is taken to have failed: its video is aborted. Width or height that
     is odd after enlargement gets its last column or row twice: the 4:2:0 format needs even sizes.
 
     Frames go to imageio-ffmpeg's binary through mediapy's writer, which passes further ffmpeg
@@ -89,10 +91,11 @@ class VideoWriter:
         _import_mediapy()
         self._reserve()
         self._queue: queue.Queue[_Frames | None] = queue.Queue(max_pending_chunks)
-        # A daemon: an interpreter that ends without close() must not wait for it. ffmpeg then
-        # sees its input end and completes the partial file.
+        # A daemon, for an interpreter that ends would wait for any other thread before it asks
+        # for abort(). It has to: a thread that is cut off inside PyTorch aborts the process.
         self._thread = threading.Thread(target=self._encode, name="video", daemon=True)
         self._thread.start()
+        atexit.register(self.abort)
 
     def write(self, chunk: Tensor) -> None:
         """Append the frames of one chunk.
@@ -178,6 +181,7 @@ class VideoWriter:
 
     def _finish(self) -> None:
         self._closed = True
+        atexit.unregister(self.abort)
         self._queue.put(None)
         self._thread.join()
         if self.partial_path.is_file() and self.partial_path.stat().st_size == 0:

@@ -309,6 +309,31 @@ def test_a_limit_on_file_size_is_reported(tmp_path: Path) -> None:
     assert len(read(path.with_name("clip.partial.mp4"))) > 0
 
 
+FORGETFUL_CHILD = """
+import sys, time, torch
+from flashdreams.runtime.video import VideoWriter
+writer = VideoWriter(sys.argv[1], fps=24, max_pending_chunks=100)
+original = VideoWriter._new_encoder
+def slowly(self, shape):
+    time.sleep(0.2)
+    return original(self, shape)
+VideoWriter._new_encoder = slowly
+for _ in range(100):
+    writer.write(torch.zeros(1, 3, 64, 64))
+"""
+
+
+@pytest.mark.slow
+def test_a_program_that_ends_without_closing_keeps_its_frames(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    child = subprocess.run(
+        [sys.executable, "-c", FORGETFUL_CHILD, str(path)], capture_output=True, text=True
+    )
+    assert (child.returncode, child.stderr) == (0, "")
+    assert not path.exists()
+    assert len(read(path.with_name("clip.partial.mp4"))) == 100
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_chunks_are_copied_before_they_are_overwritten(tmp_path: Path) -> None:
