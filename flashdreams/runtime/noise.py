@@ -31,6 +31,10 @@ class NoiseSource:
 
     def __init__(self, seed: int) -> None:
         self.seed = _word("seed", seed)
+        # Made once: a new generator asks the system for entropy first, only to drop it.
+        self._bits = np.random.Philox(key=np.array([self.seed, 0], dtype=np.uint64))
+        self._generator = np.random.Generator(self._bits)
+        self._unused = self._bits.state
         self._ahead: tuple[tuple[int, int, tuple[int, ...]], Tensor] | None = None
 
     def draw_ahead(
@@ -71,17 +75,13 @@ class NoiseSource:
     def _draw(
         self, autoregressive_index: int, denoising_step: int, shape: tuple[int, ...]
     ) -> Tensor:
-        counter = [
-            0,
-            0,
+        steps = (
             _word("denoising_step", denoising_step),
             _word("autoregressive_index", autoregressive_index),
-        ]
-        bits = np.random.Philox(
-            key=np.array([self.seed, 0], dtype=np.uint64),
-            counter=np.array(counter, dtype=np.uint64),
         )
-        values = np.random.Generator(bits).standard_normal(shape)
+        self._unused["state"]["counter"][2:] = steps
+        self._bits.state = self._unused
+        values = self._generator.standard_normal(shape)
         return torch.from_numpy(np.asarray(values, dtype=np.float32))
 
     def __repr__(self) -> str:
