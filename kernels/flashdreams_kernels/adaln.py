@@ -21,7 +21,9 @@ MAX_WIDTH = 16384
 
 
 @torch.library.custom_op("flashdreams::layer_norm_modulate", mutates_args=())
-def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def layer_norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
     """``layer_norm(x) * (1 + scale) + shift`` with float32 statistics, in one pass over memory.
 
     Args:
@@ -29,9 +31,10 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> 
         shift: ``[B, L or 1, dim]``, bf16, fp16 or fp32.
         scale: like ``shift``.
         eps: added to the variance.
+        dtype: of the result, bf16, fp16 or fp32; None means that of ``x``.
 
     Returns:
-        Like ``x``, contiguous.
+        ``[B, L, dim]``, contiguous; rounded once.
 
     Raises:
         ValueError: shapes, strides or devices that do not fit.
@@ -41,7 +44,9 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> 
     Source: adaLN of DiT, arXiv:2212.09748, section 3.2.
     """
     _check(x, {"shift": shift, "scale": scale})
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if dtype is not None and dtype not in FLOAT_TYPES:
+        raise TypeError(f"dtype is {dtype}; allowed here: {', '.join(map(str, FLOAT_TYPES))}.")
+    out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     if x.numel():
         target_of(x.device)
         plan_norm_modulate(x, shift, scale, eps, out).run()
@@ -49,8 +54,10 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> 
 
 
 @layer_norm_modulate.register_fake
-def _(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
 
 @torch.library.custom_op("flashdreams::gate_residual", mutates_args=())
@@ -59,7 +66,7 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
     Args:
         x: ``[B, L, dim]``, bf16, fp16 or fp32; any strides with contiguous last dim, as for all.
-        y: like ``x``; the branch that is gated.
+        y: ``[B, L, dim]``, bf16, fp16 or fp32; the branch that is gated.
         gate: ``[B, L or 1, dim]``, bf16, fp16 or fp32.
 
     Returns:
@@ -71,7 +78,7 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         ImportError: triton is not installed.
     """
     _check(x, {"gate": gate})
-    check_tensor("y", y, x.shape, x)
+    check_tensor("y", y, x.shape, x, FLOAT_TYPES)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
         target_of(x.device)

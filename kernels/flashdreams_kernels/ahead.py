@@ -158,8 +158,9 @@ def real_launches(
     yield kv_write.plan(chunk, chunk, cache, cache, indices)
     tokens, vectors = tensor(1, length, dim), tensor(1, 1, 6, dim, dtype=torch.float32)
     shift, scale = vectors[:, :, 0], vectors[:, :, 1]
-    yield adaln.plan_norm_modulate(tokens, shift, scale, 1e-6, tokens)
-    yield adaln.plan_gate_add(tokens, tokens, shift, tokens)
+    for residual in (tokens, tensor(1, length, dim, dtype=torch.float32)):
+        yield adaln.plan_norm_modulate(residual, shift, scale, 1e-6, tokens)
+        yield adaln.plan_gate_add(residual, tokens, shift, residual)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -109,7 +109,9 @@ def qk_norm_rope_write(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     return q
 
 
-def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def layer_norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
     """``layer_norm(x) * (1 + scale) + shift`` in float32.
 
     Args:
@@ -117,12 +119,13 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> 
         shift: ``[B, L or 1, dim]``.
         scale: like ``shift``.
         eps: added to the variance.
+        dtype: of the result; None means that of ``x``.
 
     Returns:
-        Like ``x``.
+        ``[B, L, dim]``.
     """
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return (normed * (1 + scale.float()) + shift.float()).to(x.dtype)
+    return (normed * (1 + scale.float()) + shift.float()).to(dtype or x.dtype)
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

@@ -52,6 +52,21 @@ def test_gate_equals_reference(case: str, device: torch.device) -> None:
     assert error(result, reference.gate_residual(x, y, time[:, :, 5])) > 0.1
 
 
+def test_a_float32_residual_takes_and_gives_branches_of_sixteen_bits(device: torch.device) -> None:
+    x, y, time = inputs((2, 3, 96), True, torch.float32, device)
+    shift, scale, gate = (time[:, :, i] for i in range(3))
+    half = torch.bfloat16
+    modulated = adaln.layer_norm_modulate(x, shift, scale, EPS, half)
+    assert modulated.dtype == half
+    expected = reference.layer_norm_modulate(x, shift, scale, EPS)
+    assert error(modulated, expected) < TOLERANCE[half]
+    gated = adaln.gate_residual(x, y.to(half), gate)
+    assert gated.dtype == torch.float32
+    assert error(gated, x + y.to(half).float() * gate) < TOLERANCE[torch.float32]
+    rounded = reference.gate_residual(x.to(half), y.to(half), gate)
+    assert error(rounded, x + y.to(half).float() * gate) > 1e-3
+
+
 def test_references_equal_the_arithmetic_of_the_block(device: torch.device) -> None:
     x, y, time = inputs((2, 5, 96), False, torch.bfloat16, device)
     e = time.unbind(2)
@@ -108,8 +123,11 @@ def test_modulation_and_gate_keep_their_schema(device: torch.device) -> None:
     shift, scale = time[:, :, 0].clone(), time[:, :, 1].clone()
     checks = ("test_schema", "test_faketensor")
     ops = torch.ops.flashdreams
-    torch.library.opcheck(ops.layer_norm_modulate, (x, shift, scale, EPS), test_utils=checks)
-    torch.library.opcheck(ops.gate_residual, (x, y, shift), test_utils=checks)
+    half = torch.bfloat16
+    for arguments in ((x, shift, scale, EPS), (x, shift, scale, EPS, half)):
+        torch.library.opcheck(ops.layer_norm_modulate, arguments, test_utils=checks)
+    for branch in (y, y.to(half)):
+        torch.library.opcheck(ops.gate_residual, (x, branch, shift), test_utils=checks)
 
 
 def test_modulation_and_gate_name_what_does_not_fit(device: torch.device) -> None:
@@ -120,6 +138,10 @@ def test_modulation_and_gate_name_what_does_not_fit(device: torch.device) -> Non
         adaln.gate_residual(x, y[:, 1:], time[:, :, 0])
     with pytest.raises(ValueError, match="gate has stride 2"):
         adaln.gate_residual(x[..., :16].clone(), y[..., :16].clone(), time[:, :, 0, ::2])
+    with pytest.raises(TypeError, match="dtype is torch.int8; allowed here: torch.float32"):
+        adaln.layer_norm_modulate(x, time[:, :, 0], time[:, :, 1], EPS, torch.int8)
+    with pytest.raises(TypeError, match="y is torch.float64; allowed here: torch.float32"):
+        adaln.gate_residual(x, y.double(), time[:, :, 0])
     with pytest.raises(ValueError, match="dim=20000 is wider than 16384"):
         wide = torch.zeros(1, 1, 20000, device=device)
         adaln.gate_residual(wide, wide, wide)
