@@ -5,8 +5,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 
-COMPILER_VARIABLE = "CXX"
-"""Environment variable that names the C++ compiler."""
+import torch
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,21 @@ def compiled_so_far() -> Compilation:
     return Compilation(dynamo.counters["stats"]["unique_graphs"], 1e3 * sum(seconds))
 
 
-def why_no_compiler() -> str | None:
-    """Why torch.compile cannot build code here; None if it can."""
-    name = os.environ.get(COMPILER_VARIABLE) or ("clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(name) is not None:
+def why_no_compiler(device: torch.device) -> str | None:
+    """Why torch.compile cannot build code for a device; None if it can.
+
+    For a CPU, inductor calls ``$CXX``, by default g++ (clang++ on macOS). For CUDA, Triton calls
+    ``$CC``, by default gcc or clang, and nobody calls a C++ compiler.
+
+    Source: ``cpp.cxx`` in torch/_inductor/config.py; triton/runtime/build.py.
+    """
+    on_gpu = device.type == "cuda"
+    variable = "CC" if on_gpu else "CXX"
+    usual = ["gcc", "clang"] if on_gpu else ["clang++" if sys.platform == "darwin" else "g++"]
+    names = [os.environ[variable]] if os.environ.get(variable) else usual
+    if any(map(shutil.which, names)):
         return None
     return (
-        f"it needs a C++ compiler, and {name} is not found. Install one (apt-get install g++), or "
-        f"name it in {COMPILER_VARIABLE}"
+        f"it needs a compiler, and {' or '.join(names)} is not found. Install {usual[0]}, or name "
+        f"another one: export {variable}=clang{'' if on_gpu else '++'}"
     )

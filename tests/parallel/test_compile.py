@@ -14,9 +14,11 @@ from tests.parallel.rollout import relative_error
 from tests.tiny import tiny_pipeline
 from tests.unit.infra import test_fused_clean_pass as fused_clean_pass
 
+NO_COMPILER = why_no_compiler(torch.device("cpu"))
+
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(why_no_compiler() is not None, reason=f"torch.compile: {why_no_compiler()}"),
+    pytest.mark.skipif(NO_COMPILER is not None, reason=f"torch.compile: {NO_COMPILER}"),
 ]
 STEPS = 5
 """Two frames each; sink and window hold six, so the window wraps in the fourth."""

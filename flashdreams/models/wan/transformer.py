@@ -197,7 +197,7 @@ class WanTransformer(Transformer):
         super().check_device(device)
         if self.config.fused_kernels:
             check_fused_kernels(device, self.dtype)
-        reason = why_no_compiler() if self.config.compile_blocks else None
+        reason = why_no_compiler(device) if self.config.compile_blocks else None
         if reason is not None:
             raise ValueError(f"compile_blocks=True cannot be used here: {reason}.")
 
