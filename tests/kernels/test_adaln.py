@@ -138,9 +138,9 @@ def test_modulation_and_gate_name_what_does_not_fit(device: torch.device) -> Non
         adaln.gate_residual(x, y[:, 1:], time[:, :, 0])
     with pytest.raises(ValueError, match="gate has stride 2"):
         adaln.gate_residual(x[..., :16].clone(), y[..., :16].clone(), time[:, :, 0, ::2])
-    with pytest.raises(TypeError, match="dtype is torch.int8; allowed here: torch.float32"):
+    with pytest.raises(TypeError, match=r"dtype is torch\.int8; allowed here: "):
         adaln.layer_norm_modulate(x, time[:, :, 0], time[:, :, 1], EPS, torch.int8)
-    with pytest.raises(TypeError, match="y is torch.float64; allowed here: torch.float32"):
+    with pytest.raises(TypeError, match=r"y is torch\.float64; allowed here: "):
         adaln.gate_residual(x, y.double(), time[:, :, 0])
     with pytest.raises(ValueError, match="dim=20000 is wider than 16384"):
         wide = torch.zeros(1, 1, 20000, device=device)
