@@ -168,6 +168,24 @@ def ratio_fields(
     }
 
 
+def refuse_difference(what: str, difference: float, bound: float) -> None:
+    """Refuse to compare the times of two sides that do not put out the same.
+
+    Args:
+        what: the sides, for the message.
+        difference: how far apart their outputs are.
+        bound: how far rounding alone may bring them.
+
+    Raises:
+        RuntimeError: they are further apart.
+    """
+    if not difference <= bound:
+        raise RuntimeError(
+            f"{what}: the outputs differ by {difference:.1e}, more than {bound:.0e}. The sides do "
+            "not do the same work, so their times say nothing."
+        )
+
+
 def new_report(
     benchmark: str,
     device: torch.device,
