@@ -30,6 +30,7 @@ from flashdreams.parallel.parallelize import ParallelReport, parallelize
 from flashdreams.parallel.rollout import RolloutExchange
 from flashdreams.parallel.spatial import resolve_decode
 from flashdreams.parallel.watchdog import StageGuard, no_guard
+from flashdreams.runtime.grad_mode import without_grad
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource
 from flashdreams.runtime.profiler import StageTimer
 
@@ -200,7 +201,7 @@ class StreamInferencePipeline(nn.Module):
         for call in self.diffusion_model.transformer.graphed_calls():
             call.meter = self.exchange.mesh.meter
 
-    @torch.no_grad()
+    @without_grad
     def warm_up(self) -> WarmUp:
         """Build whatever is built once, so that no rollout pays for it; a collective call.
 
@@ -230,7 +231,7 @@ class StreamInferencePipeline(nn.Module):
         for call in self.diffusion_model.transformer.graphed_calls():
             call.drop()
 
-    @torch.no_grad()
+    @without_grad
     def initialize_cache(
         self,
         *,
@@ -288,7 +289,7 @@ class StreamInferencePipeline(nn.Module):
             negative_text=negative_text,
         )
 
-    @torch.no_grad()
+    @without_grad
     def load_cache(
         self, state: RolloutState | None, noise: NoiseFunction | None = None
     ) -> StreamInferencePipelineCache:
@@ -308,7 +309,7 @@ class StreamInferencePipeline(nn.Module):
         with self.guard("import", None, LOAD_TIMEOUT_S):
             return import_rollout(self, state, noise)
 
-    @torch.no_grad()
+    @without_grad
     def generate(
         self,
         autoregressive_index: int,
@@ -348,7 +349,7 @@ class StreamInferencePipeline(nn.Module):
                 observe(cache, chunk)
         return chunk
 
-    @torch.no_grad()
+    @without_grad
     def update_prompt(
         self,
         cache: StreamInferencePipelineCache,
@@ -393,7 +394,7 @@ class StreamInferencePipeline(nn.Module):
             )
         cache.context["text"] = encoded
 
-    @torch.no_grad()
+    @without_grad
     def finalize(self, autoregressive_index: int, cache: StreamInferencePipelineCache) -> None:
         """Make the chunk just generated part of the context; optional after the last chunk.
 

@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from flashdreams.infra.checks import check_order
 from flashdreams.infra.diffusion.model import DiffusionCache
 from flashdreams.infra.state import RolloutState, export_rollout
 from flashdreams.parallel.environment import LOAD_TIMEOUT_S
+from flashdreams.runtime.grad_mode import without_grad
 from flashdreams.runtime.profiler import StageTimer
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class StreamInferencePipelineCache:
                 "live in its storage. Begin a new one with pipeline.initialize_cache(...)."
             )
 
-    @torch.no_grad()
+    @without_grad
     def state_dict(self) -> RolloutState | None:
         """The rollout in a form that does not know the number of ranks; a collective call.
 

@@ -154,3 +154,41 @@ def test_long_rollout_keeps_its_memory():
         pipeline.finalize(autoregressive_index=i, cache=cache)
     assert layer.k.data_ptr() == storage
     assert layer.cursor.visible_tokens == layer.k.shape[1]
+
+
+@pytest.mark.parametrize("inside", [(True, False), (False, True)])
+@pytest.mark.parametrize(
+    "transformer", [{}, {"fuse_clean_pass": True}, {"kv_cache_dtype": "int8"}], ids=str
+)
+def test_a_rollout_goes_on_outside_of_inference_mode(transformer, inside):
+    pipeline = tiny_pipeline(**transformer).setup(device="cpu")
+
+    def roll(modes: tuple[bool, bool]) -> list[torch.Tensor]:
+        chunks: list[torch.Tensor] = []
+        for half, mode in enumerate(modes):
+            with torch.inference_mode(mode):
+                if half == 0:
+                    cache = pipeline.initialize_cache(text=text(1))
+                else:
+                    pipeline.update_prompt(cache, text(2), reencode_window=True)
+                    cache = pipeline.load_cache(cache.state_dict())
+                for i in range(3 * half, 3 * half + 3):
+                    chunks.append(pipeline.generate(i, cache, 0.1))
+                    pipeline.end_step(i, cache)
+        return chunks
+
+    for a, b in zip(roll(inside), roll((False, False)), strict=True):
+        assert torch.equal(a, b)
+        assert not a.requires_grad
+
+
+def test_state_made_in_inference_mode_could_not_be_written_outside(pipeline):
+    """Negative control: what PyTorch says where the pipeline does not leave the mode."""
+    transformer = pipeline.diffusion_model.transformer
+    with torch.inference_mode():
+        cache = transformer.initialize_cache(text=text(1))
+    transformer.begin_step(0, cache, torch.zeros(1, 8, 5))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="inference tensor"):
+        transformer.predict_flow(
+            torch.zeros(transformer.latent_shape(1)), torch.tensor(500.0), cache
+        )
