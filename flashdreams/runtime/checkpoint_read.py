@@ -101,6 +101,14 @@ class SafetensorsStore:
                     "it. Index and shard are of different downloads: fetch both again"
                 )
             self.infos[name] = headers[path][name]
+        for path, header in headers.items():
+            strays = [name for name in header if local.tensor_files.get(name) != path]
+            if strays:
+                raise CheckpointError(
+                    f"{path}: the index places {len(strays)} of this shard's tensors elsewhere or "
+                    f"nowhere: {', '.join(strays[:10])}. Index and shard are of different "
+                    "downloads: fetch both again"
+                )
 
     def read(self, wanted: Mapping[str, TensorSlice | None]) -> Iterator[tuple[str, Tensor]]:
         """Yield the wanted tensors file by file, in the order in which they lie in the files.
@@ -146,11 +154,11 @@ class PickleStore:
 
     def __init__(self, path: Path, select: tuple[str, ...]) -> None:
         self._tensors = _select(load_pickle(path), select, path)
-        strange = [name for name, value in self._tensors.items() if not isinstance(value, Tensor)]
+        strange = [name for name, value in self._tensors.items() if not _is_plain(name, value)]
         if strange:
             names = ", ".join(map(str, strange[:10]))
             raise CheckpointError(
-                f"{path}: {len(strange)} entries are no tensors: {names}. "
+                f"{path}: {len(strange)} entries are no dense tensors with a name: {names}. "
                 "Choose a sub-dictionary with --...checkpoint.select"
             )
         self.infos = {
@@ -164,6 +172,11 @@ class PickleStore:
             part = wanted[name]
             tensor = self._tensors[name]
             yield name, tensor if part is None else tensor[_index(part)]
+
+
+def _is_plain(name: object, value: object) -> bool:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    return dense and isinstance(name, str)
 
 
 def _index(part: TensorSlice) -> tuple[slice, ...]:
@@ -191,14 +204,24 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         infos = {name: _info(path, 8 + length, entry) for name, entry in header.items()}
-        ends = [8 + length + entry["data_offsets"][1] for entry in header.values()]
+        promised = 8 + length
+        for start, size in sorted((i.offset, _num_bytes(i.shape, i.dtype)) for i in infos.values()):
+            if start != promised:
+                raise ValueError("its tensors overlap, or leave a gap")
+            promised += size
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise CheckpointError(
             f"{path} is damaged: its safetensors header makes no sense ({error}). Download it again"
         ) from error
-    promised = max(ends, default=8 + length)
     if promised != actual:
         word = "truncated" if promised > actual else "damaged"
         raise CheckpointError(
@@ -213,10 +236,14 @@ def _info(path: Path, base: int, entry: dict) -> TensorInfo:
         raise ValueError(f"dtype {entry['dtype']} is none of {', '.join(_DTYPES)}")
     dtype = _DTYPES[entry["dtype"]]
     shape = tuple(int(size) for size in entry["shape"])
-    start, end = entry["data_offsets"]
-    if start < 0 or end - start != math.prod(shape) * dtype.itemsize:
+    start, end = map(int, entry["data_offsets"])
+    if min(shape, default=0) < 0 or end - start != _num_bytes(shape, dtype):
         raise ValueError(f"{end - start} bytes for a tensor of shape {list(shape)} and {dtype}")
     return TensorInfo(shape, dtype, path, base + start)
+
+
+def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
 
 
 def load_pickle(path: Path) -> object:
@@ -242,11 +269,14 @@ def load_pickle(path: Path) -> object:
         ) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path} is truncated or damaged: {reason}. Download it again"
-        ) from error
+    except Exception as error:  # what a damaged file raises is no narrower
+        if "weights_only" in str(error):  # torch advises to load these without it, which runs code
+            reason = "is no plain file of tensors (TorchScript, or older than torch 0.4)"
+            advice = "Use a safetensors version of these weights"
+        else:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason, advice = f"is truncated or damaged: {first}", "Download it again"
+        raise CheckpointError(f"{path} {reason}. {advice}") from error
 
 
 def _select(content: object, select: tuple[str, ...], path: Path) -> dict:

@@ -160,7 +160,7 @@ def _repository(config: CheckpointConfig) -> tuple[str, str] | None:
         source.startswith(("package:", "https://"))
         or source.endswith(_WEIGHT_SUFFIXES)
         or not _REPOSITORY.match(source)
-        or Path(source).expanduser().exists()
+        or _expanded(source).exists()
     ):
         return None
     if file is None:
@@ -211,12 +211,20 @@ def _local_path(config: CheckpointConfig) -> Path | None:
             )
         path = place
     else:
-        path = Path(config.source).expanduser()
+        path = _expanded(config.source)
     if path.is_file():
         return path
     if not path.is_dir():
         return None
     return _inside_folder(path, config.file)
+
+
+def _expanded(source: str) -> Path:
+    """A local path with ``~`` resolved; as it stands where there is no such home."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:
+        return Path(source)
 
 
 def _inside_folder(folder: Path, file: str | None) -> Path | None:
@@ -264,7 +272,9 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not a shard index: it should be JSON with an object 'weight_map' "
             "(tensor name to file). Download it again"
