@@ -31,11 +31,11 @@ def refused(path: Path) -> str:
 
 
 def write_shards(folder: Path, **shards: dict[str, Tensor]) -> dict[str, str]:
-    """Files of these contents under an index that places a tensor in the first that has it."""
+    """Files of these contents under an index that places a tensor in the last that has it."""
     weight_map: dict[str, str] = {}
     for stem, content in shards.items():
         save_file(content, folder / f"{stem}.safetensors")
-        weight_map = {**dict.fromkeys(content, f"{stem}.safetensors"), **weight_map}
+        weight_map |= dict.fromkeys(content, f"{stem}.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return weight_map
 
@@ -44,7 +44,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     bias = torch.zeros(2)
     write_shards(tmp_path, a=tensors(), b={"bias": bias})
     said = refused(tmp_path)
-    assert "b.safetensors: the index places 1 of this shard's tensors elsewhere" in said
+    assert "a.safetensors: the index places 1 of this shard's tensors elsewhere" in said
     assert ": bias." in said
 
 
