@@ -5,41 +5,55 @@ import triton.language as tl
 
 
 @triton.jit
-def _accumulate(
-    q,
-    acc,
-    row_max,
-    row_sum,
-    k_pointers,
-    v_pointers,
-    keys_left,
-    scale_log2,
-    columns,
-    dims,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASK_KEYS: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One block of keys: scores, running maximum and sum (both base 2), weighted values."""
+def count_visible(visible, num_keys, HAS_VISIBLE: tl.constexpr):
+    """Number of leading keys that are attended; ``visible`` lies on the device."""
+    keys = num_keys
+    if HAS_VISIBLE:
+        keys = tl.minimum(tl.maximum(tl.load(visible).to(tl.int32), 0), num_keys)
+    return keys
+
+
+@triton.jit
+def load_queries(pointers, mask, UPCAST: tl.constexpr):
+    """A tile of queries, ``[BLOCK_L, BLOCK_D]``; zeros where the mask is off."""
+    tile = tl.load(pointers, mask=mask, other=0.0)
+    if UPCAST:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def load_keys(
+    pointers, keys_left, columns, dims,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys or values, ``[BLOCK_S, BLOCK_D]``, with only the masks that it needs."""
     if MASK_KEYS:
         mask = (columns[:, None] < keys_left) & (dims[None, :] < HEAD_DIM)
-        k = tl.load(k_pointers, mask=mask, other=0.0)
-        v = tl.load(v_pointers, mask=mask, other=0.0)
+        tile = tl.load(pointers, mask=mask, other=0.0)
     elif HEAD_DIM == BLOCK_D:
-        k = tl.load(k_pointers)
-        v = tl.load(v_pointers)
+        tile = tl.load(pointers)
     else:
-        k = tl.load(k_pointers, mask=dims[None, :] < HEAD_DIM, other=0.0)
-        v = tl.load(v_pointers, mask=dims[None, :] < HEAD_DIM, other=0.0)
+        tile = tl.load(pointers, mask=dims[None, :] < HEAD_DIM, other=0.0)
+    return tile
+
+
+@triton.jit
+def attend_tile(
+    q, k, v, acc, row_max, row_sum, scale_log2, kept,
+    MASK_KEYS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of keys: scores, running maximum and sum (both base 2), weighted values.
+
+    With ``MASK_KEYS`` only the keys of ``kept``, ``[BLOCK_S]``, count.
+    """
     weight_type = v.dtype
     if UPCAST:
         k = k.to(tl.float32)
         v = v.to(tl.float32)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASK_KEYS:
-        scores = tl.where(columns[None, :] < keys_left, scores, float("-inf"))
+        scores = tl.where(kept[None, :], scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
     weights = tl.exp2(scores * scale_log2 - new_max[:, None])
     decay = tl.exp2(row_max - new_max)
@@ -52,45 +66,33 @@ def _accumulate(
     return acc, new_max, row_sum
 
 
+@triton.jit
+def write_attention(
+    acc, row_max, row_sum, out_pointers, mask, lse_pointers, row_mask,
+    WRITE_LSE: tl.constexpr, LSE_UNIT: tl.constexpr,
+):  # fmt: skip
+    """The weighted mean of the values, and the logarithm of the weights' sum."""
+    seen = row_sum > 0.0
+    result = acc / tl.where(seen, row_sum, 1.0)[:, None]
+    tl.store(out_pointers, result.to(out_pointers.dtype.element_ty), mask=mask)
+    if WRITE_LSE:
+        total = row_max + tl.log2(tl.where(seen, row_sum, 1.0))
+        tl.store(lse_pointers, tl.where(seen, total * LSE_UNIT, float("-inf")), mask=row_mask)
+
+
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_heads"])
 def attend(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    visible,
-    num_queries,
-    num_keys,
-    num_heads,
-    scale_log2,
-    q_stride_b,
-    q_stride_l,
-    q_stride_n,
-    k_stride_b,
-    k_stride_s,
-    k_stride_n,
-    v_stride_b,
-    v_stride_s,
-    v_stride_n,
-    out_stride_s,
-    out_stride_b,
-    out_stride_l,
-    out_stride_n,
-    lse_stride_s,
-    lse_stride_b,
-    lse_stride_l,
-    lse_stride_n,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    HAS_VISIBLE: tl.constexpr,
-    WRITE_LSE: tl.constexpr,
-    LSE_UNIT: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k, v, out, lse, visible,
+    num_queries, num_keys, num_heads, scale_log2,
+    q_stride_b, q_stride_l, q_stride_n,
+    k_stride_b, k_stride_s, k_stride_n,
+    v_stride_b, v_stride_s, v_stride_n,
+    out_stride_s, out_stride_b, out_stride_l, out_stride_n,
+    lse_stride_s, lse_stride_b, lse_stride_l, lse_stride_n,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
+    HAS_VISIBLE: tl.constexpr, WRITE_LSE: tl.constexpr, LSE_UNIT: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One tile of queries against one share of the keys.
 
     Grid ``(tiles of queries, splits, B * N)``. ``visible`` points at the number of visible keys;
@@ -103,23 +105,17 @@ def attend(
     columns = tl.arange(0, BLOCK_S)
     dims = tl.arange(0, BLOCK_D)
 
-    keys = num_keys
-    if HAS_VISIBLE:
-        keys = tl.minimum(tl.maximum(tl.load(visible).to(tl.int32), 0), num_keys)
+    keys = count_visible(visible, num_keys, HAS_VISIBLE)
     blocks = tl.cdiv(tl.cdiv(keys, BLOCK_S), tl.num_programs(1))
     first = tl.minimum(split * blocks * BLOCK_S, keys)
     last = tl.minimum(first + blocks * BLOCK_S, keys)
     whole = first + (last - first) // BLOCK_S * BLOCK_S
 
-    row_mask = (rows[:, None] < num_queries) & (dims[None, :] < HEAD_DIM)
-    q_pointers = q + batch * q_stride_b + head * q_stride_n
-    q_tile = tl.load(
-        q_pointers + rows[:, None] * q_stride_l + dims[None, :], mask=row_mask, other=0.0
-    )
-    if UPCAST:
-        q_tile = q_tile.to(tl.float32)
-    k_base = k + batch * k_stride_b + head * k_stride_n
-    v_base = v + batch * v_stride_b + head * v_stride_n
+    mask = (rows[:, None] < num_queries) & (dims[None, :] < HEAD_DIM)
+    q += batch * q_stride_b + head * q_stride_n
+    q_tile = load_queries(q + rows[:, None] * q_stride_l + dims[None, :], mask, UPCAST)
+    k += batch * k_stride_b + head * k_stride_n
+    v += batch * v_stride_b + head * v_stride_n
     k_tile = columns[:, None] * k_stride_s + dims[None, :]
     v_tile = columns[:, None] * v_stride_s + dims[None, :]
 
@@ -127,52 +123,38 @@ def attend(
     row_max = tl.full([BLOCK_L], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_L], dtype=tl.float32)
     for start in range(first, whole, BLOCK_S):
-        acc, row_max, row_sum = _accumulate(
-            q_tile, acc, row_max, row_sum,
-            k_base + start * k_stride_s + k_tile, v_base + start * v_stride_s + v_tile,
-            BLOCK_S, scale_log2, columns, dims, HEAD_DIM, BLOCK_D, False, UPCAST, PRECISION,
+        acc, row_max, row_sum = attend_tile(
+            q_tile,
+            load_keys(k + start * k_stride_s + k_tile, 0, columns, dims, HEAD_DIM, BLOCK_D, False),
+            load_keys(v + start * v_stride_s + v_tile, 0, columns, dims, HEAD_DIM, BLOCK_D, False),
+            acc, row_max, row_sum, scale_log2, columns, False, UPCAST, PRECISION,
         )  # fmt: skip
     if whole < last:
-        acc, row_max, row_sum = _accumulate(
-            q_tile, acc, row_max, row_sum,
-            k_base + whole * k_stride_s + k_tile, v_base + whole * v_stride_s + v_tile,
-            last - whole, scale_log2, columns, dims, HEAD_DIM, BLOCK_D, True, UPCAST, PRECISION,
+        left = last - whole
+        k += whole * k_stride_s
+        v += whole * v_stride_s
+        acc, row_max, row_sum = attend_tile(
+            q_tile,
+            load_keys(k + k_tile, left, columns, dims, HEAD_DIM, BLOCK_D, True),
+            load_keys(v + v_tile, left, columns, dims, HEAD_DIM, BLOCK_D, True),
+            acc, row_max, row_sum, scale_log2, columns < left, True, UPCAST, PRECISION,
         )  # fmt: skip
 
-    seen = row_sum > 0.0
-    result = acc / tl.where(seen, row_sum, 1.0)[:, None]
     out += split * out_stride_s + batch * out_stride_b + head * out_stride_n
-    tl.store(
-        out + rows[:, None] * out_stride_l + dims[None, :],
-        result.to(out.dtype.element_ty),
-        mask=row_mask,
-    )
-    if WRITE_LSE:
-        total = row_max + tl.log2(tl.where(seen, row_sum, 1.0))
-        lse += split * lse_stride_s + batch * lse_stride_b + head * lse_stride_n
-        tl.store(
-            lse + rows * lse_stride_l,
-            tl.where(seen, total * LSE_UNIT, float("-inf")),
-            mask=rows < num_queries,
-        )
+    lse += split * lse_stride_s + batch * lse_stride_b + head * lse_stride_n
+    write_attention(
+        acc, row_max, row_sum, out + rows[:, None] * out_stride_l + dims[None, :], mask,
+        lse + rows * lse_stride_l, rows < num_queries, WRITE_LSE, LSE_UNIT,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_queries", "num_heads", "num_splits"])
 def merge_splits(
-    partial,
-    partial_lse,
-    out,
-    lse,
-    num_rows,
-    num_queries,
-    num_heads,
-    num_splits,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    WRITE_LSE: tl.constexpr,
-    LSE_UNIT: tl.constexpr,
-):
+    partial, partial_lse, out, lse,
+    num_rows, num_queries, num_heads, num_splits,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    WRITE_LSE: tl.constexpr, LSE_UNIT: tl.constexpr,
+):  # fmt: skip
     """Merge the results of all splits, weighted by their base-2 sums of exponentials.
 
     A row is one (batch, query, head). Grid ``(tiles of rows,)``; ``partial`` is
