@@ -22,8 +22,8 @@ class QuantizedTokens:
 
     Read and written along its tokens like the tensor that it stands for: ``x[:, a:b]`` gives new
     numbers in ``dtype``, assignments and ``index_copy_`` round to what can be stored. Scales are
-    powers of two, one byte each. So what is read is exact in bfloat16 and float32, and writing it
-    again changes nothing: moving, exporting and importing tokens lose nothing more.
+    powers of two, one byte each. So what is read is exact in every ``dtype`` that was written, and
+    writing it again changes nothing: moving, exporting and importing tokens lose nothing more.
     """
 
     def __init__(
@@ -61,9 +61,7 @@ class QuantizedTokens:
         return self.values.nbytes + self.exponents.nbytes
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.values[index].to(self.dtype) * power_of_two(self.exponents[index]).to(
-            self.dtype
-        )
+        return dequantize(self.values[index], self.exponents[index], self.dtype)
 
     def __setitem__(self, index: Any, x: Tensor) -> None:
         self.values[index], self.exponents[index] = quantize(x, self.values.dtype)
@@ -97,6 +95,23 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if dtype == torch.int8:
         scaled = scaled.round()
     return scaled.to(dtype), exponents.to(torch.int8)
+
+
+def dequantize(values: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    """``values * 2 ** exponents`` in ``dtype``: what `quantize` was given, but for its rounding.
+
+    Float16 holds few of these powers. There the product is taken in float32, and where rounding
+    went past the largest float16 it is cut to that.
+
+    Args:
+        values: ``[..., D]``, int8 or float8.
+        exponents: ``[..., 1]`` int8.
+        dtype: of the result.
+    """
+    if dtype != torch.float16:
+        return values.to(dtype) * power_of_two(exponents).to(dtype)
+    largest = torch.finfo(dtype).max
+    return (values.float() * power_of_two(exponents)).clamp_(-largest, largest).to(dtype)
 
 
 def power_of_two(exponents: Tensor) -> Tensor:

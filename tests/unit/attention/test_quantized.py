@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flashdreams.attention import quantized
 from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
 from flashdreams.attention.quantized import QuantizedTokens
 from flashdreams.attention.rope import apply_rope, time_rotation
@@ -13,6 +14,8 @@ CPU = torch.device("cpu")
 STORAGES = ["int8", "fp8"]
 BOUND = {"int8": 1 / 127, "fp8": 1 / 16}
 """Largest error over the largest entry of a row: half a step, the range used to half at least."""
+ROUNDING = {torch.float32: 0, torch.bfloat16: 2**-9, torch.float16: 2**-11}
+"""Of the entries that the comparison itself computes in a type."""
 TOKENS, HEADS, HEAD_DIM = 3, 2, 16
 SPEC = KVCacheSpec(
     batch_size=2,
@@ -55,12 +58,11 @@ def fill(cache: KVCache, steps: int, len_t: int = 2) -> None:
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ROUNDING)
 def test_rounding_stays_within_half_a_step(storage, dtype):
     x = draw(0, 200, dtype)
     error = (stored(x, storage)[:, :] - x).float().abs().amax(-1) / x.float().abs().amax(-1)
-    rounding = 2**-9 if dtype == torch.bfloat16 else 0
-    assert BOUND[storage] / 4 < error.max() <= BOUND[storage] + rounding
+    assert BOUND[storage] / 4 < error.max() <= BOUND[storage] + ROUNDING[dtype]
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -74,7 +76,7 @@ def test_a_scale_of_the_whole_token_is_seen(storage):
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ROUNDING)
 def test_what_is_read_can_be_written_again_without_a_change(storage, dtype):
     x = draw(1, 500, dtype)
     once = stored(x, storage)[:, :]
@@ -89,6 +91,19 @@ def test_extreme_rows_are_kept(storage):
     kept = stored(x, storage)[:, :]
     assert torch.isfinite(kept).all() and (kept[0, 0] == 0).all()
     assert ((kept - x).abs() <= BOUND[storage] * x.abs()).all()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_rows_at_both_ends_of_float16_are_kept(storage):
+    largest = torch.finfo(torch.float16).max
+    tops = torch.tensor([2.0**-24, 5 * 2.0**-24, 2.0**-15, 1.0, largest])
+    x = (tops[:, None] * torch.tensor([1.0, -1.0, 0.5, 0.0])).half()[None, :, None]
+    kept = stored(x, storage)
+    error = (kept[:, :].float() - x.float()).abs()[0, :, 0] / tops[:, None]
+    assert error.max() <= 2**-11
+    powers = quantized.power_of_two(kept.exponents)
+    in_float16 = kept.values.to(torch.float16) * powers.to(torch.float16)  # negative control
+    assert (in_float16[0, 0] == 0).all() and in_float16[0, -1].isinf().any()
 
 
 @pytest.mark.parametrize("storage", ["native", *STORAGES])
