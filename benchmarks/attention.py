@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
+import command
 import report
 import torch
 from flashdreams_kernels import reference
@@ -148,7 +149,7 @@ def measure_windows(
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
-    report.run_over_sizes(
+    command.run_over_sizes(
         "attention",
         __doc__,
         arguments,
@@ -161,4 +162,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import command
 import report
 import scaling
 import torch
@@ -133,13 +134,12 @@ def measure(config: WanTransformerConfig, options: argparse.Namespace) -> list[d
 def main() -> None:
     """Print the table, or measure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    report.add_arguments(parser)
     parser.add_argument("--model", choices=scaling.MODELS, default="tiny")
     parser.add_argument("--table", action="store_true", help="print bytes by scheme and stop")
-    parser.add_argument("--ulysses-degree", type=int, default=None)
-    parser.add_argument("--ring-degree", type=int, default=None)
-    parser.add_argument("--tensor-parallel-degree", type=int, default=None)
-    options = parser.parse_args()
+    parser.add_argument("--ulysses-degree", type=command.count, default=None)
+    parser.add_argument("--ring-degree", type=command.count, default=None)
+    parser.add_argument("--tensor-parallel-degree", type=command.count, default=None)
+    options = command.parse(parser, None, ranks=True)
     if options.table:
         models = {name: c for name, c in scaling.MODELS.items() if name != "tiny"}
         sys.stdout.write("MiB sent per rank, layer and network call\n")
@@ -149,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import command
 import report
 import torch
 from torch import Tensor
@@ -97,10 +98,11 @@ def measure(case: str, size: Size, threads: list[int], repeats: int) -> list[dic
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    report.add_arguments(parser)
     parser.add_argument("--cases", nargs="+", choices=list(SIZES), default=list(SIZES))
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="to be compared")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--threads", type=command.count, nargs="+", default=[1, 2], help="to be compared"
+    )
+    options = command.parse(parser, arguments)
     repeats = options.repeats or 15
     with torch.no_grad():
         rows = [
@@ -116,4 +118,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -13,6 +13,7 @@ import argparse
 import time
 from typing import Any
 
+import command
 import report
 import rollout
 import torch
@@ -22,6 +23,7 @@ from flashdreams.infra.config import derive_config
 from flashdreams.infra.decoder.base import StreamingDecoder
 from flashdreams.models.taehv import TAEHVDecoderConfig
 from flashdreams.models.wan.vae import WanVAEDecoderConfig
+from flashdreams.parallel.environment import init
 from flashdreams.runtime.stats import sha256_of
 
 COLUMNS = (
@@ -113,17 +115,20 @@ def measure(
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    report.add_arguments(parser)
-    parser.add_argument("--dim", type=int, default=32, help="channels of the Wan autoencoder")
-    parser.add_argument("--taehv-width", type=int, default=32, help="finest channels of TAEHV")
-    parser.add_argument("--latent-height", type=int, default=12)
-    parser.add_argument("--latent-width", type=int, default=20)
-    parser.add_argument("--len-t", type=int, default=3, help="latent frames of a chunk")
+    parser.add_argument(
+        "--dim", type=command.count, default=32, help="channels of the Wan autoencoder"
+    )
+    parser.add_argument(
+        "--taehv-width", type=command.count, default=32, help="finest channels of TAEHV"
+    )
+    parser.add_argument("--latent-height", type=command.count, default=12)
+    parser.add_argument("--latent-width", type=command.count, default=20)
+    parser.add_argument("--len-t", type=command.count, default=3, help="latent frames of a chunk")
     parser.add_argument("--dtype", default="float32", choices=list(DIFFERENCE_BOUNDS))
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--threads", type=command.count, default=1, help="CPU threads")
+    options = command.parse(parser, arguments)
     torch.set_num_threads(options.threads)
-    device = report.resolve_device(options.device)
+    device = init(options.device).device
     repeats = options.repeats or 20
     size = (1, 16, options.len_t, options.latent_height, options.latent_width)
     generator = torch.Generator().manual_seed(1)
@@ -144,4 +149,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -11,6 +11,7 @@ import argparse
 import time
 from typing import Any
 
+import command
 import report
 import rollout
 import torch
@@ -166,13 +167,12 @@ def fraction_of_datasheet(tflops: float, device: torch.device, dtype: torch.dtyp
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    report.add_arguments(parser)
     parser.add_argument("slug", help="a method, as on the command line")
     parser.add_argument("--backend", default=None, help="attention backend; default: the method's")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=None)
     parser.add_argument("--cuda-graph", action="store_true", help="replay the network call")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a rank")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--threads", type=command.count, default=1, help="CPU threads of a rank")
+    options = command.parse(parser, arguments, ranks=True)
     torch.set_num_threads(options.threads)
     place = environment.init(options.device)
     start = time.perf_counter()
@@ -206,4 +206,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

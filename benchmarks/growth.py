@@ -17,11 +17,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import command
 import report
 import rollout
 import torch
 
-from flashdreams.parallel.environment import Environment
+from flashdreams.parallel import environment
 from flashdreams.runtime.stats import sha256_of
 
 BAR = 1.03
@@ -48,11 +49,14 @@ def measure(subject: rollout.Subject, device: torch.device, steps: int) -> dict[
     """Stream one rollout and compare its first steady steps with its last.
 
     Raises:
-        ValueError: too few steps for two groups after the window is full.
+        ValueError: a method of one chunk, or too few steps for two groups after the window is
+            full.
     """
     first = subject.steps_to_fill
     compared = (steps - first) // 4
-    if not subject.streaming or compared < 1:
+    if not subject.streaming:
+        raise ValueError(f"{subject.slug} makes one chunk; growth shows in a streaming method.")
+    if compared < 1:
         raise ValueError(
             f"{subject.slug} needs more than {first + 4} AR steps to show growth, got {steps}."
         )
@@ -128,25 +132,28 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    report.add_arguments(parser)
     parser.add_argument("slug", nargs="?", default="toy-world", help="a streaming method")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--threads", type=command.count, default=1, help="CPU threads")
+    options = command.parse(parser, arguments, ranks=True)
     torch.set_num_threads(options.threads)
-    device = report.resolve_device(options.device)
-    subject = rollout.load_subject(options.slug, Environment(0, 0, 1, device))
+    place = environment.init(options.device)
+    subject = rollout.load_subject(options.slug, place)
     steps = options.repeats or 300
     with torch.no_grad():
-        row = measure(subject, device, steps)
+        row = measure(subject, place.device, steps)
     config = {
         "slug": options.slug,
         "steps": steps,
+        "parallel": str(subject.mesh.degrees),
         "weights": subject.weights,
         "pipeline": repr(subject.pipeline.config),
     }
-    found = report.new_report("growth", device, config, [row], options.git_commit, FIELDS)
-    report.finish(found, options, COLUMNS, draw)
+    if place.is_rank_zero:
+        commit = options.git_commit
+        found = report.new_report("growth", place.device, config, [row], commit, FIELDS)
+        report.finish(found, options, COLUMNS, draw)
+    environment.shutdown()
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

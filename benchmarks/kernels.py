@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import command
 import report
 import torch
 from flashdreams_kernels import adaln, kv_write, reference, rope_qknorm
@@ -157,7 +158,7 @@ def measure_all(
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
-    report.run_over_sizes(
+    command.run_over_sizes(
         "kernels",
         __doc__,
         arguments,
@@ -170,4 +171,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+import command
 import report
 import rollout
 import torch
@@ -21,7 +22,7 @@ from flashdreams.infra.decoder.base import StreamingDecoder
 from flashdreams.infra.diffusion.scheduler.fm import FlowMatchScheduler
 from flashdreams.infra.encoder.base import StreamingEncoder
 from flashdreams.models.wan.transformer import WanTransformer
-from flashdreams.parallel.environment import Environment
+from flashdreams.parallel import environment
 from flashdreams.runtime.noise import NoiseSource
 from flashdreams.runtime.stats import sha256_of
 
@@ -55,7 +56,7 @@ def bare_loop(subject: rollout.Subject, seed: int) -> Callable[[], Tensor]:
     clean = cache.modulations(0.0)
     gives_x0 = network.config.prediction == "x0"
     layers = [layer for layer in cache.self_attention if layer is not None]
-    index = 0
+    image, index = state.diffusion.image, 0
 
     def draw() -> tuple[Any, list[Tensor]]:
         drawn = [source(index, k, shape).to(network.device) for k in range(len(timesteps))]
@@ -68,8 +69,9 @@ def bare_loop(subject: rollout.Subject, seed: int) -> Callable[[], Tensor]:
         elif encoder is not None:
             control = encoder(control)
         network.begin_step(index, cache, control)
-        x0 = noise[0]
-        for k, timestep in enumerate(timesteps):
+        given = image if index == 0 else None
+        x0 = noise[0] if given is None else given
+        for k, timestep in enumerate(timesteps if given is None else []):
             latent = noise[0] if k == 0 else (1 - renoise[k]) * x0 + renoise[k] * noise[k]
             out = network(latent, timestep, cache)
             x0 = out if gives_x0 else latent - sigmas[k] * out
@@ -122,18 +124,17 @@ def measure(
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    report.add_arguments(parser)
     parser.add_argument("slug", nargs="?", default="toy-world", help="a streaming Wan method")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--threads", type=command.count, default=1, help="CPU threads")
+    options = command.parse(parser, arguments, ranks=True)
     torch.set_num_threads(options.threads)
-    device = report.resolve_device(options.device)
-    subject = rollout.load_subject(options.slug, Environment(0, 0, 1, device))
+    place = environment.init(options.device)
+    subject = rollout.load_subject(options.slug, place)
     repeats = options.repeats or 100
     with torch.no_grad():
-        times, hashes, difference = measure(subject, device, repeats)
+        times, hashes, difference = measure(subject, place.device, repeats)
     ratios = {name: report.ratio_fields(times[name], times["bare loop"]) for name in times}
-    bar = BARS[device.type]
+    bar = BARS[place.device.type]
     rows = [
         {
             "case": options.slug,
@@ -150,12 +151,16 @@ def main(arguments: list[str] | None = None) -> None:
     config = {
         "slug": options.slug,
         "repeats": repeats,
+        "parallel": str(subject.mesh.degrees),
         "weights": subject.weights,
         "pipeline": repr(subject.pipeline.config),
     }
-    found = report.new_report("overhead", device, config, rows, options.git_commit, FIELDS)
-    report.finish(found, options, COLUMNS)
+    if place.is_rank_zero:
+        commit = options.git_commit
+        found = report.new_report("overhead", place.device, config, rows, commit, FIELDS)
+        report.finish(found, options, COLUMNS)
+    environment.shutdown()
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

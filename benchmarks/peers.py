@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import command
 import report
 import rollout
 import torch
@@ -27,6 +28,7 @@ from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.diffusion.scheduler.fm import FlowMatchSchedulerConfig
 from flashdreams.infra.pipeline import StreamInferencePipelineConfig
 from flashdreams.models.wan.transformer import WanTransformer, WanTransformerConfig
+from flashdreams.parallel.environment import init
 from flashdreams.runtime.checkpoint import CheckpointConfig
 from flashdreams.runtime.stats import sha256_of
 
@@ -211,13 +213,12 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    report.add_arguments(parser)
     parser.add_argument("--preset", choices=PRESETS, default=None, help="default: by device")
     parser.add_argument("--dtype", choices=list(DIFFERENCE_BOUNDS), default=None)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--threads", type=command.count, default=1, help="CPU threads")
+    options = command.parse(parser, arguments)
     torch.set_num_threads(options.threads)
-    device = report.resolve_device(options.device)
+    device = init(options.device).device
     on_gpu = device.type == "cuda"
     preset = options.preset or ("wan-1.3b" if on_gpu else "small")
     dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
@@ -247,4 +248,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import command
 import report
 import rollout
 import torch
@@ -31,7 +32,7 @@ from flashdreams.integrations.toy_world.evaluate import (
 )
 from flashdreams.integrations.toy_world.metrics import psnr_db
 from flashdreams.models.wan.transformer import WanTransformerConfig
-from flashdreams.parallel.environment import Environment
+from flashdreams.parallel.environment import Environment, init
 from flashdreams.parallel.mesh import Mesh
 from flashdreams.runtime.checkpoint import CheckpointConfig
 from flashdreams.runtime.stats import sha256_of
@@ -171,18 +172,19 @@ def measure(
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    report.add_arguments(parser)
     parser.add_argument(
         "cases", nargs="*", default=[TOY_WORLD, "self-forcing-tiny-random"],
         help="streaming Wan methods",
     )  # fmt: skip
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--walks", type=int, default=4, help="held-out walks of the toy world")
-    parser.add_argument("--seconds", type=int, default=10, help="length of a walk")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--walks", type=command.count, default=4, help="held-out walks of the toy world"
+    )
+    parser.add_argument("--seconds", type=command.count, default=10, help="length of a walk")
+    parser.add_argument("--threads", type=command.count, default=1, help="CPU threads")
+    options = command.parse(parser, arguments)
     torch.set_num_threads(options.threads)
-    device, repeats = report.resolve_device(options.device), options.repeats or 50
+    device, repeats = init(options.device).device, options.repeats or 50
     walks = draw_held_out(options.walks, options.seconds * FPS)
     names = list(dict.fromkeys([EXACT, *options.variants]))
     cases = list(options.cases)
@@ -202,4 +204,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

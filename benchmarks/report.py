@@ -19,9 +19,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import flashdreams_kernels
 import torch
 from torch import Tensor
 
+import flashdreams
 from flashdreams.runtime.cuda_graph import CudaCapture
 
 HEADER_FIELDS = (
@@ -36,67 +38,10 @@ HEADER_FIELDS = (
 )
 ROW_FIELDS = ("case", "variant", "repeats", "p50_ms", "p95_ms", "p99_ms", "output_sha256")
 PACKAGES = ("torch", "triton", "numpy", "diffusers")
-MEASURED_FOLDERS = ("flashdreams", "kernels", "benchmarks")
+MEASURED = ("flashdreams", "kernels", "benchmarks", ":!benchmarks/results")
 """Where an uncommitted change makes figures belong to no commit."""
 FLUSH_BYTES = 2**28
 """Written between two timed calls on a GPU, so that none finds its data in the L2 cache."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that every benchmark has."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--repeats", type=int, default=None, help="timed calls of each variant")
-    parser.add_argument("--json", type=Path, default=None, help="write the report here")
-    parser.add_argument("--plot", type=Path, default=None, help="write a picture here (.svg, .png)")
-    parser.add_argument("--git-commit", default=None, help="where the tree has no .git: its commit")
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of ``--device``; ``auto`` takes a GPU where there is one."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def run_over_sizes(
-    benchmark: str,
-    description: str | None,
-    arguments: list[str] | None,
-    *,
-    presets: Mapping[str, Any],
-    gpu_repeats: int,
-    switch: tuple[str, str],
-    measure: Callable[[Any, torch.dtype, torch.device, int, bool], list[dict[str, Any]]],
-    columns: Sequence[str],
-) -> None:
-    """The whole of a script that measures one size of model out of a few.
-
-    Args:
-        benchmark: its name.
-        description: docstring of the script; its first paragraph is the help text.
-        arguments: of the command line; None takes those of the process.
-        presets: sizes by name; ``tiny`` is taken on a CPU, ``wan-1.3b`` on a GPU.
-        gpu_repeats: timed calls of each variant on a GPU; 20 on a CPU.
-        switch: name and help of the script's own switch.
-        measure: rows for sizes, dtype, device, repeats, and whether the switch is on.
-        columns: row fields of the table.
-    """
-    parser = argparse.ArgumentParser(description=(description or "").split("\n\n")[0])
-    add_arguments(parser)
-    parser.add_argument("--preset", choices=presets, default=None, help="default: by device")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=None)
-    parser.add_argument(f"--{switch[0]}", action="store_true", help=switch[1])
-    options = parser.parse_args(arguments)
-    device = resolve_device(options.device)
-    on_gpu = device.type == "cuda"
-    preset = options.preset or ("wan-1.3b" if on_gpu else "tiny")
-    dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
-    repeats = options.repeats or (gpu_repeats if on_gpu else 20)
-    sizes, switched = presets[preset], getattr(options, switch[0])
-    with torch.no_grad():
-        rows = measure(sizes, getattr(torch, dtype), device, repeats, switched)
-    config = {"preset": preset, "dtype": dtype, "repeats": repeats, **vars(sizes)}
-    finish(new_report(benchmark, device, config, rows, options.git_commit), options, columns)
 
 
 def time_calls(function: Callable[[], Tensor], device: torch.device, repeats: int) -> list[float]:
@@ -205,9 +150,9 @@ def new_report(
         row_fields: what every row must have beside :data:`ROW_FIELDS`.
 
     Raises:
-        ValueError: a field is missing or empty.
+        ValueError: a field is missing or empty, or nothing says which commit the code is of.
     """
-    commit, dirty = _git_state() if git_commit is None else (git_commit, False)
+    commit, dirty = git_state() if git_commit is None else (git_commit, False)
     report = {
         "benchmark": benchmark,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -247,8 +192,35 @@ def check_report(report: Mapping[str, Any], row_fields: Sequence[str] = ()) -> N
     for index, row in enumerate(rows):
         missing += [f"rows[{index}].{name}" for name in wanted if row.get(name) in (None, "")]
     if missing:
-        hint = " Give --git-commit SHA." if "git_commit" in missing else ""
-        raise ValueError(f"The report lacks {', '.join(missing)}; it was not written.{hint}")
+        raise ValueError(f"The report lacks {', '.join(missing)}; it was not written.")
+
+
+def git_state() -> tuple[str, bool]:
+    """The commit of the code that is measured, and whether it was changed since.
+
+    Raises:
+        ValueError: the code belongs to no commit that git knows here.
+    """
+    folder = Path(__file__).resolve().parents[1]
+    for package in (flashdreams, flashdreams_kernels):
+        place = Path(str(package.__file__)).resolve().parent
+        if not place.is_relative_to(folder):
+            raise ValueError(
+                f"{package.__name__} is imported from {place}, not from {folder}, whose commit "
+                f"would be noted. Set PYTHONPATH={folder}:{folder}/kernels, or give --git-commit."
+            )
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != folder:
+            raise FileNotFoundError("a checkout of something else")
+        commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", *MEASURED)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"{folder} is no git checkout; give --git-commit SHA.") from error
+    return commit, bool(changed)
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
@@ -280,7 +252,7 @@ def finish(
 
     Args:
         report: a checked report.
-        options: the parsed options of ``add_arguments``.
+        options: of `command.parse`.
         columns: row fields of the table.
         draw: makes the picture; None is :func:`plot`.
     """
@@ -341,21 +313,6 @@ def _cpu_name() -> str:
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()
-
-
-def _git_state() -> tuple[str | None, bool]:
-    folder = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        root = git("rev-parse", "--show-toplevel")
-        folders = [f"{root}/{name}" for name in MEASURED_FOLDERS]
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "-uno", "--", *folders))
-    except (OSError, subprocess.CalledProcessError):
-        return None, False
 
 
 def _versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import command
 import report
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -243,15 +244,15 @@ def main() -> int:
     """Predict, or check the counts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=MODELS, default="wan-1.3b")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--calls", type=int, default=5, help="network calls per chunk")
+    parser.add_argument("--ranks", type=command.count, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--calls", type=command.count, default=5, help="network calls per chunk")
     parser.add_argument("--tflops", type=float, default=650.0)
     parser.add_argument("--bandwidth-gb-s", type=float, default=300.0)
     parser.add_argument("--internode-gb-s", type=float, default=40.0)
     parser.add_argument("--latency-us", type=float, default=20.0)
-    parser.add_argument("--ranks-per-node", type=int, default=8)
-    parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--plot", type=Path, default=None)
+    parser.add_argument("--ranks-per-node", type=command.count, default=8)
+    parser.add_argument("--json", type=command.new_file, default=None)
+    parser.add_argument("--plot", type=command.new_picture, default=None)
     parser.add_argument("--check", action="store_true", help="count on gloo ranks instead")
     options = parser.parse_args()
     if options.check:
@@ -282,4 +283,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

@@ -20,6 +20,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+import command
 import report
 import rollout
 import torch
@@ -29,6 +30,7 @@ from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.diffusion.scheduler.fm import FlowMatchSchedulerConfig
 from flashdreams.infra.pipeline import StreamInferencePipelineConfig
 from flashdreams.models.wan.transformer import WanTransformerConfig
+from flashdreams.parallel.environment import init
 from flashdreams.runtime.stats import sha256_of
 
 BAR = 1.05
@@ -131,18 +133,23 @@ def measure(
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    report.add_arguments(parser)
-    parser.add_argument("--dim", type=int, default=256, help="width of the tokens")
-    parser.add_argument("--heads", type=int, default=4, help="attention heads")
-    parser.add_argument("--layers", type=int, default=8, help="transformer blocks")
-    parser.add_argument("--rows", type=int, default=8, help="token rows of a latent frame")
-    parser.add_argument("--columns", type=int, default=12, help="token columns of a latent frame")
-    parser.add_argument("--window", type=int, default=LEN_T, help="latent frames of the window")
-    parser.add_argument("--text-len", type=int, default=64, help="text tokens")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--dim", type=command.count, default=256, help="width of the tokens")
+    parser.add_argument("--heads", type=command.count, default=4, help="attention heads")
+    parser.add_argument("--layers", type=command.count, default=8, help="transformer blocks")
+    parser.add_argument(
+        "--rows", type=command.count, default=8, help="token rows of a latent frame"
+    )
+    parser.add_argument(
+        "--columns", type=command.count, default=12, help="token columns of a latent frame"
+    )
+    parser.add_argument(
+        "--window", type=command.count, default=LEN_T, help="latent frames of the window"
+    )
+    parser.add_argument("--text-len", type=command.count, default=64, help="text tokens")
+    parser.add_argument("--threads", type=command.count, default=1, help="CPU threads")
+    options = command.parse(parser, arguments)
     torch.set_num_threads(options.threads)
-    device, repeats = report.resolve_device(options.device), options.repeats or 40
+    device, repeats = init(options.device).device, options.repeats or 40
     sizes = ("dim", "heads", "layers", "rows", "columns", "window", "text_len")
     config = {name: getattr(options, name) for name in sizes} | {"repeats": repeats}
     case = f"AR step, {options.layers} blocks of width {options.dim}"
@@ -157,4 +164,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -70,17 +70,18 @@ def test_fps_steers_a_camera(script, tmp_path):
     assert read_report(path)["rows"][0]["weights"] == "as configured"
 
 
-def test_fps_under_torchrun(tmp_path):
-    path = tmp_path / "fps.json"
-    words = [FOLDER / "fps.py", "self-forcing-tiny-random", "--repeats", "1", "--json", path]
+@pytest.mark.parametrize(("name", "repeats"), [("fps", 1), ("growth", 15), ("overhead", 1)])
+def test_streaming_methods_under_torchrun(tmp_path, name, repeats):
+    path = tmp_path / "report.json"
+    words = [FOLDER / f"{name}.py", "self-forcing-tiny-random", "--repeats", repeats]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     subprocess.run(
-        [*command, "--standalone", *map(str, words), *COMMIT],
+        [*command, "--standalone", *map(str, words), "--json", str(path), *COMMIT],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=120,
     )
-    assert read_report(path)["rows"][0]["ranks"] == 2
+    assert "ulysses 2" in read_report(path)["config"]["parallel"]
 
 
 def test_weights_that_are_not_here_are_drawn(script):
@@ -92,9 +93,10 @@ def test_weights_that_are_not_here_are_drawn(script):
     assert "diffusion_model.transformer" in missing
 
 
-def test_overhead(script, tmp_path):
+@pytest.mark.parametrize("slug", ["self-forcing-tiny-random", "causal-forcing-tiny-random"])
+def test_overhead(script, tmp_path, slug):
     path = tmp_path / "overhead.json"
-    words = ["self-forcing-tiny-random", "--repeats", "2", "--json", str(path)]
+    words = [slug, "--repeats", "2", "--json", str(path)]
     script("overhead").main([*words, *COMMIT])
     engine, bare = read_report(path)["rows"]
     assert engine["variant"] == "engine" and bare["ratio"] == 1.0

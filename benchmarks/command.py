@@ -1,0 +1,133 @@
+"""The command line of the benchmarks."""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+
+from flashdreams.parallel.environment import init, process_count, process_rank
+
+
+def parse(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, *, ranks: bool = False
+) -> argparse.Namespace:
+    """Read a command line; whatever would spoil the report is found before anything is measured.
+
+    Args:
+        parser: has the script's own options; gets those that every benchmark has.
+        arguments: of the command line; None takes those of the process.
+        ranks: whether the script measures several ranks of torchrun.
+
+    Raises:
+        ValueError: nothing says which commit the code is of.
+    """
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--repeats", type=count, default=None, help="timed calls of each variant")
+    parser.add_argument("--json", type=new_file, default=None, help="write the report here")
+    parser.add_argument(
+        "--plot", type=new_picture, default=None, help="write a picture here (.svg, .png)"
+    )
+    parser.add_argument("--git-commit", default=None, help="where the tree has no .git: its commit")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(arguments)
+    if not ranks and process_count() > 1:
+        parser.error("it measures one process; start it with python instead of torchrun")
+    if options.git_commit is None:
+        report.git_state()
+    return options
+
+
+def run_over_sizes(
+    benchmark: str,
+    description: str | None,
+    arguments: list[str] | None,
+    *,
+    presets: Mapping[str, Any],
+    gpu_repeats: int,
+    switch: tuple[str, str],
+    measure: Callable[[Any, torch.dtype, torch.device, int, bool], list[dict[str, Any]]],
+    columns: Sequence[str],
+) -> None:
+    """The whole of a script that measures one size of model out of a few.
+
+    Args:
+        benchmark: its name.
+        description: docstring of the script; its first paragraph is the help text.
+        arguments: of the command line; None takes those of the process.
+        presets: sizes by name; ``tiny`` is taken on a CPU, ``wan-1.3b`` on a GPU.
+        gpu_repeats: timed calls of each variant on a GPU; 20 on a CPU.
+        switch: name and help of the script's own switch.
+        measure: rows for sizes, dtype, device, repeats, and whether the switch is on.
+        columns: row fields of the table.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").split("\n\n")[0])
+    parser.add_argument("--preset", choices=presets, default=None, help="default: by device")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=None)
+    parser.add_argument(f"--{switch[0]}", action="store_true", help=switch[1])
+    options = parse(parser, arguments)
+    device = init(options.device).device
+    on_gpu = device.type == "cuda"
+    preset = options.preset or ("wan-1.3b" if on_gpu else "tiny")
+    dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    repeats = options.repeats or (gpu_repeats if on_gpu else 20)
+    sizes, switched = presets[preset], getattr(options, switch[0])
+    with torch.no_grad():
+        rows = measure(sizes, getattr(torch, dtype), device, repeats, switched)
+    config = {"preset": preset, "dtype": dtype, "repeats": repeats, **vars(sizes)}
+    found = report.new_report(benchmark, device, config, rows, options.git_commit)
+    report.finish(found, options, columns)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script; what it refuses ends in one line and exit code 2."""
+    try:
+        sys.exit(main())
+    except (ValueError, OSError, ImportError) as error:
+        if "--debug" in sys.argv:
+            raise
+        rank = f" on rank {process_rank()}" if process_count() > 1 else ""
+        text = " ".join(str(error).split())
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error{rank}: {text}\n")
+        sys.exit(2)
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on, as the type of an option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def new_file(text: str) -> Path:
+    """A file that can be written, as the type of an option; its folder is made."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {reason}") from error
+    return path
+
+
+def new_picture(text: str) -> Path:
+    """A file that can be written and whose ending names a kind of picture."""
+    path = new_file(text)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise argparse.ArgumentTypeError(
+            "a picture needs matplotlib; type pip install matplotlib"
+        ) from error
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} must end in one of .{', .'.join(known)}")
+    return path
