@@ -31,7 +31,7 @@ def encode_context(
 
     Raises:
         TypeError: a keyword that no component declares, or an image that none of them takes.
-        ValueError: a prompt that the text encoder refuses.
+        ValueError: a prompt that the text encoder refuses, or another number of negative prompts.
     """
     _check_names(pipeline, context, image)
     batch_size = _batch_size(text, image)
@@ -43,6 +43,11 @@ def encode_context(
     if pipeline.config.diffusion_model.guidance_scale is None:
         return encoded, None
     prompts = [""] * batch_size if negative_text is None else negative_text
+    if not isinstance(prompts, str) and len(prompts) != batch_size:
+        raise ValueError(
+            f"negative_text holds {len(prompts)} prompts for a batch of {batch_size}: give one for "
+            "each, or None."
+        )
     return encoded, encode_text(pipeline, prompts)
 
 

@@ -12,7 +12,7 @@ def read_prompt(prompt: str, prompt_path: Path | None) -> str:
     if prompt_path is None:
         return prompt
     try:
-        text = prompt_path.read_text(encoding="utf-8").strip()
+        text = prompt_path.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ValueError(

@@ -64,8 +64,8 @@ class RunnerConfig(InstantiateConfig):
             if value < 1:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} {value}: must be at least 1.")
-        if self.seed < 0:
-            raise ValueError(f"--seed {self.seed}: must not be negative.")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"--seed {self.seed}: must be from 0 to 2**64 - 1.")
 
 
 ConfigT = TypeVar("ConfigT", bound=RunnerConfig)

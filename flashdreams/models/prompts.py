@@ -109,9 +109,10 @@ def load_prompt_embeds(path: str | Path, *, text_len: int = 512, text_dim: int =
     name = names[0] if len(names) == 1 else "prompt_embeds"
     shape, dtype = list(store.infos[name].shape), store.infos[name].dtype
     wanted = f"[rows, {text_dim}] or [prompts, rows, {text_dim}], 1 to {text_len} rows"
-    if len(shape) not in (2, 3) or shape[-1] != text_dim or not 1 <= shape[-2] <= text_len:
+    fits = len(shape) in (2, 3) and shape[-1] == text_dim and 1 <= shape[-2] <= text_len
+    if not fits or shape[0] == 0:
         raise ValueError(f"{path}: prompt embeddings of shape {shape}; this model takes {wanted}")
-    if not dtype.is_floating_point or 0 in shape:
+    if not dtype.is_floating_point:
         raise ValueError(f"{path}: prompt embeddings are {dtype} {shape}; floats are wanted")
     found = next(tensor for _, tensor in store.read({name: None}))
     found = found if len(shape) == 3 else found[None]

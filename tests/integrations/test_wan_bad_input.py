@@ -1,6 +1,9 @@
 """What the Wan integrations say to input that they cannot take: one clear line each."""
 
+import random
 import re
+import struct
+import zlib
 
 import pytest
 import torch
@@ -8,10 +11,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from flashdreams.infra.config import derive_config
+from flashdreams.infra.prompt import read_prompt
 from flashdreams.integrations.causal_forcing.config import TINY_RUNNER as CAUSAL_FORCING
 from flashdreams.integrations.self_forcing.config import TINY_RUNNER as SELF_FORCING
 from flashdreams.integrations.wan21.config import T2V_TINY_RUNNER
-from flashdreams.models.wan.image import load_image
+from flashdreams.models.wan.image import image_size, load_image
 from flashdreams.models.wan.transformer import WanTransformerConfig
 from flashdreams.run import main
 
@@ -33,6 +37,8 @@ def error_of(argv: list[str], tmp_path, capsys) -> tuple[int, str]:
         (["--prompt-path", "/nowhere.txt"], 2, "--prompt-path /nowhere.txt cannot be read: No su"),
         (["--prompt-embeds", "/nowhere.safetensors"], 1, "Prompt embeddings not found"),
         (["--negative-prompt", "blurry"], 2, "runs without guidance"),
+        (["--seed", "-1"], 2, "--seed -1: must be from 0 to 2\\*\\*64 - 1"),
+        (["--seed", str(2**64)], 2, "must be from 0 to 2\\*\\*64 - 1"),
         (
             ["--pipeline.diffusion-model.transformer.latent-width", "5"],
             2,
@@ -46,12 +52,39 @@ def test_one_line_says_what_is_wrong(flags, code, message, tmp_path, capsys):
     assert re.search(message, line), line
 
 
-def test_embeddings_of_the_wrong_width_are_refused(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 8, 31), "shape [1, 8, 31]; this model takes [rows, 32]"),
+        ((0, 8, 32), "shape [0, 8, 32]; this model takes [rows, 32]"),
+        ((2, 8, 32), "holds 2 prompts, and a run makes one video"),
+    ],
+)
+def test_embeddings_that_do_not_fit_are_refused_before_anything_is_built(
+    shape, message, tmp_path, capsys
+):
     path = tmp_path / "prompt.safetensors"
-    save_file({"prompt_embeds": torch.zeros(1, 8, 31)}, path)
+    save_file({"prompt_embeds": torch.zeros(shape)}, path)
     argv = ["self-forcing-tiny-random", "--prompt-embeds", str(path)]
     code, line = error_of(argv, tmp_path, capsys)
-    assert code == 1 and "shape [1, 8, 31]; this model takes [rows, 32]" in line
+    assert code == 2 and message in line
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_negative_prompts_of_another_number_are_refused():
+    pipeline = T2V_TINY_RUNNER.pipeline.setup(device="cpu")
+    with pytest.raises(ValueError, match="negative_text holds 2 prompts for a batch of 1"):
+        pipeline.initialize_cache(text=["a fox"], negative_text=["blurry", "dark"])
+
+
+def test_a_negative_prompt_of_white_space_is_none(tmp_path):
+    config = derive_config(T2V_TINY_RUNNER, negative_prompt=" ", output_dir=tmp_path, device="cpu")
+    assert config.setup().conditions()["negative_text"] == [""]
+
+
+def test_a_prompt_file_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfa fox\r\n")
+    assert read_prompt("", tmp_path / "prompt.txt") == "a fox"
 
 
 def test_a_bidirectional_model_has_one_step():
@@ -87,6 +120,68 @@ def test_an_image_is_fitted_if_asked_for(tmp_path):
     assert image.shape == (1, 3, 32, 48)
     middle = image[:, :, :, 2:-2]
     assert (middle[:, 1] == 1).all() and (middle[:, 0] == -1).all()  # the centre is kept
+
+
+def test_an_image_of_any_shape_is_fitted_without_a_larger_copy(tmp_path):
+    Image.new("RGB", (1, 40_000), (255, 0, 0)).save(tmp_path / "in.png")
+    image = load_image(tmp_path / "in.png", 32, 48, fit=True)  # scaled whole: 1.9e6 rows
+    assert (image[:, 0] == 1).all() and (image[:, 1:] == -1).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_camera_s_turned_image_is_set_upright(orientation, tmp_path):
+    upright = Image.new("RGB", (48, 32), (255, 0, 0))
+    upright.paste((0, 255, 0), (0, 0, 16, 16))
+    turn_back = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(turn_back[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "in.png", exif=exif)
+    upright.save(tmp_path / "upright.png")
+    assert image_size(tmp_path / "in.png") == (48, 32)
+    found = load_image(tmp_path / "in.png", 32, 48)
+    assert torch.equal(found, load_image(tmp_path / "upright.png", 32, 48))
+    assert not torch.equal(found, found.flip(3)) and not torch.equal(found, found.flip(2))
+
+
+def test_huge_images_are_refused_before_they_are_decoded(tmp_path):
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(99))), (b"IEND", b""))
+    framed = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    ]
+    (tmp_path / "in.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(framed))
+    with pytest.raises(ValueError, match="the image is huge; at most 50,000,000 pixels are read"):
+        load_image(tmp_path / "in.png", 32, 48)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_damaged_images_are_read_or_refused_in_one_line(suffix, tmp_path):
+    """Pillow raises whatever a damaged file leads it to: SyntaxError, struct.error, ..."""
+    path, rng = tmp_path / f"in{suffix}", random.Random(0)
+    Image.effect_noise((48, 32), 90).convert("RGB").save(path)
+    whole = path.read_bytes()
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[rng.randrange(8, min(len(whole), 200))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            load_image(path, 32, 48, fit=True)
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused
 
 
 def test_no_image_and_no_readable_image_are_refused(tmp_path):

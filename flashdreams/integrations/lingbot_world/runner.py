@@ -1,6 +1,5 @@
 """LingBot-World on the command line."""
 
-import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashdreams.infra.config import derive_config
-from flashdreams.models.wan.image import load_image
+from flashdreams.models.wan.image import image_size, load_image
 from flashdreams.models.wan.runner import (
     SPATIAL_FACTOR,
     ImageToVideoRunner,
@@ -29,8 +28,6 @@ from .inset import draw_inset
 KEY_ORDER = ("w", "a", "s", "d")
 """Order of the key channels: forward, left, back, right.
 Source: Robbyant/lingbot-world, wan/utils/vis_utils.py, extract_translation_wasd."""
-MAX_IMAGE_PIXELS = 50_000_000
-"""Most pixels of a first image: more than any camera's picture needs here."""
 MAX_STRETCH = 0.05
 """Difference of aspect ratios up to which an image is stretched without being asked for."""
 
@@ -246,31 +243,3 @@ def read_first_frame(config: CameraToVideoRunnerConfig) -> Tensor:
     if (rows, columns) == (height, width):
         return image
     return F.interpolate(image, (height, width), mode="bicubic")
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height that an image file's header states; nothing is decoded.
-
-    Raises:
-        ValueError: no image, or a huge one.
-    """
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                width, height = image.size
-    except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"--image-path {path}: the image is huge; at most {MAX_IMAGE_PIXELS:,} pixels are read."
-        ) from error
-    except OSError as error:
-        reason = error.strerror or "it is no image that can be read"
-        raise ValueError(f"--image-path {path}: {reason}.") from error
-    if width * height > MAX_IMAGE_PIXELS:
-        raise ValueError(
-            f"--image-path {path}: the image is huge, {width}x{height} (width x height); at most "
-            f"{MAX_IMAGE_PIXELS:,} pixels are read. Scale it down first."
-        )
-    return width, height

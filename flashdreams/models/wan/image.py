@@ -1,5 +1,6 @@
 """Images as Wan takes them: read from a file, and encoded for image-to-video."""
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ from flashdreams.models.wan.vae import WanVAEImageEncoder, WanVAEImageEncoderCon
 
 MASK_CHANNELS = 4
 """Mask values per latent frame: one for each of the pixel frames that it stands for."""
+
+ORIENTATION = 0x0112
+"""Exif tag; 5 to 8 mean that rows and columns are exchanged."""
+
+MAX_IMAGE_PIXELS = 50_000_000
+"""Most pixels of a first image: more than any camera's picture needs here."""
 
 
 @dataclass(kw_only=True)
@@ -84,7 +91,7 @@ def load_image(path: Path, height: int, width: int, *, fit: bool = False) -> Ten
     """Read an image from a file.
 
     Args:
-        path: any format that Pillow reads.
+        path: any format that Pillow reads; a camera's turned image is set upright.
         height: wanted height in pixels.
         width: wanted width in pixels.
         fit: scale and crop an image of another size, keeping its centre; if not, refuse it.
@@ -93,16 +100,16 @@ def load_image(path: Path, height: int, width: int, *, fit: bool = False) -> Ten
         ``[1, 3, height, width]`` float32 in [-1, 1].
 
     Raises:
-        ValueError: no readable image, not RGB, or of another size.
+        ValueError: no readable image, a huge one, not RGB, or of another size.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
+    image_size(path)  # a huge image is not decoded
     try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, UnidentifiedImageError) as error:
-        reason = getattr(error, "strerror", None) or "it is no image that can be read"
-        raise ValueError(f"--image-path {path}: {reason}.") from error
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+    except Exception as error:  # what a damaged image raises is no narrower
+        raise _unreadable(path, error) from error
     if image.mode != "RGB":
         raise ValueError(
             f"--image-path {path}: the image mode is {image.mode}; it must be RGB. Convert it, for "
@@ -122,6 +129,40 @@ def load_image(path: Path, height: int, width: int, *, fit: bool = False) -> Ten
     return pixels.contiguous().float() / 127.5 - 1
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels of an image file, set upright; a huge one is not decoded.
+
+    Raises:
+        ValueError: no image, or a huge one.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                width, height = image.size
+                huge = width * height > MAX_IMAGE_PIXELS
+                turned = not huge and image.getexif().get(ORIENTATION, 1) > 4
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"--image-path {path}: the image is huge; at most {MAX_IMAGE_PIXELS:,} pixels are read."
+        ) from error
+    except Exception as error:  # what a damaged image raises is no narrower
+        raise _unreadable(path, error) from error
+    if huge:
+        raise ValueError(
+            f"--image-path {path}: the image is huge, {width}x{height} (width x height); at most "
+            f"{MAX_IMAGE_PIXELS:,} pixels are read. Scale it down first."
+        )
+    return (height, width) if turned else (width, height)
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    reason = getattr(error, "strerror", None) or "it is no image that can be read"
+    return ValueError(f"--image-path {path}: {reason}.")
+
+
 def gradient_image(height: int, width: int) -> Tensor:
     """A colour gradient ``[1, 3, height, width]`` in [-1, 1], where any image will do."""
     rows = torch.linspace(-1, 1, height)[:, None].expand(height, width)
@@ -130,11 +171,15 @@ def gradient_image(height: int, width: int) -> Tensor:
 
 
 def _cover(image: Any, height: int, width: int) -> Any:
-    """Scale until the image covers the size, then cut away what stands out, evenly."""
+    """Cut away what stands out of the size's shape, evenly, and scale the rest to it."""
     from PIL import Image
 
-    scale = max(height / image.height, width / image.width)
-    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    scale = min(image.width / width, image.height / height)
+    left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
+    box = (
+        max(0.0, left),
+        max(0.0, top),
+        image.width - max(0.0, left),
+        image.height - max(0.0, top),
+    )
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)

@@ -108,6 +108,8 @@ class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]
 
     def __init__(self, config: TextToVideoRunnerConfig) -> None:
         self.prompt = read_prompt(config.prompt, config.prompt_path)
+        self.prompt_embeds = read_embeds(config.prompt_embeds, config.transformer)
+        self.negative_prompt_embeds = read_embeds(config.negative_prompt_embeds, config.transformer)
         config = resolve_config(config)
         require_weights(config.pipeline, fetch_all="--download True")
         self.image = self.first_image(config)
@@ -131,22 +133,14 @@ class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]
 
     def conditions(self) -> dict[str, Any]:
         """What the rollout is conditioned on, for ``initialize_cache``."""
-        cfg = self.config
-        embeds = self._embeds(cfg.prompt_embeds)
+        embeds, negative = self.prompt_embeds, self.negative_prompt_embeds
         conditions: dict[str, Any] = {"text": [self.prompt] if embeds is None else embeds}
         if self.image is not None:
             conditions["image"] = self.image.to(self.device)
-        if cfg.pipeline.diffusion_model.guidance_scale is not None:
-            negative = self._embeds(cfg.negative_prompt_embeds)
-            words = [cfg.negative_prompt or ""]
-            conditions["negative_text"] = words if negative is None else negative
+        if self.config.pipeline.diffusion_model.guidance_scale is not None:
+            words = (self.config.negative_prompt or "").strip()
+            conditions["negative_text"] = [words] if negative is None else negative
         return conditions
-
-    def _embeds(self, path: Path | None) -> Tensor | None:
-        if path is None:
-            return None
-        c = self.config.transformer
-        return load_prompt_embeds(path, text_len=c.text_len, text_dim=c.text_dim)
 
 
 class ImageToVideoRunner(TextToVideoRunner):
@@ -174,6 +168,25 @@ def resolve_config(config: ConfigT) -> ConfigT:
     if config.download:
         pipeline = with_downloads(pipeline)
     return replace(config, pipeline=pipeline)
+
+
+def read_embeds(path: Path | None, transformer: WanTransformerConfig) -> Tensor | None:
+    """The embeddings ``[1, text_len, text_dim]`` in a file; None if no file is named.
+
+    Raises:
+        CheckpointError: the file is absent or damaged.
+        ValueError: it holds something else, or several prompts.
+    """
+    if path is None:
+        return None
+    text_dim = transformer.text_dim
+    embeds = load_prompt_embeds(path, text_len=transformer.text_len, text_dim=text_dim)
+    if len(embeds) != 1:
+        raise ValueError(
+            f"{path} holds {len(embeds)} prompts, and a run makes one video: save one of them, as "
+            f"[rows, {text_dim}]."
+        )
+    return embeds
 
 
 def check_size(name: str, pixels: int | None, transformer: WanTransformerConfig) -> None:
