@@ -40,6 +40,8 @@ ROW_FIELDS = ("case", "variant", "repeats", "p50_ms", "p95_ms", "p99_ms", "outpu
 PACKAGES = ("torch", "triton", "numpy", "diffusers")
 MEASURED = ("flashdreams", "kernels", "benchmarks", ":!benchmarks/results")
 """Where an uncommitted change makes figures belong to no commit."""
+MAX_BARS = 24
+"""Rows that a picture shows as bars."""
 FLUSH_BYTES = 2**28
 """Written between two timed calls on a GPU, so that none finds its data in the L2 cache."""
 
@@ -283,20 +285,32 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Median milliseconds of every variant over the cases, as a picture."""
+    """Median milliseconds as a picture: few rows as bars to p99, more as lines over the cases."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
     rows = report["rows"]
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        mine = [row for row in rows if row["variant"] == variant]
-        axes.plot([r["case"] for r in mine], [r["p50_ms"] for r in mine], "o-", label=variant)
-    axes.set_ylabel("median, ms")
-    axes.set_ylim(bottom=0)
-    axes.tick_params(axis="x", rotation=20)
-    axes.set_title(f"{report['benchmark']}, {report['device']['name']}, {report['date'][:10]}")
-    axes.legend()
+    as_bars = len(rows) <= MAX_BARS
+    height = 1.5 + 0.35 * len(rows) if as_bars else 4.5
+    figure = Figure(figsize=(8, height), layout="constrained")
+    axes = figure.subplots()
+    title = f"{report['benchmark']}, {report['device']['name']}, {report['date'][:10]}"
+    if as_bars:
+        medians = [row["p50_ms"] for row in rows]
+        beyond = [row["p99_ms"] - row["p50_ms"] for row in rows]
+        bars = axes.barh(range(len(rows)), medians, xerr=[[0] * len(rows), beyond], capsize=3)
+        axes.bar_label(bars, fmt="%.3g", label_type="center", color="white")
+        axes.set_yticks(range(len(rows)), [f"{row['case']}\n{row['variant']}" for row in rows])
+        axes.invert_yaxis()
+        axes.set_xlabel("median, ms; the whisker ends at p99")
+        figure.suptitle(title)
+    else:
+        for variant in dict.fromkeys(row["variant"] for row in rows):
+            mine = [row for row in rows if row["variant"] == variant]
+            axes.plot([r["case"] for r in mine], [r["p50_ms"] for r in mine], "o-", label=variant)
+        axes.set_ylabel("median, ms")
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+        axes.set_title(title)
+        axes.legend()
     figure.savefig(path)
 
 

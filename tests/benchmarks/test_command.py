@@ -126,3 +126,17 @@ def test_a_mistake_ends_in_one_line(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["fps.py", "--debug"])
     with pytest.raises(ValueError, match="no such"):
         command.run(refuse)
+
+
+@pytest.mark.parametrize("count", [2, 25])
+def test_a_picture_names_every_variant(script, tmp_path, count):
+    report, path = script("report"), tmp_path / "plot.svg"
+    rows = [
+        {"case": "one", "variant": f"way-{i}", "p50_ms": 16.75, "p99_ms": 20.0}
+        for i in range(count)
+    ]
+    made = {"benchmark": "b", "device": {"name": "d"}, "date": "2026-12-01T10:00:00", "rows": rows}
+    report.plot(made, path)
+    drawn = path.read_text()
+    assert all(f"<!-- way-{i} -->" in drawn or f"\nway-{i} -->" in drawn for i in range(count))
+    assert ("<!-- 16.8 -->" in drawn) == (count <= report.MAX_BARS), "bars bear their figure"
