@@ -128,6 +128,11 @@ class WanTransformerConfig(TransformerConfig):
                 "fuse_clean_pass=True needs streaming=True: a bidirectional model makes one chunk "
                 "and has no clean pass."
             )
+        if self.fuse_clean_pass and self.linear_precision == "fp8":
+            raise ValueError(
+                "fuse_clean_pass=True with linear_precision='fp8': one scale per tensor would round "
+                "the two chunks of a call together and change both. Use 'fp8_rowwise'."
+            )
         if self.fuse_clean_pass and self.relative_rope:
             raise ValueError(
                 "fuse_clean_pass=True with relative_rope=True: the sink would have to stand in two "
