@@ -130,8 +130,8 @@ class WanTransformerConfig(TransformerConfig):
             )
         if self.fuse_clean_pass and self.linear_precision == "fp8":
             raise ValueError(
-                "fuse_clean_pass=True with linear_precision='fp8': one scale per tensor would round "
-                "the two chunks of a call together and change both. Use 'fp8_rowwise'."
+                "fuse_clean_pass=True with linear_precision='fp8': one scale per tensor would be "
+                "that of both chunks of a call, and change both. Use 'fp8_rowwise'."
             )
         if self.fuse_clean_pass and self.relative_rope:
             raise ValueError(
