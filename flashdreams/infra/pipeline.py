@@ -19,6 +19,7 @@ from flashdreams.infra.config import InstantiateConfig
 from flashdreams.infra.decoder.base import DecoderConfig, StreamingDecoder
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.encoder.base import EncoderConfig, StreamingEncoder
+from flashdreams.infra.ranges import check_range
 from flashdreams.infra.rollout import StreamInferencePipelineCache
 from flashdreams.infra.state import RolloutState, import_rollout
 from flashdreams.infra.warm_up import WarmUp, stats, warm_up
@@ -73,8 +74,7 @@ class StreamInferencePipelineConfig(InstantiateConfig):
     is allocated and captured at warm-up. Further ones run without graphs."""
 
     def __post_init__(self) -> None:
-        if self.max_rollouts < 1:
-            raise ValueError(f"max_rollouts={self.max_rollouts} must be at least 1.")
+        check_range(self, "max_rollouts")
 
 
 ChunkObserver = Callable[[StreamInferencePipelineCache, Tensor], None]

@@ -15,6 +15,7 @@ from flashdreams.infra.pipeline import (
     StreamInferencePipeline,
     StreamInferencePipelineConfig,
 )
+from flashdreams.infra.ranges import check_range
 from flashdreams.infra.recorder import RunRecorder
 from flashdreams.parallel.environment import (
     LOAD_TIMEOUT_S,
@@ -26,6 +27,7 @@ from flashdreams.parallel.environment import (
 )
 from flashdreams.parallel.mesh import Mesh, ParallelConfig, build_mesh, resolve_degrees
 from flashdreams.parallel.watchdog import Watchdog
+from flashdreams.runtime.noise import SEED_LIMIT
 from flashdreams.runtime.video import VideoWriter
 
 
@@ -59,12 +61,11 @@ class RunnerConfig(InstantiateConfig):
     """How several ranks share the work."""
 
     def __post_init__(self) -> None:
-        for name in ("total_blocks", "fps"):
-            value = getattr(self, name, 1)
-            if value < 1:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} {value}: must be at least 1.")
-        if not 0 <= self.seed < 2**64:
+        if hasattr(self, "total_blocks"):  # every shipped method has it
+            check_range(self, "total_blocks", as_flags=True)
+        check_range(self, "fps", most=1000, as_flags=True)
+        check_range(self, "step_deadline_s", least=0.1, as_flags=True)
+        if not 0 <= self.seed < SEED_LIMIT:
             raise ValueError(f"--seed {self.seed}: must be from 0 to 2**64 - 1.")
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
+from flashdreams.infra.ranges import check_range
 
 CLIP_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 """Mean of red, green and blue in [0, 1]. Source: OpenAI CLIP, preprocessing of ViT."""
@@ -49,6 +50,11 @@ class CLIPImageEncoderConfig(EncoderConfig):
 
     eps: float = 1e-5
     """Added to the variance in layer norms."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "image_size", "patch_size", "dim", "mlp_ratio", "out_dim", "num_heads")
+        check_range(self, "num_layers")
+        check_range(self, "eps", least=0)
 
 
 class CLIPImageEncoder(Encoder):

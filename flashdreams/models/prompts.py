@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
+from flashdreams.infra.ranges import check_range
 from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.checkpoint_read import open_tensors
 from flashdreams.runtime.checkpoint_source import LocalCheckpoint
@@ -149,6 +150,9 @@ class HashTextEncoderConfig(EncoderConfig):
 
     seed: int = 0
     """Another seed gives every word another embedding."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "text_len", "text_dim")
 
 
 class HashTextEncoder(Encoder):

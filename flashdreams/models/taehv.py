@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from flashdreams.infra.component import ComponentConfig
 from flashdreams.infra.decoder.base import StreamingDecoder, StreamingDecoderConfig
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
+from flashdreams.infra.ranges import check_range
 from flashdreams.models.wan.vae import (
     WAN21_LATENT_MEAN,
     WAN21_LATENT_STD,
@@ -57,6 +58,7 @@ class TAEHVConfig(ComponentConfig):
     """Per-channel standard deviation; used with raw latents only."""
 
     def __post_init__(self) -> None:
+        check_range(self, "latent_channels", "patch_size")
         for name in ("latent_mean", "latent_std"):
             count = len(getattr(self, name))
             if self.latents == "raw" and count != self.latent_channels:
@@ -237,11 +239,7 @@ class TAEHVDecoderConfig(TAEHVConfig, StreamingDecoderConfig):
                 f"channels={self.channels} needs one more entry than "
                 f"temporal_upsample={self.temporal_upsample}: one per resolution, and the output's."
             )
-        if self.decode_frames_at_once is not None and self.decode_frames_at_once < 0:
-            raise ValueError(
-                f"decode_frames_at_once={self.decode_frames_at_once}: give the number of latent "
-                "frames per pass, or 0 for the whole chunk."
-            )
+        check_range(self, "decode_frames_at_once", least=0)
 
     @property
     def time_factor(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
+from flashdreams.infra.ranges import check_range
 from flashdreams.models.prompts import INSTALL_HINT, clean_prompts
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, KeyMap, ensure_local
 
@@ -75,6 +76,10 @@ class UMT5TextEncoderConfig(EncoderConfig):
 
     tokenizer: CheckpointConfig
     """Place of ``tokenizer.json``; fetched also where the checkpoint may be."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "text_len", "text_dim", "vocab_size", "num_layers", "num_heads")
+        check_range(self, "head_dim", "ffn_dim", "num_buckets", "max_distance")
 
 
 class UMT5TextEncoder(Encoder):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from flashdreams import run
+from flashdreams.infra.config_file import dump_config
+from flashdreams.integrations.toy_world.config import TOY_WORLD_RUNNER
 from flashdreams.registry import VARIABLE
 from tests.integrations.published_method import register, write_published_method
 
@@ -105,6 +108,30 @@ def test_a_wrong_type(fails: Fails, flags: tuple[str, ...], message: str) -> Non
 def test_a_block_count_below_one(fails: Fails, count: str) -> None:
     line = fails(USAGE, "toy-world", "--total-blocks", count)
     assert f"--total-blocks {count}: must be at least 1" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "message"),
+    [
+        ("num_heads", "0", "num_heads=0 must be at least 1."),
+        ("num_layers", "-1", "num_layers=-1 must be at least 1."),
+        ("window_size_t", "9" * 26, "must be at most 2147483647."),
+        ("eps", ".nan", "eps=nan must be at least 0."),
+        ("guidance_scale", ".inf", "guidance_scale=inf must be at most"),
+        ("shift", "9" * 26, "must be a positive number, at most 1000;"),
+        ("token_columns", "0", "token_columns=0 must be at least 1."),
+        ("seed", "-1", "--seed -1: must be from 0 to 2**64 - 1."),
+        ("step_deadline_s", ".nan", "--step-deadline-s nan: must be at least 0.1."),
+    ],
+)
+def test_a_number_that_no_config_may_hold(
+    fails: Fails, tmp_path: Path, name: str, number: str, message: str
+) -> None:
+    """In a file, where nothing but the config itself looks at it."""
+    text, count = re.subn(rf"(?m)^( *{name}): .*$", rf"\1: {number}", dump_config(TOY_WORLD_RUNNER))
+    assert count == 1
+    (tmp_path / "run.yaml").write_text(text)
+    assert message in fails(USAGE, "--config", "run.yaml")
 
 
 @pytest.mark.parametrize("folder", ["taken", "taken/out"])

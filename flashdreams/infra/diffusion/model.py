@@ -18,6 +18,7 @@ from flashdreams.infra.diffusion.transformer import (
     PendingChunk,
     TransformerConfig,
 )
+from flashdreams.infra.ranges import LARGEST_SIZE, check_range
 from flashdreams.parallel.guidance import Guidance, SerialGuidance
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource
 from flashdreams.runtime.streams import SideStream
@@ -59,8 +60,8 @@ class DiffusionModelConfig(InstantiateConfig):
             raise ValueError(
                 f"first_latent_from_image needs len_t=1, got len_t={self.transformer.len_t}."
             )
-        if not 0 <= self.context_noise <= 1000:
-            raise ValueError(f"context_noise={self.context_noise} must be from 0 to 1000.")
+        check_range(self, "context_noise", least=0, most=1000)
+        check_range(self, "guidance_scale", least=-LARGEST_SIZE)
         if self.transformer.fuse_clean_pass and self.context_noise > 0:
             raise ValueError(
                 f"fuse_clean_pass=True is for a clean context; got context_noise="

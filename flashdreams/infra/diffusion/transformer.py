@@ -11,6 +11,7 @@ from flashdreams.attention.backends import resolve_backend
 from flashdreams.attention.choose import AUTO, AttentionShape
 from flashdreams.attention.core import AttentionCore
 from flashdreams.infra.component import Component, ComponentConfig
+from flashdreams.infra.ranges import check_range
 from flashdreams.parallel.low_precision import (
     LinearPrecision,
     check_low_precision,
@@ -60,9 +61,7 @@ class TransformerConfig(ComponentConfig):
     def __post_init__(self) -> None:
         if self.attention_backend != AUTO:
             resolve_backend(self.attention_backend)
-        for name in ("in_channels", "len_t", "latent_height", "latent_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_range(self, "in_channels", "len_t", "latent_height", "latent_width")
         if self.linear_precision not in get_args(LinearPrecision):
             allowed = ", ".join(map(repr, get_args(LinearPrecision)))
             raise ValueError(

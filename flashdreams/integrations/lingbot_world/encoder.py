@@ -14,6 +14,7 @@ from flashdreams.infra.encoder.base import (
     StreamingEncoder,
     StreamingEncoderConfig,
 )
+from flashdreams.infra.ranges import check_range
 from flashdreams.models.wan.image import MASK_CHANNELS
 from flashdreams.models.wan.vae import WanVAEImageEncoder, WanVAEImageEncoderConfig
 from flashdreams.runtime.transfer import to_device
@@ -81,9 +82,7 @@ class CameraEncoderConfig(StreamingEncoderConfig):
     def __post_init__(self) -> None:
         if not 0 < self.world_scale < float("inf"):
             raise ValueError(f"world_scale={self.world_scale}: must be positive and finite.")
-        for name in ("len_t", "patch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_range(self, "len_t", "patch_size")
 
 
 @dataclass
@@ -252,8 +251,7 @@ class ImageConditionEncoderConfig(EncoderConfig):
     autoencoder's sight, so that this is exact."""
 
     def __post_init__(self) -> None:
-        if self.latent_frames < 1:
-            raise ValueError(f"latent_frames={self.latent_frames} must be at least 1.")
+        check_range(self, "latent_frames")
 
 
 class ImageConditionEncoder(Encoder):

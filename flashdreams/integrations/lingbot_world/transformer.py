@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashdreams.infra.ranges import check_range
 from flashdreams.models.wan.plan import wan_plan
 from flashdreams.models.wan.state import Control
 from flashdreams.models.wan.transformer import (
@@ -32,6 +33,7 @@ class LingBotTransformerConfig(WanTransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_range(self, "camera_channels")
         if self.control_dim is not None:
             raise ValueError(
                 f"control_dim={self.control_dim}: the camera branch takes the place of Wan's own "

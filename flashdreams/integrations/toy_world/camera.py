@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
+from flashdreams.infra.ranges import check_range
 
 from .render import VERTICAL_FOV
 from .world import HALF_SIZE, camera_to_pose
@@ -83,6 +84,9 @@ class CameraEncoderConfig(EncoderConfig):
     """Picture height in pixels."""
     width: int = 64
     """Picture width in pixels."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "token_rows", "token_columns", "height", "width")
 
 
 class CameraEncoder(Encoder):

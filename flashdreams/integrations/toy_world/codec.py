@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from flashdreams.infra.decoder.base import StreamingDecoder, StreamingDecoderConfig
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
+from flashdreams.infra.ranges import check_range
 
 PATCH = 8
 """Pixels along a side of the square that one latent pixel stands for."""
@@ -72,6 +73,9 @@ class PatchDecoderConfig(StreamingDecoderConfig):
 
     width: int = 80
     """Channels at the latent resolution; halved at every doubling of the resolution."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "width", least=4)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashdreams.infra.pipeline import StreamInferencePipeline
 from flashdreams.infra.prompt import read_prompt
+from flashdreams.infra.ranges import check_range
 from flashdreams.infra.runner import Runner, RunnerConfig
 from flashdreams.runtime.actions import hold, integrate, parse_actions
 
@@ -48,9 +49,7 @@ class ToyWorldRunnerConfig(RunnerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_actions(self.actions)
-        for name in ("scale", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1.")
+        check_range(self, "scale", "threads", most=64, as_flags=True)
 
 
 class ToyWorldRunner(Runner[ToyWorldRunnerConfig, StreamInferencePipeline]):

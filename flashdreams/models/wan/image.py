@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashdreams.infra.component import build_component
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
+from flashdreams.infra.ranges import check_range
 from flashdreams.models.clip import CLIPImageEncoder, CLIPImageEncoderConfig
 from flashdreams.models.wan.vae import WanVAEImageEncoder, WanVAEImageEncoderConfig
 
@@ -42,8 +43,7 @@ class WanImageConditionEncoderConfig(EncoderConfig):
     """Latent frames of the clip to be generated."""
 
     def __post_init__(self) -> None:
-        if self.latent_frames < 1:
-            raise ValueError(f"latent_frames={self.latent_frames} must be at least 1.")
+        check_range(self, "latent_frames")
 
 
 class WanImageConditionEncoder(Encoder):

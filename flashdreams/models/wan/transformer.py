@@ -25,6 +25,7 @@ from flashdreams.infra.diffusion.transformer import (
     Transformer,
     TransformerConfig,
 )
+from flashdreams.infra.ranges import check_range
 from flashdreams.models.wan.blocks import (
     ExpandFrames,
     FlattenTokens,
@@ -104,6 +105,9 @@ class WanTransformerConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_range(self, "dim", "ffn_dim", "num_heads", "num_layers", "out_channels", "freq_dim")
+        check_range(self, "text_dim", "text_len", "image_dim", "image_len", "control_dim")
+        check_range(self, "condition_channels", "window_size_t", "sink_size_t", "eps", least=0)
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ValueError(
                 f"dim={self.dim} over num_heads={self.num_heads} must give an even head size; "
@@ -115,8 +119,6 @@ class WanTransformerConfig(TransformerConfig):
                 f"window_size_t={self.window_size_t} must hold the current chunk of "
                 f"len_t={self.len_t} latent frames; use at least {self.len_t}."
             )
-        if self.sink_size_t < 0:
-            raise ValueError(f"sink_size_t={self.sink_size_t} must not be negative.")
         allowed = get_args(KVStorage) if self.streaming else ("native",)
         if self.kv_cache_dtype not in allowed:
             raise ValueError(

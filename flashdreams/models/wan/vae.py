@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flashdreams.infra.component import ComponentConfig
 from flashdreams.infra.decoder.base import StreamingDecoder, StreamingDecoderConfig
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
+from flashdreams.infra.ranges import check_range
 from flashdreams.models.wan.keys import VAE_DIFFUSERS_KEYS
 from flashdreams.models.wan.vae_blocks import (
     AttentionBlock,
@@ -68,6 +69,7 @@ class WanVAEConfig(ComponentConfig):
     """Per-channel standard deviation that normalised latents are divided by."""
 
     def __post_init__(self) -> None:
+        check_range(self, "dim", "z_dim", "num_res_blocks")
         levels = len(self.dim_mult)
         if len(self.temporal_downsample) != levels - 1:
             raise ValueError(
@@ -171,11 +173,7 @@ class WanVAEDecoderConfig(WanVAEConfig, StreamingDecoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.decode_frames_at_once is not None and self.decode_frames_at_once < 0:
-            raise ValueError(
-                f"decode_frames_at_once={self.decode_frames_at_once}: give the number of latent "
-                "frames per pass, or 0 for the whole chunk."
-            )
+        check_range(self, "decode_frames_at_once", least=0)
 
 
 class WanVAEDecoder(StreamingDecoder):

@@ -4,6 +4,7 @@ import copy
 import enum
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 
 from flashdreams.infra.config import InstantiateConfig, conforms, derive_config, field_annotation
+from flashdreams.infra.ranges import check_range
 
 if TYPE_CHECKING:
     from nowhere import OnlyForTypeCheckers
@@ -332,3 +334,27 @@ def test_the_config_system_needs_no_torch() -> None:
         "assert 'torch' not in sys.modules and 'tyro' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (0, "frames=0 must be at least 1"),
+        (2**40, "frames=1099511627776 must be at most 2147483647"),
+        (float("nan"), "frames=nan must be at least 1"),
+        (1, None),
+        (None, None),
+    ],
+)
+def test_a_number_out_of_range_is_refused(value, said):
+    config = types.SimpleNamespace(frames=value)
+    if said is None:
+        check_range(config, "frames")
+    else:
+        with pytest.raises(ValueError, match=said):
+            check_range(config, "frames")
+
+
+def test_a_number_of_the_command_line_is_called_by_its_flag():
+    with pytest.raises(ValueError, match=r"^--total-blocks 0: must be at least 1\.$"):
+        check_range(types.SimpleNamespace(total_blocks=0), "total_blocks", as_flags=True)

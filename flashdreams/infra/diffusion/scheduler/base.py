@@ -1,6 +1,5 @@
 """The contract of noise schedules, and the arithmetic they share."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -171,8 +170,9 @@ def check_schedule(num_inference_steps: int, shift: float) -> None:
 
 
 def check_shift(shift: float) -> None:
-    """Refuse a shift that is not a positive, finite number (ValueError)."""
-    if not (math.isfinite(shift) and shift > 0):
+    """Refuse a shift that leaves (0, 1000] (ValueError)."""
+    if not 0 < shift <= NUM_TRAIN_TIMESTEPS:
         raise ValueError(
-            f"shift={shift} must be a positive number; 1 is no shift, Wan uses 3 to 8."
+            f"shift={shift} must be a positive number, at most {NUM_TRAIN_TIMESTEPS}; 1 is no "
+            "shift, Wan uses 3 to 8."
         )

@@ -56,11 +56,6 @@ class FlowUniPCScheduler(Scheduler):
         timesteps = (precise * NUM_TRAIN_TIMESTEPS).long()
         super().__init__(config, timesteps=timesteps, sigmas=precise.float())
         levels = [*self.sigmas.tolist(), 0.0]
-        if levels[0] >= 1:
-            raise ValueError(
-                f"shift={shift:g} moves the first noise level to 1, where UniPC is not defined. "
-                "Choose a smaller shift; Wan uses 3 to 8."
-            )
         orders = [1 if step in (0, count - 1) else 2 for step in range(count)]
         self._predictors = [
             predictor_weights(levels[max(step - 1, 0) : step + 2], orders[step])

@@ -194,9 +194,10 @@ def test_step_count_and_shift_are_checked(config_type: type, fields: dict, text:
         config_type(**fields)
 
 
-def test_unipc_refuses_a_shift_that_reaches_sigma_one() -> None:
-    with pytest.raises(ValueError, match=r"shift=1e\+09"):
-        FlowUniPCSchedulerConfig(shift=1e9).setup()
+def test_no_shift_takes_unipc_to_sigma_one_where_it_is_not_defined() -> None:
+    assert FlowUniPCSchedulerConfig(shift=1000).setup().sigmas[0] < 1
+    with pytest.raises(ValueError, match=r"shift=1000000000.0 must be .* at most 1000"):
+        FlowUniPCSchedulerConfig(shift=1e9)
 
 
 def test_configs_set_up_their_schedulers_and_derive() -> None:
