@@ -38,6 +38,26 @@ def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
+def per_pixel(values: Tensor, size: Sequence[int], patch_size: Sequence[int]) -> Tensor:
+    """Values per batch entry, latent frame or token, spread over a latent.
+
+    Args:
+        values: ``[B]``, ``[B, T]`` or ``[B, L]``.
+        size: T, H and W of the latent.
+        patch_size: latent frames, rows and columns of a token.
+
+    Returns:
+        ``[B, 1, T, H, W]``, with a 1 in place of the dims over which the values are the same.
+    """
+    if values.ndim == 1 or values.shape[1] in (1, size[0]):
+        return values.reshape(len(values), 1, -1, 1, 1)
+    tokens = [whole // patch for whole, patch in zip(size, patch_size, strict=True)]
+    spread = values.reshape(len(values), 1, *tokens)
+    for dim, patch in enumerate(patch_size, start=2):
+        spread = spread.repeat_interleave(patch, dim)
+    return spread
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the full width, all heads together; statistics in float32."""
 
@@ -311,6 +331,6 @@ class FlattenTokens(nn.Module):
 class ExpandFrames(nn.Module):
     """Per-frame values ``[B, T, ...]`` to per-token values ``[B, L, ...]``; may be split."""
 
-    def forward(self, x: Tensor, tokens_per_frame: int) -> Tensor:
-        """Repeat every frame's value for all of its tokens."""
-        return x.repeat_interleave(tokens_per_frame, dim=1)
+    def forward(self, x: Tensor, times: int) -> Tensor:
+        """Repeat every value for the tokens of its frame; once if there is one per token."""
+        return x.repeat_interleave(times, dim=1)

@@ -32,6 +32,7 @@ from flashdreams.models.wan.blocks import (
     Head,
     ImageEmbedding,
     WanBlock,
+    per_pixel,
     timestep_embedding,
 )
 from flashdreams.models.wan.fused import check_fused_kernels
@@ -63,7 +64,7 @@ class WanTransformerConfig(TransformerConfig):
     num_layers: int = 30
     """Transformer blocks."""
     patch_size: tuple[int, int, int] = (1, 2, 2)
-    """Latent frames, rows and columns that make up one token."""
+    """Latent frames (always 1), rows and columns that make up one token."""
     out_channels: int = 16
     """Channels of the predicted flow."""
     condition_channels: int = 0
@@ -142,9 +143,13 @@ class WanTransformerConfig(TransformerConfig):
             )
 
     def _check_patching(self) -> None:
-        sizes = (self.len_t, self.latent_height, self.latent_width)
-        names = ("len_t", "latent_height", "latent_width")
-        for name, size, patch in zip(names, sizes, self.patch_size, strict=True):
+        if self.patch_size[0] != 1:
+            raise ValueError(
+                f"patch_size={self.patch_size}: a token stands for one latent frame; begin with 1."
+            )
+        sizes = (self.latent_height, self.latent_width)
+        names = ("latent_height", "latent_width")
+        for name, size, patch in zip(names, sizes, self.patch_size[1:], strict=True):
             if size % patch:
                 below = max(patch, size // patch * patch)
                 raise ValueError(
@@ -159,7 +164,7 @@ class WanTransformerConfig(TransformerConfig):
 
     @property
     def tokens_per_frame(self) -> int:
-        """Tokens of one latent frame (of one temporal patch)."""
+        """Tokens of one latent frame."""
         _, rows, columns = self.patch_size
         return (self.latent_height // rows) * (self.latent_width // columns)
 
@@ -306,7 +311,7 @@ class WanTransformer(Transformer):
     def attention_shape(self, batch_size: int) -> AttentionShape:
         """See the contract."""
         c = self.config
-        tokens = c.len_t // c.patch_size[0] * c.tokens_per_frame
+        tokens = c.len_t * c.tokens_per_frame
         window = (c.sink_size_t + c.window_size_t) * c.tokens_per_frame
         return AttentionShape(
             batch_size=batch_size,
@@ -519,8 +524,8 @@ class WanTransformer(Transformer):
 
         Args:
             latent: ``[B, C, T, H, W]``.
-            time: the timestep, 0-dim, ``[B]``, or ``[B, T]`` for one per latent frame; or what
-                ``modulations`` made of it.
+            time: the timestep, 0-dim, ``[B]``, ``[B, T]`` for one per latent frame, or ``[B, L]``
+                for one per token; or what ``modulations`` made of it.
             cache: rotations, control, keys and values; the chunk's slots are overwritten.
             write_only: stop when the last block's keys and values are in the cache.
 
@@ -539,7 +544,7 @@ class WanTransformer(Transformer):
         if time.ndim < 4:
             time = self.modulations(time.expand(len(x)) if time.ndim == 0 else time)
         *of_blocks, of_head = time.split([6] * len(self.blocks) + [2], dim=2)
-        tokens_per_frame = patches.shape[3] * patches.shape[4]
+        tokens = patches.shape[2:].numel()
         *layers, last = zip(
             self.blocks,
             of_blocks,
@@ -549,32 +554,38 @@ class WanTransformer(Transformer):
             strict=True,
         )
         for block, modulation, context, kv_cache, control in layers:
-            modulation = self._per_token(modulation, tokens_per_frame)
+            modulation = self._per_token(modulation, tokens)
             x = block(x, modulation, cache.rope, context, kv_cache, control)
         block, modulation, context, kv_cache, control = last
-        modulation = self._per_token(modulation, tokens_per_frame)
+        modulation = self._per_token(modulation, tokens)
         if write_only and kv_cache is not None:
             block.write(x, modulation, cache.rope, kv_cache)
             return x.new_empty(0)
         chunks = len(cache.cursor.groups) or 1
         x = block(x, modulation, cache.rope, context, kv_cache, control, chunks)
-        x = self.head(x, self._per_token(of_head, tokens_per_frame)[chunks - 1 :: chunks])
+        x = self.head(x, self._per_token(of_head, tokens)[chunks - 1 :: chunks])
         return self.unpatchify(x, *patches.shape[2:]).float()
 
-    def _per_token(self, modulation: Tensor, tokens_per_frame: int) -> Tensor:
+    def _per_token(self, modulation: Tensor, tokens: int) -> Tensor:
         """One modulation for all frames serves all tokens as it is."""
-        if modulation.shape[1] == 1:
+        count = modulation.shape[1]
+        if count == 1:
             return modulation
-        return self.expand_frames(modulation, tokens_per_frame)
+        if tokens % count:
+            raise ValueError(
+                f"{count} timesteps do not fit a chunk of {tokens} tokens: give one, one per "
+                "latent frame, or one per token."
+            )
+        return self.expand_frames(modulation, tokens // count)
 
     def modulations(self, timestep: Tensor) -> Tensor:
         """What timesteps make of the modulation of every block and of the head.
 
         Args:
-            timestep: ``[B]`` or ``[B, T]``.
+            timestep: ``[B]``, ``[B, T]`` or ``[B, L]``.
 
         Returns:
-            ``[B, T or 1, 6 * num_layers + 2, dim]`` float32: six rows per block, two of the head.
+            ``[B, 1, T or L, 6 * num_layers + 2, dim]`` float32: six rows a block, two of the head.
         """
         per_frame = timestep if timestep.ndim == 2 else timestep[:, None]
         embedded = self.time_embedding(
@@ -633,6 +644,8 @@ class WanTransformer(Transformer):
         if self.config.prediction == "flow":
             return output
         sigma = to_device(timestep, latent.device).float() / 1000
+        if sigma.ndim > 0:
+            sigma = per_pixel(sigma, latent.shape[2:], self.config.patch_size)
         return (latent.float() - output) / sigma
 
     def predict_first_flow(

@@ -79,6 +79,24 @@ def test_text_to_video_matches_diffusers(tmp_path):
 
 
 @torch.no_grad()
+def test_one_timestep_per_token_matches_diffusers(tmp_path):
+    """As Wan 2.2's 5B model is given them: clean where the image stands, noisy elsewhere."""
+    peer = build_peer(16, None)
+    model = load_ours(peer, tmp_path, text_len=12)
+    latent, text = draw(2, 16, FRAMES, HEIGHT, WIDTH), draw(2, 12, 24)
+    tokens = FRAMES * HEIGHT * WIDTH // 4
+    timesteps = torch.linspace(1, 200, 2 * tokens).reshape(2, tokens)  # the peer rounds angles
+    timesteps[:, : tokens // FRAMES] = 0
+    cache = model.initialize_cache(text=text)
+    model.begin_step(0, cache)
+    expected = peer(latent, timesteps, text, return_dict=False)[0]
+    found = model.predict_flow(latent, timesteps, cache)
+    torch.testing.assert_close(found, expected, atol=ATOL, rtol=1e-5)
+    wrong = model.predict_flow(latent, timesteps.flip(1), cache)
+    assert (wrong - expected).abs().max() > 50 * ATOL
+
+
+@torch.no_grad()
 def test_image_to_video_matches_diffusers(tmp_path):
     peer = build_peer(36, 20)
     model = load_ours(peer, tmp_path, condition_channels=20, image_dim=20)

@@ -144,6 +144,24 @@ def test_one_timestep_per_frame_equals_one_for_all():
 
 
 @torch.no_grad()
+def test_one_timestep_per_token_equals_one_per_frame():
+    model = build(len_t=3, window_size_t=6)
+    latent, text, _ = inputs()
+    cache = model.initialize_cache(text=text)
+    model.begin_step(0, cache)
+    frames = torch.tensor([[0.0, 500.0, 900.0], [900.0, 0.0, 300.0]])
+    expected = model.predict_flow(latent[:, :, :3], frames, cache)
+    tokens = frames.repeat_interleave(4, dim=1)
+    found = model.predict_flow(latent[:, :, :3], tokens, cache)
+    torch.testing.assert_close(found, expected, atol=ATOL, rtol=0)
+    tokens[0, 5] += 200  # one token of the second frame
+    mixed = model.predict_flow(latent[:, :, :3], tokens, cache)
+    assert (mixed - expected).abs().max() > 50 * ATOL
+    with pytest.raises(ValueError, match="5 timesteps do not fit a chunk of 12 tokens"):
+        model.predict_flow(latent[:, :, :3], torch.zeros(2, 5), cache)
+
+
+@torch.no_grad()
 def test_the_condition_follows_the_position_and_its_last_frame_is_held():
     model = build(len_t=2, window_size_t=4, condition_channels=3)
     condition = torch.randn(2, 3, 3, 4, 4, generator=torch.Generator().manual_seed(8))
@@ -161,9 +179,14 @@ def test_x0_networks_give_the_flow_of_their_prediction():
     cache = model.initialize_cache(text=text)
     model.begin_step(0, cache)
     noisy = latent[:, :, :2]
-    x0 = model(noisy, torch.tensor(250.0), cache)
-    flow = model.predict_flow(noisy, torch.tensor(250.0), cache)
-    torch.testing.assert_close(noisy - 0.25 * flow, x0, atol=ATOL, rtol=0)
+    for shape in ((), (2,), (2, 2), (2, 8)):  # for all, per entry, per frame, per token
+        timestep = torch.linspace(100, 900, max(1, torch.Size(shape).numel())).reshape(shape)
+        x0 = model(noisy, timestep, cache)
+        flow = model.predict_flow(noisy, timestep, cache)
+        sigma = timestep.reshape(*shape, *[1] * (2 - len(shape))) / 1000
+        of_tokens = sigma.expand(2, 8) if sigma.shape[1] != 2 else sigma.repeat_interleave(4, 1)
+        pixels = of_tokens.reshape(2, 1, 2, 2, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
+        torch.testing.assert_close(noisy - pixels * flow, x0, atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +194,7 @@ def test_x0_networks_give_the_flow_of_their_prediction():
     [
         (dict(dim=25), "dim=25 over num_heads=2 must give an even head size"),
         (dict(latent_height=5), "latent_height=5 is not a multiple of the patch size 2.*4, 6"),
+        (dict(patch_size=(2, 2, 2)), "patch_size=.*a token stands for one latent frame"),
         (dict(latent_width=1), "latent_width=1 is not a multiple of the patch size 2.*2, 4"),
         (dict(len_t=4, window_size_t=3), "window_size_t=3 must hold the current chunk of len_t=4"),
         (dict(sink_size_t=-1), "sink_size_t=-1 must be at least 0"),
