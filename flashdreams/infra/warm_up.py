@@ -1,6 +1,7 @@
 """What a pipeline does before its first rollout, so that no rollout pays for it."""
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,10 @@ from flashdreams.attention.choose import AUTO, BackendChoice, choose_backend
 from flashdreams.infra.component import declared_context
 from flashdreams.infra.decoder.base import StreamingDecoder
 from flashdreams.infra.diffusion.transformer import Transformer
+from flashdreams.infra.encoder.base import Encoder
 from flashdreams.parallel.environment import from_rank_zero
 from flashdreams.parallel.mesh import Mesh, local_attention
+from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.compilation import Compilation, compiled_so_far
 
 if TYPE_CHECKING:
@@ -63,6 +66,7 @@ def warm_up(pipeline: "StreamInferencePipeline") -> WarmUp:
     start = time.perf_counter()
     model, meter = pipeline.diffusion_model, pipeline.exchange.mesh.meter
     sent, compiled = meter.snapshot(), compiled_so_far()
+    _run_encoders(pipeline)
     attention = choose_attention(model.transformer, pipeline.exchange.mesh, pipeline.target_device)
     steps = model.warm_up(pipeline.config.max_rollouts)
     if steps and pipeline.decodes_here:
@@ -81,6 +85,18 @@ def warm_up(pipeline: "StreamInferencePipeline") -> WarmUp:
         compiled_so_far=compiled_so_far(),
         attention=attention,
     )
+
+
+def _run_encoders(pipeline: "StreamInferencePipeline") -> None:
+    """Call once what is called once per rollout; ranks without the text encoder have none to call.
+
+    What is missing for it is not missed yet: rollouts may be given embeddings.
+    """
+    for encoder in (pipeline.text_encoder, pipeline.image_encoder):
+        example = encoder.example_input() if isinstance(encoder, Encoder) else None
+        if example is not None:
+            with suppress(ImportError, CheckpointError):
+                encoder(example)
 
 
 def choose_attention(

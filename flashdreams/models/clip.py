@@ -96,6 +96,10 @@ class CLIPImageEncoder(Encoder):
         """
         return self.visual(self.preprocess(input).to(self.dtype))
 
+    def example_input(self) -> Tensor:
+        """A grey image ``[1, 3, image_size, image_size]``."""
+        return torch.zeros(1, 3, self.config.image_size, self.config.image_size)
+
     def preprocess(self, images: Tensor) -> Tensor:
         """Resize images to a square without cropping, and normalise their colours.
 

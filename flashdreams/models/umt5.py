@@ -119,6 +119,10 @@ class UMT5TextEncoder(Encoder):
         """
         return self.embed(self.tokenize(input))
 
+    def example_input(self) -> list[str]:
+        """One short prompt: the tokenizer and the packages for text are then at hand."""
+        return ["a street at night"]
+
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
         """Clean prompts and turn each into token ids, the end mark last.
 

@@ -26,6 +26,14 @@ class Encoder(Component):
         """Encode ``input``; the default hands it on unchanged."""
         return input
 
+    def example_input(self) -> Any:
+        """A small dummy input for one call at warm-up, whose result is dropped.
+
+        With it a ``text_encoder`` or ``image_encoder`` reads files, imports packages and builds
+        kernels before the first rollout. None for an encoder that does nothing of the kind.
+        """
+        return None
+
 
 @dataclass(kw_only=True)
 class StreamingEncoderConfig(EncoderConfig):

@@ -263,6 +263,10 @@ class ImageConditionEncoder(Encoder):
         super().__init__(config)
         self.vae: WanVAEImageEncoder = build_component(config.vae)
 
+    def example_input(self) -> Tensor:
+        """A small grey image."""
+        return self.vae.example_input()
+
     @torch.no_grad()
     def forward(self, input: Tensor) -> Mapping[str, Tensor]:
         """Encode the first frame of a rollout.

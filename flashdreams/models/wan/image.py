@@ -59,6 +59,10 @@ class WanImageConditionEncoder(Encoder):
         self.vae: WanVAEImageEncoder = build_component(config.vae)
         self.clip: CLIPImageEncoder = build_component(config.clip)
 
+    def example_input(self) -> Tensor:
+        """A small grey image."""
+        return self.vae.example_input()
+
     @torch.no_grad()
     def forward(self, input: Tensor) -> dict[str, Tensor]:
         """Encode the first frame of a clip.

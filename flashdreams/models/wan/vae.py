@@ -304,6 +304,11 @@ class WanVAEImageEncoder(Encoder):
             video = video[:, :, : 1 + (video.shape[2] - 1) // factor * factor]
         return self.encode_chunk(video, self.initialize_cache())
 
+    def example_input(self) -> Tensor:
+        """A small grey image ``[1, 3, height, width]``."""
+        side = 4 * self.config.spatial_factor
+        return torch.zeros(1, 3, side, side)
+
     @torch.no_grad()
     def encode_chunk(self, video: Tensor, cache: CarriedFrames) -> Tensor:
         """Encode the next frames of a video that arrives in chunks.

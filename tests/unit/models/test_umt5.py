@@ -248,3 +248,10 @@ def test_missing_packages_say_what_to_install(
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"transformers.*pip install 'flashdreams\[text\]'"):
         UMT5TextEncoder(tiny_config())
+
+
+def test_its_example_brings_the_tokenizer_along(tmp_path: Path) -> None:
+    encoder = UMT5TextEncoder(tiny_config(tokenizer=write_tokenizer(tmp_path)))
+    assert encoder._tokenizer is None
+    assert encoder(encoder.example_input()).shape == (1, 200, 64)
+    assert encoder._tokenizer is not None
