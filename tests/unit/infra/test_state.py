@@ -1,7 +1,6 @@
 """The canonical form of a rollout on one rank, through JSON and safetensors (same bits)."""
 
 import json
-import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -11,9 +10,11 @@ from torch import Tensor
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.state import StateCodec, known_classes
+from flashdreams.parallel import watchdog as watchdog_module
 from flashdreams.parallel.environment import LOAD_TIMEOUT_S, Environment
 from flashdreams.parallel.watchdog import Watchdog
 from flashdreams.runtime.noise import NoiseSource
+from tests.clock import Clock
 from tests.tiny import TEXT_DIM, tiny_pipeline
 
 CPU = torch.device("cpu")
@@ -195,8 +196,10 @@ def test_moving_or_conditioning_a_rollout_has_a_long_deadline(
     cache = pipeline.initialize_cache(text=prompt(0))
     advance(pipeline, cache, 0, 2)
 
+    clock = Clock(monkeypatch, watchdog_module)
+
     def slow(*_: object) -> None:
-        time.sleep(0.7)
+        clock.move(0.7)
         raise InterruptedError
 
     monkeypatch.setattr(f"flashdreams.infra.{module}.{work}", slow)
@@ -209,10 +212,10 @@ def test_moving_or_conditioning_a_rollout_has_a_long_deadline(
         "encode_text": lambda: pipeline.update_prompt(cache, prompt(1)),
     }
     with (
-        Watchdog(ALONE, deadline_s=0.1, end=reports.append) as watchdog,
+        clock.led(Watchdog(ALONE, deadline_s=0.1, end=reports.append)) as watchdog,
         pytest.raises(InterruptedError),
     ):
         pipeline.guard = watchdog.stage
         calls[work]()
     assert len(reports) == (limit_s < 1)
-    assert all(f"rank 0: {name}, for 0." in report for report in reports)
+    assert all(f"rank 0: {name}, for 0.7 s" in report for report in reports)
