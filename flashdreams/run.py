@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -65,7 +66,10 @@ class CommandLine:
 
 def entry_point() -> None:
     """Run the process's own command line and exit with its code."""
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    # All is written; whoever is impatient with the interpreter's own end may cut it short.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -347,7 +351,9 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
 
 
 def _interrupted() -> int:
-    _say(f"{PROGRAM}: interrupted", sys.stderr)
+    # What was interrupted may be the import of torch, which crashes if it is begun again.
+    if "flashdreams.parallel.environment" not in sys.modules or _rank() == 0:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr, flush=True)
     return INTERRUPTED
 
 

@@ -32,7 +32,7 @@ class RankError(RuntimeError):
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240.0
 ) -> list[Any]:
     """Call ``fn(*args)`` on ``world_size`` ranks of one gloo group.
 
@@ -40,7 +40,8 @@ def run_ranks(
         fn: a module-level function; it asks ``torch.distributed`` for its rank.
         world_size: number of processes; 1 is a process with a group of one.
         args: picklable; tensors are copied.
-        timeout_s: limit for all ranks together; also the limit of one collective.
+        timeout_s: limit for all ranks together; also the limit of one collective. The default is
+            for a hang: a machine under load may take a minute for what usually takes a second.
 
     Returns:
         What each rank returned, in rank order.
@@ -70,12 +71,12 @@ def run_ranks(
 
 def _wait(processes: list[BaseProcess], paths: list[Path], deadline: float) -> None:
     while any(process.is_alive() for process in processes):
+        if time.monotonic() > deadline:  # comes first: ranks that waited for a hung one fail too
+            alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
+            raise TimeoutError(f"ranks {alive} of {len(processes)} did not end in time")
         if any(process.exitcode for process in processes):
             time.sleep(0.2)
             _raise_first(processes, paths)
-        if time.monotonic() > deadline:
-            alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
-            raise TimeoutError(f"ranks {alive} of {len(processes)} did not end in time")
         time.sleep(0.005)
     if any(process.exitcode for process in processes):
         _raise_first(processes, paths)
@@ -86,8 +87,17 @@ def _raise_first(processes: list[BaseProcess], paths: list[Path]) -> None:
     if not errors:
         codes = [process.exitcode for process in processes]
         raise RankError(f"ranks ended without a traceback, exit codes {codes}")
-    first = min(errors, key=lambda path: path.stat().st_mtime_ns)
-    raise RankError(f"{first.stem} failed first:\n{first.read_text()}")
+    times_and_texts = {path.stem: path.read_text().split("\n", 1) for path in errors}
+    first = min(times_and_texts, key=lambda rank: int(times_and_texts[rank][0]))
+    raise RankError(f"{first} failed first:\n{times_and_texts[first][1]}")
+
+
+def _leave_error(path: Path) -> None:
+    """Write when this rank failed, and how; files' own times are too coarse to tell who began."""
+    failed_ns = time.monotonic_ns()
+    draft = path.with_suffix(".draft")
+    draft.write_text(f"{failed_ns}\n{traceback.format_exc()}")
+    draft.replace(path.with_suffix(".error"))
 
 
 def _run(fn: Callable[..., Any], rank: int, world_size: int, folder: str, limit_s: float) -> None:
@@ -107,5 +117,5 @@ def _run(fn: Callable[..., Any], rank: int, world_size: int, folder: str, limit_
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
-        path.with_suffix(".error").write_text(traceback.format_exc())
+        _leave_error(path)
         os._exit(1)

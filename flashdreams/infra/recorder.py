@@ -94,13 +94,18 @@ class RunRecorder:
         self._checksums.append((record, key, self._thread.submit(compute)))
 
     def records(self) -> list[dict[str, Any]]:
-        """One record per AR step of every rollout watched, complete with rates and checksums."""
+        """One record per AR step of every rollout watched, complete with rates and checksums.
+
+        A step that was broken off made no frames and has none.
+        """
         for record, key, checksum in self._checksums:
             record[key] = checksum.result()
         self._checksums.clear()
         found = []
         for rollout, timer in enumerate(self._timers):
             for record in timer.flush():
+                if "frames" not in record:
+                    continue
                 seconds = record["total_ms"] / 1e3
                 rate = record["frames"] / seconds if seconds > 0 else None
                 found.append({"rollout": rollout, **record, "fps": rate})

@@ -195,7 +195,8 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
 
         The process group is left to torchrun: other ranks may hang in a collective.
         """
-        with contextlib.suppress(Exception):
+        guard = self.pipeline.guard("abort", self.recorder.steps)  # a hung device keeps checksums
+        with contextlib.suppress(Exception), guard:
             self.recorder.close()
 
 

@@ -1,12 +1,13 @@
 """A deadline for every stage, watched from the host, and what each rank last reported."""
 
+import atexit
 import json
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -101,6 +102,9 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         for thread in self._threads:
             thread.start()
+        # A run that fails ends without leaving this context, and a thread that is cut off inside
+        # the store's client aborts the process.
+        atexit.register(self._stop)
         return self
 
     def __exit__(
@@ -109,9 +113,13 @@ class Watchdog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
         self._stopped.set()
         for thread in self._threads:
             thread.join(timeout=_PEERS_S)
+        atexit.unregister(self._stop)
 
     @contextmanager
     def stage(
@@ -153,8 +161,13 @@ class Watchdog:
     def _expire(self, own: str) -> None:
         print(f"flashdreams: deadline passed: {own}", file=sys.stderr, flush=True)
         found: list[str] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):  # the rank that holds the store may have gone
+                found.append(self.report())
+
         # The store may hang with the rest of the run: do not wait for it for ever.
-        asker = threading.Thread(target=lambda: found.append(self.report()), daemon=True)
+        asker = threading.Thread(target=ask, daemon=True)
         asker.start()
         asker.join(timeout=_PEERS_S)
         heard = found[0] if found else f"{own}\n  the other ranks' reports cannot be read"

@@ -92,10 +92,10 @@ class VideoWriter:
         self._reserve()
         self._queue: queue.Queue[_Frames | None] = queue.Queue(max_pending_chunks)
         # A daemon, for an interpreter that ends would wait for any other thread before it asks
-        # for abort(). It has to: a thread that is cut off inside PyTorch aborts the process.
+        # for _finish(). It has to: a thread that is cut off inside PyTorch aborts the process.
         self._thread = threading.Thread(target=self._encode, name="video", daemon=True)
         self._thread.start()
-        atexit.register(self.abort)
+        atexit.register(self._finish)
 
     def write(self, chunk: Tensor) -> None:
         """Append the frames of one chunk.
@@ -180,10 +180,12 @@ class VideoWriter:
             ) from error
 
     def _finish(self) -> None:
+        """End the thread; may be called again, as it is at exit where an interrupt broke it off."""
         self._closed = True
-        atexit.unregister(self.abort)
-        self._queue.put(None)
-        self._thread.join()
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+        atexit.unregister(self._finish)
         if self.partial_path.is_file() and self.partial_path.stat().st_size == 0:
             self.partial_path.unlink()
 

@@ -116,3 +116,36 @@ def test_a_hung_group_ends_after_the_deadline(tmp_path):
     assert "deadline passed: rank 0: diffuse of AR step 5" in done.stderr
     assert "rank 1: decode of AR step 4" in done.stderr
     assert f"exitcode: {EXIT_CODE}" in done.stderr.replace(" ", "").replace(":", ": ")
+
+
+UNFINISHED = """
+import dataclasses, sys, threading
+import torch
+from tests.parallel.test_watchdog import ALONE
+from flashdreams.parallel.watchdog import Watchdog
+
+class SlowStore:
+    began = threading.Event()
+    def set(self, key, value):
+        self.began.set()
+        x = torch.ones(1500, 1500)
+        for _ in range(8):
+            x @ x
+
+watchdog = Watchdog(dataclasses.replace(ALONE, store=SlowStore()))
+watchdog.__enter__()
+SlowStore.began.wait()
+sys.exit(3)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_while_it_reports_ends_with_its_own_code():
+    """A thread that is cut off inside PyTorch would abort the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", UNFINISHED],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert (done.returncode, done.stderr) == (3, "")
