@@ -57,7 +57,7 @@ def build_call(size: Size, dtype: str) -> Callable[[], Tensor]:
         window_size_t=CHUNKS * size.len_t, text_len=TEXT_LEN, text_dim=TEXT_DIM, dtype=dtype,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = WanTransformer(config).to(getattr(torch, dtype)).requires_grad_(False).eval()
+    model = WanTransformer(config).cast().requires_grad_(False).eval()
     cache = model.initialize_cache(text=torch.randn(1, TEXT_LEN, TEXT_DIM))
     latent = torch.randn(model.latent_shape(1))
     for index in range(CHUNKS):

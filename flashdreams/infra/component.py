@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -46,6 +46,21 @@ class Component(nn.Module):
     def dtype(self) -> torch.dtype:
         """Storage type of the parameters."""
         return getattr(torch, self.config.dtype)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Storage type of one parameter or floating-point buffer; a subclass may keep some wider.
+
+        Args:
+            name: as in ``named_parameters``.
+        """
+        return self.dtype
+
+    def cast(self) -> Self:
+        """Bring every parameter and floating-point buffer to its storage type, in place."""
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(self.dtype_of(name))
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -104,10 +119,12 @@ def load_component(
     for part in parts:
         load_component(part, device)
     if checkpoint is not None:
-        load_checkpoint(component, checkpoint, device=device, dtype=component.dtype, slices=slices)
+        dtype_of = component.dtype_of
+        load_checkpoint(component, checkpoint, device=device, dtype=dtype_of, slices=slices)
         component.init_buffers()
-    # Parts keep their own types: a pipeline may mix them.
-    component.to(device, None if parts else component.dtype)
+    if not parts:  # these keep their own types: a pipeline may mix them
+        component.cast()
+    component.to(device)
     component.finish_loading()
 
 

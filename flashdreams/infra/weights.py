@@ -105,17 +105,19 @@ def memory_estimate(config: "StreamInferencePipelineConfig", batch_size: int = 1
         transformer = config.diffusion_model.transformer.setup()
     branches = 1 if config.diffusion_model.guidance_scale is None else 2
     cache = transformer.cache_nbytes(batch_size) * branches
-    precision = transformer.config.linear_precision
-    weights = weight_nbytes(transformer, transformer.parallel_plan(), precision)
+    precision, dtype_of = transformer.config.linear_precision, transformer.dtype_of
+    weights = weight_nbytes(transformer, transformer.parallel_plan(), precision, dtype_of)
     others = sum(
         checkpoint.size_bytes or 0
         for path, checkpoint in named_checkpoints(config)
         if not path.startswith("diffusion_model.")
     )
-    rounded = "" if precision == "native" else " and fp8"
+    dtypes = [transformer.dtype, *(dtype_of(name) for name, _ in transformer.named_parameters())]
+    types = [str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes)]
+    types += [] if precision == "native" else ["fp8"]
     return (
-        f"Memory, from shapes: transformer {weights / 1e9:.1f} GB in "
-        f"{transformer.config.dtype}{rounded}, KV cache {cache / 1e9:.1f} GB, "
+        f"Memory, from shapes: transformer {weights / 1e9:.1f} GB in {' and '.join(types)}, "
+        f"KV cache {cache / 1e9:.1f} GB, "
         f"other networks at most {others / 1e9:.1f} GB, and activations."
     )
 

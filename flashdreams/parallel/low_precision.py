@@ -1,6 +1,6 @@
 """Linear layers in eight bits, put in place of those that a plan names."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -212,11 +212,24 @@ def check_low_precision(
             )
 
 
-def weight_nbytes(module: nn.Module, plan: ParallelPlan | None, precision: LinearPrecision) -> int:
-    """Bytes of a native module's weights once `lower_precision` is done; scales left out."""
-    dtype = getattr(module, "dtype", torch.float32)
-    native = sum(p.numel() for p in module.parameters()) * dtype.itemsize
-    if precision == "native" or plan is None:
-        return native
-    rounded = sum(layer.weight.numel() for _, layer in named_layers(module, plan))
-    return native - rounded * (dtype.itemsize - FP8.itemsize)
+def weight_nbytes(
+    module: nn.Module,
+    plan: ParallelPlan | None,
+    precision: LinearPrecision,
+    dtype_of: Callable[[str], torch.dtype],
+) -> int:
+    """Bytes of a native module's weights once `lower_precision` is done; scales left out.
+
+    Args:
+        module: may be on ``meta``.
+        plan: which layers may be rounded.
+        precision: whether they are.
+        dtype_of: storage type of a parameter, by its name.
+    """
+    rounded: set[str] = set()
+    if precision != "native" and plan is not None:
+        rounded = {f"{name}.weight" for name, _ in named_layers(module, plan)}
+    return sum(
+        parameter.numel() * (FP8 if name in rounded else dtype_of(name)).itemsize
+        for name, parameter in module.named_parameters()
+    )

@@ -1,7 +1,7 @@
 """Strict loading of public checkpoints into modules, tensor by tensor."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,10 @@ __all__ = [
 ]
 
 
+DType = torch.dtype | Callable[[str], torch.dtype]
+"""One for all tensors, or a function of a tensor's name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
     """What one call of `load_checkpoint` did."""
@@ -67,7 +71,7 @@ def load_checkpoint(
     config: CheckpointConfig,
     *,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: DType | None = None,
     slices: Mapping[str, tuple[int, ...]] | None = None,
     key_maps: Sequence[KeyMap] | None = None,
     progress: bool = False,
@@ -88,7 +92,8 @@ def load_checkpoint(
         config: where the weights are and how their names are read.
         device: for all tensors; ``None``: tensors on ``meta`` go to the CPU, others stay.
             ``"meta"``: compare only, read and assign nothing.
-        dtype: for all floating point tensors; ``None``: each keeps its own.
+        dtype: for all floating point tensors, or of each by the module's name for it; ``None``:
+            each keeps its own.
         slices: module's tensor name to `TensorSlice`, or a plain ``(dim, start, length)``: the
             part of the file's tensor that this module's tensor is.
         key_maps: other naming schemes to recognise; ``None``: ``module.checkpoint_key_maps``.
@@ -212,7 +217,7 @@ def _fill(
     wanted: Mapping[str, TensorSlice | None],
     sources: Mapping[str, _Target],
     device: torch.device | str | None,
-    dtype: torch.dtype | None,
+    dtype: DType | None,
     title: str | None,
 ) -> int:
     """Read the wanted tensors into their places; returns the bytes read."""
@@ -230,12 +235,14 @@ def _fill(
     return read
 
 
-def _place(target: _Target, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+def _place(target: _Target, device: torch.device | str | None, dtype: DType | None) -> Tensor:
     """Return the tensor to fill: the module's own, or a new one put into all its places."""
     old = target.tensor
     if device is None:
         device = "cpu" if old.is_meta else old.device
-    wanted_dtype = dtype if dtype is not None and old.is_floating_point() else old.dtype
+    wanted_dtype = old.dtype
+    if dtype is not None and old.is_floating_point():
+        wanted_dtype = dtype if isinstance(dtype, torch.dtype) else dtype(target.names[0])
     new = torch.empty(0, device=device)
     if not old.is_meta and new.device == old.device and wanted_dtype == old.dtype:
         return old

@@ -45,7 +45,7 @@ def build_model(dtype: str = "float32", **overrides) -> WanTransformer:
     model = WanTransformer(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    return model.to(model.dtype).requires_grad_(False).eval()
+    return model.cast().requires_grad_(False).eval()
 
 
 @torch.no_grad()

@@ -62,10 +62,11 @@ def test_the_fused_rollout_equals_the_plain_one():
 
 
 @pytest.mark.slow
-def test_in_bfloat16_the_fused_rollout_is_as_near_to_float32_as_the_plain_one():
+@pytest.mark.parametrize("residual_dtype", [None, "float32"])
+def test_in_bfloat16_the_fused_rollout_is_as_near_to_float32_as_the_plain_one(residual_dtype):
     exact, _ = roll(False)
-    plain, _ = roll(False, "bfloat16")
-    near, _ = roll(True, "bfloat16")
+    plain, _ = roll(False, "bfloat16", residual_dtype=residual_dtype)
+    near, _ = roll(True, "bfloat16", residual_dtype=residual_dtype)
     assert 1e-3 < relative_error(near, exact) < 2 * relative_error(plain, exact) < 0.05
 
 

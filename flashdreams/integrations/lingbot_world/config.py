@@ -38,6 +38,7 @@ def lingbot_checkpoint(repo: str, size_bytes: int) -> CheckpointConfig:
 
 TRANSFORMER = LingBotTransformerConfig(
     dtype="bfloat16",
+    residual_dtype="float32",
     dim=5120,
     ffn_dim=13824,
     num_heads=40,
@@ -94,6 +95,7 @@ TINY_PIPELINE = derive_config(
     image_encoder=ImageConditionEncoderConfig(vae=TINY_VAE_IMAGE_ENCODER, latent_frames=6),
     diffusion_model=dict(
         transformer=LingBotTransformerConfig(
+            residual_dtype="float32",
             dim=48,
             ffn_dim=96,
             num_heads=4,

@@ -26,6 +26,9 @@ from flashdreams.models.wan.runner import ImageToVideoRunnerConfig, TextToVideoR
 ONE_CHUNK = dict(streaming=False, len_t=21, window_size_t=21)
 """Transformer fields: the whole clip, 81 frames, is one chunk."""
 
+AUTOCAST = dict(residual_dtype="float32")
+"""Transformer fields: what stays float32 in the official code, which runs under autocast."""
+
 SHARD_INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
 NEGATIVE_PROMPT = (
@@ -44,6 +47,7 @@ T2V_1_3B_480P_PIPELINE = StreamInferencePipelineConfig(
         transformer=derive_config(
             WAN_TRANSFORMER_1_3B,
             **ONE_CHUNK,
+            **AUTOCAST,
             checkpoint=wan21_checkpoint(
                 T2V_1_3B_REPO, "diffusion_pytorch_model.safetensors", 5_675_987_200
             ),
@@ -61,6 +65,7 @@ T2V_14B_720P_PIPELINE = derive_config(
         transformer=derive_config(
             WAN_TRANSFORMER_14B,
             **ONE_CHUNK,
+            **AUTOCAST,
             latent_height=90,
             latent_width=160,
             checkpoint=wan21_checkpoint(T2V_14B_REPO, SHARD_INDEX, 57_153_966_336),
@@ -78,6 +83,7 @@ I2V_14B_480P_PIPELINE = derive_config(
         transformer=derive_config(
             WAN_TRANSFORMER_I2V_14B,
             **ONE_CHUNK,
+            **AUTOCAST,
             checkpoint=wan21_checkpoint(I2V_14B_480P_REPO, SHARD_INDEX, 65_579_515_136),
         ),
         scheduler=dict(num_inference_steps=40, shift=3.0),
@@ -89,7 +95,9 @@ T2V_TINY_PIPELINE = StreamInferencePipelineConfig(
     name="wan21-tiny-random",
     text_encoder=TINY_TEXT_ENCODER,
     diffusion_model=DiffusionModelConfig(
-        transformer=derive_config(TINY_TRANSFORMER, streaming=False, len_t=3, window_size_t=3),
+        transformer=derive_config(
+            TINY_TRANSFORMER, streaming=False, len_t=3, window_size_t=3, **AUTOCAST
+        ),
         scheduler=FlowUniPCSchedulerConfig(num_inference_steps=6, shift=8.0),
         guidance_scale=6.0,
     ),

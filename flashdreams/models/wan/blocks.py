@@ -71,7 +71,9 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def modulated_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
     """``norm(x) * (1 + scale) + shift``: layer norm without affine, all in float32 but the result.
 
     Args:
@@ -79,13 +81,17 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
         shift: ``[B, L or 1, dim]`` float32.
         scale: like ``shift``.
         eps: added to the variance.
+        dtype: of the result; None means that of ``x``.
     """
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
+    return torch.addcmul(shift, normed, 1 + scale).to(dtype or x.dtype)
 
 
 def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """``x + gate * y`` in the dtype of ``x``; ``gate`` is ``[B, L or 1, dim]`` float32."""
+    """``x + gate * y`` in the dtype of ``x``; ``gate`` is ``[B, L or 1, dim]`` float32.
+
+    ``y`` may be of a narrower type than ``x``.
+    """
     if x.dtype == torch.float32:
         return torch.addcmul(x, y, gate)
     return x + (y * gate).to(x.dtype)
@@ -208,6 +214,7 @@ class WanBlock(nn.Module):
         c = config
         self.eps = c.eps
         self.config = c
+        self.branch_dtype: torch.dtype = getattr(torch, c.dtype)
         self.modulated_norm: Callable[..., Tensor] = modulated_norm
         self.gated_sum: Callable[..., Tensor] = gated_sum
         self.self_attn = SelfAttention(c.dim, c.head_dim, c.eps)
@@ -252,7 +259,8 @@ class WanBlock(nn.Module):
         """Run the block.
 
         Args:
-            x: ``[B, L, dim]``; of several chunks at once see ``SelfAttention.forward``.
+            x: ``[B, L, dim]``, in ``residual_dtype`` like the result; of several chunks at once see
+                ``SelfAttention.forward``.
             modulation: ``[B, L or 1, 6, dim]`` float32, this block's at the timestep.
             rope: ``[L, D/2, 2]``.
             context: cross-attention keys and values of this block.
@@ -261,13 +269,13 @@ class WanBlock(nn.Module):
             chunks: of so many only the last goes on after self-attention: what is put out is its.
         """
         e = modulation.unbind(2)
-        y = self.modulated_norm(x, e[0], e[1], self.eps)
+        y = self.modulated_norm(x, e[0], e[1], self.eps, self.branch_dtype)
         x = self.gated_sum(x, self.self_attn(y, rope, cache), e[2])
         x = self.inject(x, control)
         if chunks > 1:
             x, e = x[chunks - 1 :: chunks], modulation[chunks - 1 :: chunks].unbind(2)
-        x = x + self.cross_attn(self.norm3(x), context)
-        y = self.modulated_norm(x, e[3], e[4], self.eps)
+        x = x + self.cross_attn(self.norm3(x).to(self.branch_dtype), context)
+        y = self.modulated_norm(x, e[3], e[4], self.eps, self.branch_dtype)
         return self.gated_sum(x, self.ffn(y), e[5])
 
     def write(self, x: Tensor, modulation: Tensor, rope: Tensor, cache: KVCache) -> None:
@@ -276,7 +284,8 @@ class WanBlock(nn.Module):
         A block that changes its tokens before self-attention overrides this as well.
         """
         shift, scale = modulation[:, :, 0], modulation[:, :, 1]
-        self.self_attn.write(self.modulated_norm(x, shift, scale, self.eps), rope, cache)
+        y = self.modulated_norm(x, shift, scale, self.eps, self.branch_dtype)
+        self.self_attn.write(y, rope, cache)
 
     def inject(self, x: Tensor, control: Any) -> Tensor:
         """Hook between self- and cross-attention for models that control every block."""

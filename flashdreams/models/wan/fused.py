@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from flashdreams.models.wan.blocks import RMSNorm
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def modulated_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
     """See `flashdreams.models.wan.blocks.modulated_norm`."""
-    return layer_norm_modulate(x, shift, scale, eps)
+    return layer_norm_modulate(x, shift, scale, eps, dtype)
 
 
 def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

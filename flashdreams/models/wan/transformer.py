@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,6 @@ from flashdreams.infra.diffusion.transformer import (
     Transformer,
     TransformerConfig,
 )
-from flashdreams.infra.ranges import check_range
 from flashdreams.models.wan.blocks import (
     ExpandFrames,
     FlattenTokens,
@@ -35,18 +34,28 @@ from flashdreams.models.wan.blocks import (
     per_pixel,
     timestep_embedding,
 )
+from flashdreams.models.wan.checks import check_config
 from flashdreams.models.wan.fused import check_fused_kernels
 from flashdreams.models.wan.keys import WAN_KEY_MAPS
 from flashdreams.models.wan.pairs import pair_up
 from flashdreams.models.wan.plan import wan_plan
 from flashdreams.models.wan.state import Control, WanCache, graph_key
-from flashdreams.parallel.plan import ParallelPlan
+from flashdreams.parallel.plan import ParallelPlan, glob_pattern
 from flashdreams.runtime.compilation import why_no_compiler
 from flashdreams.runtime.cuda_graph import GraphedCallable, copy_in_place
 from flashdreams.runtime.transfer import to_device
 
 MAX_TIMESTEPS = 64
 """Timesteps whose modulations a streaming rollout keeps; schedules have fewer."""
+
+RESIDUAL_PARAMETERS = tuple(
+    glob_pattern(glob)
+    for glob in (
+        *("time_embedding.*.*", "time_projection.*.*", "head.modulation", "head.head.*"),
+        *("blocks.*.modulation", "blocks.*.norm3.*"),
+    )
+)
+"""Names of the parameters that follow ``residual_dtype``."""
 
 
 @dataclass(kw_only=True)
@@ -94,6 +103,10 @@ class WanTransformerConfig(TransformerConfig):
     """First latent frames of the rollout that are never evicted."""
     relative_rope: bool = False
     """Cache-relative positions: the sink always stands right before the window."""
+    residual_dtype: Literal["float32"] | None = None
+    """Type of the sum that runs through the blocks, of the norms and modulations applied to it, of
+    the time embedding and of the head, parameters included. None is ``dtype``; "float32" beside a
+    16-bit ``dtype`` is the arithmetic of a float32 network under autocast."""
     fused_kernels: bool = False
     """Run modulated norms, gated sums, and norm, rotation and cache write of queries and keys as
     Triton kernels. Needs CUDA (for tests, TRITON_INTERPRET=1)."""
@@ -106,56 +119,7 @@ class WanTransformerConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, "dim", "ffn_dim", "num_heads", "num_layers", "out_channels", "freq_dim")
-        check_range(self, "text_dim", "text_len", "image_dim", "image_len", "control_dim")
-        check_range(self, "condition_channels", "window_size_t", "sink_size_t", "eps", least=0)
-        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
-            raise ValueError(
-                f"dim={self.dim} over num_heads={self.num_heads} must give an even head size; "
-                f"got {self.dim / self.num_heads:g}."
-            )
-        self._check_patching()
-        if self.streaming and self.window_size_t < self.len_t:
-            raise ValueError(
-                f"window_size_t={self.window_size_t} must hold the current chunk of "
-                f"len_t={self.len_t} latent frames; use at least {self.len_t}."
-            )
-        allowed = get_args(KVStorage) if self.streaming else ("native",)
-        if self.kv_cache_dtype not in allowed:
-            raise ValueError(
-                f"kv_cache_dtype={self.kv_cache_dtype!r} with streaming={self.streaming}: "
-                f"allowed is {', '.join(map(repr, allowed))}."
-            )
-        if self.fuse_clean_pass and not self.streaming:
-            raise ValueError(
-                "fuse_clean_pass=True needs streaming=True: a bidirectional model makes one chunk "
-                "and has no clean pass."
-            )
-        if self.fuse_clean_pass and self.linear_precision == "fp8":
-            raise ValueError(
-                "fuse_clean_pass=True with linear_precision='fp8': one scale per tensor would be "
-                "that of both chunks of a call, and change both. Use 'fp8_rowwise'."
-            )
-        if self.fuse_clean_pass and self.relative_rope:
-            raise ValueError(
-                "fuse_clean_pass=True with relative_rope=True: the sink would have to stand in two "
-                "places at once, one for each chunk. Switch one of the two off."
-            )
-
-    def _check_patching(self) -> None:
-        if self.patch_size[0] != 1:
-            raise ValueError(
-                f"patch_size={self.patch_size}: a token stands for one latent frame; begin with 1."
-            )
-        sizes = (self.latent_height, self.latent_width)
-        names = ("latent_height", "latent_width")
-        for name, size, patch in zip(names, sizes, self.patch_size[1:], strict=True):
-            if size % patch:
-                below = max(patch, size // patch * patch)
-                raise ValueError(
-                    f"{name}={size} is not a multiple of the patch size {patch}; "
-                    f"the nearest that are: {below}, {below + patch}."
-                )
+        check_config(self)
 
     @property
     def head_dim(self) -> int:
@@ -203,6 +167,16 @@ class WanTransformer(Transformer):
         self.head = Head(c.dim, c.out_channels * patch_volume, c.eps)
         if c.attention_backend != AUTO:
             self.set_attention_backend(c.attention_backend)
+
+    @property
+    def residual_dtype(self) -> torch.dtype:
+        """Type of the sum that runs through the blocks; see the config."""
+        return getattr(torch, self.config.residual_dtype or self.config.dtype)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """``residual_dtype`` for what computes on the sum through the blocks; see the contract."""
+        follows = any(pattern.fullmatch(name) for pattern in RESIDUAL_PARAMETERS)
+        return self.residual_dtype if follows else self.dtype
 
     def check_device(self, device: torch.device) -> None:
         """See the contract."""
@@ -538,7 +512,7 @@ class WanTransformer(Transformer):
         if cache.chunk_condition is not None:
             latent = torch.cat([latent, cache.chunk_condition.to(latent)], dim=1)
         patches = self.patch_embedding(latent.to(self.dtype))
-        x = self.flatten_tokens(patches)
+        x = self.flatten_tokens(patches).to(self.residual_dtype)
         if cache.control.tokens is not None:
             x = x + cache.control.tokens
         if time.ndim < 4:
@@ -589,7 +563,7 @@ class WanTransformer(Transformer):
         """
         per_frame = timestep if timestep.ndim == 2 else timestep[:, None]
         embedded = self.time_embedding(
-            timestep_embedding(per_frame, self.config.freq_dim).to(self.dtype)
+            timestep_embedding(per_frame, self.config.freq_dim).to(self.residual_dtype)
         )
         projected = self.time_projection(embedded).unflatten(-1, (6, -1)).float()
         of_blocks = [block.modulation.float() + projected for block in self.blocks]

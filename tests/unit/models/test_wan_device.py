@@ -59,7 +59,7 @@ def devices(values) -> set[str]:
 
 def rollout(watch: Watch, **overrides) -> None:
     config = tiny_transformer(**{"control_dim": CONTROL_DIM, **overrides})
-    model = WanTransformer(config).eval().to(DEVICE, getattr(torch, config.dtype))
+    model = WanTransformer(config).eval().cast().to(DEVICE)
     model.finish_loading()
     model.network = watch.record(model.__call__)
     model.pair_network = watch.record(model._forward_pair)
@@ -94,6 +94,9 @@ def rollout(watch: Watch, **overrides) -> None:
         {"kv_cache_dtype": "fp8", "relative_rope": True},
         {"fused_kernels": True, "dtype": "bfloat16"},
         {"fused_kernels": True, "fuse_clean_pass": True},
+        {"residual_dtype": "float32", "dtype": "bfloat16"},
+        {"residual_dtype": "float32", "dtype": "bfloat16", "fused_kernels": True},
+        {"residual_dtype": "float32", "dtype": "bfloat16", "fuse_clean_pass": True},
         {"attention_backend": "triton"},
         {"attention_backend": "sdpa_math"},
     ],

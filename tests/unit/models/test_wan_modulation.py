@@ -13,7 +13,7 @@ def build(**overrides) -> WanTransformer:
     model = WanTransformer(tiny_transformer(**overrides)).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
-    return model.to(model.dtype)
+    return model.cast()
 
 
 def embeddings(model: WanTransformer) -> list[None]:

@@ -183,14 +183,14 @@ def test_windows_and_sizes_are_the_published_ones():
 
 
 def test_bfloat16_stays_near_float32():
-    """Storage as in the full model; relative error of the latents of three AR steps."""
+    """Storage as in the full model; errors of the latents of three AR steps, the largest relative
+    to the largest latent, and in the mean: nearer than without the float32 residual."""
     given = inputs(build().config)
-    errors = [
-        float((a - b).abs().max() / b.abs().max())
-        for a, b in zip(
-            roll_out(build(dtype="bfloat16").bfloat16(), given),
-            roll_out(build(), given),
-            strict=True,
-        )
-    ]
-    assert max(errors) < 0.02
+    exact = torch.stack(roll_out(build(), given))
+
+    def rollout(**overrides) -> torch.Tensor:
+        return torch.stack(roll_out(build(dtype="bfloat16", **overrides).cast(), given)) - exact
+
+    wide, narrow = rollout(), rollout(residual_dtype=None)
+    assert wide.abs().max() < 0.02 * exact.abs().max()
+    assert 0 < wide.norm() < 0.9 * narrow.norm()
