@@ -45,7 +45,7 @@ class DiffusionModelConfig(InstantiateConfig):
     conditional half alone."""
 
     context_noise: float = 0.0
-    """Timestep of the clean pass, 0 to 1000; above 0 the chunk is lightly noised first."""
+    """Timestep of the clean pass, 0 to 1000. The chunk goes into it as it is, no noise is added."""
 
     first_latent_from_image: bool = False
     """Use the encoded ``image`` as the first latent frame of the rollout instead of generating
@@ -297,7 +297,7 @@ class DiffusionModel(nn.Module):
         chunk = self._last_chunk(index - 1, cache)
         before = PendingChunk(
             autoregressive_index=chunk.autoregressive_index,
-            latent=self._context_latent(chunk, cache),
+            latent=chunk.latent,
             timestep=self._context_timestep(),
         )
 
@@ -315,7 +315,7 @@ class DiffusionModel(nn.Module):
         chunk = self._last_chunk(autoregressive_index, cache)
         timestep = self._context_timestep()
         for branch in cache.waiting:
-            self.transformer.update_cache(self._context_latent(chunk, cache), timestep, branch)
+            self.transformer.update_cache(chunk.latent, timestep, branch)
             self._remember(chunk, branch, cache)
         self.draw_ahead(autoregressive_index + 1, cache)
 
@@ -370,14 +370,14 @@ class DiffusionModel(nn.Module):
         self.side.mark()
 
     def _held_chunks(self, cache: DiffusionCache) -> list[ContextChunk]:
-        """The latents of the frames that the context holds, as the clean pass sees them."""
+        """The clean latents of the frames that the context holds."""
         held = set(self._held_frames(cache))
         chunks = []
         for chunk in cache.history:
             frames = self._frames_of(chunk)
             kept = tuple(t for t, frame in enumerate(frames) if frame in held)
             if kept:
-                latent = self._context_latent(chunk, cache)[:, :, list(kept)]
+                latent = chunk.latent[:, :, list(kept)]
                 chunks.append(
                     ContextChunk(
                         frames=tuple(frames[t] for t in kept),
@@ -390,14 +390,6 @@ class DiffusionModel(nn.Module):
 
     def _context_timestep(self) -> Tensor:
         return torch.tensor(self.config.context_noise, dtype=self.scheduler.timesteps.dtype)
-
-    def _context_latent(self, chunk: CleanChunk, cache: DiffusionCache) -> Tensor:
-        """The latent that the clean pass sees: noised, if the model wants noisy context."""
-        if self.config.context_noise == 0:
-            return chunk.latent
-        noise = self._noise_of_step(chunk.autoregressive_index, cache)
-        drawn = noise(self.scheduler.num_inference_steps)
-        return self.scheduler.add_noise(chunk.latent, drawn, self._context_timestep())
 
     def _frames_of(self, chunk: CleanChunk) -> range:
         count = chunk.latent.shape[2]

@@ -78,7 +78,7 @@ class ContextChunk:
     kept: tuple[int, ...]
     """Their places in the chunk as it was generated."""
     latent: Tensor
-    """``[B, C, len(frames), H, W]`` float32, noised to the context noise level."""
+    """``[B, C, len(frames), H, W]`` float32, clean."""
     control: Any
     """The control input of the whole AR step."""
 
@@ -164,8 +164,7 @@ class Transformer(Component):
         The default runs the network once more and drops its output.
 
         Args:
-            latent: ``[B, C, T, H, W]`` float32, the clean chunk (or lightly noised, if the model
-                wants noisy context).
+            latent: ``[B, C, T, H, W]`` float32, the clean chunk.
             timestep: 0-dim, the context noise level, usually 0.
             cache: this rollout's state.
         """

@@ -61,6 +61,35 @@ def test_finalize_is_what_later_chunks_depend_on(pipeline):
     assert not torch.equal(chunk, expected[1])
 
 
+@pytest.mark.parametrize("context_noise", [0.0, 40.0])
+def test_the_clean_pass_takes_the_chunk_as_it_is_at_the_timestep_of_the_context(context_noise):
+    """As the official inference does: no noise is added, and none is drawn for it."""
+    config = derive_config(tiny_pipeline(), diffusion_model={"context_noise": context_noise})
+    pipeline = config.setup(device="cpu")
+    model = pipeline.diffusion_model
+    drawn = []
+
+    def noise(index: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:
+        drawn.append((index, step))
+        return torch.randn(shape, generator=torch.Generator().manual_seed(10 * index + step))
+
+    caches = [pipeline.initialize_cache(text=text(0), noise=noise) for _ in range(3)]
+    for cache in caches:
+        pipeline.generate(autoregressive_index=0, cache=cache, input=0.0)
+    pipeline.finalize(autoregressive_index=0, cache=caches[0])
+    assert set(drawn) == {(0, step) for step in range(model.scheduler.num_inference_steps)}
+    for cache, timestep in zip(caches[1:], (context_noise, context_noise + 9), strict=True):
+        model.transformer.update_cache(
+            cache.diffusion.latent, torch.tensor(timestep), cache.diffusion.conditional
+        )
+    found, by_hand, other = (
+        torch.stack([layer.v for layer in cache.diffusion.conditional.self_attention])
+        for cache in caches
+    )
+    assert torch.equal(found, by_hand)
+    assert not torch.equal(found, other)  # negative control: another timestep
+
+
 def test_steps_out_of_order_are_refused(pipeline):
     cache = pipeline.initialize_cache(text=text(0))
     with pytest.raises(ValueError, match=r"finalize.*expected generate\(autoregressive_index=0\)"):

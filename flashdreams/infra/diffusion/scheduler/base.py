@@ -73,7 +73,7 @@ class Scheduler(ABC):
         return timestep / NUM_TRAIN_TIMESTEPS
 
     def add_noise(self, x0: Tensor, noise: Tensor, timestep: float | Tensor) -> Tensor:
-        """Noise a clean latent up to a timestep, as for a context that is not quite clean.
+        """Noise a clean latent up to a timestep, as in training.
 
         Args:
             x0: the clean latent, float32.
