@@ -55,7 +55,7 @@ TOY_WORLD_PIPELINE = StreamInferencePipelineConfig(
 
 TOY_WORLD_RUNNER = ToyWorldRunnerConfig(
     runner_name="toy-world",
-    description="A small courtyard to walk through, on any machine in real time.",
+    description="A small courtyard to walk through, in real time on one CPU thread.",
     pipeline=TOY_WORLD_PIPELINE,
 )
 
