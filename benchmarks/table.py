@@ -137,21 +137,23 @@ def ratios(figures: Sequence[Figure]) -> str:
 def precisions(figures: Sequence[Figure]) -> str:
     """Table of what lower precision costs and saves, from the newest report on each device."""
     lines = [
-        "| case | variant | PSNR to the truth | to float32 | latent error | weights | KV cache "
-        "| time on a CPU | on a GPU |",
+        "| case | variant | PSNR to the truth, dB | PSNR to float32, dB | latent error "
+        "| weights, MiB | KV cache, MiB | time on a CPU | on a GPU |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     by_device = {d: _newest([f for f in figures if _is(f, "precision", d)]) for d in DEVICES}
     shown: dict[tuple[str, str], Mapping[str, Any]] = {}
     for device in reversed(DEVICES):
         shown |= by_device[device]
+    last = ""
     for key, row in shown.items():
-        cells = [f"`{key[0]}`", key[1]]
+        cells = [f"`{key[0]}`" if key[0] != last else "", key[1]]
+        last = key[0]
         same = row["latent_error_max"] == 0
-        cells.append(_number(row.get("psnr_truth_db"), ".2f", " dB"))
-        cells.append(_number(None if same else row.get("psnr_float32_db"), ".2f", " dB"))
+        cells.append(_number(row.get("psnr_truth_db"), ".2f"))
+        cells.append(_number(None if same else row.get("psnr_float32_db"), ".2f"))
         cells.append(_number(row["latent_error_max"], ".1e"))
-        cells += [_number(row[f"{name}_mib"], ".3g", " MiB") for name in ("weights", "kv_cache")]
+        cells += [_number(row[f"{name}_mib"], ".3g") for name in ("weights", "kv_cache")]
         for found in by_device.values():
             cells.append(f"x {found[key]['ratio']:.2f}" if key in found else NOT_MEASURED)
         lines.append(f"| {' | '.join(cells)} |")
@@ -164,8 +166,8 @@ def _newest(figures: Sequence[Figure]) -> dict[tuple[str, str], Mapping[str, Any
     return {(f.row["case"], f.row["variant"]): f.row for f in ordered}
 
 
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "-" if value is None else f"{value:{form}}{unit}"
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
 
 
 def _ratio(figures: Sequence[Figure], wanted: Ratio, device: str) -> str:

@@ -222,6 +222,8 @@ def _cache_per_rank(config: Any) -> Iterator[int]:
 
 def _sizes(counts: list[int]) -> str:
     """Several sizes, their common unit said once."""
+    if not any(counts):
+        return "none"
     texts = [_size(count) for count in counts]
     units = {text.partition(" ")[2] for text in texts}
     if len(units) == 1:
@@ -232,7 +234,7 @@ def _sizes(counts: list[int]) -> str:
 def _size(count: int) -> str:
     if count >= 1e8:
         return f"{count / 1e9:.2f} GB"
-    return f"{count / 1e6:.2f} MB" if count else "0"
+    return f"{count / 1e6:.2f} MB" if count else "none"
 
 
 def measured(family: str) -> str:
@@ -344,7 +346,7 @@ def toy_quality(_: str) -> str:
     text = (PACKAGE / "integrations/toy_world/README.md").read_text(encoding="utf-8")
     section = text.partition("## How good it is")[2].partition("\n## ")[0]
     table = [line for line in section.splitlines() if line.startswith("|")]
-    return "\n".join(table) or "Not measured yet."
+    return "\n".join(table).replace("| |", "| PSNR in dB |", 1) or "Not measured yet."
 
 
 def modules(package: str) -> str:
