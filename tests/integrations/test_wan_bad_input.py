@@ -92,6 +92,12 @@ def test_a_bidirectional_model_has_one_step():
         derive_config(T2V_TINY_RUNNER, total_blocks=2)
 
 
+def test_an_image_is_one_latent_frame():
+    longer = {"transformer": {"len_t": 3, "window_size_t": 6}}
+    with pytest.raises(ValueError, match=r"begins with an image.*len_t must be 1, got 3"):
+        derive_config(CAUSAL_FORCING, pipeline={"diffusion_model": longer})
+
+
 def test_guided_models_take_both_embeddings_or_none(tmp_path):
     with pytest.raises(ValueError, match="--prompt-embeds and --negative-prompt-embeds together"):
         derive_config(T2V_TINY_RUNNER, prompt_embeds=tmp_path / "a.safetensors")

@@ -48,18 +48,14 @@ class DiffusionModelConfig(InstantiateConfig):
     """Timestep of the clean pass, 0 to 1000. The chunk goes into it as it is, no noise is added."""
 
     first_latent_from_image: bool = False
-    """Use the encoded ``image`` as the first latent frame of the rollout instead of generating
-    it; needs ``len_t`` 1."""
+    """Use the encoded ``image`` as the latents of the first AR step instead of generating them. One
+    image is one latent frame; with a larger ``len_t`` give latents of a video's first frames."""
 
     overlap_clean_pass: bool = True
     """On CUDA, run the clean pass of a chunk beside its decoding and its copies to the host. Takes
     memory for the activations of both; ranks that split the decoder among them do not overlap."""
 
     def __post_init__(self) -> None:
-        if self.first_latent_from_image and self.transformer.len_t != 1:
-            raise ValueError(
-                f"first_latent_from_image needs len_t=1, got len_t={self.transformer.len_t}."
-            )
         check_range(self, "context_noise", least=0, most=1000)
         check_range(self, "guidance_scale", least=-LARGEST_SIZE)
         if self.transformer.fuse_clean_pass and self.context_noise > 0:
@@ -92,7 +88,7 @@ class DiffusionCache:
     noise: NoiseFunction
     batch_size: int
     image: Tensor | None
-    """``[B, C, 1, H, W]``, the first latent frame if an image gives it."""
+    """``[B, C, T, H, W]``, the latents of the first AR step if an image or a video gives them."""
     latent: Tensor | None = None
     """``[B, C, T, H, W]`` float32, the last clean chunk."""
     control: Any = None
@@ -430,7 +426,7 @@ class DiffusionModel(nn.Module):
         shape = self.transformer.latent_shape(batch_size)
         if tuple(image.shape) != shape:
             raise ValueError(
-                f"The encoded image must be one latent frame {list(shape)}; "
+                f"The encoded image must be the latents of one AR step {list(shape)}; "
                 f"got {list(image.shape)}."
             )
         return image.to(self.transformer.device, torch.float32)

@@ -99,6 +99,15 @@ class ImageToVideoRunnerConfig(TextToVideoRunnerConfig):
     test_image: bool = False
     """Start from a drawn colour gradient if no image is given."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        len_t = self.transformer.len_t
+        if self.pipeline.diffusion_model.first_latent_from_image and len_t != 1:
+            raise ValueError(
+                f"{self.runner_name} begins with an image, which is one latent frame: len_t must "
+                f"be 1, got {len_t}."
+            )
+
 
 ConfigT = TypeVar("ConfigT", bound=TextToVideoRunnerConfig)
 

@@ -158,6 +158,39 @@ def test_whole_pipeline_rollout_matches_official_self_forcing():
             torch.testing.assert_close(tensor, expected, atol=ATOL, rtol=0)
 
 
+def test_given_latents_take_the_place_of_the_first_chunk():
+    """As the official rollout goes on from an initial latent: one clean pass over it."""
+    inputs = load_golden("b2_self_forcing_tiny", "inputs.safetensors")
+    initial = inputs["initial_latent_3"].transpose(1, 2)
+    pipeline = golden_self_forcing(first_latent_from_image=True)
+
+    def noise(index: int, step: int, shape) -> torch.Tensor:
+        return inputs["noise"][:, 3 * index + step : 3 * index + step + 3].transpose(1, 2)
+
+    cache = pipeline.initialize_cache(text=inputs["prompt_embeds"], image=initial, noise=noise)
+    first = pipeline.generate(autoregressive_index=0, cache=cache)
+    pipeline.finalize(autoregressive_index=0, cache=cache)
+    found = pipeline.generate(autoregressive_index=1, cache=cache)
+
+    model = pipeline.diffusion_model
+    by_hand = model.transformer.initialize_cache(text=inputs["prompt_embeds"])
+    model.transformer.begin_step(0, by_hand)
+    model.transformer.update_cache(initial, torch.tensor(0.0), by_hand)
+    model.transformer.begin_step(1, by_hand)
+    expected = model.scheduler.sample(
+        lambda latent, timestep: model.transformer.predict_flow(latent, timestep, by_hand),
+        lambda step: noise(1, step, None),
+    )
+    assert torch.equal(first, initial) and torch.equal(found, expected)
+    plain = pipeline.initialize_cache(text=inputs["prompt_embeds"], image=-initial, noise=noise)
+    pipeline.generate(autoregressive_index=0, cache=plain)
+    pipeline.finalize(autoregressive_index=0, cache=plain)
+    other = pipeline.generate(autoregressive_index=1, cache=plain)
+    assert (other - expected).abs().max() > 1000 * ATOL
+    with pytest.raises(ValueError, match=r"latents of one AR step \[1, 16, 3, 8, 8\]; got"):
+        pipeline.initialize_cache(text=inputs["prompt_embeds"], image=initial[:, :, :1])
+
+
 @pytest.mark.parametrize("wrong", [dict(shift=8.0), dict(warp_denoising_step=False)])
 def test_a_wrong_schedule_is_another_rollout(wrong):
     """Negative control: the mistakes that are easy to make show at once."""
