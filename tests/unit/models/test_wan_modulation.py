@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flashdreams.models.wan.blocks import RMSNorm
 from flashdreams.models.wan.transformer import WanTransformer
 from tests.tiny import TEXT_DIM, tiny_transformer
 
@@ -85,3 +86,17 @@ def test_weights_that_are_trained_get_their_gradients():
     flow = model.predict_flow(latent, timestep, cache)
     flow.sum().backward()
     assert model.time_projection[1].weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_gain_of_a_norm_comes_after_rounding(dtype):
+    """Bit for bit; negative control: the gain before the rounding, which float32 does not have."""
+    draw = torch.Generator().manual_seed(0)
+    norm = RMSNorm(48, eps=1e-6).to(dtype)
+    nn.init.normal_(norm.weight, generator=draw)
+    x = torch.randn(2, 9, 48, generator=draw).to(dtype)
+    wide = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+    found = norm(x)
+    assert torch.equal(found, wide.to(dtype) * norm.weight)
+    late = (wide * norm.weight.float()).to(dtype)
+    assert torch.equal(found, late) == (dtype == torch.float32)
