@@ -4,7 +4,10 @@ Shape letters: B batch, L query tokens, S key slots, N heads, D head dim.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,23 +45,32 @@ class TileConfig:
     """Tiles that fit on one multiprocessor at a time."""
 
 
-TILES: dict[tuple[int, int], TileConfig] = {
+TileTable = Mapping[tuple[int, int], TileConfig]
+"""Tiles by (capability, padded head dim), for 16-bit inputs; see :func:`tile_config`."""
+
+CONSUMER = 86
+"""Stands in a table for the chips with less shared memory: 8.6, 8.9, 12.x."""
+
+TILES: TileTable = {
     (80, 64): TileConfig(128, 64, 4, 3, 2),
     (80, 128): TileConfig(128, 64, 8, 3),
+    (CONSUMER, 64): TileConfig(128, 64, 8, 2),
+    (CONSUMER, 128): TileConfig(128, 64, 8, 2),
     (90, 64): TileConfig(128, 128, 8, 3),
     (90, 128): TileConfig(128, 128, 8, 2),
     (100, 64): TileConfig(128, 64, 4, 3, 2),
     (100, 128): TileConfig(128, 64, 8, 3),
 }
-"""By (capability, padded head dim), for 16-bit inputs; see :func:`tile_config`."""
 
 
-def tile_config(target: Target, head_dim: int, itemsize: int) -> TileConfig:
+def tile_config(
+    target: Target, head_dim: int, itemsize: int, table: TileTable = TILES
+) -> TileConfig:
     """Tiles for a machine, a head dim and an element size; a function of nothing else.
 
-    The newest generation listed that is not newer than the machine; consumer chips (8.6, 8.9, 12.x)
-    have less shared memory and a configuration of their own, as have head dims above 128. Float32
-    takes small tiles and spills registers: it is there for checks, not for speed.
+    The newest generation listed that is not newer than the machine; consumer chips have a
+    configuration of their own, as have head dims above 128. Float32 takes small tiles and spills
+    registers: it is there for checks, not for speed.
     """
     if target.interpreted:
         return TileConfig(32, 32, 1, 1)
@@ -68,9 +80,9 @@ def tile_config(target: Target, head_dim: int, itemsize: int) -> TileConfig:
     if padded > 128:
         return TileConfig(64, 32, 8, 2)
     if target.capability in (86, 89) or target.capability >= 120 or target.capability < 80:
-        return TileConfig(128, 64, 8, 2)
-    generation = max(c for c, _ in TILES if c <= target.capability)
-    return TILES[generation, padded]
+        return table[CONSUMER, padded]
+    generation = max(c for c, _ in table if c <= target.capability and c != CONSUMER)
+    return table[generation, padded]
 
 
 def choose_num_splits(num_tiles: int, num_blocks: int, num_slots: int) -> int:
@@ -151,8 +163,8 @@ def _chunk_attention(
     return_lse: bool,
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _outputs(q, return_lse)
-    _check(q, k, v, visible, scale)
+    out, lse = new_outputs(q, return_lse)
+    check_attention(q, k, v, visible, scale)
     if out.numel():
         target = target_of(q.device)
         for launch in plan(q, k, v, visible, scale, out, lse, num_splits, target):
@@ -170,10 +182,11 @@ def _(
     return_lse: bool,
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:
-    return _outputs(q, return_lse)
+    return new_outputs(q, return_lse)
 
 
-def _outputs(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
+def new_outputs(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """Memory for results, ``[B, L, N, D]``, and for their log-sum-exp, empty where not wanted."""
     batch, length, heads, _ = q.shape
     lse_shape = (batch, heads, length) if return_lse else (0,)
     return (
@@ -182,7 +195,13 @@ def _outputs(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
     )
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> None:
+def check_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> None:
+    """Check what :func:`chunk_attention` is given.
+
+    Raises:
+        ValueError: shapes, strides, devices or a number that do not fit.
+        TypeError: a dtype that does not fit.
+    """
     batch, _, heads, head_dim = q.shape
     check_tensor("q", q, (None, None, None, None), q, FLOAT_TYPES)
     check_tensor("k", k, (batch, None, heads, head_dim), q)
@@ -231,69 +250,116 @@ def plan(
         num_blocks = ceil_div(k.shape[1], tiles.block_s)
         at_a_time = target.num_processors * tiles.per_processor
         num_splits = choose_num_splits(num_tiles, num_blocks, at_a_time)
+    attend = partial(_attend_launch, (q, k, v, visible, scale), tiles, target)
+    return plan_shares(out, lse, num_splits, attend)
+
+
+def plan_shares(
+    out: Tensor,
+    lse: Tensor,
+    num_splits: int,
+    attend: Callable[[Tensor, Tensor, tuple[int, ...], dict[str, Any]], Launch],
+) -> list[Launch]:
+    """One launch that writes the result, or one that writes shares of it and one that merges.
+
+    Args:
+        out: ``[B, L, N, D]`` contiguous, is written.
+        lse: ``[B, N, L]`` float32, is written unless it is empty.
+        num_splits: number of shares.
+        attend: makes the launch from where results go, ``[splits, B, L, N, D]``, where their
+            log-sum-exp goes, its strides (splits, B, L, N), and constants of the program.
+    """
+    _, length, heads, _ = out.shape
     if num_splits == 1:
-        lse_strides = (0, heads * length, 1, length)
         constants = {"WRITE_LSE": lse.numel() > 0, "LSE_UNIT": math.log(2)}
-        inputs = (q, k, v, visible, scale)
-        return [_attend_launch(inputs, out[None], lse, lse_strides, constants, tiles, target)]
-    partial = out.new_empty((num_splits, *out.shape), dtype=torch.float32)
-    partial_lse = partial.new_empty(partial.shape[:-1])
+        return [attend(out[None], lse, (0, heads * length, 1, length), constants)]
+    shares = out.new_empty((num_splits, *out.shape), dtype=torch.float32)
+    shares_lse = shares.new_empty(shares.shape[:-1])
     constants = {"WRITE_LSE": True, "LSE_UNIT": 1.0}
-    inputs = (q, k, v, visible, scale)
-    strides = partial_lse.stride()
     return [
-        _attend_launch(inputs, partial, partial_lse, strides, constants, tiles, target),
-        _merge_launch(partial, partial_lse, out, lse),
+        attend(shares, shares_lse, shares_lse.stride(), constants),
+        _merge_launch(shares, shares_lse, out, lse),
     ]
 
 
 def _attend_launch(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, float],
+    tiles: TileConfig,
+    target: Target,
     out: Tensor,
     lse: Tensor,
     lse_strides: tuple[int, ...],
-    constants: dict[str, bool | float],
-    tiles: TileConfig,
-    target: Target,
+    constants: dict[str, Any],
 ) -> Launch:
     """Attend to ``len(out)`` shares of the keys; ``out`` is ``[splits, B, L, N, D]``."""
-    q, k, v, visible, scale = inputs
-    batch, length, heads, head_dim = q.shape
+    q, k, _, visible, _ = inputs
     return Launch(
         "attention",
         "attend",
-        (ceil_div(length, tiles.block_l), len(out), batch * heads),
+        attend_grid(q, len(out), tiles),
         {
-            "q": q,
-            "k": k,
-            "v": v,
-            "out": out,
-            "lse": lse,
-            "visible": visible,
-            "num_queries": length,
+            **attend_arguments(inputs, out, lse, lse_strides),
             "num_keys": k.shape[1],
-            "num_heads": heads,
-            "scale_log2": scale * math.log2(math.e),
-            **named_strides("q", "bln", q.stride()[:3]),
-            **named_strides("k", "bsn", k.stride()[:3]),
-            **named_strides("v", "bsn", v.stride()[:3]),
-            **named_strides("out", "sbln", out.stride()[:4]),
-            **named_strides("lse", "sbln", lse_strides),
         },
-        {
-            **constants,
-            "HEAD_DIM": head_dim,
-            "BLOCK_D": max(16, next_power_of_2(head_dim)),
-            "BLOCK_L": tiles.block_l,
-            "BLOCK_S": tiles.block_s,
-            "HAS_VISIBLE": visible is not None,
-            "UPCAST": target.interpreted and q.dtype != torch.float32,
-            "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
-        },
+        {**constants, **attend_constants(q, visible, tiles, target)},
         tiles.num_warps,
         tiles.num_stages,
         q.device,
     )
+
+
+def attend_grid(q: Tensor, num_splits: int, tiles: TileConfig) -> tuple[int, int, int]:
+    """Grid of a program that attends: tiles of queries, shares of the keys, heads."""
+    batch, length, heads, _ = q.shape
+    return ceil_div(length, tiles.block_l), num_splits, batch * heads
+
+
+def attend_arguments(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, float],
+    out: Tensor,
+    lse: Tensor,
+    lse_strides: tuple[int, ...],
+) -> dict[str, Any]:
+    """Arguments that all programs that attend have in common.
+
+    Args:
+        inputs: queries, keys, values, the number of visible keys, and the scale.
+        out: ``[splits, B, L, N, D]``.
+        lse: where the log-sum-exp goes.
+        lse_strides: its strides over splits, B, L and N.
+    """
+    q, k, v, visible, scale = inputs
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "out": out,
+        "lse": lse,
+        "visible": visible,
+        "num_queries": q.shape[1],
+        "num_heads": q.shape[2],
+        "scale_log2": scale * math.log2(math.e),
+        **named_strides("q", "bln", q.stride()[:3]),
+        **named_strides("k", "bsn", k.stride()[:3]),
+        **named_strides("v", "bsn", v.stride()[:3]),
+        **named_strides("out", "sbln", out.stride()[:4]),
+        **named_strides("lse", "sbln", lse_strides),
+    }
+
+
+def attend_constants(
+    q: Tensor, visible: Tensor | None, tiles: TileConfig, target: Target
+) -> dict[str, Any]:
+    """Constants that all programs that attend have in common."""
+    return {
+        "HEAD_DIM": q.shape[-1],
+        "BLOCK_D": max(16, next_power_of_2(q.shape[-1])),
+        "BLOCK_L": tiles.block_l,
+        "BLOCK_S": tiles.block_s,
+        "HAS_VISIBLE": visible is not None,
+        "UPCAST": target.interpreted and q.dtype != torch.float32,
+        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
+    }
 
 
 def _merge_launch(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor) -> Launch:

@@ -39,31 +39,52 @@ def load_keys(
 
 
 @triton.jit
+def score(
+    q, k, kept, MASK_KEYS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Products of queries and keys, ``[BLOCK_L, BLOCK_S]``; with ``MASK_KEYS`` of ``kept`` ones."""
+    if UPCAST:
+        k = k.to(tl.float32)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASK_KEYS:
+        scores = tl.where(kept[None, :], scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def weigh(scores, factor, row_max, row_sum):
+    """Weights of one block of keys, relative to the running maximum, and the running values.
+
+    ``factor`` makes the scores logarithms to base 2. Returns the weights, how far earlier ones
+    have decayed, the new maximum and the new sum.
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
+    weights = tl.exp2(scores * factor - new_max[:, None])
+    decay = tl.exp2(row_max - new_max)
+    return weights, decay, new_max, row_sum * decay + tl.sum(weights, 1)
+
+
+@triton.jit
+def add_values(acc, decay, weights, v, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """The running sum of values, with those of one more block."""
+    acc = acc * decay[:, None]
+    if UPCAST:
+        acc = acc + tl.dot(weights, v.to(tl.float32), input_precision=PRECISION)
+    else:
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def attend_tile(
     q, k, v, acc, row_max, row_sum, scale_log2, kept,
     MASK_KEYS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys: scores, running maximum and sum (both base 2), weighted values.
-
-    With ``MASK_KEYS`` only the keys of ``kept``, ``[BLOCK_S]``, count.
-    """
-    weight_type = v.dtype
-    if UPCAST:
-        k = k.to(tl.float32)
-        v = v.to(tl.float32)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if MASK_KEYS:
-        scores = tl.where(kept[None, :], scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
-    weights = tl.exp2(scores * scale_log2 - new_max[:, None])
-    decay = tl.exp2(row_max - new_max)
-    row_sum = row_sum * decay + tl.sum(weights, 1)
-    acc = acc * decay[:, None]
-    if UPCAST:
-        acc = acc + tl.dot(weights, v, input_precision=PRECISION)
-    else:
-        acc = tl.dot(weights.to(weight_type), v, acc, input_precision=PRECISION)
-    return acc, new_max, row_sum
+    """One block of keys: scores, running maximum and sum (both base 2), weighted values."""
+    scores = score(q, k, kept, MASK_KEYS, UPCAST, PRECISION)
+    weights, decay, row_max, row_sum = weigh(scores, scale_log2, row_max, row_sum)
+    acc = add_values(acc, decay, weights, v, UPCAST, PRECISION)
+    return acc, row_max, row_sum
 
 
 @triton.jit
