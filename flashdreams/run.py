@@ -23,6 +23,8 @@ from flashdreams.infra.config import (
 )
 from flashdreams.registry import VARIABLE, PluginError, Registry, discover, is_runner_config
 from flashdreams.runtime.checkpoint_config import CheckpointError
+from flashdreams.runtime.termination import EXIT_CODE as TERMINATED
+from flashdreams.runtime.termination import Terminated, raise_on_sigterm
 
 PROGRAM = "flashdreams-run"
 DONE, RUN_FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -66,9 +68,11 @@ class CommandLine:
 
 def entry_point() -> None:
     """Run the process's own command line and exit with its code."""
+    raise_on_sigterm()
     code = main(sys.argv[1:])
     # All is written; whoever is impatient with the interpreter's own end may cut it short.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for impatience in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(impatience, signal.SIG_DFL)
     sys.exit(code)
 
 
@@ -80,14 +84,15 @@ def main(argv: Sequence[str]) -> int:
 
     Returns:
         The exit code: 0 done, 1 the run failed, 2 the command line or a config is wrong and nothing
-        was started, 130 interrupted. Usage errors are one line on stderr of rank zero, a failing
-        run is one line on the rank that fails; with ``--debug`` it shows its traceback.
+        was started, 130 interrupted, 143 terminated (by a signal that `entry_point` listens to).
+        Usage errors are one line on stderr of rank zero, a failing run is one line on the rank that
+        fails; with ``--debug`` it shows its traceback.
     """
     debug = "--debug" in argv
     try:
         config = _resolve(_split(argv))
-    except KeyboardInterrupt:
-        return _interrupted()
+    except KeyboardInterrupt as stop:
+        return _stopped(stop)
     except BrokenPipeError:
         # The reader of the output (head, less) has left: nothing may be flushed to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -297,8 +302,8 @@ def _run(config: Any, debug: bool) -> int:
     """Set up the runner and run it; what it has recorded is written whatever happens."""
     try:
         runner = config.setup()
-    except KeyboardInterrupt:
-        return _interrupted()
+    except KeyboardInterrupt as stop:
+        return _stopped(stop)
     except (ValueError, TypeError) as error:
         return _report(error, WRONG_USAGE, debug)
     except Exception as error:
@@ -310,8 +315,8 @@ def _run(config: Any, debug: bool) -> int:
             runner.abort()
             raise
         runner.close()
-    except KeyboardInterrupt:
-        return _interrupted()
+    except KeyboardInterrupt as stop:
+        return _stopped(stop)
     except Exception as error:
         return _report(error, RUN_FAILED, debug)
     return DONE
@@ -350,11 +355,13 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
     return code
 
 
-def _interrupted() -> int:
-    # What was interrupted may be the import of torch, which crashes if it is begun again.
+def _stopped(stop: KeyboardInterrupt) -> int:
+    terminated = isinstance(stop, Terminated)
+    # What was broken off may be the import of torch, which crashes if it is begun again.
     if "flashdreams.parallel.environment" not in sys.modules or _rank() == 0:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr, flush=True)
-    return INTERRUPTED
+        how = "terminated" if terminated else "interrupted"
+        print(f"{PROGRAM}: {how}", file=sys.stderr, flush=True)
+    return TERMINATED if terminated else INTERRUPTED
 
 
 def _say(text: str, stream: Any = None) -> None:

@@ -6,6 +6,7 @@
 #   RANKS=2 launch/torchrun.sh docs/source/examples/cluster_job.py
 #
 # RANKS   ranks to start; default: the number of GPUs, or 1 without any
+# LOGS    folder that receives the output of every rank in files of its own; default: none
 # PYTHON  interpreter; default: python
 set -euo pipefail
 
@@ -24,6 +25,10 @@ if [[ $1 == *.py ]]; then
     program=("$@")
 else
     program=(-m flashdreams.run "$@")
+fi
+
+if [[ -n ${LOGS:-} ]]; then
+    program=(--log-dir "$LOGS" --tee 3 "${program[@]}")
 fi
 
 # --standalone takes a free port, so that several runs fit on one machine.

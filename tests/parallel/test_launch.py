@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flashdreams.runtime.termination import GRACE_S
+
 LAUNCH = Path(__file__).parents[2] / "launch"
+
+TORCHRUN_WAITS_S = 30
+"""Before it kills a rank that does not react to a signal."""
 
 SCRIPT = """
 import torch
@@ -29,8 +34,9 @@ test "$1 $2" = "show hostnames" && printf '127.0.0.1\\n127.0.0.1\\n'
     # Two "nodes" of this machine: the same command twice, at the same time.
     "srun": """#!/bin/sh
 test "$1" = --kill-on-bad-exit=1 && shift
-"$@" & first=$!
-"$@" & second=$!
+test "$SRUN_CPUS_PER_TASK" = 4 || exit 9
+SLURM_NODEID=1 "$@" & first=$!
+SLURM_NODEID=0 "$@" & second=$!
 wait $first; a=$?
 wait $second; b=$?
 exit $((a > b ? a : b))
@@ -64,9 +70,12 @@ def test_scripts_parse_and_say_how_they_are_used():
 @needs_bash
 @pytest.mark.slow
 def test_torchrun_script_starts_a_node(tmp_path):
-    done = start(["bash", str(LAUNCH / "torchrun.sh")], tmp_path, RANKS="2")
+    logs = tmp_path / "logs"
+    done = start(["bash", str(LAUNCH / "torchrun.sh")], tmp_path, RANKS="2", LOGS=str(logs))
     assert done.returncode == 0, done.stderr
     assert "sum over 2 ranks: 1\n" in done.stdout
+    said = {log.parent.name: log.read_text() for log in logs.glob("*/*/*/stdout.log")}
+    assert said == {"0": "sum over 2 ranks: 1\n", "1": ""}
 
 
 @needs_bash
@@ -76,7 +85,12 @@ def test_slurm_script_joins_two_nodes(tmp_path):
         path = tmp_path / name
         path.write_text(text)
         path.chmod(0o755)
-    job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": str(os.getpid())}
+    job = {
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_CPUS_PER_TASK": "4",
+        "LOGS": str(tmp_path / "logs"),
+    }
     done = start(
         ["bash", str(LAUNCH / "slurm.sbatch")],
         tmp_path,
@@ -87,14 +101,23 @@ def test_slurm_script_joins_two_nodes(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "2 nodes x 2 ranks, rendezvous at 127.0.0.1:" in done.stdout
     assert "sum over 4 ranks: 6\n" in done.stdout
+    logs = {log.parent.name: log.read_text() for log in tmp_path.glob("logs/*/*/*/stdout.log")}
+    assert logs.keys() == {"0", "1"} and len([*tmp_path.glob("logs/*/*/*/stdout.log")]) == 4
 
 
 def test_kubernetes_manifest_agrees_with_itself():
-    service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    service, claim, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
     pod = job["spec"]["template"]["spec"]
     container = pod["containers"][0]
     command = container["command"]
     assert service["spec"]["clusterIP"] == "None"
+    assert pod["volumes"][1]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert pod["terminationGracePeriodSeconds"] > TORCHRUN_WAITS_S > GRACE_S
+    variables = {item["name"]: item.get("value") for item in container["env"]}
+    dockerfile = (LAUNCH.parent / "Dockerfile").read_text()
+    for name in ("HF_HOME", "TRITON_CACHE_DIR"):
+        assert f"{name}={variables[name]}" in dockerfile
+    assert f"USER {pod['securityContext']['runAsUser']}:" in dockerfile
     assert pod["subdomain"] == service["metadata"]["name"]
     assert service["spec"]["selector"]["batch.kubernetes.io/job-name"] == job["metadata"]["name"]
     assert f"--nnodes={job['spec']['completions']}" in command

@@ -132,7 +132,7 @@ def test_an_interrupt_ends_all_ranks_and_leaves_a_playable_video(whole_group, tm
 
 
 def test_a_termination_ends_all_processes_and_leaves_a_playable_video(tmp_path):
-    """What a cluster sends first: nothing of the run may be left when its patience ends."""
+    """What a cluster sends first: its patience is for closing files, and nothing may be left."""
     command = [*TORCHRUN, "2", *RUN, *faulty("slow", tmp_path, blocks=2000)]
     process = start(command, tmp_path)
     wait_for(tmp_path / "step8", process)
@@ -142,7 +142,9 @@ def test_a_termination_ends_all_processes_and_leaves_a_playable_video(tmp_path):
     assert has_ended(*(int((tmp_path / name).read_text()) for name in ("pid0", "pid1")))
     assert wait(process) != 0
     assert has_ended(*members(process.pid)), "ffmpeg ends with its input"
-    assert count_frames(tmp_path / "faulty.partial.mp4") >= 1
+    assert "flashdreams-run: terminated" in (tmp_path / "err").read_text()
+    steps = len(json.loads((tmp_path / "stats_faulty.json").read_text())["records"])
+    assert steps >= 8 and count_frames(tmp_path / "faulty.partial.mp4") in (steps - 1, steps)
     assert not (tmp_path / "faulty.mp4").exists()
 
 

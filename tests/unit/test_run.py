@@ -14,6 +14,7 @@ from flashdreams import run
 from flashdreams.infra.config import InstantiateConfig, derive_config
 from flashdreams.registry import VARIABLE, PluginError, Registry, Source
 from flashdreams.runtime.checkpoint_config import CheckpointError
+from flashdreams.runtime.termination import Terminated
 
 ROOT = Path(__file__).parents[2]
 TYRO = ["tyro"]
@@ -359,12 +360,16 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("where", ["setup", "run"])
-def test_an_interrupt_aborts_the_runner_and_exits_130(
-    capsys: pytest.CaptureFixture[str], where: str
+@pytest.mark.parametrize(
+    ("stop", "code", "said"),
+    [(KeyboardInterrupt(), 130, "interrupted"), (Terminated(), 143, "terminated")],
+)
+def test_a_run_that_is_stopped_aborts_the_runner(
+    capsys: pytest.CaptureFixture[str], where: str, stop: BaseException, code: int, said: str
 ) -> None:
-    RunnerStandIn.errors[where] = KeyboardInterrupt()
-    assert run.main(["plain"]) == 130
-    assert capsys.readouterr().err == "flashdreams-run: interrupted\n"
+    RunnerStandIn.errors[where] = stop
+    assert run.main(["plain"]) == code
+    assert capsys.readouterr().err == f"flashdreams-run: {said}\n"
     assert (("abort",) in RunnerStandIn.calls) is (where == "run")
 
 
