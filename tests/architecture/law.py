@@ -35,8 +35,8 @@ METHODS_MAY_USE = (
 """What an integration, in the repository or outside, is built on."""
 
 BASE_PACKAGES = {
-    "torch", "numpy", "einops", "safetensors", "tyro", "yaml", "mediapy", "imageio_ffmpeg",
-    "huggingface_hub", "tqdm",
+    "torch", "numpy", "safetensors", "tyro", "yaml", "mediapy", "imageio_ffmpeg",
+    "huggingface_hub", "tqdm", "PIL",
 }  # fmt: skip
 """Third parties of the base install; all others are imported where they are needed."""
 

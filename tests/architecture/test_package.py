@@ -1,7 +1,9 @@
 """The archives hold what an installed package needs, and nothing else, and the wheel works."""
 
+import ast
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +16,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import flashdreams
 from flashdreams.registry import GROUP
-from tests.architecture.sources import PACKAGES, ROOT, SOURCE_ROOTS
+from tests.architecture.law import BASE_PACKAGES
+from tests.architecture.sources import PACKAGES, ROOT, SOURCE_ROOTS, imports_of, python_files
 
 MAX_WEIGHTS_MB = 10
 
@@ -74,7 +78,9 @@ def test_the_wheel_holds_the_weights_and_the_type_marker(wheel: zipfile.ZipFile)
     assert weights == _in_source("*.safetensors")
     total_bytes = sum(wheel.getinfo(name).file_size for name in weights)
     assert total_bytes <= MAX_WEIGHTS_MB * 1e6, f"{total_bytes / 1e6:.1f} MB of weights"
-    assert "flashdreams/py.typed" in wheel.namelist()
+    assert _files(wheel, "py.typed") == _in_source("py.typed")
+    assert {"flashdreams/py.typed", "flashdreams_kernels/py.typed"} <= set(wheel.namelist())
+    assert _files(wheel, "README.md") == _in_source("README.md")
 
 
 @pytest.mark.slow
@@ -88,6 +94,32 @@ def test_the_wheel_registers_the_command_and_the_shipped_runners(wheel: zipfile.
     for reference in points[GROUP].values():
         module = reference.split(":")[0].replace(".", "/")
         assert f"{module}.py" in wheel.namelist()
+
+
+@pytest.mark.slow
+def test_the_wheel_bears_the_version_of_the_package_and_of_the_citation(
+    wheel: zipfile.ZipFile,
+) -> None:
+    (name,) = _files(wheel, ".dist-info/METADATA")
+    version = message_from_string(wheel.read(name).decode())["Version"]
+    assert version == flashdreams.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+
+
+def test_every_required_package_is_imported_and_the_other_way_round() -> None:
+    """A requirement that nobody imports is downloaded for nothing."""
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    listed = re.search(r"\ndependencies = \[(.*?)\n\]", text, re.S)
+    assert listed is not None
+    names = {Requirement(line).name for line in re.findall(r'"(.+?)"', listed[1])}
+    modules = {"pyyaml": "yaml", "pillow": "PIL"}
+    assert {modules.get(name, name.replace("-", "_")) for name in names} == BASE_PACKAGES
+    imported = {
+        item.name.split(".")[0]
+        for file in python_files(*PACKAGES)
+        for item in imports_of(ast.parse(file.read_text("utf-8")), "")
+    }
+    assert imported >= BASE_PACKAGES
 
 
 @pytest.mark.slow
