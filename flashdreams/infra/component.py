@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from flashdreams.infra.config import InstantiateConfig
 from flashdreams.parallel.plan import ParallelPlan
 from flashdreams.runtime.checkpoint import CheckpointConfig, load_checkpoint
 
+ComponentT = TypeVar("ComponentT", bound="Component")
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
 
@@ -55,7 +56,7 @@ class Component(nn.Module):
         """
         return self.dtype
 
-    def cast(self) -> Self:
+    def cast(self: ComponentT) -> ComponentT:
         """Bring every parameter and floating-point buffer to its storage type, in place."""
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
             if tensor.is_floating_point():
