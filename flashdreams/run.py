@@ -11,7 +11,7 @@ import textwrap
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +232,7 @@ def _apply_overrides(config: Any, line: CommandLine) -> Any:
     try:
         with (
             _wide_terminal(not line.wants_help),
+            _whole_paragraphs() if line.wants_help else contextlib.nullcontext(),
             contextlib.redirect_stdout(stdout),
             contextlib.redirect_stderr(stderr),
         ):
@@ -283,6 +284,39 @@ def _wide_terminal(wide: bool) -> Iterator[None]:
             os.environ.pop("COLUMNS", None)
         elif wide and before is not None:
             os.environ["COLUMNS"] = before
+
+
+@contextlib.contextmanager
+def _whole_paragraphs() -> Iterator[None]:
+    """Let a field's help flow into the width of the terminal.
+
+    tyro 1.0.17 keeps the line breaks of an indented docstring. Not needed once it joins its lines.
+    """
+    from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
+
+    registry, asking = ConstructorRegistry(), False
+
+    @registry.struct_rule
+    def join_lines(info: StructTypeInfo) -> Any:
+        nonlocal asking
+        if asking:  # the rules of tyro itself come after this one
+            return None
+        asking = True
+        try:
+            spec = ConstructorRegistry.get_struct_spec(info)
+        finally:
+            asking = False
+        if not isinstance(spec, StructConstructorSpec):  # no struct, or a default that misfits
+            return spec
+        fields = []
+        for field in spec.fields:
+            text = field.helptext() if callable(field.helptext) else field.helptext
+            paragraphs = (" ".join(part.split()) for part in (text or "").split("\n\n"))
+            fields.append(replace(field, helptext="\n\n".join(paragraphs)))
+        return replace(spec, fields=tuple(fields))
+
+    with registry:
+        yield
 
 
 def _one_line(rendered: str, program: str) -> str:

@@ -172,7 +172,8 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
         with bar:
             for index in range(total_blocks):
                 yield index
-                bar.set_postfix_str(f"{self.recorder.frames_per_second:.1f} fps", refresh=False)
+                if rate := self.recorder.frames_per_second:
+                    bar.set_postfix_str(f"{rate:.1f} fps", refresh=False)
                 bar.update()
 
     def close(self) -> None:

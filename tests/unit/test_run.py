@@ -1,5 +1,6 @@
 """The command line: listing, help, overrides, config files, errors and exit codes."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -43,7 +44,8 @@ class WideEncoderStandInConfig(EncoderStandInConfig):
     """Encodes widely."""
 
     embedding_dim: int = 512
-    """Width of what is encoded."""
+    """Width of what is encoded. A wider one takes more memory and more time, so choose it
+    no wider than what the network behind it was trained with."""
 
 
 @dataclass(kw_only=True)
@@ -234,6 +236,24 @@ def test_help_of_a_slug_shows_every_nested_field_with_its_documentation(
     assert "target" not in out
     assert "is None here" not in out
     assert not RunnerStandIn.calls
+
+
+def test_help_of_a_field_fills_its_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line of the docstring ends within a line of the help, not at the end of one."""
+
+    def help_of_the_field() -> list[str]:
+        assert run.main(["wide-one", "--help"]) == 0
+        lines = [line.strip(" │") for line in capsys.readouterr().out.splitlines()]
+        at = next(i for i, line in enumerate(lines) if "--pipeline.encoder.embedding-dim" in line)
+        return lines[at + 1 : at + 4]
+
+    first, second, _ = help_of_the_field()
+    assert first.startswith("Width of what is encoded. A wider one takes")
+    assert "choose it no wider than" in second
+    monkeypatch.setattr(run, "_whole_paragraphs", contextlib.nullcontext)
+    assert "choose it no wider than" not in " | ".join(help_of_the_field())
 
 
 def test_help_of_a_slug_names_the_components_that_have_no_flags(
