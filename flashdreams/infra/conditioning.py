@@ -31,7 +31,8 @@ def encode_context(
 
     Raises:
         TypeError: a keyword that no component declares, or an image that none of them takes.
-        ValueError: a prompt that the text encoder refuses, or another number of negative prompts.
+        ValueError: a prompt that the text encoder refuses, another number of negative prompts, or
+            any without guidance.
     """
     _check_names(pipeline, context, image)
     batch_size = _batch_size(text, image)
@@ -41,6 +42,11 @@ def encode_context(
     if text is not None:
         encoded["text"] = encode_text(pipeline, text)
     if pipeline.config.diffusion_model.guidance_scale is None:
+        if negative_text is not None:
+            raise ValueError(
+                f"{pipeline.config.name} runs without guidance, so it takes no negative_text; set "
+                "diffusion_model.guidance_scale, or leave it away."
+            )
         return encoded, None
     prompts = [""] * batch_size if negative_text is None else negative_text
     if not isinstance(prompts, str) and len(prompts) != batch_size:

@@ -20,6 +20,7 @@ from flashdreams.infra.ranges import check_range
 from flashdreams.models.wan.vae import (
     WAN21_LATENT_MEAN,
     WAN21_LATENT_STD,
+    as_video,
     check_latent,
     check_video,
     denormalise,
@@ -379,9 +380,9 @@ class TAEHVEncoder(Encoder):
 
         Raises:
             ValueError: wrong shape or size.
-            TypeError: integer pixels.
+            TypeError: integer pixels, or no tensor.
         """
-        video = input.unsqueeze(2) if input.dim() == 4 else input
+        video = as_video(input)
         if video.dim() == 5 and (lacking := -video.shape[2] % self.config.time_factor):
             tail = video[:, :, -1:].expand(-1, -1, lacking, -1, -1)
             video = torch.cat((video, tail), dim=2)

@@ -14,7 +14,7 @@ from flashdreams.infra.config import derive_config
 from flashdreams.infra.prompt import read_prompt
 from flashdreams.integrations.causal_forcing.config import TINY_RUNNER as CAUSAL_FORCING
 from flashdreams.integrations.self_forcing.config import TINY_RUNNER as SELF_FORCING
-from flashdreams.integrations.wan21.config import T2V_TINY_RUNNER
+from flashdreams.integrations.wan21.config import I2V_TINY_RUNNER, T2V_TINY_RUNNER
 from flashdreams.models.wan.image import image_size, load_image
 from flashdreams.models.wan.transformer import WanTransformerConfig
 from flashdreams.run import main
@@ -75,6 +75,28 @@ def test_negative_prompts_of_another_number_are_refused():
     pipeline = T2V_TINY_RUNNER.pipeline.setup(device="cpu")
     with pytest.raises(ValueError, match="negative_text holds 2 prompts for a batch of 1"):
         pipeline.initialize_cache(text=["a fox"], negative_text=["blurry", "dark"])
+
+
+def test_negative_prompts_without_guidance_are_refused():
+    pipeline = SELF_FORCING.pipeline.setup(device="cpu")
+    with pytest.raises(ValueError, match="runs without guidance, so it takes no negative_text"):
+        pipeline.initialize_cache(text=["a fox"], negative_text=["blurry"])
+
+
+def test_a_second_step_of_a_bidirectional_model_is_refused():
+    pipeline = T2V_TINY_RUNNER.pipeline.setup(device="cpu")
+    cache = pipeline.initialize_cache(text=["a fox"])
+    pipeline.generate(autoregressive_index=0, cache=cache)
+    pipeline.finalize(autoregressive_index=0, cache=cache)
+    with pytest.raises(ValueError, match="autoregressive_index=1: with streaming=False the whole"):
+        pipeline.generate(autoregressive_index=1, cache=cache)
+
+
+@pytest.mark.parametrize("runner", [CAUSAL_FORCING, I2V_TINY_RUNNER])
+def test_an_image_that_is_no_tensor_is_refused(runner):
+    pipeline = runner.pipeline.setup(device="cpu")
+    with pytest.raises(TypeError, match=r"the image is a Image; expected a tensor .*load_image"):
+        pipeline.initialize_cache(text=["a fox"], image=Image.new("RGB", (48, 32)))
 
 
 def test_a_negative_prompt_of_white_space_is_none(tmp_path):

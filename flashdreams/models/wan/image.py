@@ -13,7 +13,7 @@ from flashdreams.infra.component import build_component
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
 from flashdreams.infra.ranges import check_range
 from flashdreams.models.clip import CLIPImageEncoder, CLIPImageEncoderConfig
-from flashdreams.models.wan.vae import WanVAEImageEncoder, WanVAEImageEncoderConfig
+from flashdreams.models.wan.vae import WanVAEImageEncoder, WanVAEImageEncoderConfig, as_video
 
 MASK_CHANNELS = 4
 """Mask values per latent frame: one for each of the pixel frames that it stands for."""
@@ -76,12 +76,14 @@ class WanImageConditionEncoder(Encoder):
 
         Raises:
             ValueError: wrong shape or size.
-            TypeError: integer pixels.
+            TypeError: integer pixels, or no tensor.
 
         Source: Wan-Video/Wan2.1, wan/image2video.py.
         """
         frames = 1 + (self.config.latent_frames - 1) * self.vae.config.time_factor
-        clip = F.pad(input.unsqueeze(2), (0, 0, 0, 0, 0, frames - 1)) if input.ndim == 4 else input
+        clip = as_video(input)
+        if clip.ndim == 5 and clip.shape[2] == 1:
+            clip = F.pad(clip, (0, 0, 0, 0, 0, frames - 1))
         latent = self.vae(clip)
         mask = torch.zeros_like(latent[:, :1]).repeat(1, MASK_CHANNELS, 1, 1, 1)
         mask[:, :, 0] = 1

@@ -377,6 +377,11 @@ class WanTransformer(Transformer):
     def begin_step(self, autoregressive_index: int, cache: WanCache, control: Any = None) -> None:
         """Place the chunk in the cache, build its rotations and embed its control."""
         c = self.config
+        if not c.streaming and autoregressive_index > 0:
+            raise ValueError(
+                f"autoregressive_index={autoregressive_index}: with streaming=False the whole "
+                "video is one AR step, number 0."
+            )
         cache.cursor.place(c.len_t, self.device)
         self._rotate_sinks(cache)
         self.prepare(cache, torch.arange(cache.cursor.start, cache.cursor.end), control)

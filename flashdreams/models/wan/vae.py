@@ -296,9 +296,9 @@ class WanVAEImageEncoder(Encoder):
 
         Raises:
             ValueError: wrong shape or size.
-            TypeError: integer pixels.
+            TypeError: integer pixels, or no tensor.
         """
-        video = input.unsqueeze(2) if input.dim() == 4 else input
+        video = as_video(input)
         if video.dim() == 5:
             factor = self.config.time_factor
             video = video[:, :, : 1 + (video.shape[2] - 1) // factor * factor]
@@ -379,6 +379,20 @@ def check_latent(latent: Tensor, channels: int) -> None:
             f"latent has shape {list(latent.shape)}; expected [batch, {channels}, latent frames, "
             "latent height, latent width], none of them 0."
         )
+
+
+def as_video(image: Tensor) -> Tensor:
+    """An image ``[B, 3, height, width]`` as a video of one frame; a video as it is.
+
+    Raises:
+        TypeError: no tensor.
+    """
+    if not isinstance(image, Tensor):
+        raise TypeError(
+            f"the image is a {type(image).__name__}; expected a tensor [batch, 3, height, width] "
+            "in [-1, 1]: flashdreams.models.wan.image.load_image makes one of a file."
+        )
+    return image.unsqueeze(2) if image.dim() == 4 else image
 
 
 def check_video(video: Tensor, spatial_factor: int) -> None:
