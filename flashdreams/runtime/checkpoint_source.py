@@ -293,8 +293,9 @@ def _refuse_download(config: CheckpointConfig) -> None:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
+        by_hand = "\n".join(describe_missing(config).splitlines()[:2])
         raise CheckpointError(
-            f"{describe_missing(config)}\n"
+            f"{by_hand}\n"
             "The download is off: HF_HUB_OFFLINE is set. Unset it, or fetch the file elsewhere"
         )
     if config.is_address:

@@ -249,9 +249,10 @@ def test_download_in_offline_mode_asks_nothing(
     hub: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set") as caught:
         ensure_local(CheckpointConfig(source="org/name", file=INDEX, download=True))
     assert hub == []
+    assert "let this program do it" not in str(caught.value)  # that is what was tried
 
 
 def test_download_is_refused_where_the_disk_is_too_small(hub: list[str]) -> None:
