@@ -16,8 +16,8 @@ from typing import Any
 
 import command
 import report
+import rollout
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from flashdreams.infra.config import derive_config
 from flashdreams.models.wan.config import WAN_TRANSFORMER_1_3B, WAN_TRANSFORMER_14B
@@ -165,13 +165,6 @@ def predict_scaling(
     return rows
 
 
-def _flops_of_cpu_attention(
-    q: list[int], k: list[int], v: list[int], *unused: Any, **also_unused: Any
-) -> int:
-    batch, heads, length, head_dim = q
-    return 4 * batch * heads * length * k[2] * head_dim
-
-
 @torch.no_grad()
 def count_call(
     config: WanTransformerConfig, parallel: ParallelConfig, write_only: bool = False
@@ -193,12 +186,9 @@ def count_call(
     model.update_cache(latent, timestep, cache)
     model.begin_step(1, cache)
     before = mesh.meter.snapshot()
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    counter = FlopCounterMode(display=False, custom_mapping={attention: _flops_of_cpu_attention})
-    with counter:
-        run = model.update_cache if write_only else model.predict_flow
-        run(latent, timestep, cache)
-    counted = Call(counter.get_total_flops(), mesh.meter.since(before))
+    run = model.update_cache if write_only else model.predict_flow
+    flops = rollout.count_flops(lambda: run(latent, timestep, cache))
+    counted = Call(flops, mesh.meter.since(before))
     visible_t = min(2 * config.len_t, config.window_size_t + config.sink_size_t)
     predicted = predict_call(config, degrees, visible_t, parallel.ring_method, write_only)
     return predicted, counted, degrees

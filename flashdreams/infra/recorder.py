@@ -20,6 +20,7 @@ from flashdreams.parallel.environment import Environment
 from flashdreams.parallel.mesh import Mesh
 from flashdreams.runtime.profiler import StageTimer
 from flashdreams.runtime.stats import memory_stats, sha256_of, write_stats
+from flashdreams.runtime.transfer import start_host_copy
 
 if TYPE_CHECKING:
     from flashdreams.infra.runner import RunnerConfig
@@ -174,10 +175,4 @@ def _said_for_people(path: Path) -> Iterator[None]:
 
 def _host_copy(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """A copy on the host that nobody changes, and the event after which it is complete."""
-    if not tensor.is_cuda:
-        return tensor.detach().clone(), None
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    copy.copy_(tensor, non_blocking=True)
-    arrived = torch.cuda.Event(blocking=True)
-    arrived.record(torch.cuda.current_stream(tensor.device))
-    return copy, arrived
+    return start_host_copy(tensor) if tensor.is_cuda else (tensor.detach().clone(), None)

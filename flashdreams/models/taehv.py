@@ -21,6 +21,7 @@ from flashdreams.models.wan.vae import (
     WAN21_LATENT_MEAN,
     WAN21_LATENT_STD,
     as_video,
+    channels_innermost,
     check_latent,
     check_video,
     denormalise,
@@ -287,9 +288,7 @@ class TAEHVDecoder(StreamingDecoder):
         carried.begin_chunk(autoregressive_index)
         if config.latents == "raw":
             latent = denormalise(latent, config.latent_mean, config.latent_std)
-        latent = latent.to(
-            device=self.device, dtype=self.dtype, memory_format=torch.channels_last_3d
-        )
+        latent = channels_innermost(latent, self.device, self.dtype)
         parts = []
         for part in latent.split(config.decode_frames_at_once or latent.shape[2], dim=2):
             frames = self.decoder(part, config.time_factor - 1, carried).float()

@@ -1,4 +1,4 @@
-"""Copies from the host to a device."""
+"""Copies between the host and a device that make neither wait."""
 
 import torch
 from torch import Tensor
@@ -15,3 +15,17 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+
+
+def start_host_copy(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """Queue a copy of a CUDA tensor to the host on the current stream.
+
+    Returns:
+        The copy, which nobody changes, in pinned memory of PyTorch's pool, and the event after
+        which it is complete; another thread may wait for it without holding up the device.
+    """
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event(blocking=True)
+    arrived.record(torch.cuda.current_stream(tensor.device))
+    return copy, arrived

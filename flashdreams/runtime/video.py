@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashdreams.runtime.transfer import start_host_copy
+
 # Nothing waits in the encoder for later frames (zerolatency), and a fragment is closed every
 # quarter of a second, so that is what a killed run loses. The matrix is named because players
 # guess it from the size.
@@ -125,7 +127,8 @@ class VideoWriter:
                 f"{self._frame_shape[1]}x{self._frame_shape[0]} in one video."  # type: ignore[index]
             )
         self._frame_shape = shape
-        self._queue.put(_to_host(pixels))
+        here = not pixels.is_cuda
+        self._queue.put(_Frames(pixels, None) if here else _Frames(*start_host_copy(pixels)))
         self.frames_written += len(pixels)
 
     def close(self) -> None:
@@ -291,17 +294,6 @@ def to_pixels(chunk: Tensor) -> Tensor:
     samples = pixels if pixels.ndim == 5 else pixels[None]
     batch, frames, channels, height, width = samples.shape
     return samples.permute(1, 3, 0, 4, 2).reshape(frames, height, batch * width, channels)
-
-
-def _to_host(pixels: Tensor) -> _Frames:
-    if not pixels.is_cuda:
-        return _Frames(pixels, None)
-    # Pinned memory is taken from PyTorch's pool and returns there when the thread drops it.
-    host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
-    host.copy_(pixels, non_blocking=True)
-    arrived = torch.cuda.Event(blocking=True)
-    arrived.record(torch.cuda.current_stream(pixels.device))
-    return _Frames(host, arrived)
 
 
 def _on_arrival(frames: _Frames, scale: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from flashdreams.infra.encoder.base import (
     StreamingEncoderConfig,
 )
 from flashdreams.infra.ranges import check_range
-from flashdreams.models.wan.image import MASK_CHANNELS
+from flashdreams.models.wan.image import mark_first_frame
 from flashdreams.models.wan.vae import WanVAEImageEncoder, WanVAEImageEncoderConfig
 from flashdreams.runtime.transfer import to_device
 
@@ -291,7 +291,4 @@ class ImageConditionEncoder(Encoder):
         latents += [
             self.vae.encode_chunk(grey, cache) for _ in range(self.config.latent_frames - 1)
         ]
-        latent = torch.cat(latents, dim=2)
-        mask = torch.zeros_like(latent[:, :1]).repeat(1, MASK_CHANNELS, 1, 1, 1)
-        mask[:, :, 0] = 1
-        return {"condition": torch.cat([mask, latent], dim=1)}
+        return {"condition": mark_first_frame(torch.cat(latents, dim=2))}

@@ -85,12 +85,18 @@ class WanImageConditionEncoder(Encoder):
         if clip.ndim == 5 and clip.shape[2] == 1:
             clip = F.pad(clip, (0, 0, 0, 0, 0, frames - 1))
         latent = self.vae(clip)
-        mask = torch.zeros_like(latent[:, :1]).repeat(1, MASK_CHANNELS, 1, 1, 1)
-        mask[:, :, 0] = 1
-        return {
-            "image_tokens": self.clip(input),
-            "condition": torch.cat([mask, latent], dim=1),
-        }
+        return {"image_tokens": self.clip(input), "condition": mark_first_frame(latent)}
+
+
+def mark_first_frame(latent: Tensor) -> Tensor:
+    """Put a mask before latents ``[B, C, T, H, W]`` that says which of them are given.
+
+    Returns:
+        ``[B, 4 + C, T, H, W]``: 1 on the first latent frame, 0 on all others, then the latents.
+    """
+    mask = torch.zeros_like(latent[:, :1]).repeat(1, MASK_CHANNELS, 1, 1, 1)
+    mask[:, :, 0] = 1
+    return torch.cat([mask, latent], dim=1)
 
 
 def load_image(path: Path, height: int, width: int, *, fit: bool = False) -> Tensor:
