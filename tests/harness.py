@@ -5,7 +5,8 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -54,8 +55,7 @@ def run_ranks(
         paths = [Path(folder, f"rank{rank}") for rank in range(world_size)]
         torch.save(args, Path(folder, "args"))
         processes = [
-            FORKS.Process(target=_run, args=(fn, rank, world_size, folder, timeout_s))
-            for rank in range(world_size)
+            new_process(_run, fn, rank, world_size, folder, timeout_s) for rank in range(world_size)
         ]
         try:
             for process in processes:
@@ -67,6 +67,38 @@ def run_ranks(
                     process.kill()
                     process.join()
         return [torch.load(path, weights_only=False) for path in paths]
+
+
+def new_process(target: Callable[..., None], *args: Any) -> BaseProcess:
+    """A process that is ready to start, and sees the variables of this one as they are now.
+
+    By themselves the forkserver's processes would see those of the test that needed it first.
+    """
+    return FORKS.Process(target=_in_environment, args=(dict(os.environ), target, args))
+
+
+def _in_environment(
+    variables: dict[str, str], target: Callable[..., None], args: tuple[Any, ...]
+) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
+    target(*args)
+
+
+@contextmanager
+def meeting_point() -> Iterator[dict[str, str]]:
+    """The variables by which processes of this machine find one another, as torchrun sets them.
+
+    This process holds the port from the beginning: one that was merely found free may be taken
+    before a rank comes to use it.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    del store
 
 
 def _wait(processes: list[BaseProcess], paths: list[Path], deadline: float) -> None:

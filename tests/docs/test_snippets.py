@@ -6,7 +6,6 @@ import os
 import re
 import runpy
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from tests.docs.snippets import (
     pages,
     snippets_of,
 )
-from tests.harness import FORKS
+from tests.harness import meeting_point, new_process
 
 SHARED = ("benchmarks", "docs", "launch", "kernels", "tests", "flashdreams")
 """Folders of the checkout that commands may name."""
@@ -101,28 +100,27 @@ def start(words: list[str]) -> tuple[int, str]:
 def start_ranks(words: list[str]) -> int:
     """The exit code of the ranks of a torchrun command on one node; 0 if all ended well."""
     count = int(words[words.index("--nproc-per-node") + 1])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     arguments = engine_arguments(words)
-    ranks = [
-        FORKS.Process(target=be_rank, args=(rank, count, port, arguments, os.getcwd()))
-        for rank in range(count)
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(120)
+    with meeting_point() as place:
+        ranks = [
+            new_process(be_rank, rank, count, place, arguments, os.getcwd())
+            for rank in range(count)
+        ]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(240)
     codes = [rank.exitcode for rank in ranks]
     for rank in ranks:
         rank.kill()
     return max(1 if code is None else abs(code) for code in codes)
 
 
-def be_rank(rank: int, count: int, port: int, arguments: list[str], folder: str) -> None:
+def be_rank(
+    rank: int, count: int, place: dict[str, str], arguments: list[str], folder: str
+) -> None:
     """Do what torchrun would let one rank do."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), **place)
     os.chdir(folder)
     torch.set_num_threads(1)
     sys.exit(run.main(arguments))

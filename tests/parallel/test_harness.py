@@ -1,3 +1,4 @@
+import os
 import time
 
 import pytest
@@ -36,3 +37,15 @@ def test_run_ranks_raises_the_first_traceback():
 def test_run_ranks_ends_a_hang():
     with pytest.raises(TimeoutError, match=r"ranks \[0"):
         run_ranks(never_end, 2, timeout_s=2.0)
+
+
+def environment_of_rank():
+    return os.environ.get("OF_THIS_TEST")
+
+
+def test_ranks_see_the_variables_of_the_test(monkeypatch):
+    for value in ("one", "two"):
+        monkeypatch.setenv("OF_THIS_TEST", value)
+        assert run_ranks(environment_of_rank, 1) == [value]
+    monkeypatch.delenv("OF_THIS_TEST")
+    assert run_ranks(environment_of_rank, 1) == [None]

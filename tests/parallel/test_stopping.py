@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from flashdreams.integrations.toy_world import config
+from tests.harness import meeting_point
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -100,14 +100,13 @@ def test_a_rank_that_fails_takes_the_group_down(fault, tmp_path):
 @pytest.mark.parametrize("fault", ["stats", "video"])
 def test_a_failing_write_reaches_all_ranks(fault, tmp_path):
     """Without torchrun, which would end the other ranks by itself."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     command = [sys.executable, *RUN, *faulty(fault, tmp_path)]
-    ranks = [
-        start(command, tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank in (0, 1)
-    ]
-    assert [wait(rank) != 0 for rank in ranks] == [True, True]
+    with meeting_point() as place:
+        ranks = [
+            start(command, tmp_path, WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, **place)
+            for rank in "01"
+        ]
+        assert [wait(rank) != 0 for rank in ranks] == [True, True]
     error = first_error(tmp_path)
     assert error.startswith("flashdreams-run: error: ")
     assert str(tmp_path / {"stats": "stats_faulty.json", "video": "faulty.mp4"}[fault]) in error
