@@ -1,6 +1,7 @@
 """The command line: ``flashdreams-run <slug>``, also ``python -m flashdreams.run <slug>``."""
 
 import contextlib
+import gc
 import io
 import os
 import re
@@ -73,6 +74,8 @@ def entry_point() -> None:
     # All is written; whoever is impatient with the interpreter's own end may cut it short.
     for impatience in (signal.SIGINT, signal.SIGTERM):
         signal.signal(impatience, signal.SIG_DFL)
+    # Otherwise the interpreter looks through all of PyTorch for rubbish once more, for a second.
+    gc.freeze()
     sys.exit(code)
 
 

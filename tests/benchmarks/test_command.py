@@ -62,9 +62,12 @@ def test_a_script_of_one_process_is_not_run_by_two(script, monkeypatch, capsys):
     assert "python instead of torchrun" in capsys.readouterr().err
 
 
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+
+
 def make_checkout(folder: Path) -> None:
     """A repository with one commit."""
-    me = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    me = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
     for words in (["init", "-q"], ["add", "-A"], [*me, "commit", "-q", "-m", "first"]):
         subprocess.run(["git", "-C", str(folder), *words], check=True)
 
@@ -85,6 +88,7 @@ def checkout(script, tmp_path, monkeypatch):
     return report, root
 
 
+@needs_git
 def test_the_commit_is_that_of_the_measured_code(checkout):
     report, root = checkout
     make_checkout(root)
@@ -96,6 +100,7 @@ def test_the_commit_is_that_of_the_measured_code(checkout):
     assert report.git_state() == (commit, True), "a new file is a change"
 
 
+@needs_git
 def test_code_without_a_commit_is_refused_before_it_is_measured(checkout, script):
     report, root = checkout
     with pytest.raises(ValueError, match="is no git checkout; give --git-commit SHA"):

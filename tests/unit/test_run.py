@@ -423,13 +423,6 @@ def test_a_label_runs_its_own_config_and_a_hidden_slug_is_noted(
     assert "is hidden by stand-ins=" in note
 
 
-def test_the_entry_point_exits_with_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["flashdreams-run", "plian"])
-    with pytest.raises(SystemExit) as stop:
-        run.entry_point()
-    assert stop.value.code == 2
-
-
 @pytest.mark.slow
 def test_the_module_runs_as_a_program() -> None:
     def words(*argv: str) -> subprocess.CompletedProcess[str]:
