@@ -36,6 +36,15 @@ def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Ten
     With ``w = exp(lse)`` the sum of exponentials of a set, the result is the mean of the two
     outputs weighted by ``w``.
 
+    Args:
+        out: ``[B, L, N, D]`` float32, attention over the one set.
+        lse: ``[B, L, N]`` float32, the logarithm of its sum of exponentials.
+        more: like ``out``, over the other set.
+        more_lse: like ``lse``.
+
+    Returns:
+        Both over the union, shaped like ``out`` and ``lse``.
+
     Source: FlashAttention, arXiv:2205.14135, section 3.1.
     """
     total = lse.logaddexp(more_lse)

@@ -19,6 +19,9 @@ def axis_frequencies(head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Ten
     Returns:
         Three float64 CPU vectors whose lengths add up to ``D/2``.
 
+    Raises:
+        ValueError: ``head_dim`` is odd or below 2.
+
     Source: RoFormer, arXiv:2104.09864, section 3.2; the split over axes is Wan 2.1's.
     """
     if head_dim < 2 or head_dim % 2:

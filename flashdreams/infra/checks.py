@@ -38,6 +38,10 @@ def check_order(call: str, index: int, next_index: int, pending: bool) -> None:
 def refuse_fusing(fuses: bool, mesh: Mesh) -> None:
     """Refuse clean passes that are fused with a denoising step where the ranks cannot do that.
 
+    Args:
+        fuses: whether the config asks for it.
+        mesh: of the ranks.
+
     Raises:
         ValueError: says what to type instead.
     """
@@ -56,6 +60,11 @@ def refuse_fusing(fuses: bool, mesh: Mesh) -> None:
 
 def refuse_unknown(names: Iterable[str], known: Collection[str], method: str) -> None:
     """Refuse context that no component takes.
+
+    Args:
+        names: keywords that were given.
+        known: keywords that some component declares.
+        method: how the message calls what was called.
 
     Raises:
         TypeError: names the nearest and all that are known.

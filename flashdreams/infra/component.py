@@ -93,7 +93,14 @@ class Component(nn.Module):
 
 
 def build_component(config: ComponentConfig | None) -> Any:
-    """Set up a component, on the meta device if a checkpoint will give its weights."""
+    """Set up a component, on the meta device if a checkpoint will give its weights.
+
+    Args:
+        config: None for a component that the pipeline does not have.
+
+    Returns:
+        The component, or None.
+    """
     if config is None:
         return None
     with torch.device("cpu" if config.checkpoint is None else "meta"):

@@ -365,7 +365,8 @@ class StreamInferencePipeline(nn.Module):
 
         Args:
             cache: this rollout's state.
-            text: one prompt for the whole batch, one per batch entry, or embeddings.
+            text: one prompt for the whole batch, one per batch entry, or embeddings
+                ``[B, S, text_dim]``.
             reencode_window: run the clean passes of sink and window again under the new prompt,
                 oldest frame first, from the clean latents that the rollout keeps. Follows a prompt
                 sooner, at the cost of one network pass per chunk in the window.
@@ -398,6 +399,10 @@ class StreamInferencePipeline(nn.Module):
     def finalize(self, autoregressive_index: int, cache: StreamInferencePipelineCache) -> None:
         """Make the chunk just generated part of the context; optional after the last chunk.
 
+        Args:
+            autoregressive_index: number of the AR step, as given to ``generate``.
+            cache: this rollout's state.
+
         Raises:
             ValueError: the step is not the one just generated.
         """
@@ -410,6 +415,10 @@ class StreamInferencePipeline(nn.Module):
 
     def end_step(self, autoregressive_index: int, cache: StreamInferencePipelineCache) -> None:
         """``finalize``; with ``fuse_clean_pass`` left to the first call of the next ``generate``.
+
+        Args:
+            autoregressive_index: number of the AR step, as given to ``generate``.
+            cache: this rollout's state.
 
         Raises:
             ValueError: the step is not the one just generated.

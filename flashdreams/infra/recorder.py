@@ -54,7 +54,12 @@ class RunRecorder:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checksum")
 
     def observe(self, cache: StreamInferencePipelineCache, chunk: Tensor) -> None:
-        """Note one chunk; called by the pipeline right after it was generated."""
+        """Note one chunk; called by the pipeline right after it was generated.
+
+        Args:
+            cache: the rollout that it belongs to.
+            chunk: ``[B, F, 3, height, width]`` in [-1, 1], or the latent without a decoder.
+        """
         if not self.environment.is_rank_zero:
             return
         if not any(known is cache.timer for known in self._timers):

@@ -16,7 +16,7 @@ def all_gather(x: Tensor, group: ProcessGroup, dim: int = 0) -> Tensor:
     """Join the slices of all ranks along ``dim``, in the order of the group.
 
     Args:
-        x: this rank's slice; the same shape and dtype on every rank.
+        x: any shape; this rank's slice, the same shape and dtype on every rank.
         group: ranks in the order of the slices, ``P`` of them.
         dim: dim along which the slices follow one another.
 
@@ -47,7 +47,15 @@ def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum of ``x`` over all ranks; ``x`` itself is used up as storage."""
+    """The sum over all ranks.
+
+    Args:
+        x: any shape, the same on every rank; used up as storage.
+        group: the ranks, in any order.
+
+    Returns:
+        Shaped like ``x``, the same values on every rank.
+    """
     dist.all_reduce(x, group=group)
     return x
 
@@ -56,8 +64,8 @@ def start_rotate(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
     """Begin to send ``x`` to the next rank of a ring; the result waits for the previous rank's.
 
     Args:
-        x: contiguous; the same shape and dtype on every rank; not to be written to before the
-            result was called.
+        x: any shape, contiguous; the same shape and dtype on every rank; not to be written to before
+            the result was called.
         group: ranks in ring order.
     """
     rank, size = group.rank(), group.size()
@@ -84,7 +92,7 @@ def exchange_edges(
     """Give ``left`` to the previous rank and ``right`` to the next one.
 
     Args:
-        left: this rank's left edge, contiguous.
+        left: this rank's left edge, any shape, contiguous.
         right: this rank's right edge, like ``left``.
         group: ranks in the order of their parts.
 

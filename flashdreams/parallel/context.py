@@ -28,7 +28,12 @@ class AttentionWrapper(nn.Module):
         return type(self).__name__ + inner
 
     def new_cache(self, spec: KVCacheSpec, cursor: CacheCursor) -> KVCache:
-        """Storage for this rank's part of what ``spec`` says for the whole model."""
+        """Storage for this rank's part of what is cached.
+
+        Args:
+            spec: sizes of the whole model; a strategy divides what it splits.
+            cursor: where the rollout stands, shared by all layers.
+        """
         cache = self.core.new_cache(spec, cursor)
         cache.layout = self
         return cache
@@ -45,7 +50,11 @@ class AttentionWrapper(nn.Module):
         return self.core.gather_cache(x)
 
     def shard_cache(self, x: Tensor) -> Tensor:
-        """This rank's part of cached keys or values: the inverse of ``gather_cache``."""
+        """This rank's part of cached keys or values: the inverse of ``gather_cache``.
+
+        Args:
+            x: ``[B, slots, N, D]`` of the whole model.
+        """
         return self.core.shard_cache(x)
 
     def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
@@ -68,11 +77,11 @@ class HeadShardAttention(AttentionWrapper):
         return super().new_cache(_divide_heads(spec, self.channel), cursor)
 
     def gather_cache(self, x: Tensor) -> Tensor:
-        """Join the heads of all ranks."""
+        """Join the heads of all ranks: ``[B, slots, N/P, D]`` to ``[B, slots, N, D]``."""
         return self.channel.all_gather(super().gather_cache(x), dim=2)
 
     def shard_cache(self, x: Tensor) -> Tensor:
-        """Take this rank's heads."""
+        """Take this rank's heads: ``[B, slots, N, D]`` to ``[B, slots, N/P, D]``."""
         return super().shard_cache(x.chunk(self.channel.size, dim=2)[self.channel.rank])
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:

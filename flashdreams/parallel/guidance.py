@@ -70,7 +70,7 @@ class CfgParallelGuidance:
 
 
 def combine(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """``uncond + scale * (cond - uncond)``."""
+    """``unconditional + scale * (conditional - unconditional)``, tensors of one shape."""
     return unconditional + scale * (conditional - unconditional)
 
 

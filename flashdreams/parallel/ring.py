@@ -82,7 +82,15 @@ class RingAttention(AttentionWrapper):
         self.layout = layout
 
     def new_cache(self, spec: KVCacheSpec, cursor: CacheCursor) -> KVCache:
-        """A cache for this rank's share of every latent frame."""
+        """A cache for this rank's share of every latent frame.
+
+        Args:
+            spec: sizes of the whole model.
+            cursor: where the rollout stands, shared by all layers.
+
+        Raises:
+            ValueError: the ranks do not divide the tokens of a latent frame.
+        """
         ranks = self.channel.size
         if spec.tokens_per_frame % ranks:
             raise ValueError(
@@ -93,12 +101,12 @@ class RingAttention(AttentionWrapper):
         return super().new_cache(spec, ShardedCursor(cursor, ranks))  # type: ignore[arg-type]
 
     def gather_cache(self, x: Tensor) -> Tensor:
-        """Interleave the tokens of all ranks."""
+        """Interleave the tokens of all ranks: ``[B, slots/P, N, D]`` to ``[B, slots, N, D]``."""
         parts = self.channel.all_gather(super().gather_cache(x)[:, :, None], dim=2)
         return parts.flatten(1, 2)
 
     def shard_cache(self, x: Tensor) -> Tensor:
-        """Take this rank's tokens."""
+        """Take this rank's tokens: ``[B, slots, N, D]`` to ``[B, slots/P, N, D]``."""
         return super().shard_cache(x[:, self.channel.rank :: self.channel.size])
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:

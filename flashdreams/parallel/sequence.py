@@ -113,7 +113,10 @@ class SequenceLayout:
 
 
 def pad_dim(x: Tensor, dim: int, length: int) -> Tensor:
-    """``x`` with zeros appended along ``dim`` up to ``length``; ``x`` itself if it is as long."""
+    """A tensor of any shape with zeros appended along ``dim`` up to ``length``.
+
+    One that is as long is returned itself.
+    """
     missing = length - x.shape[dim]
     if missing == 0:
         return x

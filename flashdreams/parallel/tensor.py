@@ -8,7 +8,13 @@ from flashdreams.runtime.checkpoint import TensorSlice
 
 
 def slice_of(size: int, channel: Channel, dim: int, name: str) -> TensorSlice:
-    """This rank's part of a dim of ``size``.
+    """This rank's part of a dim.
+
+    Args:
+        size: entries of the dim in the whole tensor.
+        channel: the ranks that share it.
+        dim: which one is cut.
+        name: how the message calls what is cut.
 
     Raises:
         ValueError: the ranks do not divide it.
@@ -112,7 +118,7 @@ class ShardedRMSNorm(ShardedLayer):
         self.channel = channel
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dim of ``x`` over all ranks' entries and keep its dtype."""
+        """Normalise the last dim of ``x``, ``[..., dim/P]``, over all ranks; keep its dtype."""
         wide = x.float()
         squares = self.channel.all_reduce(wide.square().sum(-1, keepdim=True))
         scale = torch.rsqrt(squares / self.dim + self.eps)

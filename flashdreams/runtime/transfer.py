@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Bring a tensor to a device without making the host wait.
+    """Bring a tensor, of any shape and type, to a device without making the host wait.
 
     For CUDA it goes through pinned memory, and the current stream copies it from there: the host
     may queue the next AR step while the last one is computed. An expanded tensor has no pinned

@@ -111,7 +111,7 @@ class Transformer(Component):
         lower_precision(self, self.parallel_plan(), precision, self.device)
 
     def latent_shape(self, batch_size: int) -> tuple[int, int, int, int, int]:
-        """Shape ``(B, C, T, H, W)`` of one chunk."""
+        """Shape ``(B, C, T, H, W)`` of one chunk of ``batch_size`` rollouts."""
         c = self.config
         return (batch_size, c.in_channels, c.len_t, c.latent_height, c.latent_width)
 
@@ -153,6 +153,9 @@ class Transformer(Component):
 
         Returns:
             Like ``latent``.
+
+        Raises:
+            TypeError: the subclass does not define it.
         """
         raise TypeError(
             f"{type(self).__name__} does not define predict_flow(latent, timestep, cache)."
@@ -204,6 +207,14 @@ class Transformer(Component):
         """Take on another prompt in mid-rollout; subclasses name the context that they want.
 
         Only what depends on the prompt directly is computed anew, in the storage that it has.
+
+        Args:
+            cache: this rollout's state.
+            args: the context, encoded.
+            kwargs: the context, encoded.
+
+        Raises:
+            TypeError: the subclass does not define it.
         """
         raise TypeError(
             f"{type(self).__name__} cannot change its prompt in mid-rollout: it does not define "
@@ -217,6 +228,9 @@ class Transformer(Component):
             cache: this rollout's state; afterwards as before, but for the values.
             chunks: the frames of ``context_frames``, oldest first.
             timestep: 0-dim, the context noise level.
+
+        Raises:
+            TypeError: the subclass does not define it.
         """
         raise TypeError(
             f"{type(self).__name__} cannot encode its context again: it does not define "
@@ -230,6 +244,9 @@ class Transformer(Component):
     def set_attention_backend(self, name: str) -> None:
         """Let all attention cores, also those inside of wrappers, run a backend.
 
+        Args:
+            name: a key of `flashdreams.attention.backends.BACKENDS`.
+
         Raises:
             ValueError: an unknown name.
         """
@@ -239,7 +256,11 @@ class Transformer(Component):
                 core.backend = backend
 
     def check_device(self, device: torch.device) -> None:
-        """Refuse a ``linear_precision`` or ``attention_backend`` that cannot run there."""
+        """Refuse a ``linear_precision`` or ``attention_backend`` that cannot run there.
+
+        Raises:
+            ValueError: says what is missing, and what would run.
+        """
         check_low_precision(self, self.parallel_plan(), self.config.linear_precision, device)
         name, shape = self.config.attention_backend, self.attention_shape(1)
         if name == AUTO:

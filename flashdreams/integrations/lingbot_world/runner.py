@@ -126,7 +126,7 @@ class CameraToVideoRunner(ImageToVideoRunner):
         super().__init__(replace(config, pipeline=pipeline))
 
     def first_image(self, config: TextToVideoRunnerConfig) -> Tensor | None:
-        """The image that was read before anything else."""
+        """The image that was read before anything else, ``[1, 3, height, width]`` in [-1, 1]."""
         return self.image
 
     def run(self) -> None:

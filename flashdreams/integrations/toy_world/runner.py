@@ -91,7 +91,18 @@ class ToyWorldRunner(Runner[ToyWorldRunnerConfig, StreamInferencePipeline]):
 
 
 def walk(actions: str, frames: int) -> Tensor:
-    """Camera-to-world matrices ``[frames, 4, 4]`` of a walk; the last pose is held."""
+    """Camera-to-world matrices of a walk from where every walk of this world begins.
+
+    Args:
+        actions: keys and the frames that they are held for, such as ``"w8 l4 wl6"``.
+        frames: poses wanted; a longer walk is cut, of a shorter one the last pose is held.
+
+    Returns:
+        ``[frames, 4, 4]``, in world units.
+
+    Raises:
+        ValueError: a key that does not exist, a count that is none, or ``frames`` below 1.
+    """
     start = pose_to_camera(torch.tensor(START_POSE))
     path = integrate(parse_actions(actions), KEY_MOTION, start=start, collide=collide_camera)
     return hold(path, frames)

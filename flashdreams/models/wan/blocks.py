@@ -67,7 +67,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dim of ``x`` and keep its dtype."""
+        """Normalise the last dim of ``x``, ``[..., dim]``, and keep its dtype."""
         if x.dtype == torch.float32:  # the same bits, without an operation of its own for the gain
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
@@ -290,7 +290,15 @@ class WanBlock(nn.Module):
         self.self_attn.write(y, rope, cache)
 
     def inject(self, x: Tensor, control: Any) -> Tensor:
-        """Hook between self- and cross-attention for models that control every block."""
+        """Hook between self- and cross-attention for models that control every block.
+
+        Args:
+            x: ``[B, L, dim]``, the tokens.
+            control: what ``begin_step`` made of the control input.
+
+        Returns:
+            Like ``x``.
+        """
         return x
 
 

@@ -20,6 +20,9 @@ def pair_up(first: WanCache, second: WanCache, stored: WanCache | None = None) -
         first: prepared for one chunk.
         second: the same rollout, prepared for the other.
         stored: an earlier result, whose tensors are written anew.
+
+    Raises:
+        ValueError: one of the two is not prepared.
     """
     if first.rope is None or second.rope is None or first.control is None:
         raise ValueError("A chunk can be paired once it is prepared; call begin_step first.")

@@ -77,7 +77,11 @@ class TextToVideoRunnerConfig(RunnerConfig):
 
     @property
     def transformer(self) -> WanTransformerConfig:
-        """Config of the transformer."""
+        """Config of the transformer.
+
+        Raises:
+            TypeError: the pipeline has one of another family.
+        """
         found = self.pipeline.diffusion_model.transformer
         if not isinstance(found, WanTransformerConfig):
             raise TypeError(
@@ -125,7 +129,10 @@ class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]
         super().__init__(config)
 
     def first_image(self, config: TextToVideoRunnerConfig) -> Tensor | None:
-        """The image that the video begins with; None for text alone."""
+        """The image that the video begins with, ``[1, 3, height, width]`` in [-1, 1].
+
+        None for text alone.
+        """
         return None
 
     def run(self) -> None:
@@ -158,7 +165,7 @@ class ImageToVideoRunner(TextToVideoRunner):
     config: ImageToVideoRunnerConfig
 
     def first_image(self, config: TextToVideoRunnerConfig) -> Tensor | None:
-        """The image of the config."""
+        """The image of the config, ``[1, 3, height, width]`` in [-1, 1]."""
         return read_image(cast(ImageToVideoRunnerConfig, config))
 
 
