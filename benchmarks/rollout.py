@@ -20,7 +20,7 @@ from flashdreams.integrations.toy_world.runner import ToyWorldRunnerConfig, walk
 from flashdreams.models.wan.image import gradient_image
 from flashdreams.models.wan.runner import SPATIAL_FACTOR, ImageToVideoRunnerConfig
 from flashdreams.parallel.environment import Environment
-from flashdreams.parallel.mesh import Mesh, ParallelConfig, build_mesh, resolve_degrees
+from flashdreams.parallel.mesh import Mesh
 from flashdreams.registry import discover
 from flashdreams.runtime.checkpoint import find_local
 
@@ -105,7 +105,7 @@ def load_subject(
     config, missing = without_missing_weights(config)
     config, context, steer = _conditions(runner, config)
     pipeline = config.setup(device=environment.device, load=False)
-    mesh = _mesh_for(pipeline, environment)
+    mesh = pipeline.build_mesh(environment.world_size)
     pipeline.parallelize(mesh)
     pipeline.load()
     return Subject(slug, pipeline, mesh, context, steer, missing)
@@ -179,22 +179,6 @@ def _path_of(path: CameraPath, len_t: int, index: int) -> CameraPath:
     first = 0 if index == 0 else 4 * index * len_t - 3
     last = 4 * (index + 1) * len_t - 3
     return path.part(slice(first, last))
-
-
-def _mesh_for(pipeline: StreamInferencePipeline, environment: Environment) -> Mesh:
-    transformer: Any = pipeline.diffusion_model.transformer
-    planned = transformer.parallel_plan() is not None
-    c = transformer.config
-    streaming = getattr(c, "streaming", False)
-    config = ParallelConfig()
-    degrees = resolve_degrees(
-        config,
-        environment.world_size,
-        num_heads=getattr(c, "num_heads", None) if planned else None,
-        guided=pipeline.config.diffusion_model.guidance_scale is not None,
-        cached_frame_tokens=getattr(c, "tokens_per_frame", None) if streaming else None,
-    )
-    return build_mesh(degrees, environment.device.type, config)
 
 
 def synchronize(device: torch.device) -> None:

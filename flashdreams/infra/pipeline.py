@@ -26,7 +26,7 @@ from flashdreams.infra.warm_up import WarmUp, stats, warm_up
 from flashdreams.infra.weights import fetch_weights, require_weights
 from flashdreams.parallel.environment import LOAD_TIMEOUT_S, group_rank
 from flashdreams.parallel.guidance import build_guidance
-from flashdreams.parallel.mesh import Mesh
+from flashdreams.parallel.mesh import Mesh, ParallelConfig, build_mesh, resolve_degrees
 from flashdreams.parallel.parallelize import ParallelReport, parallelize
 from flashdreams.parallel.rollout import RolloutExchange
 from flashdreams.parallel.spatial import resolve_decode
@@ -150,6 +150,30 @@ class StreamInferencePipeline(nn.Module):
             "decoder": self.decoder,
         }
         return {name: part for name, part in found.items() if part is not None}
+
+    def build_mesh(self, world_size: int, parallel: ParallelConfig | None = None) -> Mesh:
+        """Settle the degrees for this model and arrange the ranks of the process group.
+
+        Args:
+            world_size: number of ranks.
+            parallel: the wish; None leaves everything to "auto".
+
+        Raises:
+            ValueError: impossible degrees; the message names some that would work.
+        """
+        parallel = parallel or ParallelConfig()
+        transformer = self.diffusion_model.transformer
+        sizes = transformer.config
+        planned = transformer.parallel_plan() is not None
+        streaming = getattr(sizes, "streaming", False)
+        degrees = resolve_degrees(
+            parallel,
+            world_size,
+            num_heads=getattr(sizes, "num_heads", None) if planned else None,
+            guided=self.config.diffusion_model.guidance_scale is not None,
+            cached_frame_tokens=getattr(sizes, "tokens_per_frame", None) if streaming else None,
+        )
+        return build_mesh(degrees, self.target_device.type, parallel)
 
     def parallelize(self, mesh: Mesh) -> dict[str, ParallelReport]:
         """Cut every component as its plan allows; call before ``load``.

@@ -25,7 +25,7 @@ from flashdreams.parallel.environment import (
     set_up_logging,
     shutdown,
 )
-from flashdreams.parallel.mesh import Mesh, ParallelConfig, build_mesh, resolve_degrees
+from flashdreams.parallel.mesh import ParallelConfig
 from flashdreams.parallel.watchdog import Watchdog
 from flashdreams.runtime.noise import SEED_LIMIT
 from flashdreams.runtime.video import VideoWriter
@@ -97,7 +97,7 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
         if self.is_rank_zero:
             check_writable(config.output_dir)
         self.pipeline = config.pipeline.setup(device=self.environment.device, load=False)
-        self.mesh = self._build_mesh()
+        self.mesh = self.pipeline.build_mesh(self.environment.world_size, config.parallel)
         reports = self.pipeline.parallelize(self.mesh)
         if self.environment.world_size > 1 and self.is_rank_zero:
             print(f"ranks: {self.mesh.degrees}; transformer: {reports['transformer']}")
@@ -118,23 +118,6 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
             print(f"{warmed_up.measured}ready: {warmed_up}", flush=True)
         self.recorder = RunRecorder(config, self.environment, self.mesh, self.pipeline)
         self.pipeline.observers.append(self.recorder.observe)
-
-    def _build_mesh(self) -> Mesh:
-        """Settle the degrees for this model and these ranks, and arrange the ranks."""
-        transformer = self.pipeline.diffusion_model.transformer
-        planned = transformer.parallel_plan() is not None
-        degrees = resolve_degrees(
-            self.config.parallel,
-            self.environment.world_size,
-            num_heads=getattr(transformer.config, "num_heads", None) if planned else None,
-            guided=self.config.pipeline.diffusion_model.guidance_scale is not None,
-            cached_frame_tokens=(
-                getattr(transformer.config, "tokens_per_frame", None)
-                if getattr(transformer.config, "streaming", False)
-                else None
-            ),
-        )
-        return build_mesh(degrees, self.device.type, self.config.parallel)
 
     @property
     def is_rank_zero(self) -> bool:

@@ -10,19 +10,16 @@ from contextlib import nullcontext
 from flashdreams.integrations.toy_world.config import TOY_WORLD_PIPELINE, TOY_WORLD_RUNNER
 from flashdreams.integrations.toy_world.runner import walk
 from flashdreams.parallel import environment
-from flashdreams.parallel.mesh import ParallelConfig, build_mesh, resolve_degrees
 from flashdreams.runtime.video import VideoWriter
 
 BLOCKS = 12
 
 here = environment.init(device="auto")
-parallel = ParallelConfig()
-num_heads = TOY_WORLD_PIPELINE.diffusion_model.transformer.num_heads
-degrees = resolve_degrees(parallel, here.world_size, num_heads)
 
 # Nothing is read before the pipeline is cut: every rank then reads its slices alone.
 pipeline = TOY_WORLD_PIPELINE.setup(device=here.device, load=False)
-pipeline.parallelize(build_mesh(degrees, here.device.type, parallel))
+mesh = pipeline.build_mesh(here.world_size)
+pipeline.parallelize(mesh)
 pipeline.load()
 pipeline.warm_up()
 
@@ -38,6 +35,6 @@ with (
             video.write(chunk)
 
 if here.is_rank_zero:
-    print(f"{BLOCKS} chunks on {degrees}")
+    print(f"{BLOCKS} chunks on {mesh.degrees}")
 pipeline.drop_graphs()
 environment.shutdown()
