@@ -64,8 +64,8 @@ def start_rotate(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
     """Begin to send ``x`` to the next rank of a ring; the result waits for the previous rank's.
 
     Args:
-        x: any shape, contiguous; the same shape and dtype on every rank; not to be written to before
-            the result was called.
+        x: any shape, contiguous; the same shape and dtype on every rank; not to be written to
+            before the result was called.
         group: ranks in ring order.
     """
     rank, size = group.rank(), group.size()
