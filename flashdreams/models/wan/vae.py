@@ -168,8 +168,8 @@ class WanVAEDecoderConfig(WanVAEConfig, StreamingDecoderConfig):
 
     decode_frames_at_once: int | None = 1
     """Latent frames per pass of the network. 1: the same bits however latents are cut into chunks;
-    more is faster, equal up to rounding, and needs memory in proportion. 0 or None: the whole
-    chunk."""
+    more means fewer calls, which is faster where frames are small, equal up to rounding, and needs
+    memory in proportion. 0 or None: the whole chunk."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
