@@ -208,8 +208,12 @@ class StreamInferencePipeline(nn.Module):
         self.exchange = RolloutExchange(mesh, cut, layout, self._latent_width)
         return reports
 
-    def load(self) -> None:
+    def load(self, fetch_all: str | None = None) -> None:
         """Read the weights, once, and move every component to its device and type.
+
+        Args:
+            fetch_all: what to type to have all missing weights fetched, for the error; None names
+                an option per file.
 
         Raises:
             ValueError: the device, or this rank's share, does not allow what the config asks for.
@@ -217,7 +221,8 @@ class StreamInferencePipeline(nn.Module):
         """
         for component in self.components().values():
             component.check_device(self.target_device)
-        require_weights(self.config, encodes_text=self.text_encoder is not None)
+        encodes_text = self.text_encoder is not None
+        require_weights(self.config, fetch_all=fetch_all, encodes_text=encodes_text)
         fetch_weights(self.config, text_on_rank_zero=self.text_from_rank_zero)
         for name, component in self.components().items():
             load_component(component, self.target_device, self._slices.get(name))

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -82,6 +82,8 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
 
     config: ConfigT
     pipeline: PipelineT
+    fetch_all: ClassVar[str | None] = None
+    """What to type to have all weights fetched that are missing; None names a flag for each."""
 
     def __init__(self, config: ConfigT) -> None:
         """Join the process group, build the pipeline and open the output folder.
@@ -108,11 +110,11 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
             self._resources.enter_context(watchdog)
             self.pipeline.guard = watchdog.stage
             with watchdog.stage("load", limit_s=LOAD_TIMEOUT_S):
-                self.pipeline.load()
+                self.pipeline.load(self.fetch_all)
             with watchdog.stage("warm-up", limit_s=LOAD_TIMEOUT_S):
                 warmed_up = self.pipeline.warm_up()
         else:
-            self.pipeline.load()
+            self.pipeline.load(self.fetch_all)
             warmed_up = self.pipeline.warm_up()
         if warmed_up.steps and self.is_rank_zero:
             print(f"{warmed_up.measured}ready: {warmed_up}", flush=True)

@@ -248,3 +248,27 @@ def test_without_weights_the_run_ends_before_anything_is_fetched(tmp_path, capsy
     for part in ("zhuhz22/Causal-Forcing", "framewise/causal_forcing.pt", "GB on disk", "Memory"):
         assert part in line
     assert not (tmp_path / "hub").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("attention-backend flash_attn", "'flash_attn' cannot be used here: .*Usable on cpu"),
+        ("fuse-clean-pass True --parallel.strict True", "which --parallel.strict True does not do"),
+        ("linear-precision fp8 --parallel.strict True", "not together with --parallel.strict True"),
+    ],
+)
+def test_options_are_refused_before_weights_are_asked_for(
+    flags, message, tmp_path, capsys, monkeypatch
+):
+    """Negative control: without them it is the weights that are missing."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    slug = "self-forcing-wan2.1-t2v-1.3b"
+    wish = f"--pipeline.diffusion-model.transformer.{flags}".split()
+    code, line = error_of([slug, *wish], tmp_path, capsys)
+    assert code == 2
+    assert re.search(message, line), line
+    code, line = error_of([slug], tmp_path, capsys)
+    assert code == 1
+    assert "needs 4 checkpoints that are not on this machine, 17.6 GB" in line
+    assert line.endswith("To let this program fetch all of them: --download True.\n")

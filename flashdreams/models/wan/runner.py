@@ -11,7 +11,7 @@ from flashdreams.infra.config import derive_config
 from flashdreams.infra.pipeline import StreamInferencePipeline
 from flashdreams.infra.prompt import read_prompt
 from flashdreams.infra.runner import Runner, RunnerConfig
-from flashdreams.infra.weights import require_weights, with_downloads
+from flashdreams.infra.weights import with_downloads
 from flashdreams.models.prompts import load_prompt_embeds
 from flashdreams.models.wan.image import gradient_image, load_image
 from flashdreams.models.wan.transformer import WanTransformerConfig
@@ -119,12 +119,13 @@ ConfigT = TypeVar("ConfigT", bound=TextToVideoRunnerConfig)
 class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]):
     """Streams one video into a file."""
 
+    fetch_all = "--download True"
+
     def __init__(self, config: TextToVideoRunnerConfig) -> None:
         self.prompt = read_prompt(config.prompt, config.prompt_path)
         self.prompt_embeds = read_embeds(config.prompt_embeds, config.transformer)
         self.negative_prompt_embeds = read_embeds(config.negative_prompt_embeds, config.transformer)
         config = resolve_config(config)
-        require_weights(config.pipeline, fetch_all="--download True")
         self.image = self.first_image(config)
         super().__init__(config)
 
