@@ -13,6 +13,7 @@ from flashdreams.integrations.lingbot_world.config import ACT_TRANSFORMER
 from flashdreams.integrations.lingbot_world.config import RUNNER_CONFIGS as LINGBOT
 from flashdreams.integrations.self_forcing.config import RUNNER_CONFIGS as SELF_FORCING
 from flashdreams.integrations.wan21.config import RUNNER_CONFIGS as WAN21
+from flashdreams.models.wan.config import WAN_TRANSFORMER_TI2V_5B
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load_checkpoint
 from tests.manifests import load_manifest, write_sparse_safetensors
 
@@ -124,6 +125,12 @@ def test_diffusers_names_are_taken_too(tmp_path):
     write_sparse_safetensors(path, load_manifest("diffusers_wan21_t2v_1.3B"))
     report = load_checkpoint(transformer, CheckpointConfig(source=str(path)), device="meta")
     assert report.key_map == "diffusers"
+
+
+def test_wan22_ti2v_5b_builds():
+    transformer = on_meta(WAN_TRANSFORMER_TI2V_5B)
+    assert sum(p.numel() for p in transformer.parameters()) == 4_999_787_712
+    assert transformer.patch_embedding.weight.shape == (3072, 48, 1, 2, 2)
 
 
 @pytest.mark.parametrize("slug", FEW_STEPS)

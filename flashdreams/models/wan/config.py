@@ -86,6 +86,18 @@ WAN_TRANSFORMER_14B = derive_config(
 WAN_TRANSFORMER_I2V_14B = derive_config(WAN_TRANSFORMER_14B, condition_channels=20, image_dim=1280)
 """Image-to-video, 16B parameters with the image branch. Source: Wan-AI/Wan2.1-I2V-14B-480P."""
 
+WAN_TRANSFORMER_TI2V_5B = derive_config(
+    WAN_TRANSFORMER_1_3B,
+    dim=3072,
+    ffn_dim=14336,
+    num_heads=24,
+    in_channels=48,
+    out_channels=48,
+    latent_height=44,
+    latent_width=80,
+)
+"""Wan 2.2 text- and image-to-video, 5B parameters. Source: Wan-AI/Wan2.2-TI2V-5B."""
+
 UMT5_TEXT_ENCODER = UMT5TextEncoderConfig(
     dtype="bfloat16",
     checkpoint=wan21_checkpoint(T2V_1_3B_REPO, "models_t5_umt5-xxl-enc-bf16.pth", 11_361_820_672),

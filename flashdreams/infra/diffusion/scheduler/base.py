@@ -68,6 +68,29 @@ class Scheduler(ABC):
             ValueError: a flow whose shape is not the latent's.
         """
 
+    def sigma_of(self, timestep: float) -> float:
+        """The noise level that a timestep in [0, 1000] stands for."""
+        return timestep / NUM_TRAIN_TIMESTEPS
+
+    def add_noise(self, x0: Tensor, noise: Tensor, timestep: float | Tensor) -> Tensor:
+        """Noise a clean latent up to a timestep, as in training.
+
+        Args:
+            x0: the clean latent, float32.
+            noise: standard normal, same shape, float32.
+            timestep: in [0, 1000]; one number, also as a 0-dim CPU tensor.
+
+        Returns:
+            ``(1 - sigma) * x0 + sigma * noise``, float32.
+
+        Raises:
+            ValueError: the timestep is out of range, or the shapes differ.
+        """
+        timestep = float(timestep)
+        if not 0 <= timestep <= NUM_TRAIN_TIMESTEPS:
+            raise ValueError(f"timestep={timestep:g} is out of range: it must be in [0, 1000].")
+        return mix_noise(x0, noise, self.sigma_of(timestep))
+
 
 def mix_noise(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
     """The noisy latent ``(1 - sigma) * x0 + sigma * noise`` of flow matching.
@@ -90,6 +113,20 @@ def flow_to_x0(latent: Tensor, flow: Tensor, sigma: float) -> Tensor:
     """
     require_same_shape("flow", flow, latent)
     return (latent.double() - sigma * flow.double()).float()
+
+
+def x0_to_flow(latent: Tensor, x0: Tensor, sigma: float) -> Tensor:
+    """The flow ``(latent - x0) / sigma`` that a predicted clean latent stands for.
+
+    The inverse of :func:`flow_to_x0` for networks that predict x0; float64 inside, float32 out.
+
+    Raises:
+        ValueError: sigma is 0, where no flow is defined, or the shapes differ.
+    """
+    if sigma <= 0:
+        raise ValueError(f"sigma={sigma:g}: a flow is defined for sigma > 0 only.")
+    require_same_shape("x0", x0, latent)
+    return ((latent.double() - x0.double()) / sigma).float()
 
 
 def require_same_shape(name: str, tensor: Tensor, latent: Tensor) -> None:

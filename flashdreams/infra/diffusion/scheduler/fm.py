@@ -145,6 +145,13 @@ class FlowMatchScheduler(Scheduler):
             second = first
         return first, second
 
+    def sigma_of(self, timestep: float) -> float:
+        """The level to which noise is added for a timestep: that of the nearest table entry.
+
+        The table ends above zero, so timestep 0 is not quite clean; for a clean context add none.
+        """
+        return self.table_sigmas[self._places_of(timestep)[1]].item()
+
     def sample(
         self, predict_flow: Callable[[Tensor, Tensor], Tensor], noise: Callable[[int], Tensor]
     ) -> Tensor:

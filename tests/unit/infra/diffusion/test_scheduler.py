@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flashdreams.infra.config import derive_config
-from flashdreams.infra.diffusion.scheduler.base import Scheduler, SchedulerConfig, mix_noise
+from flashdreams.infra.diffusion.scheduler.base import Scheduler, SchedulerConfig, x0_to_flow
 from flashdreams.infra.diffusion.scheduler.euler import EulerScheduler, EulerSchedulerConfig
 from flashdreams.infra.diffusion.scheduler.fm import FlowMatchScheduler, FlowMatchSchedulerConfig
 from flashdreams.infra.diffusion.scheduler.fm_unipc import (
@@ -42,7 +42,7 @@ def test_sample_recovers_a_latent_that_the_flow_points_to(config: SchedulerConfi
     def predict_flow(latent: Tensor, timestep: Tensor) -> Tensor:
         seen.append(timestep)
         assert latent.dtype == torch.float32
-        return (latent - target).double() / sigma_by_timestep[timestep.item()]
+        return x0_to_flow(latent, target, sigma_by_timestep[timestep.item()])
 
     x0 = scheduler.sample(predict_flow, noise_of)
     assert x0.dtype == torch.float32
@@ -136,11 +136,26 @@ def test_unipc_converges_faster_than_euler() -> None:
     assert unipc < euler / 20
 
 
-def test_noise_of_another_shape_is_refused() -> None:
-    """It would broadcast, and give plausible wrong numbers."""
-    torch.testing.assert_close(mix_noise(noise_of(1), noise_of(2), 0.0), noise_of(1))
+@each_config
+def test_add_noise_mixes_by_the_level_of_the_timestep(config: SchedulerConfig) -> None:
+    scheduler = config.setup()
+    x0, noise = noise_of(1), noise_of(2)
+    sigma = scheduler.sigma_of(500.0)
+    assert sigma == pytest.approx(0.5, abs=0.01)
+    expected = (1 - sigma) * x0 + sigma * noise
+    torch.testing.assert_close(scheduler.add_noise(x0, noise, 500.0), expected)
+    torch.testing.assert_close(scheduler.add_noise(x0, noise, torch.tensor(500)), expected)
+    assert not torch.allclose(scheduler.add_noise(x0, noise, 400.0), expected)
+    for timestep in (-1.0, 1000.5, float("nan")):
+        with pytest.raises(ValueError, match=r"\[0, 1000\]"):
+            scheduler.add_noise(x0, noise, timestep)
     with pytest.raises(ValueError, match="must be equal"):
-        mix_noise(noise_of(1), noise_of(2)[:1], 0.5)
+        scheduler.add_noise(x0, noise[:1], 500.0)
+
+
+def test_x0_to_flow_refuses_sigma_zero() -> None:
+    with pytest.raises(ValueError, match="sigma=0"):
+        x0_to_flow(noise_of(0), noise_of(1), 0.0)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from flashdreams.infra.diffusion.scheduler.base import (
     Scheduler,
     flow_to_x0,
     mix_noise,
+    x0_to_flow,
 )
 from flashdreams.infra.diffusion.scheduler.euler import EulerSchedulerConfig
 from flashdreams.infra.diffusion.scheduler.fm import FlowMatchSchedulerConfig
@@ -50,7 +51,7 @@ def test_few_step_tables_equal_the_reference(shift: int) -> None:
         assert_table(snapped.sigmas, golden[f"{prefix}/unwarped_snap_sigmas"])
     assert_table(warped.table_sigmas, golden[f"shift{shift}/sigmas_1000"])
     assert_table(warped.table_timesteps, golden[f"shift{shift}/timesteps_1000"])
-    assert_table(warped.table_sigmas[-1:], golden[f"shift{shift}/sigma_of_timestep_0"])
+    assert_table(torch.tensor([warped.sigma_of(0.0)]), golden[f"shift{shift}/sigma_of_timestep_0"])
 
 
 def test_few_step_tables_tell_shift_8_from_shift_5() -> None:
@@ -119,12 +120,15 @@ def test_step_operations_equal_the_reference() -> None:
     golden = load_golden(FOLDER, "flowmatch_ops.safetensors")
     few_step = FlowMatchSchedulerConfig(shift=5.0).setup()
     for row, timestep in enumerate(golden["timestep"].tolist()):
-        sigma = few_step.table_sigmas[few_step._places_of(timestep)[1]].item()
+        sigma = few_step.sigma_of(timestep)
         clean, noise, flow = (golden[name][row] for name in ("clean", "noise", "flow"))
-        noised = mix_noise(clean, noise, sigma)
+        noised = few_step.add_noise(clean, noise, timestep)
         torch.testing.assert_close(noised, golden["add_noise"][row], rtol=1e-6, atol=1e-6)
+        assert torch.equal(noised, mix_noise(clean, noise, sigma))
         x0 = flow_to_x0(noise, flow, sigma)
         torch.testing.assert_close(x0, golden["flow_to_x0"][row], rtol=1e-6, atol=1e-6)
+        back = x0_to_flow(noise, clean, sigma)
+        torch.testing.assert_close(back, golden["x0_to_flow"][row], rtol=2e-6, atol=1e-6)
         # The reference's step goes to sigma 0 when any sample of its batch is at the last level;
         # the last Euler step does the same.
         for name in ("step", "step_to_final"):
