@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flashdreams.attention.quantized import KVStorage, QuantizedTokens
+from flashdreams.attention.quantized import KVStorage, QuantizedPast, QuantizedTokens
 from flashdreams.attention.rope import apply_rope, time_rotation
 from flashdreams.runtime.transfer import to_device
 
@@ -88,13 +88,15 @@ def token_slots(frame_slots: Sequence[int], tokens_per_frame: int) -> Tensor:
 
 
 class CacheCursor:
-    """Which slots the current chunk fills and how many are visible; shared by all layers.
+    """Which slots the current chunk fills and which are visible; shared by all layers.
 
     Latent frame ``p`` lives in slot ``p`` while ``p < sink``, else in slot
     ``sink + (p - sink) % window``. Slots fill in order, so the visible ones are always a prefix.
     ``place`` starts an AR step, ``advance`` ends it; a step that is placed again overwrites itself.
     ``rewriting`` and ``place_next`` fill the slots anew with frames that were there before.
     ``with_next`` takes the next chunk in; then, and only then, ``groups`` says what each sees.
+    With ``lists_past``, which a cache in eight bits asks for, ``past`` has one entry per chunk: the
+    slots of the tokens that it sees beside its own.
     """
 
     def __init__(self, sink_size_t: int, window_size_t: int, tokens_per_frame: int) -> None:
@@ -105,6 +107,9 @@ class CacheCursor:
         self.len_t = 0
         self.slots: Tensor | None = None
         self.groups: tuple[SlotRanges, ...] = ()
+        self.lists_past = False
+        self.past: tuple[Tensor, ...] = ()
+        self._past_memory: dict[str, Tensor] = {}
         self._slots_with_next: Tensor | None = None
         self._rewritten_t: int | None = None
 
@@ -122,7 +127,9 @@ class CacheCursor:
                 f"{self.window_size_t}; window_size_t must be at least {len_t}."
             )
         self.len_t = len_t
-        self._point_at(self.frame_slots(self.start, self.end), device)
+        placed = self.frame_slots(self.start, self.end)
+        self._point_at(placed, device)
+        self._list_past(device, chunk=self._visible_beside(placed))
 
     def advance(self) -> None:
         """Close the AR step: its frames are clean now and the next chunk comes after them."""
@@ -167,15 +174,17 @@ class CacheCursor:
             for p in self._frames_before(end, end + self.len_t)
             for slot in self.frame_slots(p, p + 1)
         ]
-        slots, groups = self.slots, (((0, self.visible_tokens),), self._ranges([*seen, *placed]))
+        slots, past, own = self.slots, self.past, self.frame_slots(self.start, end)
+        groups = (((0, self.visible_tokens),), self._ranges([*seen, *placed]))
+        self._list_past(device, first=self._visible_beside(own), second=seen)
         self.slots = self._slots_with_next
-        self._point_at([*self.frame_slots(self.start, end), *placed], device)
+        self._point_at([*own, *placed], device)
         self._slots_with_next = self.slots
         self.groups = groups
         try:
             yield
         finally:
-            self.slots, self.groups = slots, ()
+            self.slots, self.past, self.groups = slots, past, ()
 
     def _ranges(self, frame_slots: Sequence[int]) -> SlotRanges:
         """The runs that slots of frames make up."""
@@ -192,18 +201,19 @@ class CacheCursor:
         visible stays a prefix. Afterwards the frames lie one behind the other; `KVCache.scatter`
         brings them to their own slots.
         """
-        slots = self.slots
+        slots, past = self.slots, self.past
         self.slots, self._rewritten_t = None, 0
         try:
             yield
         finally:
-            self.slots, self._rewritten_t = slots, None
+            self.slots, self.past, self._rewritten_t = slots, past, None
 
     def place_next(self, len_t: int, device: torch.device) -> None:
         """Point at the slots of the next ``len_t`` latent frames that are written anew."""
         first = self._rewritten_t or 0
         self._rewritten_t = first + len_t
         self._point_at(range(first, first + len_t), device)
+        self._list_past(device, rewritten=range(first))
 
     def _point_at(self, frame_slots: Sequence[int], device: torch.device) -> None:
         tokens = to_device(token_slots(frame_slots, self.tokens_per_frame), device)
@@ -211,6 +221,24 @@ class CacheCursor:
             self.slots.copy_(tokens)
         else:
             self.slots = tokens
+
+    def _visible_beside(self, placed: Sequence[int]) -> list[int]:
+        """Frame slots that are visible, but for the placed ones."""
+        visible, own = self.visible_tokens // self.tokens_per_frame, set(placed)
+        return [slot for slot in range(visible) if slot not in own]
+
+    def _list_past(self, device: torch.device, **chunks: Sequence[int]) -> None:
+        """Note the frame slots that each chunk sees; each has memory of its own, as graphs need."""
+        if not self.lists_past:
+            return
+        past = []
+        for name, frame_slots in chunks.items():
+            tokens = to_device(token_slots(frame_slots, self.tokens_per_frame), device)
+            if name not in self._past_memory:
+                capacity = (self.sink_size_t + self.window_size_t) * self.tokens_per_frame
+                self._past_memory[name] = tokens.new_empty(capacity)
+            past.append(self._past_memory[name][: len(tokens)].copy_(tokens))
+        self.past = tuple(past)
 
     @property
     def end(self) -> int:
@@ -251,6 +279,8 @@ class KVCache:
         self.v = spec.new_tokens(spec.capacity_t + spec.staging_t)
         self.sink_tokens = spec.sink_size_t * spec.tokens_per_frame
         self.sink_k = spec.new_tokens(spec.sink_size_t) if spec.relative_sink else None
+        if spec.storage != "native":
+            cursor.lists_past = True
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write the current chunk and return all that it may attend to.
@@ -293,6 +323,19 @@ class KVCache:
         """The keys and values that attention reads, ``[B, S, N, D]``, as they are stored."""
         length = self.cursor.visible_tokens
         return self.k[:, :length], self.v[:, :length]
+
+    def past(self, group: int = 0) -> QuantizedPast:
+        """What a chunk sees beside itself, where it lies in eight bits.
+
+        Args:
+            group: which chunk, where the cursor has several.
+
+        Raises:
+            TypeError: the cache is not stored in eight bits.
+        """
+        if isinstance(self.k, Tensor) or isinstance(self.v, Tensor):
+            raise TypeError(f"A cache stored as {self.spec.storage!r} has no eight-bit tokens.")
+        return QuantizedPast(self.k, self.v, self.cursor.past[group])
 
     def keep_sink(self, start: int | None = None, end: int | None = None) -> None:
         """Store sink keys as they were first rotated (clean pass).

@@ -20,6 +20,9 @@ import torch
 from torch import Tensor
 
 from flashdreams.attention.backends import BACKENDS, AttentionBackend, why_unusable
+from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
+from flashdreams.attention.core import AttentionCore
+from flashdreams.attention.quantized import KVStorage
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,9 @@ class AttentionShape:
     num_heads: int
     """Heads on this rank."""
     head_dim: int
+    storage: KVStorage = "native"
+    """How keys beside the chunk's own are stored. In eight bits the call of a whole core is
+    measured: the write, and the wide copy that most backends need."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +142,10 @@ def _measure(
     repeats: int,
 ) -> BackendChoice:
     q, k, v = draw_inputs(shape, device, dtype)
-    scale = shape.head_dim**-0.5
+    call_of, seen = _prepare(shape, q, k, v)
     places = torch.linspace(0, shape.queries - 1, min(shape.queries, COMPARED_QUERIES)).long()
-    expected = reference_attention(q[:, places], k, v, scale)
+    expected = reference_attention(q[:, places], *seen, shape.head_dim**-0.5)
+    del seen
     bound = ERROR_BOUNDS[dtype]
     errors: dict[str, float | None] = {}
     reasons: dict[str, str] = {}
@@ -147,10 +154,11 @@ def _measure(
         errors[name] = None
         known = name in BACKENDS and backend is BACKENDS[name]
         reason = why_unusable(name, device, dtype, shape.head_dim) if known else None
+        call = call_of(backend)
         if reason is None:
-            errors[name], reason = _judge(backend, (q, k, v), scale, places, expected, bound)
+            errors[name], reason = _judge(call, q, places, expected, bound)
         if reason is None:
-            calls[name] = partial(backend, q, k, v, scale=scale)
+            calls[name] = call
         else:
             reasons[name] = reason
     times = _time_in_turns(calls, device, repeats)
@@ -170,18 +178,41 @@ def _measure(
     return choice
 
 
+def _prepare(
+    shape: AttentionShape, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Callable[[AttentionBackend], Callable[[], Tensor]], tuple[Tensor, Tensor]]:
+    """What to call for a backend, and the keys and values that it sees."""
+    scale = shape.head_dim**-0.5
+    if shape.storage == "native":
+        return lambda backend: partial(backend, q, k, v, scale=scale), (k, v)
+    spec = KVCacheSpec(
+        batch_size=shape.batch_size,
+        sink_size_t=0,
+        window_size_t=shape.keys,
+        tokens_per_frame=1,
+        num_heads=shape.num_heads,
+        head_dim=shape.head_dim,
+        dtype=q.dtype,
+        device=q.device,
+        storage=shape.storage,
+    )
+    cache = KVCache(spec, CacheCursor(0, shape.keys, 1))
+    cache.cursor.place(shape.keys, q.device)
+    cache.write(k, v)
+    cache.cursor.advance()
+    own = min(shape.queries, shape.keys)
+    cache.cursor.place(own, q.device)
+    k, v = k[:, :own], v[:, :own]
+    seen = cache.update(k, v)
+    return lambda backend: partial(AttentionCore(shape.head_dim, backend), q, k, v, cache), seen
+
+
 def _judge(
-    backend: AttentionBackend,
-    qkv: tuple[Tensor, Tensor, Tensor],
-    scale: float,
-    places: Tensor,
-    expected: Tensor,
-    bound: float,
+    call: Callable[[], Tensor], q: Tensor, places: Tensor, expected: Tensor, bound: float
 ) -> tuple[float | None, str | None]:
     """The error of a candidate, and why it is left out, if it is."""
-    q, k, v = qkv
     try:
-        out = backend(q, k, v, scale=scale)
+        out = call()
     except Exception as caught:
         return None, f"failed: {type(caught).__name__}: {' '.join(str(caught).split())[:200]}"
     if out.shape != q.shape or out.dtype != q.dtype:

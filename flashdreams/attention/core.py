@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from flashdreams.attention.backends import AttentionBackend, sdpa
+from flashdreams.attention.backends import AttentionBackend, in_place_form, sdpa
 from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
 from flashdreams.attention.merge import attend_ranges
 
@@ -47,10 +47,15 @@ class AttentionCore(nn.Module):
         Returns:
             ``[B, L, N, D]``.
         """
-        if cache is not None and cache.cursor.groups:
+        if cache is None:
+            return self.backend(q, k, v, scale=self.scale)
+        if cache.cursor.groups:
             return self._attend_in_groups(q, k, v, cache)
-        if cache is not None:
-            k, v = cache.update(k, v)
+        in_place = in_place_form(self.backend, cache.spec.storage)
+        if in_place is not None:
+            cache.write(k, v)
+            return in_place(q, k, v, cache.past(), scale=self.scale)
+        k, v = cache.update(k, v)
         return self.backend(q, k, v, scale=self.scale)
 
     def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
@@ -67,10 +72,14 @@ class AttentionCore(nn.Module):
             cache: this layer's keys and values.
         """
         groups = cache.cursor.groups
+        in_place = in_place_form(self.backend, cache.spec.storage)
         q, k, v = (x.unflatten(0, (-1, len(groups))) for x in (q, k, v))
         slots = cache.write(k.flatten(1, 2), v.flatten(1, 2)).chunk(len(groups))
         out = []
         for i, ranges in enumerate(groups):
+            if in_place is not None:
+                out.append(in_place(q[:, i], k[:, i], v[:, i], cache.past(i), scale=self.scale))
+                continue
             seen = cache.seen_with(k[:, i], v[:, i], slots[i])
             out.append(
                 attend_ranges(q[:, i], *seen, ranges, scale=self.scale, backend=self.backend)

@@ -274,12 +274,13 @@ def local_attention(shape: AttentionShape, mesh: Mesh) -> AttentionShape:
         mesh: the ranks.
     """
     ring = mesh.ring.size
-    rotates = mesh.config.ring_method == "rotate"
+    rotates = mesh.config.ring_method == "rotate" and ring > 1
     return replace(
         shape,
         queries=-(-shape.queries // ring),
         keys=-(-shape.keys // ring) if rotates else shape.keys,
         num_heads=shape.num_heads // (mesh.ulysses.size * mesh.tp.size),
+        storage="native" if rotates else shape.storage,  # what rotates has been widened
     )
 
 

@@ -293,6 +293,7 @@ class WanTransformer(Transformer):
             keys=window if c.streaming else tokens,
             num_heads=c.num_heads,
             head_dim=c.head_dim,
+            storage=c.kv_cache_dtype,
         )
 
     def cache_spec(self, batch_size: int) -> KVCacheSpec:

@@ -92,7 +92,7 @@ def reencoded_by_hand(pipeline, latents, prompt, cache) -> None:
 class FrameStore:
     """Keys and values by frame number, in a dict."""
 
-    cursor = SimpleNamespace(groups=())
+    cursor, spec = SimpleNamespace(groups=()), SimpleNamespace(storage="native")
 
     def __init__(self, config, evicted: int) -> None:
         self.config, self.evicted = config, evicted
