@@ -200,7 +200,7 @@ def check_files(snippet: Snippet, words: list[str]) -> None:
 
 OF_OTHER_PROGRAMS = {
     "--kill-on-bad-exit", "--no-build-isolation", "--nodes", "--nproc-per-node", "--pid",
-    "--standalone",
+    "--signal", "--standalone",
 }  # fmt: skip
 
 
