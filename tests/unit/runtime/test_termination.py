@@ -15,36 +15,33 @@ import ctypes, sys, time
 from flashdreams.runtime.termination import Terminated, raise_on_sigterm
 
 raise_on_sigterm(grace_s=float(sys.argv[1]))
-print("ready", flush=True)
 """
 CLOSES_FILES = """
 try:
+    print("ready", flush=True)
     time.sleep(600)
 except Terminated:
     time.sleep(0.3)
     sys.exit("closed")
 """
 HANGS = """
-mutex = ctypes.create_string_buffer(128)
-for _ in range(2):  # a lock that waits for itself, outside of Python
-    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+ctypes.CDLL(None).system(b"echo ready; read _")  # waits outside of Python once it is ready
 """
 
 
 def terminate(program: str, grace_s: float, signals: int = 1) -> tuple[int, str, float]:
     """Exit code, what was said, and the seconds from the first signal to the end."""
     command = [sys.executable, "-c", START + program, str(grace_s)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        time.sleep(0.1)
         begin = time.monotonic()
         for _ in range(signals):
             process.send_signal(signal.SIGTERM)
             time.sleep(0.05)
-        _, said = process.communicate(timeout=200)
-        return process.returncode, said, time.monotonic() - begin
+        code = process.wait(200)
+        seconds = time.monotonic() - begin
+        return code, process.communicate()[1], seconds
 
 
 @pytest.mark.parametrize("signals", [1, 3])
