@@ -1,6 +1,7 @@
 """What neither the machine nor the shell around the tests may decide."""
 
 import os
+import signal
 
 FROM_OUTSIDE = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_"),
@@ -18,3 +19,6 @@ os.environ["COLUMNS"] = "80"  # help is laid out for the terminal
 # Before PyTorch is imported, and for every process that a test starts: threads cost more than they
 # give at these sizes, most of all where other work competes for the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Jobs in a shell's background ignore interrupts, and so would the programs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
