@@ -79,7 +79,7 @@ def test_streaming_methods_under_torchrun(tmp_path, name, repeats):
         [*command, "--standalone", *map(str, words), "--json", str(path), *COMMIT],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=120,
+        timeout=240,
     )
     assert "ulysses 2" in read_report(path)["config"]["parallel"]
 

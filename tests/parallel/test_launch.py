@@ -53,7 +53,7 @@ def start(command, folder, **variables):
         [*command, str(script)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **variables},
         cwd=LAUNCH.parent,
     )
