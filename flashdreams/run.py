@@ -40,7 +40,7 @@ _OWN_OPTIONS = {
 
 
 _PAUSE_S = 3.0
-"""How long a rank waits for rank zero to say what is wrong."""
+"""How long a rank waits for another one to say what is wrong."""
 
 _HINT = " (run again with --debug for the traceback)"
 
@@ -363,7 +363,8 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
     """Say in one line what went wrong, and give the exit code for it.
 
     Files that have to be fetched are a list, one to a line.
-    Where every rank has the same error, rank zero alone says so. On several ranks an error that is
+    Where every rank has the same error, rank zero alone says so; one whose only error is that of
+    another rank lets that one speak first. On several ranks an error that is
     nobody's mistake shows its traceback at once: such a run is not easily repeated.
     """
     for_people = [ValueError, OSError, ImportError, PluginError, CheckpointError]
@@ -371,9 +372,9 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
         for_people.append(TypeError)
     lines = [" ".join(line.split()) for line in str(error).splitlines()]
     text = ("\n  " if isinstance(error, CheckpointError) else " ").join(filter(None, lines))
-    unexpected = not isinstance(error, tuple(for_people)) or not text
     echo = _is_echo(error)
-    debug = debug or (unexpected and not echo and code == RUN_FAILED and _ranks() > 1)
+    unexpected = not (echo or isinstance(error, tuple(for_people))) or not text
+    debug = debug or (unexpected and code == RUN_FAILED and _ranks() > 1)
     if debug:
         traceback.print_exception(error)
     if unexpected:
@@ -386,8 +387,11 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
     if same_everywhere:
         return code
     if code == WRONG_USAGE or echo:
-        # Rank zero says the same or better, and torchrun then ends this rank within the pause.
-        time.sleep(_PAUSE_S)
+        # Another rank says the same or better, and torchrun then ends this one within the pause.
+        try:
+            time.sleep(_PAUSE_S)
+        except KeyboardInterrupt:
+            return code
     print(f"{PROGRAM}: error on rank {_rank()}: {text}", file=sys.stderr, flush=True)
     return code
 
@@ -408,10 +412,10 @@ def _say(text: str, stream: Any = None) -> None:
 
 
 def _is_echo(error: Exception) -> bool:
-    """Whether the error only says that rank zero has one, which rank zero states itself."""
-    from flashdreams.parallel.environment import RankZeroError
+    """Whether the error only says that another rank has one, which that rank states itself."""
+    from flashdreams.parallel.environment import OtherRankError
 
-    return isinstance(error, RankZeroError)
+    return isinstance(error, OtherRankError)
 
 
 def _ranks() -> int:

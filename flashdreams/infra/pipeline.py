@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from flashdreams.infra.rollout import StreamInferencePipelineCache
 from flashdreams.infra.state import RolloutState, import_rollout
 from flashdreams.infra.warm_up import WarmUp, stats, warm_up
 from flashdreams.infra.weights import fetch_weights, require_weights
-from flashdreams.parallel.environment import LOAD_TIMEOUT_S, group_rank
+from flashdreams.parallel.environment import LOAD_TIMEOUT_S, first_on_node, group_rank
 from flashdreams.parallel.guidance import build_guidance
 from flashdreams.parallel.mesh import Mesh, ParallelConfig, build_mesh, resolve_degrees
 from flashdreams.parallel.parallelize import ParallelReport, parallelize
@@ -218,11 +219,18 @@ class StreamInferencePipeline(nn.Module):
         Raises:
             ValueError: the device, or this rank's share, does not allow what the config asks for.
             CheckpointError: weights are missing or do not fit; see ``load_checkpoint``.
+            OtherRankError: they are missing, which the first rank of a node says in full.
         """
         for component in self.components().values():
             component.check_device(self.target_device)
         encodes_text = self.text_encoder is not None
-        require_weights(self.config, fetch_all=fetch_all, encodes_text=encodes_text)
+        require = partial(
+            require_weights, self.config, fetch_all=fetch_all, encodes_text=encodes_text
+        )
+        if self.text_from_rank_zero:
+            first_on_node(require)
+        else:
+            require()
         fetch_weights(self.config, text_on_rank_zero=self.text_from_rank_zero)
         for name, component in self.components().items():
             load_component(component, self.target_device, self._slices.get(name))

@@ -100,7 +100,7 @@ def first_on_node(fn: Callable[[], T]) -> T:
     For downloads and caches on a node's disk: the later callers find the work done.
 
     Raises:
-        RuntimeError: ``fn`` failed on another rank, which raises the true error.
+        OtherRankError: ``fn`` failed on the first rank of some node, which raises the true error.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return fn()
@@ -118,7 +118,7 @@ def first_on_node(fn: Callable[[], T]) -> T:
     if error is not None:
         raise error
     if int(failed):
-        raise RuntimeError(
+        raise OtherRankError(
             f"The first rank of {int(failed)} node(s) failed; its own message says why."
         )
     return result if is_first else fn()  # type: ignore[return-value]
@@ -129,7 +129,11 @@ def group_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-class RankZeroError(RuntimeError):
+class OtherRankError(RuntimeError):
+    """Another rank failed at what all of them need; its own message says why."""
+
+
+class RankZeroError(OtherRankError):
     """Rank zero failed at what it did for all; its own message says why."""
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from flashdreams import run
 from flashdreams.infra.config import InstantiateConfig, derive_config
+from flashdreams.parallel.environment import OtherRankError
 from flashdreams.registry import VARIABLE, PluginError, Registry, Source
 from flashdreams.runtime.checkpoint_config import CheckpointError
 from flashdreams.runtime.termination import Terminated
@@ -409,6 +410,23 @@ def test_other_ranks_stay_silent_unless_they_fail(
     assert capsys.readouterr().err.startswith("flashdreams-run: error on rank 1: KeyError")
     assert run.main(["plain", "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_rank_that_torchrun_ends_after_another_one_has_spoken_says_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(seconds: float) -> None:
+        raise Terminated
+
+    monkeypatch.setenv("RANK", "1")
+    errors = [(ValueError("no"), "setup", 2), (OtherRankError("no"), "setup", 1)]
+    for pause in (end, lambda seconds: None):
+        monkeypatch.setattr(run.time, "sleep", pause)
+        for error, where, code in errors:
+            RunnerStandIn.errors[where] = error
+            assert run.main(["plain"]) == code
+            said = "" if pause is end else "flashdreams-run: error on rank 1: no\n"
+            assert capsys.readouterr().err == said
 
 
 def test_a_label_runs_its_own_config_and_a_hidden_slug_is_noted(

@@ -10,6 +10,7 @@ from flashdreams.infra import weights
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.pipeline import StreamInferencePipelineConfig
 from flashdreams.models.wan.config import TINY_TEXT_ENCODER
+from flashdreams.parallel.environment import OtherRankError
 from flashdreams.parallel.mesh import ParallelConfig, build_mesh, resolve_degrees
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError
 from tests.harness import run_ranks
@@ -60,6 +61,7 @@ NO_DOWNLOADS = derive_config(
 
 def missing_files() -> list[str]:
     """What a rank of two says before it loads a pipeline that is shared, and one of its own."""
+    first = dist.get_rank() == 0
     weights.find_local = lambda checkpoint: None
     weights.describe_missing = lambda checkpoint, flag: checkpoint.source
     texts = []
@@ -67,17 +69,17 @@ def missing_files() -> list[str]:
         pipeline = NO_DOWNLOADS.setup(device="cpu", load=False)
         if shared:
             pipeline.parallelize(build_mesh(resolve_degrees(ParallelConfig(), 2, 2), "cpu"))
-        with pytest.raises(CheckpointError) as caught:
+        with pytest.raises(CheckpointError if first or not shared else OtherRankError) as caught:
             pipeline.load()
         texts.append(str(caught.value))
     return texts
 
 
-def test_only_ranks_that_encode_prompts_ask_for_the_text_encoder():
+def test_of_ranks_that_share_a_pipeline_the_first_of_a_node_asks_for_weights():
     first, second = run_ranks(missing_files, 2)
     assert all("needs 2 checkpoints" in text and "org/text" in text for text in first)
-    assert "needs 1 checkpoint " in second[0] and "org/text" not in second[0]
-    assert "org/text" in second[1]
+    assert second[0] == "The first rank of 1 node(s) failed; its own message says why."
+    assert "needs 2 checkpoints" in second[1] and "org/text" in second[1]
 
 
 @pytest.mark.parametrize(("rank", "count"), [("0", 2), ("1", 1)])
