@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -98,6 +98,9 @@ class CacheCursor:
     With ``lists_past``, which a cache in eight bits asks for, ``past`` has one entry per chunk: the
     slots of the tokens that it sees beside its own.
     """
+
+    outside_graphs: ClassVar[frozenset[str]] = frozenset({"_past_memory"})
+    """What a network call does not touch, so that it may grow: ``past`` is what is read of it."""
 
     def __init__(self, sink_size_t: int, window_size_t: int, tokens_per_frame: int) -> None:
         self.sink_size_t = sink_size_t

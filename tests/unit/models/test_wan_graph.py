@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashdreams.infra.diffusion.transformer import PendingChunk
+from flashdreams.infra.diffusion.transformer import ContextChunk, PendingChunk
 from flashdreams.models.wan.state import graph_key
 from flashdreams.models.wan.transformer import WanTransformer
 from flashdreams.runtime.cuda_graph import GraphedCallable
@@ -54,6 +54,45 @@ def test_a_key_without_the_visible_length_is_wrong():
     eager = rollout(model)
     flows = rollout(graphed(model, key=lambda cache, write_only=False: write_only))
     assert not all(torch.equal(a, b) for a, b in zip(eager, flows, strict=True))
+
+
+@pytest.mark.parametrize("storage", ["native", "int8"])
+@torch.no_grad()
+def test_after_a_window_is_written_anew_the_graphs_of_warm_up_still_fit(storage):
+    """The new lists of what each rewritten chunk sees must not look like a moved state."""
+    torch.manual_seed(0)
+    config = tiny_transformer(use_cuda_graph=True, kv_cache_dtype=storage)
+    model = graphed(WanTransformer(config).eval())
+    cache = model.initialize_cache(text=torch.randn(1, 4, TEXT_DIM))
+    chunks = []
+
+    def step(index: int) -> torch.Tensor:
+        latent = torch.randn(model.latent_shape(1))
+        model.begin_step(index, cache)
+        flow = model.predict_flow(latent, torch.tensor(500.0), cache)
+        model.update_cache(latent, torch.tensor(0.0), cache)
+        chunks.append((index, latent))
+        return flow
+
+    for index in range(5):
+        step(index)
+    model.network.seal([cache])
+    frames = model.context_frames(cache)
+    held = [
+        ContextChunk(
+            frames=tuple(f for f in (2 * i, 2 * i + 1) if f in frames),
+            kept=tuple(t for t in (0, 1) if 2 * i + t in frames),
+            latent=latent[:, :, [t for t in (0, 1) if 2 * i + t in frames]],
+            control=None,
+        )
+        for i, latent in chunks
+        if {2 * i, 2 * i + 1} & set(frames)
+    ]
+    model.rewrite_context(cache, held, torch.tensor(0.0))
+    captures = model.network.captures
+    assert step(5).isfinite().all()
+    assert model.network.captures == captures
+    assert model.network.eager_calls == 0
 
 
 def fused_rollout(model: WanTransformer, steps: int = 12) -> list[torch.Tensor]:
