@@ -524,7 +524,7 @@ class WanTransformer(Transformer):
         if time.ndim < 4:
             time = self.modulations(time.expand(len(x)) if time.ndim == 0 else time)
         *of_blocks, of_head = time.split([6] * len(self.blocks) + [2], dim=2)
-        tokens = patches.shape[2:].numel()
+        size = patches.shape[2:]
         *layers, last = zip(
             self.blocks,
             of_blocks,
@@ -534,27 +534,28 @@ class WanTransformer(Transformer):
             strict=True,
         )
         for block, modulation, context, kv_cache, control in layers:
-            modulation = self._per_token(modulation, tokens)
+            modulation = self._per_token(modulation, size)
             x = block(x, modulation, cache.rope, context, kv_cache, control)
         block, modulation, context, kv_cache, control = last
-        modulation = self._per_token(modulation, tokens)
+        modulation = self._per_token(modulation, size)
         if write_only and kv_cache is not None:
             block.write(x, modulation, cache.rope, kv_cache)
             return x.new_empty(0)
         chunks = len(cache.cursor.groups) or 1
         x = block(x, modulation, cache.rope, context, kv_cache, control, chunks)
-        x = self.head(x, self._per_token(of_head, tokens)[chunks - 1 :: chunks])
-        return self.unpatchify(x, *patches.shape[2:]).float()
+        x = self.head(x, self._per_token(of_head, size)[chunks - 1 :: chunks])
+        return self.unpatchify(x, *size).float()
 
-    def _per_token(self, modulation: Tensor, tokens: int) -> Tensor:
+    def _per_token(self, modulation: Tensor, size: torch.Size) -> Tensor:
         """One modulation for all frames serves all tokens as it is."""
         count = modulation.shape[1]
         if count == 1:
             return modulation
-        if tokens % count:
+        frames, tokens = size[0], size.numel()
+        if count not in (frames, tokens):
             raise ValueError(
-                f"{count} timesteps do not fit a chunk of {tokens} tokens: give one, one per "
-                "latent frame, or one per token."
+                f"{count} timesteps do not fit a chunk of {tokens} tokens: give 1, {frames} (one "
+                f"per latent frame) or {tokens} (one per token)."
             )
         return self.expand_frames(modulation, tokens // count)
 
