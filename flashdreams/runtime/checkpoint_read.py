@@ -255,6 +255,7 @@ def load_pickle(path: Path) -> object:
     Raises:
         CheckpointError: truncated, damaged, or the pickle asks Python to run code; nothing of it
             has then been executed.
+        MemoryError: the host has too little; PyTorch's own allocator says so by RuntimeError.
     """
     try:
         with path.open("rb") as file:
@@ -272,6 +273,8 @@ def load_pickle(path: Path) -> object:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # what a damaged file raises is no narrower
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise
         if "weights_only" in str(error):  # torch advises to load these without it, which runs code
             reason = "is no plain file of tensors (TorchScript, or older than torch 0.4)"
             advice = "Use a safetensors version of these weights"

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load_checkpoint
+from flashdreams.runtime.checkpoint_read import load_pickle
 from flashdreams.runtime.checkpoint_source import find_local
 
 SIZES = {"weight": (2, 3), "bias": (2,)}
@@ -123,6 +124,24 @@ def test_a_pt_file_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
 def test_entries_without_a_name_or_dense_values_are_refused(tmp_path: Path, content: dict) -> None:
     torch.save(content, tmp_path / "w.pt")
     assert "1 entries are no dense tensors with a name" in refused(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 11 GB")],
+)
+def test_a_host_without_memory_is_no_damaged_file(tmp_path, monkeypatch, error) -> None:
+    """Nobody downloads a good file again because the machine is full."""
+    path = tmp_path / "model.pth"
+    torch.save(tensors(), path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(error)) as caught:
+        load_pickle(path)
+    assert caught.value is error
 
 
 def test_nobody_is_told_to_load_a_file_that_may_run_code(tmp_path: Path) -> None:
