@@ -107,7 +107,8 @@ def predict_call(
         add("ring.rotate", ring, layers * (ring - 1), 2 * share)
     add("tp.all_reduce", tp, 3 * layers, own * c.dim * item)
     add("tp.all_reduce", tp, 3 * layers + written, own * 4)
-    out = own * c.out_channels * patch * item
+    wide = torch.empty((), dtype=getattr(torch, c.residual_dtype or c.dtype)).element_size()
+    out = own * c.out_channels * patch * wide
     add("sequence.all_gather", degrees.sequence, 1 - written, out)
     return Call(flops, traffic)
 
@@ -177,7 +178,7 @@ def count_call(
     degrees = resolve_degrees(parallel, ranks, config.num_heads)
     mesh = build_mesh(degrees, "cpu", parallel)
     torch.manual_seed(0)
-    model = WanTransformer(config).eval()
+    model = WanTransformer(config).cast().eval()
     parallelize(model, model.parallel_plan(), mesh)
     cache = model.initialize_cache(text=torch.zeros(1, 1, config.text_dim))
     latent = torch.zeros(model.latent_shape(1))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from flashdreams.infra.config import derive_config
 from flashdreams.parallel.mesh import ParallelConfig, ParallelDegrees
 from tests.harness import run_ranks
 
@@ -25,8 +26,11 @@ def count(configs):
     sys.path.insert(0, BENCHMARKS)
     import scaling
 
+    native = scaling.MODELS["tiny"]
+    wide = derive_config(native, dtype="bfloat16", residual_dtype="float32")
     return [
-        scaling.count_call(scaling.MODELS["tiny"], config, write_only)[:2]
+        scaling.count_call(model, config, write_only)[:2]
+        for model in (native, wide)
         for config in configs
         for write_only in (False, True)
     ]
