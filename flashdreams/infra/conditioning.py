@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flashdreams.infra.checks import refuse_unknown
 from flashdreams.infra.component import declared_context
+from flashdreams.infra.encoder.base import Encoder
 from flashdreams.parallel.environment import from_rank_zero
 
 if TYPE_CHECKING:
@@ -72,6 +73,36 @@ def encode_text(pipeline: "StreamInferencePipeline", text: Sequence[str] | Tenso
     # The other ranks have no text encoder: it may be larger than the transformer.
     embeddings = from_rank_zero(lambda: _run_text_encoder(pipeline, text).cpu())
     return embeddings.to(pipeline.target_device)
+
+
+def check_prompts(pipeline: "StreamInferencePipeline", prompts: Mapping[str, str]) -> None:
+    """Refuse prompts that the text encoder would refuse; needs no weights.
+
+    Collective where several ranks share the pipeline: rank zero, which runs the text encoder, asks.
+
+    Args:
+        pipeline: built, whether loaded or not.
+        prompts: each by its name in the message, such as the option that gives it.
+
+    Raises:
+        ValueError: names the prompt and says what is wrong with it, the same on all ranks.
+        CheckpointError: what reads prompts is not on this machine.
+        ImportError: a package for text is not installed.
+        RankZeroError: on the other ranks, if rank zero has raised one of the last two.
+    """
+
+    def refusal() -> str | None:
+        encoder = pipeline.text_encoder
+        for name, prompt in prompts.items() if isinstance(encoder, Encoder) else ():
+            try:
+                encoder.check_input([prompt])
+            except ValueError as error:
+                return f"{name}: {error}"
+        return None
+
+    found = from_rank_zero(refusal) if pipeline.text_from_rank_zero else refusal()
+    if found is not None:
+        raise ValueError(found)
 
 
 def _run_text_encoder(pipeline: "StreamInferencePipeline", text: Sequence[str]) -> Tensor:

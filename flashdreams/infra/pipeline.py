@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from flashdreams.infra.component import (
     load_component,
     select_context,
 )
-from flashdreams.infra.conditioning import encode_context, encode_text
+from flashdreams.infra.conditioning import check_prompts, encode_context, encode_text
 from flashdreams.infra.config import InstantiateConfig
 from flashdreams.infra.decoder.base import DecoderConfig, StreamingDecoder
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
@@ -25,7 +24,7 @@ from flashdreams.infra.rollout import StreamInferencePipelineCache
 from flashdreams.infra.state import RolloutState, import_rollout
 from flashdreams.infra.warm_up import WarmUp, stats, warm_up
 from flashdreams.infra.weights import fetch_weights, require_weights
-from flashdreams.parallel.environment import LOAD_TIMEOUT_S, first_on_node, group_rank
+from flashdreams.parallel.environment import LOAD_TIMEOUT_S, group_rank
 from flashdreams.parallel.guidance import build_guidance
 from flashdreams.parallel.mesh import Mesh, ParallelConfig, build_mesh, resolve_degrees
 from flashdreams.parallel.parallelize import ParallelReport, parallelize
@@ -209,29 +208,29 @@ class StreamInferencePipeline(nn.Module):
         self.exchange = RolloutExchange(mesh, cut, layout, self._latent_width)
         return reports
 
-    def load(self, fetch_all: str | None = None) -> None:
+    def load(self, fetch_all: str | None = None, prompts: Mapping[str, str] | None = None) -> None:
         """Read the weights, once, and move every component to its device and type.
 
         Args:
             fetch_all: what to type to have all missing weights fetched, for the error; None names
                 an option per file.
+            prompts: texts that will be encoded, each by its name in an error; asked about before
+                weights are fetched or read.
 
         Raises:
-            ValueError: the device, or this rank's share, does not allow what the config asks for.
+            ValueError: the device, or this rank's share, does not allow what the config asks for,
+                or the text encoder refuses a prompt.
             CheckpointError: weights are missing or do not fit; see ``load_checkpoint``.
             OtherRankError: they are missing, which the first rank of a node says in full.
         """
         for component in self.components().values():
             component.check_device(self.target_device)
         encodes_text = self.text_encoder is not None
-        require = partial(
-            require_weights, self.config, fetch_all=fetch_all, encodes_text=encodes_text
-        )
-        if self.text_from_rank_zero:
-            first_on_node(require)
-        else:
-            require()
-        fetch_weights(self.config, text_on_rank_zero=self.text_from_rank_zero)
+        shared = self.text_from_rank_zero
+        require_weights(self.config, fetch_all=fetch_all, encodes_text=encodes_text, shared=shared)
+        if prompts:
+            check_prompts(self, prompts)
+        fetch_weights(self.config, text_on_rank_zero=shared)
         for name, component in self.components().items():
             load_component(component, self.target_device, self._slices.get(name))
         self.requires_grad_(False).eval()

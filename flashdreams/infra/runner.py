@@ -89,7 +89,8 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
         """Join the process group, build the pipeline and open the output folder.
 
         Raises:
-            ValueError: the config cannot be run; nothing has been read yet.
+            ValueError: the config cannot be run, or the text encoder refuses a prompt; no weights
+                have been read yet.
             OSError: the output folder cannot be written.
             CheckpointError: weights are missing or damaged.
         """
@@ -110,11 +111,11 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
             self._resources.enter_context(watchdog)
             self.pipeline.guard = watchdog.stage
             with watchdog.stage("load", limit_s=LOAD_TIMEOUT_S):
-                self.pipeline.load(self.fetch_all)
+                self.pipeline.load(self.fetch_all, self.prompts())
             with watchdog.stage("warm-up", limit_s=LOAD_TIMEOUT_S):
                 warmed_up = self.pipeline.warm_up()
         else:
-            self.pipeline.load(self.fetch_all)
+            self.pipeline.load(self.fetch_all, self.prompts())
             warmed_up = self.pipeline.warm_up()
         if warmed_up.steps and self.is_rank_zero:
             print(f"{warmed_up.measured}ready: {warmed_up}", flush=True)
@@ -130,6 +131,13 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
     def device(self) -> torch.device:
         """Device of this process."""
         return self.environment.device
+
+    def prompts(self) -> dict[str, str]:
+        """The texts that ``run`` will have encoded, each by the option that gives it.
+
+        A prompt that the text encoder refuses ends the program before weights are fetched or read.
+        """
+        return {}
 
     @abstractmethod
     def run(self) -> None:

@@ -39,23 +39,37 @@ def require_weights(
     *,
     fetch_all: str | None = None,
     encodes_text: bool | None = None,
+    shared: bool = False,
 ) -> None:
     """Refuse a pipeline whose weights are neither on this machine nor allowed to be fetched.
 
-    Nothing is read or downloaded.
+    Nothing is read or downloaded. Collective where several ranks share the pipeline.
 
     Args:
         config: the pipeline.
         fetch_all: what to type to have all of them fetched; None names one option per file.
         encodes_text: whether this process runs the text encoder; None: it does on rank zero, as
             with a runner.
+        shared: whether all ranks of the process group share the pipeline: the first one of each
+            node then asks for its node.
 
     Raises:
         CheckpointError: all that is missing, with its size, the memory that a rollout will take,
             and how to get it.
+        OtherRankError: the first rank of some node has raised that.
     """
     if encodes_text is None:
         encodes_text = process_rank() == 0
+    require = partial(_refuse_missing, config, fetch_all, encodes_text)
+    if shared:
+        first_on_node(require)
+    else:
+        require()
+
+
+def _refuse_missing(
+    config: "StreamInferencePipelineConfig", fetch_all: str | None, encodes_text: bool
+) -> None:
     missing: dict[tuple[str, str | None], tuple[str, CheckpointConfig]] = {}
     for path, checkpoint in named_checkpoints(config):
         wanted = encodes_text or not path.startswith(_TEXT_ENCODER)

@@ -182,18 +182,31 @@ class HashTextEncoder(Encoder):
             TypeError: not a list of texts.
             ValueError: white space for a prompt, or more than ``text_len`` words.
         """
-        prompts = [text.split() for text in check_prompts(input)]
-        text_len, text_dim = self.config.text_len, self.config.text_dim
-        embeds = torch.zeros(len(prompts), text_len, text_dim)
+        prompts = self._words(input)
+        embeds = torch.zeros(len(prompts), self.config.text_len, self.config.text_dim)
         for number, words in enumerate(prompts):
+            for row, word in enumerate(words):
+                embeds[number, row] = self._embed(word)
+        return embeds.to(self.device, self.dtype)
+
+    def check_input(self, input: Sequence[str]) -> None:
+        """Refuse prompts that `forward` would refuse.
+
+        Raises:
+            As `forward`.
+        """
+        self._words(input)
+
+    def _words(self, prompts: Sequence[str]) -> list[list[str]]:
+        text_len = self.config.text_len
+        split = [text.split() for text in check_prompts(prompts)]
+        for number, words in enumerate(split):
             if len(words) > text_len:
                 raise ValueError(
                     f"prompt {number} has {len(words)} words, {text_len} are allowed: "
                     f"shorten it by {len(words) - text_len}"
                 )
-            for row, word in enumerate(words):
-                embeds[number, row] = self._embed(word)
-        return embeds.to(self.device, self.dtype)
+        return split
 
     def _embed(self, word: str) -> Tensor:
         dim = self.config.text_dim

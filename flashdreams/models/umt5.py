@@ -119,6 +119,14 @@ class UMT5TextEncoder(Encoder):
         """
         return self.embed(self.tokenize(input))
 
+    def check_input(self, input: Sequence[str]) -> None:
+        """Refuse prompts that `forward` would refuse; takes the tokenizer, but no weights.
+
+        Raises:
+            As `forward`.
+        """
+        self._check_lengths(self.tokenize(input))
+
     def example_input(self) -> list[str]:
         """One short prompt: the tokenizer and the packages for text are then at hand."""
         return ["a street at night"]
@@ -151,6 +159,15 @@ class UMT5TextEncoder(Encoder):
         Raises:
             ValueError: more than ``text_len`` tokens.
         """
+        self._check_lengths(tokens)
+        shape = (len(tokens), self.config.text_len, self.config.text_dim)
+        embeds = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        for row, ids in zip(embeds, tokens, strict=True):
+            batch = torch.tensor([list(ids)], dtype=torch.int64, device=self.device)
+            row[: len(ids)] = self.encoder(input_ids=batch).last_hidden_state[0]
+        return embeds
+
+    def _check_lengths(self, tokens: Sequence[Sequence[int]]) -> None:
         text_len = self.config.text_len
         for number, ids in enumerate(tokens):
             if len(ids) > text_len:
@@ -158,12 +175,6 @@ class UMT5TextEncoder(Encoder):
                     f"prompt {number} has {len(ids)} tokens, {text_len} are allowed: "
                     f"shorten it by {len(ids) - text_len} tokens"
                 )
-        shape = (len(tokens), text_len, self.config.text_dim)
-        embeds = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        for row, ids in zip(embeds, tokens, strict=True):
-            batch = torch.tensor([list(ids)], dtype=torch.int64, device=self.device)
-            row[: len(ids)] = self.encoder(input_ids=batch).last_hidden_state[0]
-        return embeds
 
 
 def load_tokenizer(config: CheckpointConfig, *, allow_download: bool | None = None) -> Any:

@@ -31,7 +31,7 @@ def error_of(argv: list[str], tmp_path, capsys) -> tuple[int, str]:
     ("flags", "code", "message"),
     [
         (["--prompt", " "], 2, "--prompt is empty; describe what the video shows"),
-        (["--prompt", "word " * 33], 1, "prompt 0 has 33 words, 32 are allowed"),
+        (["--prompt", "word " * 33], 2, "--prompt: prompt 0 has 33 words, 32 are allowed"),
         (["--height", "40"], 2, "--height 40: must be a multiple of 16.*Nearest: 32 and 48"),
         (["--width", "8"], 2, "--width 8: must be a multiple of 16.*Nearest: 16 and 32"),
         (["--prompt-path", "/nowhere.txt"], 2, "--prompt-path /nowhere.txt cannot be read: No su"),

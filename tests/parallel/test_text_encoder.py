@@ -1,16 +1,26 @@
 """Prompts encoded on rank zero alone (float32, 1e-5 against one rank; embeddings the same bits)."""
 
+import contextlib
+import io
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 
+from flashdreams import run
+from flashdreams.infra import pipeline as pipeline_module
+from flashdreams.infra import runner as runner_module
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
+from flashdreams.integrations.self_forcing.config import TINY_RUNNER
+from flashdreams.models.prompts import HashTextEncoder
 from flashdreams.parallel.mesh import ParallelConfig, build_mesh, resolve_degrees
+from flashdreams.runtime.checkpoint import CheckpointError
 from tests.harness import RankError, run_ranks
 from tests.parallel.rollout import relative_error
 from tests.tiny import TEXT_DIM, tiny_pipeline
+
+RANK_ZERO_FAILED = "Rank zero failed; its own message says why."
 
 
 @dataclass(kw_only=True)
@@ -84,3 +94,39 @@ def test_the_text_encoder_can_be_released():
     pipeline.update_prompt(cache, torch.zeros(1, 2, TEXT_DIM))
     with pytest.raises(ValueError, match="release_text_encoder=False"):
         pipeline.update_prompt(cache, "fog")
+
+
+def start_runner(folder, prompt, check):
+    """Exit code of a rank, what it said, and whether it began to load."""
+    loads = []
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as stderr:
+        patch.setattr(pipeline_module, "fetch_weights", lambda *args, **options: loads.append(args))
+        patch.setattr(runner_module, "shutdown", lambda: None)  # the group is not the runner's
+        patch.setattr(run, "_PAUSE_S", 0.0)
+        patch.setattr(HashTextEncoder, "check_input", check)
+        config = derive_config(TINY_RUNNER, prompt=prompt, output_dir=folder, device="cpu")
+        code = run._run(derive_config(config, total_blocks=1), debug=False)
+    return code, stderr.getvalue(), bool(loads)
+
+
+def without_tokenizer(encoder, prompts):
+    raise CheckpointError("tokenizer.json is no tokenizer")
+
+
+def test_a_prompt_too_long_ends_all_ranks_before_they_load(tmp_path):
+    said = "prompt 0 has 33 words, 32 are allowed: shorten it by 1\n"
+    check = HashTextEncoder.check_input
+    assert run_ranks(start_runner, 2, tmp_path, "word " * 33, check) == [
+        (2, f"flashdreams-run: error: --prompt: {said}", False),
+        (2, f"flashdreams-run: error on rank 1: --prompt: {said}", False),
+    ]
+    assert not list(tmp_path.iterdir())
+    fits = run_ranks(start_runner, 2, tmp_path, "word " * 32, check)
+    assert [(code, loaded) for code, _, loaded in fits] == [(0, True)] * 2
+
+
+def test_what_rank_zero_lacks_for_prompts_ends_all_ranks_before_they_load(tmp_path):
+    assert run_ranks(start_runner, 2, tmp_path, "word", without_tokenizer) == [
+        (1, "flashdreams-run: error: tokenizer.json is no tokenizer\n", False),
+        (1, f"flashdreams-run: error on rank 1: {RANK_ZERO_FAILED}\n", False),
+    ]

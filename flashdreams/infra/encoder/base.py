@@ -26,6 +26,15 @@ class Encoder(Component):
         """Encode ``input``; the default hands it on unchanged."""
         return input
 
+    def check_input(self, input: Any) -> None:
+        """Refuse what ``forward`` would refuse, without weights.
+
+        A runner asks the ``text_encoder`` about its prompts before any weights are fetched or read.
+
+        Raises:
+            ValueError: says what is wrong with the input.
+        """
+
     def example_input(self) -> Any:
         """A small dummy input for one call at warm-up, whose result is dropped.
 

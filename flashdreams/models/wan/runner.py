@@ -62,18 +62,22 @@ class TextToVideoRunnerConfig(RunnerConfig):
         self._check_negative()
 
     def _check_negative(self) -> None:
-        guided = self.pipeline.diffusion_model.guidance_scale is not None
-        if not guided and (self.negative_prompt or self.negative_prompt_embeds):
+        if not self.guided and (self.negative_prompt or self.negative_prompt_embeds):
             raise ValueError(
                 f"{self.runner_name} runs without guidance, so it takes no negative prompt. "
                 "--pipeline.diffusion-model.guidance-scale switches guidance on."
             )
         given = (self.prompt_embeds is not None, self.negative_prompt_embeds is not None)
-        if guided and given[0] != given[1]:
+        if self.guided and given[0] != given[1]:
             raise ValueError(
                 "A guided model takes --prompt-embeds and --negative-prompt-embeds together: "
                 "without the text encoder neither prompt can be encoded."
             )
+
+    @property
+    def guided(self) -> bool:
+        """Whether the method takes a negative prompt."""
+        return self.pipeline.diffusion_model.guidance_scale is not None
 
     @property
     def transformer(self) -> WanTransformerConfig:
@@ -123,6 +127,7 @@ class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]
 
     def __init__(self, config: TextToVideoRunnerConfig) -> None:
         self.prompt = read_prompt(config.prompt, config.prompt_path)
+        self.negative_prompt = (config.negative_prompt or "").strip()
         self.prompt_embeds = read_embeds(config.prompt_embeds, config.transformer)
         self.negative_prompt_embeds = read_embeds(config.negative_prompt_embeds, config.transformer)
         config = resolve_config(config)
@@ -148,15 +153,24 @@ class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]
                 if writer is not None:
                     writer.write(chunk)
 
+    def prompts(self) -> dict[str, str]:
+        """The prompt and, with guidance, the negative one, unless they are given as embeddings."""
+        if self.prompt_embeds is not None:
+            return {}
+        path = self.config.prompt_path
+        found = {"--prompt" if path is None else f"--prompt-path {path}": self.prompt}
+        if self.config.guided:
+            found["--negative-prompt"] = self.negative_prompt
+        return found
+
     def conditions(self) -> dict[str, Any]:
         """What the rollout is conditioned on, for ``initialize_cache``."""
         embeds, negative = self.prompt_embeds, self.negative_prompt_embeds
         conditions: dict[str, Any] = {"text": [self.prompt] if embeds is None else embeds}
         if self.image is not None:
             conditions["image"] = self.image.to(self.device)
-        if self.config.pipeline.diffusion_model.guidance_scale is not None:
-            words = (self.config.negative_prompt or "").strip()
-            conditions["negative_text"] = [words] if negative is None else negative
+        if self.config.guided:
+            conditions["negative_text"] = [self.negative_prompt] if negative is None else negative
         return conditions
 
 
