@@ -28,18 +28,23 @@ def parse(
     """
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--repeats", type=count, default=None, help="timed calls of each variant")
-    parser.add_argument("--json", type=new_file, default=None, help="write the report here")
-    parser.add_argument(
-        "--plot", type=new_picture, default=None, help="write a picture here (.svg, .png)"
-    )
-    parser.add_argument("--git-commit", default=None, help="where the tree has no .git: its commit")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_output_options(parser)
     options = parser.parse_args(arguments)
     if not ranks and process_count() > 1:
         parser.error("it measures one process; start it with python instead of torchrun")
     if options.git_commit is None:
         report.git_state()
     return options
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Let a script be told where its figures go, and of which commit they are."""
+    parser.add_argument("--json", type=new_file, default=None, help="write the report here")
+    parser.add_argument(
+        "--plot", type=new_picture, default=None, help="write a picture here (.svg, .png)"
+    )
+    parser.add_argument("--git-commit", default=None, help="where the tree has no .git: its commit")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def run_over_sizes(

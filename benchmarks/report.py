@@ -38,6 +38,8 @@ HEADER_FIELDS = (
 )
 ROW_FIELDS = ("case", "variant", "repeats", "p50_ms", "p95_ms", "p99_ms", "output_sha256")
 PACKAGES = ("torch", "triton", "numpy", "diffusers")
+PREDICTED = {"type": "predicted", "name": "predicted, not measured"}
+"""Stands for the device of figures that no device has given."""
 MEASURED = ("flashdreams", "kernels", "benchmarks", ":!benchmarks/results")
 """Where an uncommitted change makes figures belong to no commit."""
 MAX_BARS = 24
@@ -154,8 +156,45 @@ def new_report(
     Raises:
         ValueError: a field is missing or empty, or nothing says which commit the code is of.
     """
-    commit, dirty = git_state() if git_commit is None else (git_commit, False)
     report = {
+        **_header(benchmark, config, git_commit),
+        "device": describe_device(device),
+        "rows": [dict(row) for row in rows],
+    }
+    check_report(report, row_fields)
+    return report
+
+
+def new_prediction(
+    benchmark: str,
+    config: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    git_commit: str | None = None,
+) -> dict[str, Any]:
+    """Put figures together that nobody has measured, under the header of a report.
+
+    It is no report: `check_report` refuses it, so that it stands among no measured figures.
+
+    Args:
+        benchmark: its name.
+        config: everything that was assumed.
+        rows: the figures; without the fields that only a measurement gives.
+        git_commit: the code's commit; None asks git.
+
+    Raises:
+        ValueError: nothing says which commit the code is of.
+    """
+    return {
+        **_header(benchmark, config, git_commit),
+        "device": PREDICTED,
+        "rows": [dict(row) for row in rows],
+    }
+
+
+def _header(benchmark: str, config: Mapping[str, Any], git_commit: str | None) -> dict[str, Any]:
+    """What every report begins with, but for the device."""
+    commit, dirty = git_state() if git_commit is None else (git_commit, False)
+    return {
         "benchmark": benchmark,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "git_commit": commit,
@@ -163,11 +202,7 @@ def new_report(
         "config": dict(config),
         "config_sha256": config_sha256(config),
         "versions": _versions(),
-        "device": describe_device(device),
-        "rows": [dict(row) for row in rows],
     }
-    check_report(report, row_fields)
-    return report
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:
@@ -262,11 +297,16 @@ def finish(
     sys.stdout.write(f"{report['benchmark']} on {device['name']} at {report['git_commit'][:12]}\n")
     sys.stdout.write(table(report["rows"], columns))
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        write(report, options.json)
     if options.plot is not None:
         options.plot.parent.mkdir(parents=True, exist_ok=True)
         (draw or plot)(report, options.plot)
+
+
+def write(report: Mapping[str, Any], path: Path) -> None:
+    """Write a report as JSON; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

@@ -7,10 +7,8 @@ and compares the counted FLOPs, calls and bytes with the model's: they must be e
 
 import argparse
 import itertools
-import json
 import sys
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -242,9 +240,8 @@ def main() -> int:
     parser.add_argument("--internode-gb-s", type=float, default=40.0)
     parser.add_argument("--latency-us", type=float, default=20.0)
     parser.add_argument("--ranks-per-node", type=command.count, default=8)
-    parser.add_argument("--json", type=command.new_file, default=None)
-    parser.add_argument("--plot", type=command.new_picture, default=None)
     parser.add_argument("--check", action="store_true", help="count on gloo ranks instead")
+    command.add_output_options(parser)
     options = parser.parse_args()
     if options.check:
         return check_counts()
@@ -257,17 +254,12 @@ def main() -> int:
     )
     rows = predict_scaling(MODELS[options.model], machine, options.calls, options.ranks)
     title = f"{options.model}, {options.calls} calls per chunk, full window: predicted"
-    sys.stdout.write(f"{title}, not measured\n{machine}\n{report.table(rows, COLUMNS)}")
     if options.json is not None:
-        found = {
-            "benchmark": "scaling",
-            "kind": "predicted, not measured",
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "model": options.model,
-            "machine": asdict(machine),
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+        config = {"model": options.model, "calls": options.calls, "ranks": options.ranks}
+        config |= asdict(machine)
+        found = report.new_prediction("scaling", config, rows, options.git_commit)
+        report.write(found, options.json)
+    sys.stdout.write(f"{title}, not measured\n{machine}\n{report.table(rows, COLUMNS)}")
     if options.plot is not None:
         plot(rows, title, options.plot)
     return 0

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,37 @@ def test_code_without_a_commit_is_refused_before_it_is_measured(checkout, script
     report.flashdreams.__file__ = __file__
     with pytest.raises(ValueError, match=r"is imported from .* Set PYTHONPATH="):
         report.git_state()
+
+
+def test_a_prediction_has_the_header_of_a_report_and_says_what_it_is(
+    script, monkeypatch, tmp_path, capsys
+):
+    path = tmp_path / "scaling.json"
+    words = ["--model", "tiny", "--ranks", "1", "2", "--json", str(path), "--git-commit", "0" * 40]
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *words])
+    assert script("scaling").main() == 0
+    assert "predicted, not measured" in capsys.readouterr().out
+    report, found = script("report"), json.loads(path.read_text())
+    assert all(found[name] not in (None, "", {}) for name in report.HEADER_FIELDS)
+    assert found["git_commit"] == "0" * 40 and set(report.PACKAGES) < found["versions"].keys()
+    assert found["device"] == {"type": "predicted", "name": "predicted, not measured"}
+    assert found["config"]["model"] == "tiny" and found["config"]["tflops"] == 650.0
+    assert [row["ranks"] for row in found["rows"]] == [1, 2]
+    timed = {"repeats", "p50_ms", "p95_ms", "p99_ms", "output_sha256"}
+    assert not any(timed & row.keys() for row in found["rows"])
+    with pytest.raises(ValueError, match=r"lacks rows\[0\]"):
+        report.check_report(found)
+
+
+@needs_git
+def test_a_prediction_of_code_without_a_commit_is_not_written(
+    checkout, script, monkeypatch, tmp_path
+):
+    path = tmp_path / "scaling.json"
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--model", "tiny", "--json", str(path)])
+    with pytest.raises(ValueError, match="is no git checkout; give --git-commit SHA"):
+        script("scaling").main()
+    assert not path.exists()
 
 
 def test_a_mistake_ends_in_one_line(script, monkeypatch, capsys):
