@@ -1,6 +1,8 @@
 """The embedded world end to end, with the weights that the package ships."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -98,3 +100,15 @@ def test_command_line_makes_a_video_and_its_stats(tmp_path, capsys):
     assert main([*words, "--seed", "1"]) == 0
     other = json.loads((tmp_path / "stats_toy-world.json").read_text())
     assert other["records"][0]["latent_sha256"] != sums[0][0]
+
+
+@pytest.mark.slow
+def test_a_run_does_not_wait_for_the_compiler(tmp_path):
+    """PyTorch imports it for some operations on the meta device, and half of the start goes by."""
+    words = ["toy-world", "--total-blocks", "2", "--device", "cpu", "--output-dir", str(tmp_path)]
+    code = (
+        f"import sys; from flashdreams.run import main; assert main({words}) == 0; "
+        "print(*(sys.modules.keys() & {'torch._dynamo', 'sympy', 'mediapy'}), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "mediapy", "which it needs"
