@@ -75,7 +75,7 @@ def encode_text(pipeline: "StreamInferencePipeline", text: Sequence[str] | Tenso
     return embeddings.to(pipeline.target_device)
 
 
-def check_prompts(pipeline: "StreamInferencePipeline", prompts: Mapping[str, str]) -> None:
+def refuse_prompts(pipeline: "StreamInferencePipeline", prompts: Mapping[str, str]) -> None:
     """Refuse prompts that the text encoder would refuse; needs no weights.
 
     Collective where several ranks share the pipeline: rank zero, which runs the text encoder, asks.

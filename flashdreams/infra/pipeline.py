@@ -14,7 +14,7 @@ from flashdreams.infra.component import (
     load_component,
     select_context,
 )
-from flashdreams.infra.conditioning import check_prompts, encode_context, encode_text
+from flashdreams.infra.conditioning import encode_context, encode_text, refuse_prompts
 from flashdreams.infra.config import InstantiateConfig
 from flashdreams.infra.decoder.base import DecoderConfig, StreamingDecoder
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
@@ -229,7 +229,7 @@ class StreamInferencePipeline(nn.Module):
         shared = self.text_from_rank_zero
         require_weights(self.config, fetch_all=fetch_all, encodes_text=encodes_text, shared=shared)
         if prompts:
-            check_prompts(self, prompts)
+            refuse_prompts(self, prompts)
         fetch_weights(self.config, text_on_rank_zero=shared)
         for name, component in self.components().items():
             load_component(component, self.target_device, self._slices.get(name))
