@@ -1,5 +1,6 @@
 """Prompts are refused before any weights are fetched or read."""
 
+import json
 import sys
 
 import pytest
@@ -170,3 +171,19 @@ def test_a_pipeline_still_refuses_a_long_prompt_at_once(encoder):
     assert cache.context["text"] is before and cache.pending
     pipeline.update_prompt(cache, FITS)
     assert cache.context["text"] is not before
+
+
+def test_a_prompt_encoded_beforehand_makes_the_same_frames(start, encoder, tmp_path):
+    """Bit for bit: the encoder alone is the one of the pipeline."""
+    alone = component.build_component(encoder)
+    component.load_component(alone, torch.device("cpu"))
+    save_prompt_embeds(tmp_path / "night.safetensors", alone(["a street at night"]))
+
+    def frames(**fields):
+        assert start(SELF_FORCING, **fields)[0] == 0
+        stats = json.loads((tmp_path / "out" / "stats_self-forcing-tiny-random.json").read_text())
+        return [record["frames_sha256"] for record in stats["records"]]
+
+    made = frames(prompt_embeds=tmp_path / "night.safetensors")
+    assert made == frames(prompt="a street at night")
+    assert made != frames(prompt="a street at day")
