@@ -1,5 +1,6 @@
 """The diffusion model: one AR step as noise, denoising loop and clean pass."""
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +46,8 @@ class DiffusionModelConfig(InstantiateConfig):
     conditional half alone."""
 
     context_noise: float = 0.0
-    """Timestep of the clean pass, 0 to 1000. The chunk goes into it as it is, no noise is added."""
+    """Timestep of the clean pass, 0 to 1000; a whole number where those of the schedule are. The
+    chunk goes into it as it is, no noise is added."""
 
     first_latent_from_image: bool = False
     """Use the encoded ``image`` as the latents of the first AR step instead of generating them. One
@@ -132,6 +134,11 @@ class DiffusionModel(nn.Module):
         self.guidance: Guidance = SerialGuidance()
         self.transformer = build_component(config.transformer)
         self.scheduler = config.scheduler.setup()
+        if not self.scheduler.timesteps.is_floating_point() and config.context_noise % 1:
+            raise ValueError(
+                f"context_noise={config.context_noise}: this schedule has whole timesteps; give "
+                f"{math.floor(config.context_noise)} or {math.ceil(config.context_noise)}."
+            )
         self.pool: StoragePool | None = None
         self.may_overlap = config.overlap_clean_pass
 

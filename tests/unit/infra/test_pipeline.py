@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flashdreams.infra.config import derive_config
+from flashdreams.infra.diffusion.scheduler.fm import FlowMatchSchedulerConfig
 from tests.tiny import TEXT_DIM, tiny_pipeline
 
 
@@ -88,6 +89,18 @@ def test_the_clean_pass_takes_the_chunk_as_it_is_at_the_timestep_of_the_context(
     )
     assert torch.equal(found, by_hand)
     assert not torch.equal(found, other)  # negative control: another timestep
+
+
+def test_a_fractional_timestep_of_the_context_wants_a_schedule_of_fractions():
+    """Whole timesteps would cut it off in silence."""
+    for scheduler in (FlowMatchSchedulerConfig(), FlowMatchSchedulerConfig(timestep_dtype="int64")):
+        model = dict(context_noise=40.5, scheduler=scheduler)
+        config = derive_config(tiny_pipeline(), diffusion_model=model)
+        if scheduler.timestep_dtype == "int64":
+            with pytest.raises(ValueError, match=r"context_noise=40.5: .* give 40 or 41"):
+                config.setup(device="cpu")
+        else:
+            config.setup(device="cpu")
 
 
 def test_steps_out_of_order_are_refused(pipeline):
