@@ -60,6 +60,11 @@ class DiffusionModelConfig(InstantiateConfig):
     def __post_init__(self) -> None:
         check_range(self, "context_noise", least=0, most=1000)
         check_range(self, "guidance_scale", least=-LARGEST_SIZE)
+        if self.transformer.fuse_clean_pass and self.context_noise > 0:
+            raise ValueError(
+                f"fuse_clean_pass=True is for a clean context; got context_noise="
+                f"{self.context_noise}. Set context_noise=0 or fuse_clean_pass=False."
+            )
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,11 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def build(
-    fused: bool, window: int = 5, sink: int = 1, chunk: int = 2, guided=False, noise=0.0, **changes
-):
+def build(fused: bool, window: int = 5, sink: int = 1, chunk: int = 2, guided=False, **changes):
     transformer = dict(window_size_t=window, sink_size_t=sink, len_t=chunk, **changes)
     config = tiny_pipeline(**transformer, fuse_clean_pass=fused)
     config.encoder, config.decoder = EncoderConfig(), None  # control is handed on as it is
-    model = dict(guidance_scale=3.0 if guided else None, context_noise=noise)
-    config = derive_config(config, diffusion_model=model)
+    config = derive_config(config, diffusion_model=dict(guidance_scale=3.0 if guided else None))
     pipeline = config.setup(device="cpu")
     for parameter in pipeline.parameters():  # the default initialisation is too tame to tell
         if parameter.ndim > 1:
@@ -92,19 +89,12 @@ def test_fused_rollout_equals_the_other(window, sink, chunk):
         dict(kv_cache_dtype="int8"),  # rounding itself changes the latents by 8e-4
         dict(linear_precision="fp8_rowwise"),  # and here by 0.4
         dict(condition_channels=3, guided=True, prompts=2),
-        dict(noise=300.0),
     ],
     ids=str,
 )
 def test_fused_rollout_equals_the_other_with(options):
     fused, plain = both(steps=6, **options)
     assert max(errors(fused, plain)) <= TOLERANCE
-
-
-def test_a_fused_clean_pass_has_a_timestep_of_its_own():
-    """Negative control of ``noise`` above."""
-    noisy, clean = (roll(p, begin(p), 6) for p in (build(True, noise=300.0), build(True)))
-    assert max(errors(noisy, clean)) > 100 * TOLERANCE
 
 
 def misled(change, **options) -> float:
@@ -319,14 +309,15 @@ def test_without_the_option_an_unfinished_step_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("transformer", "message"),
+    ("model", "transformer", "message"),
     [
-        (dict(relative_rope=True), "relative_rope=True"),
-        (dict(streaming=False), "needs streaming=True"),
-        (dict(linear_precision="fp8"), "Use 'fp8_rowwise'"),
+        ({}, dict(relative_rope=True), "relative_rope=True"),
+        ({}, dict(streaming=False), "needs streaming=True"),
+        ({}, dict(linear_precision="fp8"), "Use 'fp8_rowwise'"),
+        (dict(context_noise=40.0), {}, "context_noise=40"),
     ],
 )
-def test_what_cannot_be_fused_is_refused(transformer, message):
+def test_what_cannot_be_fused_is_refused(model, transformer, message):
     config = tiny_pipeline(fuse_clean_pass=True)
     with pytest.raises(ValueError, match=message):
-        derive_config(config, diffusion_model=dict(transformer=transformer))
+        derive_config(config, diffusion_model=dict(model, transformer=transformer))
