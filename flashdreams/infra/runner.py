@@ -111,11 +111,11 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
             self._resources.enter_context(watchdog)
             self.pipeline.guard = watchdog.stage
             with watchdog.stage("load", limit_s=LOAD_TIMEOUT_S):
-                self.pipeline.load(self.fetch_all, self.prompts())
+                self.pipeline.load(self.fetch_all, self.prompt_options())
             with watchdog.stage("warm-up", limit_s=LOAD_TIMEOUT_S):
                 warmed_up = self.pipeline.warm_up()
         else:
-            self.pipeline.load(self.fetch_all, self.prompts())
+            self.pipeline.load(self.fetch_all, self.prompt_options())
             warmed_up = self.pipeline.warm_up()
         if warmed_up.steps and self.is_rank_zero:
             print(f"{warmed_up.measured}ready: {warmed_up}", flush=True)
@@ -132,7 +132,7 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
         """Device of this process."""
         return self.environment.device
 
-    def prompts(self) -> dict[str, str]:
+    def prompt_options(self) -> dict[str, str]:
         """The texts that ``run`` will have encoded, each by the option that gives it.
 
         A prompt that the text encoder refuses ends the program before weights are fetched or read.

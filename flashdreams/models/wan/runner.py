@@ -153,7 +153,7 @@ class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]
                 if writer is not None:
                     writer.write(chunk)
 
-    def prompts(self) -> dict[str, str]:
+    def prompt_options(self) -> dict[str, str]:
         """The prompt and, with guidance, the negative one, unless they are given as embeddings."""
         if self.prompt_embeds is not None:
             return {}
