@@ -1,6 +1,7 @@
 """The mode of autograd in which rollouts run."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -16,4 +17,13 @@ def without_grad(function: Callable[P, T]) -> Callable[P, T]:
     begun in it could not go on outside.
     """
     # Leaving inference mode switches gradients on, so no_grad comes inside of it.
-    return torch.inference_mode(False)(torch.no_grad()(function))
+    changed = torch.inference_mode(False)(torch.no_grad()(function))
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        # To enter a mode costs microseconds in every AR step, also where it is on already.
+        if torch.is_inference_mode_enabled() or torch.is_grad_enabled():
+            return changed(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return called

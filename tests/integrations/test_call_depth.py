@@ -12,8 +12,11 @@ from flashdreams.attention.backends import sdpa
 from flashdreams.attention.core import AttentionCore
 from flashdreams.infra.config import derive_config
 from flashdreams.integrations.self_forcing.config import RUNNER_CONFIGS
+from flashdreams.runtime import grad_mode
 
 OURS = str(Path(flashdreams.__file__).parent)
+WRAPPER = grad_mode.__file__
+"""Decorates what begins an AR step, in the place of two of PyTorch's own."""
 BUDGET = 11
 """run, 2 x generate, sample, flow, predict_flow, network, block, self-attention, core, backend."""
 
@@ -21,12 +24,14 @@ BUDGET = 11
 def functions_above() -> Iterator[str]:
     """Names of the engine's functions that are being called, innermost first.
 
-    Comprehensions are none: from Python 3.12 on they have no frame of their own.
+    Comprehensions are none: from Python 3.12 on they have no frame of their own. Nor is the
+    decorator that sets the mode of autograd.
     """
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_filename.startswith(OURS) and not code.co_name.endswith("comp>"):
+        counts = code.co_filename.startswith(OURS) and code.co_filename != WRAPPER
+        if counts and not code.co_name.endswith("comp>"):
             yield code.co_name
         frame = frame.f_back
 
