@@ -43,9 +43,10 @@ def build_decoders(
     """Decoders by case and variant."""
     width = options.taehv_width
     channels = (4 * width, 2 * width, width, width)
+    frame = f"frames of {8 * options.latent_height}x{8 * options.latent_width}"
     configs = {
-        "Wan autoencoder": WanVAEDecoderConfig(dim=options.dim, dtype=options.dtype),
-        "TAEHV": TAEHVDecoderConfig(channels=channels, dtype=options.dtype),
+        f"Wan autoencoder, {frame}": WanVAEDecoderConfig(dim=options.dim, dtype=options.dtype),
+        f"TAEHV, {frame}": TAEHVDecoderConfig(channels=channels, dtype=options.dtype),
     }
     decoders = {}
     for case, config in configs.items():
