@@ -241,8 +241,8 @@ def test_image_of_the_reference_aspect_ratio_is_stretched(tmp_path):
 
 # Loading: the checkpoint of the manifest as sparse shards, streamed into a sink.
 
-SHARD_BYTES = 4_900_000_000
-STREAMED_BYTES = 74_177_331_456 if "FLASHDREAMS_STREAM_ALL" in os.environ else 5_500_000_000
+SHARD_BYTES = 1_300_000_000
+STREAMED_BYTES = 74_177_331_456 if "FLASHDREAMS_STREAM_ALL" in os.environ else 1_500_000_000
 """Enough to pass from shard to shard; all of it takes minutes of zeros."""
 
 
@@ -323,7 +323,7 @@ class Sink:
 @pytest.mark.slow
 def test_streaming_the_checkpoint_takes_less_than_a_shard_of_memory(tmp_path, monkeypatch):
     sizes = write_shards(tmp_path, load_manifest("lingbot_world_fast"))
-    assert sum(sizes) == TRANSFORMER.checkpoint.size_bytes and len(sizes) == 16
+    assert sum(sizes) == TRANSFORMER.checkpoint.size_bytes
     with torch.device("meta"):
         model = TRANSFORMER.setup()
     sink, config = Sink(), CheckpointConfig(source=str(tmp_path))
@@ -333,7 +333,7 @@ def test_streaming_the_checkpoint_takes_less_than_a_shard_of_memory(tmp_path, mo
             report = load_checkpoint(model, config, device="cpu", dtype=torch.bfloat16)
             assert report.bytes_read == sum(sizes) and sink.tensors == 1421
         except EnoughRead:
-            assert sink.bytes > sizes[0]
+            assert sink.bytes > sizes[0] and len(sizes) > 1
     sink.check()
     print(f"streamed {sink.bytes / 1e9:.1f} GB, memory grew by {memory.peak / 1e6:.0f} MB")
     assert memory.peak < 1.2 * max(sizes)
