@@ -110,12 +110,9 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
             watchdog = Watchdog(self.environment, config.step_deadline_s)
             self._resources.enter_context(watchdog)
             self.pipeline.guard = watchdog.stage
-            with watchdog.stage("load", limit_s=LOAD_TIMEOUT_S):
-                self.pipeline.load(self.fetch_all, self.prompt_options())
-            with watchdog.stage("warm-up", limit_s=LOAD_TIMEOUT_S):
-                warmed_up = self.pipeline.warm_up()
-        else:
+        with self.pipeline.guard("load", None, LOAD_TIMEOUT_S):
             self.pipeline.load(self.fetch_all, self.prompt_options())
+        with self.pipeline.guard("warm-up", None, LOAD_TIMEOUT_S):
             warmed_up = self.pipeline.warm_up()
         if warmed_up.steps and self.is_rank_zero:
             print(f"{warmed_up.measured}ready: {warmed_up}", flush=True)

@@ -4,7 +4,7 @@ Shape letters: B batch, L query tokens, S key slots, N heads, D head dim.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -103,6 +103,21 @@ def choose_num_splits(num_tiles: int, num_blocks: int, num_slots: int) -> int:
         return waves * (ceil_div(num_blocks, splits) + ends + (merge if splits > 1 else 0))
 
     return min(range(1, max(1, min(MAX_SPLITS, num_blocks)) + 1), key=steps)
+
+
+def splits_for(q: Tensor, num_keys: Sequence[int], tiles: TileConfig, target: Target) -> int:
+    """Number of shares for some queries and keys on a machine; see :func:`choose_num_splits`.
+
+    Args:
+        q: ``[B, L, N, D]``.
+        num_keys: of each run of keys that begins with a block of its own.
+        tiles: sizes of the tiles.
+        target: the machine.
+    """
+    batch, length, heads, _ = q.shape
+    num_tiles = ceil_div(length, tiles.block_l) * batch * heads
+    num_blocks = sum(ceil_div(count, tiles.block_s) for count in num_keys)
+    return choose_num_splits(num_tiles, num_blocks, target.num_processors * tiles.per_processor)
 
 
 def chunk_attention(
@@ -243,13 +258,8 @@ def plan(
         num_splits: 0 chooses it.
         target: what the launches are for.
     """
-    batch, length, heads, head_dim = q.shape
-    tiles = tile_config(target, head_dim, q.element_size())
-    if num_splits == 0:
-        num_tiles = ceil_div(length, tiles.block_l) * batch * heads
-        num_blocks = ceil_div(k.shape[1], tiles.block_s)
-        at_a_time = target.num_processors * tiles.per_processor
-        num_splits = choose_num_splits(num_tiles, num_blocks, at_a_time)
+    tiles = tile_config(target, q.shape[-1], q.element_size())
+    num_splits = num_splits or splits_for(q, (k.shape[1],), tiles, target)
     attend = partial(_attend_launch, (q, k, v, visible, scale), tiles, target)
     return plan_shares(out, lse, num_splits, attend)
 

@@ -19,9 +19,9 @@ from flashdreams_kernels.attention import (
     attend_constants,
     attend_grid,
     check_attention,
-    choose_num_splits,
     new_outputs,
     plan_shares,
+    splits_for,
     tile_config,
 )
 from flashdreams_kernels.launch import (
@@ -202,13 +202,9 @@ def plan(
         num_splits: 0 chooses it.
         target: what the launches are for.
     """
-    batch, length, heads, head_dim = q.shape
+    batch, _, heads, head_dim = q.shape
     tiles = tile_config(target, head_dim, q.element_size(), TILES)
-    if num_splits == 0:
-        num_tiles = ceil_div(length, tiles.block_l) * batch * heads
-        num_blocks = sum(ceil_div(n, tiles.block_s) for n in (len(past.slots), k.shape[1]))
-        at_a_time = target.num_processors * tiles.per_processor
-        num_splits = choose_num_splits(num_tiles, num_blocks, at_a_time)
+    num_splits = num_splits or splits_for(q, (len(past.slots), k.shape[1]), tiles, target)
     scales = q.new_empty((2, batch * heads, len(past.slots)), dtype=torch.float32)
     gather = [_gather_launch(past, scales)] if scales.numel() else []
     attend = partial(_attend_launch, (q, k, v, visible, scale), past, scales, tiles, target)
