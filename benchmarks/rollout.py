@@ -64,12 +64,12 @@ class Subject:
         return self.pipeline.initialize_cache(**self.context, seed=seed)
 
     def step(self, cache: Any) -> Any:
-        """One AR step, generate and end_step; returns the chunk."""
+        """One AR step, generate and finalize; returns the chunk."""
         index = cache.next_index
         chunk = self.pipeline.generate(
             autoregressive_index=index, cache=cache, input=self.input(index)
         )
-        self.pipeline.end_step(autoregressive_index=index, cache=cache)
+        self.pipeline.finalize(autoregressive_index=index, cache=cache)
         return chunk
 
 

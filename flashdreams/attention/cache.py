@@ -35,9 +35,6 @@ class KVCacheSpec:
     device: torch.device
     relative_sink: bool = False
     """Keep the sink keys as first rotated too, for cache-relative RoPE."""
-    staging_t: int = 0
-    """Latent frames behind the ring, for a chunk that may not overwrite what another one sees."""
-
     storage: KVStorage = "native"
     """Keep keys and values in ``dtype``, or in eight bits and a scale per token and head."""
 
@@ -48,8 +45,8 @@ class KVCacheSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values (staging and stored sink keys included) of one layer."""
-        frames = 2 * (self.capacity_t + self.staging_t)
+        """Bytes of keys and values (stored sink keys included) of one layer."""
+        frames = 2 * self.capacity_t
         frames += self.sink_size_t if self.relative_sink else 0
         native = self.head_dim * self.dtype.itemsize
         row = native if self.storage == "native" else self.head_dim + 1
@@ -77,10 +74,6 @@ class CacheLayout(Protocol):
         """This rank's part of ``[B, slots, N, D]`` of the whole model."""
 
 
-SlotRanges = tuple[tuple[int, int], ...]
-"""Runs of token slots as (first, after the last), ascending and apart."""
-
-
 def token_slots(frame_slots: Sequence[int], tokens_per_frame: int) -> Tensor:
     """Slots of the tokens of latent frames in the given slots, ``[F * tokens per frame]`` int64."""
     slots = torch.tensor(list(frame_slots), dtype=torch.int64)
@@ -94,9 +87,8 @@ class CacheCursor:
     ``sink + (p - sink) % window``. Slots fill in order, so the visible ones are always a prefix.
     ``place`` starts an AR step, ``advance`` ends it; a step that is placed again overwrites itself.
     ``rewriting`` and ``place_next`` fill the slots anew with frames that were there before.
-    ``with_next`` takes the next chunk in; then, and only then, ``groups`` says what each sees.
-    With ``lists_past``, which a cache in eight bits asks for, ``past`` has one entry per chunk: the
-    slots of the tokens that it sees beside its own.
+    With ``lists_past``, which a cache in eight bits asks for, ``past`` has the slots of the tokens
+    that a chunk sees beside its own.
     """
 
     outside_graphs: ClassVar[frozenset[str]] = frozenset({"_past_memory"})
@@ -109,11 +101,9 @@ class CacheCursor:
         self.start = 0
         self.len_t = 0
         self.slots: Tensor | None = None
-        self.groups: tuple[SlotRanges, ...] = ()
         self.lists_past = False
         self.past: tuple[Tensor, ...] = ()
         self._past_memory: dict[str, Tensor] = {}
-        self._slots_with_next: Tensor | None = None
         self._rewritten_t: int | None = None
 
     def place(self, len_t: int, device: torch.device) -> None:
@@ -154,47 +144,8 @@ class CacheCursor:
 
     def past_frames(self) -> list[int]:
         """Latent frames before the current chunk that are in the cache, oldest first."""
-        return self._frames_before(self.start, self.end)
-
-    def _frames_before(self, start: int, end: int) -> list[int]:
-        """Latent frames that a chunk from ``start`` to ``end - 1`` sees beside its own."""
-        first = max(self.sink_size_t, end - self.window_size_t)
-        return [*range(min(self.sink_size_t, start)), *range(first, start)]
-
-    @contextmanager
-    def with_next(self, device: torch.device) -> Iterator[None]:
-        """Point at the current chunk and, behind it, at the next one of the same length.
-
-        Within the context a pass serves both. The current chunk still sees what the next one will
-        evict, so those frames of the next chunk that evict others lie in the staging slots, from
-        ``sink + window`` on, until they are written again.
-        """
-        end, capacity = self.end, self.sink_size_t + self.window_size_t
-        following, first_staged = range(end, end + self.len_t), max(end, capacity)
-        placed = [p if p < capacity else capacity + p - first_staged for p in following]
-        seen = [
-            slot
-            for p in self._frames_before(end, end + self.len_t)
-            for slot in self.frame_slots(p, p + 1)
-        ]
-        slots, past, own = self.slots, self.past, self.frame_slots(self.start, end)
-        groups = (((0, self.visible_tokens),), self._ranges([*seen, *placed]))
-        self._list_past(device, first=self._visible_beside(own), second=seen)
-        self.slots = self._slots_with_next
-        self._point_at([*own, *placed], device)
-        self._slots_with_next = self.slots
-        self.groups = groups
-        try:
-            yield
-        finally:
-            self.slots, self.past, self.groups = slots, past, ()
-
-    def _ranges(self, frame_slots: Sequence[int]) -> SlotRanges:
-        """The runs that slots of frames make up."""
-        taken, tokens = set(frame_slots), self.tokens_per_frame
-        starts = sorted(slot for slot in taken if slot - 1 not in taken)
-        stops = sorted(slot + 1 for slot in taken if slot + 1 not in taken)
-        return tuple((a * tokens, b * tokens) for a, b in zip(starts, stops, strict=True))
+        first = max(self.sink_size_t, self.end - self.window_size_t)
+        return [*range(min(self.sink_size_t, self.start)), *range(first, self.start)]
 
     @contextmanager
     def rewriting(self) -> Iterator[None]:
@@ -250,9 +201,7 @@ class CacheCursor:
 
     @property
     def visible_tokens(self) -> int:
-        """Length of the prefix of slots that attention reads, or reads parts of."""
-        if self.groups:
-            return max(stop for ranges in self.groups for _, stop in ranges)
+        """Length of the prefix of slots that attention reads."""
         frames = min(self.end, self.sink_size_t + self.window_size_t)
         if self._rewritten_t is not None:
             frames = self._rewritten_t
@@ -278,8 +227,8 @@ class KVCache:
         self.spec = spec
         self.cursor = cursor
         self.layout = layout
-        self.k = spec.new_tokens(spec.capacity_t + spec.staging_t)
-        self.v = spec.new_tokens(spec.capacity_t + spec.staging_t)
+        self.k = spec.new_tokens(spec.capacity_t)
+        self.v = spec.new_tokens(spec.capacity_t)
         self.sink_tokens = spec.sink_size_t * spec.tokens_per_frame
         self.sink_k = spec.new_tokens(spec.sink_size_t) if spec.relative_sink else None
         if spec.storage != "native":
@@ -296,7 +245,11 @@ class KVCache:
             The visible keys and values, ``[B, S, N, D]``, in slot order: views, or new tensors
             where they are stored in eight bits.
         """
-        return self.seen_with(k, v, self.write(k, v))
+        slots, visible = self.write(k, v), self.visible()
+        if self.spec.storage != "native":
+            for read, own in zip(visible, (k, v), strict=True):
+                read.index_copy_(1, slots, own)
+        return visible
 
     def write(self, k: Tensor, v: Tensor) -> Tensor:
         """Write the current chunk, as ``update``; returns the slots of its tokens."""
@@ -307,20 +260,6 @@ class KVCache:
         self.k.index_copy_(1, slots, k)
         self.v.index_copy_(1, slots, v)
         return slots
-
-    def seen_with(self, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """What is visible, but with the given tokens as they are and not as they are stored.
-
-        Args:
-            k: ``[B, L, N, D]``, just written.
-            v: like ``k``.
-            slots: ``[L]`` int64, where they lie.
-        """
-        visible = self.visible()
-        if self.spec.storage != "native":
-            for read, own in zip(visible, (k, v), strict=True):
-                read.index_copy_(1, slots, own)
-        return visible
 
     def visible(self) -> tuple[Tensor, Tensor]:
         """The keys and values that attention reads, ``[B, S, N, D]``, as they are stored."""

@@ -1,11 +1,9 @@
 """The attention core: write the cache, attend. The one seam that parallel strategies wrap."""
 
-import torch
 from torch import Tensor, nn
 
 from flashdreams.attention.backends import AttentionBackend, in_place_form, sdpa
 from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
-from flashdreams.attention.merge import attend_ranges
 
 
 class AttentionCore(nn.Module):
@@ -49,8 +47,6 @@ class AttentionCore(nn.Module):
         """
         if cache is None:
             return self.backend(q, k, v, scale=self.scale)
-        if cache.cursor.groups:
-            return self._attend_in_groups(q, k, v, cache)
         in_place = in_place_form(self.backend, cache.spec.storage)
         if in_place is not None:
             cache.write(k, v)
@@ -61,27 +57,3 @@ class AttentionCore(nn.Module):
     def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
         """Write the current chunk into the cache and attend to nothing; as in ``forward``."""
         cache.write(k, v)
-
-    def _attend_in_groups(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
-        """Write several chunks, then let each see its own part of the cache.
-
-        Args:
-            q: ``[B * chunks, L, N, D]``, the chunks of a batch entry side by side.
-            k: like ``q``.
-            v: like ``q``.
-            cache: this layer's keys and values.
-        """
-        groups = cache.cursor.groups
-        in_place = in_place_form(self.backend, cache.spec.storage)
-        q, k, v = (x.unflatten(0, (-1, len(groups))) for x in (q, k, v))
-        slots = cache.write(k.flatten(1, 2), v.flatten(1, 2)).chunk(len(groups))
-        out = []
-        for i, ranges in enumerate(groups):
-            if in_place is not None:
-                out.append(in_place(q[:, i], k[:, i], v[:, i], cache.past(i), scale=self.scale))
-                continue
-            seen = cache.seen_with(k[:, i], v[:, i], slots[i])
-            out.append(
-                attend_ranges(q[:, i], *seen, ranges, scale=self.scale, backend=self.backend)
-            )
-        return torch.stack(out, dim=1).flatten(0, 1)

@@ -3,7 +3,6 @@
 Shape letters: B batch, L query tokens, S key tokens, N heads, D head dim.
 """
 
-from collections.abc import Sequence
 from typing import cast
 
 from torch import Tensor
@@ -50,34 +49,3 @@ def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Ten
     total = lse.logaddexp(more_lse)
     kept, added = (lse - total).exp()[..., None], (more_lse - total).exp()[..., None]
     return out * kept + more * added, total
-
-
-def attend_ranges(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ranges: Sequence[tuple[int, int]],
-    *,
-    scale: float,
-    backend: AttentionBackend,
-) -> Tensor:
-    """Attend to some runs of the keys, where they lie.
-
-    Args:
-        q: ``[B, L, N, D]``.
-        k: ``[B, S, N, D]``.
-        v: ``[B, S, N, D]``.
-        ranges: disjoint, as (first key, key after the last one).
-        scale: factor on the scores.
-        backend: what attends; an `LseBackend` if there is more than one range.
-
-    Returns:
-        ``[B, L, N, D]`` in the dtype of ``q``.
-    """
-    parts = [(k[:, start:stop], v[:, start:stop]) for start, stop in ranges]
-    if len(parts) == 1:
-        return backend(q, *parts[0], scale=scale)
-    out, lse = attend_with_lse(q, *parts[0], scale=scale, backend=backend)
-    for part in parts[1:]:
-        out, lse = merge(out, lse, *attend_with_lse(q, *part, scale=scale, backend=backend))
-    return out.to(q.dtype)

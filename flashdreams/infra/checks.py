@@ -3,16 +3,12 @@
 import difflib
 from collections.abc import Collection, Iterable
 
-from flashdreams.parallel.mesh import Mesh
-
-FUSE_FLAG = "--pipeline.diffusion-model.transformer.fuse-clean-pass"
-
 
 def check_order(call: str, index: int, next_index: int, pending: bool) -> None:
     """Refuse an AR step out of turn.
 
     Args:
-        call: ``"generate"``, or something that ends an AR step.
+        call: ``"generate"`` or ``"finalize"``.
         index: the AR step asked for.
         next_index: the AR step that the next ``generate`` makes.
         pending: whether the chunk before it is not finalized yet.
@@ -32,29 +28,6 @@ def check_order(call: str, index: int, next_index: int, pending: bool) -> None:
         raise ValueError(
             f"{call}: expected autoregressive_index={expected}, got {index}. "
             "AR steps of a rollout come in order."
-        )
-
-
-def refuse_fusing(fuses: bool, mesh: Mesh) -> None:
-    """Refuse clean passes that are fused with a denoising step where the ranks cannot do that.
-
-    Args:
-        fuses: whether the config asks for it.
-        mesh: of the ranks.
-
-    Raises:
-        ValueError: says what to type instead.
-    """
-    if fuses and mesh.config.strict:
-        raise ValueError(
-            "fuse_clean_pass=True merges parts of attention, which --parallel.strict True does not "
-            f"do bit for bit. Type --parallel.strict False or {FUSE_FLAG} False."
-        )
-    if fuses and mesh.config.ring_method == "rotate" and mesh.ring.size > 1:
-        raise ValueError(
-            "fuse_clean_pass=True lets two chunks see different parts of the cache, which "
-            f"--parallel.ring-method rotate cannot do (ring_degree={mesh.ring.size}). Type "
-            f"--parallel.ring-method gather or {FUSE_FLAG} False."
         )
 
 

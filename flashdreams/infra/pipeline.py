@@ -1,5 +1,6 @@
 """The pipeline: encoders, diffusion model and decoder, conducted through one rollout."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashdreams.infra.checks import refuse_fusing
 from flashdreams.infra.component import (
     Component,
     build_component,
@@ -185,10 +185,8 @@ class StreamInferencePipeline(nn.Module):
             What was done, by component.
 
         Raises:
-            ValueError: a plan that does not fit its component, an impossible way to decode, or a
-                strategy that cannot serve ``fuse_clean_pass``.
+            ValueError: a plan that does not fit its component, or an impossible way to decode.
         """
-        refuse_fusing(self.config.diffusion_model.transformer.fuse_clean_pass, mesh)
         self.text_from_rank_zero = mesh.degrees.world_size > 1
         if self.text_from_rank_zero and group_rank() != 0:
             self.text_encoder = None
@@ -397,7 +395,7 @@ class StreamInferencePipeline(nn.Module):
         May be called before any ``generate`` or ``finalize``. Cross-attention keys and values are
         computed anew in the storage that they have; what the context remembers of past frames stays
         as it was made under the old prompt, unless asked otherwise. Under guidance the negative
-        prompt stays. With ``fuse_clean_pass`` a pending clean pass is made up first.
+        prompt stays.
 
         Args:
             cache: this rollout's state.
@@ -422,7 +420,6 @@ class StreamInferencePipeline(nn.Module):
             )
         with self.guard("update_prompt", cache.next_index, LOAD_TIMEOUT_S):
             encoded = encode_text(self, prompts)
-            cache.flush()
             self.diffusion_model.update_prompt(
                 {"text": encoded},
                 cache.diffusion,
@@ -443,27 +440,15 @@ class StreamInferencePipeline(nn.Module):
             ValueError: the step is not the one just generated.
         """
         cache.check_order("finalize", autoregressive_index)
-        if not cache.pending:
-            return
         beside = self.diffusion_model.side.work(cache.diffusion)
         with self.guard("finalize", autoregressive_index), beside, cache.timer.stage("finalize"):
             self.diffusion_model.finalize(autoregressive_index, cache.diffusion)
 
     def end_step(self, autoregressive_index: int, cache: StreamInferencePipelineCache) -> None:
-        """``finalize``; with ``fuse_clean_pass`` left to the first call of the next ``generate``.
-
-        Args:
-            autoregressive_index: number of the AR step, as given to ``generate``.
-            cache: this rollout's state.
-
-        Raises:
-            ValueError: the step is not the one just generated.
-        """
-        cache.check_order("end_step", autoregressive_index)
-        if cache.fuses:
-            self.diffusion_model.draw_ahead(autoregressive_index + 1, cache.diffusion)
-        else:
-            self.finalize(autoregressive_index, cache)
+        """Deprecated alias of ``finalize``, to be removed in 0.3; arguments as there."""
+        message = "end_step is deprecated and goes in 0.3; call finalize"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        self.finalize(autoregressive_index, cache)
 
     def _encode(self, input: Any, index: int, cache: StreamInferencePipelineCache) -> Any:
         if self.encoder is None:

@@ -39,11 +39,6 @@ class StreamInferencePipelineCache:
         return self.diffusion.pending
 
     @property
-    def fuses(self) -> bool:
-        """Whether a pending clean pass may wait for the next ``generate``."""
-        return self.pipeline.config.diffusion_model.transformer.fuse_clean_pass
-
-    @property
     def records(self) -> list[dict[str, Any]]:
         """Stage times and sizes, one record per AR step."""
         return self.timer.records
@@ -62,26 +57,18 @@ class StreamInferencePipelineCache:
         self.diffusion.release()
         self.encoder = self.decoder = None
 
-    def flush(self) -> None:
-        """Make up the clean pass that has been left to the next ``generate``, if one has."""
-        if self.fuses and self.pending:
-            self.pipeline.finalize(self.next_index - 1, self)
-
     def check_order(self, call: str, autoregressive_index: int) -> None:
         """Refuse a call out of turn.
 
         Args:
-            call: ``"generate"``, ``"finalize"`` or ``"end_step"``.
+            call: ``"generate"`` or ``"finalize"``.
             autoregressive_index: the AR step asked for.
 
         Raises:
             ValueError: says what was expected; or the rollout was released.
         """
         self.require_live()
-        pending = self.pending
-        if self.fuses:  # a clean pass may be made up later, and may be made up already
-            pending = call != "generate" and self.next_index > 0
-        check_order(call, autoregressive_index, self.next_index, pending)
+        check_order(call, autoregressive_index, self.next_index, self.pending)
 
     def require_live(self) -> None:
         """Refuse a rollout that is over.
@@ -106,8 +93,7 @@ class StreamInferencePipelineCache:
             The form on rank zero, None elsewhere.
 
         Raises:
-            ValueError: after ``release``, or between ``generate`` and ``finalize``; with
-                ``fuse_clean_pass`` the clean pass is made up instead.
+            ValueError: after ``release``, or between ``generate`` and ``finalize``.
         """
         self.require_live()
         with self.pipeline.guard("export", self.next_index, LOAD_TIMEOUT_S):

@@ -52,7 +52,6 @@ def export_rollout(
         ValueError: a chunk is generated and not yet finalized.
         TypeError: state of a component that has no plain form.
     """
-    cache.flush()
     if cache.pending:
         raise ValueError(
             "A rollout has no canonical form between generate and finalize. Call "

@@ -254,7 +254,6 @@ def test_without_weights_the_run_ends_before_anything_is_fetched(tmp_path, capsy
     ("flags", "message"),
     [
         ("attention-backend flash_attn", "'flash_attn' cannot be used here: .*Usable on cpu"),
-        ("fuse-clean-pass True --parallel.strict True", "which --parallel.strict True does not do"),
         ("linear-precision fp8 --parallel.strict True", "not together with --parallel.strict True"),
     ],
 )

@@ -34,7 +34,6 @@ def spec_for(storage: str, window: int, sink: int, chunk: int, device: torch.dev
         head_dim=HEAD_DIM,
         dtype=torch.float32,
         device=device,
-        staging_t=chunk,
         storage=storage,
     )
 
@@ -74,27 +73,6 @@ def test_a_ring_read_in_place_equals_its_wide_copy(
     own = draw(step, chunk, device)
     rounded = sdpa(own[0], *caches[1].visible(), scale=cores()[1].scale)
     assert error(found[0], rounded) > 10 * BOUND  # negative control: the chunk itself is rounded
-
-
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize(("window", "sink", "chunk"), [(7, 0, 3), (5, 1, 3)])
-def test_two_chunks_at_once_see_what_each_may(
-    storage: str, window: int, sink: int, chunk: int, device: torch.device
-) -> None:
-    caches = new_caches(spec_for(storage, window, sink, chunk, device))
-    for step in range(4):
-        found = []
-        both = torch.stack([draw(2 * step + i, chunk, device) for i in range(2)], dim=2)
-        for core, cache in zip(cores(), caches, strict=True):
-            cache.cursor.place(chunk, device)
-            with cache.cursor.with_next(device):
-                assert len(cache.cursor.past) == 2
-                found.append(core(*both.flatten(1, 2), cache))
-            assert len(cache.cursor.past) == 1
-            cache.cursor.advance()
-        assert error(*found) < BOUND
-    swapped = found[1].flip(0)
-    assert error(found[0], swapped) > 10 * BOUND
 
 
 def test_a_window_that_is_written_anew_is_read_in_place(device: torch.device) -> None:

@@ -12,7 +12,6 @@ from tests.harness import run_ranks
 from tests.parallel.pipelines import prompt
 from tests.parallel.rollout import relative_error
 from tests.tiny import tiny_pipeline
-from tests.unit.infra import test_fused_clean_pass as fused_clean_pass
 
 NO_COMPILER = why_no_compiler(torch.device("cpu"))
 
@@ -76,17 +75,6 @@ def test_a_float32_residual_is_compiled_with_its_blocks():
     latents = roll(pipeline)
     assert 0 < relative_error(latents, eager) < 2 * relative_error(eager, exact) < 0.05
     assert pipeline.stats()["torch_compile"]["graphs_after_ready"] == 0
-
-
-@torch.no_grad()
-def test_nothing_is_compiled_after_warm_up_where_clean_passes_are_fused():
-    latents = []
-    for changes in ({}, {"compile_blocks": True}):
-        pipeline = fused_clean_pass.build(True, **changes)
-        pipeline.warm_up()
-        with torch.compiler.set_stance("fail_on_recompile"):
-            latents.append(fused_clean_pass.roll(pipeline, fused_clean_pass.begin(pipeline)))
-    assert 0 < relative_error(*latents) < 1e-5
 
 
 def roll_on_ranks(compile_blocks: bool, parallel: ParallelConfig, world_size: int):

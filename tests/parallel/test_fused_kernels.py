@@ -7,7 +7,6 @@ the interpreter truncates where a GPU rounds.
 from unittest.mock import patch
 
 import pytest
-import torch
 
 from flashdreams.infra.config import derive_config
 from flashdreams.models.wan import fused
@@ -17,7 +16,6 @@ from tests.harness import run_ranks
 from tests.kernels.conftest import switch_to_interpreter
 from tests.parallel.rollout import build_model, make_mesh, relative_error, roll_out
 from tests.tiny import tiny_pipeline
-from tests.unit.infra import test_fused_clean_pass as fused_clean_pass
 
 pytest.importorskip("triton")
 
@@ -77,19 +75,6 @@ def test_what_the_core_stores_otherwise_or_not_at_all_is_not_written_by_the_kern
         same, called = roll(True, **changes)
         assert relative_error(same, plain) < 1e-5
         assert called[2] > 0 and called[3] == 0
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_kernels_serve_a_chunk_and_the_next_one_in_one_pass():
-    latents = []
-    for changes in ({}, {"fused_kernels": True}):
-        with pytest.MonkeyPatch.context() as environment:
-            switch_to_interpreter(environment)
-            pipeline = fused_clean_pass.build(True, 2, 1, 1, **changes)
-            cache = fused_clean_pass.begin(pipeline)
-            latents.append(fused_clean_pass.roll(pipeline, cache, STEPS))
-    assert 0 < relative_error(*latents) < 1e-5
 
 
 def roll_on_ranks(parallel: ParallelConfig, world_size: int):

@@ -14,19 +14,12 @@ from flashdreams.infra.component import build_component, declared_context, selec
 from flashdreams.infra.config import InstantiateConfig
 from flashdreams.infra.diffusion.pool import Storage, StoragePool
 from flashdreams.infra.diffusion.scheduler.base import SchedulerConfig
-from flashdreams.infra.diffusion.transformer import (
-    ContextChunk,
-    PendingChunk,
-    TransformerConfig,
-)
+from flashdreams.infra.diffusion.transformer import ContextChunk, TransformerConfig
 from flashdreams.infra.ranges import LARGEST_SIZE, check_range
 from flashdreams.parallel.guidance import Guidance, SerialGuidance
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource
 from flashdreams.runtime.streams import SideStream
 from flashdreams.runtime.transfer import to_device
-
-PredictFlow = Callable[[Tensor, Tensor, Any], Tensor]
-"""(noisy latent, timestep, the transformer's cache) to the flow."""
 
 
 @dataclass(kw_only=True)
@@ -60,11 +53,6 @@ class DiffusionModelConfig(InstantiateConfig):
     def __post_init__(self) -> None:
         check_range(self, "context_noise", least=0, most=1000)
         check_range(self, "guidance_scale", least=-LARGEST_SIZE)
-        if self.transformer.fuse_clean_pass and self.context_noise > 0:
-            raise ValueError(
-                f"fuse_clean_pass=True is for a clean context; got context_noise="
-                f"{self.context_noise}. Set context_noise=0 or fuse_clean_pass=False."
-            )
 
 
 @dataclass(frozen=True)
@@ -95,8 +83,8 @@ class DiffusionCache:
     """``[B, C, T, H, W]`` float32, the last clean chunk."""
     control: Any = None
     """The control input of the last chunk."""
-    waiting: list[Any] = field(default_factory=list, repr=False)
-    """Those of the transformer caches that the last chunk's clean pass is yet to come for."""
+    pending: bool = False
+    """The last chunk's clean pass is yet to come."""
     history: list[CleanChunk] = field(default_factory=list)
     """What the sink and the window were made from, oldest first; no more than they hold."""
     give_back: Callable[[], Any] | None = field(default=None, repr=False)
@@ -110,19 +98,10 @@ class DiffusionCache:
         """The transformer caches that are in use."""
         return [c for c in (self.conditional, self.unconditional) if c is not None]
 
-    @property
-    def pending(self) -> bool:
-        """The last chunk's clean pass is yet to come, at least for one half."""
-        return bool(self.waiting)
-
-    def waits(self, branch: Any) -> bool:
-        """Whether the last chunk's clean pass is yet to come for this half."""
-        return any(branch is other for other in self.waiting)
-
     def release(self) -> None:
         """End the rollout; its storage is free for another one."""
         self.conditional = self.unconditional = self.control = None
-        self.history, self.waiting = [], []
+        self.history, self.pending = [], False
         self.released = True
         if self.give_back is not None:
             self.give_back()
@@ -230,14 +209,6 @@ class DiffusionModel(nn.Module):
             for call in captured:  # a denoising step and a clean pass in every AR step
                 call.max_graphs += 2 * len(cache.branches) * transformer.warm_up_steps
             steps += self._step_through(cache)
-            if transformer.config.fuse_clean_pass:
-                contexts = [
-                    c if b is not None else None
-                    for b, c in zip(storages[-1], (context, negative), strict=True)
-                ]
-                # The same phases again, in the same storage, with clean passes that wait.
-                if self._begin_in(storages[-1], contexts):
-                    steps += self._step_through(cache, fused=True)
         if captured:
             self.pool = StoragePool(storages)
             states = [branch for storage in storages for branch in storage if branch is not None]
@@ -245,27 +216,24 @@ class DiffusionModel(nn.Module):
                 call.seal(states)
         return steps
 
-    def _step_through(self, cache: DiffusionCache, fused: bool = False) -> int:
+    def _step_through(self, cache: DiffusionCache) -> int:
         """A rollout of dummy values, up to the point from which all AR steps are alike."""
         transformer = self.transformer
         latent = torch.zeros(transformer.latent_shape(1), device=transformer.device)
         timestep = self.scheduler.timesteps[0]
         control = transformer.example_control(1)
         for index in range(transformer.warm_up_steps):
-            predict = self._begin_step(index, cache, control)
-            cache.latent, cache.control = self._flow(cache, predict)(latent, timestep), control
-            cache.waiting = cache.branches
-            if not fused:
-                self.side.mark()
-                with self.side.work(cache):  # the stream has handles and memory of its own
-                    self.finalize(index, cache)
-                self.side.join()
+            self._begin_step(index, cache, control)
+            cache.latent, cache.control = self._flow(cache)(latent, timestep), control
+            cache.pending = True
+            self.side.mark()
+            with self.side.work(cache):  # the stream has handles and memory of its own
+                self.finalize(index, cache)
+            self.side.join()
         return transformer.warm_up_steps
 
     def generate(self, autoregressive_index: int, cache: DiffusionCache, control: Any) -> Tensor:
         """Denoise one chunk.
-
-        If the clean pass of the chunk before is pending, it is made up in the first denoising step.
 
         Args:
             autoregressive_index: number of the AR step, from 0.
@@ -276,50 +244,29 @@ class DiffusionModel(nn.Module):
             ``[B, C, T, H, W]`` float32, also kept as ``cache.latent``.
         """
         self.side.join()
-        predict = self._begin_step(autoregressive_index, cache, control)
+        self._begin_step(autoregressive_index, cache, control)
         if autoregressive_index == 0 and cache.image is not None:
             latent = cache.image
         else:
             noise = self._noise_of_step(autoregressive_index, cache)
-            latent = self.scheduler.sample(self._flow(cache, predict), noise)
-        cache.latent, cache.control, cache.waiting = latent, control, cache.branches
+            latent = self.scheduler.sample(self._flow(cache), noise)
+        cache.latent, cache.control, cache.pending = latent, control, True
         self.side.mark()
         return latent
 
-    def _begin_step(self, index: int, cache: DiffusionCache, control: Any) -> PredictFlow:
-        """Begin AR step ``index``; what predicts flows in it.
-
-        That is ``predict_flow``; after a step whose clean pass is pending, the first call of each
-        half that waits for it makes it up.
-        """
+    def _begin_step(self, index: int, cache: DiffusionCache, control: Any) -> None:
         for branch in cache.branches:
-            if not cache.waits(branch):
-                self.transformer.begin_step(index, branch, control)
-        if not cache.pending:
-            return self.transformer.predict_flow
-        chunk = self._last_chunk(index - 1, cache)
-        before = PendingChunk(
-            autoregressive_index=chunk.autoregressive_index,
-            latent=chunk.latent,
-            timestep=self._context_timestep(),
-        )
-
-        def predict(latent: Tensor, timestep: Tensor, branch: Any) -> Tensor:
-            if not cache.waits(branch):
-                return self.transformer.predict_flow(latent, timestep, branch)
-            flow = self.transformer.predict_first_flow(latent, timestep, branch, before, control)
-            self._remember(chunk, branch, cache)
-            return flow
-
-        return predict
+            self.transformer.begin_step(index, branch, control)
 
     def finalize(self, autoregressive_index: int, cache: DiffusionCache) -> None:
         """The clean pass over the chunk that ``generate`` left in ``cache.latent``."""
-        chunk = self._last_chunk(autoregressive_index, cache)
+        if cache.latent is None:
+            raise ValueError("There is no chunk to finalize; call generate first.")
         timestep = self._context_timestep()
-        for branch in cache.waiting:
-            self.transformer.update_cache(chunk.latent, timestep, branch)
-            self._remember(chunk, branch, cache)
+        for branch in cache.branches:
+            self.transformer.update_cache(cache.latent, timestep, branch)
+        cache.pending = False
+        self._remember(CleanChunk(autoregressive_index, cache.latent, cache.control), cache)
         self.draw_ahead(autoregressive_index + 1, cache)
 
     def draw_ahead(self, autoregressive_index: int, cache: DiffusionCache) -> None:
@@ -329,16 +276,8 @@ class DiffusionModel(nn.Module):
             shape = self.transformer.latent_shape(cache.batch_size)
             cache.noise.draw_ahead(autoregressive_index, 0, shape)
 
-    def _last_chunk(self, autoregressive_index: int, cache: DiffusionCache) -> CleanChunk:
-        if cache.latent is None:
-            raise ValueError("There is no chunk to finalize; call generate first.")
-        return CleanChunk(autoregressive_index, cache.latent, cache.control)
-
-    def _remember(self, chunk: CleanChunk, branch: Any, cache: DiffusionCache) -> None:
-        """Note that a chunk is part of a half's context, and forget those that no longer are."""
-        cache.waiting = [other for other in cache.waiting if other is not branch]
-        if cache.waiting:
-            return
+    def _remember(self, chunk: CleanChunk, cache: DiffusionCache) -> None:
+        """Note that a chunk is part of the context, and forget those that no longer are."""
         held = set(self._held_frames(cache))
         chunks = [*cache.history, chunk]
         cache.history = [c for c in chunks if not held.isdisjoint(self._frames_of(c))]
@@ -401,10 +340,8 @@ class DiffusionModel(nn.Module):
     def _held_frames(self, cache: DiffusionCache) -> list[int]:
         return [f for branch in cache.branches[:1] for f in self.transformer.context_frames(branch)]
 
-    def _flow(
-        self, cache: DiffusionCache, predict: PredictFlow
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        scale = self.config.guidance_scale
+    def _flow(self, cache: DiffusionCache) -> Callable[[Tensor, Tensor], Tensor]:
+        predict, scale = self.transformer.predict_flow, self.config.guidance_scale
         if scale is None:
             return lambda latent, timestep: predict(latent, timestep, cache.conditional)
         return lambda latent, timestep: self.guidance(

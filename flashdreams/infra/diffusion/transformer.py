@@ -53,11 +53,6 @@ class TransformerConfig(ComponentConfig):
     feature. The weights are rounded once, after loading. Needs a GPU with eight-bit products; a CPU
     gives the same accuracy, slower."""
 
-    fuse_clean_pass: bool = False
-    """Run the clean pass of a chunk together with the first denoising step of the next one, in a
-    single network call over both. Takes effect where AR steps end with ``pipeline.end_step``, as in
-    the shipped runners, or with nothing; ``pipeline.finalize`` runs the clean pass at once."""
-
     def __post_init__(self) -> None:
         if self.attention_backend != AUTO:
             resolve_backend(self.attention_backend)
@@ -81,18 +76,6 @@ class ContextChunk:
     """``[B, C, len(frames), H, W]`` float32, clean."""
     control: Any
     """The control input of the whole AR step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PendingChunk:
-    """A generated chunk that is yet to become part of the context."""
-
-    autoregressive_index: int
-    """Its AR step."""
-    latent: Tensor
-    """``[B, C, T, H, W]`` float32, what the clean pass sees."""
-    timestep: Tensor
-    """0-dim, the context noise level."""
 
 
 class Transformer(Component):
@@ -172,28 +155,6 @@ class Transformer(Component):
             cache: this rollout's state.
         """
         self.predict_flow(latent, timestep, cache)
-
-    def predict_first_flow(
-        self, latent: Tensor, timestep: Tensor, cache: Any, before: PendingChunk, control: Any
-    ) -> Tensor:
-        """End the AR step before and make the first prediction of this one.
-
-        The same as ``update_cache``, ``begin_step`` and ``predict_flow`` one after the other, which
-        is what the default does; others may take both chunks through the network at once.
-
-        Args:
-            latent: ``[B, C, T, H, W]`` float32, the noisy chunk.
-            timestep: 0-dim, as in ``predict_flow``.
-            cache: this rollout's state, as the AR step before left it.
-            before: the chunk of that step.
-            control: output of the pipeline's encoder for this step.
-
-        Returns:
-            Like ``latent``.
-        """
-        self.update_cache(before.latent, before.timestep, cache)
-        self.begin_step(before.autoregressive_index + 1, cache, control)
-        return self.predict_flow(latent, timestep, cache)
 
     def context_frames(self, cache: Any) -> Sequence[int]:
         """Positions of the clean latent frames that the cache holds, oldest first.

@@ -140,7 +140,7 @@ class CameraToVideoRunner(ImageToVideoRunner):
                 end = pixel_frames((i + 1) * cfg.transformer.len_t)
                 step = self.path.part(slice(frame, end)) if cfg.pose_mode == "streaming" else None
                 chunk = self.pipeline.generate(autoregressive_index=i, cache=cache, input=step)
-                self.pipeline.end_step(autoregressive_index=i, cache=cache)
+                self.pipeline.finalize(autoregressive_index=i, cache=cache)
                 if writer is not None:
                     shown = draw_inset(chunk, self.path.poses, frame) if cfg.show_path else chunk
                     writer.write(shown)

@@ -74,7 +74,7 @@ def self_rollout(
         index = 0 if wipe else i
         frames.append(pipeline.generate(index, cache, input=cameras[:, i : i + 1]))
         if not wipe:
-            pipeline.end_step(index, cache)
+            pipeline.finalize(index, cache)
     return torch.cat(frames, dim=1 if pipeline.decoder is not None else 2)
 
 

@@ -75,7 +75,7 @@ class ToyWorldRunner(Runner[ToyWorldRunnerConfig, StreamInferencePipeline]):
                 chunk = self.pipeline.generate(
                     autoregressive_index=i, cache=cache, input=poses[i][None]
                 )
-                self.pipeline.end_step(autoregressive_index=i, cache=cache)
+                self.pipeline.finalize(autoregressive_index=i, cache=cache)
                 if chunk is None:  # another rank decodes
                     continue
                 if cfg.compare_to_truth:

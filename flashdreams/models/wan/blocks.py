@@ -137,19 +137,16 @@ class SelfAttention(nn.Module):
         """Attend.
 
         Args:
-            x: ``[B, L, dim]``; of several chunks at once ``[B * chunks, L, dim]``, those of a batch
-                entry side by side.
-            rope: ``[L, D/2, 2]``; of several chunks ``[chunks * L, D/2, 2]``.
+            x: ``[B, L, dim]``.
+            rope: ``[L, D/2, 2]``.
             cache: of this block; None attends to ``x`` alone.
         """
-        tokens = x.reshape(-1, len(rope), x.shape[-1])
-        q, k, v = (y(tokens).unflatten(-1, (-1, self.head_dim)) for y in (self.q, self.k, self.v))
-        if cache is not None and self.writes_fused and not cache.cursor.groups:
+        q, k, v = (y(x).unflatten(-1, (-1, self.head_dim)) for y in (self.q, self.k, self.v))
+        if cache is not None and self.writes_fused:
             q = fused.norm_rope_write(q, k, v, self.norm_q, self.norm_k, rope, cache)
             k, v, cache = *cache.visible(), None  # written already: the core attends to these
         else:
             q, k = self.norm_rope(q, k, self.norm_q, self.norm_k, rope)
-            q, k, v = (y.reshape(*x.shape[:2], *y.shape[2:]) for y in (q, k, v))
         return self.o(self.core(q, k, v, cache).flatten(2))
 
     def write(self, x: Tensor, rope: Tensor, cache: KVCache) -> None:
@@ -198,14 +195,12 @@ class CrossAttention(nn.Module):
         """Attend to each source on its own and add the results.
 
         Args:
-            x: ``[B, L, dim]``; of several chunks at once ``[B * chunks, L, dim]``.
+            x: ``[B, L, dim]``.
             context: what ``project`` made of ``B`` prompts.
         """
         q = self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_dim))
-        q = q.reshape(len(context[0][0]), -1, *q.shape[2:])
         attended = [self.core(q, k, v).flatten(2) for k, v in context]
-        y = attended[0] if len(attended) == 1 else attended[0] + attended[1]
-        return self.o(y.reshape(*x.shape[:2], -1))
+        return self.o(attended[0] if len(attended) == 1 else attended[0] + attended[1])
 
 
 class WanBlock(nn.Module):
@@ -256,26 +251,21 @@ class WanBlock(nn.Module):
         context: Sequence[tuple[Tensor, Tensor]],
         cache: KVCache | None,
         control: Any,
-        chunks: int = 1,
     ) -> Tensor:
         """Run the block.
 
         Args:
-            x: ``[B, L, dim]``, in ``residual_dtype`` like the result; of several chunks at once see
-                ``SelfAttention.forward``.
+            x: ``[B, L, dim]``, in ``residual_dtype`` like the result.
             modulation: ``[B, L or 1, 6, dim]`` float32, this block's at the timestep.
             rope: ``[L, D/2, 2]``.
             context: cross-attention keys and values of this block.
             cache: self-attention cache of this block.
             control: what ``embed_control`` prepared for this block.
-            chunks: of so many only the last goes on after self-attention: what is put out is its.
         """
         e = modulation.unbind(2)
         y = self.modulated_norm(x, e[0], e[1], self.eps, self.branch_dtype)
         x = self.gated_sum(x, self.self_attn(y, rope, cache), e[2])
         x = self.inject(x, control)
-        if chunks > 1:
-            x, e = x[chunks - 1 :: chunks], modulation[chunks - 1 :: chunks].unbind(2)
         x = x + self.cross_attn(self.norm3(x).to(self.branch_dtype), context)
         y = self.modulated_norm(x, e[3], e[4], self.eps, self.branch_dtype)
         return self.gated_sum(x, self.ffn(y), e[5])

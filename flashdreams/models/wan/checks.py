@@ -41,21 +41,6 @@ def check_config(config: "WanTransformerConfig") -> None:
             f"kv_cache_dtype={c.kv_cache_dtype!r} with streaming={c.streaming}: "
             f"allowed is {', '.join(map(repr, allowed))}."
         )
-    if c.fuse_clean_pass and not c.streaming:
-        raise ValueError(
-            "fuse_clean_pass=True needs streaming=True: a bidirectional model makes one chunk "
-            "and has no clean pass."
-        )
-    if c.fuse_clean_pass and c.linear_precision == "fp8":
-        raise ValueError(
-            "fuse_clean_pass=True with linear_precision='fp8': one scale per tensor would be "
-            "that of both chunks of a call, and change both. Use 'fp8_rowwise'."
-        )
-    if c.fuse_clean_pass and c.relative_rope:
-        raise ValueError(
-            "fuse_clean_pass=True with relative_rope=True: the sink would have to stand in two "
-            "places at once, one for each chunk. Switch one of the two off."
-        )
 
 
 def _check_patching(config: "WanTransformerConfig") -> None:

@@ -39,7 +39,6 @@ def wan_plan(config: "WanTransformerConfig") -> ParallelPlan:
             "rope": "rebuilt",
             "control": "rebuilt",
             "modulations": "rebuilt",
-            "pair": "rebuilt",
         },
         low_precision=tuple(
             f"blocks.*.{name}"

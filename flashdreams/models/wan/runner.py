@@ -149,7 +149,7 @@ class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]
         with video as writer:
             for i in self.progress(cfg.total_blocks):
                 chunk = self.pipeline.generate(autoregressive_index=i, cache=cache)
-                self.pipeline.end_step(autoregressive_index=i, cache=cache)
+                self.pipeline.finalize(autoregressive_index=i, cache=cache)
                 if writer is not None:
                     writer.write(chunk)
 

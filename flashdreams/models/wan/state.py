@@ -39,13 +39,11 @@ class WanCache:
     rope: Tensor | None = None
     """``[L, D/2, 2]`` of the current chunk."""
     control: Control | None = None
-    pair: "WanCache | None" = None
-    """The same state as a pass over two chunks sees it; None unless clean passes are fused."""
 
 
 def graph_key(cache: WanCache, write_only: bool = False) -> Hashable:
     """What the network call depends on beside tensors.
 
-    That is the number of visible keys, who sees which, and how much of the network is run.
+    That is the number of visible keys, and how much of the network is run.
     """
-    return cache.cursor.visible_tokens, cache.cursor.groups, write_only
+    return cache.cursor.visible_tokens, write_only

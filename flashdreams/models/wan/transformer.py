@@ -5,9 +5,8 @@ S key tokens, N heads, D head dim. Tokens run frame by frame, row by row. Parame
 of the official checkpoints.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, cast
 
@@ -21,7 +20,6 @@ from flashdreams.attention.quantized import KVStorage
 from flashdreams.attention.rope import RotaryEmbedding3D, time_rotation
 from flashdreams.infra.diffusion.transformer import (
     ContextChunk,
-    PendingChunk,
     Transformer,
     TransformerConfig,
 )
@@ -37,7 +35,6 @@ from flashdreams.models.wan.blocks import (
 from flashdreams.models.wan.checks import check_config
 from flashdreams.models.wan.fused import check_fused_kernels
 from flashdreams.models.wan.keys import WAN_KEY_MAPS
-from flashdreams.models.wan.pairs import pair_up
 from flashdreams.models.wan.plan import wan_plan
 from flashdreams.models.wan.state import Control, WanCache, graph_key
 from flashdreams.parallel.plan import ParallelPlan, glob_pattern
@@ -253,16 +250,13 @@ class WanTransformer(Transformer):
 
     def graphed_calls(self) -> list[GraphedCallable]:
         """The network calls, if the config asks for graphs."""
-        calls = [self.network, *([self.pair_network] if self.config.fuse_clean_pass else [])]
-        return [call for call in calls if isinstance(call, GraphedCallable)]
+        return [self.network] if isinstance(self.network, GraphedCallable) else []
 
     @property
     def warm_up_steps(self) -> int:
-        """Until the window is full and has evicted once; with fused passes, all around."""
+        """Until the window is full and has evicted once."""
         c = self.config
-        full = -(-(c.sink_size_t + c.window_size_t) // c.len_t) + 1 if c.streaming else 1
-        around = c.window_size_t // math.gcd(c.window_size_t, c.len_t)
-        return full + around if c.fuse_clean_pass else full
+        return -(-(c.sink_size_t + c.window_size_t) // c.len_t) + 1 if c.streaming else 1
 
     def example_context(self, batch_size: int) -> dict[str, Any]:
         """Zeros for ``initialize_cache``."""
@@ -309,7 +303,6 @@ class WanTransformer(Transformer):
             dtype=self.dtype,
             device=self.device,
             relative_sink=c.relative_rope and c.sink_size_t > 0,
-            staging_t=c.len_t if c.fuse_clean_pass else 0,
             storage=c.kv_cache_dtype,
         )
 
@@ -386,11 +379,6 @@ class WanTransformer(Transformer):
         cache.cursor.place(c.len_t, self.device)
         self._rotate_sinks(cache)
         self.prepare(cache, torch.arange(cache.cursor.start, cache.cursor.end), control)
-        if c.fuse_clean_pass and cache.pair is None:
-            # Graphs are found by where tensors lie: those of pairs must be there from the first on.
-            cache.pair = pair_up(cache, cache)
-            with cache.cursor.with_next(self.device):
-                pass
 
     def _rotate_sinks(self, cache: WanCache) -> None:
         """With cache-relative RoPE: let the sink of every layer stand right before the window."""
@@ -450,29 +438,18 @@ class WanTransformer(Transformer):
             frames: ``[T]`` positions.
             control: ``[B, L, control_dim]`` or None.
         """
-        self._adopt(cache, *self._inputs_at(cache, frames, control))
-
-    def _inputs_at(
-        self, cache: WanCache, frames: Tensor, control: Any
-    ) -> tuple[Tensor, Tensor | None, Control]:
         _, rows, columns = self.config.patch_size
         height, width = self.config.latent_height // rows, self.config.latent_width // columns
-        table, condition = self.rope(frames, height, width, self.device), None
+        cache.rope = copy_in_place(cache.rope, self.rope(frames, height, width, self.device))
+        condition, embedded = None, self.embed_control(control)
         if cache.condition is not None:
             last = cache.condition.shape[2] - 1
             condition = cache.condition[:, :, to_device(frames.clamp(max=last), self.device)]
-        return table, condition, self.embed_control(control)
-
-    def _adopt(
-        self, cache: WanCache, rope: Tensor, condition: Tensor | None, control: Control
-    ) -> None:
-        """Make these the inputs of the current chunk."""
-        cache.rope = copy_in_place(cache.rope, rope)
         cache.chunk_condition = self._keep_place(cache.chunk_condition, condition)
         if cache.control is not None:
-            control.tokens = self._keep_place(cache.control.tokens, control.tokens)
-            control.blocks = self._keep_place(cache.control.blocks, control.blocks)
-        cache.control = control
+            embedded.tokens = self._keep_place(cache.control.tokens, embedded.tokens)
+            embedded.blocks = self._keep_place(cache.control.blocks, embedded.blocks)
+        cache.control = embedded
 
     def _keep_place(self, stored: Any, new: Any) -> Any:
         """``new``, in the storage of ``stored`` where a graph reads it there."""
@@ -510,8 +487,7 @@ class WanTransformer(Transformer):
             write_only: stop when the last block's keys and values are in the cache.
 
         Returns:
-            ``[B, out_channels, T, H, W]`` float32, of several chunks at once the last one's; an
-            empty tensor if ``write_only``.
+            ``[B, out_channels, T, H, W]`` float32; an empty tensor if ``write_only``.
         """
         if cache.rope is None or cache.control is None:
             raise ValueError("The cache is not prepared for a chunk; call begin_step first.")
@@ -541,9 +517,8 @@ class WanTransformer(Transformer):
         if write_only and kv_cache is not None:
             block.write(x, modulation, cache.rope, kv_cache)
             return x.new_empty(0)
-        chunks = len(cache.cursor.groups) or 1
-        x = block(x, modulation, cache.rope, context, kv_cache, control, chunks)
-        x = self.head(x, self._per_token(of_head, size)[chunks - 1 :: chunks])
+        x = block(x, modulation, cache.rope, context, kv_cache, control)
+        x = self.head(x, self._per_token(of_head, size))
         return self.unpatchify(x, *size).float()
 
     def _per_token(self, modulation: Tensor, size: torch.Size) -> Tensor:
@@ -601,20 +576,9 @@ class WanTransformer(Transformer):
     @cached_property
     def network(self) -> Callable[..., Tensor]:
         """``forward``, replayed as a CUDA graph where the config asks for it and there is CUDA."""
-        return self._replayed(self.__call__)
-
-    @cached_property
-    def pair_network(self) -> Callable[..., Tensor]:
-        """The same for two chunks at once."""
-        return self._replayed(self._forward_pair)
-
-    def _replayed(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if not self.config.use_cuda_graph:
-            return function
-        return GraphedCallable(function, self.device, key=graph_key)
-
-    def _forward_pair(self, latents: Tensor, time: Tensor, cache: WanCache) -> Tensor:
-        return self(latents, time, cache.pair)
+            return self.__call__
+        return GraphedCallable(self.__call__, self.device, key=graph_key)
 
     def predict_flow(self, latent: Tensor, timestep: Tensor, cache: WanCache) -> Tensor:
         """Predict ``noise - x0``; see the contract."""
@@ -628,38 +592,6 @@ class WanTransformer(Transformer):
         if sigma.ndim > 0:
             sigma = per_pixel(sigma, latent.shape[2:], self.config.patch_size)
         return (latent.float() - output) / sigma
-
-    def predict_first_flow(
-        self,
-        latent: Tensor,
-        timestep: Tensor,
-        cache: WanCache,
-        before: PendingChunk,
-        control: Any,
-    ) -> Tensor:
-        """See the contract; where the config asks for it both chunks share one network call.
-
-        They go through the network side by side, as a batch of twice the size, so that whatever
-        cuts the tokens of a chunk cuts those of each. Only the current chunk's part of the cache
-        changes before the call has succeeded.
-        """
-        cursor, len_t = cache.cursor, self.config.len_t
-        if not self.config.fuse_clean_pass:
-            return super().predict_first_flow(latent, timestep, cache, before, control)
-        frames = torch.arange(cursor.end, cursor.end + len_t)
-        rope, condition, embedded = self._inputs_at(cache, frames, control)
-        following = replace(cache, rope=rope, chunk_condition=condition, control=embedded)
-        cache.pair = pair_up(cache, following, cache.pair)
-        latents = torch.stack([before.latent, latent], dim=1).flatten(0, 1)
-        times = [self._time(t, cache) for t in (before.timestep, timestep)]
-        of_entries = [t.expand(len(latent)) if t.ndim == 0 else t for t in times]
-        with cursor.with_next(self.device):
-            time = torch.stack(of_entries, dim=1).flatten(0, 1)
-            output = self.pair_network(latents, time, cache)
-        self._adopt(cache, rope, condition, embedded)
-        cursor.advance()
-        cursor.place(len_t, self.device)
-        return self._as_flow(output, latent, timestep)
 
     def update_cache(self, latent: Tensor, timestep: Tensor, cache: WanCache) -> None:
         """Write the clean chunk's keys and values and move on to the next chunk.

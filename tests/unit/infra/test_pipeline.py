@@ -1,5 +1,7 @@
 """The conductor: context, order, interleaved rollouts, noise."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -116,6 +118,39 @@ def test_steps_out_of_order_are_refused(pipeline):
         pipeline.finalize(autoregressive_index=1, cache=cache)
 
 
+def test_a_step_that_failed_between_the_branches_can_be_repeated(monkeypatch):
+    config = derive_config(
+        tiny_pipeline(control_dim=None), encoder=None, diffusion_model=dict(guidance_scale=3.0)
+    )
+    pipeline = config.setup(device="cpu")
+    transformer = pipeline.diffusion_model.transformer
+
+    def roll(fails_at: int | None) -> list[torch.Tensor]:
+        cache = pipeline.initialize_cache(text=text(0), negative_text=text(1))
+        latents = []
+        for i in range(5):
+            if i == fails_at:
+                flow = torch.zeros(transformer.latent_shape(1))
+                with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="memory"):
+                    failing = Mock(side_effect=[flow, RuntimeError("out of memory")])
+                    patch.setattr(transformer, "predict_flow", failing)
+                    pipeline.generate(i, cache)
+            pipeline.generate(i, cache)
+            pipeline.finalize(i, cache)
+            latents.append(cache.latent)
+        return latents
+
+    assert all(torch.equal(a, b) for a, b in zip(roll(3), roll(None), strict=True))
+
+
+def test_end_step_is_finalize_with_a_warning(pipeline):
+    cache = pipeline.initialize_cache(text=text(0))
+    pipeline.generate(0, cache, 0.0)
+    with pytest.warns(DeprecationWarning, match="end_step is deprecated and goes in 0.3; call fin"):
+        pipeline.end_step(0, cache)
+    pipeline.generate(1, cache, 0.0)  # finalized
+
+
 def test_context_reaches_the_component_that_declares_it(pipeline):
     cache = pipeline.initialize_cache(text=text(0), offset=3.0)
     assert cache.encoder == [3.0]
@@ -199,9 +234,7 @@ def test_long_rollout_keeps_its_memory():
 
 
 @pytest.mark.parametrize("inside", [(True, False), (False, True)])
-@pytest.mark.parametrize(
-    "transformer", [{}, {"fuse_clean_pass": True}, {"kv_cache_dtype": "int8"}], ids=str
-)
+@pytest.mark.parametrize("transformer", [{}, {"kv_cache_dtype": "int8"}], ids=str)
 def test_a_rollout_goes_on_outside_of_inference_mode(transformer, inside):
     pipeline = tiny_pipeline(**transformer).setup(device="cpu")
 
@@ -216,7 +249,7 @@ def test_a_rollout_goes_on_outside_of_inference_mode(transformer, inside):
                     cache = pipeline.load_cache(cache.state_dict())
                 for i in range(3 * half, 3 * half + 3):
                     chunks.append(pipeline.generate(i, cache, 0.1))
-                    pipeline.end_step(i, cache)
+                    pipeline.finalize(i, cache)
         return chunks
 
     for a, b in zip(roll(inside), roll((False, False)), strict=True):

@@ -176,7 +176,7 @@ def test_before_the_window_is_full_reencoding_is_a_rollout_of_clean_passes(conte
         transformer = pipeline.diffusion_model.transformer
         transformer.begin_step(i, by_hand.diffusion.conditional, control(i))
         by_hand.diffusion.latent, by_hand.diffusion.control = chunk.latent, control(i)
-        by_hand.diffusion.waiting = by_hand.diffusion.branches
+        by_hand.diffusion.pending = True
         pipeline.diffusion_model.finalize(i, by_hand.diffusion)
     now = keys_and_values(cache)
     assert all(torch.equal(a, b) for a, b in zip(now, keys_and_values(by_hand), strict=True))

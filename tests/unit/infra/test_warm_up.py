@@ -30,9 +30,8 @@ def graphed_pipeline(warm: bool = True, max_rollouts: int = 1, guided: bool = Fa
     model = pipeline.diffusion_model.transformer
     key = model.network.key
     model.network = GraphedCallable(model.__call__, CPU, key=key, backend=TraceCapture())
-    model.pair_network = GraphedCallable(model._forward_pair, CPU, key=key, backend=TraceCapture())
     if warm:
-        model.network.max_graphs = model.pair_network.max_graphs = 0  # warm-up makes room
+        model.network.max_graphs = 0  # warm-up makes room
         pipeline.warm_up()
     return pipeline
 
@@ -48,15 +47,13 @@ def begin(pipeline, seed: int):
 def step(pipeline, cache) -> torch.Tensor:
     index = cache.next_index
     pipeline.generate(autoregressive_index=index, cache=cache, input=0.1 * (index % 7))
-    pipeline.end_step(autoregressive_index=index, cache=cache)
+    pipeline.finalize(autoregressive_index=index, cache=cache)
     return cache.latent
 
 
-def eager_latents(
-    seed: int, steps: int, guided: bool = False, fused: bool = False
-) -> list[torch.Tensor]:
+def eager_latents(seed: int, steps: int, guided: bool = False) -> list[torch.Tensor]:
     config = derive_config(
-        tiny_pipeline(num_layers=1, fuse_clean_pass=fused),
+        tiny_pipeline(num_layers=1),
         diffusion_model={"guidance_scale": 3.0 * guided or None},
     )
     pipeline = config.setup(device="cpu")
@@ -132,23 +129,6 @@ def test_nothing_is_captured_after_warm_up_whatever_rollouts_do(steps, guided):
     counts = graphs_of(pipeline)
     assert (counts["captures_after_ready"], counts["eager_calls"]) == (0, 0)
     assert counts["replays"] == 3 * (steps + 18) * (2 if guided else 1)
-
-
-@pytest.mark.parametrize("guided", [False, pytest.param(True, marks=SLOW)])
-def test_nothing_is_captured_after_warm_up_where_clean_passes_are_fused(guided):
-    """Also where some are finalized; two rollouts, the second in the storage of the first."""
-    pipeline = graphed_pipeline(guided=guided, fuse_clean_pass=True)
-    for seed in (1, 2):
-        cache = begin(pipeline, seed)
-        found = [step(pipeline, cache).clone() for _ in range(12)]
-        assert same(found, eager_latents(seed, 12, guided, fused=True))
-        for index in range(12, 18):
-            step(pipeline, cache)
-            if index % 2:
-                pipeline.finalize(index, cache)
-        cache.release()
-    counts = graphs_of(pipeline)
-    assert (counts["captures_after_ready"], counts["eager_calls"]) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -305,12 +285,12 @@ def test_a_released_rollout_is_refused(pooled):
             use()
 
 
-@pytest.mark.parametrize(("steps", "fused"), [(2, False), (5, False), (5, True)])
-def test_prompt_updates_and_imports_keep_storage_in_place(steps, fused):
+@pytest.mark.parametrize("steps", [2, 5])
+def test_prompt_updates_and_imports_keep_storage_in_place(steps):
     """Also in mid-chunk, and when the window holds a part of a chunk."""
     graphed, eager = (
-        graphed_pipeline(max_rollouts=2, fuse_clean_pass=fused),
-        tiny_pipeline(num_layers=1, fuse_clean_pass=fused).setup(device="cpu"),
+        graphed_pipeline(max_rollouts=2),
+        tiny_pipeline(num_layers=1).setup(device="cpu"),
     )
     other = torch.randn(1, 3, TEXT_DIM, generator=torch.Generator().manual_seed(9))
     found = []

@@ -6,7 +6,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flashdreams.infra.diffusion.transformer import PendingChunk
 from flashdreams.models.wan.blocks import WanBlock
 from flashdreams.models.wan.transformer import WanTransformer
 from tests.tiny import CONTROL_DIM, tiny_transformer
@@ -62,21 +61,15 @@ def rollout(watch: Watch, **overrides) -> None:
     model = WanTransformer(config).eval().cast().to(DEVICE)
     model.finish_loading()
     model.network = watch.record(model.__call__)
-    model.pair_network = watch.record(model._forward_pair)
     latent = torch.zeros(model.latent_shape(1), device=DEVICE)
     control = model.example_control(1)
     cache = model.initialize_cache(**model.example_context(1))
     noisy, clean = torch.tensor(1000.0), torch.tensor(0.0)
     with watch:
         for i in range(model.warm_up_steps):
-            if i == 0 or not config.fuse_clean_pass:
-                model.begin_step(i, cache, control)
-                flow = model.predict_flow(latent, noisy, cache)
-            else:
-                before = PendingChunk(autoregressive_index=i - 1, latent=latent, timestep=clean)
-                flow = model.predict_first_flow(latent, noisy, cache, before, control)
-            if not config.fuse_clean_pass:
-                model.update_cache(latent, clean, cache)
+            model.begin_step(i, cache, control)
+            flow = model.predict_flow(latent, noisy, cache)
+            model.update_cache(latent, clean, cache)
             assert (flow.device, flow.shape) == (DEVICE, latent.shape)
 
 
@@ -88,15 +81,12 @@ def rollout(watch: Watch, **overrides) -> None:
         {"control_dim": None, "streaming": False},
         {"condition_channels": 3, "image_dim": 6, "image_len": 4},
         {"relative_rope": True},
-        {"fuse_clean_pass": True},
-        {"fuse_clean_pass": True, "condition_channels": 3, "kv_cache_dtype": "int8"},
+        {"condition_channels": 3, "kv_cache_dtype": "int8"},
         {"kv_cache_dtype": "int8", "dtype": "bfloat16"},
         {"kv_cache_dtype": "fp8", "relative_rope": True},
         {"fused_kernels": True, "dtype": "bfloat16"},
-        {"fused_kernels": True, "fuse_clean_pass": True},
         {"residual_dtype": "float32", "dtype": "bfloat16"},
         {"residual_dtype": "float32", "dtype": "bfloat16", "fused_kernels": True},
-        {"residual_dtype": "float32", "dtype": "bfloat16", "fuse_clean_pass": True},
         {"attention_backend": "triton"},
         {"attention_backend": "sdpa_math"},
     ],

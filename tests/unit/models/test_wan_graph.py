@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashdreams.infra.diffusion.transformer import ContextChunk, PendingChunk
+from flashdreams.infra.diffusion.transformer import ContextChunk
 from flashdreams.models.wan.state import graph_key
 from flashdreams.models.wan.transformer import WanTransformer
 from flashdreams.runtime.cuda_graph import GraphedCallable
@@ -93,53 +93,6 @@ def test_after_a_window_is_written_anew_the_graphs_of_warm_up_still_fit(storage)
     assert step(5).isfinite().all()
     assert model.network.captures == captures
     assert model.network.eager_calls == 0
-
-
-def fused_rollout(model: WanTransformer, steps: int = 12) -> list[torch.Tensor]:
-    """Each clean pass shares a call with the next chunk's first denoising step."""
-    draw = torch.Generator().manual_seed(0)
-    cache = model.initialize_cache(text=torch.randn(1, 4, TEXT_DIM, generator=draw))
-    flows, latent = [], None
-    for i in range(steps):
-        control = torch.randn(1, 8, CONTROL_DIM, generator=draw)
-        noisy = torch.randn(model.latent_shape(1), generator=draw)
-        if latent is None:
-            model.begin_step(i, cache, control)
-            flows.append(model.predict_flow(noisy, torch.tensor(1000.0), cache))
-        else:
-            before = PendingChunk(
-                autoregressive_index=i - 1, latent=latent, timestep=torch.tensor(0.0)
-            )
-            timestep = torch.tensor(1000.0)
-            flows.append(model.predict_first_flow(noisy, timestep, cache, before, control))
-        flows.append(model.predict_flow(noisy, torch.tensor(500.0), cache))
-        latent = noisy - flows[-1]
-    return flows
-
-
-@pytest.mark.parametrize("names_groups", [True, False])
-@torch.no_grad()
-def test_replayed_fused_rollout_equals_the_eager_one(names_groups):
-    """Bit for bit; one capture per fill phase and per place of the hole, which comes round.
-
-    Negative control: a key that does not name what each chunk sees.
-    """
-    torch.manual_seed(0)
-    config = tiny_transformer(control_dim=CONTROL_DIM, use_cuda_graph=True, fuse_clean_pass=True)
-    model = WanTransformer(config).eval()
-    eager = fused_rollout(model)
-    keys = {True: graph_key, False: lambda cache: cache.cursor.visible_tokens}
-    for name, function in (("network", model.__call__), ("pair_network", model._forward_pair)):
-        key, backend = keys[names_groups], TraceCapture()
-        graphs = GraphedCallable(function, torch.device("cpu"), key=key, backend=backend)
-        setattr(model, name, graphs)
-    flows = fused_rollout(model)
-    assert names_groups == all(torch.equal(a, b) for a, b in zip(eager, flows, strict=True))
-    if names_groups:
-        assert model.network.captures == 3
-        assert model.network.replays == 1 + 12 - 3
-        assert model.pair_network.captures == 2 + 5  # while it fills; a ring of 5, chunks of 2
-        assert model.pair_network.replays == 11 - 7
 
 
 @torch.no_grad()
