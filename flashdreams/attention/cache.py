@@ -1,16 +1,17 @@
 """The sink-and-window KV cache of a streaming rollout."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from flashdreams.attention.quantized import KVStorage, QuantizedPast, QuantizedTokens
+from flashdreams.attention.cursor import CacheCursor as _CacheCursor
+from flashdreams.attention.cursor import Cursor, token_slots
+from flashdreams.attention.quantized import KVStorage, QuantizedTokens
 from flashdreams.attention.rope import apply_rope, time_rotation
-from flashdreams.runtime.transfer import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,155 +75,16 @@ class CacheLayout(Protocol):
         """This rank's part of ``[B, slots, N, D]`` of the whole model."""
 
 
-def token_slots(frame_slots: Sequence[int], tokens_per_frame: int) -> Tensor:
-    """Slots of the tokens of latent frames in the given slots, ``[F * tokens per frame]`` int64."""
-    slots = torch.tensor(list(frame_slots), dtype=torch.int64)
-    return (slots[:, None] * tokens_per_frame + torch.arange(tokens_per_frame)).flatten()
-
-
-class CacheCursor:
-    """Which slots the current chunk fills and which are visible; shared by all layers.
-
-    Latent frame ``p`` lives in slot ``p`` while ``p < sink``, else in slot
-    ``sink + (p - sink) % window``. Slots fill in order, so the visible ones are always a prefix.
-    ``place`` starts an AR step, ``advance`` ends it; a step that is placed again overwrites itself.
-    ``rewriting`` and ``place_next`` fill the slots anew with frames that were there before.
-    With ``lists_past``, which a cache in eight bits asks for, ``past`` has the slots of the tokens
-    that a chunk sees beside its own.
-    """
-
-    outside_graphs: ClassVar[frozenset[str]] = frozenset({"_past_memory"})
-    """What a network call does not touch, so that it may grow: ``past`` is what is read of it."""
-
-    def __init__(self, sink_size_t: int, window_size_t: int, tokens_per_frame: int) -> None:
-        self.sink_size_t = sink_size_t
-        self.window_size_t = window_size_t
-        self.tokens_per_frame = tokens_per_frame
-        self.start = 0
-        self.len_t = 0
-        self.slots: Tensor | None = None
-        self.lists_past = False
-        self.past: tuple[Tensor, ...] = ()
-        self._past_memory: dict[str, Tensor] = {}
-        self._rewritten_t: int | None = None
-
-    def place(self, len_t: int, device: torch.device) -> None:
-        """Point at the slots of the next ``len_t`` latent frames.
-
-        The slot tensor keeps its storage from one AR step to the next, as replayed graphs need.
-
-        Raises:
-            ValueError: the chunk is longer than the window.
-        """
-        if len_t > self.window_size_t:
-            raise ValueError(
-                f"A chunk of {len_t} latent frames does not fit window_size_t="
-                f"{self.window_size_t}; window_size_t must be at least {len_t}."
-            )
-        self.len_t = len_t
-        placed = self.frame_slots(self.start, self.end)
-        self._point_at(placed, device)
-        self._list_past(device, chunk=self._visible_beside(placed))
-
-    def advance(self) -> None:
-        """Close the AR step: its frames are clean now and the next chunk comes after them."""
-        self.start = self.end
-        self.len_t = 0
-
-    def state_dict(self) -> dict[str, int]:
-        """Latent frames before the next chunk; to be asked between AR steps."""
-        return {"start": self.start}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Stand where the cursor stood that gave ``state``."""
-        self.start, self.len_t = state["start"], 0
-
-    def frame_slots(self, start: int, stop: int) -> list[int]:
-        """Slots of the latent frames ``start`` to ``stop - 1``."""
-        sink, window = self.sink_size_t, self.window_size_t
-        return [p if p < sink else sink + (p - sink) % window for p in range(start, stop)]
-
-    def past_frames(self) -> list[int]:
-        """Latent frames before the current chunk that are in the cache, oldest first."""
-        first = max(self.sink_size_t, self.end - self.window_size_t)
-        return [*range(min(self.sink_size_t, self.start)), *range(first, self.start)]
-
-    @contextmanager
-    def rewriting(self) -> Iterator[None]:
-        """Fill the cache anew with frames that were there before, oldest first.
-
-        Within the context ``place_next`` points at the next slots from slot 0 on, so that what is
-        visible stays a prefix. Afterwards the frames lie one behind the other; `KVCache.scatter`
-        brings them to their own slots.
-        """
-        slots, past = self.slots, self.past
-        self.slots, self._rewritten_t = None, 0
-        try:
-            yield
-        finally:
-            self.slots, self.past, self._rewritten_t = slots, past, None
-
-    def place_next(self, len_t: int, device: torch.device) -> None:
-        """Point at the slots of the next ``len_t`` latent frames that are written anew."""
-        first = self._rewritten_t or 0
-        self._rewritten_t = first + len_t
-        self._point_at(range(first, first + len_t), device)
-        self._list_past(device, rewritten=range(first))
-
-    def _point_at(self, frame_slots: Sequence[int], device: torch.device) -> None:
-        tokens = to_device(token_slots(frame_slots, self.tokens_per_frame), device)
-        if self.slots is not None and self.slots.shape == tokens.shape:
-            self.slots.copy_(tokens)
-        else:
-            self.slots = tokens
-
-    def _visible_beside(self, placed: Sequence[int]) -> list[int]:
-        """Frame slots that are visible, but for the placed ones."""
-        visible, own = self.visible_tokens // self.tokens_per_frame, set(placed)
-        return [slot for slot in range(visible) if slot not in own]
-
-    def _list_past(self, device: torch.device, **chunks: Sequence[int]) -> None:
-        """Note the frame slots that each chunk sees; each has memory of its own, as graphs need."""
-        if not self.lists_past:
-            return
-        past = []
-        for name, frame_slots in chunks.items():
-            tokens = to_device(token_slots(frame_slots, self.tokens_per_frame), device)
-            if name not in self._past_memory:
-                capacity = (self.sink_size_t + self.window_size_t) * self.tokens_per_frame
-                self._past_memory[name] = tokens.new_empty(capacity)
-            past.append(self._past_memory[name][: len(tokens)].copy_(tokens))
-        self.past = tuple(past)
-
-    @property
-    def end(self) -> int:
-        """Latent frames seen when the current chunk is counted in."""
-        return self.start + self.len_t
-
-    @property
-    def visible_tokens(self) -> int:
-        """Length of the prefix of slots that attention reads."""
-        frames = min(self.end, self.sink_size_t + self.window_size_t)
-        if self._rewritten_t is not None:
-            frames = self._rewritten_t
-        return frames * self.tokens_per_frame
-
-    @property
-    def evicted(self) -> int:
-        """Latent frames that have left the window, the current chunk counted in."""
-        return max(0, self.end - self.sink_size_t - self.window_size_t)
-
-
 class KVCache:
     """Keys and values of one layer, ``[B, slots, N, D]``, written in place and never rolled.
 
     Softmax does not care for the order of keys once the rotation is in them, so the ring needs no
-    unwrapping. In eight bits the past is what has been rounded: the chunk that is being computed
+    unwrapping. In an 8-bit cache the frames before the current chunk are quantized; the chunk
     attends to its own keys and values as they are.
     """
 
     def __init__(
-        self, spec: KVCacheSpec, cursor: CacheCursor, layout: CacheLayout | None = None
+        self, spec: KVCacheSpec, cursor: Cursor, layout: CacheLayout | None = None
     ) -> None:
         self.spec = spec
         self.cursor = cursor
@@ -231,8 +93,6 @@ class KVCache:
         self.v = spec.new_tokens(spec.capacity_t)
         self.sink_tokens = spec.sink_size_t * spec.tokens_per_frame
         self.sink_k = spec.new_tokens(spec.sink_size_t) if spec.relative_sink else None
-        if spec.storage != "native":
-            cursor.lists_past = True
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write the current chunk and return all that it may attend to.
@@ -243,7 +103,7 @@ class KVCache:
 
         Returns:
             The visible keys and values, ``[B, S, N, D]``, in slot order: views, or new tensors
-            where they are stored in eight bits.
+            where they are stored in 8 bits.
         """
         slots, visible = self.write(k, v), self.visible()
         if self.spec.storage != "native":
@@ -266,18 +126,15 @@ class KVCache:
         length = self.cursor.visible_tokens
         return self.k[:, :length], self.v[:, :length]
 
-    def past(self, group: int = 0) -> QuantizedPast:
-        """What a chunk sees beside itself, where it lies in eight bits.
+    def read_chunk(self) -> tuple[Tensor, Tensor]:
+        """Copies of the current chunk's keys and values, ``[B, L, N, D]``."""
+        slots = self.cursor.slots
+        return self.k[:, slots], self.v[:, slots]
 
-        Args:
-            group: which chunk, where the cursor has several.
-
-        Raises:
-            TypeError: the cache is not stored in eight bits.
-        """
-        if isinstance(self.k, Tensor) or isinstance(self.v, Tensor):
-            raise TypeError(f"A cache stored as {self.spec.storage!r} has no eight-bit tokens.")
-        return QuantizedPast(self.k, self.v, self.cursor.past[group])
+    def clear_chunk(self) -> None:
+        """Set the current chunk's keys and values to zero."""
+        for stored in (self.k, self.v):
+            stored[:, self.cursor.slots] = 0 * stored[:, self.cursor.slots]
 
     def keep_sink(self, start: int | None = None, end: int | None = None) -> None:
         """Store sink keys as they were first rotated (clean pass).
@@ -321,47 +178,56 @@ class KVCache:
         for stored in (self.k, self.v):
             stored.index_copy_(1, tokens, stored[:, : len(tokens)].clone())
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Frames of the whole model in the order of their positions; a collective call.
+    def copy_from(self, other: "KVCache") -> None:
+        """Take the contents of a cache of the same spec, in place; the cursor comes with it."""
+        for mine, theirs in ((self.k, other.k), (self.v, other.v), (self.sink_k, other.sink_k)):
+            if mine is not None:
+                mine.copy_(theirs)  # type: ignore[arg-type]
+
+    def canonical_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What is held of the whole model, frames in the order of their positions, one by one.
+
+        A collective call. The frames are those of ``cursor.past_frames()``.
 
         Returns:
-            ``frames`` ``[F]`` int64, positions in the rollout, ascending; ``k`` and ``v``
-            ``[B, F * tokens per frame, N, D]``, keys as they are rotated now; ``sink_k``, the
-            sink's frames among these as first rotated, where those are stored.
+            ``k`` and ``v`` ``[B, F * tokens per frame, N, D]``, keys as they are rotated now;
+            ``sink_k``, the sink's frames among these as first rotated, where those are stored.
         """
         frames = self.cursor.past_frames()
         tokens = self._tokens_of(self._slots_of(frames))
-        state = {"frames": torch.tensor(frames, dtype=torch.int64)}
         for name, stored in (("k", self.k), ("v", self.v)):
-            state[name] = self._gather(stored[:, tokens])
+            yield name, self._gather(stored[:, tokens])
         if self.sink_k is not None:
-            state["sink_k"] = self._gather(self.sink_k[:, : self._sink_tokens_of(frames)])
-        return state
+            yield "sink_k", self._gather(self.sink_k[:, : self._sink_tokens_of(frames)])
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take this rank's part of what ``state_dict`` gave, in place; the cursor comes first.
+    def load_canonical(self, frames: Sequence[int], state: Mapping[str, Tensor]) -> None:
+        """Take this rank's part of ``canonical_tensors``, in place; the cursor comes first.
+
+        Args:
+            frames: positions that the tensors hold.
+            state: the tensors by name.
 
         Raises:
             ValueError: other frames than this sink and window hold, or another size of model.
         """
-        frames, held = state["frames"].tolist(), self.cursor.past_frames()
-        if frames != held:
+        held = self.cursor.past_frames()
+        if list(frames) != held:
             raise ValueError(
-                f"The state holds keys of the latent frames {frames}, but sink_size_t="
+                f"The state holds keys of the latent frames {list(frames)}, but sink_size_t="
                 f"{self.spec.sink_size_t} and window_size_t={self.spec.window_size_t} hold {held} "
                 "here. Load it with the sink and window that it was exported with."
             )
         if ("sink_k" in state) != (self.sink_k is not None):
             raise ValueError("The state and this model differ in relative_rope; set it alike.")
-        tokens = self._tokens_of(self._slots_of(frames))
+        tokens = self._tokens_of(self._slots_of(held))
         for name, stored in (("k", self.k), ("v", self.v)):
             stored[:, tokens] = self._shard(state[name], len(tokens))
         if self.sink_k is not None:
-            kept = self._sink_tokens_of(frames)
+            kept = self._sink_tokens_of(held)
             self.sink_k[:, :kept] = self._shard(state["sink_k"], kept)
 
     def _slots_of(self, frames: Sequence[int]) -> list[int]:
-        return [slot for p in frames for slot in self.cursor.frame_slots(p, p + 1)]
+        return [self.cursor.slot_of(frame) for frame in frames]
 
     def _tokens_of(self, frame_slots: Sequence[int]) -> Tensor:
         return token_slots(frame_slots, self.spec.tokens_per_frame).to(self.k.device)
@@ -381,3 +247,15 @@ class KVCache:
                 f"{self.spec.dtype} {list(wanted)} here: it was exported from another model."
             )
         return own
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CacheCursor":
+        warnings.warn(
+            "flashdreams.attention.cache.CacheCursor is flashdreams.attention.cursor.Cursor now; "
+            "the old name goes in 0.3.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return _CacheCursor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

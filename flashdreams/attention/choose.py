@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from flashdreams.attention.backends import BACKENDS, AttentionBackend, why_unusable
-from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
+from flashdreams.attention.cache import KVCache, KVCacheSpec
 from flashdreams.attention.core import AttentionCore
+from flashdreams.attention.cursor import Cursor
 from flashdreams.attention.quantized import KVStorage
 
 logger = logging.getLogger(__name__)
@@ -196,12 +197,12 @@ def _prepare(
         device=q.device,
         storage=shape.storage,
     )
-    cache = KVCache(spec, CacheCursor(0, shape.keys, 1))
-    cache.cursor.place(shape.keys, q.device)
+    cache = KVCache(spec, Cursor(0, shape.keys, 1))
+    cache.cursor.begin_step(shape.keys, q.device)
     cache.write(k, v)
     cache.cursor.advance()
     own = min(shape.queries, shape.keys)
-    cache.cursor.place(own, q.device)
+    cache.cursor.begin_step(own, q.device)
     k, v = k[:, :own], v[:, :own]
     seen = cache.update(k, v)
     return lambda backend: partial(AttentionCore(shape.head_dim, backend), q, k, v, cache), seen

@@ -2,8 +2,9 @@
 
 from torch import Tensor, nn
 
-from flashdreams.attention.backends import AttentionBackend, in_place_form, sdpa
-from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
+from flashdreams.attention.backends import AttentionBackend, sdpa
+from flashdreams.attention.cache import KVCache, KVCacheSpec
+from flashdreams.attention.cursor import Cursor
 
 
 class AttentionCore(nn.Module):
@@ -17,7 +18,7 @@ class AttentionCore(nn.Module):
         self.scale = head_dim**-0.5
         self.backend = backend
 
-    def new_cache(self, spec: KVCacheSpec, cursor: CacheCursor) -> KVCache:
+    def new_cache(self, spec: KVCacheSpec, cursor: Cursor) -> KVCache:
         """Storage for one rollout; a wrapper rewrites the spec on the way in."""
         return KVCache(spec, cursor, layout=self)
 
@@ -47,10 +48,6 @@ class AttentionCore(nn.Module):
         """
         if cache is None:
             return self.backend(q, k, v, scale=self.scale)
-        in_place = in_place_form(self.backend, cache.spec.storage)
-        if in_place is not None:
-            cache.write(k, v)
-            return in_place(q, k, v, cache.past(), scale=self.scale)
         k, v = cache.update(k, v)
         return self.backend(q, k, v, scale=self.scale)
 

@@ -1,6 +1,7 @@
 """The common base of everything a pipeline is composed of."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -84,8 +85,19 @@ class Component(nn.Module):
     def init_buffers(self) -> None:
         """Fill the non-persistent buffers after a build on the meta device."""
 
-    def finish_loading(self) -> None:
+    def after_load(self) -> None:
         """Change what follows from the weights; called once they are loaded, cut and in place."""
+        if type(self).finish_loading is not Component.finish_loading:
+            warnings.warn(
+                f"{type(self).__name__}.finish_loading is named after_load now; the old name goes "
+                "in 0.3.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            self.finish_loading()
+
+    def finish_loading(self) -> None:
+        """Deprecated name of ``after_load``."""
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         yield from self.parameters()
@@ -133,7 +145,7 @@ def load_component(
     if not parts:  # these keep their own types: a pipeline may mix them
         component.cast()
     component.to(device)
-    component.finish_loading()
+    component.after_load()
 
 
 def nested_components(component: Component) -> list[Component]:

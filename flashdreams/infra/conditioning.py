@@ -1,138 +1,151 @@
-"""What a rollout is conditioned on, encoded once at its begin."""
+"""What a rollout is conditioned on, encoded once at its beginning."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from flashdreams.infra.checks import refuse_unknown
-from flashdreams.infra.component import declared_context
 from flashdreams.infra.encoder.base import Encoder
 from flashdreams.parallel.environment import from_rank_zero
 
-if TYPE_CHECKING:
-    from flashdreams.infra.pipeline import StreamInferencePipeline
-
-OWN_CONTEXT = ("text", "negative_text", "image", "seed", "noise")
+OWN_CONTEXT = frozenset({"text", "negative_text", "image", "seed", "noise"})
 """Context that the pipeline itself understands."""
 
 
-def encode_context(
-    pipeline: "StreamInferencePipeline",
-    text: Sequence[str] | Tensor | None,
-    negative_text: Sequence[str] | Tensor | None,
-    image: Any,
-    context: Mapping[str, Any],
-) -> tuple[dict[str, Any], Any]:
-    """Check and encode the arguments of `StreamInferencePipeline.initialize_cache`.
+@dataclass(frozen=True, kw_only=True)
+class ContextEncoder:
+    """Checks and encodes prompts, images and other context of a rollout."""
 
-    Returns:
-        The context by name, ``batch_size`` among it; and the encoded negative prompt, None without
-        guidance.
+    method: str
+    """Name of the pipeline, for messages."""
+    text_encoder: Any
+    """None: ``text`` is handed on as it is, unless the encoder was released or is elsewhere."""
+    image_encoder: Any
+    """None: ``image`` is handed on as it is."""
+    encodes_text: bool
+    """Whether the pipeline has a text encoder, on this rank or on rank zero."""
+    text_from_rank_zero: bool
+    """Only rank zero has the text encoder: it may be larger than the transformer."""
+    device: torch.device
+    """Where embeddings are wanted."""
+    guided: bool
+    """Whether there is an unconditional branch."""
+    known: frozenset[str]
+    """Context that the components declare."""
+    takes_image: bool
+    """Whether the diffusion model begins with the latents of an image."""
 
-    Raises:
-        TypeError: a keyword that no component declares, or an image that none of them takes.
-        ValueError: a prompt that the text encoder refuses, another number of negative prompts, or
-            any without guidance.
-    """
-    _check_names(pipeline, context, image)
-    batch_size = _batch_size(text, image)
-    encoded = {**context, "batch_size": batch_size}
-    if image is not None:
-        encoded |= _encode_image(pipeline, image)
-    if text is not None:
-        encoded["text"] = encode_text(pipeline, text)
-    if pipeline.config.diffusion_model.guidance_scale is None:
-        if negative_text is not None:
+    def encode(
+        self,
+        text: Sequence[str] | Tensor | None,
+        negative_text: Sequence[str] | Tensor | None,
+        image: Any,
+        context: Mapping[str, Any],
+    ) -> tuple[dict[str, Any], Any]:
+        """Check and encode the arguments of `StreamInferencePipeline.initialize_cache`.
+
+        Returns:
+            The context by name, ``batch_size`` among it; and the encoded negative prompt, None
+            without guidance.
+
+        Raises:
+            TypeError: a keyword that no component declares, or an image that none of them takes.
+            ValueError: a prompt that the text encoder refuses, another number of negative prompts,
+                or any without guidance.
+        """
+        self._check_names(context, image)
+        batch_size = _batch_size(text, image)
+        encoded = {**context, "batch_size": batch_size}
+        if image is not None:
+            found = self.image_encoder(image) if self.image_encoder is not None else image
+            encoded |= dict(found) if isinstance(found, Mapping) else {"image": found}
+        if text is not None:
+            encoded["text"] = self.encode_text(text)
+        if not self.guided:
+            if negative_text is not None:
+                raise ValueError(
+                    f"{self.method} runs without guidance, so it takes no negative_text; set "
+                    "diffusion_model.guidance_scale, or leave it away."
+                )
+            return encoded, None
+        prompts = [""] * batch_size if negative_text is None else negative_text
+        if not isinstance(prompts, str) and len(prompts) != batch_size:
             raise ValueError(
-                f"{pipeline.config.name} runs without guidance, so it takes no negative_text; set "
-                "diffusion_model.guidance_scale, or leave it away."
+                f"negative_text holds {len(prompts)} prompts for a batch of {batch_size}: give one "
+                "for each, or None."
             )
-        return encoded, None
-    prompts = [""] * batch_size if negative_text is None else negative_text
-    if not isinstance(prompts, str) and len(prompts) != batch_size:
-        raise ValueError(
-            f"negative_text holds {len(prompts)} prompts for a batch of {batch_size}: give one for "
-            "each, or None."
-        )
-    return encoded, encode_text(pipeline, prompts)
+        return encoded, self.encode_text(prompts)
 
+    def encode_text(self, text: Sequence[str] | Tensor) -> Any:
+        """Embeddings ``[B, S, text_dim]`` of prompts; embeddings are handed on.
 
-def encode_text(pipeline: "StreamInferencePipeline", text: Sequence[str] | Tensor) -> Any:
-    """Embeddings ``[B, S, text_dim]`` of prompts; what is encoded already is handed on.
+        A collective call where the text encoder is on rank zero alone.
 
-    Raises:
-        ValueError: one string in place of a list, or prompts after the text encoder was released.
-    """
-    if pipeline.config.text_encoder is None or isinstance(text, Tensor):
-        return text
-    if isinstance(text, str):
-        raise ValueError(f"text must be a list of prompts; got one string. Try text=[{text!r}].")
-    if not pipeline.text_from_rank_zero:
-        return _run_text_encoder(pipeline, text)
-    # The other ranks have no text encoder: it may be larger than the transformer.
-    embeddings = from_rank_zero(lambda: _run_text_encoder(pipeline, text).cpu())
-    return embeddings.to(pipeline.target_device)
+        Raises:
+            ValueError: one string in place of a list, or prompts after the text encoder was
+                released.
+        """
+        if not self.encodes_text or isinstance(text, Tensor):
+            return text
+        if isinstance(text, str):
+            raise ValueError(
+                f"text must be a list of prompts; got one string. Try text=[{text!r}]."
+            )
+        if not self.text_from_rank_zero:
+            return self.encode_here(text)
+        embeddings = from_rank_zero(lambda: self.encode_here(text).cpu())
+        return embeddings.to(self.device)
 
+    def encode_here(self, text: Sequence[str]) -> Any:
+        """Embeddings of prompts by the text encoder of this rank.
 
-def refuse_prompts(pipeline: "StreamInferencePipeline", prompts: Mapping[str, str]) -> None:
-    """Refuse prompts that the text encoder would refuse; needs no weights.
+        Raises:
+            ValueError: there is none any more.
+        """
+        if self.text_encoder is None:
+            raise ValueError(
+                "The text encoder was released after the first prompt. Give text as embeddings "
+                "[B, S, text_dim], or set release_text_encoder=False."
+            )
+        return self.text_encoder(list(text))
 
-    Collective where several ranks share the pipeline: rank zero, which runs the text encoder, asks.
+    def refuse_prompts(self, prompts: Mapping[str, str]) -> None:
+        """Refuse prompts that the text encoder would refuse; needs no weights.
 
-    Args:
-        pipeline: built, whether loaded or not.
-        prompts: each by its name in the message, such as the option that gives it.
+        Collective where several ranks share the pipeline: rank zero, which runs the text encoder,
+        asks.
 
-    Raises:
-        ValueError: names the prompt and says what is wrong with it, the same on all ranks.
-        CheckpointError: what reads prompts is not on this machine.
-        ImportError: a package for text is not installed.
-        RankZeroError: on the other ranks, if rank zero has raised one of the last two.
-    """
+        Args:
+            prompts: each by its name in the message, such as the option that gives it.
 
-    def refusal() -> str | None:
-        encoder = pipeline.text_encoder
-        for name, prompt in prompts.items() if isinstance(encoder, Encoder) else ():
-            try:
-                encoder.check_input([prompt])
-            except ValueError as error:
-                return f"{name}: {error}"
-        return None
+        Raises:
+            ValueError: names the prompt and says what is wrong with it, the same on all ranks.
+            CheckpointError: what reads prompts is not on this machine.
+            ImportError: a package for text is not installed.
+            RankZeroError: on the other ranks, if rank zero has raised one of the last two.
+        """
 
-    found = from_rank_zero(refusal) if pipeline.text_from_rank_zero else refusal()
-    if found is not None:
-        raise ValueError(found)
+        def refusal() -> str | None:
+            encoder = self.text_encoder
+            for name, prompt in prompts.items() if isinstance(encoder, Encoder) else ():
+                try:
+                    encoder.check_input([prompt])
+                except ValueError as error:
+                    return f"{name}: {error}"
+            return None
 
+        found = from_rank_zero(refusal) if self.text_from_rank_zero else refusal()
+        if found is not None:
+            raise ValueError(found)
 
-def _run_text_encoder(pipeline: "StreamInferencePipeline", text: Sequence[str]) -> Tensor:
-    if pipeline.text_encoder is None:
-        raise ValueError(
-            "The text encoder was released after the first prompt. Give text as embeddings "
-            "[B, S, text_dim], or set release_text_encoder=False."
-        )
-    return pipeline.text_encoder(list(text))
-
-
-def _encode_image(pipeline: "StreamInferencePipeline", image: Any) -> dict[str, Any]:
-    """What the image conditions, by context name; an encoder may give several tensors."""
-    encoded = pipeline.image_encoder(image) if pipeline.image_encoder else image
-    return dict(encoded) if isinstance(encoded, Mapping) else {"image": encoded}
-
-
-def _check_names(
-    pipeline: "StreamInferencePipeline", context: Mapping[str, Any], image: Any
-) -> None:
-    taken = set(pipeline.diffusion_model.known_context())
-    for part in (pipeline.encoder, pipeline.decoder):
-        if part is not None and hasattr(part, "initialize_cache"):
-            taken |= declared_context(part.initialize_cache)
-    encoded = pipeline.image_encoder is not None or isinstance(image, Mapping)
-    stamped = pipeline.config.diffusion_model.first_latent_from_image
-    name = pipeline.config.name
-    if image is not None and not (encoded or stamped or "image" in taken):
-        raise TypeError(f"{name} takes no image, so image must be None.")
-    refuse_unknown(context, (taken | set(OWN_CONTEXT)) - {"batch_size"}, name)
+    def _check_names(self, context: Mapping[str, Any], image: Any) -> None:
+        encoded = self.image_encoder is not None or isinstance(image, Mapping)
+        if image is not None and not (encoded or self.takes_image or "image" in self.known):
+            raise TypeError(f"{self.method} takes no image, so image must be None.")
+        refuse_unknown(context, (self.known | OWN_CONTEXT) - {"batch_size"}, self.method)
 
 
 def _batch_size(text: Any, image: Any) -> int:

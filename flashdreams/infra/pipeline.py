@@ -1,42 +1,40 @@
 """The pipeline: encoders, diffusion model and decoder, conducted through one rollout."""
 
+import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flashdreams.infra.component import (
-    Component,
-    build_component,
-    load_component,
-    select_context,
-)
-from flashdreams.infra.conditioning import encode_context, encode_text, refuse_prompts
+from flashdreams.infra.assembly import Assembly
+from flashdreams.infra.component import Component, select_context
 from flashdreams.infra.config import InstantiateConfig
-from flashdreams.infra.decoder.base import DecoderConfig, StreamingDecoder
+from flashdreams.infra.controller import Controller
+from flashdreams.infra.decoder.base import Decoder, DecoderConfig, StreamingDecoder
+from flashdreams.infra.diffusion.causal import RewriteMode
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.encoder.base import EncoderConfig, StreamingEncoder
+from flashdreams.infra.fingerprint import differences
 from flashdreams.infra.ranges import check_range
-from flashdreams.infra.rollout import StreamInferencePipelineCache
-from flashdreams.infra.state import RolloutState, import_rollout
-from flashdreams.infra.warm_up import WarmUp, stats, warm_up
-from flashdreams.infra.weights import fetch_weights, require_weights
-from flashdreams.parallel.environment import LOAD_TIMEOUT_S, group_rank
-from flashdreams.parallel.guidance import build_guidance
-from flashdreams.parallel.mesh import Mesh, ParallelConfig, build_mesh, resolve_degrees
-from flashdreams.parallel.parallelize import ParallelReport, parallelize
-from flashdreams.parallel.rollout import RolloutExchange
-from flashdreams.parallel.spatial import resolve_decode
-from flashdreams.parallel.watchdog import StageGuard, no_guard
-from flashdreams.runtime.grad_mode import without_grad
+from flashdreams.infra.rollout import (
+    StreamInferencePipelineCache,
+    check_state,
+    checked_values,
+    copy_rollout,
+    fill_rollout,
+    restore_context,
+    save_rollout,
+)
+from flashdreams.infra.state import RolloutState
+from flashdreams.parallel.environment import LOAD_TIMEOUT_S, from_rank_zero
+from flashdreams.runtime.grad_mode import grad_off, without_grad
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource
 from flashdreams.runtime.profiler import StageTimer
 
-INIT_SEED = 0
-"""Seed of weights that no checkpoint gives, so that every rank draws the same ones."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -81,14 +79,7 @@ ChunkObserver = Callable[[StreamInferencePipelineCache, Tensor], None]
 """Called with the rollout's cache and the chunk, right after each ``generate``."""
 
 
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The device of a name; ``"auto"`` is CUDA where there is one, else the CPU."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
-
-
-class StreamInferencePipeline(nn.Module):
+class StreamInferencePipeline(Assembly):
     """Streams a rollout chunk by chunk::
 
         cache = pipeline.initialize_cache(text=["A cat surfing."])
@@ -108,162 +99,10 @@ class StreamInferencePipeline(nn.Module):
         device: str | torch.device = "auto",
         load: bool = True,
     ) -> None:
-        """Build the components and, unless told otherwise, load their weights.
-
-        Args:
-            config: the composition.
-            device: where it shall run; ``"auto"`` is CUDA where there is one.
-            load: False leaves components that name a checkpoint on the meta device until ``load``
-                is called, so that others may cut them first.
-        """
-        super().__init__()
-        self.config = config
-        self.target_device = resolve_device(device)
+        """Build the components and, unless told otherwise, load their weights; see `Assembly`."""
+        super().__init__(config, device=device, load=load)
         self.observers: list[ChunkObserver] = []
-        self.guard: StageGuard = no_guard
-        self._slices: dict[str, Mapping[str, Any]] = {}
-        self.decodes_here = True
-        self.text_from_rank_zero = False
-        self.warmed_up: WarmUp | None = None
-        self._latent_width = config.diffusion_model.transformer.latent_width
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(INIT_SEED)
-            self.text_encoder = build_component(config.text_encoder)
-            self.image_encoder = build_component(config.image_encoder)
-            self.encoder = build_component(config.encoder)
-            self.diffusion_model = config.diffusion_model.setup()
-            self.decoder = build_component(config.decoder)
-        for part in self.components().values():
-            part.check_device(self.target_device)
-        self.exchange = RolloutExchange(Mesh(), self.diffusion_model.transformer.parallel_plan())
-        self.requires_grad_(False).eval()
-        if load:
-            self.load()
-
-    def components(self) -> dict[str, Component]:
-        """The components by their config's field name, in the order of the data."""
-        found = {
-            "text_encoder": self.text_encoder,
-            "image_encoder": self.image_encoder,
-            "encoder": self.encoder,
-            "transformer": self.diffusion_model.transformer,
-            "decoder": self.decoder,
-        }
-        return {name: part for name, part in found.items() if part is not None}
-
-    def build_mesh(self, world_size: int, parallel: ParallelConfig | None = None) -> Mesh:
-        """Settle the degrees for this model and arrange the ranks of the process group.
-
-        Args:
-            world_size: number of ranks.
-            parallel: the wish; None leaves everything to "auto".
-
-        Raises:
-            ValueError: impossible degrees; the message names some that would work.
-        """
-        parallel = parallel or ParallelConfig()
-        transformer = self.diffusion_model.transformer
-        sizes = transformer.config
-        planned = transformer.parallel_plan() is not None
-        streaming = getattr(sizes, "streaming", False)
-        degrees = resolve_degrees(
-            parallel,
-            world_size,
-            num_heads=getattr(sizes, "num_heads", None) if planned else None,
-            guided=self.config.diffusion_model.guidance_scale is not None,
-            cached_frame_tokens=getattr(sizes, "tokens_per_frame", None) if streaming else None,
-        )
-        return build_mesh(degrees, self.target_device.type, parallel)
-
-    def parallelize(self, mesh: Mesh) -> dict[str, ParallelReport]:
-        """Cut every component as its plan allows; call before ``load``.
-
-        Args:
-            mesh: the ranks and the strategy; one rank leaves everything as it is, unless strict.
-
-        Returns:
-            What was done, by component.
-
-        Raises:
-            ValueError: a plan that does not fit its component, or an impossible way to decode.
-        """
-        self.text_from_rank_zero = mesh.degrees.world_size > 1
-        if self.text_from_rank_zero and group_rank() != 0:
-            self.text_encoder = None
-        reports = {
-            name: parallelize(part, part.parallel_plan(), mesh)
-            for name, part in self.components().items()
-        }
-        self._slices = {name: report.slices for name, report in reports.items()}
-        self.diffusion_model.guidance = build_guidance(mesh)
-        plan = self.decoder.parallel_plan() if self.decoder is not None else None
-        decode = resolve_decode(mesh, plan, self._latent_width)
-        self.decodes_here = decode != "rank0" or mesh.decode.rank == 0
-        # Exchanges of two groups at once may wait for each other for ever.
-        self.diffusion_model.may_overlap &= decode != "split"
-        layout = reports["decoder"].width_layout if "decoder" in reports else None
-        cut = self.diffusion_model.transformer.parallel_plan()
-        self.exchange = RolloutExchange(mesh, cut, layout, self._latent_width)
-        return reports
-
-    def load(self, fetch_all: str | None = None, prompts: Mapping[str, str] | None = None) -> None:
-        """Read the weights, once, and move every component to its device and type.
-
-        Args:
-            fetch_all: what to type to have all missing weights fetched, for the error; None names
-                an option per file.
-            prompts: texts that will be encoded, each by its name in an error; asked about before
-                weights are fetched or read.
-
-        Raises:
-            ValueError: the device, or this rank's share, does not allow what the config asks for,
-                or the text encoder refuses a prompt.
-            CheckpointError: weights are missing or do not fit; see ``load_checkpoint``.
-            OtherRankError: they are missing, which the first rank of a node says in full.
-        """
-        for component in self.components().values():
-            component.check_device(self.target_device)
-        encodes_text = self.text_encoder is not None
-        shared = self.text_from_rank_zero
-        require_weights(self.config, fetch_all=fetch_all, encodes_text=encodes_text, shared=shared)
-        if prompts:
-            refuse_prompts(self, prompts)
-        fetch_weights(self.config, text_on_rank_zero=shared)
-        for name, component in self.components().items():
-            load_component(component, self.target_device, self._slices.get(name))
-        self.requires_grad_(False).eval()
-        for call in self.diffusion_model.transformer.graphed_calls():
-            call.meter = self.exchange.mesh.meter
-
-    @without_grad
-    def warm_up(self) -> WarmUp:
-        """Build whatever is built once, so that no rollout pays for it; a collective call.
-
-        Afterwards nothing is compiled, captured or measured any more. Call after ``load``; a second
-        call does nothing. On a CPU there is usually nothing to build.
-
-        Returns:
-            What was done, also kept as ``warmed_up``.
-        """
-        if self.warmed_up is None:
-            self.warmed_up = warm_up(self)
-        return self.warmed_up
-
-    def stats(self) -> dict[str, Any]:
-        """What was built at warm-up and what happened to it since, as JSON values.
-
-        Figures of graphs are there only where calls are captured.
-        """
-        return stats(self)
-
-    def drop_graphs(self) -> None:
-        """Free all CUDA graphs; before the process group ends, since they hold its collectives.
-
-        Rollouts can go on without them.
-        """
-        self.diffusion_model.side.join()
-        for call in self.diffusion_model.transformer.graphed_calls():
-            call.drop()
+        self._state_is_checked = False
 
     @without_grad
     def initialize_cache(
@@ -295,7 +134,8 @@ class StreamInferencePipeline(nn.Module):
                 an image that none of them takes.
         """
         with self.guard("initialize", None, LOAD_TIMEOUT_S):
-            encoded, negative = encode_context(self, text, negative_text, image, context)
+            encoder = self.context_encoder
+            encoded, negative = encoder.encode(text, negative_text, image, context)
             if self.config.release_text_encoder:
                 self.text_encoder = None
             return self.new_cache(encoded, negative, noise or NoiseSource(seed))
@@ -311,7 +151,7 @@ class StreamInferencePipeline(nn.Module):
             noise: of the rollout.
         """
         negative = None if negative_text is None else {**context, "text": negative_text}
-        return StreamInferencePipelineCache(
+        cache = StreamInferencePipelineCache(
             diffusion=self.diffusion_model.initialize_cache(
                 context, negative, noise, context["batch_size"]
             ),
@@ -322,28 +162,92 @@ class StreamInferencePipeline(nn.Module):
             context=context,
             negative_text=negative_text,
         )
+        if not self._state_is_checked:
+            check_state(cache, self.diffusion_model.transformer.parallel_plan())
+            self._state_is_checked = True
+        return cache
+
+    @without_grad
+    def save_cache(self, cache: StreamInferencePipelineCache) -> RolloutState | None:
+        """See `StreamInferencePipelineCache.state_dict`, which calls this."""
+        with self.guard("export", cache.next_index, LOAD_TIMEOUT_S):
+            self.diffusion_model.side.join()
+            plan = self.diffusion_model.transformer.parallel_plan()
+            return save_rollout(
+                cache, self.layout, self.target_device, plan, self.config.name, self.fingerprint()
+            )
 
     @without_grad
     def load_cache(
-        self, state: RolloutState | None, noise: NoiseFunction | None = None
+        self,
+        state: RolloutState | None,
+        noise: NoiseFunction | None = None,
+        controller: Controller | None = None,
     ) -> StreamInferencePipelineCache:
         """Go on with a rollout that ``cache.state_dict()`` has exported; a collective call.
+
+        Where both ranks and numerics fingerprint are those of the export, the frames that follow
+        have the same bits as those of the run that was exported; else differences are logged.
 
         Args:
             state: on rank zero the canonical form; elsewhere it is ignored.
             noise: as in ``initialize_cache``; needed if the rollout was begun with one.
+            controller: the one that steered the rollout; needed if one did.
 
         Returns:
             The rollout's state: the next call is ``generate`` for its next AR step.
 
         Raises:
-            ValueError: a state of another format, pipeline, sink or window, or no ``noise`` for a
-                rollout that was begun with one.
+            ValueError: a state of another format, pipeline, sink or window, or no ``noise`` or
+                ``controller`` for a rollout that was begun with one.
         """
         with self.guard("import", None, LOAD_TIMEOUT_S):
-            return import_rollout(self, state, noise)
+            values = from_rank_zero(
+                lambda: checked_values(state, self.config.name, noise, controller)
+            )
+            parts = [self.diffusion_model.transformer, self.encoder, self.decoder]
+            context, negative_text = restore_context(
+                values, state, self.layout, self.target_device, parts
+            )
+            cache = self.new_cache(context, negative_text, noise or NoiseSource(values["seed"]))
+            cache.controller = None if controller is None else controller.new_state()
+            fill_rollout(cache, values, state, self.layout, self.target_device)
+            for line in differences(values["fingerprint"], self.fingerprint()):
+                logger.info("The loaded rollout may go on with other bits: %s.", line)
+            return cache
 
     @without_grad
+    def clone_cache(
+        self, cache: StreamInferencePipelineCache, noise: NoiseFunction | None = None
+    ) -> StreamInferencePipelineCache:
+        """See `StreamInferencePipelineCache.clone`, which calls this."""
+        with self.guard("clone", cache.next_index, LOAD_TIMEOUT_S):
+            self.diffusion_model.side.join()
+            source = cache.diffusion.noise
+            if noise is None:
+                noise = NoiseSource(source.seed) if isinstance(source, NoiseSource) else source
+            other = self.new_cache(dict(cache.context), cache.negative_text, noise)
+            plan = self.diffusion_model.transformer.parallel_plan()
+            copy_rollout(cache, other, self.layout, self.target_device, plan)
+            return other
+
+    def pixel_frames(self, autoregressive_index: int) -> range:
+        """Pixel frames of the chunk of an AR step, counted from the beginning of the rollout.
+
+        Without a decoder these are latent frames.
+        """
+        len_t = self.diffusion_model.transformer.config.len_t
+        count = self.decoder.frame_count if isinstance(self.decoder, Decoder) else int
+        start, stop = autoregressive_index * len_t, (autoregressive_index + 1) * len_t
+        return range(count(start) if start else 0, count(stop))
+
+    def encode_prompts(self, text: Sequence[str]) -> Tensor:
+        """Embeddings ``[B, S, text_dim]`` of prompts, by this rank's text encoder.
+
+        Not a collective call: ranks that have no text encoder cannot make it.
+        """
+        return self.context_encoder.encode_here(text)
+
     def generate(
         self,
         autoregressive_index: int,
@@ -368,7 +272,8 @@ class StreamInferencePipeline(nn.Module):
         if self.encoder is None and input is not None:
             raise ValueError(f"{self.config.name} has no encoder, so input must be None.")
         timer = cache.timer
-        with self.guard("generate", autoregressive_index), timer.step(autoregressive_index):
+        watched = self.guard("generate", autoregressive_index)
+        with grad_off(), watched, timer.step(autoregressive_index):
             with timer.stage("encode"):
                 control = self._encode(input, autoregressive_index, cache)
             with timer.stage("diffuse"):
@@ -388,22 +293,22 @@ class StreamInferencePipeline(nn.Module):
         self,
         cache: StreamInferencePipelineCache,
         text: str | Sequence[str] | Tensor,
-        reencode_window: bool = False,
+        reencode_window: bool | RewriteMode = False,
     ) -> None:
-        """Change the prompt of a rollout that is under way.
+        """Change the prompt of a running rollout.
 
         May be called before any ``generate`` or ``finalize``. Cross-attention keys and values are
-        computed anew in the storage that they have; what the context remembers of past frames stays
-        as it was made under the old prompt, unless asked otherwise. Under guidance the negative
-        prompt stays.
+        computed anew in the storage that they have; the cached keys and values of earlier frames
+        stay as they were computed under the old prompt, unless asked otherwise. Under guidance the
+        negative prompt stays.
 
         Args:
             cache: this rollout's state.
             text: one prompt for the whole batch, one per batch entry, or embeddings
                 ``[B, S, text_dim]``.
-            reencode_window: run the clean passes of sink and window again under the new prompt,
-                oldest frame first, from the clean latents that the rollout keeps. Follows a prompt
-                sooner, at the cost of one network pass per chunk in the window.
+            reencode_window: compute sink and window anew under the new prompt, from the clean
+                latents that the rollout keeps. True or ``"chunks"``: one clean pass per chunk,
+                oldest first; ``"once"``: one pass over all frames. Follows a prompt sooner.
 
         Raises:
             ValueError: another number of prompts than the rollout has, or a prompt that the text
@@ -419,12 +324,12 @@ class StreamInferencePipeline(nn.Module):
                 "give one for all, or one for each."
             )
         with self.guard("update_prompt", cache.next_index, LOAD_TIMEOUT_S):
-            encoded = encode_text(self, prompts)
+            encoded = self.context_encoder.encode_text(prompts)
             self.diffusion_model.update_prompt(
-                {"text": encoded},
+                {**cache.context, "text": encoded},
                 cache.diffusion,
                 pending_index=cache.next_index - 1 if cache.pending else None,
-                reencode=reencode_window,
+                reencode="chunks" if reencode_window is True else reencode_window or None,
             )
         cache.context["text"] = encoded
 

@@ -1,19 +1,43 @@
-"""The state of one rollout."""
+"""The state of one rollout: saved, loaded and cloned by the styles of its fields."""
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, get_type_hints
 
+import torch
 from torch import Tensor
 
 from flashdreams.infra.checks import check_order
+from flashdreams.infra.controller import Controller
 from flashdreams.infra.diffusion.model import DiffusionCache
-from flashdreams.infra.state import RolloutState, export_rollout
-from flashdreams.parallel.environment import LOAD_TIMEOUT_S
-from flashdreams.runtime.grad_mode import without_grad
+from flashdreams.infra.state import (
+    FORMAT,
+    PlanStyles,
+    RolloutState,
+    StateDecoder,
+    StateEncoder,
+    check_plan_styles,
+    check_styles,
+    plan_styles,
+)
+from flashdreams.parallel.environment import broadcast_from_rank_zero, group_rank
+from flashdreams.parallel.plan import ParallelPlan, StateStyle
+from flashdreams.parallel.state_layout import BRANCHES, StateLayout
+from flashdreams.runtime.noise import NoiseFunction, NoiseSource
 from flashdreams.runtime.profiler import StageTimer
 
-if TYPE_CHECKING:
-    from flashdreams.infra.pipeline import StreamInferencePipeline
+
+class Conductor(Protocol):
+    """What a rollout's state asks of the pipeline that it runs on."""
+
+    diffusion_model: Any
+
+    def save_cache(self, cache: Any) -> RolloutState | None:
+        """The canonical form."""
+
+    def clone_cache(self, cache: Any, noise: NoiseFunction | None = None) -> Any:
+        """A rollout of its own with the same state."""
 
 
 @dataclass
@@ -21,17 +45,19 @@ class StreamInferencePipelineCache:
     """ALL state of one rollout; the pipeline itself has none."""
 
     diffusion: DiffusionCache
-    encoder: Any
-    decoder: Any
-    timer: StageTimer
-    pipeline: "StreamInferencePipeline" = field(repr=False)
+    pipeline: Conductor = field(repr=False)
     """The pipeline that the rollout runs on."""
     context: dict[str, Any] = field(repr=False)
     """What the rollout is conditioned on, encoded, by name."""
+    encoder: Any
+    decoder: Any
+    timer: StageTimer
     negative_text: Any = field(default=None, repr=False)
     """Embeddings of the negative prompt; None without guidance."""
     next_index: int = 0
     """The AR step that ``generate`` expects."""
+    controller: Any = None
+    """State of the controller that steers the rollout; None without one."""
 
     @property
     def pending(self) -> bool:
@@ -82,7 +108,6 @@ class StreamInferencePipelineCache:
                 "live in its storage. Begin a new one with pipeline.initialize_cache(...)."
             )
 
-    @without_grad
     def state_dict(self) -> RolloutState | None:
         """The rollout in a form that does not know the number of ranks; a collective call.
 
@@ -94,7 +119,304 @@ class StreamInferencePipelineCache:
 
         Raises:
             ValueError: after ``release``, or between ``generate`` and ``finalize``.
+            StateError: a component's state does not declare how ranks hold it.
         """
+        self._require_finalized("state_dict")
+        return self.pipeline.save_cache(self)
+
+    def clone(self, noise: NoiseFunction | None = None) -> "StreamInferencePipelineCache":
+        """Another rollout with the same past, copied on the device; both go on independently.
+
+        What a rollout writes in place is copied: KV caches, cross-attention keys and values,
+        encoder and decoder state. Encoded prompts and images are shared.
+
+        Args:
+            noise: of the clone; None goes on with the noise of this rollout.
+
+        Raises:
+            ValueError: after ``release``, or between ``generate`` and ``finalize``.
+            StateError: a component's state does not declare how ranks hold it.
+        """
+        self._require_finalized("clone")
+        return self.pipeline.clone_cache(self, noise)
+
+    def _require_finalized(self, call: str) -> None:
         self.require_live()
-        with self.pipeline.guard("export", self.next_index, LOAD_TIMEOUT_S):
-            return export_rollout(self.pipeline, self)
+        if self.pending:
+            raise ValueError(
+                f"A rollout has no {call} between generate and finalize. Call "
+                f"pipeline.finalize(autoregressive_index={self.next_index - 1}, cache=cache) first."
+            )
+
+
+def check_state(cache: StreamInferencePipelineCache, plan: ParallelPlan | None) -> None:
+    """See that declared styles fit what the fields hold; asked once per pipeline.
+
+    Args:
+        cache: fresh.
+        plan: of the transformer.
+
+    Raises:
+        StateError: names class and field.
+        ValueError: the plan's deprecated ``rollout`` names no field.
+    """
+    styles = plan_styles(plan)
+    for branch in cache.diffusion.branches:
+        check_styles(branch, "transformer")
+        if styles is not None:
+            check_plan_styles(branch, styles)
+    if styles is not None:
+        warnings.warn(
+            "ParallelPlan.rollout goes in 0.3: declare the style of each field of the state where "
+            "it is defined, with flashdreams.parallel.plan.state.",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+    check_styles(cache.encoder, "encoder")
+    check_styles(cache.decoder, "decoder")
+
+
+def save_rollout(
+    cache: StreamInferencePipelineCache,
+    layout: StateLayout,
+    device: torch.device,
+    plan: ParallelPlan | None,
+    name: str,
+    fingerprint: dict[str, Any],
+) -> RolloutState | None:
+    """Gather a rollout into its canonical form; a collective call, one tensor at a time.
+
+    Args:
+        cache: between AR steps.
+        layout: how ranks hold it.
+        device: where the pipeline runs.
+        plan: of the transformer.
+        name: of the pipeline.
+        fingerprint: of the numerics, kept beside the state.
+
+    Returns:
+        The form on rank zero, None on all others.
+
+    Raises:
+        StateError: state of a component that has no plain form.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def keep(path: str, x: Tensor) -> None:
+        if group_rank() == 0:
+            tensors[path] = x.detach().to("cpu", copy=True).contiguous()
+
+    encoder = StateEncoder(layout, device, keep)
+    diffusion = cache.diffusion
+    values: dict[str, Any] = {
+        "name": name,
+        "fingerprint": fingerprint,
+        "seed": diffusion.noise.seed if isinstance(diffusion.noise, NoiseSource) else None,
+        "next_index": cache.next_index,
+        "context": encoder.encode(cache.context, "context", "whole"),
+        "negative_text": encoder.encode(cache.negative_text, "negative_text", "whole"),
+        "latent": encoder.encode(diffusion.latent, "latent", "whole"),
+        "history": encoder.encode(diffusion.history, "history", "whole"),
+    }
+    values |= _encode_branches(diffusion, layout, device, keep, plan_styles(plan))
+    values["encoder"] = encoder.encode(cache.encoder, "encoder", "whole")
+    values["decoder"] = encoder.encode(cache.decoder, "decoder", _decoder_style(layout))
+    values["controller"] = encoder.encode(cache.controller, "controller", None)
+    if group_rank() != 0:
+        return None
+    return {"format": FORMAT, "values": values, "tensors": tensors}
+
+
+def _decoder_style(layout: StateLayout) -> StateStyle | None:
+    """Plain state of a decoder that is not cut is the same on all ranks; else it must declare."""
+    return None if layout.splits_width else "whole"
+
+
+def _encode_branches(
+    diffusion: DiffusionCache,
+    layout: StateLayout,
+    device: torch.device,
+    keep: Any,
+    styles: PlanStyles | None,
+) -> dict[str, Any]:
+    """The transformer's state under the prompt and, for a guided model, without it."""
+    values: dict[str, Any] = {}
+    for name in BRANCHES:
+        branch = getattr(diffusion, name)
+        if branch is None:
+            values[name] = None
+            continue
+
+        def emit(path: str, x: Tensor, name: str = name) -> None:
+            for branch_name, part in layout.gather_branches(x, name).items():
+                keep(f"{branch_name}/{path}", part)
+
+        values[name] = StateEncoder(layout, device, emit, styles).encode(branch, "", None)
+    if layout.branches_apart:  # each rank knows the form of its own branch, and both are the same
+        values = dict.fromkeys(BRANCHES, values["conditional"] or values["unconditional"])
+    return values
+
+
+def checked_values(
+    state: RolloutState | None,
+    name: str,
+    noise: NoiseFunction | None,
+    controller: Controller | None,
+) -> dict[str, Any]:
+    """The values of a canonical form; to be called on rank zero.
+
+    Args:
+        state: what ``state_dict`` returned.
+        name: of the pipeline that shall go on with it.
+        noise: that the caller gives.
+        controller: that the caller gives.
+
+    Raises:
+        ValueError: another format or pipeline, or noise or a controller that is missing.
+    """
+    if state is None or not {"format", "values", "tensors"} <= set(state):
+        raise ValueError(
+            "Rank zero needs the state of a rollout: what cache.state_dict() returned there."
+        )
+    if state["format"] != FORMAT:
+        raise ValueError(
+            f"The state has format {state['format']}; this release reads format {FORMAT}."
+        )
+    values = state["values"]
+    if values["name"] != name:
+        raise ValueError(
+            f"The state is of a rollout of {values['name']!r}; this pipeline is {name!r}."
+        )
+    if noise is None and values["seed"] is None:
+        raise ValueError(
+            "The rollout was begun with a noise callable, which is not part of its state. "
+            "Give it again: pipeline.load_cache(state, noise=...)."
+        )
+    if controller is None and values["controller"] is not None:
+        raise ValueError(
+            "A controller steered the rollout; give one of the same kind: "
+            "pipeline.load_cache(state, controller=...)."
+        )
+    return values
+
+
+def restore_context(
+    values: dict[str, Any],
+    state: RolloutState | None,
+    layout: StateLayout,
+    device: torch.device,
+    parts: Sequence[Any],
+) -> tuple[dict[str, Any], Any]:
+    """What a saved rollout is conditioned on; a collective call.
+
+    Args:
+        values: of the canonical form, the same on all ranks.
+        state: the form on rank zero.
+        layout: how ranks hold state.
+        device: where the pipeline runs.
+        parts: components whose ``initialize_cache`` annotates its context with dataclasses.
+
+    Returns:
+        The context by name, and the embeddings of the negative prompt.
+    """
+    decoder = StateDecoder(layout, device, _from_rank_zero(state))
+    hints: dict[str, Any] = {}
+    for part in parts:
+        if hasattr(part, "initialize_cache"):
+            hints |= get_type_hints(part.initialize_cache)
+    context = {
+        name: decoder.restore(x, f"context/{name}", None, hints.get(name))
+        for name, x in values["context"]["parts"].items()
+    }
+    return context, decoder.restore(values["negative_text"], "negative_text")
+
+
+def fill_rollout(
+    cache: StreamInferencePipelineCache,
+    values: dict[str, Any],
+    state: RolloutState | None,
+    layout: StateLayout,
+    device: torch.device,
+) -> None:
+    """Bring fresh state to where a saved rollout was, in place; a collective call.
+
+    Tensors of the same shape keep their storage, so graphs that were captured for it stay valid.
+
+    Args:
+        cache: fresh, under the context of the saved rollout.
+        values: of the canonical form, the same on all ranks.
+        state: the form on rank zero.
+        layout: how ranks hold it.
+        device: where the pipeline runs.
+
+    Raises:
+        ValueError: another sink, window or model.
+    """
+    decoder = StateDecoder(layout, device, _from_rank_zero(state))
+    _fill(cache, values, decoder)
+
+
+def copy_rollout(
+    source: StreamInferencePipelineCache,
+    into: StreamInferencePipelineCache,
+    layout: StateLayout,
+    device: torch.device,
+    plan: ParallelPlan | None,
+) -> None:
+    """Bring fresh state to where a running rollout is, on the device and without collectives.
+
+    Args:
+        source: between AR steps.
+        into: fresh, under the same context.
+        layout: how ranks hold it.
+        device: where the pipeline runs.
+        plan: of the transformer.
+
+    Raises:
+        StateError: state of a component that does not declare how it is held.
+    """
+    live: dict[str, Tensor] = {}
+    encoder = StateEncoder(layout, device, live.__setitem__, plan_styles(plan), in_process=True)
+    diffusion = source.diffusion
+    values = {
+        "next_index": source.next_index,
+        "latent": encoder.encode(diffusion.latent, "latent", "whole"),
+        "history": encoder.encode(diffusion.history, "history", "whole"),
+        **{name: encoder.encode(getattr(diffusion, name), name, None) for name in BRANCHES},
+        "encoder": encoder.encode(source.encoder, "encoder", "whole"),
+        "decoder": encoder.encode(source.decoder, "decoder", _decoder_style(layout)),
+        "controller": encoder.encode(source.controller, "controller", None),
+    }
+    if source.controller is not None:
+        into.controller = type(source.controller)(**vars(source.controller))
+    decoder = StateDecoder(layout, device, lambda path, *_: live[path], in_process=True)
+    _fill(into, values, decoder)
+
+
+def _fill(
+    cache: StreamInferencePipelineCache, values: dict[str, Any], decoder: StateDecoder
+) -> None:
+    cache.next_index, diffusion = values["next_index"], cache.diffusion
+    hints = get_type_hints(DiffusionCache)
+    diffusion.latent = decoder.restore(values["latent"], "latent")
+    diffusion.history = decoder.restore(values["history"], "history", None, hints["history"])
+    for name in BRANCHES:
+        branch = getattr(diffusion, name)
+        if branch is None:
+            decoder.skip(values[name], name)
+        else:
+            restored = decoder.restore(values[name], name, branch)
+            setattr(diffusion, name, restored)
+    cache.encoder = decoder.restore(values["encoder"], "encoder", cache.encoder)
+    cache.decoder = decoder.restore(values["decoder"], "decoder", cache.decoder)
+    cache.controller = decoder.restore(values["controller"], "controller", cache.controller)
+
+
+def _from_rank_zero(state: RolloutState | None) -> Any:
+    """Tensors of a form that rank zero has, for every rank; a collective call each."""
+
+    def take(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        stored = state["tensors"][path] if state is not None and group_rank() == 0 else None
+        return broadcast_from_rank_zero(stored, shape, dtype)
+
+    return take

@@ -1,29 +1,26 @@
-"""The canonical form of a rollout: plain tensors and numbers that know no number of ranks.
+"""Rollout state by the styles of its fields: to plain values and tensors, and back.
 
-``{"format": 1, "values": ..., "tensors": {name: tensor}}``: ``values`` may be written as JSON,
-``tensors`` (contiguous, on the CPU) as safetensors. A value that stands for a tensor says its
-shape, type and memory format; the tensor's name is the path that leads to that value.
+The canonical form knows no number of ranks: ``{"format": 2, "values": ..., "tensors": {path:
+tensor}}``. ``values`` may be written as JSON, ``tensors`` (contiguous, on the CPU) as safetensors.
+A value that stands for a tensor says its shape, type and memory format; the tensor's name is the
+path of fields that leads to it. No class name is stored: a load fills fresh state by field path.
 """
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
-from flashdreams.infra.diffusion.model import CleanChunk
-from flashdreams.parallel.environment import broadcast_from_rank_zero, from_rank_zero, group_rank
-from flashdreams.parallel.rollout import RolloutExchange
-from flashdreams.runtime.noise import NoiseFunction, NoiseSource
+from flashdreams.attention.cache import KVCache
+from flashdreams.attention.cursor import Cursor
+from flashdreams.parallel.plan import ParallelPlan, StateStyle, style_of
+from flashdreams.parallel.state_layout import StateLayout
 
-if TYPE_CHECKING:
-    from flashdreams.infra.pipeline import StreamInferencePipeline, StreamInferencePipelineCache
-
-FORMAT = 1
+FORMAT = 2
 """Number of the form; a state of another one is refused."""
-
-HALVES = ("conditional", "unconditional")
 
 _MEMORY_FORMATS = {
     "channels_last": torch.channels_last,
@@ -33,331 +30,351 @@ _MEMORY_FORMATS = {
 RolloutState = dict[str, Any]
 """What ``cache.state_dict()`` returns on rank zero."""
 
-Emit = Callable[[str, Tensor], Tensor]
-"""Takes a tensor under its path; returns the whole of it, of which a rank may hold a part."""
+Emit = Callable[[str, Tensor], None]
+"""Takes the whole of a tensor under its path."""
 
 Take = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
-"""The tensor of a path, shape and type: this rank's part of it."""
+"""The whole tensor of a path, shape and type."""
+
+PlanStyles = Mapping[str, StateStyle]
+"""Styles that a plan's deprecated ``rollout`` gives to fields without one."""
 
 
-def export_rollout(
-    pipeline: "StreamInferencePipeline", cache: "StreamInferencePipelineCache"
-) -> RolloutState | None:
-    """Put a rollout into its canonical form; a collective call, one tensor at a time.
+class StateError(TypeError):
+    """State that cannot be saved, moved or copied, since a field does not say how."""
 
-    Returns:
-        The form on rank zero, None on all others.
+
+def plan_styles(plan: ParallelPlan | None) -> PlanStyles | None:
+    """The deprecated ``rollout`` of a plan; None for a plan without."""
+    return dict(plan.rollout) if plan is not None and plan.rollout else None
+
+
+def check_plan_styles(state: Any, styles: PlanStyles) -> None:
+    """See that a plan's ``rollout`` names fields of the state.
 
     Raises:
-        ValueError: a chunk is generated and not yet finalized.
-        TypeError: state of a component that has no plain form.
+        ValueError: it names something else; the message has the nearest field.
     """
-    if cache.pending:
-        raise ValueError(
-            "A rollout has no canonical form between generate and finalize. Call "
-            f"pipeline.finalize(autoregressive_index={cache.next_index - 1}, cache=cache) first."
-        )
-    pipeline.diffusion_model.side.join()
-    exchange, diffusion = pipeline.exchange, cache.diffusion
-    tensors: dict[str, Tensor] = {}
-
-    def keep(path: str, x: Tensor) -> Tensor:
-        if group_rank() == 0:
-            tensors[path] = x.detach().to("cpu", copy=True).contiguous()
-        return x
-
-    codec = StateCodec(pipeline.target_device)
-    values: dict[str, Any] = {
-        "name": pipeline.config.name,
-        "seed": diffusion.noise.seed if isinstance(diffusion.noise, NoiseSource) else None,
-        "next_index": cache.next_index,
-        "context": codec.encode(cache.context, "context", keep),
-        "negative_text": codec.encode(cache.negative_text, "negative_text", keep),
-        "latent": codec.encode(diffusion.latent, "latent", keep),
-        "history": codec.encode(diffusion.history, "history", keep),
-    }
-    values |= _encode_halves(codec, exchange, diffusion, keep)
-    values["encoder"] = codec.encode(cache.encoder, "encoder", keep)
-    values["decoder"] = codec.encode(exchange.whole_decoder(cache.decoder), "decoder", keep)
-    if group_rank() != 0:
-        return None
-    return {"format": FORMAT, "values": values, "tensors": tensors}
+    known = [f.name for f in fields(state)] if is_dataclass(state) else []
+    for name in styles:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"The plan's rollout names {name!r}, which is no field of "
+                f"{type(state).__name__}.{hint} Fields: {', '.join(known)}."
+            )
 
 
-def _encode_halves(
-    codec: "StateCodec", exchange: RolloutExchange, diffusion: Any, keep: Emit
-) -> dict[str, Any]:
-    """The transformer's cache under the prompt and, for a guided model, without it."""
-    values: dict[str, Any] = {}
-    for name in HALVES:
-        branch = getattr(diffusion, name)
-        if branch is None:
-            values[name] = None
-            continue
+def check_styles(state: Any, path: str) -> None:
+    """See that what state dataclasses declare fits what their fields hold.
 
-        def emit(path: str, x: Tensor, name: str = name) -> Tensor:
-            whole = exchange.gather(path, x)
-            for half, part in exchange.gather_halves(whole, name).items():
-                keep(f"{half}/{path}", part)
-            return whole
-
-        values[name] = codec.encode(branch, "", emit, exchange.rebuilt)
-    if exchange.halves_apart:  # each half's ranks know the form of their own, and it is the same
-        values = dict.fromkeys(HALVES, values["conditional"] or values["unconditional"])
-    return values
-
-
-def import_rollout(
-    pipeline: "StreamInferencePipeline",
-    state: RolloutState | None,
-    noise: NoiseFunction | None = None,
-) -> "StreamInferencePipelineCache":
-    """Go on with a rollout, on any number of ranks; a collective call, one tensor at a time.
+    Fields without a style are let pass: such state runs, and is refused where it is saved.
 
     Args:
-        pipeline: of the config that the rollout was begun with.
-        state: the canonical form; what counts is rank zero's, the others may give None.
-        noise: takes the place of the seeded noise; needed if the rollout was begun with one.
+        state: as ``initialize_cache`` returned it.
+        path: for the message.
 
     Raises:
-        ValueError: another format, pipeline or window, or a noise callable that is missing.
+        StateError: names class and field, and says what would fit.
     """
-    values = from_rank_zero(lambda: _checked_values(state, pipeline.config.name))
-    seed, exchange = values["seed"], pipeline.exchange
-    if noise is None and seed is None:
-        raise ValueError(
-            "The rollout was begun with a noise callable, which is not part of its state. "
-            "Give it again: pipeline.load_cache(state, noise=...)."
+    if not is_dataclass(state) or isinstance(state, type):
+        return
+    for declared in fields(state):
+        value, style = getattr(state, declared.name), style_of(declared)
+        where = f"{path}: {type(state).__name__}.{declared.name}"
+        if style is None:
+            check_styles(value, f"{path}.{declared.name}")
+        elif style != "rebuilt":
+            _check_leaves(value, style, where)
+
+
+def _check_leaves(value: Any, style: StateStyle, where: str) -> None:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            _check_leaves(item, style, where)
+    elif isinstance(value, KVCache) != (style == "cache") and value is not None:
+        got = "a KV cache" if isinstance(value, KVCache) else f"a {type(value).__name__}"
+        raise StateError(
+            f"{where} declares the style {style!r} and holds {got}. "
+            'KV caches have the style "cache", and nothing else has.'
+        )
+    elif isinstance(value, Tensor) and style == "host":
+        raise StateError(
+            f'{where} declares the style "host" and holds a tensor. Use "whole" for a tensor that '
+            'is equal on all ranks, "heads" for [B, S, N, D] cut by tensor parallelism.'
+        )
+    elif isinstance(value, Tensor) and style == "heads" and value.ndim != 4:
+        raise StateError(
+            f'{where} declares the style "heads" and holds a tensor {list(value.shape)}; '
+            "heads are dim 2 of [B, S, N, D]."
         )
 
-    def take(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        stored = state["tensors"][path] if state is not None and group_rank() == 0 else None
-        return broadcast_from_rank_zero(stored, shape, dtype)
 
-    transformer = pipeline.diffusion_model.transformer
-    parts = [transformer, pipeline.encoder, pipeline.decoder]
-    makers = [part.initialize_cache for part in parts if hasattr(part, "initialize_cache")]
-    classes = known_classes(*makers, *(p.forward for p in parts[1:] if p is not None))
-    codec = StateCodec(pipeline.target_device, {**classes, CleanChunk.__name__: CleanChunk})
-    cache = pipeline.new_cache(
-        codec.restore(values["context"], "context", take),
-        codec.restore(values["negative_text"], "negative_text", take),
-        noise or NoiseSource(seed),
-    )
-    cache.next_index, diffusion = values["next_index"], cache.diffusion
-    diffusion.latent = codec.restore(values["latent"], "latent", take)
-    diffusion.history = codec.restore(values["history"], "history", take)
-    for name in HALVES:
+class StateEncoder:
+    """Turns state into values, and hands its tensors out one by one; a collective call."""
 
-        def take_part(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            _, _, inner = path.partition("/")
-            return exchange.shard(inner, take(path, shape, dtype))
-
-        branch = getattr(diffusion, name)
-        if branch is None:
-            codec.skip(values[name], name, take)
-        else:
-            codec.restore(values[name], name, take_part, branch)
-    cache.encoder = codec.restore(values["encoder"], "encoder", take, cache.encoder)
-    decoder = exchange.whole_decoder(cache.decoder)
-    restored = codec.restore(values["decoder"], "decoder", take, decoder)
-    cache.decoder = cache.decoder if restored is decoder else restored
-    return cache
-
-
-def _checked_values(state: RolloutState | None, name: str) -> dict[str, Any]:
-    if state is None or not {"format", "values", "tensors"} <= set(state):
-        raise ValueError(
-            "Rank zero needs the state of a rollout: what cache.state_dict() returned there."
-        )
-    if state["format"] != FORMAT:
-        raise ValueError(
-            f"The state has format {state['format']}; this release reads format {FORMAT}."
-        )
-    if state["values"]["name"] != name:
-        raise ValueError(
-            f"The state is of a rollout of {state['values']['name']!r}; this pipeline is {name!r}."
-        )
-    return state["values"]
-
-
-class StateCodec:
-    """Turns state into values and tensors, and back into objects of known classes.
-
-    Plain are numbers, strings, None, tensors, devices, lists, tuples, mappings with string keys,
-    dataclasses of these, and objects with ``state_dict`` and ``load_state_dict``.
-    """
-
-    def __init__(self, device: torch.device, classes: Mapping[str, type] | None = None) -> None:
+    def __init__(
+        self,
+        layout: StateLayout,
+        device: torch.device,
+        emit: Emit,
+        styles: PlanStyles | None = None,
+        *,
+        in_process: bool = False,
+    ) -> None:
         """Prepare.
 
         Args:
-            device: where the pipeline runs; tensors that lie elsewhere are host tensors.
-            classes: dataclasses that may be made anew, by name.
+            layout: makes tensors whole.
+            device: where the pipeline runs; tensors elsewhere are host tensors.
+            emit: takes the tensors.
+            styles: of a deprecated plan: fields without a style are then ``"whole"``.
+            in_process: the values stay in this process: tensors are emitted as this rank holds
+                them, and KV caches are values themselves.
         """
+        self.layout = layout
         self.device = device
-        self.classes = classes or {}
+        self.emit = emit
+        self.styles = styles
+        self.in_process = in_process
 
-    def encode(
-        self, value: Any, path: str, emit: Emit, without: frozenset[str] = frozenset()
-    ) -> Any:
-        """The values of ``value``; its tensors go to ``emit`` under their paths.
+    def encode(self, value: Any, path: str, style: StateStyle | None) -> Any:
+        """The values of ``value``.
 
         Args:
             value: what is to be written.
             path: prefix of the tensors' names.
-            emit: takes the tensors.
-            without: fields of a dataclass that are left out.
+            style: of the field that holds it; None for one that declares none.
 
         Raises:
-            TypeError: something that has no plain form.
+            StateError: a field without a style, or something that has no plain form.
         """
         if value is None or isinstance(value, bool | int | float | str):
             return value
-        if isinstance(value, Tensor):
-            return self._describe(value, emit(path, value))
+        if isinstance(value, Cursor):
+            return {"kind": "cursor", "start": value.start}
         if isinstance(value, torch.device):
             return {"kind": "device"}
-        if hasattr(value, "load_state_dict"):
-            state = value.state_dict()
-            return {"kind": "object", "parts": self._encode_all(state, path, emit)}
-        if is_dataclass(value):
-            named = {f.name: getattr(value, f.name) for f in fields(value) if f.name not in without}
-            name = type(value).__name__
-            return {"kind": name, "parts": self._encode_all(named, path, emit)}
+        if is_dataclass(value) and not isinstance(value, type):
+            return {"kind": "fields", "parts": self._encode_fields(value, path)}
+        if isinstance(value, KVCache) and style is not None:
+            return self._encode_cache(value, path)
+        if isinstance(value, Tensor) and style is not None:
+            return self._encode_tensor(value, path, style)
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-            return {"kind": "mapping", "parts": self._encode_all(value, path, emit)}
+            parts = {k: self.encode(x, _join(path, k), style) for k, x in value.items()}
+            return {"kind": "mapping", "parts": parts}
         if type(value) in (list, tuple):
-            items = [self.encode(x, _join(path, str(i)), emit) for i, x in enumerate(value)]
-            return items if isinstance(value, list) else {"kind": "tuple", "items": items}
-        raise TypeError(
-            f"{path}: a {type(value).__name__} has no plain form. Keep rollout state in tensors, "
-            "numbers, lists, dicts with string keys and dataclasses, or give its class "
-            "state_dict() and load_state_dict(state)."
-        )
+            items = [self.encode(x, _join(path, str(i)), style) for i, x in enumerate(value)]
+            return {"kind": type(value).__name__, "items": items}
+        if hasattr(value, "load_state_dict") and hasattr(value, "state_dict"):
+            state = value.state_dict()
+            parts = {k: self.encode(x, _join(path, k), style) for k, x in state.items()}
+            return {"kind": "object", "parts": parts}
+        raise StateError(_no_form(value, path, style))
 
-    def _encode_all(self, parts: Mapping[str, Any], path: str, emit: Emit) -> dict[str, Any]:
-        return {name: self.encode(x, _join(path, name), emit) for name, x in parts.items()}
+    def _encode_fields(self, value: Any, path: str) -> dict[str, Any]:
+        parts = {}
+        for declared in fields(value):
+            part, style = getattr(value, declared.name), style_of(declared)
+            if style is None and self.styles is not None:
+                style = self.styles.get(declared.name, "whole")
+            if style == "rebuilt":
+                continue
+            if style is None and _needs_style(part):
+                raise StateError(_undeclared(value, declared.name, part, path))
+            parts[declared.name] = self.encode(part, _join(path, declared.name), style)
+        return parts
 
-    def _describe(self, own: Tensor, whole: Tensor) -> dict[str, Any]:
-        order = next(
-            (n for n, f in _MEMORY_FORMATS.items() if _has_format(own, f)),
-            None,
-        )
+    def _encode_cache(self, cache: KVCache, path: str) -> Any:
+        if self.in_process:
+            return {"kind": "live_cache", "cache": cache}
+        parts = {
+            name: self._encode_tensor(x, _join(path, name), "whole")
+            for name, x in cache.canonical_tensors()
+        }
+        return {"kind": "cache", "frames": cache.cursor.past_frames(), "parts": parts}
+
+    def _encode_tensor(self, x: Tensor, path: str, style: StateStyle) -> dict[str, Any]:
+        whole = x if self.in_process else self.layout.gather(style, x)
+        self.emit(path, whole)
+        order = next((n for n, f in _MEMORY_FORMATS.items() if _has_format(x, f)), None)
         return {
             "kind": "tensor",
+            "style": style,
             "shape": list(whole.shape),
             "dtype": str(whole.dtype)[6:],
             "order": order,
-            "host": own.device.type != self.device.type,
+            "host": x.device.type != self.device.type,
         }
 
-    def restore(self, value: Any, path: str, take: Take, into: Any = None) -> Any:
-        """What ``encode`` was given, from its values and tensors.
+
+class StateDecoder:
+    """Fills fresh state from values and tensors; the inverse of `StateEncoder`."""
+
+    def __init__(
+        self, layout: StateLayout, device: torch.device, take: Take, *, in_process: bool = False
+    ) -> None:
+        """Prepare; arguments as for `StateEncoder`.
+
+        Args:
+            layout: takes this rank's part of tensors.
+            device: where the pipeline runs.
+            take: gives the tensors, in the order in which they were emitted.
+            in_process: the values are of an encoder with ``in_process``.
+        """
+        self.layout = layout
+        self.device = device
+        self.take = take
+        self.in_process = in_process
+
+    def restore(self, value: Any, path: str, into: Any = None, hint: Any = None) -> Any:
+        """What ``encode`` was given.
 
         Args:
             value: from ``encode``.
             path: as there.
-            take: gives the tensors; called in the order in which they were emitted.
-            into: a fresh object of the same kind, filled in place where it can be.
+            into: fresh state of the same kind, filled in place where it can be.
+            hint: type of the field that holds it, for what ``into`` does not have yet.
 
         Raises:
-            ValueError: a class that is not known, or state that does not fit ``into``.
+            ValueError: state that does not fit ``into``, or an object that nothing can make.
         """
-        if isinstance(value, list):
-            return self._restore_items(value, path, take, into)
         if not isinstance(value, dict):
             return value
         kind = value["kind"]
         if kind == "tensor":
-            return self._restore_tensor(value, path, take, into)
+            return self._restore_tensor(value, path, into)
         if kind == "device":
             return self.device
-        if kind == "tuple":
-            return tuple(self._restore_items(value["items"], path, take, into))
-        parts = {
-            name: self.restore(x, _join(path, name), take, _part(into, name, kind))
-            for name, x in value["parts"].items()
-        }
-        if kind == "mapping":
-            return parts
-        if kind == "object":
-            if into is None:
-                raise ValueError(f"{path}: nothing here that could take the state of an object.")
-            into.load_state_dict(parts)
+        if kind == "cursor":
+            into.reset(value["start"])
             return into
-        return self._restore_dataclass(kind, parts, path, into)
-
-    def skip(self, value: Any, path: str, take: Take) -> None:
-        """Take the tensors of ``value`` in their turn and drop them."""
-        if isinstance(value, dict) and value["kind"] == "tensor":
-            take(path, tuple(value["shape"]), getattr(torch, value["dtype"]))
-        elif isinstance(value, list):
-            for i, x in enumerate(value):
-                self.skip(x, _join(path, str(i)), take)
-        elif isinstance(value, dict):
-            self.skip(value.get("items"), path, take)
-            for name, x in value.get("parts", {}).items():
-                self.skip(x, _join(path, name), take)
-
-    def _restore_items(self, items: list[Any], path: str, take: Take, into: Any) -> list[Any]:
-        same = isinstance(into, list | tuple) and len(into) == len(items)
-        places = into if same else [None] * len(items)
-        restored = [
-            self.restore(x, _join(path, str(i)), take, place)
-            for i, (x, place) in enumerate(zip(items, places, strict=True))
-        ]
-        if not (same and isinstance(into, list)):
-            return restored
-        into[:] = restored  # others may refer to this very list
+        if kind == "live_cache":
+            into.copy_from(value["cache"])
+            return into
+        if kind in ("list", "tuple"):
+            return self._restore_items(value, path, into, hint)
+        if kind == "fields":
+            return self._restore_fields(value["parts"], path, into, hint)
+        if kind == "mapping":
+            places, hints = into if isinstance(into, Mapping) else {}, get_args(hint)
+            inner = hints[1] if len(hints) > 1 else None
+            return {
+                name: self.restore(x, _join(path, name), places.get(name), inner)
+                for name, x in value["parts"].items()
+            }
+        if into is None:
+            raise ValueError(f"{path}: nothing here that could take the state of an object.")
+        parts = {n: self.restore(x, _join(path, n)) for n, x in value["parts"].items()}
+        if kind == "cache":
+            into.load_canonical(value["frames"], parts)
+        else:
+            into.load_state_dict(parts)
         return into
 
-    def _restore_tensor(self, value: Any, path: str, take: Take, into: Any) -> Tensor:
-        x = take(path, tuple(value["shape"]), getattr(torch, value["dtype"]))
-        x = x.to("cpu" if value["host"] else self.device)
-        if value["order"] is not None:
-            x = x.contiguous(memory_format=_MEMORY_FORMATS[value["order"]])
-        fits = isinstance(into, Tensor) and into.shape == x.shape and into.dtype == x.dtype
-        return into.copy_(x) if fits else x.clone()
+    def skip(self, value: Any, path: str) -> None:
+        """Take the tensors of ``value`` in their turn and drop them."""
+        if not isinstance(value, dict):
+            return
+        if value["kind"] == "tensor":
+            self.take(path, tuple(value["shape"]), getattr(torch, value["dtype"]))
+        for i, x in enumerate(value.get("items", [])):
+            self.skip(x, _join(path, str(i)))
+        for name, x in value.get("parts", {}).items():
+            self.skip(x, _join(path, name))
 
-    def _restore_dataclass(self, kind: str, parts: dict[str, Any], path: str, into: Any) -> Any:
+    def _restore_items(self, value: Any, path: str, into: Any, hint: Any) -> Any:
+        items = value["items"]
+        same = isinstance(into, list | tuple) and len(into) == len(items)
+        places: Sequence[Any] = into if same else [None] * len(items)
+        inner = (get_args(hint) or (None,))[0]
+        restored = [
+            self.restore(x, _join(path, str(i)), place, inner)
+            for i, (x, place) in enumerate(zip(items, places, strict=True))
+        ]
+        if same and isinstance(into, list):
+            into[:] = restored  # others may refer to this very list
+            return into
+        return restored if value["kind"] == "list" else tuple(restored)
+
+    def _restore_fields(self, parts: dict[str, Any], path: str, into: Any, hint: Any) -> Any:
         if into is None:
-            if kind not in self.classes:
+            made = _dataclass_in(hint)
+            if made is None:
                 raise ValueError(
-                    f"{path}: no known class {kind!r}. Name it in the annotations of the "
-                    "component's initialize_cache or forward."
+                    f"{path}: nothing here that could take these fields: {', '.join(parts)}. "
+                    "Annotate the field that holds them with their dataclass."
                 )
-            return self.classes[kind](**parts)
-        for name, part in parts.items():
+            hints = get_type_hints(made)
+            values = {
+                n: self.restore(x, _join(path, n), None, hints.get(n)) for n, x in parts.items()
+            }
+            return made(**values)
+        hints = get_type_hints(type(into))
+        unknown = [name for name in parts if name not in hints]
+        if unknown:
+            raise ValueError(f"{path}: {type(into).__name__} has no field {unknown[0]!r}.")
+        values = {
+            n: self.restore(x, _join(path, n), getattr(into, n), hints[n]) for n, x in parts.items()
+        }
+        if type(into).__dataclass_params__.frozen:
+            return type(into)(**{f.name: getattr(into, f.name) for f in fields(into)} | values)
+        for name, part in values.items():
             setattr(into, name, part)
         return into
 
-
-def known_classes(*functions: Callable[..., Any]) -> dict[str, type]:
-    """Dataclasses that the annotations of functions name, and those that their fields name."""
-    found: dict[str, type] = {}
-    for function in functions:
-        _collect_classes(function, found)
-    return found
-
-
-def _collect_classes(annotated: Any, found: dict[str, type]) -> None:
-    try:
-        waiting = list(get_type_hints(annotated).values())
-    except NameError:  # named for type checkers only: nothing that could be made here
-        return
-    while waiting:
-        hint = waiting.pop()
-        waiting += get_args(hint)
-        if isinstance(hint, type) and is_dataclass(hint) and hint.__name__ not in found:
-            found[hint.__name__] = hint
-            _collect_classes(hint, found)
+    def _restore_tensor(self, value: Any, path: str, into: Any) -> Tensor:
+        whole = self.take(path, tuple(value["shape"]), getattr(torch, value["dtype"]))
+        x = whole if self.in_process else self.layout.shard(value["style"], whole)
+        x = x.to("cpu" if value["host"] else self.device)
+        if value["order"] is not None:
+            x = x.contiguous(memory_format=_MEMORY_FORMATS[value["order"]])
+        elif not self.in_process:
+            x = x.contiguous()
+        fits = isinstance(into, Tensor) and into.shape == x.shape and into.dtype == x.dtype
+        return into.copy_(x) if fits else x.clone()
 
 
-def _part(into: Any, name: str, kind: str) -> Any:
-    if into is None or kind == "object":
-        return None
-    return into.get(name) if isinstance(into, Mapping) else getattr(into, name, None)
+def _needs_style(value: Any) -> bool:
+    """Whether a value cannot speak for itself: a dataclass can, and so can a cursor."""
+    if value is None or isinstance(value, Cursor):
+        return False
+    return not is_dataclass(value)
+
+
+def _undeclared(owner: Any, name: str, value: Any, path: str) -> str:
+    return (
+        f"{path or 'state'}: {type(owner).__name__}.{name} (a {type(value).__name__}) does not say "
+        "how ranks hold it, so this rollout cannot be saved, moved or copied. Declare the field "
+        f'with its style: from flashdreams.parallel.plan import state; {name}: ... = state("whole")'
+        ' if it is equal on all ranks, "heads" for [B, S, N, D] tensors cut by tensor parallelism, '
+        '"cache" for KV caches, "host" for plain numbers, "rebuilt" for what begin_step makes.'
+    )
+
+
+def _no_form(value: Any, path: str, style: StateStyle | None) -> str:
+    name = type(value).__name__
+    if style is None:
+        return (
+            f"{path}: a {name} as state does not say how ranks hold it, so this rollout cannot be "
+            "saved, moved or copied. Make it a dataclass whose fields declare their styles with "
+            "flashdreams.parallel.plan.state."
+        )
+    return (
+        f"{path}: a {name} has no plain form. Keep rollout state in tensors, numbers, lists, dicts "
+        "with string keys and dataclasses that declare their styles."
+    )
+
+
+def _dataclass_in(hint: Any) -> Any:
+    """The dataclass that a type hint names, also within a union."""
+    if isinstance(hint, type) and is_dataclass(hint):
+        return hint
+    return next((found for part in get_args(hint) if (found := _dataclass_in(part))), None)
 
 
 def _has_format(x: Tensor, memory_format: torch.memory_format) -> bool:

@@ -1,24 +1,22 @@
 """What a pipeline does before its first rollout, so that no rollout pays for it."""
 
-import time
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from flashdreams.attention.choose import AUTO, BackendChoice, choose_backend
 from flashdreams.infra.component import declared_context
-from flashdreams.infra.decoder.base import StreamingDecoder
+from flashdreams.infra.decoder.base import Decoder, StreamingDecoder
 from flashdreams.infra.diffusion.transformer import Transformer
 from flashdreams.infra.encoder.base import Encoder
 from flashdreams.parallel.environment import from_rank_zero
 from flashdreams.parallel.mesh import Mesh, local_attention
 from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.compilation import Compilation, compiled_so_far
-
-if TYPE_CHECKING:
-    from flashdreams.infra.pipeline import StreamInferencePipeline
+from flashdreams.runtime.cuda_graph import GraphedCallable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,38 +59,15 @@ class WarmUp:
         return ", ".join(parts)
 
 
-def warm_up(pipeline: "StreamInferencePipeline") -> WarmUp:
-    """Run every form that a network call takes once; see `StreamInferencePipeline.warm_up`."""
-    start = time.perf_counter()
-    model, meter = pipeline.diffusion_model, pipeline.exchange.mesh.meter
-    sent, compiled = meter.snapshot(), compiled_so_far()
-    _run_encoders(pipeline)
-    attention = choose_attention(model.transformer, pipeline.exchange.mesh, pipeline.target_device)
-    steps = model.warm_up(pipeline.config.max_rollouts)
-    if steps and pipeline.decodes_here:
-        _decode_zeros(pipeline)
-    if pipeline.target_device.type == "cuda":
-        torch.cuda.synchronize(pipeline.target_device)
-    meter.rewind(sent)
-    calls = model.transformer.graphed_calls()
-    for call in calls:
-        call.reset()
-    return WarmUp(
-        ms=1e3 * (time.perf_counter() - start),
-        steps=steps,
-        captures=sum(call.captures for call in calls),
-        compiled=compiled_so_far() - compiled,
-        compiled_so_far=compiled_so_far(),
-        attention=attention,
-    )
-
-
-def _run_encoders(pipeline: "StreamInferencePipeline") -> None:
-    """Call once what is called once per rollout; ranks without the text encoder have none to call.
+def run_encoders(encoders: Iterable[Any]) -> None:
+    """Call once what is called once per rollout.
 
     What is missing for it is not missed yet: rollouts may be given embeddings.
+
+    Args:
+        encoders: of text and image; None on ranks that have none.
     """
-    for encoder in (pipeline.text_encoder, pipeline.image_encoder):
+    for encoder in encoders:
         example = encoder.example_input() if isinstance(encoder, Encoder) else None
         if example is not None:
             with suppress(ImportError, CheckpointError):
@@ -124,28 +99,35 @@ def choose_attention(
     return choice
 
 
-def _decode_zeros(pipeline: "StreamInferencePipeline") -> None:
-    """Decode two chunks, since the first one may take a path of its own."""
-    decoder, transformer = pipeline.decoder, pipeline.diffusion_model.transformer
-    latent = torch.zeros(transformer.latent_shape(1), device=pipeline.target_device)
-    if isinstance(decoder, StreamingDecoder):
-        if declared_context(decoder.initialize_cache):
-            return  # it wants context, of which there is no dummy
-        cache = decoder.initialize_cache()
-        for index in range(2):
-            decoder(latent, autoregressive_index=index, cache=cache)
-    elif decoder is not None:
+def decode_zeros(
+    decoder: Decoder | None, latent_shape: Sequence[int], device: torch.device
+) -> None:
+    """Decode two chunks of zeros, since the first one may take a path of its own."""
+    if decoder is None:
+        return
+    latent = torch.zeros(tuple(latent_shape), device=device)
+    if not isinstance(decoder, StreamingDecoder):
         decoder(latent)
+        return
+    if declared_context(decoder.initialize_cache):
+        return  # it wants context, of which there is no dummy
+    cache = decoder.initialize_cache()
+    for index in range(2):
+        decoder(latent, autoregressive_index=index, cache=cache)
 
 
-def stats(pipeline: "StreamInferencePipeline") -> dict[str, Any]:
-    """Figures of warm-up and of what came after it; see `StreamInferencePipeline.stats`."""
-    done = pipeline.warmed_up
+def stats(done: WarmUp | None, calls: Sequence[GraphedCallable]) -> dict[str, Any]:
+    """Figures of warm-up and of what came after it, as JSON values.
+
+    Args:
+        done: None before warm-up.
+        calls: those that are replayed as graphs.
+    """
     found: dict[str, Any] = {}
     if done is not None:
         found["warm_up_ms"] = done.ms
         found |= done.attention.stats() if done.attention is not None else {}
-    calls = [c for c in pipeline.diffusion_model.transformer.graphed_calls() if c.can_capture]
+    calls = [call for call in calls if call.can_capture]
     if calls:
         captures = done.captures if done is not None else 0
         found["cuda_graphs"] = {

@@ -264,6 +264,10 @@ class TAEHVDecoder(StreamingDecoder):
         """State of a new rollout."""
         return CarriedFrames()
 
+    def frame_count(self, latent_frames: int) -> int:
+        """One for the first latent frame, ``time_factor`` for every later one."""
+        return 1 + self.config.time_factor * (latent_frames - 1)
+
     @torch.no_grad()
     def forward(
         self, latent: Tensor, autoregressive_index: int = 0, cache: CarriedFrames | None = None

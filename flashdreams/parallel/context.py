@@ -6,8 +6,9 @@ exchanges carry the new chunk, before it is written to the cache.
 
 from torch import Tensor, nn
 
-from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
+from flashdreams.attention.cache import KVCache, KVCacheSpec
 from flashdreams.attention.core import AttentionCore
+from flashdreams.attention.cursor import Cursor
 from flashdreams.parallel.collectives import Channel
 from flashdreams.parallel.sequence import SequenceLayout, pad_dim
 
@@ -27,7 +28,7 @@ class AttentionWrapper(nn.Module):
         inner = f"({self.core})" if isinstance(self.core, AttentionWrapper) else ""
         return type(self).__name__ + inner
 
-    def new_cache(self, spec: KVCacheSpec, cursor: CacheCursor) -> KVCache:
+    def new_cache(self, spec: KVCacheSpec, cursor: Cursor) -> KVCache:
         """Storage for this rank's part of what is cached.
 
         Args:
@@ -72,7 +73,7 @@ class HeadShardAttention(AttentionWrapper):
         super().__init__(core)
         self.channel = channel
 
-    def new_cache(self, spec: KVCacheSpec, cursor: CacheCursor) -> KVCache:
+    def new_cache(self, spec: KVCacheSpec, cursor: Cursor) -> KVCache:
         """A cache for this rank's heads."""
         return super().new_cache(_divide_heads(spec, self.channel), cursor)
 

@@ -194,6 +194,15 @@ def from_rank_zero(fn: Callable[[], T]) -> T:
     return box[0][0]
 
 
+def all_ranks_agree(holds: bool) -> bool:
+    """Whether something holds on every rank; a collective call."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return holds
+    agreed = torch.tensor([int(holds)], dtype=torch.int32, device=_collective_device())
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+    return bool(int(agreed))
+
+
 def set_up_logging(environment: Environment, level: int = logging.INFO) -> None:
     """Let rank zero log from ``level`` on and the others from warnings on, under their number.
 

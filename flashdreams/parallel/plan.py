@@ -1,12 +1,60 @@
-"""Parallel plans: what a model lets others split, as frozen data."""
+"""Parallel plans and state styles: what a model lets others split, as data."""
 
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import MISSING, Field, dataclass, field
+from typing import Any, Literal, get_args
 
 TensorStyle = Literal["colwise", "colwise_gathered", "rowwise", "norm", "replicated"]
 SpatialStyle = Literal["halo", "gather_width"]
 RolloutStyle = Literal["heads", "rebuilt"]
+
+StateStyle = Literal["whole", "heads", "cache", "columns", "rank0", "rebuilt", "host"]
+"""How a field of a rollout's state is held by several ranks:
+
+- ``"whole"``: equal on all ranks;
+- ``"heads"``: tensors ``[B, S, N, D]`` whose heads are cut over the ``tp`` axis;
+- ``"cache"``: KV caches, which ask their attention core for the cut;
+- ``"columns"``: decoder state ``[..., W]`` cut by width where decoding is split;
+- ``"rank0"``: used on rank zero alone;
+- ``"rebuilt"``: made by ``initialize_cache`` or ``begin_step``, so never saved;
+- ``"host"``: plain numbers, equal on all ranks.
+"""
+
+_STYLE = "flashdreams.state_style"
+
+
+def state(style: StateStyle, *, default: Any = MISSING, default_factory: Any = MISSING) -> Any:
+    """A field of a state dataclass that declares how ranks hold it::
+
+        @dataclass
+        class MyCache:
+            text: Tensor = state("whole")
+            last: Tensor | None = state("whole", default=None)
+
+    A field that holds another state dataclass needs no style: that class declares its own.
+
+    Args:
+        style: one of `StateStyle`.
+        default: of the field.
+        default_factory: makes the default of the field.
+
+    Raises:
+        ValueError: an unknown style.
+    """
+    if style not in get_args(StateStyle):
+        allowed = ", ".join(map(repr, get_args(StateStyle)))
+        raise ValueError(f"state style {style!r} is unknown; allowed: {allowed}.")
+    options: dict[str, Any] = {"metadata": {_STYLE: style}}
+    if default is not MISSING:
+        options["default"] = default
+    if default_factory is not MISSING:
+        options["default_factory"] = default_factory
+    return field(**options)
+
+
+def style_of(declared: "Field[Any]") -> StateStyle | None:
+    """The style that a dataclass field declares; None without one."""
+    return declared.metadata.get(_STYLE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +81,8 @@ class ParallelPlan:
     """Attention cores whose exchange a context-parallel strategy takes over."""
 
     rollout: dict[str, RolloutStyle] = field(default_factory=dict)
-    """Field of the transformer's rollout state -> ``"heads"`` (``[B, S, N, D]`` tensors that hold
-    the heads of the sliced weights) or ``"rebuilt"`` (made from the rollout's context or by
-    ``begin_step``, so that the exported state leaves it out). All other fields but KV caches must
-    be the same on every rank."""
+    """Deprecated, read until 0.3: field of the transformer's rollout state -> ``"heads"`` or
+    ``"rebuilt"``. Declare the style at the field instead, with `state`."""
 
     low_precision: tuple[str, ...] = ()
     """Linears whose products may be computed in eight bits where the user asks for it."""

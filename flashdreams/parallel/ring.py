@@ -6,8 +6,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
+from flashdreams.attention.cache import KVCache, KVCacheSpec
 from flashdreams.attention.core import AttentionCore
+from flashdreams.attention.cursor import Cursor
 from flashdreams.attention.merge import attend_with_lse, merge
 from flashdreams.parallel.collectives import Channel
 from flashdreams.parallel.context import AttentionWrapper
@@ -17,7 +18,7 @@ from flashdreams.parallel.sequence import SequenceLayout, pad_dim
 class ShardedCursor:
     """A cursor over this rank's share of every latent frame, read off the model's cursor."""
 
-    def __init__(self, cursor: CacheCursor, ranks: int) -> None:
+    def __init__(self, cursor: Cursor, ranks: int) -> None:
         self.cursor = cursor
         self.ranks = ranks
         self.sink_size_t = cursor.sink_size_t
@@ -52,9 +53,9 @@ class ShardedCursor:
         """Latent frames before the current chunk that are in the cache."""
         return self.cursor.past_frames()
 
-    def frame_slots(self, start: int, stop: int) -> list[int]:
-        """Slots of latent frames; every rank has its share of each."""
-        return self.cursor.frame_slots(start, stop)
+    def slot_of(self, frame: int) -> int:
+        """Slot of a latent frame; every rank has its share of each."""
+        return self.cursor.slot_of(frame)
 
     @property
     def evicted(self) -> int:
@@ -81,7 +82,7 @@ class RingAttention(AttentionWrapper):
         self.channel = channel
         self.layout = layout
 
-    def new_cache(self, spec: KVCacheSpec, cursor: CacheCursor) -> KVCache:
+    def new_cache(self, spec: KVCacheSpec, cursor: Cursor) -> KVCache:
         """A cache for this rank's share of every latent frame.
 
         Args:

@@ -5,7 +5,7 @@ border columns; attention over a frame gathers its keys and values. Carried fram
 columns that they belong to.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -55,20 +55,22 @@ class WidthLayout:
         kept = [p.narrow(dim, 0, w * scale) for p, w in zip(parts, self.widths, strict=True)]
         return torch.cat(kept, dim)
 
-    def gather_state(self, state: Mapping[str, Tensor], latent_width: int) -> dict[str, Tensor]:
-        """Carried frames of the whole width from those of all ranks; a collective call.
+    def gather_state(self, x: Tensor, latent_width: int) -> Tensor:
+        """Carried frames ``[..., W]`` of the whole width from ``[..., w]`` of all ranks.
+
+        A collective call.
 
         Args:
-            state: ``[..., w]`` per layer, and 0-dim counters, which are the same on every rank.
+            x: this rank's part; a 0-dim tensor is the same on every rank.
             latent_width: columns of the whole latent.
         """
         self._share_out(latent_width)
-        return {name: self.gather(x) if x.ndim else x for name, x in state.items()}
+        return self.gather(x) if x.ndim else x
 
-    def shard_state(self, state: Mapping[str, Tensor], latent_width: int) -> dict[str, Tensor]:
+    def shard_state(self, x: Tensor, latent_width: int) -> Tensor:
         """This rank's carried frames: the inverse of ``gather_state``."""
         self._share_out(latent_width)
-        return {name: self._own_part(x) if x.ndim else x for name, x in state.items()}
+        return self._own_part(x) if x.ndim else x
 
     def _share_out(self, columns: int) -> None:
         size = self.channel.size

@@ -6,8 +6,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
+from flashdreams.attention.cache import KVCache, KVCacheSpec
 from flashdreams.attention.core import AttentionCore
+from flashdreams.attention.cursor import Cursor
 from flashdreams.attention.merge import attend_with_lse
 from flashdreams.parallel.context import AttentionWrapper
 from flashdreams.parallel.mesh import Mesh
@@ -33,7 +34,7 @@ class XfuserAttention(AttentionWrapper):
         self.takes_module = type(attention).__name__.startswith("xFuser")
         self.layout = layout
 
-    def new_cache(self, spec: KVCacheSpec, cursor: CacheCursor) -> KVCache:
+    def new_cache(self, spec: KVCacheSpec, cursor: Cursor) -> KVCache:
         """Refuse.
 
         Raises:

@@ -107,15 +107,37 @@ def integrate(
     pose = torch.eye(4, dtype=torch.float64) if start is None else start.detach().double().cpu()
     poses = [pose]
     for keys in actions:
-        pose = pose.clone()
-        forward, right, turn = key_directions(keys)
-        pose[:3, :3] = pose[:3, :3] @ _yaw(turn * motion.turn_per_frame_rad)
-        length = max(1.0, math.hypot(forward, right))
-        distance = motion.move_per_frame / length
-        position = pose[:3, 3] + distance * (right * pose[:3, 0] + forward * pose[:3, 2])
-        pose[:3, 3] = position if collide is None else collide(position)
-        poses.append(pose)
+        poses.append(move(poses[-1], keys, motion, collide))
     return torch.stack(poses)
+
+
+def move(
+    pose: Tensor,
+    keys: frozenset[str],
+    motion: KeyMotion,
+    collide: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The pose after one pixel frame of held keys; arguments as for `integrate`.
+
+    Args:
+        pose: ``[4, 4]`` float64 camera-to-world.
+        keys: held keys.
+        motion: speeds.
+        collide: maps a position ``[3]`` float64 to the nearest allowed one; None allows all.
+
+    Returns:
+        ``[4, 4]`` float64.
+
+    Raises:
+        ValueError: an unknown key.
+    """
+    forward, right, turn = key_directions(keys)
+    pose = pose.clone()
+    pose[:3, :3] = pose[:3, :3] @ _yaw(turn * motion.turn_per_frame_rad)
+    distance = motion.move_per_frame / max(1.0, math.hypot(forward, right))
+    position = pose[:3, 3] + distance * (right * pose[:3, 0] + forward * pose[:3, 2])
+    pose[:3, 3] = position if collide is None else collide(position)
+    return pose
 
 
 def hold(poses: Tensor, num_frames: int) -> Tensor:
@@ -151,14 +173,23 @@ def key_directions(keys: frozenset[str]) -> tuple[int, int, int]:
     Raises:
         ValueError: an unknown key.
     """
-    unknown = sorted(keys - KEYS.keys())
-    if unknown:
-        raise ValueError(f"unknown key {unknown[0]!r}. {_usage()}")
+    check_keys(keys)
     return (
         ("w" in keys) - ("s" in keys),
         ("d" in keys) - ("a" in keys),
         ("l" in keys) - ("j" in keys),
     )
+
+
+def check_keys(keys: frozenset[str]) -> None:
+    """Refuse keys that do not exist.
+
+    Raises:
+        ValueError: names one, and lists the keys.
+    """
+    unknown = sorted(keys - KEYS.keys())
+    if unknown:
+        raise ValueError(f"unknown key {unknown[0]!r}. {_usage()}")
 
 
 def _yaw(angle_rad: float) -> Tensor:

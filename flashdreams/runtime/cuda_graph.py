@@ -1,6 +1,6 @@
 """Calls replayed as CUDA graphs."""
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -9,34 +9,30 @@ import torch
 from torch import Tensor
 
 Signature = tuple[tuple[torch.Size, torch.dtype], ...]
-Place = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
-GraphKey = tuple[Hashable, tuple[Place, ...]]
-Path = tuple[Any, ...]
-"""``((), step)`` nested: cheap to build at every call, spelled out only in an error."""
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A recorded call: ``replay`` repeats it on the same memory, its result goes to ``output``."""
+    """A captured call: ``replay`` repeats it on the same memory, its result goes to ``output``."""
 
     replay: Callable[[], None]
     output: Tensor
     counted: Any = None
-    """What the recorded call counted, to be counted again at every replay; None without a meter."""
+    """What the captured call counted, to be counted again at every replay; None without a meter."""
 
 
 class CaptureBackend(Protocol):
-    """What records a call."""
+    """What captures a call."""
 
     def capture(self, function: Callable[[], Tensor]) -> Captured:
-        """Record ``function``; its result need not have been computed yet."""
+        """Capture ``function``; its result need not have been computed yet."""
 
     def wait(self) -> None:
         """Wait for all replays, and raise what went wrong in them."""
 
 
 class CallMeter(Protocol):
-    """Counts what calls do on the host, where the replay of a recorded one does nothing."""
+    """Counts what calls do on the host, where a replay does nothing."""
 
     def snapshot(self) -> Any:
         """The counts as they are now."""
@@ -49,7 +45,7 @@ class CallMeter(Protocol):
 
 
 class CudaCapture:
-    """Records calls with :class:`torch.cuda.CUDAGraph`.
+    """Captures calls with :class:`torch.cuda.CUDAGraph`.
 
     All graphs share one memory pool: they never run at the same time, and no result outlives its
     replay in the pool.
@@ -62,26 +58,26 @@ class CudaCapture:
         self._stream: Any = None
 
     def capture(self, function: Callable[[], Tensor]) -> Captured:
-        """Run ``function`` on a side stream until nothing is built any more, then record it.
+        """Run ``function`` on a side stream until nothing is built any more, then capture it.
 
-        It is one stream for all recordings: blocks of a pool belong to the stream that took them,
-        so on another one a recording could use nothing that those before it have freed.
+        It is one stream for all captures: blocks of a pool belong to the stream that took them,
+        so on another one a capture could use nothing that those before it have freed.
 
-        Errors in other threads do not break the recording, but no other thread may issue work that
-        the recorded stream waits for.
+        Errors in other threads do not break the capture, but no other thread may issue work that
+        the captured stream waits for.
         """
         with torch.cuda.device(self.device):
             if self._stream is None:
                 self._stream = torch.cuda.Stream()
             stream = self._stream
             stream.wait_stream(torch.cuda.current_stream())
-            # Also around the recording: one that fails does not put the caller's stream back.
+            # Also around the capture: one that fails does not put the caller's stream back.
             with torch.cuda.stream(stream):
                 for _ in range(self.warmup_runs):
                     function()
                 graph = torch.cuda.CUDAGraph()
                 pool = self._pool or torch.cuda.graph_pool_handle()
-                # A recording that fails may keep its pool for ever: the next one begins a new one.
+                # A capture that fails may keep its pool for ever: the next one begins a new one.
                 self._pool = None
                 try:
                     with torch.cuda.graph(
@@ -97,9 +93,9 @@ class CudaCapture:
 
     @staticmethod
     def _stop_allocating(pool: Any) -> None:
-        """Take back what a failed recording leaves behind in PyTorch's allocator.
+        """Take back what a failed capture leaves behind in PyTorch's allocator.
 
-        It would believe for ever that a recording is under way, and refuse the next one. Releases
+        It would believe for ever that a capture is running, and refuse the next one. Releases
         that clean up by themselves say that there is nothing to stop.
         """
         with suppress(RuntimeError):
@@ -111,14 +107,13 @@ class CudaCapture:
 
 
 class GraphedCallable:
-    """A function of some tensors and some state, captured once per key and replayed from then on.
+    """A function of some tensors and some state, captured once per state and key, then replayed.
 
     ``graphed(latent, timestep, cache)`` copies the leading tensors into static buffers; the
-    arguments after them are state, whose tensors the function reads and writes where they lie. A
-    graph is found by what must not change under it: the place, shape and dtype of every tensor of
-    the state, and what ``key`` says of the rest (the visible length, which is a Python number).
-    Tensors are found in lists, tuples, mappings, dataclasses and attributes of plain objects; a
-    class lists in ``outside_graphs`` the attributes that the function never touches.
+    arguments after them are state, whose tensors the function reads and writes in place. A graph
+    belongs to one state object and to what ``key`` says of it (the visible length, for example,
+    which is a Python number). The tensors of a state must keep their storage: whatever changes from
+    call to call is copied into them.
 
     The function is run more than once while it is captured, so running it again must change
     nothing: the chunk's cache slots are overwritten with the same values.
@@ -135,8 +130,8 @@ class GraphedCallable:
         device: torch.device,
         *,
         key: Callable[..., Hashable] | None = None,
+        state_of: Callable[..., object] | None = None,
         backend: CaptureBackend | None = None,
-        max_graphs: int = 128,
     ) -> None:
         """Wrap a function.
 
@@ -145,12 +140,13 @@ class GraphedCallable:
             device: where it runs; anything but CUDA means that nothing is captured.
             key: of the state's arguments: what the function depends on beside tensors. Returning
                 None says that this state is not worth a graph: the call is then eager.
-            backend: what records; None means CUDA's own on CUDA.
-            max_graphs: more keys than this are a mistake, namely state that moves at every call.
+            state_of: of the state's arguments: the object that the graphs belong to; None: the
+                first of them.
+            backend: what captures; None means CUDA's own on CUDA.
         """
         self.function = function
         self.key = key
-        self.max_graphs = max_graphs
+        self.state_of = state_of or (lambda first=None, *rest: first)
         self.captures = 0
         self.replays = 0
         self.eager_calls = 0
@@ -161,9 +157,10 @@ class GraphedCallable:
         self._device = device
         self._signature: Signature | None = None
         self._inputs: list[Tensor] = []
-        self._graphs: dict[GraphKey, Captured] = {}
+        self._graphs: dict[tuple[int, Hashable], Captured] = {}
+        self._captured_states: dict[int, object] = {}  # held, so that no other gets their id
         self.meter: CallMeter | None = None
-        self._states: Sequence[Any] | None = None
+        self._states: Sequence[object] | None = None
 
     def __call__(self, *arguments: Any) -> Tensor:
         """Call the function, by replay where it can.
@@ -176,20 +173,20 @@ class GraphedCallable:
 
         Raises:
             ValueError: shapes or dtypes of the tensors are not those captured.
-            RuntimeError: a new key after :meth:`seal`, or too many keys.
+            RuntimeError: a new key after :meth:`seal`.
         """
-        backend = self._backend
         count = next((i for i, x in enumerate(arguments) if not isinstance(x, Tensor)), None)
         tensors, state = arguments[:count], () if count is None else arguments[count:]
-        said = self.key(*state) if self.key is not None else ()
-        if backend is None or said is None or self._is_foreign(state):
+        if self._backend is None or not self.serves(*state):
             self.eager_calls += 1
             return self.function(*arguments)
         self._load(tensors)
-        graph_key = (said, tuple(_place(tensor) for _, tensor in _tensors(state)))
+        owner = self.state_of(*state)
+        graph_key = (id(owner), self.key(*state) if self.key is not None else ())
         graph = self._graphs.get(graph_key)
         if graph is None:
-            graph = self._capture(backend, graph_key, state)
+            graph = self._capture(self._backend, graph_key, state)
+            self._captured_states[id(owner)] = owner
         else:
             graph.replay()
             self.replays += 1
@@ -197,17 +194,26 @@ class GraphedCallable:
                 self.meter.add_all(graph.counted)
         return graph.output.clone()
 
+    def serves(self, *state: Any) -> bool:
+        """Whether a call on this state is captured or replayed, and not eager."""
+        if self._backend is None or (self.key is not None and self.key(*state) is None):
+            return False
+        if self._states is None:
+            return True
+        owner = self.state_of(*state)
+        return any(owner is known for known in self._states)
+
     @property
     def can_capture(self) -> bool:
-        """Whether anything is ever recorded here; on a CPU nothing is."""
+        """Whether anything is ever captured here; on a CPU nothing is."""
         return self._backend is not None
 
-    def seal(self, states: Sequence[Any] | None = None) -> None:
+    def seal(self, states: Sequence[object] | None = None) -> None:
         """Declare warm-up over: whatever is not captured by now will never be.
 
         Args:
-            states: the states that were captured, each as the first argument after the tensors. A
-                call on any other object is eager from now on; None: it raises.
+            states: the states that were captured. A call on any other object is eager from now on;
+                None: it raises.
         """
         self.sealed = True
         self._states = states
@@ -221,19 +227,16 @@ class GraphedCallable:
         """Free graphs and buffers; do this before the process group ends.
 
         The seal stays; calls on states that were named there are eager from then on. Waits for the
-        replays that are under way.
+        replays that are queued.
         """
         if self._backend is not None and self._graphs:
             self._backend.wait()
         self._graphs.clear()
+        self._captured_states.clear()
         self._inputs.clear()
         self._signature = None
         if self._states is not None:
             self._states = ()
-
-    def _is_foreign(self, state: tuple[Any, ...]) -> bool:
-        """Whether this state was left out of what was captured before the seal."""
-        return self._states is not None and not any(state[0] is known for known in self._states)
 
     def _load(self, tensors: Sequence[Tensor]) -> None:
         """Copy the inputs into their static buffers; the first call makes these."""
@@ -255,14 +258,16 @@ class GraphedCallable:
             buffer.copy_(tensor, non_blocking=True)
 
     def _capture(
-        self,
-        backend: CaptureBackend,
-        graph_key: GraphKey,
-        state: tuple[Any, ...],
+        self, backend: CaptureBackend, graph_key: tuple[int, Hashable], state: tuple[Any, ...]
     ) -> Captured:
-        """Record the call; the graph is kept once its first replay has succeeded."""
-        if self.sealed or len(self._graphs) >= self.max_graphs:
-            raise RuntimeError(self._refusal(graph_key, state))
+        """Capture the call; the graph is kept once its first replay has succeeded."""
+        if self.sealed:
+            captured = [key for owner, key in self._graphs if owner == graph_key[0]]
+            raise RuntimeError(
+                f"This call needs a new CUDA graph, but captures are sealed since warm-up: key "
+                f"{graph_key[1]!r} is new for this state; captured: {captured!r}. Capture every "
+                "form of the call during warm-up."
+            )
         counted: Any = None
 
         def function() -> Tensor:
@@ -280,120 +285,6 @@ class GraphedCallable:
         self.captures += 1
         return graph
 
-    def _refusal(self, graph_key: GraphKey, state: tuple[Any, ...]) -> str:
-        """Why there is no further capture, and what is new about the key."""
-        why = (
-            "captures are sealed since warm-up"
-            if self.sealed
-            else f"there are max_graphs={self.max_graphs} graphs already"
-        )
-        said, places = graph_key
-        known = [key for key, at in self._graphs if at == places]
-        if known:
-            new = f"key {said!r} is new for this state; captured: {known!r}"
-        else:
-            rows = [at for key, at in self._graphs if key == said and len(at) == len(places)]
-            old = rows[-1] if rows else ()
-            names = [_path_name(path) for path, _ in _tensors(state)]
-            moved = [n for n, a, b in zip(names, old, places, strict=False) if a != b]
-            new = (
-                f"of the state's tensors these moved or changed shape: {', '.join(moved[:8])}"
-                if moved
-                else f"no state like this one was captured (key {said!r}, {len(places)} tensors)"
-            )
-        return (
-            f"This call needs a new CUDA graph, but {why}: {new}. "
-            "Capture every phase during warm-up, and keep state in place by copying into it."
-        )
-
-
-def copy_in_place(stored: Tensor | None, new: Tensor) -> Tensor:
-    """Put new values where the old ones lie, so that a graph that reads them stays valid.
-
-    Returns:
-        ``stored`` with the values of ``new``; ``new`` itself where nothing of its shape, dtype and
-        device is stored.
-    """
-    if (
-        stored is None
-        or stored.shape != new.shape
-        or stored.dtype != new.dtype
-        or stored.device != new.device
-    ):
-        return new
-    return stored.copy_(new)
-
 
 def _describe(signature: Signature) -> str:
     return ", ".join(f"{str(dtype)[6:]}{list(shape)}" for shape, dtype in signature) or "nothing"
-
-
-def _place(tensor: Tensor) -> Place:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _tensors(state: Any) -> Iterator[tuple[Path, Tensor]]:
-    """All tensors of the state with the path that leads to them; an object counts once.
-
-    Walked at every call, so what a type holds is decided once per type.
-    """
-    seen: set[int] = set()
-    pending: list[tuple[Path, Any]] = [((), state)]
-    while pending:
-        path, value = pending.pop()
-        kind = _kind_of(type(value))
-        if kind == "tensor":
-            yield path, value
-            continue
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        hidden: frozenset[str] = getattr(type(value), "outside_graphs", frozenset())
-        if kind == "sequence":
-            children: Iterable[tuple[Any, Any]] = enumerate(value)
-        elif kind == "mapping":
-            children = value.items()
-        else:
-            children = getattr(value, "__dict__", {}).items()
-            slots = _SLOTS[type(value)]
-            if slots:
-                here = [(name, getattr(value, name)) for name in slots if hasattr(value, name)]
-                children = [*children, *here]
-        for step, child in children:
-            if _kind_of(type(child)) != "leaf" and step not in hidden:
-                pending.append(((path, step), child))
-
-
-_KINDS: dict[type, str] = {}
-_SLOTS: dict[type, tuple[str, ...]] = {}
-
-
-def _kind_of(kind: type) -> str:
-    """What values of a type can hold: themselves a tensor, parts, or nothing that counts."""
-    found = _KINDS.get(kind)
-    if found is not None:
-        return found
-    groups = (vars(base).get("__slots__", ()) for base in kind.__mro__)
-    slots = [name for group in groups for name in ([group] if isinstance(group, str) else group)]
-    _SLOTS[kind] = tuple(name for name in slots if name not in ("__dict__", "__weakref__"))
-    is_code = issubclass(kind, type) or any("__call__" in vars(base) for base in kind.__mro__)
-    if issubclass(kind, Tensor):
-        found = "tensor"
-    elif issubclass(kind, (list, tuple)):
-        found = "sequence"
-    elif issubclass(kind, Mapping):
-        found = "mapping"
-    elif (kind.__dictoffset__ or _SLOTS[kind]) and not is_code:
-        found = "attributes"
-    else:
-        found = "leaf"
-    _KINDS[kind] = found
-    return found
-
-
-def _path_name(path: Path) -> str:
-    steps: list[str] = []
-    while path:
-        path, step = path
-        steps.append(f".{step}" if isinstance(step, str) else f"[{step}]")
-    return "state" + "".join(reversed(steps))

@@ -1,6 +1,7 @@
 """The mode of autograd in which rollouts run."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -10,20 +11,27 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def without_grad(function: Callable[P, T]) -> Callable[P, T]:
-    """Let a function run under ``torch.no_grad`` and never in ``torch.inference_mode``.
+def grad_off() -> AbstractContextManager[object]:
+    """A context under ``torch.no_grad`` and never in ``torch.inference_mode``.
 
     Tensors that are made in inference mode can be written in that mode alone, so a rollout that is
-    begun in it could not go on outside.
+    begun in it could not go on outside. Costs nothing where both modes are as wanted.
     """
+    if not (torch.is_inference_mode_enabled() or torch.is_grad_enabled()):
+        return nullcontext()
+    modes = ExitStack()
     # Leaving inference mode switches gradients on, so no_grad comes inside of it.
-    changed = torch.inference_mode(False)(torch.no_grad()(function))
+    modes.enter_context(torch.inference_mode(False))
+    modes.enter_context(torch.no_grad())
+    return modes
+
+
+def without_grad(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function run within `grad_off`."""
 
     @wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> T:
-        # To enter a mode costs microseconds in every AR step, also where it is on already.
-        if torch.is_inference_mode_enabled() or torch.is_grad_enabled():
-            return changed(*args, **kwargs)
-        return function(*args, **kwargs)
+        with grad_off():
+            return function(*args, **kwargs)
 
     return called

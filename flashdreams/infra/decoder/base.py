@@ -27,6 +27,10 @@ class Decoder(Component):
         """
         return latent.transpose(1, 2)
 
+    def frame_count(self, latent_frames: int) -> int:
+        """Pixel frames that the first ``latent_frames`` of a rollout decode to; as many here."""
+        return latent_frames
+
 
 @dataclass(kw_only=True)
 class StreamingDecoderConfig(DecoderConfig):

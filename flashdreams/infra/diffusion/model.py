@@ -1,10 +1,11 @@
 """The diffusion model: one AR step as noise, denoising loop and clean pass."""
 
+import logging
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -12,14 +13,20 @@ from torch import Tensor, nn
 
 from flashdreams.infra.component import build_component, declared_context, select_context
 from flashdreams.infra.config import InstantiateConfig
+from flashdreams.infra.diffusion.causal import RewriteMode
 from flashdreams.infra.diffusion.pool import Storage, StoragePool
 from flashdreams.infra.diffusion.scheduler.base import SchedulerConfig
 from flashdreams.infra.diffusion.transformer import ContextChunk, TransformerConfig
 from flashdreams.infra.ranges import LARGEST_SIZE, check_range
+from flashdreams.parallel.environment import all_ranks_agree
 from flashdreams.parallel.guidance import Guidance, SerialGuidance
+from flashdreams.parallel.plan import state
+from flashdreams.runtime.cuda_graph import GraphedCallable
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource
 from flashdreams.runtime.streams import SideStream
 from flashdreams.runtime.transfer import to_device
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -36,7 +43,7 @@ class DiffusionModelConfig(InstantiateConfig):
 
     guidance_scale: float | None = None
     """Weight s of classifier-free guidance, ``uncond + s * (cond - uncond)``; None runs the
-    conditional half alone."""
+    conditional branch alone."""
 
     context_noise: float = 0.0
     """Timestep of the clean pass, 0 to 1000; a whole number where those of the schedule are. The
@@ -59,10 +66,10 @@ class DiffusionModelConfig(InstantiateConfig):
 class CleanChunk:
     """A finished AR step that the context still holds frames of."""
 
-    autoregressive_index: int
-    latent: Tensor
+    autoregressive_index: int = state("host")
+    latent: Tensor = state("whole")
     """``[B, C, T, H, W]`` float32."""
-    control: Any
+    control: Any = state("whole")
     """The control input of the step."""
 
 
@@ -71,26 +78,26 @@ class DiffusionCache:
     """All state that the diffusion model has in one rollout."""
 
     conditional: Any
-    """The transformer's cache under the prompt; None on a rank that evaluates the other half."""
+    """The transformer's cache under the prompt; None on a rank that evaluates the other branch."""
     unconditional: Any | None
     """The same under the negative prompt; None without guidance, or on a rank that evaluates the
-    conditional half."""
-    noise: NoiseFunction
-    batch_size: int
-    image: Tensor | None
+    conditional branch."""
+    noise: NoiseFunction = state("rebuilt")
+    batch_size: int = state("host")
+    image: Tensor | None = state("rebuilt")
     """``[B, C, T, H, W]``, the latents of the first AR step if an image or a video gives them."""
-    latent: Tensor | None = None
+    latent: Tensor | None = state("whole", default=None)
     """``[B, C, T, H, W]`` float32, the last clean chunk."""
-    control: Any = None
+    control: Any = state("rebuilt", default=None)
     """The control input of the last chunk."""
-    pending: bool = False
+    pending: bool = state("rebuilt", default=False)
     """The last chunk's clean pass is yet to come."""
-    history: list[CleanChunk] = field(default_factory=list)
+    history: list[CleanChunk] = state("whole", default_factory=list)
     """What the sink and the window were made from, oldest first; no more than they hold."""
-    give_back: Callable[[], Any] | None = field(default=None, repr=False)
+    give_back: Callable[[], Any] | None = state("rebuilt", default=None)
     """Returns leased storage, once; None for storage of its own. Also called for a rollout that is
     forgotten."""
-    released: bool = False
+    released: bool = state("rebuilt", default=False)
     """The rollout is over and has no state any more."""
 
     @property
@@ -150,7 +157,7 @@ class DiffusionModel(nn.Module):
 
         Args:
             context: what the rollout is conditioned on, by name.
-            negative_context: the same for the unconditional half; None without guidance.
+            negative_context: the same for the unconditional branch; None without guidance.
             noise: noise of (AR index, denoising step, shape).
             batch_size: B.
         """
@@ -206,15 +213,27 @@ class DiffusionModel(nn.Module):
         for _ in range(max_rollouts if captured else 1):
             cache = self.initialize_cache(context, negative, NoiseSource(0), 1)
             storages.append((cache.conditional, cache.unconditional))
-            for call in captured:  # a denoising step and a clean pass in every AR step
-                call.max_graphs += 2 * len(cache.branches) * transformer.warm_up_steps
             steps += self._step_through(cache)
         if captured:
             self.pool = StoragePool(storages)
             states = [branch for storage in storages for branch in storage if branch is not None]
             for call in captured:
                 call.seal(states)
+            self._drop_inexact_graphs(captured, states)
         return steps
+
+    def _drop_inexact_graphs(self, captured: Sequence[GraphedCallable], states: list[Any]) -> None:
+        """Keep graphs only where a replay gave the bits of an eager call on every rank."""
+        control = self.transformer.example_control(1)
+        exact = all(self.transformer.replay_is_exact(branch, control) for branch in states)
+        if all_ranks_agree(exact):
+            return
+        for call in captured:
+            call.drop()
+        logger.warning(
+            "CUDA graphs are off: a replay differed from an eager call%s. Runs go on eagerly.",
+            "" if not exact else " on another rank",
+        )
 
     def _step_through(self, cache: DiffusionCache) -> int:
         """A rollout of dummy values, up to the point from which all AR steps are alike."""
@@ -288,15 +307,15 @@ class DiffusionModel(nn.Module):
         cache: DiffusionCache,
         *,
         pending_index: int | None = None,
-        reencode: bool = False,
+        reencode: RewriteMode | None = None,
     ) -> None:
-        """Put the conditional half under another prompt.
+        """Put the conditional branch under another prompt.
 
         Args:
-            context: what changes, by name.
+            context: encoded, by name.
             cache: this rollout's state.
             pending_index: the AR step that is generated and not yet finalized; None between steps.
-            reencode: whether the clean passes of sink and window are run again, too.
+            reencode: how the clean passes of sink and window are run again; None: they are not.
         """
         branch = cache.conditional
         if branch is None:
@@ -304,10 +323,11 @@ class DiffusionModel(nn.Module):
         self.side.join()
         update = self.transformer.update_context
         update(branch, **select_context(update, context))
-        if reencode:
-            chunks = self._held_chunks(cache)
-            self.transformer.rewrite_context(branch, chunks, self._context_timestep())
-        if reencode and pending_index is not None:
+        if reencode is not None:
+            arguments = (branch, self._held_chunks(cache), self._context_timestep())
+            mode = {} if reencode == "chunks" else {"mode": reencode}
+            self.transformer.rewrite_context(*arguments, **mode)
+        if reencode is not None and pending_index is not None:
             self.transformer.begin_step(pending_index, branch, cache.control)
         self.side.mark()
 
@@ -341,14 +361,20 @@ class DiffusionModel(nn.Module):
         return [f for branch in cache.branches[:1] for f in self.transformer.context_frames(branch)]
 
     def _flow(self, cache: DiffusionCache) -> Callable[[Tensor, Tensor], Tensor]:
-        predict, scale = self.transformer.predict_flow, self.config.guidance_scale
+        scale = self.config.guidance_scale
         if scale is None:
-            return lambda latent, timestep: predict(latent, timestep, cache.conditional)
+            return self._predict_in(cache.conditional)
+        conditional = self._predict_in(cache.conditional)
+        unconditional = self._predict_in(cache.unconditional)
         return lambda latent, timestep: self.guidance(
-            lambda: predict(latent, timestep, cache.conditional),
-            lambda: predict(latent, timestep, cache.unconditional),
-            scale,
+            lambda: conditional(latent, timestep), lambda: unconditional(latent, timestep), scale
         )
+
+    def _predict_in(self, branch: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        predict = self.transformer.predict_flow
+        if "cache" in declared_context(predict):
+            return partial(predict, cache=branch)  # one function less between loop and kernel
+        return lambda latent, timestep: predict(latent, timestep, branch)
 
     def _noise_of_step(
         self, autoregressive_index: int, cache: DiffusionCache

@@ -88,8 +88,9 @@ class Transformer(Component):
 
     config: TransformerConfig
 
-    def finish_loading(self) -> None:
-        """Round the weights where the config asks for it."""
+    def after_load(self) -> None:
+        """Quantize the weights where the config asks for it."""
+        super().after_load()
         precision = self.config.linear_precision
         lower_precision(self, self.parallel_plan(), precision, self.device)
 
@@ -242,6 +243,17 @@ class Transformer(Component):
         """The calls that are replayed as CUDA graphs where there is CUDA; their first argument
         after the tensors is the rollout's state."""
         return ()
+
+    def replay_is_exact(self, cache: Any, control: Any = None) -> bool:
+        """Whether replays of captured calls give the bits of eager calls on this state.
+
+        Asked after warm-up captured them; the default does not look.
+
+        Args:
+            cache: a state that calls were captured for, between AR steps.
+            control: as for ``begin_step``.
+        """
+        return True
 
     @property
     def warm_up_steps(self) -> int:

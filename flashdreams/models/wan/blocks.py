@@ -5,7 +5,7 @@ checkpoints.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,21 @@ from flashdreams.attention.core import AttentionCore
 from flashdreams.attention.rope import apply_rope
 from flashdreams.models.wan import fused
 
-if TYPE_CHECKING:
-    from flashdreams.models.wan.transformer import WanTransformerConfig
+
+class BlockConfig(Protocol):
+    """What a block reads of its transformer's config."""
+
+    dim: int
+    ffn_dim: int
+    image_dim: int | None
+    eps: float
+    fused_kernels: bool
+    dtype: Any
+    kv_cache_dtype: Any
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
 
 
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
@@ -36,26 +49,6 @@ def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
     exponents = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
     angles = timestep.to(torch.float64)[..., None] * 10000.0**-exponents
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
-
-
-def per_pixel(values: Tensor, size: Sequence[int], patch_size: Sequence[int]) -> Tensor:
-    """Values per batch entry, latent frame or token, spread over a latent.
-
-    Args:
-        values: ``[B]``, ``[B, T]`` or ``[B, L]``.
-        size: T, H and W of the latent.
-        patch_size: latent frames, rows and columns of a token.
-
-    Returns:
-        ``[B, 1, T, H, W]``, with a 1 in place of the dims over which the values are the same.
-    """
-    if values.ndim == 1 or values.shape[1] in (1, size[0]):
-        return values.reshape(len(values), 1, -1, 1, 1)
-    tokens = [whole // patch for whole, patch in zip(size, patch_size, strict=True)]
-    spread = values.reshape(len(values), 1, *tokens)
-    for dim, patch in enumerate(patch_size, start=2):
-        spread = spread.repeat_interleave(patch, dim)
-    return spread
 
 
 class RMSNorm(nn.Module):
@@ -206,7 +199,7 @@ class CrossAttention(nn.Module):
 class WanBlock(nn.Module):
     """Self-attention, cross-attention and feed-forward, modulated by the timestep."""
 
-    def __init__(self, config: "WanTransformerConfig") -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         c = config
         self.eps = c.eps
@@ -222,26 +215,19 @@ class WanBlock(nn.Module):
         )
         self.modulation = new_modulation(6, c.dim)
 
-    def settle(self) -> None:
-        """Choose how the block computes; called once, when ranks have taken their parts of it."""
+    def select_implementations(self) -> None:
+        """Choose how the block computes; called once, after ranks have taken their parts of it."""
+        if not self.config.fused_kernels:
+            return
         attention = self.self_attn
-        if self.config.fused_kernels:
-            self.modulated_norm, self.gated_sum = fused.modulated_norm, fused.gated_sum
-            # Ranks that share the heads exchange sums in the middle of the norm.
-            if isinstance(attention.norm_q, RMSNorm):
-                attention.norm_rope = fused.norm_rope
-                # The write can join in where the core would write these very keys as they are.
-                attention.writes_fused = (
-                    type(attention.core) is AttentionCore
-                    and self.config.kv_cache_dtype == "native"
-                    and not self.config.compile_blocks
-                )
-        if self.config.compile_blocks:
-            # The core is left out: what it sees grows from AR step to AR step, and ranks exchange
-            # in it. All blocks share the code that the first one compiles.
-            core = attention.core
-            core.forward = torch.compiler.disable(core.forward)  # type: ignore[method-assign]
-            self.compile(dynamic=False)
+        self.modulated_norm, self.gated_sum = fused.modulated_norm, fused.gated_sum
+        # Under tensor parallelism the norm contains an all-reduce and stays unfused.
+        if isinstance(attention.norm_q, RMSNorm):
+            attention.norm_rope = fused.norm_rope
+            # The write can join in where the core would write these very keys as they are.
+            attention.writes_fused = (
+                type(attention.core) is AttentionCore and self.config.kv_cache_dtype == "native"
+            )
 
     def forward(
         self,

@@ -1,6 +1,6 @@
 """Small operations of a Wan block as Triton kernels, in the form in which the block calls them."""
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from flashdreams_kernels.adaln import gate_residual, layer_norm_modulate
@@ -10,8 +10,15 @@ from torch import Tensor
 from flashdreams.attention.backends import why_unusable
 from flashdreams.attention.cache import KVCache
 
-if TYPE_CHECKING:
-    from flashdreams.models.wan.blocks import RMSNorm
+
+class Norm(Protocol):
+    """An RMS norm over all heads."""
+
+    eps: float
+
+    @property
+    def weight(self) -> Tensor:
+        """``[N * D]``."""
 
 
 def modulated_norm(
@@ -27,7 +34,7 @@ def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 def norm_rope(
-    q: Tensor, k: Tensor, norm_q: "RMSNorm", norm_k: "RMSNorm", rope: Tensor
+    q: Tensor, k: Tensor, norm_q: Norm, norm_k: Norm, rope: Tensor
 ) -> tuple[Tensor, Tensor]:
     """See `flashdreams.models.wan.blocks.norm_rope`; the norms must hold all heads."""
     return qk_norm_rope(q, k, norm_q.weight, norm_k.weight, rope, norm_q.eps)
@@ -37,8 +44,8 @@ def norm_rope_write(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    norm_q: "RMSNorm",
-    norm_k: "RMSNorm",
+    norm_q: Norm,
+    norm_k: Norm,
     rope: Tensor,
     cache: KVCache,
 ) -> Tensor:

@@ -1,15 +1,14 @@
 """The parallel plan of the Wan transformer."""
 
-from typing import TYPE_CHECKING
-
 from flashdreams.parallel.plan import ParallelPlan, TensorStyle
 
-if TYPE_CHECKING:
-    from flashdreams.models.wan.transformer import WanTransformerConfig
 
+def wan_plan(*, image: bool, control: bool) -> ParallelPlan:
+    """Where a Wan transformer may be cut.
 
-def wan_plan(config: "WanTransformerConfig") -> ParallelPlan:
-    """Where a Wan transformer of this config may be cut.
+    Args:
+        image: it has image cross-attention.
+        control: it has a control embedding.
 
     Cross-attention cores are absent on purpose: the text is replicated, so queries that are split
     over the sequence need no exchange.
@@ -21,25 +20,17 @@ def wan_plan(config: "WanTransformerConfig") -> ParallelPlan:
     tensor |= {f"{name}.o": "rowwise" for name in attention}
     tensor |= {f"{name}.{norm}": "norm" for name in attention for norm in ("norm_q", "norm_k")}
     tensor |= {"blocks.*.ffn.0": "colwise", "blocks.*.ffn.2": "rowwise"}
-    if config.image_dim is not None:
+    if image:
         tensor |= {"blocks.*.cross_attn.k_img": "colwise", "blocks.*.cross_attn.v_img": "colwise"}
         tensor |= {"blocks.*.cross_attn.norm_k_img": "norm"}
     split = {"flatten_tokens": 1, "expand_frames": 1, "rope": 0}
-    if config.control_dim is not None:
+    if control:
         split["control_embedding"] = 1
     return ParallelPlan(
         tensor=tensor,
         split=split,
         gather={"head": 1},
         attention=("blocks.*.self_attn.core",),
-        rollout={
-            "cross_attention": "heads",
-            "condition": "rebuilt",
-            "chunk_condition": "rebuilt",
-            "rope": "rebuilt",
-            "control": "rebuilt",
-            "modulations": "rebuilt",
-        },
         low_precision=tuple(
             f"blocks.*.{name}"
             for name in (

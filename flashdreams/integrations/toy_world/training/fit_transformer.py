@@ -85,8 +85,8 @@ def predict(
     cache = model.initialize_cache(text=embed_scene(scene))
     rows = GRID // c.patch_size[1]
     control = ray_features(pose, rows, rows, SIZE).flatten(1, 2)
-    model.prepare(cache, frames, control)
-    return model(latent, timestep, cache)
+    inputs = model.inputs_at(cache, frames, control)
+    return model(latent, model.modulations(timestep), inputs, cache)
 
 
 class Trainer:

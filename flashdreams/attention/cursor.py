@@ -1,0 +1,195 @@
+"""The cursor of a sink-and-window cache: which latent frame is in which slot."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from flashdreams.runtime.transfer import to_device
+
+
+def token_slots(frame_slots: Sequence[int], tokens_per_frame: int) -> Tensor:
+    """Slots of the tokens of latent frames in the given slots, ``[F * tokens per frame]`` int64."""
+    slots = torch.tensor(list(frame_slots), dtype=torch.int64)
+    return (slots[:, None] * tokens_per_frame + torch.arange(tokens_per_frame)).flatten()
+
+
+class Cursor:
+    """Positions of one window as host integers; shared by all layers that have this window.
+
+    ``frames[slot]`` is the latent frame in a slot. Slots fill in order, so the visible ones are
+    always a prefix. The eviction policy is `slot_of`: frame ``p`` goes to slot ``p`` while
+    ``p < sink``, else to ``sink + (p - sink) % window``.
+
+    ``begin_step`` starts an AR step, ``advance`` ends it; a step that is begun again overwrites
+    itself. ``begin_rewrite_chunk`` points at the slots from 0 on, for frames that are computed
+    anew, and ``end_rewrite`` returns to the current chunk.
+
+    The tensor ``slots`` keeps its storage from one AR step to the next, as CUDA graphs need.
+    """
+
+    def __init__(self, sink_size_t: int, window_size_t: int, tokens_per_frame: int) -> None:
+        """Begin with an empty window.
+
+        Args:
+            sink_size_t: latent frames that are never evicted, from frame 0 on.
+            window_size_t: latent frames of the sliding window, the current chunk included.
+            tokens_per_frame: tokens that a layer caches per latent frame.
+        """
+        self.sink_size_t = sink_size_t
+        self.window_size_t = window_size_t
+        self.tokens_per_frame = tokens_per_frame
+        self.start = 0
+        self.len_t = 0
+        self.frames: list[int] = []
+        self.slots: Tensor | None = None
+        self._slot_buffers: dict[int, Tensor] = {}
+        self._rewritten_t: int | None = None
+
+    @property
+    def capacity_t(self) -> int:
+        """Latent frames that fit: sink and window."""
+        return self.sink_size_t + self.window_size_t
+
+    @property
+    def end(self) -> int:
+        """Latent frames seen when the current chunk is counted in."""
+        return self.start + self.len_t
+
+    @property
+    def evicted(self) -> int:
+        """Latent frames that have left the window, the current chunk counted in."""
+        return max(0, self.end - self.capacity_t)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether attention reads every slot; it is so from some AR step on."""
+        return self._rewritten_t is None and len(self.frames) == self.capacity_t
+
+    @property
+    def visible_tokens(self) -> int:
+        """Length of the prefix of token slots that attention reads."""
+        frames = len(self.frames) if self._rewritten_t is None else self._rewritten_t
+        return frames * self.tokens_per_frame
+
+    def slot_of(self, frame: int) -> int:
+        """The slot of a latent frame: the eviction policy."""
+        sink = self.sink_size_t
+        return frame if frame < sink else sink + (frame - sink) % self.window_size_t
+
+    def frame_slots(self, start: int, stop: int) -> list[int]:
+        """Slots of the latent frames ``start`` to ``stop - 1``."""
+        return [self.slot_of(frame) for frame in range(start, stop)]
+
+    def past_frames(self) -> list[int]:
+        """Latent frames before the current chunk that are in the cache, oldest first."""
+        return sorted(frame for frame in self.frames if frame < self.start)
+
+    def begin_step(self, len_t: int, device: torch.device) -> None:
+        """Point at the slots of the next ``len_t`` latent frames; what they evict is gone.
+
+        Args:
+            len_t: latent frames of the chunk.
+            device: of ``slots``.
+
+        Raises:
+            ValueError: the chunk is longer than the window.
+        """
+        if len_t > self.window_size_t:
+            raise ValueError(
+                f"A chunk of {len_t} latent frames does not fit window_size_t="
+                f"{self.window_size_t}; window_size_t must be at least {len_t}."
+            )
+        self.len_t = len_t
+        placed = self.frame_slots(self.start, self.end)
+        self.frames += [0] * (max(placed) + 1 - len(self.frames))
+        for frame, slot in enumerate(placed, start=self.start):
+            self.frames[slot] = frame
+        self._point_at(placed, device)
+
+    def advance(self) -> None:
+        """End the AR step: its frames are clean now and the next chunk comes after them."""
+        self.start = self.end
+        self.len_t = 0
+
+    def begin_rewrite_chunk(self, len_t: int, device: torch.device) -> None:
+        """Point at the next ``len_t`` slots, from slot 0 on, for frames that are computed anew.
+
+        What was rewritten so far is visible. Afterwards `KVCache.scatter` moves the frames to
+        their own slots.
+        """
+        first = self._rewritten_t or 0
+        self._rewritten_t = first + len_t
+        self._point_at(range(first, first + len_t), device)
+
+    def end_rewrite(self) -> None:
+        """Return to the current chunk, if there is one."""
+        self._rewritten_t = None
+        if self.len_t and self.slots is not None:
+            self._point_at(self.frame_slots(self.start, self.end), self.slots.device)
+
+    def reset(self, start: int = 0) -> None:
+        """Stand between AR steps with ``start`` latent frames seen; slots keep their storage.
+
+        The window holds what a rollout of so many frames leaves in it.
+        """
+        self.start, self.len_t, self._rewritten_t = start, 0, None
+        first = max(self.sink_size_t, start - self.window_size_t)
+        held = [*range(min(self.sink_size_t, start)), *range(first, start)]
+        self.frames = [0] * len(held)
+        for frame in held:
+            self.frames[self.slot_of(frame)] = frame
+
+    def clone(self) -> "Cursor":
+        """The same positions with slot tensors of its own; between AR steps."""
+        other = type(self)(self.sink_size_t, self.window_size_t, self.tokens_per_frame)
+        other.start, other.frames = self.start, list(self.frames)
+        return other
+
+    def _point_at(self, frame_slots: Sequence[int], device: torch.device) -> None:
+        tokens = to_device(token_slots(frame_slots, self.tokens_per_frame), device)
+        buffer = self._slot_buffers.setdefault(len(tokens), tokens)
+        if buffer is not tokens:
+            buffer.copy_(tokens)
+        self.slots = buffer
+
+
+class CacheCursor(Cursor):
+    """Deprecated form of `Cursor` with its old calls; goes in 0.3."""
+
+    def place(self, len_t: int, device: torch.device) -> None:
+        """Deprecated: ``begin_step``."""
+        _deprecated("place", "begin_step")
+        self.begin_step(len_t, device)
+
+    @contextmanager
+    def rewriting(self) -> Iterator[None]:
+        """Deprecated: ``begin_rewrite_chunk`` and, at the end, ``end_rewrite``."""
+        _deprecated("rewriting", "end_rewrite")
+        try:
+            yield
+        finally:
+            self.end_rewrite()
+
+    def place_next(self, len_t: int, device: torch.device) -> None:
+        """Deprecated: ``begin_rewrite_chunk``."""
+        _deprecated("place_next", "begin_rewrite_chunk")
+        self.begin_rewrite_chunk(len_t, device)
+
+    def state_dict(self) -> dict[str, int]:
+        """Deprecated: ``start``."""
+        return {"start": self.start}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Deprecated: ``reset``."""
+        self.reset(state["start"])
+
+
+def _deprecated(old: str, new: str) -> None:
+    warnings.warn(
+        f"CacheCursor.{old} is Cursor.{new} now; the old name goes in 0.3.",
+        DeprecationWarning,
+        stacklevel=3,
+    )

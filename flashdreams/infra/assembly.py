@@ -1,0 +1,259 @@
+"""Assembly: what happens to a pipeline once, before its first rollout."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from flashdreams.infra.component import (
+    Component,
+    build_component,
+    declared_context,
+    load_component,
+)
+from flashdreams.infra.conditioning import ContextEncoder
+from flashdreams.infra.diffusion.model import DiffusionModelConfig
+from flashdreams.infra.fingerprint import fingerprint
+from flashdreams.infra.warm_up import WarmUp, choose_attention, decode_zeros, run_encoders, stats
+from flashdreams.infra.weights import fetch_weights, require_weights
+from flashdreams.parallel.environment import group_rank
+from flashdreams.parallel.guidance import build_guidance
+from flashdreams.parallel.mesh import Mesh, ParallelConfig, build_mesh, resolve_degrees
+from flashdreams.parallel.parallelize import ParallelReport, parallelize
+from flashdreams.parallel.spatial import resolve_decode
+from flashdreams.parallel.state_layout import StateLayout
+from flashdreams.parallel.watchdog import StageGuard, no_guard
+from flashdreams.runtime.compilation import compiled_so_far
+from flashdreams.runtime.grad_mode import without_grad
+
+INIT_SEED = 0
+"""Seed of weights that no checkpoint gives, so that every rank draws the same ones."""
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device of a name; ``"auto"`` is CUDA where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+class Assembly(nn.Module):
+    """The components of a pipeline, and how they come to be ready.
+
+    Life: construction (on meta where a checkpoint gives the weights) -> ``parallelize`` -> ``load``
+    -> ``warm_up``.
+    """
+
+    config: Any
+    """A `StreamInferencePipelineConfig`."""
+
+    def __init__(
+        self, config: Any, *, device: str | torch.device = "auto", load: bool = True
+    ) -> None:
+        """Build the components and, unless told otherwise, load their weights.
+
+        Args:
+            config: the composition.
+            device: where it shall run; ``"auto"`` is CUDA where there is one.
+            load: False leaves components that name a checkpoint on the meta device until ``load``
+                is called, so that others may cut them first.
+        """
+        super().__init__()
+        self.config = config
+        self.target_device = resolve_device(device)
+        self.guard: StageGuard = no_guard
+        self._slices: dict[str, Mapping[str, Any]] = {}
+        self.decodes_here = True
+        self.text_from_rank_zero = False
+        self.warmed_up: WarmUp | None = None
+        model_config: DiffusionModelConfig = config.diffusion_model
+        self._latent_width = model_config.transformer.latent_width
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(INIT_SEED)
+            self.text_encoder = build_component(config.text_encoder)
+            self.image_encoder = build_component(config.image_encoder)
+            self.encoder = build_component(config.encoder)
+            self.diffusion_model = model_config.setup()
+            self.decoder = build_component(config.decoder)
+        for part in self.components().values():
+            part.check_device(self.target_device)
+        self.layout = StateLayout(Mesh(), self.diffusion_model.transformer.parallel_plan())
+        self.requires_grad_(False).eval()
+        if load:
+            self.load()
+
+    def components(self) -> dict[str, Component]:
+        """The components by their config's field name, in the order of the data."""
+        found = {
+            "text_encoder": self.text_encoder,
+            "image_encoder": self.image_encoder,
+            "encoder": self.encoder,
+            "transformer": self.diffusion_model.transformer,
+            "decoder": self.decoder,
+        }
+        return {name: part for name, part in found.items() if part is not None}
+
+    def build_mesh(self, world_size: int, parallel: ParallelConfig | None = None) -> Mesh:
+        """Resolve the degrees for this model and arrange the ranks of the process group.
+
+        Args:
+            world_size: number of ranks.
+            parallel: what is asked for; None leaves everything to "auto".
+
+        Raises:
+            ValueError: impossible degrees; the message names some that would work.
+        """
+        parallel = parallel or ParallelConfig()
+        transformer = self.diffusion_model.transformer
+        sizes = transformer.config
+        planned = transformer.parallel_plan() is not None
+        streaming = getattr(sizes, "streaming", False)
+        degrees = resolve_degrees(
+            parallel,
+            world_size,
+            num_heads=getattr(sizes, "num_heads", None) if planned else None,
+            guided=self.config.diffusion_model.guidance_scale is not None,
+            cached_frame_tokens=getattr(sizes, "tokens_per_frame", None) if streaming else None,
+        )
+        return build_mesh(degrees, self.target_device.type, parallel)
+
+    def parallelize(self, mesh: Mesh) -> dict[str, ParallelReport]:
+        """Cut every component as its plan allows; call before ``load``.
+
+        Args:
+            mesh: the ranks and the strategy; one rank leaves everything as it is, unless strict.
+
+        Returns:
+            What was done, by component.
+
+        Raises:
+            ValueError: a plan that does not fit its component, or an impossible way to decode.
+        """
+        self.text_from_rank_zero = mesh.degrees.world_size > 1
+        if self.text_from_rank_zero and group_rank() != 0:
+            self.text_encoder = None
+        reports = {
+            name: parallelize(part, part.parallel_plan(), mesh)
+            for name, part in self.components().items()
+        }
+        self._slices = {name: report.slices for name, report in reports.items()}
+        self.diffusion_model.guidance = build_guidance(mesh)
+        plan = self.decoder.parallel_plan() if self.decoder is not None else None
+        decode = resolve_decode(mesh, plan, self._latent_width)
+        self.decodes_here = decode != "rank0" or mesh.decode.rank == 0
+        # Collectives of two groups at once may wait for each other for ever.
+        self.diffusion_model.may_overlap &= decode != "split"
+        width = reports["decoder"].width_layout if "decoder" in reports else None
+        cut = self.diffusion_model.transformer.parallel_plan()
+        self.layout = StateLayout(mesh, cut, width, self._latent_width)
+        return reports
+
+    @property
+    def context_encoder(self) -> ContextEncoder:
+        """What checks and encodes the context of a rollout, as things are now."""
+        known = set(self.diffusion_model.known_context())
+        for part in (self.encoder, self.decoder):
+            if part is not None and hasattr(part, "initialize_cache"):
+                known |= declared_context(part.initialize_cache)
+        return ContextEncoder(
+            method=self.config.name,
+            text_encoder=self.text_encoder,
+            image_encoder=self.image_encoder,
+            encodes_text=self.config.text_encoder is not None,
+            text_from_rank_zero=self.text_from_rank_zero,
+            device=self.target_device,
+            guided=self.config.diffusion_model.guidance_scale is not None,
+            known=frozenset(known),
+            takes_image=self.config.diffusion_model.first_latent_from_image,
+        )
+
+    def load(self, fetch_all: str | None = None, prompts: Mapping[str, str] | None = None) -> None:
+        """Read the weights, once, and move every component to its device and type.
+
+        Args:
+            fetch_all: what to type to have all missing weights fetched, for the error; None names
+                an option per file.
+            prompts: texts that will be encoded, each by its name in an error; asked about before
+                weights are fetched or read.
+
+        Raises:
+            ValueError: the device, or this rank's share, does not allow what the config asks for,
+                or the text encoder refuses a prompt.
+            CheckpointError: weights are missing or do not fit; see ``load_checkpoint``.
+            OtherRankError: they are missing, which the first rank of a node says in full.
+        """
+        for component in self.components().values():
+            component.check_device(self.target_device)
+        encodes_text = self.text_encoder is not None
+        shared = self.text_from_rank_zero
+        require_weights(self.config, fetch_all=fetch_all, encodes_text=encodes_text, shared=shared)
+        if prompts:
+            self.context_encoder.refuse_prompts(prompts)
+        fetch_weights(self.config, text_on_rank_zero=shared)
+        for name, component in self.components().items():
+            load_component(component, self.target_device, self._slices.get(name))
+        self.requires_grad_(False).eval()
+        for call in self.diffusion_model.transformer.graphed_calls():
+            call.meter = self.layout.mesh.meter
+
+    @without_grad
+    def warm_up(self) -> WarmUp:
+        """Build whatever is built once, so that no rollout pays for it; a collective call.
+
+        Afterwards nothing is compiled, captured or measured any more. Call after ``load``; a second
+        call does nothing. On a CPU there is usually nothing to build.
+
+        Returns:
+            What was done, also kept as ``warmed_up``.
+        """
+        if self.warmed_up is not None:
+            return self.warmed_up
+        start = time.perf_counter()
+        model, mesh = self.diffusion_model, self.layout.mesh
+        sent, compiled = mesh.meter.snapshot(), compiled_so_far()
+        run_encoders((self.text_encoder, self.image_encoder))
+        attention = choose_attention(model.transformer, mesh, self.target_device)
+        steps = model.warm_up(self.config.max_rollouts)
+        if steps and self.decodes_here:
+            decode_zeros(self.decoder, model.transformer.latent_shape(1), self.target_device)
+        if self.target_device.type == "cuda":
+            torch.cuda.synchronize(self.target_device)
+        mesh.meter.rewind(sent)
+        calls = model.transformer.graphed_calls()
+        for call in calls:
+            call.reset()
+        self.warmed_up = WarmUp(
+            ms=1e3 * (time.perf_counter() - start),
+            steps=steps,
+            captures=sum(call.captures for call in calls),
+            compiled=compiled_so_far() - compiled,
+            compiled_so_far=compiled_so_far(),
+            attention=attention,
+        )
+        return self.warmed_up
+
+    def stats(self) -> dict[str, Any]:
+        """What was built at warm-up and what happened to it since, as JSON values.
+
+        Figures of graphs are there only where calls are captured.
+        """
+        calls = self.diffusion_model.transformer.graphed_calls()
+        return {**stats(self.warmed_up, calls), "fingerprint": self.fingerprint()}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the bits of a rollout depend on beside config, weights and seed, as JSON values."""
+        done = self.warmed_up
+        backend = done.attention.name if done is not None and done.attention is not None else None
+        config = self.diffusion_model.transformer.config
+        return fingerprint(config, backend, self.layout.mesh, self.target_device)
+
+    def drop_graphs(self) -> None:
+        """Free all CUDA graphs; before the process group ends, since they hold its collectives.
+
+        Rollouts can go on without them.
+        """
+        self.diffusion_model.side.join()
+        for call in self.diffusion_model.transformer.graphed_calls():
+            call.drop()

@@ -1,0 +1,551 @@
+"""The causal engine: what is the same for every network that streams chunk by chunk.
+
+Shape letters: B batch, C channels, T latent frames, H W latent rows and columns, L query tokens,
+S key tokens, N heads, D head dim. Tokens run frame by frame, row by row.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from flashdreams.attention.cache import KVCache, KVCacheSpec
+from flashdreams.attention.choose import AttentionShape
+from flashdreams.attention.cursor import Cursor
+from flashdreams.attention.quantized import KVStorage
+from flashdreams.attention.rope import RotaryEmbedding3D, time_rotation
+from flashdreams.infra.diffusion.causal_state import (
+    MAX_TIMESTEPS,
+    CausalState,
+    StepInputs,
+    copy_tensors,
+    same_shapes,
+    select_tokens,
+    token_values_to_pixels,
+)
+from flashdreams.infra.diffusion.transformer import ContextChunk, Transformer, TransformerConfig
+from flashdreams.infra.ranges import check_range
+from flashdreams.parallel.plan import glob_pattern
+from flashdreams.runtime.cuda_graph import GraphedCallable
+from flashdreams.runtime.noise import NoiseSource
+from flashdreams.runtime.transfer import to_device
+
+RewriteMode = Literal["chunks", "once"]
+"""How the window is computed anew: chunk by chunk, or all frames in one forward pass."""
+
+
+@dataclass(kw_only=True)
+class CausalTransformerConfig(TransformerConfig):
+    """What the causal engine has to know about a network."""
+
+    _target: type["CausalTransformer"] = field(default_factory=lambda: CausalTransformer)
+
+    dim: int = 1536
+    """Width of the token stream."""
+    num_heads: int = 12
+    """Attention heads; must divide ``dim``."""
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    """Latent frames (always 1), rows and columns that make up one token."""
+    condition_channels: int = 0
+    """Channels of a condition per latent frame (image-to-video: 4 mask + 16 image latent)."""
+    prediction: Literal["flow", "x0"] = "flow"
+    """What the network puts out; an ``"x0"`` output is turned into the flow."""
+    streaming: bool = True
+    """Keep a KV cache from chunk to chunk; False for a bidirectional model, which has one chunk."""
+    window_size_t: int = 21
+    """Latent frames of the sliding window, the current chunk included, the sink not."""
+    sink_size_t: int = 0
+    """First latent frames of the rollout that are never evicted."""
+    relative_rope: bool = False
+    """Cache-relative positions: the sink always stands right before the window."""
+    kv_cache_dtype: KVStorage = "native"
+    """How cached keys and values are stored: ``"native"`` is ``dtype``; ``"int8"`` and ``"fp8"``
+    take a byte each, which costs accuracy and the time to dequantize them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "dim", "num_heads")
+        check_range(self, "condition_channels", "window_size_t", "sink_size_t", least=0)
+        if self.dim % self.num_heads or self.head_dim % 2:
+            raise ValueError(
+                f"dim={self.dim} over num_heads={self.num_heads} must give an even head size; "
+                f"got {self.dim / self.num_heads:g}."
+            )
+        _check_patching(self)
+        if self.streaming and self.window_size_t < self.len_t:
+            raise ValueError(
+                f"window_size_t={self.window_size_t} must hold the current chunk of "
+                f"len_t={self.len_t} latent frames; use at least {self.len_t}."
+            )
+        allowed = get_args(KVStorage) if self.streaming else ("native",)
+        if self.kv_cache_dtype not in allowed:
+            raise ValueError(
+                f"kv_cache_dtype={self.kv_cache_dtype!r} with streaming={self.streaming}: "
+                f"allowed is {', '.join(map(repr, allowed))}."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.dim // self.num_heads
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens of one latent frame."""
+        _, rows, columns = self.patch_size
+        return self.latent_height // rows, self.latent_width // columns
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Tokens of one latent frame."""
+        rows, columns = self.token_grid
+        return rows * columns
+
+
+def _check_patching(config: CausalTransformerConfig) -> None:
+    if config.patch_size[0] != 1:
+        raise ValueError(
+            f"patch_size={config.patch_size}: a token stands for one latent frame; begin with 1."
+        )
+    sizes = (config.latent_height, config.latent_width)
+    names = ("latent_height", "latent_width")
+    for name, size, patch in zip(names, sizes, config.patch_size[1:], strict=True):
+        if size % patch:
+            below = max(patch, size // patch * patch)
+            raise ValueError(
+                f"{name}={size} is not a multiple of the patch size {patch}; "
+                f"the nearest that are: {below}, {below + patch}."
+            )
+
+
+class CausalTransformer(Transformer):
+    """The streaming engine around a network: cursors, KV caches, step inputs, graphs, rewriting.
+
+    A family writes ``forward``, ``modulations`` and ``cache_specs``; ``project_context`` if it has
+    a prompt or image tokens, and ``embed_control`` if it is steered. Cores are found by the globs
+    of ``cache_specs``, so what parallel strategies wrap is asked for its own cache.
+    """
+
+    config: CausalTransformerConfig
+
+    def __init__(self, config: CausalTransformerConfig) -> None:
+        super().__init__(config)
+        self.rope = RotaryEmbedding3D(config.head_dim)
+
+    # What a family writes.
+
+    def forward(
+        self,
+        latent: Tensor,
+        modulation: Tensor,
+        inputs: StepInputs,
+        state: CausalState,
+        write_only: bool = False,
+    ) -> Tensor:
+        """The network call; reads nothing that changes but its arguments.
+
+        Args:
+            latent: ``[B, C, T, H, W]`` float32.
+            modulation: what ``modulations`` made of the timestep.
+            inputs: rotations, condition and control of the chunk.
+            state: KV caches, whose slots of the chunk are overwritten, and the context.
+            write_only: the output is not read: a network may stop once the keys and values of its
+                last layer are written, and return an empty tensor.
+
+        Returns:
+            ``[B, C, T, H, W]`` float32: flow or x0, as ``config.prediction`` says.
+
+        Raises:
+            TypeError: the subclass does not define it.
+        """
+        raise TypeError(
+            f"{type(self).__name__} does not define forward(latent, modulation, inputs, state)."
+        )
+
+    def modulations(self, timestep: Tensor) -> Tensor:
+        """What a timestep makes of the network; computed once per timestep value and rollout.
+
+        Args:
+            timestep: ``[B]``, ``[B, T]`` (one per latent frame) or ``[B, L]`` (one per token).
+
+        Returns:
+            A tensor, handed to ``forward``; the default hands the timestep on.
+        """
+        return timestep
+
+    def project_context(self, text: Tensor | None, image_tokens: Tensor | None) -> Any:
+        """Keys and values of cross-attention, or whatever follows from the prompt alone.
+
+        Args:
+            text: ``[B, S, text_dim]``, None if the rollout has no text.
+            image_tokens: ``[B, S, image_dim]``, None if the rollout has no image.
+
+        Returns:
+            None, or a dataclass whose fields declare their styles (`flashdreams.parallel.plan`).
+        """
+        return None
+
+    def embed_control(self, control: Any) -> Any:
+        """A chunk's control input as ``forward`` reads it, once per AR step.
+
+        Args:
+            control: output of the pipeline's encoder, ``[B, L, ...]``; None without control.
+
+        Returns:
+            Tensors, or lists, tuples and mappings of these; None.
+
+        Raises:
+            ValueError: control for a network that takes none.
+        """
+        if control is not None:
+            raise ValueError(f"{type(self).__name__} takes no control input.")
+        return None
+
+    def cache_specs(self, batch_size: int) -> dict[str, KVCacheSpec]:
+        """Glob of attention cores -> size of the KV cache of each, for the whole model.
+
+        A family whose layers have several caches names each; see `cache_spec` for one of them.
+        """
+        return {}
+
+    def rotations(self, frames: Tensor) -> Any:
+        """Rotary tables of latent frames ``[T]``; the default is ``[L, D/2, 2]`` of ``rope``."""
+        return self.rope(frames, *self.config.token_grid, self.device)
+
+    # What the engine does with it.
+
+    def cache_spec(self, batch_size: int) -> KVCacheSpec:
+        """KV cache of one self-attention layer, as the config says."""
+        c = self.config
+        return KVCacheSpec(
+            batch_size=batch_size,
+            sink_size_t=c.sink_size_t,
+            window_size_t=c.window_size_t,
+            tokens_per_frame=c.tokens_per_frame,
+            num_heads=c.num_heads,
+            head_dim=c.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+            relative_sink=c.relative_rope and c.sink_size_t > 0,
+            storage=c.kv_cache_dtype,
+        )
+
+    def initialize_cache(
+        self,
+        text: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+        condition: Tensor | None = None,
+        batch_size: int | None = None,
+    ) -> CausalState:
+        """Compute what depends on the context alone and allocate the KV caches.
+
+        Args:
+            text: ``[B, S, text_dim]``, for networks with a prompt.
+            image_tokens: ``[B, S, image_dim]``, for networks with image cross-attention.
+            condition: ``[B, condition_channels, F, H, W]``, read by position; latent frames past
+                the last one see that one.
+            batch_size: B, where neither text nor image tokens say it; None means 1.
+
+        Raises:
+            ValueError: a shape that does not fit the config.
+        """
+        context = self.project_context(text, image_tokens)
+        given = [x for x in (text, image_tokens) if x is not None]
+        count = len(given[0]) if given else batch_size or 1
+        condition = self._checked_condition(condition, count)
+        cursors: dict[tuple[int, int, int], Cursor] = {}
+        caches: dict[str, list[KVCache | None]] = {}
+        for glob, spec in self.cache_specs(count).items():
+            cores = self._cores(glob)
+            if not self.config.streaming:
+                caches[glob] = [None] * len(cores)
+                continue
+            sizes = (spec.sink_size_t, spec.window_size_t, spec.tokens_per_frame)
+            cursor = cursors.setdefault(sizes, Cursor(*sizes))
+            caches[glob] = [core.new_cache(spec, cursor) for core in cores]
+        if not cursors:  # positions are needed without a cache, too
+            sizes = (0, self.config.len_t, self.config.tokens_per_frame)
+            cursors[sizes] = Cursor(*sizes)
+        return CausalState(
+            context=context,
+            caches=caches,
+            cursors=list(cursors.values()),
+            condition=condition,
+            batch_size=count,
+        )
+
+    def reuse_cache(
+        self,
+        cache: CausalState,
+        text: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+        condition: Tensor | None = None,
+        batch_size: int | None = None,
+    ) -> bool:
+        """Begin a rollout in the storage of a former one; see ``initialize_cache``."""
+        given = [x for x in (text, image_tokens) if x is not None]
+        if (len(given[0]) if given else batch_size or 1) != cache.batch_size:
+            return False
+        context = self.project_context(text, image_tokens)
+        condition = self._checked_condition(condition, cache.batch_size)
+        if not same_shapes(cache.context, context):
+            return False
+        copy_tensors(cache.context, context)
+        cache.condition = condition
+        for cursor in cache.cursors:
+            cursor.reset()
+        return True
+
+    def update_context(
+        self, cache: CausalState, text: Tensor, image_tokens: Tensor | None = None
+    ) -> None:
+        """Take on another prompt: its keys and values replace the old ones in place.
+
+        Args:
+            cache: this rollout's state.
+            text: ``[B, S, text_dim]``, as in ``initialize_cache``; B must stay the same.
+            image_tokens: those of ``initialize_cache``.
+
+        Raises:
+            ValueError: a shape that does not fit the config or the rollout.
+        """
+        if len(text) != cache.batch_size:
+            raise ValueError(f"The rollout has {cache.batch_size} prompts; got {len(text)}.")
+        copy_tensors(cache.context, self.project_context(text, image_tokens))
+
+    def begin_step(
+        self, autoregressive_index: int, cache: CausalState, control: Any = None
+    ) -> None:
+        """Place the chunk in the caches and fill the step inputs."""
+        c = self.config
+        if not c.streaming and autoregressive_index > 0:
+            raise ValueError(
+                f"autoregressive_index={autoregressive_index}: with streaming=False the whole "
+                "video is one AR step, number 0."
+            )
+        for cursor in cache.cursors:
+            cursor.begin_step(c.len_t, self.device)
+        self._rotate_sinks(cache)
+        frames = torch.arange(cache.cursor.start, cache.cursor.end)
+        cache.inputs.fill(self.inputs_at(cache, frames, control))
+
+    def predict_flow(self, latent: Tensor, timestep: Tensor, cache: CausalState) -> Tensor:
+        """Predict ``noise - x0``; see the contract."""
+        network = self._network_for(cache)
+        output = network(latent, self._modulation(timestep, cache), cache.inputs, cache)
+        if self.config.prediction == "flow":
+            return output
+        sigma = to_device(timestep, latent.device).float() / 1000
+        if sigma.ndim > 0:
+            sigma = token_values_to_pixels(sigma, latent.shape[2:], self.config.patch_size)
+        return (latent.float() - output) / sigma
+
+    def update_cache(self, latent: Tensor, timestep: Tensor, cache: CausalState) -> None:
+        """Write the clean chunk's keys and values and move on to the next chunk.
+
+        What comes after the last of them is not computed. A bidirectional model keeps nothing, so
+        its network is not run.
+        """
+        if self.config.streaming:
+            network = self._network_for(cache, write_only=True)
+            network(latent, self._modulation(timestep, cache), cache.inputs, cache, True)
+        for layer in cache.layers():
+            layer.keep_sink()
+        for cursor in cache.cursors:
+            cursor.advance()
+
+    def context_frames(self, cache: CausalState) -> list[int]:
+        """Positions of the clean latent frames in sink and window, oldest first."""
+        return cache.cursor.past_frames() if self.config.streaming else []
+
+    def rewrite_context(
+        self,
+        cache: CausalState,
+        chunks: Sequence[ContextChunk],
+        timestep: Tensor,
+        mode: RewriteMode = "chunks",
+    ) -> None:
+        """Fill sink and window anew; frames keep their positions and slots.
+
+        ``"chunks"``: each chunk sees itself and what came before it. With cache-relative RoPE the
+        sink stands right before the window once the first frames behind it are reached.
+        ``"once"``: one forward pass over all frames, which see one another without a mask.
+
+        Raises:
+            ValueError: ``"once"`` with ``relative_rope``, which rotates the sink in between.
+        """
+        if mode == "once" and self.config.relative_rope:
+            raise ValueError('mode="once" cannot be used with relative_rope=True; use "chunks".')
+        if not chunks:
+            return
+        len_t = self.config.len_t
+        groups = [list(chunks)] if mode == "once" else [[chunk] for chunk in chunks]
+        for group in groups:
+            frames = [frame for chunk in group for frame in chunk.frames]
+            if frames[0] >= self.config.sink_size_t:
+                self._rotate_sinks(cache)
+            for cursor in cache.cursors:
+                cursor.begin_rewrite_chunk(len(frames), self.device)
+            parts = [select_tokens(chunk.control, chunk.kept, len_t) for chunk in group]
+            control = (
+                None if parts[0] is None else torch.cat(parts, dim=1) if parts[1:] else parts[0]
+            )
+            latent = torch.cat([chunk.latent for chunk in group], dim=2)
+            inputs = self.inputs_at(cache, torch.tensor(frames), control)
+            self(latent, self._modulation(timestep, cache), inputs, cache, True)
+            for layer in cache.layers():
+                layer.keep_sink(frames[0], frames[-1] + 1)
+        written = [frame for chunk in chunks for frame in chunk.frames]
+        for cursor in cache.cursors:
+            cursor.end_rewrite()
+        for layer in cache.layers():
+            layer.scatter([layer.cursor.slot_of(frame) for frame in written])
+
+    # Warm-up, graphs and memory.
+
+    @cached_property
+    def network(self) -> Callable[..., Tensor]:
+        """``forward``; replayed as a CUDA graph in the steady state, if the config asks for it.
+
+        A window that is still filling is computed eagerly: its calls have other shapes.
+        """
+        if not self.config.use_cuda_graph:
+            return self.__call__
+        return GraphedCallable(self.__call__, self.device, key=_graph_key, state_of=_graph_state)
+
+    def _network_for(self, state: CausalState, write_only: bool = False) -> Callable[..., Tensor]:
+        """The graph where one serves this call, else the plain module."""
+        network = self.network
+        if isinstance(network, GraphedCallable) and not network.serves(
+            state.inputs, state, write_only
+        ):
+            network.eager_calls += 1
+            return self.__call__
+        return network
+
+    def graphed_calls(self) -> list[GraphedCallable]:
+        """The network call, if the config asks for graphs."""
+        return [self.network] if isinstance(self.network, GraphedCallable) else []
+
+    @property
+    def warm_up_steps(self) -> int:
+        """Until every window is full and has evicted once."""
+        c = self.config
+        longest = max(
+            (spec.capacity_t for spec in self.cache_specs(1).values()), default=c.window_size_t
+        )
+        return -(-longest // c.len_t) + 1 if c.streaming else 1
+
+    @torch.no_grad()
+    def replay_is_exact(self, cache: CausalState, control: Any = None) -> bool:
+        """Compare replays with eager passes on the same inputs: outputs and written keys, bits.
+
+        Args:
+            cache: a state for which graphs were captured, between AR steps; the chunk that is
+                placed for the comparison is left unfinished.
+            control: as for ``begin_step``.
+        """
+        self.begin_step(0, cache, control)
+        latent = NoiseSource(0)(0, 0, self.latent_shape(cache.batch_size)).to(self.device)
+        modulation = self._modulation(torch.tensor(500.0), cache)
+        for write_only in (False, True):
+            found = []
+            for call in (self.__call__, self._network_for(cache, write_only)):
+                for layer in cache.layers():
+                    layer.clear_chunk()
+                output = call(latent, modulation, cache.inputs, cache, write_only).clone()
+                written = [x for layer in cache.layers() for x in layer.read_chunk()]
+                found.append([output, *written])
+            if not all(torch.equal(a, b) for a, b in zip(*found, strict=True)):
+                return False
+        return True
+
+    def attention_shape(self, batch_size: int) -> AttentionShape | None:
+        """Self-attention over the full window, of the first cores that ``cache_specs`` names."""
+        specs = list(self.cache_specs(batch_size).values())
+        if not specs:
+            return None
+        spec, c = specs[0], self.config
+        tokens = c.len_t * spec.tokens_per_frame
+        return AttentionShape(
+            batch_size=batch_size,
+            queries=tokens,
+            keys=spec.capacity_t * spec.tokens_per_frame if c.streaming else tokens,
+            num_heads=spec.num_heads,
+            head_dim=spec.head_dim,
+            storage=spec.storage,
+        )
+
+    def cache_nbytes(self, batch_size: int) -> int:
+        """Bytes of the KV caches of all layers; 0 for a bidirectional model."""
+        if not self.config.streaming:
+            return 0
+        specs = self.cache_specs(batch_size).items()
+        return sum(len(self._cores(glob)) * spec.nbytes for glob, spec in specs)
+
+    def _cores(self, glob: str) -> list[Any]:
+        pattern = glob_pattern(glob)
+        found = [module for name, module in self.named_modules() if pattern.fullmatch(name)]
+        if not found:
+            raise ValueError(f"cache_specs names {glob!r}, which matches no submodule.")
+        return found
+
+    def _rotate_sinks(self, cache: CausalState) -> None:
+        """With cache-relative RoPE: let the sink of every layer stand right before the window."""
+        evicted = cache.cursor.evicted
+        if not self.config.relative_rope or evicted == 0:
+            return
+        rotation = to_device(time_rotation(evicted, self.config.head_dim), self.device)
+        for layer in cache.layers():
+            layer.rotate_sink(rotation)
+
+    def inputs_at(self, cache: CausalState, frames: Tensor, control: Any) -> StepInputs:
+        """Rotations, condition and control of latent frames at the positions ``[T]``."""
+        condition = None
+        if cache.condition is not None:
+            last = cache.condition.shape[2] - 1
+            condition = cache.condition[:, :, to_device(frames.clamp(max=last), self.device)]
+        return StepInputs(self.rotations(frames), condition, self.embed_control(control))
+
+    def _modulation(self, timestep: Tensor, cache: CausalState) -> Tensor:
+        """What ``modulations`` makes of a timestep; remembered where its value is on the host."""
+        count = cache.batch_size
+        if timestep.ndim or timestep.device.type != "cpu" or torch.is_grad_enabled():
+            timestep = timestep.to(self.device)
+            return self.modulations(timestep.expand(count) if timestep.ndim == 0 else timestep)
+        value = float(timestep)
+        if value not in cache.modulations:
+            full = torch.full((count,), value, dtype=torch.float64, device=self.device)
+            computed = self.modulations(full)
+            if not self.config.streaming:  # its timesteps do not come back
+                return computed
+            if len(cache.modulations) >= MAX_TIMESTEPS:
+                del cache.modulations[next(iter(cache.modulations))]
+            cache.modulations[value] = computed
+        return cache.modulations[value]
+
+    def _checked_condition(self, condition: Tensor | None, batch_size: int) -> Tensor | None:
+        c = self.config
+        if condition is None and c.condition_channels == 0:
+            return None
+        wanted = (batch_size, c.condition_channels, c.latent_height, c.latent_width)
+        shape = [] if condition is None else list(condition.shape)
+        if condition is None or (*shape[:2], *shape[3:]) != wanted or shape[2] == 0:
+            raise ValueError(
+                f"The condition must be [{batch_size}, {c.condition_channels}, latent frames, "
+                f"{c.latent_height}, {c.latent_width}]; got {shape or None}. "
+                "A model with condition_channels=0 takes none; others need one, usually an image."
+            )
+        return condition.to(self.device, self.dtype)
+
+
+def _graph_key(inputs: StepInputs, state: CausalState, write_only: bool = False) -> bool | None:
+    """Which of the two graphs of a state; None while a window fills."""
+    return write_only if state.is_steady else None
+
+
+def _graph_state(inputs: StepInputs, state: CausalState, write_only: bool = False) -> CausalState:
+    return state

@@ -1,0 +1,156 @@
+"""The state of a causal transformer in one rollout, and the inputs of one AR step.
+
+Shape letters as in `flashdreams.infra.diffusion.causal`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+from flashdreams.attention.cache import KVCache
+from flashdreams.attention.cursor import Cursor
+from flashdreams.parallel.plan import state
+
+MAX_TIMESTEPS = 64
+"""Timesteps whose modulations a streaming rollout keeps; schedules have fewer."""
+
+
+class StepInputs:
+    """What a network call reads beside latent, modulation and state; the same over an AR step.
+
+    Filled in place: tensors of an unchanged shape keep their storage from step to step, as CUDA
+    graphs need.
+    """
+
+    def __init__(self, rotations: Any = None, condition: Any = None, control: Any = None) -> None:
+        self.rotations = rotations
+        """Rotary tables, usually ``[L, D/2, 2]``."""
+        self.condition: Tensor | None = condition
+        """``[B, condition_channels, T, H, W]`` of the chunk."""
+        self.control = control
+        """What ``embed_control`` returned."""
+
+    def fill(self, new: "StepInputs") -> None:
+        """Take the values of ``new``; nothing of it is referred to afterwards."""
+        self.rotations = _filled(self.rotations, new.rotations)
+        self.condition = _filled(self.condition, new.condition)
+        self.control = _filled(self.control, new.control)
+
+
+@dataclass
+class CausalState:
+    """All state that a causal transformer has in one rollout."""
+
+    context: Any
+    """What ``project_context`` returned."""
+    caches: dict[str, list[KVCache | None]] = state("cache")
+    """Glob of ``cache_specs`` -> the caches of its cores; None without streaming."""
+    cursors: list[Cursor] = state("host")
+    """One per distinct window, shared by the caches of that window."""
+    condition: Tensor | None = state("rebuilt")
+    """``[B, condition_channels, F, H, W]`` by position; latent frames past the last one see it."""
+    batch_size: int = state("host")
+    modulations: dict[float, Tensor] = state("rebuilt", default_factory=dict)
+    """What ``modulations`` made of the timesteps so far."""
+    inputs: StepInputs = state("rebuilt", default_factory=StepInputs)
+    """Of the current AR step; filled by ``begin_step``."""
+
+    @property
+    def cursor(self) -> Cursor:
+        """The cursor of the first caches: where the rollout is."""
+        return self.cursors[0]
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether every window is full, so that all later calls have the same form."""
+        return all(cursor.is_full for cursor in self.cursors)
+
+    def layers(self) -> Iterator[KVCache]:
+        """All KV caches."""
+        for caches in self.caches.values():
+            for cache in caches:
+                if cache is not None:
+                    yield cache
+
+
+def select_tokens(control: Any, kept: Sequence[int], len_t: int) -> Any:
+    """The part of an AR step's control ``[B, L, ...]`` that belongs to some of its latent frames.
+
+    Args:
+        control: of the whole AR step; None stays None.
+        kept: places of the frames in the chunk.
+        len_t: latent frames of the chunk.
+    """
+    if control is None or len(kept) == len_t:
+        return control
+    return control.unflatten(1, (len_t, -1))[:, list(kept)].flatten(1, 2)
+
+
+def token_values_to_pixels(
+    values: Tensor, size: Sequence[int], patch_size: Sequence[int]
+) -> Tensor:
+    """Values per batch entry, latent frame or token, spread over a latent.
+
+    Args:
+        values: ``[B]``, ``[B, T]`` or ``[B, L]``.
+        size: T, H and W of the latent.
+        patch_size: latent frames, rows and columns of a token.
+
+    Returns:
+        ``[B, 1, T, H, W]``, with a 1 in place of the dims over which the values are the same.
+    """
+    if values.ndim == 1 or values.shape[1] in (1, size[0]):
+        return values.reshape(len(values), 1, -1, 1, 1)
+    tokens = [whole // patch for whole, patch in zip(size, patch_size, strict=True)]
+    spread = values.reshape(len(values), 1, *tokens)
+    for dim, patch in enumerate(patch_size, start=2):
+        spread = spread.repeat_interleave(patch, dim)
+    return spread
+
+
+def copy_tensors(stored: Any, new: Any) -> None:
+    """Copy the tensors of one nest into those of another of the same shapes, in place."""
+    for into, x in zip(_tensors(stored), _tensors(new), strict=True):
+        into.copy_(x)
+
+
+def same_shapes(a: Any, b: Any) -> bool:
+    """Whether two nests hold tensors of the same shapes in the same order."""
+    return [x.shape for x in _tensors(a)] == [x.shape for x in _tensors(b)]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        for part in fields(value):
+            yield from _tensors(getattr(value, part.name))
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _filled(stored: Any, new: Any) -> Any:
+    """``new``, in the tensors of ``stored`` where shape, dtype and device allow it."""
+    if isinstance(new, Tensor):
+        fits = (
+            isinstance(stored, Tensor)
+            and (stored.shape, stored.dtype) == (new.shape, new.dtype)
+            and stored.device == new.device
+        )
+        return stored.copy_(new) if fits else new.clone()
+    if isinstance(new, Mapping):
+        named = stored if isinstance(stored, Mapping) else {}
+        return {name: _filled(named.get(name), x) for name, x in new.items()}
+    if isinstance(new, list | tuple):
+        same = isinstance(stored, list | tuple) and len(stored) == len(new)
+        places: Sequence[Any] = stored if same else [None] * len(new)
+        items = [_filled(place, x) for place, x in zip(places, new, strict=True)]
+        make: Callable[..., Any] = getattr(type(new), "_make", type(new))
+        return make(items)
+    return new

@@ -1,0 +1,246 @@
+"""Sessions: a rollout, what steers it, and the log of what it was told."""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from flashdreams.infra.controller import Controller, Event
+from flashdreams.infra.pipeline import StreamInferencePipeline
+from flashdreams.infra.rollout import StreamInferencePipelineCache
+from flashdreams.parallel.environment import group_rank
+from flashdreams.parallel.messages import Message, MessageChannel
+
+CommandKind = Literal["prompt", "control", "reset", "end"]
+
+REMEMBERED_IDS = 4096
+"""Identifiers of commands that a session remembers, to drop what arrives twice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Something that a session is told; plain values, the same on all ranks."""
+
+    kind: CommandKind
+    """``"prompt"``: another prompt from the next AR step on. ``"control"``: an event for the
+    controller. ``"reset"``: begin again, with the seed in ``values`` or the session's own.
+    ``"end"``: the rollout is over."""
+    id: str = ""
+    """Of the sender; a second command of the same identifier is dropped. Empty: never dropped."""
+    at_frame: int | None = None
+    """Control: the pixel frame of the rollout from which it holds. None, or a frame that was
+    generated already, is the beginning of the next chunk."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """JSON values: what the controller accepts; ``{"text": ...}`` of a prompt."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors on the CPU: the embeddings ``text`` ``[B, S, text_dim]`` of a prompt."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(CommandKind):
+            allowed = ", ".join(get_args(CommandKind))
+            raise ValueError(f"Unknown command {self.kind!r}; allowed: {allowed}.")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What rank zero tells all ranks before an AR step."""
+
+    session: str
+    autoregressive_index: int
+    """The AR step that follows, before commands such as a reset."""
+    commands: tuple[Command, ...] = ()
+
+    def to_message(self) -> Message:
+        """The turn as JSON and tensors."""
+        rows = [[c.kind, c.id, c.at_frame, dict(c.values), list(c.tensors)] for c in self.commands]
+        tensors = {f"{i}/{n}": x for i, c in enumerate(self.commands) for n, x in c.tensors.items()}
+        return Message([self.session, self.autoregressive_index, rows], tensors)
+
+    @classmethod
+    def from_message(cls, message: Message) -> "Turn":
+        """The inverse of ``to_message``."""
+        session, index, rows = message.value
+        commands = [
+            Command(
+                kind=kind,
+                id=id,
+                at_frame=at_frame,
+                values=values,
+                tensors={name: message.tensors[f"{i}/{name}"] for name in names},
+            )
+            for i, (kind, id, at_frame, values, names) in enumerate(rows)
+        ]
+        return cls(session, index, tuple(commands))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One AR step of a session."""
+
+    autoregressive_index: int
+    frames: range
+    """The pixel frames of the chunk, counted from the beginning of the rollout."""
+    control: Any
+    """The control input, as the controller made it; None without a controller."""
+    chunk: Tensor | None
+    """``[B, F, 3, height, width]`` in [-1, 1]; None on a rank that leaves decoding to others."""
+    cache: StreamInferencePipelineCache
+    """The rollout."""
+
+
+class Session:
+    """A rollout that is told what to do while it runs::
+
+        session = Session(pipeline, {"text": ["a forest"]}, controller=camera)
+        session.submit(Command(kind="control", values={"keys": "w"}))
+        step = session.step()
+
+    On several ranks every rank makes a session and calls ``step``; commands are submitted on rank
+    zero and reach the others with the turn of the next AR step. ``submit`` may be called from
+    another thread. A command that is submitted during an AR step acts on the next one.
+    """
+
+    def __init__(
+        self,
+        pipeline: StreamInferencePipeline,
+        conditions: Mapping[str, Any],
+        *,
+        seed: int = 0,
+        controller: Controller | None = None,
+        channel: MessageChannel | None = None,
+        name: str = "session",
+    ) -> None:
+        """Begin the rollout; a collective call.
+
+        Args:
+            pipeline: loaded.
+            conditions: keywords of ``pipeline.initialize_cache``, the same on all ranks.
+            seed: of the noise.
+            controller: makes the control inputs; None: AR steps have none.
+            channel: to the other ranks; None makes one.
+            name: of the session, in its turns.
+        """
+        self.pipeline = pipeline
+        self.conditions = dict(conditions)
+        self.seed = seed
+        self.controller = controller
+        self.name = name
+        self.log: list[tuple[int, Command]] = []
+        """(AR step before which it was applied, command)."""
+        self._channel = channel or MessageChannel()
+        self._waiting: list[Command] = []
+        self._lock = threading.Lock()
+        self._ids: dict[str, None] = {}
+        self._closed = False
+        self.ended = False
+        """An ``"end"`` was applied; ``step`` raises from then on."""
+        self.cache = self._begin(seed)
+
+    def submit(self, command: Command) -> bool:
+        """Hand in a command; to be called on rank zero.
+
+        Prompts are encoded here, outside of the AR step.
+
+        Returns:
+            Whether it was taken; False if one of its identifier was before.
+
+        Raises:
+            ValueError: the session has ended, or the command is none that it can carry out.
+        """
+        self._refuse(command)
+        with self._lock:
+            if self._closed:
+                raise ValueError(f"Session {self.name!r} has ended; begin a new one.")
+            if command.id and command.id in self._ids:
+                return False
+            if command.id:
+                self._ids[command.id] = None
+                if len(self._ids) > REMEMBERED_IDS:
+                    del self._ids[next(iter(self._ids))]
+            self._closed = command.kind == "end"
+        if command.kind == "prompt" and "text" not in command.tensors:
+            encoded = self.pipeline.encode_prompts([command.values["text"]])
+            command = replace(command, tensors={"text": encoded.cpu()})
+        with self._lock:
+            self._waiting.append(command)
+        return True
+
+    def step(self) -> Step:
+        """One AR step: apply what is due, generate a chunk and finalize it; a collective call.
+
+        Raises:
+            SessionEnded: an ``"end"`` is due, or was before; nothing is generated.
+        """
+        turn = Turn.from_message(self._channel.exchange(self._next_turn().to_message()))
+        events = self._apply(turn)
+        cache, index = self.cache, self.cache.next_index
+        frames = self.pipeline.pixel_frames(index)
+        control = None
+        if self.controller is not None:
+            control = self.controller.advance(cache.controller, events, frames)
+        chunk = self.pipeline.generate(autoregressive_index=index, cache=cache, input=control)
+        self.pipeline.finalize(autoregressive_index=index, cache=cache)
+        return Step(index, frames, control, chunk, cache)
+
+    def _begin(self, seed: int) -> StreamInferencePipelineCache:
+        cache = self.pipeline.initialize_cache(**self.conditions, seed=seed)
+        cache.controller = None if self.controller is None else self.controller.new_state()
+        return cache
+
+    def _next_turn(self) -> Turn:
+        """What is due before the next AR step; on other ranks than zero it is never looked at."""
+        index = self.cache.next_index
+        if group_rank() != 0:
+            return Turn(self.name, index)
+        with self._lock:
+            waiting = self._waiting
+            stop = self.pipeline.pixel_frames(index).stop
+            later = [c for c in waiting if c.at_frame is not None and c.at_frame >= stop]
+            self._waiting = later
+        due = tuple(c for c in waiting if c.at_frame is None or c.at_frame < stop)
+        return Turn(self.name, index, due)
+
+    def _apply(self, turn: Turn) -> list[Event]:
+        """Carry out the commands of a turn; returns the events for the controller."""
+        events: list[Event] = []
+        for command in turn.commands:
+            self.log.append((turn.autoregressive_index, command))
+            if command.kind == "end":
+                self.ended = True
+            elif command.kind == "reset":
+                self.seed = command.values.get("seed", self.seed)
+                self.cache.release()
+                self.cache = self._begin(self.seed)
+                events.clear()
+            elif command.kind == "prompt":
+                self.pipeline.update_prompt(self.cache, command.tensors["text"])
+            else:
+                first = self.pipeline.pixel_frames(self.cache.next_index).start
+                offset = 0 if command.at_frame is None else max(0, command.at_frame - first)
+                events.append(Event(offset, command.values))
+        if self.ended:
+            self.cache.release()
+            raise SessionEnded(f"Session {self.name!r} has ended.")
+        return sorted(events, key=lambda event: event.frame)
+
+    def _refuse(self, command: Command) -> None:
+        values = command.values
+        if command.kind == "control":
+            if self.controller is None:
+                raise ValueError(f"Session {self.name!r} has no controller and takes no control.")
+            self.controller.check(values)
+        text = values.get("text")
+        if command.kind == "prompt" and not command.tensors and not isinstance(text, str):
+            raise ValueError(f'A prompt needs values={{"text": "..."}}; got {dict(values)!r}.')
+        seed = values.get("seed", 0)
+        if command.kind == "reset" and not (isinstance(seed, int) and 0 <= seed < 2**64):
+            raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**64 - 1.")
+
+
+class SessionEnded(RuntimeError):
+    """The session is over; it was told to end."""
+
+
+__all__ = ["Command", "Session", "SessionEnded", "Step", "Turn"]

@@ -1,0 +1,112 @@
+"""Messages from rank zero to all ranks: JSON values and CPU tensors over gloo."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashdreams.parallel.environment import group_rank
+
+IDLE_PERIOD_S = 1.0
+"""How long an idle rank waits on the store before it looks again."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """What rank zero tells the others."""
+
+    value: Any
+    """JSON: None, numbers, strings, lists and mappings with string keys."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors by name; they arrive on the CPU."""
+
+
+class MessageChannel:
+    """Broadcasts messages in order; every rank calls ``send`` or ``receive`` alike.
+
+    Never pickle and never NCCL: what arrives is data. Made by all ranks together. Without a process
+    group there is nobody to tell, and ``exchange`` returns the message itself.
+    """
+
+    def __init__(self, store: "dist.Store | None" = None) -> None:
+        """Prepare; a collective call.
+
+        Args:
+            store: shared by all ranks. With it, ranks that wait for an announced message wait
+                outside of a collective, for as long as it takes.
+        """
+        self._store = store
+        self._count = 0
+        self._alone = not dist.is_initialized() or dist.get_world_size() == 1
+        self._group: Any = None
+        if not self._alone and "gloo" not in str(dist.get_backend_config()):
+            self._group = dist.new_group(backend="gloo")
+
+    def exchange(self, message: Message | None, *, idle: bool = False) -> Message:
+        """Hand rank zero's message to all ranks; a collective call.
+
+        Args:
+            message: on rank zero the message, elsewhere ignored.
+            idle: all ranks know that rank zero may take long to call this.
+
+        Returns:
+            Rank zero's message, on every rank.
+
+        Raises:
+            ValueError: rank zero has no message.
+            TypeError: its value is not JSON.
+        """
+        if group_rank() == 0 and message is None:
+            raise ValueError("Rank zero has to give the message.")
+        if self._alone:
+            assert message is not None  # as checked above: there is no other rank
+            return message
+        self._count += 1
+        if idle and self._store is not None:
+            self._wait_for_rank_zero(f"message{self._count}")
+        if group_rank() == 0 and message is not None:
+            return self._send(message)
+        return self._receive()
+
+    def _wait_for_rank_zero(self, key: str) -> None:
+        assert self._store is not None
+        if group_rank() == 0:
+            self._store.set(key, "sent")
+            return
+        while True:
+            try:
+                self._store.wait([key], timedelta(seconds=IDLE_PERIOD_S))
+                return
+            except dist.DistStoreError:  # not yet: a lost store raises another error
+                continue
+
+    def _send(self, message: Message) -> Message:
+        flat = {name: x.detach().cpu().contiguous() for name, x in message.tensors.items()}
+        described = [[name, str(x.dtype)[6:], list(x.shape)] for name, x in flat.items()]
+        text = json.dumps([message.value, described], allow_nan=False).encode()
+        payload = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        dist.broadcast(torch.tensor([len(payload)]), 0, group=self._group)
+        dist.broadcast(payload, 0, group=self._group)
+        for x in flat.values():
+            if x.numel():
+                dist.broadcast(x.view(-1).view(torch.uint8), 0, group=self._group)
+        return message
+
+    def _receive(self) -> Message:
+        length = torch.zeros(1, dtype=torch.int64)
+        dist.broadcast(length, 0, group=self._group)
+        payload = torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(payload, 0, group=self._group)
+        value, described = json.loads(payload.numpy().tobytes())
+        tensors = {}
+        for name, dtype, shape in described:
+            x = torch.empty(shape, dtype=getattr(torch, dtype))
+            if x.numel():
+                dist.broadcast(x.view(-1).view(torch.uint8), 0, group=self._group)
+            tensors[name] = x
+        return Message(value, tensors)

@@ -1,0 +1,83 @@
+"""How the ranks of a mesh hold the state of a rollout: parts to the whole, and back."""
+
+from torch import Tensor
+
+from flashdreams.parallel.mesh import Mesh
+from flashdreams.parallel.plan import ParallelPlan, StateStyle
+from flashdreams.parallel.spatial import WidthLayout
+
+HEADS_DIM = 2
+"""Dim of the heads in ``[B, S, N, D]``."""
+
+BRANCHES = ("conditional", "unconditional")
+"""The branches of guidance, in the order of the ranks of the ``cfg`` axis."""
+
+
+class StateLayout:
+    """Gathers and shards state tensors by the style that their field declares.
+
+    KV caches are not handled here: each asks the attention core that it belongs to.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        plan: ParallelPlan | None = None,
+        width_layout: WidthLayout | None = None,
+        latent_width: int = 0,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            mesh: the ranks.
+            plan: of the transformer.
+            width_layout: how the decoder's columns are shared; None where they are not.
+            latent_width: columns of the whole latent.
+        """
+        self.mesh = mesh
+        self._width_layout = width_layout
+        self._latent_width = latent_width
+        self._heads_are_cut = plan is not None and bool(plan.tensor) and mesh.tp.group is not None
+
+    @property
+    def splits_width(self) -> bool:
+        """Whether the decoder's state is cut by width."""
+        return self._width_layout is not None
+
+    @property
+    def branches_apart(self) -> bool:
+        """Whether the two branches of guidance are on different ranks."""
+        return self.mesh.cfg.group is not None
+
+    def gather(self, style: StateStyle, x: Tensor) -> Tensor:
+        """The whole of a tensor; a collective call where the style is cut.
+
+        Args:
+            style: of its field.
+            x: this rank's part.
+        """
+        if style == "heads" and self._heads_are_cut:
+            return self.mesh.channel(self.mesh.tp).all_gather(x, dim=HEADS_DIM)
+        if style == "columns" and self._width_layout is not None:
+            return self._width_layout.gather_state(x, self._latent_width)
+        return x
+
+    def shard(self, style: StateStyle, x: Tensor) -> Tensor:
+        """This rank's part of a whole tensor: the inverse of ``gather``."""
+        if style == "heads" and self._heads_are_cut:
+            return x.chunk(self.mesh.tp.size, dim=HEADS_DIM)[self.mesh.tp.rank]
+        if style == "columns" and self._width_layout is not None:
+            return self._width_layout.shard_state(x, self._latent_width)
+        return x
+
+    def gather_branches(self, x: Tensor, own: str) -> dict[str, Tensor]:
+        """A tensor of both branches of guidance, which has the same shape in both.
+
+        Args:
+            x: of the branch that this rank evaluates.
+            own: the name of that branch.
+        """
+        if not self.branches_apart:
+            return {own: x}
+        both = self.mesh.channel(self.mesh.cfg).all_gather(x[None]).unbind(0)
+        return dict(zip(BRANCHES, both, strict=True))
