@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from flashdreams.attention.quantized import KVStorage, QuantizedPast, QuantizedTokens
+from flashdreams.attention.quantized import KVStorage, QuantizedTokens
 from flashdreams.attention.rope import apply_rope, time_rotation
 from flashdreams.runtime.transfer import to_device
 
@@ -87,12 +87,7 @@ class CacheCursor:
     ``sink + (p - sink) % window``. Slots fill in order, so the visible ones are always a prefix.
     ``place`` starts an AR step, ``advance`` ends it; a step that is placed again overwrites itself.
     ``rewriting`` and ``place_next`` fill the slots anew with frames that were there before.
-    With ``lists_past``, which a cache in eight bits asks for, ``past`` has the slots of the tokens
-    that a chunk sees beside its own.
     """
-
-    outside_graphs: ClassVar[frozenset[str]] = frozenset({"_past_memory"})
-    """What a network call does not touch, so that it may grow: ``past`` is what is read of it."""
 
     def __init__(self, sink_size_t: int, window_size_t: int, tokens_per_frame: int) -> None:
         self.sink_size_t = sink_size_t
@@ -101,9 +96,6 @@ class CacheCursor:
         self.start = 0
         self.len_t = 0
         self.slots: Tensor | None = None
-        self.lists_past = False
-        self.past: tuple[Tensor, ...] = ()
-        self._past_memory: dict[str, Tensor] = {}
         self._rewritten_t: int | None = None
 
     def place(self, len_t: int, device: torch.device) -> None:
@@ -120,9 +112,7 @@ class CacheCursor:
                 f"{self.window_size_t}; window_size_t must be at least {len_t}."
             )
         self.len_t = len_t
-        placed = self.frame_slots(self.start, self.end)
-        self._point_at(placed, device)
-        self._list_past(device, chunk=self._visible_beside(placed))
+        self._point_at(self.frame_slots(self.start, self.end), device)
 
     def advance(self) -> None:
         """Close the AR step: its frames are clean now and the next chunk comes after them."""
@@ -155,19 +145,18 @@ class CacheCursor:
         visible stays a prefix. Afterwards the frames lie one behind the other; `KVCache.scatter`
         brings them to their own slots.
         """
-        slots, past = self.slots, self.past
+        slots = self.slots
         self.slots, self._rewritten_t = None, 0
         try:
             yield
         finally:
-            self.slots, self.past, self._rewritten_t = slots, past, None
+            self.slots, self._rewritten_t = slots, None
 
     def place_next(self, len_t: int, device: torch.device) -> None:
         """Point at the slots of the next ``len_t`` latent frames that are written anew."""
         first = self._rewritten_t or 0
         self._rewritten_t = first + len_t
         self._point_at(range(first, first + len_t), device)
-        self._list_past(device, rewritten=range(first))
 
     def _point_at(self, frame_slots: Sequence[int], device: torch.device) -> None:
         tokens = to_device(token_slots(frame_slots, self.tokens_per_frame), device)
@@ -175,24 +164,6 @@ class CacheCursor:
             self.slots.copy_(tokens)
         else:
             self.slots = tokens
-
-    def _visible_beside(self, placed: Sequence[int]) -> list[int]:
-        """Frame slots that are visible, but for the placed ones."""
-        visible, own = self.visible_tokens // self.tokens_per_frame, set(placed)
-        return [slot for slot in range(visible) if slot not in own]
-
-    def _list_past(self, device: torch.device, **chunks: Sequence[int]) -> None:
-        """Note the frame slots that each chunk sees; each has memory of its own, as graphs need."""
-        if not self.lists_past:
-            return
-        past = []
-        for name, frame_slots in chunks.items():
-            tokens = to_device(token_slots(frame_slots, self.tokens_per_frame), device)
-            if name not in self._past_memory:
-                capacity = (self.sink_size_t + self.window_size_t) * self.tokens_per_frame
-                self._past_memory[name] = tokens.new_empty(capacity)
-            past.append(self._past_memory[name][: len(tokens)].copy_(tokens))
-        self.past = tuple(past)
 
     @property
     def end(self) -> int:
@@ -231,8 +202,6 @@ class KVCache:
         self.v = spec.new_tokens(spec.capacity_t)
         self.sink_tokens = spec.sink_size_t * spec.tokens_per_frame
         self.sink_k = spec.new_tokens(spec.sink_size_t) if spec.relative_sink else None
-        if spec.storage != "native":
-            cursor.lists_past = True
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write the current chunk and return all that it may attend to.
@@ -265,19 +234,6 @@ class KVCache:
         """The keys and values that attention reads, ``[B, S, N, D]``, as they are stored."""
         length = self.cursor.visible_tokens
         return self.k[:, :length], self.v[:, :length]
-
-    def past(self, group: int = 0) -> QuantizedPast:
-        """What a chunk sees beside itself, where it lies in eight bits.
-
-        Args:
-            group: which chunk, where the cursor has several.
-
-        Raises:
-            TypeError: the cache is not stored in eight bits.
-        """
-        if isinstance(self.k, Tensor) or isinstance(self.v, Tensor):
-            raise TypeError(f"A cache stored as {self.spec.storage!r} has no eight-bit tokens.")
-        return QuantizedPast(self.k, self.v, self.cursor.past[group])
 
     def keep_sink(self, start: int | None = None, end: int | None = None) -> None:
         """Store sink keys as they were first rotated (clean pass).

@@ -53,7 +53,7 @@ class AttentionShape:
     head_dim: int
     storage: KVStorage = "native"
     """How keys beside the chunk's own are stored. In eight bits the call of a whole core is
-    measured: the write, and the wide copy that most backends need."""
+    measured: the write and the wide copy included."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from flashdreams.attention.backends import AttentionBackend, in_place_form, sdpa
+from flashdreams.attention.backends import AttentionBackend, sdpa
 from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
 
 
@@ -47,10 +47,6 @@ class AttentionCore(nn.Module):
         """
         if cache is None:
             return self.backend(q, k, v, scale=self.scale)
-        in_place = in_place_form(self.backend, cache.spec.storage)
-        if in_place is not None:
-            cache.write(k, v)
-            return in_place(q, k, v, cache.past(), scale=self.scale)
         k, v = cache.update(k, v)
         return self.backend(q, k, v, scale=self.scale)
 

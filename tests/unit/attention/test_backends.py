@@ -134,6 +134,15 @@ def test_one_missing_key_among_thousands_shows_in_bfloat16(tmp_path):
     assert choice.name == "sdpa"
 
 
+@pytest.mark.parametrize("storage", ["int8", "fp8"])
+def test_over_a_quantized_cache_the_call_of_the_whole_core_is_measured(storage, tmp_path):
+    shape = dataclasses.replace(SHAPE, storage=storage)
+    candidates = {"liar": drops_last_key, "sdpa": sdpa}
+    choice = choose_backend(shape, CPU, torch.float32, candidates, repeats=1, cache_dir=tmp_path)
+    assert choice.name == "sdpa"
+    assert choice.rows[1].error < 1e-5 and "differs by" in choice.rows[0].verdict
+
+
 def test_only_liars_leave_nothing_to_choose(tmp_path):
     with pytest.raises(ValueError, match="No attention backend is right"):
         choose_backend(
