@@ -29,12 +29,11 @@ def test_graphs_on_and_off_give_the_same_bits():
 
 @torch.no_grad()
 @pytest.mark.parametrize("use_cuda_graph", [False, True])
-@pytest.mark.parametrize("option", ["fused_kernels", "compile_blocks"])
-def test_kernels_and_compiled_blocks_change_no_result(option, use_cuda_graph):
+def test_kernels_change_no_result(use_cuda_graph):
     """float32, 1e-4 of the largest value; also captured."""
     torch.manual_seed(0)
     plain = WanTransformer(tiny_transformer(control_dim=CONTROL_DIM)).eval().to("cuda")
-    changes = {option: True, "use_cuda_graph": use_cuda_graph}
+    changes = {"fused_kernels": True, "use_cuda_graph": use_cuda_graph}
     model = WanTransformer(tiny_transformer(control_dim=CONTROL_DIM, **changes)).eval().to("cuda")
     model.finish_loading()  # before the first call: graphs keep what they recorded
     expected = rollout(plain)

@@ -232,16 +232,8 @@ class WanBlock(nn.Module):
                 attention.norm_rope = fused.norm_rope
                 # The write can join in where the core would write these very keys as they are.
                 attention.writes_fused = (
-                    type(attention.core) is AttentionCore
-                    and self.config.kv_cache_dtype == "native"
-                    and not self.config.compile_blocks
+                    type(attention.core) is AttentionCore and self.config.kv_cache_dtype == "native"
                 )
-        if self.config.compile_blocks:
-            # The core is left out: what it sees grows from AR step to AR step, and ranks exchange
-            # in it. All blocks share the code that the first one compiles.
-            core = attention.core
-            core.forward = torch.compiler.disable(core.forward)  # type: ignore[method-assign]
-            self.compile(dynamic=False)
 
     def forward(
         self,

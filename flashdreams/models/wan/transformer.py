@@ -38,7 +38,6 @@ from flashdreams.models.wan.keys import WAN_KEY_MAPS
 from flashdreams.models.wan.plan import wan_plan
 from flashdreams.models.wan.state import Control, WanCache, graph_key
 from flashdreams.parallel.plan import ParallelPlan, glob_pattern
-from flashdreams.runtime.compilation import why_no_compiler
 from flashdreams.runtime.cuda_graph import GraphedCallable, copy_in_place
 from flashdreams.runtime.transfer import to_device
 
@@ -110,9 +109,6 @@ class WanTransformerConfig(TransformerConfig):
     kv_cache_dtype: KVStorage = "native"
     """How past keys and values are stored: ``"native"`` is ``dtype``; ``"int8"`` and ``"fp8"`` take
     a byte each, which costs accuracy and the time to widen them."""
-    compile_blocks: bool = False
-    """Compile the blocks with torch.compile at warm-up, attention over the cache left out. Costs
-    10 to 40 seconds at every start, fewer once inductor's cache on disk is warm."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -180,20 +176,12 @@ class WanTransformer(Transformer):
         super().check_device(device)
         if self.config.fused_kernels:
             check_fused_kernels(device, self.dtype)
-        reason = why_no_compiler(device) if self.config.compile_blocks else None
-        if reason is not None:
-            raise ValueError(f"compile_blocks=True cannot be used here: {reason}.")
 
     def finish_loading(self) -> None:
         """Settle how the blocks compute, too; see the contract."""
         super().finish_loading()
         for block in self.blocks:
             block.settle()
-
-    @property
-    def needs_warm_up(self) -> bool:
-        """Also where blocks are compiled; see the contract."""
-        return super().needs_warm_up or self.config.compile_blocks
 
     def parallel_plan(self) -> ParallelPlan:
         """Where the network may be cut."""
