@@ -6,7 +6,6 @@ GPU; on a CPU it runs the PyTorch references at a tiny size.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import command
@@ -15,10 +14,6 @@ import torch
 from flashdreams_kernels import adaln, kv_write, reference, rope_qknorm
 from torch import Tensor
 
-from flashdreams.attention.backends import sdpa, triton
-from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
-from flashdreams.attention.core import AttentionCore
-from flashdreams.attention.quantized import DTYPES
 from flashdreams.runtime.stats import sha256_of
 
 EPS = 1e-6
@@ -117,42 +112,7 @@ def build_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[
             lambda: adaln.gate_residual(x, y, vectors[2]),
             3 * chunk_bytes,
         ),
-        *eight_bit_cases(sizes, q, k, v),
     ]
-
-
-def eight_bit_cases(sizes: Sizes, q: Tensor, k: Tensor, v: Tensor) -> list[Case]:
-    """Attention over a full ring in eight bits: through a wide copy, and in place."""
-    cases = []
-    for storage in DTYPES:
-        spec = KVCacheSpec(
-            batch_size=1,
-            sink_size_t=0,
-            window_size_t=sizes.slots,
-            tokens_per_frame=1,
-            num_heads=sizes.num_heads,
-            head_dim=sizes.head_dim,
-            dtype=q.dtype,
-            device=q.device,
-            storage=storage,
-        )
-        cache = KVCache(spec, CacheCursor(0, sizes.slots, 1))
-        for start in range(0, sizes.slots, sizes.length):
-            cache.cursor.place(min(sizes.length, sizes.slots - start), q.device)
-            cache.write(*(x[:, : cache.cursor.len_t].roll(start % 7, dims=2) for x in (k, v)))
-            cache.cursor.advance()
-        cache.cursor.place(sizes.length, q.device)
-        wide, in_place = (AttentionCore(sizes.head_dim, backend) for backend in (sdpa, triton))
-        past = (sizes.slots - sizes.length) * sizes.num_heads * (sizes.head_dim + 1)
-        cases.append(
-            Case(
-                f"attention over {storage}",
-                partial(wide, q, k, v, cache),
-                partial(in_place, q, k, v, cache),
-                4 * q.nbytes + 2 * past,
-            )
-        )
-    return cases
 
 
 def write_unfused(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

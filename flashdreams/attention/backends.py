@@ -6,14 +6,12 @@ import inspect
 import os
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from flashdreams.attention.quantized import KVStorage, QuantizedPast
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
 FLASH_ATTN_HINT = "pip install flash-attn --no-build-isolation"
@@ -48,26 +46,6 @@ class LseBackend(Protocol):
         Returns:
             ``[B, L, N, D]``; with ``return_lse`` a pair, the second being ``[B, N, L]`` float32,
             the natural logarithm of each query's sum of exponentials.
-        """
-
-
-class InPlaceBackend(Protocol):
-    """An attention backend that reads the past where it lies in eight bits."""
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, past: QuantizedPast, *, scale: float
-    ) -> Tensor:
-        """Attend to the past and to the chunk itself.
-
-        Args:
-            q: ``[B, L, N, D]``.
-            k: ``[B, L, N, D]``, the chunk's own keys, as they are.
-            v: like ``k``.
-            past: what the chunk sees beside itself.
-            scale: factor on the scores.
-
-        Returns:
-            ``[B, L, N, D]``.
         """
 
 
@@ -137,17 +115,6 @@ def triton(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool = 
     return chunk_attention(q, k, v, scale=scale, return_lse=return_lse)
 
 
-def triton_in_place(
-    q: Tensor, k: Tensor, v: Tensor, past: QuantizedPast, *, scale: float
-) -> Tensor:
-    """The package's own kernel for a past in eight bits; see `InPlaceBackend`."""
-    from flashdreams_kernels.quantized_attention import quantized_attention
-
-    stored = (past.k.values, past.v.values, past.k.exponents[..., 0], past.v.exponents[..., 0])
-    out = quantized_attention(q, k, v, *stored, past.slots, scale=scale)
-    return cast(Tensor, out)
-
-
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool = False) -> Any:
     """FlashAttention-2 of the ``flash-attn`` package.
 
@@ -194,16 +161,6 @@ BACKENDS: Mapping[str, LseBackend] = MappingProxyType(
     }
 )
 """Every backend by name."""
-
-
-def in_place_form(backend: AttentionBackend, storage: KVStorage) -> InPlaceBackend | None:
-    """What a backend runs over keys and values stored like that.
-
-    Returns:
-        A function that reads them where they lie; None where the backend itself is called, with
-        a wide copy if they are stored in eight bits.
-    """
-    return triton_in_place if backend is triton and storage != "native" else None
 
 
 def why_unusable(

@@ -1,19 +1,11 @@
 """The measured choice of an attention backend."""
 
-import hashlib
-import json
-import logging
 import math
-import os
-import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +17,6 @@ from flashdreams.attention.core import AttentionCore
 from flashdreams.attention.cursor import Cursor
 from flashdreams.attention.quantized import KVStorage
 
-logger = logging.getLogger(__name__)
-
 ERROR_BOUNDS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest difference to float32 attention over the same values that is accepted, as a share of the
 reference's largest value; some four roundings of the type, and room for TF32."""
@@ -36,8 +26,6 @@ COMPARED_QUERIES = 64
 
 AUTO = "auto"
 """What a config says to have the backend measured."""
-
-PACKAGES = ("torch", "triton", "flash-attn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +42,7 @@ class AttentionShape:
     head_dim: int
     storage: KVStorage = "native"
     """How keys beside the chunk's own are stored. In eight bits the call of a whole core is
-    measured: the write, and the wide copy that most backends need."""
+    measured: the write and the wide copy included."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +64,6 @@ class BackendChoice:
 
     name: str
     rows: tuple[MeasuredBackend, ...]
-    from_cache: bool
 
     def table(self) -> str:
         """The candidates as aligned lines of text."""
@@ -91,7 +78,6 @@ class BackendChoice:
         """The choice as JSON values."""
         return {
             "attention_backend": self.name,
-            "attention_backend_from_cache": self.from_cache,
             "attention_backends": [asdict(row) for row in self.rows],
         }
 
@@ -103,7 +89,6 @@ def choose_backend(
     candidates: Mapping[str, AttentionBackend] = BACKENDS,
     *,
     repeats: int = 10,
-    cache_dir: Path | None = None,
 ) -> BackendChoice:
     """Measure the candidates on the real shape and keep the fastest that is right.
 
@@ -116,7 +101,6 @@ def choose_backend(
         dtype: of queries, keys and values.
         candidates: backends by name; those that cannot serve here are left out with the reason.
         repeats: timed calls of each; the candidates take turns.
-        cache_dir: folder that remembers choices; None is :func:`default_cache_dir`.
 
     Raises:
         ValueError: the dtype has no bound, or no candidate is right; the message has the table.
@@ -124,14 +108,7 @@ def choose_backend(
     if dtype not in ERROR_BOUNDS:
         allowed = ", ".join(str(t).removeprefix("torch.") for t in ERROR_BOUNDS)
         raise ValueError(f"Attention in {dtype} has no error bound. Allowed: {allowed}.")
-    key = choice_key(shape, device, dtype, list(candidates))
-    path = _file_of(key, default_cache_dir() if cache_dir is None else cache_dir)
-    remembered = _read_choice(path, key)
-    if remembered is not None:
-        return remembered
-    choice = _measure(shape, device, dtype, candidates, repeats)
-    _write_choice(path, key, choice)
-    return choice
+    return _measure(shape, device, dtype, candidates, repeats)
 
 
 @torch.no_grad()
@@ -173,7 +150,7 @@ def _measure(
         )
         for name in candidates
     )
-    choice = BackendChoice(fastest, rows, from_cache=False)
+    choice = BackendChoice(fastest, rows)
     if not fastest:
         raise ValueError(f"No attention backend is right for {shape} here.\n{choice.table()}")
     return choice
@@ -276,70 +253,3 @@ def _time_in_turns(
                 call()
                 times[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(found) for name, found in times.items()}
-
-
-def choice_key(
-    shape: AttentionShape, device: torch.device, dtype: torch.dtype, names: list[str]
-) -> dict[str, Any]:
-    """Everything that a choice depends on, as JSON values."""
-    on_gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
-        "threads": 0 if on_gpu else torch.get_num_threads(),
-        "versions": {package: _version(package) for package in PACKAGES},
-        "cuda": torch.version.cuda,
-        "flashdreams": _version("flashdreams"),
-        "dtype": str(dtype),
-        "shape": asdict(shape),
-        "candidates": names,
-    }
-
-
-def default_cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/flashdreams/attention``, ``~/.cache`` where the variable is not set."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "flashdreams" / "attention"
-
-
-def _file_of(key: Mapping[str, Any], folder: Path) -> Path:
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return folder / f"{digest[:32]}.json"
-
-
-def _read_choice(path: Path, key: Mapping[str, Any]) -> BackendChoice | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        rows = tuple(MeasuredBackend(**row) for row in content["rows"])
-        name = content["name"]
-        if content["key"] != key or name not in [r.name for r in rows if r.verdict == "chosen"]:
-            raise ValueError("it is for something else")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        logger.warning("%s is damaged (%s); attention is measured anew.", path, error)
-        return None
-    return BackendChoice(name, rows, from_cache=True)
-
-
-def _write_choice(path: Path, key: Mapping[str, Any], choice: BackendChoice) -> None:
-    """Write whole or not at all; a folder that cannot be written costs a measurement next time."""
-    content = {"key": key, "name": choice.name, "rows": [asdict(row) for row in choice.rows]}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".choice-")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        logger.warning("The choice of attention cannot be kept in %s: %s", path.parent, error)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

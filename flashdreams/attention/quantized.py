@@ -1,6 +1,5 @@
 """Keys and values in eight bits."""
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -78,16 +77,6 @@ class QuantizedTokens:
         # An eight-bit float has no index_copy_ on every device; its bytes do.
         self.values.view(torch.int8).index_copy_(dim, index, values.view(torch.int8))
         self.exponents.index_copy_(dim, index, exponents)
-
-
-@dataclass(frozen=True)
-class QuantizedPast:
-    """What a chunk sees beside itself, where it lies; a backend may read it there."""
-
-    k: QuantizedTokens
-    v: QuantizedTokens
-    slots: Tensor
-    """``[P]`` int64, the tokens that are seen."""
 
 
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -43,10 +43,9 @@ class WarmUp:
 
     @property
     def measured(self) -> str:
-        """The table of attention backends, if it was measured just now."""
+        """The table of attention backends, if they were measured."""
         choice = self.attention
-        fresh = choice is not None and choice.rows and not choice.from_cache
-        return f"{choice.table()}\n" if choice is not None and fresh else ""
+        return f"{choice.table()}\n" if choice is not None and choice.rows else ""
 
     def __str__(self) -> str:
         parts = [f"{self.ms / 1e3:.1f} s", f"{self.steps} AR steps with dummy values"]
@@ -92,7 +91,7 @@ def choose_attention(
     if name == AUTO and (device.type != "cuda" or mesh.config.strict or foreign):
         name = "sdpa"
     if name != AUTO:
-        return BackendChoice(name, (), from_cache=False)
+        return BackendChoice(name, ())
     local = local_attention(shape, mesh)
     choice = from_rank_zero(lambda: choose_backend(local, device, transformer.dtype))
     transformer.set_attention_backend(choice.name)

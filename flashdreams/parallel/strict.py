@@ -78,15 +78,7 @@ def make_strict(module: nn.Module, device_type: str) -> int:
 
     Returns:
         The rows of a tile: a sequence must be split in multiples of them.
-
-    Raises:
-        ValueError: the module is to be compiled: a compiler rounds otherwise for other sizes.
     """
-    if getattr(getattr(module, "config", None), "compile_blocks", False):
-        raise ValueError(
-            "strict=True with compile_blocks=True: compiled code rounds in another way for every "
-            "number of tokens, so the bits would depend on the ranks. Switch one of the two off."
-        )
     rows = TILE_ROWS.get(device_type, TILE_ROWS["cuda"])
     if device_type == "cpu":
         torch.set_num_threads(1)

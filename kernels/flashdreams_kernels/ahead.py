@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashdreams_kernels import adaln, attention, kv_write, quantized_attention, rope_qknorm
+from flashdreams_kernels import adaln, attention, kv_write, rope_qknorm
 from flashdreams_kernels.launch import Launch, Target, load_programs
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -30,7 +30,6 @@ TYPE_NAMES = {
     torch.float16: "*fp16",
     torch.int32: "*i32",
     torch.int64: "*i64",
-    torch.int8: "*i8",
 }
 
 
@@ -39,7 +38,7 @@ class Report:
     """What the compiler said about one kernel."""
 
     kernel: str
-    """Module, program and, where there are several, in brackets the form of the past."""
+    """Module and program."""
     capability: int
     num_warps: int
     shared_bytes: int
@@ -85,9 +84,8 @@ def compile_launch(launch: Launch, capability: int) -> Report:
     )
     cubin = compiled.asm["cubin"]
     registers, spill_bytes = _resources(cubin)
-    form = f"[{launch.constants['FORM']}]" if "FORM" in launch.constants else ""
     return Report(
-        f"{launch.module}.{launch.program}{form}",
+        f"{launch.module}.{launch.program}",
         capability,
         launch.num_warps,
         compiled.metadata.shared,
@@ -153,15 +151,6 @@ def real_launches(
     visible, lse = tensor(1, dtype=torch.int64), tensor(1, num_heads, length, dtype=torch.float32)
     for splits in num_splits:
         yield from attention.plan(chunk, cache, cache, visible, factor, chunk, lse, splits, target)
-    powers = tensor(1, slots, num_heads, dtype=torch.int8)
-    past_slots = tensor(slots - length, dtype=torch.int64)
-    for dtype in quantized_attention.PAST_TYPES:
-        stored = tensor(*cache.shape, dtype=dtype)
-        past = quantized_attention.Past(stored, stored, powers, powers, past_slots)
-        for splits in num_splits:
-            yield from quantized_attention.plan(
-                chunk, chunk, chunk, past, visible, factor, chunk, lse, splits, target
-            )[:2]  # the merge is that of attention
     weight, table = tensor(dim), tensor(length, head_dim // 2, 2, dtype=torch.float32)
     indices = tensor(length, dtype=torch.int64)
     outputs = (chunk, cache, cache)

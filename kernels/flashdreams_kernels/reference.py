@@ -39,45 +39,6 @@ def chunk_attention(
     return out.transpose(1, 2).to(q.dtype), lse
 
 
-def quantized_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past_k: Tensor,
-    past_v: Tensor,
-    k_exponents: Tensor,
-    v_exponents: Tensor,
-    slots: Tensor,
-    *,
-    scale: float | None = None,
-    visible: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention of a chunk to some slots of a cache in eight bits, then to itself, in float32.
-
-    Args:
-        q: ``[B, L, N, D]``.
-        k: ``[B, T, N, D]``, keys as they are.
-        v: like ``k``.
-        past_k: ``[B, S, N, D]``, int8 or float8.
-        past_v: like ``past_k``.
-        k_exponents: ``[B, S, N]``, each row of ``past_k`` counts times 2 to this power.
-        v_exponents: like ``k_exponents``.
-        slots: ``[P]`` integers, which slots are read.
-        scale: factor on the scores; None means ``D ** -0.5``.
-        visible: one integer, the number of leading ``slots`` that are read; None means all.
-
-    Returns:
-        As :func:`chunk_attention`.
-    """
-    read = slots if visible is None else slots[: max(0, int(visible))]
-    pairs = ((k, past_k, k_exponents), (v, past_v, v_exponents))
-    keys, values = (
-        torch.cat([torch.ldexp(past[:, read].float(), power[:, read, :, None]), own.float()], dim=1)
-        for own, past, power in pairs
-    )
-    return chunk_attention(q, keys, values, scale=scale)
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm over all heads together.
 

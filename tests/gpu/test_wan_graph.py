@@ -29,12 +29,11 @@ def test_graphs_on_and_off_give_the_same_bits():
 
 @torch.no_grad()
 @pytest.mark.parametrize("use_cuda_graph", [False, True])
-@pytest.mark.parametrize("option", ["fused_kernels", "compile_blocks"])
-def test_kernels_and_compiled_blocks_change_no_result(option, use_cuda_graph):
+def test_kernels_change_no_result(use_cuda_graph):
     """float32, 1e-4 of the largest value; also captured."""
     torch.manual_seed(0)
     plain = WanTransformer(tiny_transformer(control_dim=CONTROL_DIM)).eval().to("cuda")
-    changes = {option: True, "use_cuda_graph": use_cuda_graph}
+    changes = {"fused_kernels": True, "use_cuda_graph": use_cuda_graph}
     model = WanTransformer(tiny_transformer(control_dim=CONTROL_DIM, **changes)).eval().to("cuda")
     model.finish_loading()  # before the first call: graphs keep what they recorded
     expected = rollout(plain)
@@ -93,14 +92,8 @@ def test_nothing_is_captured_after_warm_up_and_the_bits_are_those_of_eager_calls
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_auto_measures_and_keeps_a_backend_that_is_right(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    choices = []
-    for _ in range(2):
-        pipeline = pipeline_on_gpu(use_cuda_graph=True, guided=False, dim=128, dtype="bfloat16")
-        choices.append(pipeline.warm_up().attention)
-        advance(pipeline, begin(pipeline, 1))
-    first, again = choices
-    assert [row.verdict for row in first.rows].count("chosen") == 1
-    assert again.name == first.name
-    assert (first.from_cache, again.from_cache) == (False, True)
+def test_auto_measures_and_keeps_a_backend_that_is_right():
+    pipeline = pipeline_on_gpu(use_cuda_graph=True, guided=False, dim=128, dtype="bfloat16")
+    choice = pipeline.warm_up().attention
+    advance(pipeline, begin(pipeline, 1))
+    assert [row.verdict for row in choice.rows].count("chosen") == 1

@@ -58,7 +58,7 @@ def _choices():
     pipeline, mesh = _cut_pipeline("ulysses")
     transformer = pipeline.diffusion_model.transformer
     own = ("sdpa_math", "sdpa_flash")[mesh.ulysses.rank]
-    warm_up.choose_backend = lambda *_: BackendChoice(own, (), from_cache=False)
+    warm_up.choose_backend = lambda *_: BackendChoice(own, ())
     choice = warm_up.choose_attention(transformer, mesh, torch.device("cuda"))
     core = next(m for m in transformer.modules() if isinstance(m, AttentionCore))
     return choice.name, core.backend.__name__

@@ -236,7 +236,7 @@ class Transformer(Component):
 
     @property
     def needs_warm_up(self) -> bool:
-        """Whether first calls build something: CUDA's handles, graphs, compiled code."""
+        """Whether first calls build something: CUDA's handles, graphs."""
         return self.device.type == "cuda" or any(c.can_capture for c in self.graphed_calls())
 
     def graphed_calls(self) -> Sequence[GraphedCallable]:

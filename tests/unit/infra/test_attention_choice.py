@@ -33,7 +33,7 @@ def asked(monkeypatch) -> list[AttentionShape]:
         assert (device, dtype) == (CUDA, torch.float32)
         shapes.append(shape)
         rows = (MeasuredBackend("sdpa_math", 0.5, 1e-7, "chosen"),)
-        return BackendChoice("sdpa_math", rows, from_cache=False)
+        return BackendChoice("sdpa_math", rows)
 
     monkeypatch.setattr(warm_up, "choose_backend", choose)
     return shapes

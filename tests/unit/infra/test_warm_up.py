@@ -84,7 +84,6 @@ def test_a_cpu_has_nothing_to_build():
     assert pipeline.stats().keys() == {
         "warm_up_ms",
         "attention_backend",
-        "attention_backend_from_cache",
         "attention_backends",
     }
 

@@ -59,7 +59,7 @@ def test_a_key_without_the_visible_length_is_wrong():
 @pytest.mark.parametrize("storage", ["native", "int8"])
 @torch.no_grad()
 def test_after_a_window_is_written_anew_the_graphs_of_warm_up_still_fit(storage):
-    """The new lists of what each rewritten chunk sees must not look like a moved state."""
+    """Rewriting must not look like a moved state."""
     torch.manual_seed(0)
     config = tiny_transformer(use_cuda_graph=True, kv_cache_dtype=storage)
     model = graphed(WanTransformer(config).eval())
