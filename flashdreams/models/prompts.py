@@ -16,8 +16,8 @@ from torch import Tensor
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
 from flashdreams.infra.ranges import check_range
 from flashdreams.runtime.checkpoint import CheckpointError
-from flashdreams.runtime.checkpoint_read import open_tensors
-from flashdreams.runtime.checkpoint_source import LocalCheckpoint
+from flashdreams.runtime.checkpoint.read import open_tensors
+from flashdreams.runtime.checkpoint.source import LocalCheckpoint
 
 INSTALL_HINT = (
     "Install it with: pip install 'flashdreams[text]', or give embeddings made beforehand"
