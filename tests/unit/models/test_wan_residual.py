@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flashdreams.infra.component import build_component, load_component
 from flashdreams.infra.diffusion.transformer import PendingChunk
+from flashdreams.infra.low_precision import weight_nbytes
 from flashdreams.infra.weights import memory_estimate
 from flashdreams.models.wan.blocks import timestep_embedding
 from flashdreams.models.wan.transformer import (
@@ -20,7 +21,6 @@ from flashdreams.models.wan.transformer import (
     WanTransformer,
     WanTransformerConfig,
 )
-from flashdreams.parallel.low_precision import weight_nbytes
 from flashdreams.runtime.checkpoint import CheckpointConfig
 from tests.tiny import CONTROL_DIM, TEXT_DIM, tiny_pipeline, tiny_transformer
 
