@@ -29,11 +29,11 @@ from flashdreams.integrations.lingbot_world.config import (
 from flashdreams.integrations.lingbot_world.encoder import CameraPath
 from flashdreams.integrations.lingbot_world.inset import draw_inset
 from flashdreams.integrations.lingbot_world.runner import read_first_frame
-from flashdreams.models.wan.image import gradient_image
 from flashdreams.registry import discover
 from flashdreams.run import main
 from flashdreams.runtime.actions import KeyMotion, integrate, parse_actions
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load, load_checkpoint
+from flashdreams.runtime.image_file import gradient_image
 from tests.manifests import Manifest, load_manifest, write_sparse_safetensors
 
 SLUG = TINY_RUNNER.runner_name

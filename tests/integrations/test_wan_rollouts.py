@@ -13,7 +13,7 @@ from flashdreams.integrations.self_forcing.config import CHECKPOINT, TINY_PIPELI
 from flashdreams.integrations.self_forcing.config import TINY_RUNNER as SELF_FORCING
 from flashdreams.integrations.wan21.config import I2V_TINY_RUNNER, T2V_TINY_RUNNER
 from flashdreams.models.prompts import save_prompt_embeds
-from flashdreams.models.wan.image import gradient_image
+from flashdreams.runtime.image_file import gradient_image
 
 RUNNERS = [SELF_FORCING, CAUSAL_FORCING, T2V_TINY_RUNNER, I2V_TINY_RUNNER]
 

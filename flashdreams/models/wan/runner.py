@@ -13,8 +13,8 @@ from flashdreams.infra.prompt import read_prompt
 from flashdreams.infra.runner import Runner, RunnerConfig
 from flashdreams.infra.weights import with_downloads
 from flashdreams.models.prompts import load_prompt_embeds
-from flashdreams.models.wan.image import gradient_image, load_image
 from flashdreams.models.wan.transformer import WanTransformerConfig
+from flashdreams.runtime.image_file import gradient_image, load_image
 
 SPATIAL_FACTOR = 8
 """Pixels per latent row or column; the same for the Wan autoencoder and TAEHV."""

@@ -390,7 +390,7 @@ def as_video(image: Tensor) -> Tensor:
     if not isinstance(image, Tensor):
         raise TypeError(
             f"the image is a {type(image).__name__}; expected a tensor [batch, 3, height, width] "
-            "in [-1, 1]: flashdreams.models.wan.image.load_image makes one of a file."
+            "in [-1, 1]: flashdreams.runtime.image_file.load_image makes one of a file."
         )
     return image.unsqueeze(2) if image.dim() == 4 else image
 
