@@ -9,10 +9,9 @@ from torch import Tensor
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.pipeline import StreamInferencePipeline
-from flashdreams.infra.prompt import read_prompt
+from flashdreams.infra.prompt import load_prompt_embeds, read_prompt
 from flashdreams.infra.runner import Runner, RunnerConfig
 from flashdreams.infra.weights import with_downloads
-from flashdreams.models.prompts import load_prompt_embeds
 from flashdreams.models.wan.transformer import WanTransformerConfig
 from flashdreams.runtime.image_file import gradient_image, load_image
 
