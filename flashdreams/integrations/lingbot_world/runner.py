@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashdreams.infra.config import derive_config
-from flashdreams.models.wan.runner import (
+from flashdreams.infra.video_runner import (
     SPATIAL_FACTOR,
     ImageToVideoRunner,
     ImageToVideoRunnerConfig,
