@@ -11,6 +11,7 @@ emulated: their error is the true one, their time is not what a GPU would take.
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,15 @@ from torch import Tensor
 
 from flashdreams.infra.config import derive_config
 from flashdreams.integrations.self_forcing.config import PIPELINE
-from flashdreams.integrations.toy_world.evaluate import (
-    FPS,
-    HeldOut,
-    draw_held_out,
-    self_rollout,
-)
 from flashdreams.integrations.toy_world.metrics import psnr_db
 from flashdreams.models.wan.transformer import WanTransformerConfig
 from flashdreams.parallel.environment import Environment, init
 from flashdreams.parallel.mesh import Mesh
 from flashdreams.runtime.checkpoint import CheckpointConfig
 from flashdreams.runtime.stats import sha256_of
+
+sys.path.append(str(Path(__file__).parents[1]))  # the checkout: training/ is not installed
+from training.toy_world.evaluate import FPS, HeldOut, draw_held_out, self_rollout
 
 EXACT = "float32"
 VARIANTS: dict[str, dict[str, Any]] = {

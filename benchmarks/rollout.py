@@ -13,16 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.pipeline import StreamInferencePipeline, StreamInferencePipelineConfig
 from flashdreams.infra.runner import RunnerConfig
+from flashdreams.infra.video_runner import SPATIAL_FACTOR, ImageToVideoRunnerConfig
 from flashdreams.infra.weights import named_checkpoints
 from flashdreams.integrations.lingbot_world.encoder import CameraPath
 from flashdreams.integrations.lingbot_world.runner import CameraToVideoRunnerConfig, read_path
 from flashdreams.integrations.toy_world.runner import ToyWorldRunnerConfig, walk
-from flashdreams.models.wan.image import gradient_image
-from flashdreams.models.wan.runner import SPATIAL_FACTOR, ImageToVideoRunnerConfig
 from flashdreams.parallel.environment import Environment
 from flashdreams.parallel.mesh import Mesh
 from flashdreams.registry import discover
 from flashdreams.runtime.checkpoint import find_local
+from flashdreams.runtime.image_file import gradient_image
 
 WALKED_FRAMES = 4000
 """Pixel frames of a walk; the camera then stands still."""

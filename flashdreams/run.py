@@ -23,7 +23,7 @@ from flashdreams.infra.config import (
     is_config,
 )
 from flashdreams.registry import VARIABLE, PluginError, Registry, discover, is_runner_config
-from flashdreams.runtime.checkpoint_config import CheckpointError
+from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.termination import EXIT_CODE as TERMINATED
 from flashdreams.runtime.termination import Terminated, raise_on_sigterm
 

@@ -1,6 +1,13 @@
-"""Where a runner's prompt comes from."""
+"""Where a runner's prompt comes from: the command line, a text file, a file of embeddings."""
 
 from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flashdreams.runtime.checkpoint import CheckpointError
+from flashdreams.runtime.checkpoint.read import open_tensors
+from flashdreams.runtime.checkpoint.source import LocalCheckpoint
 
 
 def read_prompt(prompt: str, prompt_path: Path | None) -> str:
@@ -22,3 +29,58 @@ def read_prompt(prompt: str, prompt_path: Path | None) -> str:
     if not text:
         raise ValueError(f"--prompt-path {prompt_path} is empty; describe the video in it.")
     return text
+
+
+def load_prompt_embeds(path: str | Path, *, text_len: int = 512, text_dim: int = 4096) -> Tensor:
+    """Load text embeddings that were made beforehand, in place of a text encoder.
+
+    Args:
+        path: safetensors file with one tensor, or one called ``prompt_embeds``: ``[rows, C]`` for
+            one prompt or ``[B, rows, C]``, floating point, at most ``text_len`` rows.
+        text_len: rows that the model wants.
+        text_dim: channels that the model wants.
+
+    Returns:
+        ``[B, text_len, text_dim]`` in the file's dtype; missing rows are zero.
+
+    Raises:
+        CheckpointError: the file is absent or damaged.
+        ValueError: the tensor is not of this form.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"Prompt embeddings not found: {path}")
+    store = open_tensors(LocalCheckpoint(files=(path,)))
+    names = list(store.infos)
+    if len(names) != 1 and "prompt_embeds" not in names:
+        raise ValueError(
+            f"{path} holds {len(names)} tensors ({', '.join(names[:10])}); one of them should be "
+            "called prompt_embeds"
+        )
+    name = names[0] if len(names) == 1 else "prompt_embeds"
+    shape, dtype = list(store.infos[name].shape), store.infos[name].dtype
+    wanted = f"[rows, {text_dim}] or [prompts, rows, {text_dim}], 1 to {text_len} rows"
+    fits = len(shape) in (2, 3) and shape[-1] == text_dim and 1 <= shape[-2] <= text_len
+    if not fits or shape[0] == 0:
+        raise ValueError(f"{path}: prompt embeddings of shape {shape}; this model takes {wanted}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"{path}: prompt embeddings are {dtype} {shape}; floats are wanted")
+    found = next(tensor for _, tensor in store.read({name: None}))
+    found = found if len(shape) == 3 else found[None]
+    if not torch.isfinite(found.float()).all():
+        raise ValueError(f"{path}: prompt embeddings hold values that are not finite")
+    embeds = torch.zeros(found.shape[0], text_len, text_dim, dtype=dtype)
+    embeds[:, : found.shape[1]] = found
+    return embeds
+
+
+def save_prompt_embeds(path: str | Path, embeds: Tensor) -> None:
+    """Save what a text encoder returned, for `load_prompt_embeds`.
+
+    Args:
+        path: the safetensors file to write.
+        embeds: ``[B, L, C]``.
+    """
+    from safetensors.torch import save_file
+
+    save_file({"prompt_embeds": embeds.detach().cpu().contiguous()}, path)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flashdreams.infra.config import config_fields, derive_config, is_config
+from flashdreams.infra.low_precision import weight_nbytes
 from flashdreams.parallel.environment import first_on_node, from_rank_zero, process_rank
-from flashdreams.parallel.low_precision import weight_nbytes
 from flashdreams.runtime.checkpoint import (
     CheckpointConfig,
     CheckpointError,

@@ -1,4 +1,4 @@
-"""Prompts: checked, cleaned, embedded beforehand, or hashed word by word for tests."""
+"""Prompts: checked, cleaned, or hashed word by word for tests."""
 
 # Shapes: B prompts, L = text_len rows per prompt, C = text_dim.
 
@@ -6,18 +6,17 @@ import hashlib
 import html
 import re
 import struct
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashdreams.infra import prompt
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
 from flashdreams.infra.ranges import check_range
-from flashdreams.runtime.checkpoint import CheckpointError
-from flashdreams.runtime.checkpoint_read import open_tensors
-from flashdreams.runtime.checkpoint_source import LocalCheckpoint
 
 INSTALL_HINT = (
     "Install it with: pip install 'flashdreams[text]', or give embeddings made beforehand"
@@ -25,6 +24,18 @@ INSTALL_HINT = (
 """What to do where the optional packages for text are missing."""
 
 _EMPTY = "prompt {} is empty; describe what the video shows"
+
+
+def __getattr__(name: str) -> Any:
+    """Find what moved to `flashdreams.infra.prompt` at its former place; goes in 0.3."""
+    if name not in ("load_prompt_embeds", "save_prompt_embeds"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        f"{name} moved from {__name__} to flashdreams.infra.prompt; this name goes in 0.3.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return getattr(prompt, name)
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
@@ -79,61 +90,6 @@ def clean_prompt(text: str) -> str:
         raise ImportError(f"Prompts are cleaned with the package ftfy. {INSTALL_HINT}") from error
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
-
-
-def load_prompt_embeds(path: str | Path, *, text_len: int = 512, text_dim: int = 4096) -> Tensor:
-    """Load text embeddings that were made beforehand, in place of a text encoder.
-
-    Args:
-        path: safetensors file with one tensor, or one called ``prompt_embeds``: ``[rows, C]`` for
-            one prompt or ``[B, rows, C]``, floating point, at most ``text_len`` rows.
-        text_len: rows that the model wants.
-        text_dim: channels that the model wants.
-
-    Returns:
-        ``[B, text_len, text_dim]`` in the file's dtype; missing rows are zero.
-
-    Raises:
-        CheckpointError: the file is absent or damaged.
-        ValueError: the tensor is not of this form.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"Prompt embeddings not found: {path}")
-    store = open_tensors(LocalCheckpoint(files=(path,)))
-    names = list(store.infos)
-    if len(names) != 1 and "prompt_embeds" not in names:
-        raise ValueError(
-            f"{path} holds {len(names)} tensors ({', '.join(names[:10])}); one of them should be "
-            "called prompt_embeds"
-        )
-    name = names[0] if len(names) == 1 else "prompt_embeds"
-    shape, dtype = list(store.infos[name].shape), store.infos[name].dtype
-    wanted = f"[rows, {text_dim}] or [prompts, rows, {text_dim}], 1 to {text_len} rows"
-    fits = len(shape) in (2, 3) and shape[-1] == text_dim and 1 <= shape[-2] <= text_len
-    if not fits or shape[0] == 0:
-        raise ValueError(f"{path}: prompt embeddings of shape {shape}; this model takes {wanted}")
-    if not dtype.is_floating_point:
-        raise ValueError(f"{path}: prompt embeddings are {dtype} {shape}; floats are wanted")
-    found = next(tensor for _, tensor in store.read({name: None}))
-    found = found if len(shape) == 3 else found[None]
-    if not torch.isfinite(found.float()).all():
-        raise ValueError(f"{path}: prompt embeddings hold values that are not finite")
-    embeds = torch.zeros(found.shape[0], text_len, text_dim, dtype=dtype)
-    embeds[:, : found.shape[1]] = found
-    return embeds
-
-
-def save_prompt_embeds(path: str | Path, embeds: Tensor) -> None:
-    """Save what a text encoder returned, for `load_prompt_embeds`.
-
-    Args:
-        path: the safetensors file to write.
-        embeds: ``[B, L, C]``.
-    """
-    from safetensors.torch import save_file
-
-    save_file({"prompt_embeds": embeds.detach().cpu().contiguous()}, path)
 
 
 @dataclass(kw_only=True)

@@ -17,6 +17,7 @@ from flashdreams.infra.component import ComponentConfig
 from flashdreams.infra.decoder.base import StreamingDecoder, StreamingDecoderConfig
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
 from flashdreams.infra.ranges import check_range
+from flashdreams.models.carried_frames import CarriedFrames, memory_format
 from flashdreams.models.wan.vae import (
     WAN21_LATENT_MEAN,
     WAN21_LATENT_STD,
@@ -28,7 +29,6 @@ from flashdreams.models.wan.vae import (
     normalise,
 )
 from flashdreams.models.wan.vae_blocks import fold_frames
-from flashdreams.models.wan.vae_streaming import CarriedFrames, memory_format
 from flashdreams.parallel.plan import ParallelPlan
 
 BLOCKS_PER_LEVEL = 3

@@ -35,7 +35,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     clean = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in ("flashdreams", "kernels", "tests", "benchmarks", "docs"):
+    for name in ("flashdreams", "kernels", "tests", "benchmarks", "training", "docs"):
         shutil.copytree(ROOT / name, copy / name, ignore=clean)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist"]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
@@ -215,6 +215,6 @@ def test_an_empty_environment_makes_the_video_from_the_wheel(empty: Path, tmp_pa
 @pytest.mark.slow
 def test_the_empty_environment_is_empty(empty: Path, tmp_path: Path) -> None:
     """What only the checkout or an extra has cannot be imported, so nothing leaned on it."""
-    for name in ("tests", "benchmarks", "customized_method", "pytest", "transformers"):
+    for name in ("tests", "benchmarks", "training", "customized_method", "pytest", "transformers"):
         code = f"from importlib.util import find_spec; assert find_spec({name!r}) is None"
         in_empty(empty, tmp_path, "python", "-c", code)

@@ -10,7 +10,8 @@ MAX_MODEL_FILE_LINES = 700
 MAX_FUNCTION_LINES = 70
 
 FOLDERS = tuple(
-    ROOT / name for name in ("flashdreams", "kernels", "tests", "benchmarks", "docs", "launch")
+    ROOT / name
+    for name in ("flashdreams", "kernels", "tests", "benchmarks", "training", "docs", "launch")
 )
 
 

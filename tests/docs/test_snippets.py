@@ -29,7 +29,7 @@ from tests.docs.snippets import (
 )
 from tests.harness import meeting_point, new_process
 
-SHARED = ("benchmarks", "docs", "launch", "kernels", "tests", "flashdreams")
+SHARED = ("benchmarks", "training", "docs", "launch", "kernels", "tests", "flashdreams")
 """Folders of the checkout that commands may name."""
 OWN_METHOD = "customized-method"
 WITH_SNIPPETS = [page for page in pages() if snippets_of(page)]

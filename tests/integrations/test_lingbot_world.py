@@ -29,12 +29,11 @@ from flashdreams.integrations.lingbot_world.config import (
 from flashdreams.integrations.lingbot_world.encoder import CameraPath
 from flashdreams.integrations.lingbot_world.inset import draw_inset
 from flashdreams.integrations.lingbot_world.runner import read_first_frame
-from flashdreams.models.wan.image import gradient_image
 from flashdreams.registry import discover
 from flashdreams.run import main
-from flashdreams.runtime import checkpoint as checkpoint_module
 from flashdreams.runtime.actions import KeyMotion, integrate, parse_actions
-from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load_checkpoint
+from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load, load_checkpoint
+from flashdreams.runtime.image_file import gradient_image
 from tests.manifests import Manifest, load_manifest, write_sparse_safetensors
 
 SLUG = TINY_RUNNER.runner_name
@@ -312,7 +311,7 @@ def test_streaming_the_checkpoint_takes_less_than_a_shard_of_memory(tmp_path, mo
     with torch.device("meta"):
         model = TRANSFORMER.setup()
     sink, config = Sink(), CheckpointConfig(source=str(tmp_path))
-    monkeypatch.setattr(checkpoint_module, "_place", sink.place)
+    monkeypatch.setattr(load, "_place", sink.place)
     with AnonymousMemory() as memory:
         try:
             report = load_checkpoint(model, config, device="cpu", dtype=torch.bfloat16)

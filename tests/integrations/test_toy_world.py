@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from flashdreams.integrations.toy_world.config import TOY_WORLD_PIPELINE
-from flashdreams.integrations.toy_world.evaluate import (
+from flashdreams.integrations.toy_world.metrics import psnr_db
+from flashdreams.integrations.toy_world.runner import walk
+from flashdreams.run import main
+from training.toy_world.evaluate import (
     draw_held_out,
     hide_floor_and_sky,
     self_rollout,
 )
-from flashdreams.integrations.toy_world.metrics import psnr_db
-from flashdreams.integrations.toy_world.runner import walk
-from flashdreams.run import main
 
 
 @pytest.fixture(scope="module")

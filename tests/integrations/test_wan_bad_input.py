@@ -15,9 +15,9 @@ from flashdreams.infra.prompt import read_prompt
 from flashdreams.integrations.causal_forcing.config import TINY_RUNNER as CAUSAL_FORCING
 from flashdreams.integrations.self_forcing.config import TINY_RUNNER as SELF_FORCING
 from flashdreams.integrations.wan21.config import I2V_TINY_RUNNER, T2V_TINY_RUNNER
-from flashdreams.models.wan.image import image_size, load_image
 from flashdreams.models.wan.transformer import WanTransformerConfig
 from flashdreams.run import main
+from flashdreams.runtime.image_file import image_size, load_image
 
 
 def error_of(argv: list[str], tmp_path, capsys) -> tuple[int, str]:

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from flashdreams import run
 from flashdreams.infra import component, weights
 from flashdreams.infra.config import derive_config
+from flashdreams.infra.prompt import save_prompt_embeds
 from flashdreams.integrations.self_forcing.config import TINY_RUNNER as SELF_FORCING
 from flashdreams.integrations.wan21.config import T2V_TINY_RUNNER
 from flashdreams.models import umt5
-from flashdreams.models.prompts import save_prompt_embeds
 from flashdreams.models.umt5 import UMT5TextEncoder
 from flashdreams.runtime.checkpoint import CheckpointConfig
 from tests.tiny_umt5 import tiny_config, write_tokenizer

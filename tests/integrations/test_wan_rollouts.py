@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from flashdreams.infra.config import derive_config
+from flashdreams.infra.prompt import save_prompt_embeds
 from flashdreams.integrations.causal_forcing.config import TINY_RUNNER as CAUSAL_FORCING
 from flashdreams.integrations.self_forcing.config import CHECKPOINT, TINY_PIPELINE
 from flashdreams.integrations.self_forcing.config import TINY_RUNNER as SELF_FORCING
 from flashdreams.integrations.wan21.config import I2V_TINY_RUNNER, T2V_TINY_RUNNER
-from flashdreams.models.prompts import save_prompt_embeds
-from flashdreams.models.wan.image import gradient_image
+from flashdreams.runtime.image_file import gradient_image
 
 RUNNERS = [SELF_FORCING, CAUSAL_FORCING, T2V_TINY_RUNNER, I2V_TINY_RUNNER]
 

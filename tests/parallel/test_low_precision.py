@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashdreams.parallel.low_precision import Fp8Linear, lower_precision
+from flashdreams.infra.low_precision import Fp8Linear, lower_precision
 from flashdreams.parallel.mesh import Mesh, ParallelConfig
 from flashdreams.parallel.parallelize import parallelize
 from tests.harness import run_ranks

@@ -15,7 +15,7 @@ from flashdreams import run
 from flashdreams.infra.config import InstantiateConfig, derive_config
 from flashdreams.parallel.environment import OtherRankError
 from flashdreams.registry import VARIABLE, PluginError, Registry, Source
-from flashdreams.runtime.checkpoint_config import CheckpointError
+from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.termination import Terminated
 
 ROOT = Path(__file__).parents[2]

@@ -1,7 +1,7 @@
 """Pictures of the toy world for the README and the site, made with the shipped weights.
 
-``python docs/source/_ext/pictures.py`` writes ``toy-world.png`` (truth over model, held-out walks)
-and ``toy-world.webp`` (a clip, truth on the left) into ``docs/source/_static``.
+``PYTHONPATH=. python docs/source/_ext/pictures.py`` writes ``toy-world.png`` (truth over model,
+held-out walks) and ``toy-world.webp`` (a clip, truth on the left) into ``docs/source/_static``.
 """
 
 from pathlib import Path
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from flashdreams.infra.pipeline import StreamInferencePipeline
 from flashdreams.integrations.toy_world.config import TOY_WORLD_PIPELINE, TOY_WORLD_RUNNER
-from flashdreams.integrations.toy_world.evaluate import (
+from flashdreams.integrations.toy_world.render import render
+from flashdreams.integrations.toy_world.runner import walk
+from flashdreams.integrations.toy_world.scene import scene_from_text
+from flashdreams.integrations.toy_world.world import camera_to_pose
+from training.toy_world.evaluate import (
     EVALUATION_SEED,
     FPS,
     contact_sheet,
     draw_held_out,
     self_rollout,
 )
-from flashdreams.integrations.toy_world.render import render
-from flashdreams.integrations.toy_world.runner import walk
-from flashdreams.integrations.toy_world.scene import scene_from_text
-from flashdreams.integrations.toy_world.world import camera_to_pose
 
 STATIC = Path(__file__).parents[1] / "_static"
 CLIP_FRAMES = 128

@@ -11,12 +11,12 @@ from flashdreams.attention.backends import resolve_backend
 from flashdreams.attention.choose import AUTO, AttentionShape
 from flashdreams.attention.core import AttentionCore
 from flashdreams.infra.component import Component, ComponentConfig
-from flashdreams.infra.ranges import check_range
-from flashdreams.parallel.low_precision import (
+from flashdreams.infra.low_precision import (
     LinearPrecision,
     check_low_precision,
     lower_precision,
 )
+from flashdreams.infra.ranges import check_range
 from flashdreams.runtime.cuda_graph import GraphedCallable
 
 

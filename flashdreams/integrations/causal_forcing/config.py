@@ -2,6 +2,7 @@
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.runner import RunnerConfig
+from flashdreams.infra.video_runner import ImageToVideoRunnerConfig, TextToVideoRunnerConfig
 from flashdreams.models.wan.config import (
     FOUR_STEP_PIPELINE_1_3B,
     TINY_TEXT_ENCODER,
@@ -11,7 +12,6 @@ from flashdreams.models.wan.config import (
     WAN_VAE_IMAGE_ENCODER,
     training_checkpoint,
 )
-from flashdreams.models.wan.runner import ImageToVideoRunnerConfig, TextToVideoRunnerConfig
 
 REPO = "zhuhz22/Causal-Forcing"
 REVISION = "2f8eb8bb6eeb1238da9d13e5420d342a74d634a6"

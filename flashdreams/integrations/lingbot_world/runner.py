@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashdreams.infra.config import derive_config
-from flashdreams.models.wan.image import image_size, load_image
-from flashdreams.models.wan.runner import (
+from flashdreams.infra.video_runner import (
     SPATIAL_FACTOR,
     ImageToVideoRunner,
     ImageToVideoRunnerConfig,
@@ -20,6 +19,7 @@ from flashdreams.models.wan.runner import (
     read_image,
 )
 from flashdreams.runtime.actions import KeyMotion, integrate, parse_actions
+from flashdreams.runtime.image_file import image_size, load_image
 
 from .camera import check_intrinsics, check_poses, pixel_frames, whole_chunks
 from .encoder import CameraEncoderConfig, CameraPath, PoseMode

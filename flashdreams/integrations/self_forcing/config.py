@@ -2,6 +2,7 @@
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.runner import RunnerConfig
+from flashdreams.infra.video_runner import TextToVideoRunnerConfig
 from flashdreams.models.wan.config import (
     FOUR_STEP_PIPELINE_1_3B,
     TAEHV_DECODER,
@@ -10,7 +11,6 @@ from flashdreams.models.wan.config import (
     TINY_VAE_DECODER,
     training_checkpoint,
 )
-from flashdreams.models.wan.runner import TextToVideoRunnerConfig
 
 CHECKPOINT = training_checkpoint(
     "gdhe17/Self-Forcing",

@@ -5,6 +5,7 @@ from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.diffusion.scheduler.fm_unipc import FlowUniPCSchedulerConfig
 from flashdreams.infra.pipeline import StreamInferencePipelineConfig
 from flashdreams.infra.runner import RunnerConfig
+from flashdreams.infra.video_runner import ImageToVideoRunnerConfig, TextToVideoRunnerConfig
 from flashdreams.models.wan.config import (
     I2V_14B_480P_REPO,
     T2V_1_3B_REPO,
@@ -21,7 +22,6 @@ from flashdreams.models.wan.config import (
     WAN_VAE_DECODER,
     wan21_checkpoint,
 )
-from flashdreams.models.wan.runner import ImageToVideoRunnerConfig, TextToVideoRunnerConfig
 
 ONE_CHUNK = dict(streaming=False, len_t=21, window_size_t=21)
 """Transformer fields: the whole clip, 81 frames, is one chunk."""

@@ -16,6 +16,7 @@ from flashdreams.infra.component import ComponentConfig
 from flashdreams.infra.decoder.base import StreamingDecoder, StreamingDecoderConfig
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
 from flashdreams.infra.ranges import check_range
+from flashdreams.models.carried_frames import CarriedFrames
 from flashdreams.models.wan.keys import VAE_DIFFUSERS_KEYS
 from flashdreams.models.wan.vae_blocks import (
     AttentionBlock,
@@ -26,7 +27,6 @@ from flashdreams.models.wan.vae_blocks import (
     Upsample,
     name_slots,
 )
-from flashdreams.models.wan.vae_streaming import CarriedFrames
 from flashdreams.parallel.plan import ParallelPlan
 
 # fmt: off
@@ -394,7 +394,7 @@ def as_video(image: Tensor) -> Tensor:
     if not isinstance(image, Tensor):
         raise TypeError(
             f"the image is a {type(image).__name__}; expected a tensor [batch, 3, height, width] "
-            "in [-1, 1]: flashdreams.models.wan.image.load_image makes one of a file."
+            "in [-1, 1]: flashdreams.runtime.image_file.load_image makes one of a file."
         )
     return image.unsqueeze(2) if image.dim() == 4 else image
 

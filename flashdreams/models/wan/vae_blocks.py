@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashdreams.models.wan.vae_streaming import CarriedFrames, memory_format
+from flashdreams.models.carried_frames import CarriedFrames, memory_format
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashdreams.models.umt5 import OFFICIAL_KEYS, UMT5TextEncoder, UMT5TextEncoderConfig
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load_checkpoint
-from flashdreams.runtime.checkpoint_keys import map_names
+from flashdreams.runtime.checkpoint.keys import map_names
 from tests.goldens import golden_path, load_golden
 from tests.manifests import load_keymap, load_manifest, write_sparse_safetensors, zero_state_dict
 from tests.tiny_umt5 import NO_TOKENIZER, tiny_config, write_tokenizer

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from flashdreams.models.wan.config import TINY_IMAGE_CONDITION_ENCODER
-from flashdreams.models.wan.image import WanImageConditionEncoderConfig, gradient_image
+from flashdreams.models.wan.image import WanImageConditionEncoderConfig
+from flashdreams.runtime.image_file import gradient_image
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import torch
 
 from flashdreams.models.wan.keys import VAE_DIFFUSERS_KEYS, WAN_KEY_MAPS
 from flashdreams.runtime.checkpoint import CheckpointConfig
-from flashdreams.runtime.checkpoint_keys import map_names
+from flashdreams.runtime.checkpoint.keys import map_names
 from tests.manifests import load_keymap, load_manifest
 
 PLAIN = CheckpointConfig(source="unused")

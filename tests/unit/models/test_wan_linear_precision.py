@@ -5,10 +5,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from flashdreams.infra.weights import memory_estimate
-from flashdreams.models.wan.transformer import WanTransformer
-from flashdreams.parallel import low_precision
-from flashdreams.parallel.low_precision import (
+from flashdreams.infra import low_precision
+from flashdreams.infra.low_precision import (
     Fp8Linear,
     check_low_precision,
     emulated_product,
@@ -16,6 +14,8 @@ from flashdreams.parallel.low_precision import (
     quantize,
     scaled_product,
 )
+from flashdreams.infra.weights import memory_estimate
+from flashdreams.models.wan.transformer import WanTransformer
 from flashdreams.parallel.plan import ParallelPlan
 from flashdreams.parallel.strict import make_strict
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError

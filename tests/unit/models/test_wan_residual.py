@@ -19,7 +19,6 @@ from flashdreams.models.wan.transformer import (
     WanTransformer,
     WanTransformerConfig,
 )
-from flashdreams.parallel.low_precision import weight_nbytes
 from flashdreams.runtime.checkpoint import CheckpointConfig
 from tests.tiny import CONTROL_DIM, TEXT_DIM, tiny_pipeline, tiny_transformer
 

@@ -16,8 +16,8 @@ from flashdreams.integrations.lingbot_world.encoder import (
     ImageConditionEncoderConfig,
 )
 from flashdreams.models.wan.config import TINY_VAE_IMAGE_ENCODER
-from flashdreams.models.wan.image import gradient_image
 from flashdreams.runtime.actions import KeyMotion, integrate, parse_actions
+from flashdreams.runtime.image_file import gradient_image
 
 ATOL = 1e-6
 CONDITION = torch.zeros(1, 20, 4, 4, 6)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.pipeline import StreamInferencePipeline
+from flashdreams.integrations.toy_world.codec import PatchDecoder
+from flashdreams.integrations.toy_world.config import TOY_WORLD_PIPELINE
 from flashdreams.runtime.checkpoint import CheckpointConfig
 
-from ..codec import PatchDecoder
-from ..config import TOY_WORLD_PIPELINE
-from ..evaluate import HeldOut, draw_held_out, self_rollout
+from .evaluate import HeldOut, draw_held_out, self_rollout
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..codec import LATENT_CHANNELS, PATCH, PatchDecoder, PatchEncoder, PatchEncoderConfig
-from ..render import render
-from ..scene import random_scene
-from ..world import random_rollout
+from flashdreams.integrations.toy_world.codec import (
+    LATENT_CHANNELS,
+    PATCH,
+    PatchDecoder,
+    PatchEncoder,
+    PatchEncoderConfig,
+)
+from flashdreams.integrations.toy_world.render import render
+from flashdreams.integrations.toy_world.scene import random_scene
+from flashdreams.integrations.toy_world.world import random_rollout
 
 log = logging.getLogger(__name__)
 

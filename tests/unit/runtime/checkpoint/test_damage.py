@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load_checkpoint
-from flashdreams.runtime.checkpoint_read import load_pickle
-from flashdreams.runtime.checkpoint_source import find_local
+from flashdreams.runtime.checkpoint.read import load_pickle
+from flashdreams.runtime.checkpoint.source import find_local
 
 SIZES = {"weight": (2, 3), "bias": (2,)}
 

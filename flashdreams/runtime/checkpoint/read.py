@@ -15,8 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from flashdreams.runtime.checkpoint_config import CheckpointError
-from flashdreams.runtime.checkpoint_source import LocalCheckpoint
+from flashdreams.runtime.checkpoint.config import CheckpointError
+from flashdreams.runtime.checkpoint.source import LocalCheckpoint
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _DTYPES = {

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from flashdreams.runtime.checkpoint_config import CheckpointConfig, CheckpointError
+from flashdreams.runtime.checkpoint.config import CheckpointConfig, CheckpointError
 
 _LISTED = 10
 

@@ -17,11 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashdreams.attention.cache import KVCache
 from flashdreams.attention.core import AttentionCore
+from flashdreams.integrations.toy_world.camera import ray_features
+from flashdreams.integrations.toy_world.prompt import embed_scene
+from flashdreams.integrations.toy_world.scene import FLOOR_SLOT, HIDDEN, SKY_SLOT
 from flashdreams.models.wan.transformer import WanTransformer
 
-from ..camera import ray_features
-from ..prompt import embed_scene
-from ..scene import FLOOR_SLOT, HIDDEN, SKY_SLOT
 from .pool import GRID, ClipPool
 
 log = logging.getLogger(__name__)

@@ -7,34 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flashdreams.runtime.checkpoint_config import (
-    WRAPPER_MARKERS,
-    CheckpointConfig,
-    CheckpointError,
-)
-from flashdreams.runtime.checkpoint_keys import KeyMap, describe_mismatch, map_names
-from flashdreams.runtime.checkpoint_read import TensorInfo, TensorSlice, TensorStore, open_tensors
-from flashdreams.runtime.checkpoint_source import (
-    LocalCheckpoint,
-    describe_missing,
-    ensure_local,
-    find_local,
-)
-
-__all__ = [
-    "WRAPPER_MARKERS",
-    "CheckpointConfig",
-    "CheckpointError",
-    "KeyMap",
-    "LoadReport",
-    "LocalCheckpoint",
-    "TensorSlice",
-    "describe_missing",
-    "ensure_local",
-    "find_local",
-    "load_checkpoint",
-]
-
+from flashdreams.runtime.checkpoint.config import CheckpointConfig, CheckpointError
+from flashdreams.runtime.checkpoint.keys import KeyMap, describe_mismatch, map_names
+from flashdreams.runtime.checkpoint.read import TensorInfo, TensorSlice, TensorStore, open_tensors
+from flashdreams.runtime.checkpoint.source import ensure_local
 
 DType = torch.dtype | Callable[[str], torch.dtype]
 """One for all tensors, or a function of a tensor's name."""

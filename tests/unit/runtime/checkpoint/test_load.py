@@ -18,8 +18,8 @@ from flashdreams.runtime.checkpoint import (
     TensorSlice,
     load_checkpoint,
 )
-from flashdreams.runtime.checkpoint_read import open_tensors, read_header
-from flashdreams.runtime.checkpoint_source import LocalCheckpoint
+from flashdreams.runtime.checkpoint.read import open_tensors, read_header
+from flashdreams.runtime.checkpoint.source import LocalCheckpoint
 from tests.harness import run_ranks
 from tests.manifests import load_manifest, write_sparse_safetensors
 

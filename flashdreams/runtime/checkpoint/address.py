@@ -2,7 +2,7 @@
 
 from pathlib import Path, PurePosixPath
 
-from flashdreams.runtime.checkpoint_config import CheckpointConfig, CheckpointError
+from flashdreams.runtime.checkpoint.config import CheckpointConfig, CheckpointError
 
 
 def cached_file(config: CheckpointConfig) -> Path:

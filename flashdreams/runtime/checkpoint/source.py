@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
-from flashdreams.runtime.checkpoint_address import cached_file, download_file, fetch_command
-from flashdreams.runtime.checkpoint_config import CheckpointConfig, CheckpointError
+from flashdreams.runtime.checkpoint.address import cached_file, download_file, fetch_command
+from flashdreams.runtime.checkpoint.config import CheckpointConfig, CheckpointError
 
 _REPOSITORY = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth")

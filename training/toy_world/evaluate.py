@@ -1,6 +1,6 @@
 """Holds self-rollouts of the toy world against the rendered truth.
 
-``python -m flashdreams.integrations.toy_world.evaluate`` prints the table of the README and writes
+``python -m training.toy_world.evaluate`` prints the table of the README and writes
 a picture, truth over model. Scenes and walks are drawn from a seed that the training never used.
 """
 
@@ -14,12 +14,17 @@ from torch import Tensor
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.pipeline import StreamInferencePipeline
-
-from .config import TOY_WORLD_PIPELINE
-from .metrics import psnr_db
-from .render import render
-from .scene import FLOOR_SLOT, HIDDEN, SKY_SLOT, random_scene, scene_to_text
-from .world import pose_to_camera, random_rollout
+from flashdreams.integrations.toy_world.config import TOY_WORLD_PIPELINE
+from flashdreams.integrations.toy_world.metrics import psnr_db
+from flashdreams.integrations.toy_world.render import render
+from flashdreams.integrations.toy_world.scene import (
+    FLOOR_SLOT,
+    HIDDEN,
+    SKY_SLOT,
+    random_scene,
+    scene_to_text,
+)
+from flashdreams.integrations.toy_world.world import pose_to_camera, random_rollout
 
 FPS = 16
 EVALUATION_SEED = 20_000

@@ -1,4 +1,4 @@
-"""Command line of the toy world's training: ``python -m ...toy_world.training STAGE``.
+"""Command line of the toy world's training: ``python -m training.toy_world STAGE``.
 
 Stages, in order: ``codec`` (fit encoder and decoder), ``render`` (fill the pool of clips; may run
 beside the next two), ``frames``, ``video``, ``polish`` (the decoder, on rollouts), ``export``.
@@ -13,10 +13,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from flashdreams.integrations.toy_world.codec import (
+    PatchDecoder,
+    PatchDecoderConfig,
+    PatchEncoder,
+    PatchEncoderConfig,
+)
+from flashdreams.integrations.toy_world.config import TRANSFORMER
 from flashdreams.models.wan.transformer import WanTransformer
 
-from ..codec import PatchDecoder, PatchDecoderConfig, PatchEncoder, PatchEncoderConfig
-from ..config import TRANSFORMER
 from .fit_codec import fit_decoder, fit_encoder, start_from_linear
 from .fit_transformer import Trainer
 from .polish import polish_decoder
@@ -58,7 +63,7 @@ def train(stage: str, folder: Path, seconds: float, seed: int, peak: float) -> N
 
 def export(folder: Path) -> None:
     """Write the weights that the package ships, in half precision."""
-    target = Path(__file__).parent.parent / "weights"
+    target = Path(__file__).parents[2] / "flashdreams/integrations/toy_world/weights"
     target.mkdir(exist_ok=True)
     for source, name in (("video", "transformer"), ("encoder", "encoder"), ("decoder", "decoder")):
         tensors = load_file(folder / f"{source}.safetensors")

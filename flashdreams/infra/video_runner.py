@@ -1,23 +1,41 @@
-"""Text and images to video on the command line, for every Wan integration."""
+"""Text and images to video on the command line, for all integrations that take a prompt."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 from torch import Tensor
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.pipeline import StreamInferencePipeline
-from flashdreams.infra.prompt import read_prompt
+from flashdreams.infra.prompt import load_prompt_embeds, read_prompt
 from flashdreams.infra.runner import Runner, RunnerConfig
 from flashdreams.infra.weights import with_downloads
-from flashdreams.models.prompts import load_prompt_embeds
-from flashdreams.models.wan.image import gradient_image, load_image
-from flashdreams.models.wan.transformer import WanTransformerConfig
+from flashdreams.runtime.image_file import gradient_image, load_image
 
 SPATIAL_FACTOR = 8
 """Pixels per latent row or column; the same for the Wan autoencoder and TAEHV."""
+
+
+@runtime_checkable
+class VideoTransformerConfig(Protocol):
+    """What the runners read of a transformer's config; `WanTransformerConfig` has all of it."""
+
+    len_t: int
+    """Latent frames of one chunk."""
+    latent_height: int
+    """Latent rows."""
+    latent_width: int
+    """Latent columns."""
+    patch_size: tuple[int, int, int]
+    """Latent frames, rows and columns of one token."""
+    text_dim: int
+    """Channels of a prompt's embeddings."""
+    text_len: int
+    """Rows of a prompt's embeddings."""
+    streaming: bool
+    """Whether the video is made chunk by chunk; if not, in one AR step."""
 
 
 @dataclass(kw_only=True)
@@ -80,16 +98,19 @@ class TextToVideoRunnerConfig(RunnerConfig):
         return self.pipeline.diffusion_model.guidance_scale is not None
 
     @property
-    def transformer(self) -> WanTransformerConfig:
+    def transformer(self) -> VideoTransformerConfig:
         """Config of the transformer.
 
         Raises:
-            TypeError: the pipeline has one of another family.
+            TypeError: it lacks a field that this runner reads.
         """
-        found = self.pipeline.diffusion_model.transformer
-        if not isinstance(found, WanTransformerConfig):
+        found: Any = self.pipeline.diffusion_model.transformer
+        if not isinstance(found, VideoTransformerConfig):
+            fields = VideoTransformerConfig.__annotations__
+            lacking = ", ".join(name for name in fields if not hasattr(found, name))
             raise TypeError(
-                f"{self.runner_name} needs a Wan transformer, got {type(found).__name__}."
+                f"{self.runner_name} needs a transformer config with {lacking}, which "
+                f"{type(found).__name__} lacks."
             )
         return found
 
@@ -201,7 +222,7 @@ def resolve_config(config: ConfigT) -> ConfigT:
     return replace(config, pipeline=pipeline)
 
 
-def read_embeds(path: Path | None, transformer: WanTransformerConfig) -> Tensor | None:
+def read_embeds(path: Path | None, transformer: VideoTransformerConfig) -> Tensor | None:
     """The embeddings ``[1, text_len, text_dim]`` in a file; None if no file is named.
 
     Raises:
@@ -220,7 +241,7 @@ def read_embeds(path: Path | None, transformer: WanTransformerConfig) -> Tensor 
     return embeds
 
 
-def check_size(name: str, pixels: int | None, transformer: WanTransformerConfig) -> None:
+def check_size(name: str, pixels: int | None, transformer: VideoTransformerConfig) -> None:
     """Refuse a height or width in pixels that the latent and its patches do not divide.
 
     Raises:

@@ -1,0 +1,43 @@
+"""Public checkpoints: where they are, how their names are read, how they fill a module."""
+
+from typing import TYPE_CHECKING, Any
+
+from flashdreams.runtime.checkpoint.config import (
+    WRAPPER_MARKERS,
+    CheckpointConfig,
+    CheckpointError,
+)
+from flashdreams.runtime.checkpoint.keys import KeyMap
+from flashdreams.runtime.checkpoint.source import (
+    LocalCheckpoint,
+    describe_missing,
+    ensure_local,
+    find_local,
+)
+
+if TYPE_CHECKING:
+    from flashdreams.runtime.checkpoint.load import LoadReport, load_checkpoint
+    from flashdreams.runtime.checkpoint.read import TensorSlice
+
+__all__ = [
+    "WRAPPER_MARKERS",
+    "CheckpointConfig",
+    "CheckpointError",
+    "KeyMap",
+    "LoadReport",
+    "LocalCheckpoint",
+    "TensorSlice",
+    "describe_missing",
+    "ensure_local",
+    "find_local",
+    "load_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs PyTorch at its first use: the command line reads only the rest."""
+    if name not in ("LoadReport", "TensorSlice", "load_checkpoint"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from flashdreams.runtime.checkpoint import load
+
+    return getattr(load, name)
