@@ -1,16 +1,17 @@
 """The record of a run: stage times, checksums and latents, gathered by watching the pipeline."""
 
+import logging
 import time
-from collections.abc import Iterator
+import weakref
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict
+from concurrent.futures import wait as wait_for
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 import flashdreams
@@ -18,19 +19,55 @@ from flashdreams.infra.config_file import config_hash
 from flashdreams.infra.pipeline import StreamInferencePipeline, StreamInferencePipelineCache
 from flashdreams.parallel.environment import Environment
 from flashdreams.parallel.mesh import Mesh
+from flashdreams.runtime.files import readable_write_errors
+from flashdreams.runtime.latents import LatentWriter
 from flashdreams.runtime.profiler import StageTimer
-from flashdreams.runtime.stats import memory_stats, sha256_of, write_stats
+from flashdreams.runtime.stats import StatsWriter, memory_stats, sha256_of
 from flashdreams.runtime.transfer import start_host_copy
 
 if TYPE_CHECKING:
     from flashdreams.infra.runner import RunnerConfig
 
+MAX_COPIES = 4
+"""Tensors copied to the host and not yet hashed; the loop waits for the oldest one beyond that."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Rollout:
+    number: int
+    timer: StageTimer
+    cache: "weakref.ref[StreamInferencePipelineCache]"
+    """Weak, because its memory is for other rollouts."""
+
+
+@dataclass(eq=False)
+class _Step:
+    """An AR step whose record is yet to be written."""
+
+    rollout: _Rollout
+    record: dict[str, Any]
+    checksums: dict[str, Future[str]]
+
+    def is_complete(self) -> bool:
+        """Whether nothing will be added to the record any more."""
+        timer = self.rollout.timer
+        is_last = timer.records[-1] is self.record and self.rollout.cache() is not None
+        hashed = all(checksum.done() for checksum in self.checksums.values())
+        return not is_last and hashed and timer.has_all_times(self.record)
+
 
 class RunRecorder:
     """Watches rollouts and writes ``stats_<slug>.json`` when the run is over.
 
-    Checksums are taken beside the loop, by one thread, from copies that the loop does not wait
-    for. Only rank zero records anything.
+    Until then the record of a step goes to ``stats_<slug>.partial.jsonl`` once the next step has
+    begun, and its latent, if asked for, to ``latents_<slug>.partial.npy``. Both are left by a
+    process that is killed. Memory does not grow with the number of steps.
+
+    One thread hashes and writes latents, from copies that the loop does not wait for unless
+    :data:`MAX_COPIES` are outstanding. After a failed write nothing more is added to that file;
+    `close` raises the error. Only rank zero records anything.
     """
 
     def __init__(
@@ -44,14 +81,21 @@ class RunRecorder:
         self.pipeline = pipeline
         self.environment = environment
         self.mesh = mesh
+        self.steps = 0
+        """AR steps of all rollouts so far; 0 on ranks that record nothing."""
         self._ready = time.perf_counter()
         self._first_chunk_ms: float | None = None
         self._first_seen = 0.0
         self._frames_since = 0
-        self._timers: list[StageTimer] = []  # not the caches, whose memory is for other rollouts
-        self._latents: list[Tensor] = []
-        self._checksums: list[tuple[dict[str, Any], str, Future[str]]] = []
+        self._rollout_count = 0
+        self._rollouts: list[_Rollout] = []  # with steps to write, or with more to come
+        self._steps: list[_Step] = []
+        self._copies: deque[Future[str]] = deque()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checksum")
+        folder, slug = config.output_dir, config.runner_name
+        self._stats = StatsWriter(folder / f"stats_{slug}.json", self.header)
+        self._latents = LatentWriter(folder / f"latents_{slug}.safetensors")
+        self._errors: dict[Path, Exception] = {}
 
     def observe(self, cache: StreamInferencePipelineCache, chunk: Tensor) -> None:
         """Note one chunk; called by the pipeline right after it was generated.
@@ -62,8 +106,6 @@ class RunRecorder:
         """
         if not self.environment.is_rank_zero:
             return
-        if not any(known is cache.timer for known in self._timers):
-            self._timers.append(cache.timer)
         decoded = chunk is not cache.latent
         frames = chunk.shape[1] if decoded else chunk.shape[2]
         if self._first_chunk_ms is None:
@@ -72,16 +114,24 @@ class RunRecorder:
         else:
             self._frames_since += frames
         cache.timer.note(frames=frames, **memory_stats(self.environment.device))
-        self._checksum(cache.records[-1], "frames_sha256", chunk)
+        step = _Step(self._rollout_of(cache), cache.records[-1], {})
+        if self.config.hash_frames:
+            step.checksums["frames_sha256"] = self._start_checksum(chunk)
         if cache.latent is not None:
-            self._checksum(cache.records[-1], "latent_sha256", cache.latent)
-            if self.config.save_latents:
-                self._latents.append(cache.latent.float().cpu())
+            save = self._save_latent if self.config.save_latents else None
+            step.checksums["latent_sha256"] = self._start_checksum(cache.latent, save)
+        self._steps.append(step)
+        self.steps += 1
+        self._write_records()
 
-    @property
-    def steps(self) -> int:
-        """AR steps of all rollouts so far; 0 on ranks that record nothing."""
-        return sum(len(timer.records) for timer in self._timers)
+    def _rollout_of(self, cache: StreamInferencePipelineCache) -> _Rollout:
+        for rollout in self._rollouts:
+            if rollout.timer is cache.timer:
+                return rollout
+        rollout = _Rollout(self._rollout_count, cache.timer, weakref.ref(cache))
+        self._rollout_count += 1
+        self._rollouts.append(rollout)
+        return rollout
 
     @property
     def frames_per_second(self) -> float:
@@ -89,33 +139,59 @@ class RunRecorder:
         elapsed = time.perf_counter() - self._first_seen
         return self._frames_since / elapsed if self._frames_since > 0 else 0.0
 
-    def _checksum(self, record: dict[str, Any], key: str, tensor: Tensor) -> None:
+    def _start_checksum(
+        self, tensor: Tensor, save: Callable[[Tensor], None] | None = None
+    ) -> Future[str]:
+        """Have a tensor hashed, and its copy given to ``save``, by the thread."""
+        while self._copies and self._copies[0].done():
+            self._copies.popleft()
+        if len(self._copies) >= MAX_COPIES:
+            with self.pipeline.guard("checksum", self.steps):  # a hung device never delivers it
+                wait_for([self._copies.popleft()])
         copy, arrived = _host_copy(tensor)
 
         def compute() -> str:
             if arrived is not None:
                 arrived.synchronize()
+            if save is not None:
+                save(copy)
             return sha256_of(copy)
 
-        self._checksums.append((record, key, self._thread.submit(compute)))
+        self._copies.append(self._thread.submit(compute))
+        return self._copies[-1]
 
-    def records(self) -> list[dict[str, Any]]:
-        """One record per AR step of every rollout watched, complete with rates and checksums.
+    def _write_records(self, wait: bool = False) -> None:
+        """Write the records that are complete; with ``wait`` those of all steps.
 
         A step that was broken off made no frames and has none.
         """
-        for record, key, checksum in self._checksums:
-            record[key] = checksum.result()
-        self._checksums.clear()
-        found = []
-        for rollout, timer in enumerate(self._timers):
-            for record in timer.flush():
-                if "frames" not in record:
-                    continue
-                seconds = record["total_ms"] / 1e3
-                rate = record["frames"] / seconds if seconds > 0 else None
-                found.append({"rollout": rollout, **record, "fps": rate})
-        return found
+        if wait:
+            for rollout in self._rollouts:
+                rollout.timer.flush()
+        for step in [step for step in self._steps if wait or step.is_complete()]:
+            record = {"rollout": step.rollout.number, **step.record}
+            record.update((key, checksum.result()) for key, checksum in step.checksums.items())
+            seconds = record["total_ms"] / 1e3
+            record["fps"] = record["frames"] / seconds if seconds > 0 else None
+            self._steps.remove(step)
+            self._append(self._stats, record)
+        busy = {id(step.rollout) for step in self._steps}
+        self._rollouts = [r for r in self._rollouts if id(r) in busy or r.cache() is not None]
+
+    def _save_latent(self, latent: Tensor) -> None:
+        self._append(self._latents, latent)
+
+    def _append(self, writer: StatsWriter | LatentWriter, item: Any) -> None:
+        """Add to a file, and keep the error of a failed write for `close`."""
+        if writer.path in self._errors:
+            return
+        try:
+            with readable_write_errors(writer.path, writer.partial_path):
+                writer.append(item)
+        except (OSError, ValueError, TypeError) as error:
+            self._errors[writer.path] = error
+            writer.close()
+            log.warning("%s The run goes on without it.", error)
 
     def header(self) -> dict[str, Any]:
         """What holds for the run as a whole."""
@@ -140,42 +216,27 @@ class RunRecorder:
 
         Returns:
             The files that were written.
+
+        Raises:
+            OSError: a file could not be written, now or during the run.
+            ValueError: a record has a value that JSON does not know, or latents differ in size.
+            TypeError: likewise.
         """
         if not self.environment.is_rank_zero:
             return []
-        folder, slug = self.config.output_dir, self.config.runner_name
-        records = self.records()
+        self._write_records(wait=True)
         self._thread.shutdown()
-        stats = folder / f"stats_{slug}.json"
-        with _said_for_people(stats):
-            write_stats(stats, self.header(), records)
-        if not self._latents:
-            return [stats]
-        latents = folder / f"latents_{slug}.safetensors"
-        self._write_latents(latents)
-        return [stats, latents]
+        files = [self._finish(self._stats)]
+        if self._latents.latent_frames or self._latents.path in self._errors:
+            files.append(self._finish(self._latents))
+        return files
 
-    def _write_latents(self, path: Path) -> None:
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            with _said_for_people(path):
-                save_file({"latents": torch.cat(self._latents, dim=2)}, partial)
-                partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def _said_for_people(path: Path) -> Iterator[None]:
-    """Turn a failed write into one line that says what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OSError(
-            f"{path} could not be written: {reason}. Free some space or choose another "
-            "directory (--output-dir)."
-        ) from error
+    def _finish(self, writer: StatsWriter | LatentWriter) -> Path:
+        if error := self._errors.get(writer.path):
+            raise error
+        with readable_write_errors(writer.path, writer.partial_path):
+            writer.finish()
+        return writer.path
 
 
 def _host_copy(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

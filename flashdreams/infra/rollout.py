@@ -66,7 +66,7 @@ class StreamInferencePipelineCache:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """Stage times and sizes, one record per AR step."""
+        """Stage times and sizes, one record per AR step; the last 1024 steps are kept."""
         return self.timer.records
 
     @property

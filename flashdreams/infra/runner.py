@@ -55,6 +55,8 @@ class RunnerConfig(InstantiateConfig):
     """Where to run: "auto" is CUDA where there is one, else "cpu"."""
     save_latents: bool = False
     """Also write all latents, float32, as latents_<slug>.safetensors."""
+    hash_frames: bool = False
+    """Also put the SHA-256 of each chunk's frames into the stats; that of the latent always is."""
     step_deadline_s: float = 60.0
     """With several ranks, seconds after which a hung AR step ends the run."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -173,7 +175,8 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
             OSError: on rank zero, if a file could not be written.
             RankZeroError: on the other ranks, if rank zero has failed.
         """
-        with self.pipeline.guard("close", self.recorder.steps):
+        limit_s = LOAD_TIMEOUT_S if self.config.save_latents else None  # there may be many
+        with self.pipeline.guard("close", self.recorder.steps, limit_s):
             files = from_rank_zero(self.recorder.close)
         if self.is_rank_zero:
             print("written:", *self._videos, *files, flush=True)

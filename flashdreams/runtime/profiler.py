@@ -10,6 +10,9 @@ import torch
 STAGES = ("encode", "diffuse", "decode", "finalize")
 """Stages that every record has a time for; 0.0 where a stage did not run."""
 
+MAX_RECORDS = 1024
+"""Records that a timer keeps; older ones are dropped, so that memory stays bounded."""
+
 
 class StageTimer:
     """Times the stages of one rollout into one plain record per AR step.
@@ -29,7 +32,8 @@ class StageTimer:
         with timer.stage("finalize"):
             ...
 
-    A stage outside a step belongs to the step last begun.
+    A stage outside a step belongs to the step last begun. `records` has the last
+    :data:`MAX_RECORDS` steps.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -55,6 +59,7 @@ class StageTimer:
         record.update((f"{name}_ms", 0.0) for name in STAGES)
         record["total_ms"] = 0.0
         self.records.append(record)
+        del self.records[:-MAX_RECORDS]
         return _Span(self, record, ("total_ms",), is_step=True)
 
     def stage(self, name: str) -> "_Span":
@@ -72,8 +77,13 @@ class StageTimer:
         """Put further values into the record of the step last begun (frames, memory, ...)."""
         self.records[-1].update(values)
 
+    def has_all_times(self, record: dict[str, Any]) -> bool:
+        """Whether every stage that has been timed so far is in a record; never waits."""
+        self._clock.collect(wait=False)
+        return not self._clock.is_outstanding(record)
+
     def flush(self) -> list[dict[str, Any]]:
-        """All records with all times; on CUDA this waits for the spans that have not passed."""
+        """The records with all times; on CUDA this waits for the spans that have not passed."""
         self._clock.collect(wait=True)
         return self.records
 
@@ -118,6 +128,10 @@ class _HostClock:
     def collect(self, *, wait: bool) -> None:
         """Nothing is ever outstanding."""
 
+    def is_outstanding(self, record: dict[str, Any]) -> bool:
+        """No span is."""
+        return False
+
 
 class _CudaClock:
     """Marks are events, reused once read; a span is known when its second event has passed."""
@@ -134,6 +148,9 @@ class _CudaClock:
 
     def span(self, record: dict[str, Any], keys: tuple[str, ...], begin: Any, end: Any) -> None:
         self._outstanding.append((record, keys, begin, end))
+
+    def is_outstanding(self, record: dict[str, Any]) -> bool:
+        return any(waiting is record for waiting, *_ in self._outstanding)
 
     def collect(self, *, wait: bool) -> None:
         while self._outstanding:

@@ -1,50 +1,87 @@
-"""Statistics of a run: checksums, memory and the file that holds them."""
+"""Statistics of a run: checksums, memory and the file that contains them."""
 
 import hashlib
 import json
 import math
-import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from flashdreams.runtime.files import write_whole
+
 BYTES_PER_GIB = 2**30
 
 
-def write_stats(
-    path: str | Path, header: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
-) -> None:
-    """Write ``{"header": ..., "records": [...]}`` as JSON, whole or not at all.
+class StatsWriter:
+    """The stats of a run: lines while it goes on, ``{"header": ..., "records": [...]}`` at its end.
 
-    The file is written beside its place and then moved there, so a run that fails leaves what was
-    there before.
-
-    Args:
-        path: the file; its directory is made where it does not exist.
-        header: what holds for the run.
-        records: one per AR step.
-
-    Raises:
-        ValueError: a value is NaN or infinite, which JSON cannot hold; the text names its place.
-        TypeError: a value that JSON does not know, e.g. a tensor.
-        OSError: the file cannot be written.
+    ``<name>.partial.jsonl`` begins with the header; every further line is one record, written at
+    once, so that a process that is killed leaves them. `finish` makes ``<name>.json`` of them.
     """
-    content = {"header": dict(header), "records": [dict(record) for record in records]}
-    _refuse_non_finite(content, "")
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+    def __init__(self, path: str | Path, header: Callable[[], Mapping[str, Any]]) -> None:
+        """Write nothing yet.
+
+        Args:
+            path: the final file, ``.json``; its directory is made where it does not exist.
+            header: gives what holds for the run; asked at the first record and at the end.
+        """
+        self.path = Path(path)
+        self.partial_path = self.path.with_name(f"{self.path.stem}.partial.jsonl")
+        self._header = header
+        self._lines: BinaryIO | None = None
+        self._count = 0
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one record, as one line.
+
+        Raises:
+            ValueError: a value is NaN or infinite, which JSON cannot hold; it names the place.
+            TypeError: a value that JSON does not know, e.g. a tensor.
+            OSError: the line cannot be written.
+        """
+        line = _to_json(record, f"records[{self._count}]")
+        if self._lines is None:
+            self.partial_path.parent.mkdir(parents=True, exist_ok=True)
+            self._lines = self.partial_path.open("wb")
+            self._lines.write(_to_json(self._header(), "header") + b"\n")
+        self._lines.write(line + b"\n")
+        self._lines.flush()
+        self._count += 1
+
+    def finish(self) -> None:
+        """Write the final file, whole or not at all, and remove the one with the lines.
+
+        Raises:
+            ValueError: a value of the header is NaN or infinite.
+            OSError: the file cannot be written; the lines are left.
+        """
+        self.close()
+        header = _to_json(self._header(), "header", indent=2).replace(b"\n", b"\n  ")
+        with write_whole(self.path) as file:
+            file.write(b'{\n  "header": ' + header + b',\n  "records": [')
+            if self._lines is not None:
+                self._copy_records(file)
+            file.write(b"\n  ]\n}\n")
+        self.partial_path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close the file with the lines and leave it."""
+        if self._lines is not None:
+            with suppress(OSError):  # what a full disk did not take is lost, and reported before
+                self._lines.close()
+
+    def _copy_records(self, file: BinaryIO) -> None:
+        """A line at a time: a long run has more records than fit into memory."""
+        with self.partial_path.open("rb") as lines:
+            next(lines)  # the header, as it was at the begin
+            for index, line in enumerate(lines):
+                file.write((b"," if index else b"") + b"\n    " + line.rstrip(b"\n"))
 
 
 def sha256_of(tensor: Tensor) -> str:
@@ -81,12 +118,17 @@ def memory_stats(device: torch.device | str) -> dict[str, float]:
     return {"mem_peak_gib": peak / BYTES_PER_GIB}
 
 
+def _to_json(value: Mapping[str, Any], path: str, indent: int | None = None) -> bytes:
+    _refuse_non_finite(value, path)
+    return json.dumps(dict(value), indent=indent, allow_nan=False).encode()
+
+
 def _refuse_non_finite(value: Any, path: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{path} is {value}, which JSON cannot hold; use null (None) instead.")
     if isinstance(value, Mapping):
         for key, item in value.items():
-            _refuse_non_finite(item, f"{path}.{key}" if path else str(key))
+            _refuse_non_finite(item, f"{path}.{key}")
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             _refuse_non_finite(item, f"{path}[{index}]")

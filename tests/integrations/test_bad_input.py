@@ -14,6 +14,7 @@ from flashdreams import run
 from flashdreams.infra.config_file import dump_config
 from flashdreams.integrations.toy_world.config import TOY_WORLD_RUNNER
 from flashdreams.registry import VARIABLE
+from flashdreams.runtime.latents import read_latent_parts
 from tests.integrations.published_method import register, write_published_method
 
 WEIGHTS = Path(__file__).parents[2] / "flashdreams/integrations/toy_world/weights"
@@ -268,12 +269,15 @@ def test_a_disk_that_fills_up_with_latents(
 ) -> None:
     """The video was complete before, so it stands; the latents do not."""
     with no_file_beyond(140_000):
-        assert run.main(["toy-world", *SMALL, "--save-latents", "True"]) == FAILED
+        words = ["toy-world", *SMALL, "--save-latents", "True", "--output-dir", "out"]
+        assert run.main(words) == FAILED
     line = capsys.readouterr().err.splitlines()[-1]
     assert "latents_toy-world.safetensors could not be written" in line
     assert "--output-dir" in line
     latents = earlier / "latents_toy-world.safetensors"
     assert latents.read_bytes() == b"of an earlier run"
+    assert (earlier / "toy-world.mp4").read_bytes() != b"of an earlier run"
+    assert read_latent_parts(earlier / "latents_toy-world.partial.npy").shape[2] > 0
 
 
 def test_a_disk_that_is_too_full_for_the_stats(
@@ -285,7 +289,10 @@ def test_a_disk_that_is_too_full_for_the_stats(
         line = fails(FAILED, "customized-method", "--total-blocks", "3")
     assert "stats_customized-method.json could not be written" in line
     assert "--output-dir" in line
-    assert not list((tmp_path / "out").iterdir())
+    assert "What was written before is in out/stats_customized-method.partial.jsonl." in line
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [
+        "stats_customized-method.partial.jsonl"
+    ]
 
 
 def test_the_check_of_these_tests_sees_a_half_written_video(

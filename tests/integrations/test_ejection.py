@@ -15,6 +15,8 @@ from flashdreams.registry import VARIABLE
 REPOSITORY = Path(__file__).parents[2]
 TOY_WORLD = REPOSITORY / "flashdreams" / "integrations" / "toy_world"
 
+SHORT = ("--total-blocks", "2", "--device", "cpu", "--hash-frames", "True")
+
 WITHOUT_THE_SHIPPED_ONES = """
 import sys
 sys.modules["flashdreams.integrations"] = None  # whoever imports from there now fails
@@ -44,7 +46,7 @@ def _run_alone(folder: Path, slug: str) -> subprocess.CompletedProcess[str]:
         "OMP_NUM_THREADS": "1",
         VARIABLE: "courtyard=courtyard.config:RUNNER_CONFIGS",
     }
-    words = [slug, "--total-blocks", "2", "--output-dir", "out", "--device", "cpu"]
+    words = [slug, *SHORT, "--output-dir", "out"]
     return subprocess.run(
         [sys.executable, "-c", WITHOUT_THE_SHIPPED_ONES, *words],
         cwd=folder, env=environment, capture_output=True, text=True,
@@ -61,7 +63,7 @@ def test_a_copy_elsewhere_makes_the_frames_of_the_original(ejected: Path, tmp_pa
     done = _run_alone(ejected, "courtyard")
     assert done.returncode == 0, done.stderr
     assert (ejected / "out" / "courtyard.mp4").stat().st_size > 0
-    words = ["toy-world", "--total-blocks", "2", "--device", "cpu"]
+    words = ["toy-world", *SHORT]
     assert run.main([*words, "--output-dir", str(tmp_path / "original")]) == 0
     original = _checksums(tmp_path / "original", "toy-world")
     assert len(original) == 2

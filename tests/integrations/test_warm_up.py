@@ -14,6 +14,7 @@ from flashdreams.runtime.cuda_graph import GraphedCallable
 from tests.unit.runtime.test_cuda_graph import TraceCapture
 
 GRAPHS = "--pipeline.diffusion-model.transformer.use-cuda-graph"
+HASHES = ("--hash-frames", "True")
 HAS_WEIGHTS = (Path(toy_world.__file__).parent / "weights" / "transformer.safetensors").exists()
 SLUGS = {
     "toy-world": ["--total-blocks", "12", "--start-from-truth", "True"],
@@ -31,7 +32,7 @@ class Recorded(GraphedCallable):
 
 
 def run(slug: str, graphs: bool, folder: Path) -> dict:
-    flags = ["--output-dir", str(folder), "--device", "cpu", GRAPHS, str(graphs)]
+    flags = ["--output-dir", str(folder), "--device", "cpu", GRAPHS, str(graphs), *HASHES]
     assert main([slug, *SLUGS[slug], *flags]) == 0
     return json.loads((folder / f"stats_{slug}.json").read_text())
 

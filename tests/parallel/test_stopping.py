@@ -145,6 +145,7 @@ def test_a_termination_ends_all_processes_and_leaves_a_playable_video(tmp_path):
     steps = len(json.loads((tmp_path / "stats_faulty.json").read_text())["records"])
     assert steps >= 8 and count_frames(tmp_path / "faulty.partial.mp4") in (steps - 1, steps)
     assert not (tmp_path / "faulty.mp4").exists()
+    assert not (tmp_path / "stats_faulty.partial.jsonl").exists()
 
 
 def members(session):
@@ -168,6 +169,7 @@ def count_frames(path):
 
 def test_strict_runs_have_the_same_checksums_on_one_and_three_ranks(tmp_path):
     options = ["toy-world", "--parallel.strict", "True", "--total-blocks", "10", "--device", "cpu"]
+    options += ["--hash-frames", "True"]
     stats = []
     for ranks in ("1", "3"):
         folder = tmp_path / ranks

@@ -152,6 +152,22 @@ def test_events_are_reused(fake_cuda: type[FakeEvent]) -> None:
     assert [record["total_ms"] for record in timer.records] == [4.0] * 52
 
 
+def test_a_record_is_complete_once_its_events_have_passed(fake_cuda: type[FakeEvent]) -> None:
+    timer = StageTimer("cuda")
+    run_steps(timer, 0, 2, None)
+    assert not timer.has_all_times(timer.records[0])
+    fake_cuda.passed_ms = 6.0
+    assert [timer.has_all_times(record) for record in timer.records] == [True, False]
+    assert timer.records[0]["total_ms"] == 4.0 and fake_cuda.waits == 0
+
+
+def test_a_timer_keeps_the_last_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiler, "MAX_RECORDS", 3)
+    timer = StageTimer("cpu")
+    run_steps(timer, 0, 5, None)
+    assert [record["autoregressive_index"] for record in timer.flush()] == [2, 3, 4]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_times_are_the_device_s() -> None:

@@ -8,48 +8,69 @@ import numpy as np
 import pytest
 import torch
 
-from flashdreams.runtime import stats
-from flashdreams.runtime.stats import memory_stats, sha256_of, write_stats
+from flashdreams.runtime import files
+from flashdreams.runtime.stats import StatsWriter, memory_stats, sha256_of
 
 RECORDS = [{"autoregressive_index": 0, "total_ms": 1.5, "psnr_db": None}]
 
 
-def test_stats_come_back_from_the_file(tmp_path: Path) -> None:
+def write(path: Path, header: dict, records: list[dict]) -> StatsWriter:
+    writer = StatsWriter(path, lambda: header)
+    for record in records:
+        writer.append(record)
+    return writer
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_stats_come_back_from_the_file(count: int, tmp_path: Path) -> None:
     path = tmp_path / "new" / "stats.json"
-    write_stats(path, {"slug": "toy"}, [])
-    write_stats(path, {"slug": "toy-world"}, RECORDS)
-    assert json.loads(path.read_text()) == {"header": {"slug": "toy-world"}, "records": RECORDS}
+    write(path, {"slug": "toy"}, []).finish()
+    write(path, {"slug": "toy-world", "degrees": {"tp": 1}}, RECORDS * count).finish()
+    expected = {"header": {"slug": "toy-world", "degrees": {"tp": 1}}, "records": RECORDS * count}
+    assert json.loads(path.read_text()) == expected
     assert [p.name for p in path.parent.iterdir()] == ["stats.json"]
+
+
+def test_every_record_is_on_disk_at_once_under_a_header(tmp_path: Path) -> None:
+    header = {"slug": "toy", "graphs": 0}
+    writer = write(tmp_path / "stats.json", header, RECORDS)
+    lines = (tmp_path / "stats.partial.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [header, *RECORDS]
+    header["graphs"] = 3
+    writer.finish()
+    assert json.loads((tmp_path / "stats.json").read_text())["header"]["graphs"] == 3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_stats_refuse_what_json_cannot_hold(tmp_path: Path, value: float) -> None:
     path = tmp_path / "stats.json"
-    write_stats(path, {}, RECORDS)
-    before = path.read_bytes()
+    writer = write(path, {}, RECORDS)
     with pytest.raises(ValueError, match=rf"records\[1\]\.psnr_db\[0\] is {value}"):
-        write_stats(path, {}, [*RECORDS, {"psnr_db": [value]}])
+        writer.append({"psnr_db": [value]})
     with pytest.raises(TypeError, match="Tensor"):
-        write_stats(path, {}, [{"psnr_db": torch.zeros(1)}])
-    assert path.read_bytes() == before
+        writer.append({"psnr_db": torch.zeros(1)})
+    writer.finish()
+    assert json.loads(path.read_text())["records"] == RECORDS
+    with pytest.raises(ValueError, match=f"header.rate is {value}"):
+        write(path, {"rate": value}, []).finish()
     assert [p.name for p in tmp_path.iterdir()] == ["stats.json"]
 
 
-def test_stats_that_cannot_be_put_in_place_leave_the_former(
+def test_stats_that_cannot_be_put_in_place_leave_the_former_and_the_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "stats.json"
-    write_stats(path, {}, RECORDS)
+    write(path, {}, RECORDS).finish()
     before = path.read_bytes()
 
     def full(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stats.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        write_stats(path, {}, [])
+        write(path, {}, RECORDS * 2).finish()
     assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["stats.json"]
+    assert {p.name for p in tmp_path.iterdir()} == {"stats.json", "stats.partial.jsonl"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,121 @@
+"""Latents on disk: parts while a run goes on, one safetensors file at its end."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashdreams.runtime.files import write_whole
+
+BLOCK_BYTES = 2**24
+"""Most that is copied at once from the partial to the final file."""
+
+
+class LatentWriter:
+    """Appends chunks of latents to ``<name>.partial.npy``, and makes ``<name>.safetensors`` of it.
+
+    The partial file is a NumPy array ``[T, B, C, H, W]``, float32. Its header is written anew after
+    each chunk, so the file can be read at any time, also after the process was killed: see
+    :func:`read_latent_parts`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.partial_path = self.path.with_name(f"{self.path.stem}.partial.npy")
+        self._file: BinaryIO | None = None
+        self._shape: tuple[int, ...] = ()
+
+    @property
+    def latent_frames(self) -> int:
+        """Latent frames written so far."""
+        return self._shape[0] if self._shape else 0
+
+    def append(self, latent: Tensor) -> None:
+        """Write one chunk.
+
+        Args:
+            latent: ``[B, C, T, H, W]`` on the host; only T may differ between chunks.
+
+        Raises:
+            ValueError: a chunk of another B, C, H or W.
+            OSError: it cannot be written.
+        """
+        frames = latent.detach().float().permute(2, 0, 1, 3, 4).contiguous().numpy()
+        if self._file is None:
+            self.partial_path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.partial_path.open("wb")
+            self._shape = (0, *frames.shape[1:])
+            self._write_header()
+        if frames.shape[1:] != self._shape[1:]:
+            raise ValueError(
+                f"The latent [B, C, H, W] = {list(frames.shape[1:])} does not fit into {self.path} "
+                f"after ones of {list(self._shape[1:])}: one file has latents of one size."
+            )
+        self._file.write(frames.astype("<f4", copy=False).data)
+        self._file.flush()  # before the header, which must not promise more than there is
+        self._shape = (self._shape[0] + len(frames), *self._shape[1:])
+        self._write_header()
+
+    def finish(self) -> None:
+        """Write the final file, tensor ``latents`` ``[B, C, T, H, W]``, and remove the partial one.
+
+        Raises:
+            OSError: it cannot be written; the partial file is left.
+        """
+        self.close()
+        with write_whole(self.path) as file:
+            _write_safetensors(file, np.load(self.partial_path, mmap_mode="r"))
+        self.partial_path.unlink()
+
+    def close(self) -> None:
+        """Close the partial file and leave it."""
+        if self._file is not None:
+            with suppress(OSError):  # what a full disk did not take is lost, and reported before
+                self._file.close()
+
+    def _write_header(self) -> None:
+        assert self._file is not None
+        self._file.seek(0)
+        # NumPy leaves room for more digits of the first size, so the header's length is constant.
+        np.lib.format.write_array_header_1_0(
+            self._file, {"descr": "<f4", "fortran_order": False, "shape": self._shape}
+        )
+        self._file.seek(0, 2)
+        self._file.flush()
+
+
+def read_latent_parts(path: str | Path) -> Tensor:
+    """Read the latents of a run that was killed, from its ``latents_<slug>.partial.npy``.
+
+    Returns:
+        ``[B, C, T, H, W]``, float32, all chunks that were complete; a view of the mapped file,
+        which is read where the tensor is used.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not such a file.
+    """
+    return torch.from_numpy(np.load(path, mmap_mode="c")).permute(1, 2, 0, 3, 4)
+
+
+def _write_safetensors(file: BinaryIO, frames: np.ndarray) -> None:
+    """Write ``[T, B, C, H, W]`` as ``[B, C, T, H, W]``, a block at a time."""
+    length, batch, channels, height, width = frames.shape
+    entry = {
+        "dtype": "F32",
+        "shape": [batch, channels, length, height, width],
+        "data_offsets": [0, frames.nbytes],
+    }
+    header = json.dumps({"latents": entry}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the data is aligned to 8 bytes
+    file.write(len(header).to_bytes(8, "little") + header)
+    at_once = max(1, BLOCK_BYTES // (4 * height * width))
+    for entry_index in range(batch):
+        for channel in range(channels):
+            for first in range(0, length, at_once):
+                block = frames[first : first + at_once, entry_index, channel]
+                file.write(np.ascontiguousarray(block).data)
