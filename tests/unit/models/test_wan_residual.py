@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flashdreams.infra.component import build_component, load_component
+from flashdreams.infra.low_precision import weight_nbytes
 from flashdreams.infra.weights import memory_estimate
 from flashdreams.models.wan.blocks import timestep_embedding
 from flashdreams.models.wan.transformer import (
