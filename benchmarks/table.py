@@ -51,12 +51,6 @@ RATIOS = (
     Ratio(
         "peers", "diffusers", "ratio", "time of `diffusers`, which keeps no past, to this package"
     ),
-    Ratio(
-        "streaming_overhead",
-        "streaming",
-        "ratio",
-        "time per operation of a streamed step to bare `diffusers` blocks",
-    ),
     Ratio("decode", "chunk at once", "ratio", "time of a chunk decoded at once to frame by frame"),
 )
 
