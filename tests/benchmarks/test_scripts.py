@@ -154,7 +154,8 @@ def test_precision(script, tmp_path):
     assert 0 < int8["latent_error_max"] < fp8["latent_error_max"] < 0.1
     assert int8["kv_cache_mib"] < exact["kv_cache_mib"] / 3
     assert fp8["weights_mib"] < exact["weights_mib"]
-    assert all(row["case"] == "wan-golden" for row in golden)
+    goldens = 3 if os.environ.get("FLASHDREAMS_GOLDENS_DIR") else 0
+    assert [row["case"] for row in golden] == ["wan-golden"] * goldens
     with pytest.raises(ValueError, match="makes one chunk"):
         script("precision").main(["wan21-i2v-tiny-random", *COMMIT])
 
