@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
+from unittest import mock
 
 import command
 import report
@@ -85,13 +86,10 @@ def _with_tiles(config: TileConfig, q: Tensor, k: Tensor, v: Tensor, *, scale: f
     target = target_of(q.device)
     generation = max(c for c, _ in TILES if c <= target.capability)
     place = (generation, max(64, next_power_of_2(q.shape[-1])))
-    usual, TILES[place] = TILES[place], config
-    try:
+    with mock.patch.dict(TILES, {place: config}):
         if tile_config(target, q.shape[-1], q.element_size()) != config:
             raise ValueError(f"the table of tiles does not apply to {q.dtype} on this GPU")
         return cast(Tensor, chunk_attention(q, k, v, scale=scale))
-    finally:
-        TILES[place] = usual
 
 
 def measure(

@@ -10,10 +10,10 @@ a young one whose window has just filled: ``paired_ratio`` is the median of old 
 pair, and it is what the bar is for, with the memory.
 """
 
-import argparse
 import os
 import statistics
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import report
 import rollout
 import torch
 
-from flashdreams.parallel import environment
 from flashdreams.runtime.stats import sha256_of
 
 BAR = 1.03
@@ -45,7 +44,7 @@ def memory_mib(device: torch.device) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def measure(subject: rollout.Subject, device: torch.device, steps: int) -> dict[str, Any]:
+def measure(subject: rollout.Subject, device: torch.device, steps: int) -> list[dict[str, Any]]:
     """Stream one rollout and compare its first steady steps with its last.
 
     Raises:
@@ -74,8 +73,11 @@ def measure(subject: rollout.Subject, device: torch.device, steps: int) -> dict[
         for name, found in (("time", times), ("memory", memory))
     }
     ratios = {f"{name}_ratio": last / begin for name, (begin, last) in medians.items()}
-    paired_ratio = _old_to_young(subject, cache, device, compared)
-    return {
+    ages = {"young": subject.new_steady_rollout(), "old": cache}
+    calls = {age: partial(subject.step, rolling) for age, rolling in ages.items()}
+    paired = rollout.time_in_turn(calls, device, compared)
+    paired_ratio = report.ratio_fields(paired["old"], paired["young"])["ratio"]
+    row = {
         "case": subject.slug,
         "variant": f"{steps} steps",
         **report.timing_fields(sorted(times[first:])),
@@ -89,23 +91,7 @@ def measure(subject: rollout.Subject, device: torch.device, steps: int) -> dict[
         "times_ms": [round(t, 3) for t in times],
         "memory_mib": [round(m, 2) for m in memory],
     }
-
-
-def _old_to_young(subject: rollout.Subject, old: Any, device: torch.device, pairs: int) -> float:
-    """Median ratio of an old rollout's step to that of one whose window has just filled."""
-    young = subject.new_rollout()
-    for _ in range(subject.steps_to_fill):
-        subject.step(young)
-    ratios = []
-    for number in range(pairs):
-        seconds = {}
-        sides = [("old", old), ("young", young)]
-        for name, cache in sides if number % 2 else sides[::-1]:
-            start = rollout.clock_s(device)
-            subject.step(cache)
-            seconds[name] = rollout.clock_s(device) - start
-        ratios.append(seconds["old"] / seconds["young"])
-    return statistics.median(ratios)
+    return [row]
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
@@ -131,28 +117,10 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("slug", nargs="?", default="toy-world", help="a streaming method")
-    parser.add_argument("--threads", type=command.count, default=1, help="CPU threads")
-    options = command.parse(parser, arguments, ranks=True)
-    torch.set_num_threads(options.threads)
-    place = environment.init(options.device)
-    subject = rollout.load_subject(options.slug, place)
-    steps = options.repeats or 300
-    with torch.no_grad():
-        row = measure(subject, place.device, steps)
-    config = {
-        "slug": options.slug,
-        "steps": steps,
-        "parallel": str(subject.mesh.degrees),
-        "weights": subject.weights,
-        "pipeline": repr(subject.pipeline.config),
-    }
-    if place.is_rank_zero:
-        commit = options.git_commit
-        found = report.new_report("growth", place.device, config, [row], commit, FIELDS)
-        report.finish(found, options, COLUMNS, draw)
-    environment.shutdown()
+    rollout.run_streaming(
+        "growth", __doc__, arguments,
+        repeats=300, measure=measure, columns=COLUMNS, fields=FIELDS, draw=draw,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

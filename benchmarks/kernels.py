@@ -66,7 +66,8 @@ def build_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[
     angles = normal(sizes.length, sizes.head_dim // 2, dtype=torch.float32)
     table = torch.stack([angles.cos(), angles.sin()], dim=-1)
     vectors = normal(1, 1, 6, sizes.dim, dtype=torch.float32).unbind(2)
-    caches = [torch.zeros(1, sizes.slots, *heads, dtype=dtype, device=device) for _ in range(2)]
+    k_cache = torch.zeros(1, sizes.slots, *heads, dtype=dtype, device=device)
+    caches = (k_cache, torch.zeros_like(k_cache))
     slots = torch.arange(sizes.length, device=device).roll(sizes.length // 3)
     chunk_bytes = q.numel() * q.element_size()
 

@@ -8,7 +8,6 @@ processor, so that other work on the machine does not count.
 ``python benchmarks/overhead.py toy-world --json out.json``
 """
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,6 @@ from flashdreams.infra.decoder.base import StreamingDecoder
 from flashdreams.infra.diffusion.scheduler.fm import FlowMatchScheduler
 from flashdreams.infra.encoder.base import StreamingEncoder
 from flashdreams.models.wan.transformer import WanTransformer
-from flashdreams.parallel import environment
 from flashdreams.runtime.noise import NoiseSource
 from flashdreams.runtime.stats import sha256_of
 
@@ -95,10 +93,8 @@ def _timed_apart(draw: Callable[[], Any], step: Callable[..., Tensor]) -> Any:
     return lambda: step(*given)
 
 
-def measure(
-    subject: rollout.Subject, device: torch.device, steps: int
-) -> tuple[dict[str, list[float]], dict[str, str], float]:
-    """Milliseconds of every step by side, hashes of the last chunks, and their difference.
+def measure(subject: rollout.Subject, device: torch.device, steps: int) -> list[dict[str, Any]]:
+    """One row per side.
 
     Raises:
         RuntimeError: the two sides do not put out the same frames.
@@ -118,48 +114,28 @@ def measure(
         difference = max(difference, apart)
     report.refuse_difference("engine and bare loop", difference, TOLERANCE)
     steady = {name: found[subject.steps_to_fill :] for name, found in times.items()}
-    return steady, {name: sha256_of(chunk) for name, chunk in chunks.items()}, difference
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Measure and report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("slug", nargs="?", default="toy-world", help="a streaming Wan method")
-    parser.add_argument("--threads", type=command.count, default=1, help="CPU threads")
-    options = command.parse(parser, arguments, ranks=True)
-    torch.set_num_threads(options.threads)
-    place = environment.init(options.device)
-    subject = rollout.load_subject(options.slug, place)
-    repeats = options.repeats or 100
-    with torch.no_grad():
-        times, hashes, difference = measure(subject, place.device, repeats)
-    ratios = {name: report.ratio_fields(times[name], times["bare loop"]) for name in times}
-    bar = BARS[place.device.type]
-    rows = [
+    ratios = {name: report.ratio_fields(steady[name], steady["bare loop"]) for name in steady}
+    bar = BARS[device.type]
+    return [
         {
-            "case": options.slug,
+            "case": subject.slug,
             "variant": name,
-            **report.timing_fields(sorted(times[name])),
-            "output_sha256": hashes[name],
+            **report.timing_fields(sorted(steady[name])),
+            "output_sha256": sha256_of(chunks[name]),
             **ratios[name],
             "bar": bar,
             "within_bar": ratios["engine"]["ratio"] <= bar,
             "max_difference": difference,
         }
-        for name in times
+        for name in steady
     ]
-    config = {
-        "slug": options.slug,
-        "repeats": repeats,
-        "parallel": str(subject.mesh.degrees),
-        "weights": subject.weights,
-        "pipeline": repr(subject.pipeline.config),
-    }
-    if place.is_rank_zero:
-        commit = options.git_commit
-        found = report.new_report("overhead", place.device, config, rows, commit, FIELDS)
-        report.finish(found, options, COLUMNS)
-    environment.shutdown()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and report."""
+    rollout.run_streaming(
+        "overhead", __doc__, arguments, repeats=100, measure=measure, columns=COLUMNS, fields=FIELDS
+    )
 
 
 if __name__ == "__main__":

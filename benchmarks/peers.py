@@ -23,6 +23,7 @@ import rollout
 import torch
 from torch import Tensor
 
+from flashdreams.infra.component import DTypeName
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.diffusion.scheduler.fm import FlowMatchSchedulerConfig
@@ -75,7 +76,7 @@ def build_peer(sizes: dict[str, int]) -> Any:
 
 
 def configs(
-    sizes: dict[str, int], folder: str, dtype: str
+    sizes: dict[str, int], folder: str, dtype: DTypeName
 ) -> tuple[WanTransformerConfig, StreamInferencePipelineConfig]:
     """This package's bidirectional model and streaming pipeline over the peer's weights."""
     values: dict[str, Any] = dict(sizes)
@@ -221,7 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = init(options.device).device
     on_gpu = device.type == "cuda"
     preset = options.preset or ("wan-1.3b" if on_gpu else "small")
-    dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    dtype: DTypeName = options.dtype or ("bfloat16" if on_gpu else "float32")
     sizes, repeats = PRESETS[preset], options.repeats or 20
     peer = build_peer(sizes)
     generator = torch.Generator().manual_seed(0)

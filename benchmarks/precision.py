@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,23 +113,6 @@ def roll_latents(subject: rollout.Subject, steps: int) -> Tensor:
     return torch.cat(latents, dim=2)
 
 
-def time_in_turn(
-    subjects: Mapping[str, rollout.Subject], device: torch.device, repeats: int
-) -> dict[str, list[float]]:
-    """Milliseconds of the steady steps of every variant, step by step in turn."""
-    caches = {name: subject.new_rollout(1) for name, subject in subjects.items()}
-    times: dict[str, list[float]] = {name: [] for name in subjects}
-    fill = next(iter(subjects.values())).steps_to_fill
-    for number in range(fill + repeats):
-        names = list(subjects) if number % 2 else list(subjects)[::-1]
-        for name in names:
-            start = rollout.clock_s(device)
-            subjects[name].step(caches[name])
-            if number >= fill:
-                times[name].append(1e3 * (rollout.clock_s(device) - start))
-    return times
-
-
 def measure(
     case: str, names: Sequence[str], device: torch.device, repeats: int, walks: HeldOut
 ) -> list[dict[str, Any]]:
@@ -144,7 +128,11 @@ def measure(
     if case == TOY_WORLD:
         for name, subject in subjects.items():
             frames[name] = self_rollout(subject.pipeline, walks, walks.scene.to(device)).cpu()
-    times = time_in_turn(subjects, device, repeats)
+    steps_of = {
+        name: partial(subject.step, subject.new_steady_rollout(1))
+        for name, subject in subjects.items()
+    }
+    times = rollout.time_in_turn(steps_of, device, repeats)
     rows = []
     for name, subject in subjects.items():
         error, network = latents[name] - exact, subject.pipeline.diffusion_model.transformer
@@ -186,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     walks = draw_held_out(options.walks, options.seconds * FPS)
     names = list(dict.fromkeys([EXACT, *options.variants]))
     cases = list(options.cases)
-    if "FLASHDREAMS_GOLDENS_DIR" in os.environ and _golden_folder().exists():
+    if os.environ.get("FLASHDREAMS_GOLDENS_DIR"):
         cases.append(GOLDEN)
     with torch.no_grad():
         rows = [row for case in cases for row in measure(case, names, device, repeats, walks)]

@@ -100,17 +100,14 @@ def timing_fields(ascending: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def ratio_fields(
-    times: Sequence[float], baseline: Sequence[float], scale: float = 1.0
-) -> dict[str, Any]:
+def ratio_fields(times: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
     """What a row says about its times beside those of another variant, pair by pair.
 
     Args:
         times: in the order of the calls.
         baseline: of the calls made in turn with them.
-        scale: multiplies every ratio.
     """
-    ratios = sorted(scale * a / b for a, b in zip(times, baseline, strict=True))
+    ratios = sorted(a / b for a, b in zip(times, baseline, strict=True))
     return {
         "ratio": statistics.median(ratios),
         "ratio_quartiles": [percentile(ratios, share) for share in (0.25, 0.75)],

@@ -1,11 +1,15 @@
 """Pipelines of registered methods with something to stream, for the benchmarks."""
 
+import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import command
+import report
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,6 +22,7 @@ from flashdreams.infra.weights import named_checkpoints
 from flashdreams.integrations.lingbot_world.encoder import CameraPath
 from flashdreams.integrations.lingbot_world.runner import CameraToVideoRunnerConfig, read_path
 from flashdreams.integrations.toy_world.runner import ToyWorldRunnerConfig, walk
+from flashdreams.parallel import environment
 from flashdreams.parallel.environment import Environment
 from flashdreams.parallel.mesh import Mesh
 from flashdreams.registry import discover
@@ -63,6 +68,13 @@ class Subject:
         """Begin a rollout."""
         return self.pipeline.initialize_cache(**self.context, seed=seed)
 
+    def new_steady_rollout(self, seed: int = 0) -> Any:
+        """Begin a rollout and fill its window."""
+        cache = self.new_rollout(seed)
+        for _ in range(self.steps_to_fill):
+            self.step(cache)
+        return cache
+
     def step(self, cache: Any) -> Any:
         """One AR step, generate and finalize; returns the chunk."""
         index = cache.next_index
@@ -73,9 +85,56 @@ class Subject:
         return chunk
 
 
+def run_streaming(
+    benchmark: str,
+    description: str | None,
+    arguments: list[str] | None,
+    *,
+    repeats: int,
+    measure: Callable[[Subject, torch.device, int], list[dict[str, Any]]],
+    columns: Sequence[str],
+    fields: Sequence[str],
+    draw: Callable[[Mapping[str, Any], Path], None] | None = None,
+) -> None:
+    """The whole of a script that streams one method, by itself or under torchrun.
+
+    Args:
+        benchmark: its name.
+        description: docstring of the script; its first paragraph is the help text.
+        arguments: of the command line; None takes those of the process.
+        repeats: timed AR steps where the command line does not say.
+        measure: rows for the method, the device and the number of steps.
+        columns: row fields of the table.
+        fields: what every row must have beside those of every report.
+        draw: makes the picture; None is `report.plot`.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").split("\n\n")[0])
+    parser.add_argument("slug", nargs="?", default="toy-world", help="a streaming method")
+    parser.add_argument("--threads", type=command.count, default=1, help="CPU threads")
+    options = command.parse(parser, arguments, ranks=True)
+    torch.set_num_threads(options.threads)
+    place = environment.init(options.device)
+    subject = load_subject(options.slug, place)
+    steps = options.repeats or repeats
+    with torch.no_grad():
+        rows = measure(subject, place.device, steps)
+    config = {
+        "slug": options.slug,
+        "repeats": steps,
+        "parallel": str(subject.mesh.degrees),
+        "weights": subject.weights,
+        "pipeline": repr(subject.pipeline.config),
+    }
+    if place.is_rank_zero:
+        commit = options.git_commit
+        found = report.new_report(benchmark, place.device, config, rows, commit, fields)
+        report.finish(found, options, columns, draw)
+    environment.shutdown()
+
+
 def load_subject(
     slug: str,
-    environment: Environment,
+    place: Environment,
     *,
     backend: str | None = None,
     use_cuda_graph: bool = False,
@@ -86,7 +145,7 @@ def load_subject(
 
     Args:
         slug: as on the command line.
-        environment: the ranks.
+        place: the ranks.
         backend: attention backend of every core; None is the config's.
         use_cuda_graph: replay the network call.
         dtype: of the transformer; None is the config's.
@@ -104,8 +163,8 @@ def load_subject(
     config = derive_config(runner.pipeline, diffusion_model={"transformer": changes})
     config, missing = without_missing_weights(config)
     config, context, steer = _conditions(runner, config)
-    pipeline = config.setup(device=environment.device, load=False)
-    mesh = pipeline.build_mesh(environment.world_size)
+    pipeline = config.setup(device=place.device, load=False)
+    mesh = pipeline.build_mesh(place.world_size)
     pipeline.parallelize(mesh)
     pipeline.load()
     return Subject(slug, pipeline, mesh, context, steer, missing)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import command
 import report
 
+from flashdreams.infra.runner import RunnerConfig
 from flashdreams.registry import discover
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,12 +52,6 @@ RATIOS = (
     Ratio(
         "peers", "diffusers", "ratio", "time of `diffusers`, which keeps no past, to this package"
     ),
-    Ratio(
-        "streaming_overhead",
-        "streaming",
-        "ratio",
-        "time per operation of a streamed step to bare `diffusers` blocks",
-    ),
     Ratio("decode", "chunk at once", "ratio", "time of a chunk decoded at once to frame by frame"),
 )
 
@@ -84,7 +79,11 @@ def shipped_slugs() -> dict[str, str]:
     """What the slugs with trained weights do that this package registers."""
     registry = discover()
     own = {s: c for s, c in registry.items() if registry.origin(s).reference.startswith(PACKAGE)}
-    return {slug: config.description for slug, config in own.items() if "random" not in slug}
+    return {
+        slug: config.description
+        for slug, config in own.items()
+        if isinstance(config, RunnerConfig) and "random" not in slug
+    }
 
 
 def speed(figures: Sequence[Figure], slug: str, device: str) -> str:

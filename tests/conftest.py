@@ -3,6 +3,8 @@
 import os
 import signal
 
+import pytest
+
 FROM_OUTSIDE = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_"),
     *("FLASHDREAMS_RUNNER_CONFIGS", "FORCE_COLOR", "NO_COLOR", "TRITON_INTERPRET"),
@@ -22,3 +24,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 # Jobs in a shell's background ignore interrupts, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from tests.goldens import GoldenCases
+
+    config.pluginmanager.register(GoldenCases())

@@ -3,24 +3,66 @@
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from safetensors.torch import load_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VARIABLE = "FLASHDREAMS_GOLDENS_DIR"
+CASES = 69
+"""Test cases that read golden numbers. Whoever adds or removes one changes it."""
+
+_readers: set[str] = set()
 
 
 def golden_path(folder: str, file: str) -> Path:
     root = os.environ.get(VARIABLE)
     if not root:
         pytest.skip(f"{VARIABLE} is not set: golden numbers are not on this machine")
-    return Path(root) / folder / file
+    path = Path(root) / folder / file
+    if not path.is_file():
+        pytest.fail(f"{VARIABLE} is set, but {path} is missing.")
+    _readers.add(os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0])
+    return path
 
 
-def load_golden(folder: str, file: str) -> dict[str, torch.Tensor]:
+def load_golden(folder: str, file: str) -> dict[str, "Tensor"]:
+    from safetensors.torch import load_file
+
     return load_file(golden_path(folder, file))
 
 
 def golden_config(folder: str) -> dict:
     return json.loads(golden_path(folder, "config.json").read_text())
+
+
+class GoldenCases:
+    """Pytest plugin: a run of all tests fails unless all golden cases have run and passed.
+
+    A run of all tests is one whose command line selects nothing, like that of ``.ci/run``.
+    """
+
+    HARMLESS = frozenset({"-q", "-v", "-s", "-x"})
+    """Arguments that select nothing."""
+
+    def __init__(self, cases: int = CASES) -> None:
+        self.cases = cases
+        self.passed: set[str] = set()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed and report.nodeid in _readers:
+            self.passed.add(report.nodeid)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        selects = not self.HARMLESS.issuperset(session.config.invocation_params.args)
+        if selects or session.exitstatus != pytest.ExitCode.OK or not os.environ.get(VARIABLE):
+            return
+        if len(self.passed) != self.cases:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            session.config.get_terminal_writer().line(
+                f"\n{len(self.passed)} golden cases have run and passed, not {self.cases}. Were "
+                "some skipped? If cases were added or removed, change CASES in tests/goldens.py.",
+                red=True,
+            )

@@ -11,7 +11,7 @@ KVStorage = Literal["native", "fp8", "int8"]
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """The largest value of each eight-bit type; for int8 the range is kept symmetric."""
 
-DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+DTYPES: dict[Literal["fp8", "int8"], torch.dtype] = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 LARGEST_EXPONENT = 126
 """Powers of two up to this one, and their inverses, are normal float32 numbers."""

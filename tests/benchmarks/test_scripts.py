@@ -154,18 +154,10 @@ def test_precision(script, tmp_path):
     assert 0 < int8["latent_error_max"] < fp8["latent_error_max"] < 0.1
     assert int8["kv_cache_mib"] < exact["kv_cache_mib"] / 3
     assert fp8["weights_mib"] < exact["weights_mib"]
-    assert all(row["case"] == "wan-golden" for row in golden)
+    goldens = 3 if os.environ.get("FLASHDREAMS_GOLDENS_DIR") else 0
+    assert [row["case"] for row in golden] == ["wan-golden"] * goldens
     with pytest.raises(ValueError, match="makes one chunk"):
         script("precision").main(["wan21-i2v-tiny-random", *COMMIT])
-
-
-def test_cpu(script, tmp_path):
-    path = tmp_path / "cpu.json"
-    words = ["--cases", "dim 192, 16 tokens", "--threads", "1", "--repeats", "2"]
-    script("cpu").main([*words, "--json", str(path), "--git-commit", "0" * 40])
-    exact, rounded = read_report(path)["rows"]
-    assert exact["ratio"] == 1 and rounded["variant"] == "bfloat16, 1 thread"
-    assert exact["output_sha256"] != rounded["output_sha256"] and exact["tokens"] == 16
 
 
 def test_peers(script, tmp_path):
@@ -220,20 +212,9 @@ def test_peers_refuses_another_model(script, monkeypatch):
         peers.main(["--preset", "tiny", "--repeats", "1", *COMMIT])
 
 
-def test_streaming_overhead(script, tmp_path):
-    path = tmp_path / "streaming.json"
-    sizes = ["--dim", "32", "--heads", "2", "--layers", "1", "--repeats", "4"]
-    script("streaming_overhead").main([*sizes, "--json", str(path), *COMMIT])
-    streaming, bare = read_report(path)["rows"]
-    assert streaming["variant"] == "streaming" and bare["ratio"] == 1
-    assert streaming["bar"] == 1.05 and streaming["within_bar"] == (streaming["ratio"] <= 1.05)
-    assert 0.5 < streaming["gflop"] / bare["gflop"] < 2, "attention is counted on both sides"
-
-
-def test_ratios_are_of_pairs_and_per_operation(script):
+def test_ratios_are_of_pairs(script):
     ratio_fields = script("report").ratio_fields
     assert ratio_fields([2, 4, 9], [1, 2, 3]) == {"ratio": 2, "ratio_quartiles": [2, 3]}
-    assert ratio_fields([2, 4, 9], [1, 2, 3], scale=0.5)["ratio"] == 1
     with pytest.raises(ValueError, match="zip"):
         ratio_fields([2, 4], [1])
 
