@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashdreams.infra.ranges import check_range
-from flashdreams.models.wan.plan import wan_plan
 from flashdreams.models.wan.blocks import BlockConfig, WanBlock
+from flashdreams.models.wan.plan import wan_plan
 from flashdreams.models.wan.transformer import WanTransformer, WanTransformerConfig
 from flashdreams.parallel.plan import ParallelPlan
 from flashdreams.runtime.transfer import to_device

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from flashdreams.models.wan.state import graph_key
 
 from flashdreams.infra.diffusion.transformer import ContextChunk
-from flashdreams.models.wan.state import graph_key
 from flashdreams.models.wan.transformer import WanTransformer
 from flashdreams.runtime.cuda_graph import GraphedCallable
 from tests.tiny import CONTROL_DIM, TEXT_DIM, tiny_transformer
