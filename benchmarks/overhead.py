@@ -53,7 +53,7 @@ def bare_loop(subject: rollout.Subject, seed: int) -> Callable[[], Tensor]:
     sigmas, renoise = scheduler.sigmas.tolist(), scheduler.renoise_sigmas.tolist()
     clean = cache.modulations(0.0)
     gives_x0 = network.config.prediction == "x0"
-    layers = [layer for layer in cache.self_attention if layer is not None]
+    layers = [layer for layer in list(cache.layers()) if layer is not None]
     image, index = state.diffusion.image, 0
 
     def draw() -> tuple[Any, list[Tensor]]:

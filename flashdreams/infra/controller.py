@@ -136,18 +136,3 @@ class KeyCamera(Controller):
             poses.append(state.pose)
             held.append(keys)
         return self.to_input(torch.stack(poses), held)
-
-
-def key_events(actions: Sequence[frozenset[str]]) -> list[tuple[int, dict[str, str]]]:
-    """Key presses as (pixel frame, values) for `KeyCamera`: one entry where the keys change.
-
-    Args:
-        actions: held keys per pixel frame, as from `parse_actions`; the first acts on frame 1.
-    """
-    events: list[tuple[int, dict[str, str]]] = []
-    before: frozenset[str] = frozenset()
-    for frame, keys in enumerate([*actions, frozenset()], start=1):
-        if keys != before:
-            events.append((frame, {"keys": "".join(sorted(keys))}))
-        before = keys
-    return events

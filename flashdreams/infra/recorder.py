@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,13 +25,20 @@ from flashdreams.runtime.profiler import StageTimer
 from flashdreams.runtime.stats import StatsWriter, memory_stats, sha256_of
 from flashdreams.runtime.transfer import start_host_copy
 
-if TYPE_CHECKING:
-    from flashdreams.infra.runner import RunnerConfig
-
 MAX_COPIES = 4
 """Tensors copied to the host and not yet hashed; the loop waits for the oldest one beyond that."""
 
 log = logging.getLogger(__name__)
+
+
+class RecordedConfig(Protocol):
+    """What the recorder reads of a runner's config."""
+
+    runner_name: str
+    output_dir: Path
+    seed: int
+    save_latents: bool
+    hash_frames: bool
 
 
 @dataclass(eq=False)
@@ -72,7 +79,7 @@ class RunRecorder:
 
     def __init__(
         self,
-        config: "RunnerConfig",
+        config: RecordedConfig,
         environment: Environment,
         mesh: Mesh,
         pipeline: StreamInferencePipeline,

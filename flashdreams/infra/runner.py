@@ -1,22 +1,23 @@
 """The runner: one method on the command line, its files and its figures."""
 
 import contextlib
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from flashdreams.infra.config import InstantiateConfig
+from flashdreams.infra.controller import Controller
 from flashdreams.infra.pipeline import (
     StreamInferencePipeline,
     StreamInferencePipelineConfig,
 )
 from flashdreams.infra.ranges import check_range
 from flashdreams.infra.recorder import RunRecorder
+from flashdreams.infra.session import Command, Session, Step
 from flashdreams.parallel.environment import (
     LOAD_TIMEOUT_S,
     Environment,
@@ -26,6 +27,7 @@ from flashdreams.parallel.environment import (
     shutdown,
 )
 from flashdreams.parallel.mesh import ParallelConfig
+from flashdreams.parallel.messages import MessageChannel
 from flashdreams.parallel.watchdog import Watchdog
 from flashdreams.runtime.noise import SEED_LIMIT
 from flashdreams.runtime.video import VideoWriter
@@ -35,9 +37,7 @@ from flashdreams.runtime.video import VideoWriter
 class RunnerConfig(InstantiateConfig):
     """What every method on the command line has."""
 
-    _target: type["Runner"] = field(
-        default_factory=lambda: Runner  # type: ignore[type-abstract]
-    )
+    _target: type["Runner"] = field(default_factory=lambda: Runner)
 
     runner_name: str
     """The slug: the name on the command line."""
@@ -75,11 +75,12 @@ ConfigT = TypeVar("ConfigT", bound=RunnerConfig)
 PipelineT = TypeVar("PipelineT", bound=StreamInferencePipeline)
 
 
-class Runner(ABC, Generic[ConfigT, PipelineT]):
+class Runner(Generic[ConfigT, PipelineT]):
     """Sets up a pipeline, drives rollouts in ``run`` and writes the stats in ``close``.
 
-    Subclasses write ``run`` alone. The stats come from watching the pipeline, so they are written
-    whatever ``run`` does.
+    ``run`` streams one session into a video. Subclasses say what it begins with in ``conditions``
+    and what steers it in ``controller`` and ``commands``, or write ``run`` anew. The stats come
+    from watching the pipeline, so they are written whatever ``run`` does.
     """
 
     config: ConfigT
@@ -138,9 +139,66 @@ class Runner(ABC, Generic[ConfigT, PipelineT]):
         """
         return {}
 
-    @abstractmethod
+    def conditions(self) -> dict[str, Any]:
+        """What the rollout begins with: keywords of ``pipeline.initialize_cache``.
+
+        The default is the prompt of the config.
+
+        Raises:
+            TypeError: the config has no ``prompt``.
+        """
+        prompt = getattr(self.config, "prompt", None)
+        if not isinstance(prompt, str):
+            raise TypeError(
+                f"{type(self).__name__} has no prompt in its config; define conditions(), which "
+                "returns the keywords of pipeline.initialize_cache."
+            )
+        return {"text": [prompt]}
+
+    def controller(self) -> Controller | None:
+        """What makes the control input of every AR step; None for methods without control."""
+        return None
+
+    def commands(self) -> Sequence[Command]:
+        """What the session of ``run`` is told beforehand, such as the key presses of a flag."""
+        return ()
+
+    def open_session(self, name: str = "session") -> Session:
+        """Begin a rollout that can be steered; a collective call."""
+        return Session(
+            self.pipeline,
+            self.conditions(),
+            seed=self.config.seed,
+            controller=self.controller(),
+            channel=MessageChannel(self.environment.store),
+            name=name,
+        )
+
+    def stream(self, total_blocks: int) -> Iterator[Step]:
+        """AR steps of a session that is told ``commands``, with a progress bar on rank zero.
+
+        Args:
+            total_blocks: AR steps.
+        """
+        session = self.open_session()
+        for command in self.commands() if self.is_rank_zero else ():
+            session.submit(command)
+        for _ in self.progress(total_blocks):
+            yield session.step()
+
     def run(self) -> None:
-        """Drive the rollout."""
+        """Stream ``config.total_blocks`` AR steps into the video."""
+        total_blocks = getattr(self.config, "total_blocks", None)
+        if total_blocks is None:
+            raise TypeError(
+                f"{type(self.config).__name__} has no field total_blocks; add it, or define "
+                f"{type(self).__name__}.run."
+            )
+        video = self.open_video() if self.is_rank_zero else contextlib.nullcontext()
+        with video as writer:
+            for step in self.stream(total_blocks):
+                if writer is not None and step.chunk is not None:
+                    writer.write(step.chunk)
 
     def open_video(self, scale: int = 1) -> VideoWriter:
         """A writer for ``<output_dir>/<slug>.mp4``, to be used as a context on rank zero.

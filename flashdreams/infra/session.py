@@ -12,6 +12,7 @@ from flashdreams.infra.pipeline import StreamInferencePipeline
 from flashdreams.infra.rollout import StreamInferencePipelineCache
 from flashdreams.parallel.environment import group_rank
 from flashdreams.parallel.messages import Message, MessageChannel
+from flashdreams.runtime.actions import parse_actions
 
 CommandKind = Literal["prompt", "control", "reset", "end"]
 
@@ -239,8 +240,24 @@ class Session:
             raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**64 - 1.")
 
 
+def key_commands(actions: str) -> list[Command]:
+    """Key presses such as ``"w8 l4 wl6"`` as commands for a `KeyCamera`, one where keys change.
+
+    Args:
+        actions: as for `flashdreams.runtime.actions.parse_actions`; the first acts on frame 1.
+    """
+    commands: list[Command] = []
+    before: frozenset[str] = frozenset()
+    for frame, keys in enumerate([*parse_actions(actions), frozenset[str]()], start=1):
+        if keys != before:
+            values = {"keys": "".join(sorted(keys))}
+            commands.append(Command(kind="control", at_frame=frame, values=values))
+        before = keys
+    return commands
+
+
 class SessionEnded(RuntimeError):
     """The session is over; it was told to end."""
 
 
-__all__ = ["Command", "Session", "SessionEnded", "Step", "Turn"]
+__all__ = ["Command", "Session", "SessionEnded", "Step", "Turn", "key_commands"]

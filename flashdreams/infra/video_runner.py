@@ -1,6 +1,5 @@
 """Text and images to video on the command line, for all integrations that take a prompt."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
@@ -161,18 +160,6 @@ class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]
         None for text alone.
         """
         return None
-
-    def run(self) -> None:
-        """Generate all chunks and write each as it comes."""
-        cfg = self.config
-        cache = self.pipeline.initialize_cache(**self.conditions(), seed=cfg.seed)
-        video = self.open_video() if self.is_rank_zero else nullcontext()
-        with video as writer:
-            for i in self.progress(cfg.total_blocks):
-                chunk = self.pipeline.generate(autoregressive_index=i, cache=cache)
-                self.pipeline.finalize(autoregressive_index=i, cache=cache)
-                if writer is not None:
-                    writer.write(chunk)
 
     def prompt_options(self) -> dict[str, str]:
         """The prompt and, with guidance, the negative one, unless they are given as embeddings."""

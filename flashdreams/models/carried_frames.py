@@ -1,14 +1,14 @@
 """State that causal video networks carry from one chunk to the next."""
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-POSITION = "position"
-CHUNKS = "chunks"
+from flashdreams.parallel.plan import state
 
 
+@dataclass
 class CarriedFrames:
     """Trailing input frames of every causal layer of one network, for one rollout.
 
@@ -17,16 +17,14 @@ class CarriedFrames:
     this: two rollouts use two objects.
     """
 
-    position: int
+    position: int = state("host", default=0)
     """Latent frames that the network has consumed; 0 marks the first call."""
 
-    chunks: int
+    chunks: int = state("host", default=0)
     """Chunks (AR steps) that were finished."""
 
-    def __init__(self) -> None:
-        self.position = 0
-        self.chunks = 0
-        self._slots: dict[str, Tensor] = {}
+    slots: dict[str, Tensor] = state("columns", default_factory=dict)
+    """``[..., W]`` of each layer, by its slot name."""
 
     def slot(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """The frames that the layer ``name`` carries; zeros before its first call.
@@ -42,19 +40,19 @@ class CarriedFrames:
         Raises:
             ValueError: the rollout was begun with another shape or another network.
         """
-        stored = self._slots.get(name)
+        stored = self.slots.get(name)
         if stored is None:
             if self.position > 0:
                 raise ValueError(
                     f"this cache has consumed {self.position} latent frames but holds nothing for "
                     f"{name}: it belongs to another network. Its layers: "
-                    f"{', '.join(sorted(self._slots)[:5])}, ..."
+                    f"{', '.join(sorted(self.slots)[:5])}, ..."
                 )
             with torch.inference_mode(False):  # else the slot could be written in that mode only
                 stored = torch.empty(
                     shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like)
                 ).zero_()
-            self._slots[name] = stored
+            self.slots[name] = stored
         if stored.shape != shape:
             raise ValueError(
                 f"{name} carries frames of shape {list(stored.shape)} from the last chunk, but "
@@ -64,37 +62,12 @@ class CarriedFrames:
         if stored.device != like.device or stored.dtype != like.dtype:
             with torch.inference_mode(False):
                 stored = stored.to(device=like.device, dtype=like.dtype)
-            self._slots[name] = stored
+            self.slots[name] = stored
         return stored
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Copies of all slots by layer name, and the two counters as 0-dim int64 tensors."""
-        state = {name: tensor.clone() for name, tensor in self._slots.items()}
-        state[POSITION] = torch.tensor(self.position)
-        state[CHUNKS] = torch.tensor(self.chunks)
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Replace everything by copies of what ``state_dict`` gave.
-
-        Raises:
-            ValueError: a counter is missing.
-        """
-        missing = [name for name in (POSITION, CHUNKS) if name not in state]
-        if missing:
-            raise ValueError(
-                f"no carried frames: {', '.join(missing)} missing among {len(state)} tensors. "
-                "Give what state_dict() of such a cache returned."
-            )
-        self.position = int(state[POSITION])
-        self.chunks = int(state[CHUNKS])
-        self._slots = {
-            name: tensor.clone() for name, tensor in state.items() if name not in (POSITION, CHUNKS)
-        }
 
     def num_bytes(self) -> int:
         """Bytes that the slots occupy."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._slots.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.slots.values())
 
     def begin_chunk(self, autoregressive_index: int) -> None:
         """Check that a chunk comes in its turn.

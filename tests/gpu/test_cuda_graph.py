@@ -7,7 +7,8 @@ import torch
 from flashdreams_kernels import attention, kv_write, reference, rope_qknorm
 from torch import Tensor
 
-from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
+from flashdreams.attention.cache import KVCache, KVCacheSpec
+from flashdreams.attention.cursor import Cursor
 from flashdreams.runtime.cuda_graph import GraphedCallable
 
 pytestmark = [
@@ -24,7 +25,7 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def new_cache(cursor: CacheCursor) -> KVCache:
+def new_cache(cursor: Cursor) -> KVCache:
     return KVCache(
         KVCacheSpec(
             batch_size=1,
@@ -45,7 +46,7 @@ def rollout(call, cache: KVCache, steps: int = 7) -> list[Tensor]:
     generator, results = torch.Generator().manual_seed(0), []
     cache.cursor.start = 0
     for _ in range(steps):
-        cache.cursor.place(1, device())
+        cache.cursor.begin_step(1, device())
         for _ in range(2):
             shape = (3, 1, TOKENS, HEADS, HEAD_DIM)
             noise = torch.randn(shape, generator=generator).to(device(), torch.bfloat16)
@@ -63,9 +64,9 @@ def network(noise: Tensor, cache: KVCache) -> Tensor:
 
 
 def test_graph_equals_eager_over_a_wrapped_ring() -> None:
-    cursor = CacheCursor(1, 3, TOKENS)
+    cursor = Cursor(1, 3, TOKENS)
     cache = new_cache(cursor)
-    cursor.place(1, device())
+    cursor.begin_step(1, device())
     eager = rollout(network, cache)
     call = GraphedCallable(network, device(), key=lambda cache: cache.cursor.visible_tokens)
     graphed = rollout(call, cache)
@@ -79,9 +80,9 @@ def test_graph_equals_eager_over_a_wrapped_ring() -> None:
 
 
 def test_one_graph_serves_every_step_with_a_length_on_the_device() -> None:
-    cursor = CacheCursor(1, 3, TOKENS)
+    cursor = Cursor(1, 3, TOKENS)
     cache = new_cache(cursor)
-    cursor.place(1, device())
+    cursor.begin_step(1, device())
     visible = torch.zeros(1, dtype=torch.int32, device=device())
 
     def triton_network(noise: Tensor, state: tuple[KVCache, Tensor]) -> Tensor:

@@ -35,7 +35,7 @@ def test_kernels_change_no_result(use_cuda_graph):
     plain = WanTransformer(tiny_transformer(control_dim=CONTROL_DIM)).eval().to("cuda")
     changes = {"fused_kernels": True, "use_cuda_graph": use_cuda_graph}
     model = WanTransformer(tiny_transformer(control_dim=CONTROL_DIM, **changes)).eval().to("cuda")
-    model.finish_loading()  # before the first call: graphs keep what they recorded
+    model.after_load()  # before the first call: graphs keep what they recorded
     expected = rollout(plain)
     assert any((a - b).abs().max() > 0.1 for a, b in zip(rollout(model), expected, strict=True))
     model.load_state_dict(plain.state_dict())

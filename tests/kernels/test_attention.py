@@ -6,8 +6,9 @@ from flashdreams_kernels import attention, kv_write, reference
 from flashdreams_kernels.launch import Target, target_of
 from torch import Tensor
 
-from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
+from flashdreams.attention.cache import KVCache, KVCacheSpec
 from flashdreams.attention.core import AttentionCore
+from flashdreams.attention.cursor import Cursor
 from tests.kernels.guarded import TOLERANCE, Guarded, error
 
 
@@ -244,14 +245,14 @@ def test_attention_is_a_backend_of_the_core(device: torch.device) -> None:
         dtype=torch.float32,
         device=device,
     )
-    cursors = [CacheCursor(1, 2, tokens_per_frame=3) for _ in range(2)]
+    cursors = [Cursor(1, 2, tokens_per_frame=3) for _ in range(2)]
     caches = [KVCache(spec, cursor) for cursor in cursors]
     cores = [AttentionCore(16), AttentionCore(16, backend=attention.chunk_attention)]
     for step in range(4):
         q, k, v = inputs((1, 3, 3, 2, 16), torch.float32, device)
         results = []
         for core, cache in zip(cores, caches, strict=True):
-            cache.cursor.place(1, device)
+            cache.cursor.begin_step(1, device)
             results.append(core(q, k + step, v - step, cache))
             cache.cursor.advance()
         assert error(results[1], results[0]) < TOLERANCE[torch.float32]

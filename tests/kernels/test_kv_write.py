@@ -5,7 +5,8 @@ import torch
 from flashdreams_kernels import kv_write, reference
 from torch import Tensor
 
-from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
+from flashdreams.attention.cache import KVCache, KVCacheSpec
+from flashdreams.attention.cursor import Cursor
 from tests.kernels.guarded import Guarded
 
 
@@ -68,7 +69,7 @@ def test_write_takes_views_as_they_are(device: torch.device) -> None:
 
 
 def test_write_equals_the_cache_of_the_engine(device: torch.device) -> None:
-    cursor = CacheCursor(sink_size_t=1, window_size_t=3, tokens_per_frame=2)
+    cursor = Cursor(sink_size_t=1, window_size_t=3, tokens_per_frame=2)
     spec = KVCacheSpec(
         batch_size=1,
         sink_size_t=1,
@@ -82,7 +83,7 @@ def test_write_equals_the_cache_of_the_engine(device: torch.device) -> None:
     cache = KVCache(spec, cursor)
     k_cache, v_cache = cache.k.clone(), cache.v.clone()
     for step in range(4):
-        cursor.place(2, device)
+        cursor.begin_step(2, device)
         k, v = inputs((1, 4, 2, 16), torch.float32, device)
         k, v = k + step, v - step
         cache.update(k, v)

@@ -164,7 +164,7 @@ def exported_caches():
             model.begin_step(step, cache)
             latent = torch.randn(1, 4, 2, 6, 8, generator=torch.Generator().manual_seed(step))
             model.update_cache(latent, torch.tensor(0.0), cache)
-        core, layer = model.blocks[1].self_attn.core, cache.self_attention[1]
+        core, layer = model.blocks[1].self_attn.core, list(cache.layers())[1]
         whole = core.gather_cache(layer.k)
         assert torch.equal(core.shard_cache(whole), layer.k)
         exported.append(whole)

@@ -36,7 +36,7 @@ def roll(fused_kernels: bool, dtype: str = "float32", mesh: Mesh | None = None, 
     """Latents of a rollout, and how often each kernel was called."""
     model = build_model(dtype, **{"fused_kernels": fused_kernels, **SIZES, **changes})
     parallelize(model, model.parallel_plan(), mesh or Mesh())
-    model.finish_loading()
+    model.after_load()
     with pytest.MonkeyPatch.context() as environment:
         switch_to_interpreter(environment)
         patches = [patch.object(fused, name, wraps=getattr(fused, name)) for name in KERNELS]

@@ -45,10 +45,10 @@ class CausalState:
 
     context: Any
     """What ``project_context`` returned."""
-    caches: dict[str, list[KVCache | None]] = state("cache")
-    """Glob of ``cache_specs`` -> the caches of its cores; None without streaming."""
     cursors: list[Cursor] = state("host")
     """One per distinct window, shared by the caches of that window."""
+    caches: dict[str, list[KVCache | None]] = state("cache")
+    """Glob of ``cache_specs`` -> the caches of its cores; None without streaming."""
     condition: Tensor | None = state("rebuilt")
     """``[B, condition_channels, F, H, W]`` by position; latent frames past the last one see it."""
     batch_size: int = state("host")

@@ -17,6 +17,7 @@ from flashdreams.infra.encoder.base import (
 from flashdreams.infra.ranges import check_range
 from flashdreams.models.wan.image import mark_first_frame
 from flashdreams.models.wan.vae import WanVAEImageEncoder, WanVAEImageEncoderConfig
+from flashdreams.parallel.plan import state
 from flashdreams.runtime.transfer import to_device
 
 from .camera import (
@@ -42,11 +43,11 @@ ControlType = Literal["cam", "act"]
 class CameraPath:
     """Where the camera is in each of F pixel frames."""
 
-    poses: Tensor
+    poses: Tensor = state("whole")
     """``[F, 4, 4]`` camera-to-world, camera axes x right, y down, z forward."""
-    intrinsics: Tensor
+    intrinsics: Tensor = state("whole")
     """``[F, 4]``: fx, fy, cx, cy in pixels of a picture of 480x832."""
-    keys: Tensor | None = None
+    keys: Tensor | None = state("whole", default=None)
     """``[F, 4]``, 1 where w, a, s, d is held, else 0; for models that are steered by keys."""
 
     def __len__(self) -> int:
@@ -89,14 +90,14 @@ class CameraEncoderConfig(StreamingEncoderConfig):
 class CameraCache:
     """The camera encoder's state in one rollout."""
 
-    height: int
+    height: int = state("host")
     """In pixels."""
-    width: int
+    width: int = state("host")
     """In pixels."""
-    device: torch.device
+    device: torch.device = state("host")
     clip: CameraPath | None = None
     """Offline: relative poses, intrinsics and keys of all latent frames."""
-    anchor: Tensor | None = None
+    anchor: Tensor | None = state("whole", default=None)
     """Streaming: ``[4, 4]``, the last pose of the previous AR step."""
 
 

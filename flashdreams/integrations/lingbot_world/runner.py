@@ -1,7 +1,9 @@
 """LingBot-World on the command line."""
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashdreams.infra.config import derive_config
+from flashdreams.infra.controller import Controller, Event, KeyCamera
+from flashdreams.infra.session import Command, key_commands
 from flashdreams.infra.video_runner import (
     SPATIAL_FACTOR,
     ImageToVideoRunner,
@@ -132,19 +136,16 @@ class CameraToVideoRunner(ImageToVideoRunner):
     def run(self) -> None:
         """Generate a chunk for every part of the path and write each as it comes."""
         cfg = self.config
-        cache = self.pipeline.initialize_cache(**self.conditions(), seed=cfg.seed)
         video = self.open_video() if self.is_rank_zero else nullcontext()
         frame = 0
         with video as writer:
-            for i in self.progress(self.blocks):
-                end = pixel_frames((i + 1) * cfg.transformer.len_t)
-                step = self.path.part(slice(frame, end)) if cfg.pose_mode == "streaming" else None
-                chunk = self.pipeline.generate(autoregressive_index=i, cache=cache, input=step)
-                self.pipeline.finalize(autoregressive_index=i, cache=cache)
-                if writer is not None:
-                    shown = draw_inset(chunk, self.path.poses, frame) if cfg.show_path else chunk
-                    writer.write(shown)
-                frame = end
+            for step in self.stream(self.blocks):
+                chunk, frame = step.chunk, step.frames.stop
+                if writer is None or chunk is None:  # another rank decodes or writes
+                    continue
+                if cfg.show_path:
+                    chunk = draw_inset(chunk, self.path.poses, step.frames.start)
+                writer.write(chunk)
         if self.is_rank_zero and self.blocks < cfg.total_blocks:
             print(
                 f"The poses ran out: {self.num_poses} of them suffice for {self.blocks} of "
@@ -157,6 +158,64 @@ class CameraToVideoRunner(ImageToVideoRunner):
         if self.config.pose_mode == "offline":
             conditions["camera"] = self.path
         return conditions
+
+    def controller(self) -> Controller | None:
+        """Streaming: the camera that keys or the poses of a file move; offline: None.
+
+        Its control input is the `CameraPath` of a chunk.
+        """
+        cfg = self.config
+        if cfg.pose_mode == "offline":
+            return None
+        if cfg.pose_path is not None or cfg.intrinsic_path is not None:
+            return PathFollower(self.path)
+        keyed = cfg.camera_encoder.control_type == "act"
+        return KeyCamera(cfg.motion(), partial(camera_path, cfg.intrinsics, keyed))
+
+    def commands(self) -> list[Command]:
+        """The key presses of ``--actions``, for a camera that is steered by keys."""
+        steered = isinstance(self.controller(), KeyCamera)
+        return key_commands(self.config.actions) if steered and self.config.actions else []
+
+
+def camera_path(
+    intrinsics: tuple[float, ...], keyed: bool, poses: Tensor, held: Sequence[frozenset[str]]
+) -> CameraPath:
+    """The path of a chunk that keys have led to.
+
+    Args:
+        intrinsics: fx, fy, cx, cy in pixels of a 480x832 picture.
+        keyed: whether the model is steered by keys, too.
+        poses: ``[F, 4, 4]``.
+        held: held keys of F frames.
+    """
+    keys = torch.tensor([[key in now for key in KEY_ORDER] for now in held]).float()
+    return CameraPath(
+        poses, torch.tensor(intrinsics).expand(len(poses), 4), keys if keyed else None
+    )
+
+
+class PathFollower(Controller):
+    """Hands out a path that is known beforehand; takes no events."""
+
+    def __init__(self, path: CameraPath) -> None:
+        self.path = path
+
+    def accepts(self) -> dict[str, Any]:
+        """See the contract: nothing."""
+        return {"type": "object", "maxProperties": 0}
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        """See the contract."""
+        raise ValueError("This camera follows the poses of a file and takes no control.")
+
+    def new_state(self) -> None:
+        """See the contract: the frames say where on the path the camera is."""
+        return None
+
+    def advance(self, state: None, events: Sequence[Event], frames: range) -> CameraPath:
+        """The part of the path over the frames; see the contract."""
+        return self.path.part(slice(frames.start, frames.stop))
 
 
 def read_path(config: CameraToVideoRunnerConfig) -> CameraPath:

@@ -3,14 +3,17 @@
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashdreams.infra.controller import KeyCamera
 from flashdreams.infra.pipeline import StreamInferencePipeline
 from flashdreams.infra.prompt import read_prompt
 from flashdreams.infra.ranges import check_range
 from flashdreams.infra.runner import Runner, RunnerConfig
+from flashdreams.infra.session import Command, key_commands
 from flashdreams.runtime.actions import hold, integrate, parse_actions
 
 from .metrics import psnr_db
@@ -66,24 +69,41 @@ class ToyWorldRunner(Runner[ToyWorldRunnerConfig, StreamInferencePipeline]):
     def run(self) -> None:
         """Stream the walk into the video."""
         cfg = self.config
-        poses = walk(cfg.actions, cfg.total_blocks)
-        image = self.truth(poses[0]) if cfg.start_from_truth else None
-        cache = self.pipeline.initialize_cache(text=[self.prompt], image=image, seed=cfg.seed)
         video = self.open_video(scale=cfg.scale) if self.is_rank_zero else nullcontext()
         with video as writer:
-            for i in self.progress(cfg.total_blocks):
-                chunk = self.pipeline.generate(
-                    autoregressive_index=i, cache=cache, input=poses[i][None]
-                )
-                self.pipeline.finalize(autoregressive_index=i, cache=cache)
+            for step in self.stream(cfg.total_blocks):
+                chunk = step.chunk
                 if chunk is None:  # another rank decodes
                     continue
                 if cfg.compare_to_truth:
-                    truth = self.truth(poses[i])[:, None]
-                    cache.timer.note(psnr_db=float(psnr_db(chunk, truth).mean()))
+                    truth = self.truth(step.control[0])[:, None]
+                    step.cache.timer.note(psnr_db=float(psnr_db(chunk, truth).mean()))
                     chunk = torch.cat([chunk, truth], dim=-1)
                 if writer is not None:
                     writer.write(chunk)
+
+    def conditions(self) -> dict[str, Any]:
+        """The scene in words and, if asked for, the rendered first frame."""
+        conditions: dict[str, Any] = {"text": [self.prompt]}
+        if self.config.start_from_truth:
+            conditions["image"] = self.truth(self.controller().start)
+        return conditions
+
+    def controller(self) -> KeyCamera:
+        """The camera of the courtyard: it stands where every walk begins, and slides along walls.
+
+        Its control input are the poses of a chunk, ``[T, 4, 4]``.
+        """
+        return KeyCamera(
+            KEY_MOTION,
+            to_input=lambda poses, held: poses,
+            start=pose_to_camera(torch.tensor(START_POSE)),
+            collide=collide_camera,
+        )
+
+    def commands(self) -> list[Command]:
+        """The key presses of ``--actions``."""
+        return key_commands(self.config.actions)
 
     def truth(self, pose: Tensor) -> Tensor:
         """The rendered frame ``[1, 3, 64, 64]`` for a camera-to-world matrix ``[4, 4]``."""

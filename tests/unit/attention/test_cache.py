@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from flashdreams.attention.backends import resolve_backend, sdpa
-from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
+from flashdreams.attention.cache import KVCache, KVCacheSpec
 from flashdreams.attention.core import AttentionCore
+from flashdreams.attention.cursor import Cursor
 from flashdreams.attention.rope import RotaryEmbedding3D, apply_rope, time_rotation
 
 ATOL = 1e-5
@@ -26,7 +27,7 @@ COMBINATIONS = [
 
 
 def new_cache(window: int, sink: int, relative: bool = False, dtype=torch.float32) -> KVCache:
-    cursor = CacheCursor(sink, window, TOKENS)
+    cursor = Cursor(sink, window, TOKENS)
     spec = KVCacheSpec(
         batch_size=1,
         sink_size_t=sink,
@@ -70,7 +71,7 @@ def test_attention_equals_that_over_an_ordered_window(window, sink, chunk, relat
     drift = 0.0
     for index in range(8):
         start, end = index * chunk, (index + 1) * chunk
-        cache.cursor.place(chunk, torch.device("cpu"))
+        cache.cursor.begin_step(chunk, torch.device("cpu"))
         cache.rotate_sink()
         for attempt in range(2):  # a denoising step, then the clean pass; the last one stays
             q, k, v = draw(10 * index + attempt, chunk)
@@ -99,13 +100,13 @@ def test_attention_equals_that_over_an_ordered_window(window, sink, chunk, relat
 
 
 def test_frames_lie_in_the_slots_of_sink_and_ring():
-    cursor = CacheCursor(sink_size_t=2, window_size_t=5, tokens_per_frame=1)
+    cursor = Cursor(sink_size_t=2, window_size_t=5, tokens_per_frame=1)
     assert cursor.frame_slots(0, 12) == [0, 1, 2, 3, 4, 5, 6, 2, 3, 4, 5, 6]
     for _ in range(3):
-        cursor.place(3, torch.device("cpu"))
+        cursor.begin_step(3, torch.device("cpu"))
         cursor.advance()
     assert cursor.past_frames() == [0, 1, 4, 5, 6, 7, 8] and cursor.evicted == 2
-    cursor.place(3, torch.device("cpu"))
+    cursor.begin_step(3, torch.device("cpu"))
     assert cursor.past_frames() == [0, 1, 7, 8]  # the new chunk takes the other three places
 
 
@@ -113,7 +114,7 @@ def test_nothing_is_moved_or_cloned():
     cache, core = new_cache(5, 1, relative=True), AttentionCore(HEAD_DIM)
     places = set()
     for index in range(6):
-        cache.cursor.place(3, torch.device("cpu"))
+        cache.cursor.begin_step(3, torch.device("cpu"))
         cache.rotate_sink()
         before = cache.k.clone()
         core(*draw(index, 3), cache)
@@ -131,7 +132,7 @@ def test_the_sink_is_turned_from_its_stored_copy_only():
     """A hundred steps later it is still one rotation away: nothing adds up, also in bfloat16."""
     cache = new_cache(3, 2, relative=True, dtype=torch.bfloat16)
     for index in range(100):
-        cache.cursor.place(3, torch.device("cpu"))
+        cache.cursor.begin_step(3, torch.device("cpu"))
         cache.rotate_sink()
         _, k, v = (x.bfloat16() for x in draw(index, 3))
         cache.update(k, v)
@@ -173,11 +174,11 @@ def test_published_size_of_the_cache():
 def test_chunks_that_do_not_fit_are_refused():
     cache = new_cache(2, 1)
     with pytest.raises(ValueError, match="chunk of 3 latent frames does not fit window_size_t=2"):
-        cache.cursor.place(3, torch.device("cpu"))
+        cache.cursor.begin_step(3, torch.device("cpu"))
     _, k, v = draw(0, 2)
     with pytest.raises(ValueError, match="expects 0 tokens of a chunk, got 6"):
         cache.update(k, v)
-    cache.cursor.place(1, torch.device("cpu"))
+    cache.cursor.begin_step(1, torch.device("cpu"))
     with pytest.raises(ValueError, match="expects 3 tokens of a chunk, got 6"):
         cache.update(k, v)
 

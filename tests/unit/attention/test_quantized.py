@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from flashdreams.attention import quantized
-from flashdreams.attention.cache import CacheCursor, KVCache, KVCacheSpec
+from flashdreams.attention.cache import KVCache, KVCacheSpec
+from flashdreams.attention.cursor import Cursor
 from flashdreams.attention.quantized import QuantizedTokens
 from flashdreams.attention.rope import apply_rope, time_rotation
 
@@ -45,12 +46,12 @@ def stored(x: torch.Tensor, storage: str) -> QuantizedTokens:
 
 def new_cache(storage: str, **changes) -> KVCache:
     spec = replace(SPEC, storage=storage, **changes)
-    return KVCache(spec, CacheCursor(spec.sink_size_t, spec.window_size_t, TOKENS))
+    return KVCache(spec, Cursor(spec.sink_size_t, spec.window_size_t, TOKENS))
 
 
 def fill(cache: KVCache, steps: int, len_t: int = 2) -> None:
     for step in range(cache.cursor.start // len_t, steps):
-        cache.cursor.place(len_t, CPU)
+        cache.cursor.begin_step(len_t, CPU)
         cache.rotate_sink()
         cache.update(*(draw(2 * step + i, len_t * TOKENS, cache.spec.dtype) for i in (0, 1)))
         cache.keep_sink()
@@ -123,7 +124,7 @@ def test_the_chunk_sees_itself_unrounded_and_the_past_rounded(storage):
     cache, exact = new_cache(storage), new_cache("native")
     for other in (cache, exact):
         fill(other, 3)
-        other.cursor.place(2, CPU)
+        other.cursor.begin_step(2, CPU)
     own = draw(50, 2 * TOKENS), draw(51, 2 * TOKENS)
     for read, true, new in zip(cache.update(*own), exact.update(*own), own, strict=True):
         assert torch.equal(read[:, cache.cursor.slots], new)

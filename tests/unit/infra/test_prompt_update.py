@@ -7,6 +7,7 @@ import torch
 
 from flashdreams.infra.diffusion.transformer import Transformer
 from flashdreams.infra.encoder.base import EncoderConfig
+from flashdreams.models.wan.transformer import SELF_ATTENTION
 from tests.tiny import CONTROL_DIM, TEXT_DIM, tiny_pipeline
 
 ATOL = 1e-5
@@ -50,7 +51,7 @@ def run(pipeline, prompt: torch.Tensor, steps: int):
 
 
 def keys_and_values(cache) -> list[torch.Tensor]:
-    layers = cache.diffusion.conditional.self_attention
+    layers = list(cache.diffusion.conditional.layers())
     return [x for layer in layers for x in layer.visible()]
 
 
@@ -76,11 +77,12 @@ def reencoded_by_hand(pipeline, latents, prompt, cache) -> None:
         frames = [index * c.len_t + t for t in kept]
         for store in stores:
             store.begin(frames)
-        branch.self_attention = stores
+        branch.caches = {SELF_ATTENTION: stores}
         chunk_control = control(index).unflatten(1, (c.len_t, -1))[:, kept].flatten(1, 2)
-        transformer.prepare(branch, torch.tensor(frames), chunk_control)
-        transformer(latent[:, :, kept], torch.tensor(0.0), branch)
-    for store, layer in zip(stores, cache.diffusion.conditional.self_attention, strict=True):
+        inputs = transformer.inputs_at(branch, torch.tensor(frames), chunk_control)
+        clean = transformer.modulations(torch.zeros(1, dtype=torch.float64))
+        transformer(latent[:, :, kept], clean, inputs, branch)
+    for store, layer in zip(stores, list(cache.diffusion.conditional.layers()), strict=True):
         for frame in held:
             slot = layer.cursor.frame_slots(frame, frame + 1)[0]
             place = slice(slot * c.tokens_per_frame, (slot + 1) * c.tokens_per_frame)
@@ -133,20 +135,20 @@ def turn_in_time(k: torch.Tensor, frames: int) -> torch.Tensor:
 
 
 def tensors_of(branch) -> list[torch.Tensor]:
-    own = [x for layer in branch.self_attention for x in layer.visible()]
-    return own + [x for pairs in branch.cross_attention for x in pairs[0]]
+    own = [x for layer in branch.layers() for x in layer.visible()]
+    return own + [x for pairs in branch.context.pairs for x in pairs[0]]
 
 
 def test_update_touches_cross_attention_alone_and_keeps_its_storage():
     pipeline = build()
     cache, _ = run(pipeline, text(1), 2)
     before = [x.clone() for x in keys_and_values(cache)]
-    context = cache.diffusion.conditional.cross_attention
+    context = cache.diffusion.conditional.context.pairs
     places = [x.data_ptr() for pairs in context for x in pairs[0]]
     old = [x.clone() for pairs in context for x in pairs[0]]
     pipeline.update_prompt(cache, text(2))
-    fresh = pipeline.initialize_cache(text=text(2)).diffusion.conditional.cross_attention
-    now = [x for pairs in cache.diffusion.conditional.cross_attention for x in pairs[0]]
+    fresh = pipeline.initialize_cache(text=text(2)).diffusion.conditional.context.pairs
+    now = [x for pairs in cache.diffusion.conditional.context.pairs for x in pairs[0]]
     assert [x.data_ptr() for x in now] == places
     for new, expected in zip(now, (x for pairs in fresh for x in pairs[0]), strict=True):
         assert torch.equal(new, expected)
@@ -234,10 +236,10 @@ def test_without_reencoding_a_pending_chunk_alone_sees_the_new_prompt():
     pipeline.update_prompt(cache, text(2))
     pipeline.finalize(2, cache)
     old, _ = run(pipeline, text(1), 3)
-    layer = cache.diffusion.conditional.self_attention[1]
+    layer = list(cache.diffusion.conditional.layers())[1]
     own = slice(4 * 4, 6 * 4)  # slots of frames 4 and 5
     assert torch.equal(layer.k[:, : 4 * 4], before[2])
-    assert not torch.equal(layer.k[:, own], old.diffusion.conditional.self_attention[1].k[:, own])
+    assert not torch.equal(layer.k[:, own], old.diffusion.conditional.caches[SELF_ATTENTION][1].k[:, own])
 
 
 def test_the_negative_half_keeps_its_prompt():

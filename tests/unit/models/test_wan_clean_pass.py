@@ -37,7 +37,7 @@ def run_whole_network(model: WanTransformer) -> WanTransformer:
 
 
 def keys_and_values(cache) -> list[torch.Tensor]:
-    return [x.clone() for layer in cache.self_attention for x in (layer.k, layer.v)]
+    return [x.clone() for layer in list(cache.layers()) for x in (layer.k, layer.v)]
 
 
 @torch.no_grad()

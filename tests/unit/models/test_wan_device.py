@@ -59,7 +59,7 @@ def devices(values) -> set[str]:
 def rollout(watch: Watch, **overrides) -> None:
     config = tiny_transformer(**{"control_dim": CONTROL_DIM, **overrides})
     model = WanTransformer(config).eval().cast().to(DEVICE)
-    model.finish_loading()
+    model.after_load()
     model.network = watch.record(model.__call__)
     latent = torch.zeros(model.latent_shape(1), device=DEVICE)
     control = model.example_control(1)

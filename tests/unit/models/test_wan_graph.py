@@ -1,14 +1,16 @@
 """The Wan transformer, replayed: the logic with a recorder in the place of CUDA's."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from flashdreams.models.wan.state import graph_key
 
+from flashdreams.infra.diffusion.causal_state import StepInputs
 from flashdreams.infra.diffusion.transformer import ContextChunk
 from flashdreams.models.wan.transformer import WanTransformer
 from flashdreams.runtime.cuda_graph import GraphedCallable
 from tests.tiny import CONTROL_DIM, TEXT_DIM, tiny_transformer
-from tests.unit.runtime.test_cuda_graph import TraceCapture
+from tests.unit.runtime.test_cuda_graph import trace_graphs
 
 
 def rollout(model: WanTransformer, steps: int = 6) -> list[torch.Tensor]:
@@ -26,34 +28,72 @@ def rollout(model: WanTransformer, steps: int = 6) -> list[torch.Tensor]:
     return flows
 
 
-def graphed(model: WanTransformer, key=graph_key) -> WanTransformer:
-    model.network = GraphedCallable(
-        model.__call__, torch.device("cpu"), key=key, backend=TraceCapture()
-    )
+def graphed(model: WanTransformer) -> WanTransformer:
+    trace_graphs(model)
+    model.network.reset()
     return model
 
 
 @pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16", "residual_dtype": "float32"}])
 @torch.no_grad()
 def test_replayed_rollout_equals_the_eager_one(changes):
-    """Bit for bit; two captures per fill phase of the ring, and controls stay in their place."""
+    """Bit for bit; two captures once the ring is full, and controls stay in their place."""
     torch.manual_seed(0)
     config = tiny_transformer(control_dim=CONTROL_DIM, use_cuda_graph=True, **changes)
     model = WanTransformer(config).cast().eval()
     eager = rollout(model)
     flows = rollout(graphed(model))
     assert all(torch.equal(a, b) for a, b in zip(eager, flows, strict=True))
-    assert model.network.captures == 2 * 3
-    assert model.network.replays == 6 * 3 - 2 * 3
+    assert model.network.captures == 2
+    assert model.network.eager_calls == 2 * 3  # two AR steps fill the window
+    assert model.network.replays == 4 * 3 - 2
 
 
 @torch.no_grad()
-def test_a_key_without_the_visible_length_is_wrong():
+def test_graphs_of_a_filling_window_would_be_wrong():
+    """Negative control: a key that does not wait for the steady state."""
     torch.manual_seed(0)
     model = WanTransformer(tiny_transformer(control_dim=CONTROL_DIM, use_cuda_graph=True)).eval()
     eager = rollout(model)
-    flows = rollout(graphed(model, key=lambda cache, write_only=False: write_only))
+    graphed(model).network.key = lambda inputs, state, write_only=False: write_only
+    flows = rollout(model)
     assert not all(torch.equal(a, b) for a, b in zip(eager, flows, strict=True))
+
+
+@torch.no_grad()
+def test_inputs_that_are_not_copied_would_be_wrong(monkeypatch):
+    """Negative control: a graph reads the tensors of the step that it was captured in."""
+    torch.manual_seed(0)
+    model = WanTransformer(tiny_transformer(control_dim=CONTROL_DIM, use_cuda_graph=True)).eval()
+    eager = rollout(model)
+    monkeypatch.setattr(StepInputs, "fill", lambda self, new: self.__dict__.update(vars(new)))
+    flows = rollout(graphed(model))
+    assert not all(torch.equal(a, b) for a, b in zip(eager, flows, strict=True))
+
+
+@torch.no_grad()
+def test_replays_are_compared_with_eager_passes():
+    """Outputs and written keys; a replay that writes something else is noticed."""
+    torch.manual_seed(0)
+    model = WanTransformer(tiny_transformer(use_cuda_graph=True)).eval()
+    cache = graphed(model).initialize_cache(text=torch.randn(1, 4, TEXT_DIM))
+    for index in range(4):
+        latent = torch.randn(model.latent_shape(1))
+        model.begin_step(index, cache)
+        model.predict_flow(latent, torch.tensor(500.0), cache)
+        model.update_cache(latent, torch.tensor(0.0), cache)
+    assert model.replay_is_exact(cache)
+    cache.caches["blocks.*.self_attn.core"][1].k.mul_(1)
+    replay = next(iter(model.network._graphs.values())).replay
+    broken = next(iter(cache.layers())).k
+
+    def other() -> None:
+        replay()
+        broken.add_(1)
+
+    for key, graph in list(model.network._graphs.items()):
+        model.network._graphs[key] = replace(graph, replay=other)
+    assert not model.replay_is_exact(cache)
 
 
 @pytest.mark.parametrize("storage", ["native", "int8"])
@@ -92,7 +132,7 @@ def test_after_a_window_is_written_anew_the_graphs_of_warm_up_still_fit(storage)
     captures = model.network.captures
     assert step(5).isfinite().all()
     assert model.network.captures == captures
-    assert model.network.eager_calls == 0
+    assert model.network.eager_calls == 2 * 2  # while the window filled
 
 
 @torch.no_grad()
