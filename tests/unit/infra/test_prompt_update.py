@@ -239,7 +239,9 @@ def test_without_reencoding_a_pending_chunk_alone_sees_the_new_prompt():
     layer = list(cache.diffusion.conditional.layers())[1]
     own = slice(4 * 4, 6 * 4)  # slots of frames 4 and 5
     assert torch.equal(layer.k[:, : 4 * 4], before[2])
-    assert not torch.equal(layer.k[:, own], old.diffusion.conditional.caches[SELF_ATTENTION][1].k[:, own])
+    assert not torch.equal(
+        layer.k[:, own], old.diffusion.conditional.caches[SELF_ATTENTION][1].k[:, own]
+    )
 
 
 def test_the_negative_half_keeps_its_prompt():

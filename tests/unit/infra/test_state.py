@@ -1,7 +1,7 @@
 """The canonical form of a rollout on one rank, through JSON and safetensors (same bits)."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, make_dataclass, replace
 
 import pytest
 import torch
@@ -9,9 +9,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from flashdreams.infra.config import derive_config
-from flashdreams.infra.state import StateCodec, known_classes
+from flashdreams.infra.state import StateDecoder, StateEncoder, StateError, check_styles
 from flashdreams.parallel import watchdog as watchdog_module
 from flashdreams.parallel.environment import LOAD_TIMEOUT_S, Environment
+from flashdreams.parallel.mesh import Mesh
+from flashdreams.parallel.plan import state
+from flashdreams.parallel.state_layout import StateLayout
 from flashdreams.parallel.watchdog import Watchdog
 from flashdreams.runtime.noise import NoiseSource
 from tests.clock import Clock
@@ -47,8 +50,8 @@ def test_a_rollout_goes_on_from_files(steps, guidance_scale):
     negative = None if guidance_scale is None else prompt(1)
     cache = pipeline.initialize_cache(text=prompt(0), negative_text=negative, seed=5, offset=0.5)
     advance(pipeline, cache, 0, steps)
-    state = through_files(cache.state_dict())
-    again = config.setup(device="cpu").load_cache(state)
+    saved = through_files(cache.state_dict())
+    again = config.setup(device="cpu").load_cache(saved)
     for a, b in zip(
         advance(pipeline, cache, steps, steps + 3),
         advance(again.pipeline, again, steps, steps + 3),
@@ -81,10 +84,13 @@ def test_the_form_holds_what_was_promised():
     assert state["values"]["seed"] == 8 and state["values"]["next_index"] == 4
     tensors = state["tensors"]
     assert torch.equal(tensors["context/text"], prompt(0))
-    assert tensors["conditional/self_attention/0/frames"].tolist() == [0, 4, 5, 6, 7]
-    assert tensors["conditional/self_attention/0/k"].shape == (1, 5 * 4, 2, 12)
-    assert tensors["conditional/self_attention/1/sink_k"].shape == (1, 4, 2, 12)
-    assert {"conditional/cross_attention/0/0/0", "history/0/latent", "decoder/last"} <= set(tensors)
+    layers = "conditional/caches/blocks.*.self_attn.core"
+    first = state["values"]["conditional"]["parts"]["caches"]["parts"]["blocks.*.self_attn.core"]
+    assert first["items"][0]["frames"] == [0, 4, 5, 6, 7]
+    assert tensors[f"{layers}/0/k"].shape == (1, 5 * 4, 2, 12)
+    assert tensors[f"{layers}/1/sink_k"].shape == (1, 4, 2, 12)
+    pairs = "conditional/context/pairs/0/0/0"
+    assert {pairs, "history/0/latent", "decoder/last"} <= set(tensors)
     assert not any("rope" in name for name in tensors)
 
 
@@ -114,7 +120,7 @@ def test_a_noise_callable_must_be_given_again():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format 2"),
+        ({"format": 1}, "format 1"),
         ({"values": None}, "state of a rollout"),
         ({"name": "other"}, "'other'; this pipeline is 'tiny'"),
         ({"window": 4}, "sink_size_t=1 and window_size_t=4 hold"),
@@ -139,53 +145,162 @@ def test_another_rollout_is_refused(change, message):
 
 @dataclass(frozen=True)
 class Pose:
-    angle: float
-    device: torch.device
-    matrix: Tensor | None = None
+    angle: float = state("host")
+    device: torch.device = state("host")
+    matrix: Tensor | None = state("whole", default=None)
 
 
 @dataclass
 class Walk:
-    poses: list[Pose] = field(default_factory=list)
-    keys: tuple[str, ...] = ()
+    poses: list[Pose] = state("whole", default_factory=list)
+    keys: tuple[str, ...] = state("host", default=())
 
 
-def initialize_cache(offset: float = 0.0) -> dict[str, Walk | Tensor]:
-    return {}
+@dataclass
+class Undeclared:
+    walk: Walk
+    last: Tensor
+
+
+def codec(tensors):
+    layout = StateLayout(Mesh())
+    encoder = StateEncoder(layout, CPU, lambda path, x: tensors.__setitem__(path, x.contiguous()))
+    return encoder, StateDecoder(layout, CPU, lambda path, *_: tensors[path])
 
 
 def test_containers_and_dataclasses_come_back():
     tensors = {}
     frames = torch.randn(1, 2, 3, 4, 5).to(memory_format=torch.channels_last_3d)
     value = {"walk": Walk([Pose(0.5, CPU, torch.eye(2)), Pose(1.5, CPU)], ("w", "a")), "x": frames}
-
-    def emit(path, x):
-        tensors[path] = x.contiguous()
-        return x
-
-    encoded = json.loads(json.dumps(StateCodec(CPU).encode(value, "encoder", emit)))
-    codec = StateCodec(CPU, known_classes(initialize_cache))
-    back = codec.restore(encoded, "encoder", lambda path, shape, dtype: tensors[path])
+    encoder, decoder = codec(tensors)
+    encoded = json.loads(json.dumps(encoder.encode(value, "encoder", "whole")))
+    back = decoder.restore(encoded, "encoder", None, dict[str, Walk])
     assert back["walk"].keys == ("w", "a") and back["walk"].poses[1] == Pose(1.5, CPU)
     assert torch.equal(back["walk"].poses[0].matrix, torch.eye(2))
     assert torch.equal(back["x"], frames) and back["x"].stride() == frames.stride()
-    with pytest.raises(ValueError, match="no known class 'Pose'"):
-        StateCodec(CPU).restore(encoded, "encoder", lambda path, shape, dtype: tensors[path])
+    with pytest.raises(ValueError, match="encoder/walk: nothing here that could take these fields"):
+        decoder.restore(encoded, "encoder")
+
+
+def test_no_class_name_is_stored():
+    encoder, _ = codec({})
+    assert "Walk" not in json.dumps(encoder.encode(Walk([Pose(0.5, CPU)]), "encoder", "whole"))
 
 
 def test_what_has_no_plain_form_is_named():
-    with pytest.raises(TypeError, match=r"encoder/0: a set has no plain form"):
-        StateCodec(CPU).encode([{1}], "encoder", lambda path, x: x)
+    encoder, _ = codec({})
+    with pytest.raises(StateError, match=r"encoder/0: a set has no plain form"):
+        encoder.encode([{1}], "encoder", "whole")
+
+
+def test_a_field_without_a_style_is_named_with_what_to_write():
+    encoder, _ = codec({})
+    with pytest.raises(
+        StateError, match=r'Undeclared\.last \(a Tensor\).*last: \.\.\. = state\("whole"\)'
+    ):
+        encoder.encode(Undeclared(Walk(), torch.zeros(1)), "transformer", None)
+    with pytest.raises(StateError, match=r"last: a Tensor as state does not say"):
+        encoder.encode({"last": torch.zeros(1)}, "transformer", None)
+
+
+@pytest.mark.parametrize(
+    ("style", "value", "message"),
+    [
+        ("host", torch.zeros(1), 'declares the style "host" and holds a tensor'),
+        ("heads", torch.zeros(2, 3), r"\[2, 3\]; heads are dim 2"),
+        ("cache", torch.zeros(1), "KV caches have the style"),
+    ],
+)
+def test_a_style_that_does_not_fit_its_field_is_refused(style, value, message):
+    made = make_dataclass("Made", [("part", object, state(style))])
+    with pytest.raises(StateError, match=message):
+        check_styles(made([{"x": value}]), "transformer")
+    check_styles(made(None), "transformer")
+
+
+def test_an_unknown_style_is_refused_where_it_is_written():
+    with pytest.raises(ValueError, match=r"style 'head' is unknown; allowed: 'whole', 'heads'"):
+        state("head")
+
+
+def legacy(pipeline, **rollout):
+    """The pipeline with a plan of the deprecated kind beside state without styles."""
+    transformer = pipeline.diffusion_model.transformer
+    plan = replace(transformer.parallel_plan(), rollout=rollout)
+    transformer.parallel_plan = lambda: plan
+    return pipeline
+
+
+def test_a_deprecated_plan_is_read_and_warned_about():
+    pipeline = legacy(tiny_pipeline().setup(device="cpu"), modulations="rebuilt")
+    with pytest.warns(DeprecationWarning, match=r"ParallelPlan\.rollout goes in 0\.3"):
+        pipeline.initialize_cache(text=prompt(0))
+
+
+def test_a_misspelt_key_of_a_deprecated_plan_is_an_error():
+    pipeline = legacy(tiny_pipeline().setup(device="cpu"), contxt="heads")
+    with pytest.raises(ValueError, match=r"names 'contxt'.*CausalState.*Did you mean 'context'"):
+        pipeline.initialize_cache(text=prompt(0))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+@pytest.mark.parametrize("guidance_scale", [None, 2.0])
+def test_a_clone_goes_on_like_its_source_and_apart_from_it(steps, guidance_scale):
+    config = tiny_pipeline(relative_rope=True, sink_size_t=2, window_size_t=3)
+    config = derive_config(config, diffusion_model=dict(guidance_scale=guidance_scale))
+    pipeline = config.setup(device="cpu")
+    negative = None if guidance_scale is None else prompt(1)
+    cache = pipeline.initialize_cache(text=prompt(0), negative_text=negative, seed=5, offset=0.5)
+    advance(pipeline, cache, 0, steps)
+    fork = cache.clone()
+    other = cache.clone()
+    pipeline.update_prompt(other, prompt(7), reencode_window=True)
+    changed = advance(pipeline, other, steps, steps + 3)
+    same = advance(pipeline, fork, steps, steps + 3)
+    expected = advance(pipeline, cache, steps, steps + 3)
+    assert all(torch.equal(a, b) for a, b in zip(same, expected, strict=True))
+    assert not torch.equal(changed[-1], expected[-1])
+
+
+def test_a_clone_under_another_noise_leaves_its_source():
+    pipeline = tiny_pipeline().setup(device="cpu")
+    cache = pipeline.initialize_cache(text=prompt(0), seed=5)
+    advance(pipeline, cache, 0, 2)
+    fork = cache.clone(noise=NoiseSource(6))
+    assert not torch.equal(advance(pipeline, fork, 2, 3)[0], advance(pipeline, cache, 2, 3)[0])
+
+
+def test_there_is_no_clone_between_generate_and_finalize():
+    pipeline = tiny_pipeline().setup(device="cpu")
+    cache = pipeline.initialize_cache(text=prompt(0))
+    pipeline.generate(0, cache, 0.0)
+    with pytest.raises(ValueError, match=r"no clone between generate and finalize"):
+        cache.clone()
+
+
+def test_differences_of_the_numerics_are_logged(caplog):
+    pipeline = tiny_pipeline().setup(device="cpu")
+    cache = pipeline.initialize_cache(text=prompt(0))
+    saved = cache.state_dict()
+    with caplog.at_level("INFO"):
+        pipeline.load_cache(saved)
+    assert not caplog.records
+    saved["values"]["fingerprint"]["torch"] = "2.0"
+    with caplog.at_level("INFO"):
+        pipeline.load_cache(saved)
+    assert [r.message for r in caplog.records] == [
+        f"The loaded rollout may go on with other bits: torch: 2.0 there, {torch.__version__} here."
+    ]
 
 
 @pytest.mark.parametrize("limit_s", [0.3, LOAD_TIMEOUT_S])
 @pytest.mark.parametrize(
     ("module", "work", "name"),
     [
-        ("rollout", "export_rollout", "export of AR step 2"),
-        ("pipeline", "import_rollout", "import"),
-        ("pipeline", "encode_context", "initialize"),
-        ("pipeline", "encode_text", "update_prompt of AR step 2"),
+        ("pipeline", "save_rollout", "export of AR step 2"),
+        ("pipeline", "checked_values", "import"),
+        ("conditioning.ContextEncoder", "encode", "initialize"),
+        ("conditioning.ContextEncoder", "encode_text", "update_prompt of AR step 2"),
     ],
 )
 def test_moving_or_conditioning_a_rollout_has_a_long_deadline(
@@ -203,12 +318,12 @@ def test_moving_or_conditioning_a_rollout_has_a_long_deadline(
         raise InterruptedError
 
     monkeypatch.setattr(f"flashdreams.infra.{module}.{work}", slow)
-    monkeypatch.setattr(f"flashdreams.infra.{module}.LOAD_TIMEOUT_S", limit_s)
+    monkeypatch.setattr("flashdreams.infra.pipeline.LOAD_TIMEOUT_S", limit_s)
     reports = []
     calls = {
-        "export_rollout": cache.state_dict,
-        "import_rollout": lambda: pipeline.load_cache({}),
-        "encode_context": lambda: pipeline.initialize_cache(text=prompt(0)),
+        "save_rollout": cache.state_dict,
+        "checked_values": lambda: pipeline.load_cache({}),
+        "encode": lambda: pipeline.initialize_cache(text=prompt(0)),
         "encode_text": lambda: pipeline.update_prompt(cache, prompt(1)),
     }
     with (
