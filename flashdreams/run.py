@@ -21,6 +21,7 @@ from flashdreams.infra.config import (
     config_fields,
     field_annotation,
     is_config,
+    removed_field,
 )
 from flashdreams.registry import VARIABLE, PluginError, Registry, discover, is_runner_config
 from flashdreams.runtime.checkpoint import CheckpointError
@@ -327,6 +328,11 @@ def _one_line(rendered: str, program: str) -> str:
     blocks = re.split(r"\n *-{5,} *\n", rendered)  # title, problem, more on it, how to get help
     text = " ".join((blocks[1] if len(blocks) > 1 else rendered).split()).rstrip(".")
     text = re.sub(r"^Error parsing (?!--)\S+: ", "", text)  # what a config's own check says
+    if text.startswith("Unrecognized options"):
+        for name in re.findall(r"--(?:[\w-]+\.)*([\w-]+)", text):
+            removed = removed_field(name.replace("-", "_"))
+            if removed is not None:
+                return removed
     nearest = []
     for block in blocks[2:]:
         if block.lstrip().startswith("Perhaps you meant"):

@@ -16,6 +16,12 @@ ConfigT = TypeVar("ConfigT")
 UNRESOLVED: Any = object()
 """Stands for an annotation that cannot be evaluated; every value conforms to it."""
 
+REMOVED_FIELDS = {
+    "fuse_clean_pass": "measured slower (380 ms against 372 per AR step on an H200)",
+    "compile_blocks": "measured slower (379 ms against 372 per AR step on an H200)",
+}
+"""Fields of version 0.1 that are gone, and why."""
+
 
 @dataclass(kw_only=True)
 class InstantiateConfig:
@@ -32,6 +38,13 @@ class InstantiateConfig:
     """
 
     _target: type
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "InstantiateConfig":
+        """Refuse a keyword that was a field in a former version, and say why it is gone."""
+        for name in REMOVED_FIELDS.keys() & kwargs.keys():
+            if name not in cls.__dataclass_fields__:
+                raise TypeError(removed_field(name))
+        return super().__new__(cls)
 
     def setup(self, **kwargs: Any) -> Any:
         """Build the object: the target class called with this config and ``kwargs``."""
@@ -126,8 +139,16 @@ def _declares(owner: type, name: str, field: dataclasses.Field) -> bool:
     return owner.__dict__.get("__dataclass_fields__", {}).get(name) is field
 
 
+def removed_field(name: str) -> str | None:
+    """Text for a field of a former version; None for any other name."""
+    reason = REMOVED_FIELDS.get(name)
+    return reason and f"{name} was removed in 0.2: {reason}. Leave it away; see CHANGELOG.md."
+
+
 def unknown_name(name: str, valid: Iterable[str], what: str, kind: str = "fields") -> str:
     """Text for a name that does not exist: the nearest ones, then all valid ones.
+
+    Of a field that was removed, why it was.
 
     Args:
         name: the last part of what was asked for.
@@ -135,6 +156,9 @@ def unknown_name(name: str, valid: Iterable[str], what: str, kind: str = "fields
         what: how the text calls the thing asked for, e.g. ``"field 'encoder.dmi' of EncConfig"``.
         kind: how it calls the valid ones.
     """
+    removed = removed_field(name) if kind == "fields" else None
+    if removed is not None:
+        return removed
     valid = list(valid)
     nearest = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(n) for n in nearest)}?" if nearest else ""

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
-from flashdreams.infra.config import InstantiateConfig, conforms, derive_config, field_annotation
+from flashdreams.infra.config import (
+    REMOVED_FIELDS,
+    InstantiateConfig,
+    conforms,
+    derive_config,
+    field_annotation,
+)
 from flashdreams.infra.ranges import check_range
 
 if TYPE_CHECKING:
@@ -194,6 +200,24 @@ def test_unknown_field_names_the_path_the_nearest_and_all(base: PipelineStandInC
     assert "Did you mean 'embedding_dim'" in message
     assert "Valid fields: embedding_dim, num_layers, scale, checkpoint." in message
     assert "_target" not in message
+
+
+@pytest.mark.parametrize("name", REMOVED_FIELDS)
+def test_a_removed_field_is_refused_with_the_reason(name: str, base: PipelineStandInConfig) -> None:
+    said = f"^{name} was removed in 0.2: measured slower .* Leave it away; see CHANGELOG.md.$"
+    with pytest.raises(ValueError, match=said):
+        derive_config(base, transformer={name: False})
+    with pytest.raises(TypeError, match=said):
+        TransformerStandInConfig(**{name: True})
+
+
+def test_a_field_of_ones_own_may_have_a_removed_name() -> None:
+    @dataclass(kw_only=True)
+    class OwnConfig(InstantiateConfig):
+        _target: type[Thing] = field(default_factory=lambda: Thing)
+        compile_blocks: bool = False
+
+    assert derive_config(OwnConfig(), compile_blocks=True) == OwnConfig(compile_blocks=True)
 
 
 def test_a_dict_on_a_leaf_is_refused_with_the_path(base: PipelineStandInConfig) -> None:

@@ -190,6 +190,7 @@ def test_types_of_annotations_and_defaults_are_known(base: RunStandInConfig) -> 
     [
         ("runner_name: x\npard: 3", r"line 3: Unknown field 'pard' .*Did you mean 'part'"),
         ("runner_name: x\npart: {P} {{dmi: 3}}", r"line 3: Unknown field 'part\.dmi'"),
+        ("runner_name: x\npart: {P} {{fuse_clean_pass: false}}", r"line 3: fuse_.* was removed in"),
         ("runner_name: x\npart: {P} {{dim: a}}", r"line 3: part\.dim .* must be int, got 'a'"),
         ("runner_name: x\npart: {P} {{dim: -1}}", r"line 3: dim=-1 must be at least 1"),
         ("runner_name: x\noutput_dir: out", r"line 3: output_dir .* must be Path, got 'out'"),
