@@ -67,6 +67,12 @@ class SmoothingDecoder(StreamingDecoder):
         return mixed[:, :3].transpose(1, 2).clamp(-1, 1)
 
 
+def call_network(model, latent, timestep, cache, write_only=False) -> torch.Tensor:
+    """The bare network of a prepared chunk, eager."""
+    modulation = model.modulation_of(timestep, cache)
+    return model(latent, modulation, cache.inputs, cache, write_only)
+
+
 def tiny_pipeline(**transformer) -> StreamInferencePipelineConfig:
     """A pipeline with every kind of rollout state: KV cache, encoder and decoder state, noise."""
     return StreamInferencePipelineConfig(

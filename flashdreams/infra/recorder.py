@@ -35,10 +35,15 @@ class RecordedConfig(Protocol):
     """What the recorder reads of a runner's config."""
 
     runner_name: str
+    """The slug."""
     output_dir: Path
+    """Folder of the files."""
     seed: int
+    """Of the noise."""
     save_latents: bool
+    """Whether latents are written, too."""
     hash_frames: bool
+    """Whether frames are hashed, too."""
 
 
 @dataclass(eq=False)

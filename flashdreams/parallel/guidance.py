@@ -1,4 +1,4 @@
-"""Classifier-free guidance, on one rank or with one half per rank."""
+"""Classifier-free guidance, on one rank or with one branch per rank."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -12,7 +12,7 @@ from flashdreams.parallel.mesh import Mesh
 class Guidance(Protocol):
     """Combines the conditional and the unconditional prediction.
 
-    A rank keeps rollout state (a KV cache, its clean pass) only for the halves that it evaluates.
+    A rank keeps rollout state (a KV cache, its clean pass) only for the branches that it evaluates.
     """
 
     evaluates_conditional: bool
@@ -32,7 +32,7 @@ class Guidance(Protocol):
 
 
 class SerialGuidance:
-    """Both halves one after the other."""
+    """Both branches one after the other."""
 
     evaluates_conditional = True
     evaluates_unconditional = True
@@ -48,11 +48,11 @@ class SerialGuidance:
 
 
 class CfgParallelGuidance:
-    """The conditional half on the first rank, the other on the second; one exchange."""
+    """The conditional branch on the first rank, the other on the second; one all-gather."""
 
     def __init__(self, channel: Channel) -> None:
         if channel.size != 2:
-            raise ValueError(f"Guidance has two halves; got a group of {channel.size} ranks.")
+            raise ValueError(f"Guidance has two branches; got a group of {channel.size} ranks.")
         self.channel = channel
         self.evaluates_conditional = channel.rank == 0
         self.evaluates_unconditional = channel.rank == 1
@@ -64,8 +64,8 @@ class CfgParallelGuidance:
         scale: float,
     ) -> Tensor:
         """See `Guidance`; calls one of the two functions."""
-        half = predict_conditional() if self.evaluates_conditional else predict_unconditional()
-        conditional, unconditional = self.channel.all_gather(half[None], dim=0).unbind(0)
+        own = predict_conditional() if self.evaluates_conditional else predict_unconditional()
+        conditional, unconditional = self.channel.all_gather(own[None], dim=0).unbind(0)
         return combine(conditional, unconditional, scale)
 
 

@@ -29,7 +29,7 @@ class ParallelConfig:
     """Ranks that share the weights of every block; must divide the heads. auto: 1."""
 
     cfg_parallel_degree: Degree = "auto"
-    """2: the conditional and the unconditional half of guidance run on different ranks. auto: 2 for
+    """2: the conditional and the unconditional branch of guidance run on different ranks. auto: 2 for
     a guided model on an even number of ranks, else 1."""
 
     ring_method: Literal["gather", "rotate"] = "gather"
@@ -149,12 +149,12 @@ def _refuse_conflicts(config: ParallelConfig, guided: bool) -> None:
             raise ValueError(f'{name}={wish!r} must be at least 1, or "auto".')
     if config.cfg_parallel_degree not in ("auto", 1, 2):
         raise ValueError(
-            f"cfg_parallel_degree={config.cfg_parallel_degree}: guidance has two halves. "
+            f"cfg_parallel_degree={config.cfg_parallel_degree}: guidance has two branches. "
             "Allowed: 1, 2, auto."
         )
     if config.cfg_parallel_degree == 2 and not guided:
         raise ValueError(
-            "cfg_parallel_degree=2, but this model is not guided: there is no second half. "
+            "cfg_parallel_degree=2, but this model is not guided: there is no second branch. "
             "Use --parallel.cfg-parallel-degree 1."
         )
     if config.context_backend == "xfuser" and config.tensor_parallel_degree not in ("auto", 1):

@@ -5,9 +5,8 @@ S key tokens, N heads, D head dim. Tokens run frame by frame, row by row.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,8 +14,8 @@ from torch import Tensor
 from flashdreams.attention.cache import KVCache, KVCacheSpec
 from flashdreams.attention.choose import AttentionShape
 from flashdreams.attention.cursor import Cursor
-from flashdreams.attention.quantized import KVStorage
 from flashdreams.attention.rope import RotaryEmbedding3D, time_rotation
+from flashdreams.infra.diffusion.causal_config import CausalTransformerConfig
 from flashdreams.infra.diffusion.causal_state import (
     MAX_TIMESTEPS,
     CausalState,
@@ -26,8 +25,7 @@ from flashdreams.infra.diffusion.causal_state import (
     select_tokens,
     token_values_to_pixels,
 )
-from flashdreams.infra.diffusion.transformer import ContextChunk, Transformer, TransformerConfig
-from flashdreams.infra.ranges import check_range
+from flashdreams.infra.diffusion.transformer import ContextChunk, Transformer
 from flashdreams.parallel.plan import glob_pattern
 from flashdreams.runtime.cuda_graph import GraphedCallable
 from flashdreams.runtime.noise import NoiseSource
@@ -35,90 +33,6 @@ from flashdreams.runtime.transfer import to_device
 
 RewriteMode = Literal["chunks", "once"]
 """How the window is computed anew: chunk by chunk, or all frames in one forward pass."""
-
-
-@dataclass(kw_only=True)
-class CausalTransformerConfig(TransformerConfig):
-    """What the causal engine has to know about a network."""
-
-    _target: type["CausalTransformer"] = field(default_factory=lambda: CausalTransformer)
-
-    dim: int = 1536
-    """Width of the token stream."""
-    num_heads: int = 12
-    """Attention heads; must divide ``dim``."""
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    """Latent frames (always 1), rows and columns that make up one token."""
-    condition_channels: int = 0
-    """Channels of a condition per latent frame (image-to-video: 4 mask + 16 image latent)."""
-    prediction: Literal["flow", "x0"] = "flow"
-    """What the network puts out; an ``"x0"`` output is turned into the flow."""
-    streaming: bool = True
-    """Keep a KV cache from chunk to chunk; False for a bidirectional model, which has one chunk."""
-    window_size_t: int = 21
-    """Latent frames of the sliding window, the current chunk included, the sink not."""
-    sink_size_t: int = 0
-    """First latent frames of the rollout that are never evicted."""
-    relative_rope: bool = False
-    """Cache-relative positions: the sink always stands right before the window."""
-    kv_cache_dtype: KVStorage = "native"
-    """How cached keys and values are stored: ``"native"`` is ``dtype``; ``"int8"`` and ``"fp8"``
-    take a byte each, which costs accuracy and the time to dequantize them."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, "dim", "num_heads")
-        check_range(self, "condition_channels", "window_size_t", "sink_size_t", least=0)
-        if self.dim % self.num_heads or self.head_dim % 2:
-            raise ValueError(
-                f"dim={self.dim} over num_heads={self.num_heads} must give an even head size; "
-                f"got {self.dim / self.num_heads:g}."
-            )
-        _check_patching(self)
-        if self.streaming and self.window_size_t < self.len_t:
-            raise ValueError(
-                f"window_size_t={self.window_size_t} must hold the current chunk of "
-                f"len_t={self.len_t} latent frames; use at least {self.len_t}."
-            )
-        allowed = get_args(KVStorage) if self.streaming else ("native",)
-        if self.kv_cache_dtype not in allowed:
-            raise ValueError(
-                f"kv_cache_dtype={self.kv_cache_dtype!r} with streaming={self.streaming}: "
-                f"allowed is {', '.join(map(repr, allowed))}."
-            )
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of one attention head."""
-        return self.dim // self.num_heads
-
-    @property
-    def token_grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens of one latent frame."""
-        _, rows, columns = self.patch_size
-        return self.latent_height // rows, self.latent_width // columns
-
-    @property
-    def tokens_per_frame(self) -> int:
-        """Tokens of one latent frame."""
-        rows, columns = self.token_grid
-        return rows * columns
-
-
-def _check_patching(config: CausalTransformerConfig) -> None:
-    if config.patch_size[0] != 1:
-        raise ValueError(
-            f"patch_size={config.patch_size}: a token stands for one latent frame; begin with 1."
-        )
-    sizes = (config.latent_height, config.latent_width)
-    names = ("latent_height", "latent_width")
-    for name, size, patch in zip(names, sizes, config.patch_size[1:], strict=True):
-        if size % patch:
-            below = max(patch, size // patch * patch)
-            raise ValueError(
-                f"{name}={size} is not a multiple of the patch size {patch}; "
-                f"the nearest that are: {below}, {below + patch}."
-            )
 
 
 class CausalTransformer(Transformer):
@@ -335,7 +249,7 @@ class CausalTransformer(Transformer):
     def predict_flow(self, latent: Tensor, timestep: Tensor, cache: CausalState) -> Tensor:
         """Predict ``noise - x0``; see the contract."""
         network = self._network_for(cache)
-        output = network(latent, self._modulation(timestep, cache), cache.inputs, cache)
+        output = network(latent, self.modulation_of(timestep, cache), cache.inputs, cache)
         if self.config.prediction == "flow":
             return output
         sigma = to_device(timestep, latent.device).float() / 1000
@@ -351,7 +265,7 @@ class CausalTransformer(Transformer):
         """
         if self.config.streaming:
             network = self._network_for(cache, write_only=True)
-            network(latent, self._modulation(timestep, cache), cache.inputs, cache, True)
+            network(latent, self.modulation_of(timestep, cache), cache.inputs, cache, True)
         for layer in cache.layers():
             layer.keep_sink()
         for cursor in cache.cursors:
@@ -395,7 +309,7 @@ class CausalTransformer(Transformer):
             )
             latent = torch.cat([chunk.latent for chunk in group], dim=2)
             inputs = self.inputs_at(cache, torch.tensor(frames), control)
-            self(latent, self._modulation(timestep, cache), inputs, cache, True)
+            self(latent, self.modulation_of(timestep, cache), inputs, cache, True)
             for layer in cache.layers():
                 layer.keep_sink(frames[0], frames[-1] + 1)
         written = [frame for chunk in chunks for frame in chunk.frames]
@@ -450,7 +364,7 @@ class CausalTransformer(Transformer):
         """
         self.begin_step(0, cache, control)
         latent = NoiseSource(0)(0, 0, self.latent_shape(cache.batch_size)).to(self.device)
-        modulation = self._modulation(torch.tensor(500.0), cache)
+        modulation = self.modulation_of(torch.tensor(500.0), cache)
         for write_only in (False, True):
             found = []
             for call in (self.__call__, self._network_for(cache, write_only)):
@@ -510,8 +424,13 @@ class CausalTransformer(Transformer):
             condition = cache.condition[:, :, to_device(frames.clamp(max=last), self.device)]
         return StepInputs(self.rotations(frames), condition, self.embed_control(control))
 
-    def _modulation(self, timestep: Tensor, cache: CausalState) -> Tensor:
-        """What ``modulations`` makes of a timestep; remembered where its value is on the host."""
+    def modulation_of(self, timestep: Tensor, cache: CausalState) -> Tensor:
+        """What ``modulations`` makes of a timestep; remembered where its value is on the host.
+
+        Args:
+            timestep: 0-dim, or as for ``modulations``.
+            cache: remembers the result of a 0-dim timestep on the CPU.
+        """
         count = cache.batch_size
         if timestep.ndim or timestep.device.type != "cpu" or torch.is_grad_enabled():
             timestep = timestep.to(self.device)

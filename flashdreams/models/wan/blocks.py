@@ -21,12 +21,19 @@ class BlockConfig(Protocol):
     """What a block reads of its transformer's config."""
 
     dim: int
+    """Width of the token stream."""
     ffn_dim: int
+    """Inner width of the feed-forward layers."""
     image_dim: int | None
+    """Width of image tokens; None without image cross-attention."""
     eps: float
+    """Added to variances."""
     fused_kernels: bool
+    """Whether Triton kernels are used."""
     dtype: Any
+    """Name of the type of the branches."""
     kv_cache_dtype: Any
+    """How cached keys and values are stored."""
 
     @property
     def head_dim(self) -> int:

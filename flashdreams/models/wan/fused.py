@@ -15,6 +15,7 @@ class Norm(Protocol):
     """An RMS norm over all heads."""
 
     eps: float
+    """Added to the mean square."""
 
     @property
     def weight(self) -> Tensor:

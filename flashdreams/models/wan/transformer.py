@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from flashdreams.attention.cache import KVCacheSpec
 from flashdreams.attention.choose import AUTO
-from flashdreams.infra.diffusion.causal import CausalTransformer, CausalTransformerConfig
+from flashdreams.infra.diffusion.causal import CausalTransformer
+from flashdreams.infra.diffusion.causal_config import CausalTransformerConfig
 from flashdreams.infra.diffusion.causal_state import CausalState, StepInputs
 from flashdreams.infra.ranges import check_range
 from flashdreams.models.wan.blocks import (

@@ -1,0 +1,90 @@
+"""The config that every network of the causal engine has."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from flashdreams.attention.quantized import KVStorage
+from flashdreams.infra.diffusion.transformer import TransformerConfig
+from flashdreams.infra.ranges import check_range
+
+
+@dataclass(kw_only=True)
+class CausalTransformerConfig(TransformerConfig):
+    """What the causal engine has to know about a network."""
+
+    dim: int = 1536
+    """Width of the token stream."""
+    num_heads: int = 12
+    """Attention heads; must divide ``dim``."""
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    """Latent frames (always 1), rows and columns that make up one token."""
+    condition_channels: int = 0
+    """Channels of a condition per latent frame (image-to-video: 4 mask + 16 image latent)."""
+    prediction: Literal["flow", "x0"] = "flow"
+    """What the network puts out; an ``"x0"`` output is turned into the flow."""
+    streaming: bool = True
+    """Keep a KV cache from chunk to chunk; False for a bidirectional model, which has one chunk."""
+    window_size_t: int = 21
+    """Latent frames of the sliding window, the current chunk included, the sink not."""
+    sink_size_t: int = 0
+    """First latent frames of the rollout that are never evicted."""
+    relative_rope: bool = False
+    """Cache-relative positions: the sink always stands right before the window."""
+    kv_cache_dtype: KVStorage = "native"
+    """How cached keys and values are stored: ``"native"`` is ``dtype``; ``"int8"`` and ``"fp8"``
+    take a byte each, which costs accuracy and the time to dequantize them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "dim", "num_heads")
+        check_range(self, "condition_channels", "window_size_t", "sink_size_t", least=0)
+        if self.dim % self.num_heads or self.head_dim % 2:
+            raise ValueError(
+                f"dim={self.dim} over num_heads={self.num_heads} must give an even head size; "
+                f"got {self.dim / self.num_heads:g}."
+            )
+        _check_patching(self)
+        if self.streaming and self.window_size_t < self.len_t:
+            raise ValueError(
+                f"window_size_t={self.window_size_t} must hold the current chunk of "
+                f"len_t={self.len_t} latent frames; use at least {self.len_t}."
+            )
+        allowed = get_args(KVStorage) if self.streaming else ("native",)
+        if self.kv_cache_dtype not in allowed:
+            raise ValueError(
+                f"kv_cache_dtype={self.kv_cache_dtype!r} with streaming={self.streaming}: "
+                f"allowed is {', '.join(map(repr, allowed))}."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.dim // self.num_heads
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens of one latent frame."""
+        _, rows, columns = self.patch_size
+        return self.latent_height // rows, self.latent_width // columns
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Tokens of one latent frame."""
+        rows, columns = self.token_grid
+        return rows * columns
+
+
+def _check_patching(config: CausalTransformerConfig) -> None:
+    if config.patch_size[0] != 1:
+        raise ValueError(
+            f"patch_size={config.patch_size}: a token stands for one latent frame; begin with 1."
+        )
+    sizes = (config.latent_height, config.latent_width)
+    names = ("latent_height", "latent_width")
+    for name, size, patch in zip(names, sizes, config.patch_size[1:], strict=True):
+        if size % patch:
+            below = max(patch, size // patch * patch)
+            raise ValueError(
+                f"{name}={size} is not a multiple of the patch size {patch}; "
+                f"the nearest that are: {below}, {below + patch}."
+            )
