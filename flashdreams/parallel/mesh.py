@@ -29,8 +29,8 @@ class ParallelConfig:
     """Ranks that share the weights of every block; must divide the heads. auto: 1."""
 
     cfg_parallel_degree: Degree = "auto"
-    """2: the conditional and the unconditional branch of guidance run on different ranks. auto: 2 for
-    a guided model on an even number of ranks, else 1."""
+    """2: the conditional and the unconditional branch of guidance run on different ranks. auto: 2
+    for a guided model on an even number of ranks, else 1."""
 
     ring_method: Literal["gather", "rotate"] = "gather"
     """gather: every ring rank holds all keys, only the new chunk travels. rotate: the cache stays
