@@ -211,7 +211,9 @@ def _read_config_file(path: Path, registry: Registry, named: Any) -> Any:
             f"Write one with: {PROGRAM} <slug> --print-config > {path}"
         ) from error
     registered = list(registry.values()) if named is None else [*registry.values(), named]
-    config = load_config(text, registered, str(path))
+    config = load_config(
+        text, registered, str(path), lambda note: _say(f"{PROGRAM}: note: {note}", sys.stderr)
+    )
     if not is_runner_config(config):
         raise UsageError(f"{path} holds a {type(config).__name__}, which is no runner's config.")
     if named is not None and config.runner_name != named.runner_name:
