@@ -46,7 +46,7 @@ def test_a_circle_is_noticed_however_it_is_hidden() -> None:
     plain = ("from flashdreams.infra.b import x", False)
     for hidden in (
         "def f():\n    import flashdreams.infra.a",
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from flashdreams.infra.a import y",
+        "if typing.TYPE_CHECKING:\n    from flashdreams.infra.a import y",
         "from . import a",
     ):
         graph = _graph({"flashdreams.infra.a": plain, "flashdreams.infra.b": (hidden, False)})
