@@ -365,7 +365,7 @@ class CausalTransformer(Transformer):
         self.begin_step(0, cache, control)
         latent = NoiseSource(0)(0, 0, self.latent_shape(cache.batch_size)).to(self.device)
         modulation = self.modulation_of(torch.tensor(500.0), cache)
-        for write_only in (False, True):
+        for write_only in (False, True) if self.config.streaming else (False,):
             found = []
             for call in (self.__call__, self._network_for(cache, write_only)):
                 for layer in cache.layers():
