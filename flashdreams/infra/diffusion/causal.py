@@ -297,7 +297,7 @@ class CausalTransformer(Transformer):
         windows = {(cursor.sink_size_t, cursor.window_size_t) for cursor in cache.cursors}
         if len(windows) > 1:
             raise ValueError(
-                f"The layers of {type(self).__name__} have windows of several sizes (sink, window): "
+                f"{type(self).__name__} has windows of several sizes, (sink, window): "
                 f"{sorted(windows)}. They cannot be computed anew; change the prompt without "
                 "reencode_window."
             )
