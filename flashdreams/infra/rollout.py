@@ -33,6 +33,8 @@ class Conductor(Protocol):
     """What a rollout's state asks of the pipeline that it runs on."""
 
     diffusion_model: Any
+    decodes_here: bool
+    """False on a rank that leaves decoding to rank zero."""
 
     def save_cache(self, cache: Any) -> RolloutState | None:
         """The canonical form."""
@@ -402,7 +404,10 @@ def _fill(
             restored = decoder.restore(values[name], name, branch)
             setattr(diffusion, name, restored)
     cache.encoder = decoder.restore(values["encoder"], "encoder", cache.encoder)
-    cache.decoder = decoder.restore(values["decoder"], "decoder", cache.decoder)
+    if cache.pipeline.decodes_here:
+        cache.decoder = decoder.restore(values["decoder"], "decoder", cache.decoder)
+    else:
+        decoder.skip(values["decoder"], "decoder")
     cache.controller = decoder.restore(values["controller"], "controller", cache.controller)
 
 

@@ -31,8 +31,9 @@ def build_case(case: str):
         config = tiny_pipeline(relative_rope=True, sink_size_t=2, window_size_t=3)
     elif case == "guided":
         config = derive_config(config, diffusion_model=dict(guidance_scale=3.0))
-    elif case == "split_decode":
+    elif case.endswith("_decode"):
         config = _wan_decoded()
+        parallel = ParallelConfig(decode=case.removesuffix("_decode"))
     elif case == "rotate":
         parallel = ParallelConfig(ulysses_degree=1, ring_method="rotate")
     elif case == "tensor":
