@@ -289,10 +289,18 @@ class CausalTransformer(Transformer):
         ``"once"``: one forward pass over all frames, which see one another without a mask.
 
         Raises:
-            ValueError: ``"once"`` with ``relative_rope``, which rotates the sink in between.
+            ValueError: ``"once"`` with ``relative_rope``, which rotates the sink in between; or
+                caches of different windows, of which the shorter has no room for all frames.
         """
         if mode == "once" and self.config.relative_rope:
             raise ValueError('mode="once" cannot be used with relative_rope=True; use "chunks".')
+        windows = {(cursor.sink_size_t, cursor.window_size_t) for cursor in cache.cursors}
+        if len(windows) > 1:
+            raise ValueError(
+                f"{type(self).__name__}: caches of different windows cannot be written anew; "
+                f"(sink, window) are {sorted(windows)}. Update the prompt with "
+                "reencode_window=False."
+            )
         if not chunks:
             return
         len_t = self.config.len_t
@@ -409,12 +417,16 @@ class CausalTransformer(Transformer):
 
     def _rotate_sinks(self, cache: CausalState) -> None:
         """With cache-relative RoPE: let the sink of every layer stand right before the window."""
-        evicted = cache.cursor.evicted
-        if not self.config.relative_rope or evicted == 0:
+        if not self.config.relative_rope:
             return
-        rotation = to_device(time_rotation(evicted, self.config.head_dim), self.device)
+        rotations: dict[tuple[int, int], Tensor] = {}  # windows of their own evict on their own
         for layer in cache.layers():
-            layer.rotate_sink(rotation)
+            moved = (layer.cursor.evicted, layer.spec.head_dim)
+            if moved[0] == 0:
+                continue
+            if moved not in rotations:
+                rotations[moved] = to_device(time_rotation(*moved), self.device)
+            layer.rotate_sink(rotations[moved])
 
     def inputs_at(self, cache: CausalState, frames: Tensor, control: Any) -> StepInputs:
         """Rotations, condition and control of latent frames at the positions ``[T]``."""
