@@ -11,7 +11,7 @@ from typing import Any
 import command
 import report
 import torch
-from flashdreams_kernels import adaln, kv_write, reference, rope_qknorm
+from flashdreams_kernels import adaln, reference, rope_qknorm
 from torch import Tensor
 
 from flashdreams.runtime.stats import sha256_of
@@ -71,13 +71,6 @@ def build_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[
     slots = torch.arange(sizes.length, device=device).roll(sizes.length // 3)
     chunk_bytes = q.numel() * q.element_size()
 
-    def write(function: Callable[..., Any]) -> Callable[[], Tensor]:
-        def call() -> Tensor:
-            function(k, v, *caches, slots)
-            return caches[0][:, : sizes.length]
-
-        return call
-
     norm = (q, k, *weights, table, EPS)
 
     def norm_rope_write_unfused() -> Tensor:
@@ -100,7 +93,6 @@ def build_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[
             lambda: rope_qknorm.qk_norm_rope_write(*full),
             6 * chunk_bytes + table.nbytes,
         ),
-        Case("kv_write", write(write_unfused), write(kv_write.kv_write), 4 * chunk_bytes),
         Case(
             "layer_norm_modulate",
             lambda: reference.layer_norm_modulate(*modulation),

@@ -73,8 +73,8 @@ def entry_point() -> None:
     raise_on_sigterm()
     code = main(sys.argv[1:])
     # All is written; whoever is impatient with the interpreter's own end may cut it short.
-    for impatience in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(impatience, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     # Otherwise the interpreter looks through all of PyTorch for rubbish once more, for a second.
     gc.freeze()
     sys.exit(code)
@@ -135,7 +135,7 @@ def _resolve(line: CommandLine) -> Any:
         return _answer_without_slug(line, registry)
     config = registry.resolve(line.slug) if line.slug is not None else None
     for message in registry.collisions.get(line.slug or "", []):
-        _say(f"{PROGRAM}: note: {message}", sys.stderr)
+        _print_on_rank_zero(f"{PROGRAM}: note: {message}", sys.stderr)
     if line.config_file is not None:
         config = _read_config_file(line.config_file, registry, config)
     config = _apply_overrides(config, line)
@@ -144,17 +144,19 @@ def _resolve(line: CommandLine) -> Any:
     if line.print_config:
         from flashdreams.infra.config_file import dump_config
 
-        _say(f"# Take this back with: {PROGRAM} --config FILE\n{dump_config(config)}".rstrip())
+        _print_on_rank_zero(
+            f"# Take this back with: {PROGRAM} --config FILE\n{dump_config(config)}".rstrip()
+        )
         return None
     if line.no_instantiate:
-        _say(str(config))
+        _print_on_rank_zero(str(config))
         return None
     return config
 
 
 def _answer_without_slug(line: CommandLine, registry: Registry) -> None:
     if line.wants_help:
-        _say(_listing(registry))
+        _print_on_rank_zero(_listing(registry))
         return
     given = f", got {line.overrides[0]!r}" if line.overrides else ""
     raise UsageError(
@@ -211,7 +213,12 @@ def _read_config_file(path: Path, registry: Registry, named: Any) -> Any:
             f"Write one with: {PROGRAM} <slug> --print-config > {path}"
         ) from error
     registered = list(registry.values()) if named is None else [*registry.values(), named]
-    config = load_config(text, registered, str(path))
+    config = load_config(
+        text,
+        registered,
+        str(path),
+        lambda note: _print_on_rank_zero(f"{PROGRAM}: note: {note}", sys.stderr),
+    )
     if not is_runner_config(config):
         raise UsageError(f"{path} holds a {type(config).__name__}, which is no runner's config.")
     if named is not None and config.runner_name != named.runner_name:
@@ -235,7 +242,7 @@ def _apply_overrides(config: Any, line: CommandLine) -> Any:
     stdout, stderr = sys.stdout if shown else io.StringIO(), io.StringIO()
     try:
         with (
-            _wide_terminal(not line.wants_help),
+            _terminal_width(not line.wants_help),
             _whole_paragraphs() if line.wants_help else contextlib.nullcontext(),
             contextlib.redirect_stdout(stdout),
             contextlib.redirect_stderr(stderr),
@@ -276,7 +283,7 @@ def _absent_components(config: Any, prefix: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _wide_terminal(wide: bool) -> Iterator[None]:
+def _terminal_width(wide: bool) -> Iterator[None]:
     """Keep tyro from breaking flags in two when it lays out an error for a narrow terminal."""
     before = os.environ.get("COLUMNS")
     if wide:
@@ -373,13 +380,13 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
     another rank lets that one speak first. On several ranks an error that is
     nobody's mistake shows its traceback at once: such a run is not easily repeated.
     """
-    for_people = [ValueError, OSError, ImportError, PluginError, CheckpointError]
+    readable = [ValueError, OSError, ImportError, PluginError, CheckpointError]
     if code == WRONG_USAGE:
-        for_people.append(TypeError)
+        readable.append(TypeError)
     lines = [" ".join(line.split()) for line in str(error).splitlines()]
     text = ("\n  " if isinstance(error, CheckpointError) else " ").join(filter(None, lines))
-    echo = _is_echo(error)
-    unexpected = not (echo or isinstance(error, tuple(for_people))) or not text
+    repeats = _repeats_another_rank(error)
+    unexpected = not (repeats or isinstance(error, tuple(readable))) or not text
     debug = debug or (unexpected and code == RUN_FAILED and _ranks() > 1)
     if debug:
         traceback.print_exception(error)
@@ -392,7 +399,7 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
         return code
     if same_everywhere:
         return code
-    if code == WRONG_USAGE or echo:
+    if code == WRONG_USAGE or repeats:
         # Another rank says the same or better, and torchrun then ends this one within the pause.
         try:
             time.sleep(_PAUSE_S)
@@ -411,13 +418,13 @@ def _stopped(stop: KeyboardInterrupt) -> int:
     return TERMINATED if terminated else INTERRUPTED
 
 
-def _say(text: str, stream: Any = None) -> None:
+def _print_on_rank_zero(text: str, stream: Any = None) -> None:
     """Print on rank zero only."""
     if _rank() == 0:
         print(text, file=stream or sys.stdout, flush=True)
 
 
-def _is_echo(error: Exception) -> bool:
+def _repeats_another_rank(error: Exception) -> bool:
     """Whether the error only says that another rank has one, which that rank states itself."""
     from flashdreams.parallel.environment import OtherRankError
 

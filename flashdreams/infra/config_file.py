@@ -5,7 +5,8 @@ import enum
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import yaml
 
 from flashdreams.infra.config import (
+    REMOVED_FIELDS,
     UNRESOLVED,
     annotated_types,
     check_leaf,
@@ -26,6 +28,13 @@ from flashdreams.infra.config import (
 
 TUPLE_TAG = "!tuple"
 PATH_TAG = "!path"
+MOVED_MODULES = {
+    "flashdreams.models.wan.runner": "flashdreams.infra.video_runner",
+    "flashdreams.runtime.checkpoint": "flashdreams.runtime.checkpoint.config",
+    "flashdreams.runtime.checkpoint_config": "flashdreams.runtime.checkpoint.config",
+}
+"""Present modules of the classes that config files of 0.1 name, by former module."""
+
 _STANDARD = "tag:yaml.org,2002:"
 _SCALARS = {_STANDARD + kind for kind in ("null", "bool", "int", "float", "str")}
 _AS_WRITTEN = {_STANDARD + kind for kind in ("timestamp", "merge", "value")}
@@ -84,23 +93,30 @@ def dump_config(config: Any) -> str:
     )
 
 
-def load_config(text: str, registered: Iterable[Any], source: str = "config file") -> Any:
+def load_config(
+    text: str,
+    registered: Iterable[Any],
+    source: str = "config file",
+    note: Callable[[str], Any] = warnings.warn,
+) -> Any:
     """The config that a YAML text describes.
 
     Fields that the text leaves out keep their defaults. All tags are checked before anything is
-    built: they must belong to types of the registered configs.
+    built: they must belong to types of the registered configs. A file of 0.1 is read as well: moved
+    classes are found, and removed fields that are off are ignored with a note.
 
     Args:
         text: what :func:`dump_config` wrote, or a person.
         registered: the configs whose types the text may name (see :func:`known_types`).
         source: how messages call the text, e.g. its file name.
+        note: is called with one sentence for every removed field that is ignored.
 
     Returns:
         The config.
 
     Raises:
-        ValueError: unreadable YAML, an unknown tag or field, a missing field, or a value that the
-            config itself refuses; with the line.
+        ValueError: unreadable YAML, an unknown tag or field, a removed field that is on, a missing
+            field, or a value that the config itself refuses; with the line.
         TypeError: a value that does not conform to its field, with the line.
     """
     try:
@@ -114,7 +130,10 @@ def load_config(text: str, registered: Iterable[Any], source: str = "config file
             f"{next(iter(reader.types.tagged), '!module:Class')}. Write one with --print-config."
         )
     reader.check_tags(root)
-    return reader.read(root, "")
+    config = reader.read(root, "")
+    for name in reader.ignored:
+        note(f"{source}: {name} was removed in 0.2 and is ignored, since it is off.")
+    return config
 
 
 def known_types(configs: Iterable[Any]) -> KnownTypes:
@@ -141,6 +160,12 @@ def config_hash(config: Any) -> str:
 
 def _reference(kind: Any) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _moved(reference: str) -> str:
+    """A ``module:name`` with the module in which the name is now."""
+    module, colon, name = reference.partition(":")
+    return MOVED_MODULES.get(module, module) + colon + name
 
 
 def _own_target(config: Any) -> type | None:
@@ -207,6 +232,7 @@ class _Reader:
     def __init__(self, types: KnownTypes, source: str) -> None:
         self.types = types
         self.source = source
+        self.ignored: dict[str, None] = {}
 
     def where(self, node: yaml.Node) -> str:
         return f"{self.source}, line {node.start_mark.line + 1}: "
@@ -218,6 +244,8 @@ class _Reader:
             yaml.MappingNode: {_STANDARD + "map"},
         }
         for node in _nodes(root):
+            if node.tag.startswith("!"):
+                node.tag = f"!{_moved(node.tag[1:])}"
             if node.tag not in plain[type(node)] and node.tag not in self.types.tagged:
                 tag = node.tag.replace(_STANDARD, "!!")
                 what = f"type {tag!r}; a file may only name types of registered configs"
@@ -263,6 +291,9 @@ class _Reader:
                 values[name] = self.read_target(value_node)
                 continue
             if name not in valid:
+                if name in REMOVED_FIELDS and self.read(value_node, f"{prefix}{name}") is False:
+                    self.ignored[name] = None
+                    continue
                 what = f"field '{prefix}{name}' of {kind.__name__}"
                 raise ValueError(self.where(value_node) + unknown_name(str(name), valid, what))
             values[name] = self.read(value_node, f"{prefix}{name}")
@@ -281,13 +312,12 @@ class _Reader:
             raise kind_of_error(f"{self.where(node)}{error}") from error
 
     def read_target(self, node: yaml.Node) -> type:
-        if node.value not in self.types.targets:
+        name = _moved(str(node.value))
+        if name not in self.types.targets:
             what = f"target {node.value!r}; a file may only name targets of registered configs"
             names = self.types.targets
-            raise ValueError(
-                self.where(node) + unknown_name(str(node.value), names, what, "targets")
-            )
-        return self.types.targets[node.value]
+            raise ValueError(self.where(node) + unknown_name(name, names, what, "targets"))
+        return self.types.targets[name]
 
     def pairs(self, node: yaml.MappingNode) -> Iterator[tuple[Any, yaml.Node]]:
         seen = set()

@@ -30,5 +30,5 @@ def check_range(
         if value is None or least <= value <= most:
             continue
         allowed = f"at most {most}" if value > most else f"at least {least}"
-        said = f"--{name.replace('_', '-')} {value}:" if as_flags else f"{name}={value}"
-        raise ValueError(f"{said} must be {allowed}.")
+        named = f"--{name.replace('_', '-')} {value}:" if as_flags else f"{name}={value}"
+        raise ValueError(f"{named} must be {allowed}.")

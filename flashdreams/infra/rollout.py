@@ -1,8 +1,10 @@
 """The state of one rollout: saved, loaded and cloned by the styles of its fields."""
 
+import copy
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, get_type_hints
 
 import torch
@@ -13,7 +15,6 @@ from flashdreams.infra.controller import Controller
 from flashdreams.infra.diffusion.model import DiffusionCache
 from flashdreams.infra.state import (
     FORMAT,
-    PlanStyles,
     RolloutState,
     StateDecoder,
     StateEncoder,
@@ -206,54 +207,55 @@ def save_rollout(
         if group_rank() == 0:
             tensors[path] = x.detach().to("cpu", copy=True).contiguous()
 
+    def keep_branch(own: str, path: str, x: Tensor) -> None:
+        for branch, part in layout.gather_branches(x, own).items():
+            keep(f"{branch}/{path}", part)
+
     encoder = StateEncoder(layout, device, keep)
-    diffusion = cache.diffusion
-    values: dict[str, Any] = {
-        "name": name,
-        "fingerprint": fingerprint,
-        "seed": diffusion.noise.seed if isinstance(diffusion.noise, NoiseSource) else None,
-        "next_index": cache.next_index,
-        "context": encoder.encode(cache.context, "context", "whole"),
-        "negative_text": encoder.encode(cache.negative_text, "negative_text", "whole"),
-        "latent": encoder.encode(diffusion.latent, "latent", "whole"),
-        "history": encoder.encode(diffusion.history, "history", "whole"),
-    }
-    values |= _encode_branches(diffusion, layout, device, keep, plan_styles(plan))
-    values["encoder"] = encoder.encode(cache.encoder, "encoder", "whole")
-    values["decoder"] = encoder.encode(cache.decoder, "decoder", _decoder_style(layout))
-    values["controller"] = encoder.encode(cache.controller, "controller", None)
+    values = _encode(cache, encoder, keep_branch, plan)
+    if layout.branches_apart:  # each rank knows the form of its own branch, and both are the same
+        values |= dict.fromkeys(BRANCHES, values["conditional"] or values["unconditional"])
     if group_rank() != 0:
         return None
+    noise = cache.diffusion.noise
+    values |= {
+        "name": name,
+        "fingerprint": fingerprint,
+        "seed": noise.seed if isinstance(noise, NoiseSource) else None,
+        "context": encoder.encode(cache.context, "context", "whole"),
+        "negative_text": encoder.encode(cache.negative_text, "negative_text", "whole"),
+    }
     return {"format": FORMAT, "values": values, "tensors": tensors}
 
 
-def _decoder_style(layout: StateLayout) -> StateStyle | None:
-    """Plain state of a decoder that is not cut is the same on all ranks; else it must declare."""
-    return None if layout.splits_width else "whole"
-
-
-def _encode_branches(
-    diffusion: DiffusionCache,
-    layout: StateLayout,
-    device: torch.device,
-    keep: Any,
-    styles: PlanStyles | None,
+def _encode(
+    cache: StreamInferencePipelineCache,
+    encoder: StateEncoder,
+    emit_branch: Callable[[str, str, Tensor], None],
+    plan: ParallelPlan | None,
 ) -> dict[str, Any]:
-    """The transformer's state under the prompt and, for a guided model, without it."""
-    values: dict[str, Any] = {}
+    """What `_fill` takes: all state but the context.
+
+    Args:
+        cache: between AR steps.
+        encoder: of everything but the transformer's state.
+        emit_branch: takes branch, path and tensor of the transformer's state.
+        plan: of the transformer.
+    """
+    diffusion, layout = cache.diffusion, encoder.layout
+    # Plain state of a decoder that is not cut is the same on all ranks; else it must declare.
+    decoder_style: StateStyle | None = None if layout.splits_width else "whole"
+    values = {
+        "next_index": cache.next_index,
+        "latent": encoder.encode(diffusion.latent, "latent", "whole"),
+        "history": encoder.encode(diffusion.history, "history", "whole"),
+        "encoder": encoder.encode(cache.encoder, "encoder", "whole"),
+        "decoder": encoder.encode(cache.decoder, "decoder", decoder_style),
+        "controller": encoder.encode(cache.controller, "controller", None),
+    }
     for name in BRANCHES:
-        branch = getattr(diffusion, name)
-        if branch is None:
-            values[name] = None
-            continue
-
-        def emit(path: str, x: Tensor, name: str = name) -> None:
-            for branch_name, part in layout.gather_branches(x, name).items():
-                keep(f"{branch_name}/{path}", part)
-
-        values[name] = StateEncoder(layout, device, emit, styles).encode(branch, "", None)
-    if layout.branches_apart:  # each rank knows the form of its own branch, and both are the same
-        values = dict.fromkeys(BRANCHES, values["conditional"] or values["unconditional"])
+        branch_encoder = replace(encoder, emit=partial(emit_branch, name), styles=plan_styles(plan))
+        values[name] = branch_encoder.encode(getattr(diffusion, name), "", None)
     return values
 
 
@@ -376,21 +378,13 @@ def copy_rollout(
         StateError: state of a component that does not declare how it is held.
     """
     live: dict[str, Tensor] = {}
-    encoder = StateEncoder(layout, device, live.__setitem__, plan_styles(plan), in_process=True)
-    diffusion = source.diffusion
-    values = {
-        "next_index": source.next_index,
-        "latent": encoder.encode(diffusion.latent, "latent", "whole"),
-        "history": encoder.encode(diffusion.history, "history", "whole"),
-        **{name: encoder.encode(getattr(diffusion, name), name, None) for name in BRANCHES},
-        "encoder": encoder.encode(source.encoder, "encoder", "whole"),
-        "decoder": encoder.encode(source.decoder, "decoder", _decoder_style(layout)),
-        "controller": encoder.encode(source.controller, "controller", None),
-    }
+    encoder = StateEncoder(layout, device, live.__setitem__, in_process=True)
+    values = _encode(
+        source, encoder, lambda branch, path, x: live.__setitem__(f"{branch}/{path}", x), plan
+    )
     if source.controller is not None:
-        into.controller = type(source.controller)(**vars(source.controller))
-    decoder = StateDecoder(layout, device, lambda path, *_: live[path], in_process=True)
-    _fill(into, values, decoder)
+        into.controller = copy.copy(source.controller)
+    _fill(into, values, StateDecoder(layout, device, lambda p, *_: live[p], in_process=True))
 
 
 def _fill(

@@ -8,7 +8,7 @@ path of fields that leads to it. No class name is stored: a load fills fresh sta
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -113,33 +113,21 @@ def _check_leaves(value: Any, style: StateStyle, where: str) -> None:
         )
 
 
+@dataclass(frozen=True)
 class StateEncoder:
     """Turns state into values, and hands its tensors out one by one; a collective call."""
 
-    def __init__(
-        self,
-        layout: StateLayout,
-        device: torch.device,
-        emit: Emit,
-        styles: PlanStyles | None = None,
-        *,
-        in_process: bool = False,
-    ) -> None:
-        """Prepare.
-
-        Args:
-            layout: makes tensors whole.
-            device: where the pipeline runs; tensors elsewhere are host tensors.
-            emit: takes the tensors.
-            styles: of a deprecated plan: fields without a style are then ``"whole"``.
-            in_process: the values stay in this process: tensors are emitted as this rank holds
-                them, and KV caches are values themselves.
-        """
-        self.layout = layout
-        self.device = device
-        self.emit = emit
-        self.styles = styles
-        self.in_process = in_process
+    layout: StateLayout
+    """Makes tensors whole."""
+    device: torch.device
+    """Where the pipeline runs; tensors elsewhere are host tensors."""
+    emit: Emit
+    """Takes the tensors."""
+    styles: PlanStyles | None = None
+    """Of a deprecated plan: fields without a style are then ``"whole"``."""
+    in_process: bool = False
+    """The values stay in this process: tensors are emitted as this rank holds them, and KV caches
+    are values themselves."""
 
     def encode(self, value: Any, path: str, style: StateStyle | None) -> Any:
         """The values of ``value``.
@@ -212,24 +200,18 @@ class StateEncoder:
         }
 
 
+@dataclass(frozen=True)
 class StateDecoder:
     """Fills fresh state from values and tensors; the inverse of `StateEncoder`."""
 
-    def __init__(
-        self, layout: StateLayout, device: torch.device, take: Take, *, in_process: bool = False
-    ) -> None:
-        """Prepare; arguments as for `StateEncoder`.
-
-        Args:
-            layout: takes this rank's part of tensors.
-            device: where the pipeline runs.
-            take: gives the tensors, in the order in which they were emitted.
-            in_process: the values are of an encoder with ``in_process``.
-        """
-        self.layout = layout
-        self.device = device
-        self.take = take
-        self.in_process = in_process
+    layout: StateLayout
+    """Takes this rank's part of tensors."""
+    device: torch.device
+    """Where the pipeline runs."""
+    take: Take
+    """Gives the tensors, in the order in which they were emitted."""
+    in_process: bool = False
+    """The values are of an encoder with ``in_process``."""
 
     def restore(self, value: Any, path: str, into: Any = None, hint: Any = None) -> Any:
         """What ``encode`` was given.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -17,8 +17,17 @@ from flashdreams.runtime.checkpoint import (
     find_local,
 )
 
-if TYPE_CHECKING:
-    from flashdreams.infra.pipeline import StreamInferencePipelineConfig
+
+class NamedPipelineConfig(Protocol):
+    """What is read here of a `StreamInferencePipelineConfig`."""
+
+    name: str
+    """Name of the method."""
+    diffusion_model: Any
+    """A `DiffusionModelConfig`."""
+
+
+PipelineConfigT = TypeVar("PipelineConfigT", bound=NamedPipelineConfig)
 
 _TEXT_ENCODER = "text_encoder."
 """What the paths of the text encoder's files begin with."""
@@ -35,7 +44,7 @@ def named_checkpoints(config: Any, prefix: str = "") -> Iterator[tuple[str, Chec
 
 
 def require_weights(
-    config: "StreamInferencePipelineConfig",
+    config: NamedPipelineConfig,
     *,
     fetch_all: str | None = None,
     encodes_text: bool | None = None,
@@ -67,9 +76,7 @@ def require_weights(
         require()
 
 
-def _refuse_missing(
-    config: "StreamInferencePipelineConfig", fetch_all: str | None, encodes_text: bool
-) -> None:
+def _refuse_missing(config: NamedPipelineConfig, fetch_all: str | None, encodes_text: bool) -> None:
     missing: dict[tuple[str, str | None], tuple[str, CheckpointConfig]] = {}
     for path, checkpoint in named_checkpoints(config):
         wanted = encodes_text or not path.startswith(_TEXT_ENCODER)
@@ -92,9 +99,7 @@ def _refuse_missing(
     raise CheckpointError("\n".join(lines))
 
 
-def fetch_weights(
-    config: "StreamInferencePipelineConfig", *, text_on_rank_zero: bool = False
-) -> None:
+def fetch_weights(config: NamedPipelineConfig, *, text_on_rank_zero: bool = False) -> None:
     """Download what may be downloaded and is not here yet; one rank per node does it.
 
     Collective where there are several ranks.
@@ -113,7 +118,7 @@ def fetch_weights(
             take_turns(partial(ensure_local, checkpoint))
 
 
-def memory_estimate(config: "StreamInferencePipelineConfig", batch_size: int = 1) -> str:
+def memory_estimate(config: NamedPipelineConfig, batch_size: int = 1) -> str:
     """Bytes of the weights and of one rollout's KV cache, in words; from shapes, not measured."""
     with torch.device("meta"):
         transformer = config.diffusion_model.transformer.setup()
@@ -136,9 +141,7 @@ def memory_estimate(config: "StreamInferencePipelineConfig", batch_size: int = 1
     )
 
 
-def with_downloads(
-    config: "StreamInferencePipelineConfig",
-) -> "StreamInferencePipelineConfig":
+def with_downloads(config: PipelineConfigT) -> PipelineConfigT:
     """The same pipeline with every missing checkpoint allowed to be fetched."""
     overrides: dict[str, Any] = {}
     for path, _ in named_checkpoints(config):

@@ -194,10 +194,10 @@ class TAEHVEncoderNetwork(nn.ModuleDict):
         self.levels: list[tuple[str, str, list[str]]] = []
         self["0"] = nn.Conv2d(3 * config.patch_size**2, width, 3, padding=1)
         index = 2
-        for halves in config.temporal_downsample:
+        for downsample in config.temporal_downsample:
             pool, conv = str(index), str(index + 1)
             blocks = [str(index + 2 + i) for i in range(BLOCKS_PER_LEVEL)]
-            self[pool] = TemporalPool(width, 2 if halves else 1)
+            self[pool] = TemporalPool(width, 2 if downsample else 1)
             self[conv] = nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False)
             for name in blocks:
                 self[name] = MemoryBlock(width)

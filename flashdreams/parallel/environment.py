@@ -237,9 +237,11 @@ def _pick_device(name: str, local_rank: int, many_ranks: bool) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = local_rank if many_ranks or device.index is None else device.index
     if index >= count:
-        wish = f"local rank {local_rank} wants cuda:{index}" if many_ranks else f"device={name!r}"
+        request = (
+            f"local rank {local_rank} wants cuda:{index}" if many_ranks else f"device={name!r}"
+        )
         allowed = f"at most {count} ranks per node" if count else "--device cpu"
-        raise ValueError(f"{wish}, but this node has {count} CUDA devices. Allowed: {allowed}.")
+        raise ValueError(f"{request}, but this node has {count} CUDA devices. Allowed: {allowed}.")
     return torch.device("cuda", index)
 
 

@@ -29,8 +29,8 @@ class ParallelConfig:
     """Ranks that share the weights of every block; must divide the heads. auto: 1."""
 
     cfg_parallel_degree: Degree = "auto"
-    """2: the conditional and the unconditional branch of guidance run on different ranks. auto: 2 for
-    a guided model on an even number of ranks, else 1."""
+    """2: the conditional and the unconditional branch of guidance run on different ranks. auto: 2
+    for a guided model on an even number of ranks, else 1."""
 
     ring_method: Literal["gather", "rotate"] = "gather"
     """gather: every ring rank holds all keys, only the new chunk travels. rotate: the cache stays
@@ -90,7 +90,7 @@ def resolve_degrees(
     """Settle every ``"auto"`` and refuse what cannot work, before any weight is read.
 
     Args:
-        config: the wish.
+        config: the request.
         world_size: number of ranks.
         num_heads: attention heads of the model; None for a model that cannot be cut.
         guided: whether the model is evaluated twice per denoising step.
@@ -104,9 +104,9 @@ def resolve_degrees(
     # Guidance over two ranks first, then as much Ulysses as the heads allow.
     best = max(
         _candidates(world_size, num_heads, guided),
-        key=lambda d: (_kept_wishes(d, config), d.cfg, d.ulysses),
+        key=lambda d: (_requests_met(d, config), d.cfg, d.ulysses),
     )
-    if _kept_wishes(best, config) < 4:
+    if _requests_met(best, config) < 4:
         raise ValueError(_explain(config, world_size, num_heads, best))
     if world_size > 1 and cached_frame_tokens is not None:
         _refuse_cache(config, best, cached_frame_tokens)
@@ -129,24 +129,24 @@ def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def _kept_wishes(degrees: ParallelDegrees, config: ParallelConfig) -> int:
-    """How many of the four wishes a mesh fulfils; ``"auto"`` for tensor parallelism means 1."""
+def _requests_met(degrees: ParallelDegrees, config: ParallelConfig) -> int:
+    """How many of the four requests a mesh fulfils; ``"auto"`` for tensor parallelism means 1."""
     pairs = [
         (config.cfg_parallel_degree, degrees.cfg),
         (config.ring_degree, degrees.ring),
         (config.ulysses_degree, degrees.ulysses),
     ]
     tp = config.tensor_parallel_degree
-    kept = sum(wish in ("auto", degree) for wish, degree in pairs)
+    kept = sum(request in ("auto", degree) for request, degree in pairs)
     return kept + (degrees.tp == (1 if tp == "auto" else tp))
 
 
 def _refuse_conflicts(config: ParallelConfig, guided: bool) -> None:
     fields = ("ulysses_degree", "ring_degree", "tensor_parallel_degree", "cfg_parallel_degree")
     for name in fields:
-        wish = getattr(config, name)
-        if wish != "auto" and (not isinstance(wish, int) or wish < 1):
-            raise ValueError(f'{name}={wish!r} must be at least 1, or "auto".')
+        request = getattr(config, name)
+        if request != "auto" and (not isinstance(request, int) or request < 1):
+            raise ValueError(f'{name}={request!r} must be at least 1, or "auto".')
     if config.cfg_parallel_degree not in ("auto", 1, 2):
         raise ValueError(
             f"cfg_parallel_degree={config.cfg_parallel_degree}: guidance has two branches. "
@@ -196,13 +196,15 @@ def _refuse_cache(config: ParallelConfig, degrees: ParallelDegrees, frame_tokens
 def _explain(
     config: ParallelConfig, world_size: int, num_heads: int | None, best: ParallelDegrees
 ) -> str:
-    wishes = {
+    requests = {
         "cfg_parallel_degree": config.cfg_parallel_degree,
         "ring_degree": config.ring_degree,
         "ulysses_degree": config.ulysses_degree,
         "tensor_parallel_degree": config.tensor_parallel_degree,
     }
-    asked = ", ".join(f"{name}={wish}" for name, wish in wishes.items() if wish != "auto")
+    asked = ", ".join(
+        f"{name}={request}" for name, request in requests.items() if request != "auto"
+    )
     reasons = []
     tp = config.tensor_parallel_degree if config.tensor_parallel_degree != "auto" else 1
     ulysses = config.ulysses_degree if config.ulysses_degree != "auto" else 1
@@ -216,11 +218,11 @@ def _explain(
             f"= {tp} * {ulysses} (allowed ulysses degrees here: {listed})"
         )
     product = 1
-    for wish in wishes.values():
-        product *= wish if isinstance(wish, int) else 1
+    for request in requests.values():
+        product *= request if isinstance(request, int) else 1
     if product > world_size or world_size % product:
         reasons.append(f"their product {product} does not divide the world size {world_size}")
-    elif "auto" not in wishes.values() and product != world_size:
+    elif "auto" not in requests.values() and product != world_size:
         reasons.append(f"their product is {product}, the world size {world_size}")
     reason = "; ".join(reasons) or "no value of the other degrees fits"
     return f"{asked or 'auto'} on {world_size} ranks: {reason}. Try {best.flags}."

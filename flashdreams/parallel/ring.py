@@ -120,16 +120,16 @@ class RingAttention(AttentionWrapper):
         else:
             k, v = cache.update(k, v)
             counts = [k.shape[1]] * ranks
-        travelling = torch.stack([pad_dim(x, 1, max(counts)) for x in (k, v)])
+        rotating = torch.stack([pad_dim(x, 1, max(counts)) for x in (k, v)])
         out, lse = q.new_zeros((), dtype=torch.float32), None
         for hop in range(ranks):
-            following = self.channel.start_rotate(travelling) if hop + 1 < ranks else None
+            following = self.channel.start_rotate(rotating) if hop + 1 < ranks else None
             count = counts[(rank - hop) % ranks]
-            k, v = travelling[:, :, :count].unbind(0)
+            k, v = rotating[:, :, :count].unbind(0)
             part = attend_with_lse(q, k, v, scale=self.scale, backend=backend)
             out, lse = part if lse is None else merge(out, lse, *part)
             if following is not None:
-                travelling = following()
+                rotating = following()
         return out.to(q.dtype)
 
     def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:

@@ -108,16 +108,16 @@ def resolve_decode(
     """Settle ``decode="auto"``: split where the decoder can be split, else replicated.
 
     Args:
-        mesh: the ranks and the wish.
+        mesh: the ranks and the request.
         plan: the decoder's plan, if it ships one.
         latent_width: columns of the latents.
 
     Raises:
         ValueError: ``decode="split"`` where it cannot be done.
     """
-    wish, ranks = mesh.config.decode, mesh.decode.size
-    if wish in ("replicated", "rank0"):
-        return wish
+    request, ranks = mesh.config.decode, mesh.decode.size
+    if request in ("replicated", "rank0"):
+        return request
     reason = None
     if plan is None or not plan.spatial:
         reason = "the decoder ships no spatial plan"
@@ -125,7 +125,7 @@ def resolve_decode(
         reason = f"{latent_width} latent columns cannot be split over {ranks} ranks"
     elif mesh.config.strict:
         reason = "strict=True: a convolution over fewer columns has other bits"
-    if wish == "split" and ranks > 1 and reason is not None:
+    if request == "split" and ranks > 1 and reason is not None:
         raise ValueError(f"decode='split': {reason}. Use --parallel.decode replicated.")
     return "split" if reason is None and ranks > 1 else "replicated"
 
@@ -145,7 +145,7 @@ def split_by_width(module: nn.Module, spatial: dict[str, str], channel: Channel)
     for name, style in spatial.items():
         child = module.get_submodule(name)
         if style == "halo":
-            _widen(child, name, layout)
+            _add_halo(child, name, layout)
         else:
             child.register_forward_pre_hook(partial(_gather_keys, layout))
     module.register_forward_pre_hook(
@@ -155,7 +155,7 @@ def split_by_width(module: nn.Module, spatial: dict[str, str], channel: Channel)
     return layout
 
 
-def _widen(conv: Any, name: str, layout: WidthLayout) -> None:
+def _add_halo(conv: Any, name: str, layout: WidthLayout) -> None:
     """Let a convolution see its neighbours' columns and keep its own columns of the result.
 
     A causal convolution pads in space in its ``convolve``, after its carried frames were put in

@@ -167,11 +167,11 @@ class Watchdog:
                 found.append(self.report())
 
         # The store may hang with the rest of the run: do not wait for it for ever.
-        asker = threading.Thread(target=ask, daemon=True)
-        asker.start()
-        asker.join(timeout=_PEERS_S)
-        heard = found[0] if found else f"{own}\n  the other ranks' reports cannot be read"
-        self._end(f"flashdreams: the ranks last reported:\n  {heard}")
+        reader = threading.Thread(target=ask, daemon=True)
+        reader.start()
+        reader.join(timeout=_PEERS_S)
+        reports = found[0] if found else f"{own}\n  the other ranks' reports cannot be read"
+        self._end(f"flashdreams: the ranks last reported:\n  {reports}")
 
     def _publish(self) -> None:
         store = self.environment.store

@@ -1,5 +1,6 @@
 """Calls replayed as CUDA graphs."""
 
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -284,6 +285,23 @@ class GraphedCallable:
         self._graphs[graph_key] = graph
         self.captures += 1
         return graph
+
+
+def copy_in_place(stored: Tensor | None, new: Tensor) -> Tensor:
+    """Deprecated, goes in 0.3: ``stored.copy_(new)`` where shape, dtype and device are the same.
+
+    Returns:
+        ``stored`` with the values of ``new``; ``new`` itself where it does not fit.
+    """
+    warnings.warn(
+        "copy_in_place goes in 0.3; copy into the stored tensor with Tensor.copy_.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    fits = stored is not None and (stored.shape, stored.dtype) == (new.shape, new.dtype)
+    if stored is None or not fits or stored.device != new.device:
+        return new
+    return stored.copy_(new)
 
 
 def _describe(signature: Signature) -> str:

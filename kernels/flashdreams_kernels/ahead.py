@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashdreams_kernels import adaln, attention, kv_write, rope_qknorm
+from flashdreams_kernels import adaln, attention, rope_qknorm
 from flashdreams_kernels.launch import Launch, Target, load_programs
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -155,7 +155,6 @@ def real_launches(
     indices = tensor(length, dtype=torch.int64)
     outputs = (chunk, cache, cache)
     yield rope_qknorm.plan((chunk,) * 3, outputs, weight, weight, table, 1e-6, indices)
-    yield kv_write.plan(chunk, chunk, cache, cache, indices)
     tokens, vectors = tensor(1, length, dim), tensor(1, 1, 6, dim, dtype=torch.float32)
     shift, scale = vectors[:, :, 0], vectors[:, :, 1]
     for residual in (tokens, tensor(1, length, dim, dtype=torch.float32)):

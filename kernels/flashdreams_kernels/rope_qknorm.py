@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashdreams_kernels.kv_write import check_write
 from flashdreams_kernels.launch import (
     FLOAT_TYPES,
+    INDEX_TYPES,
     Launch,
     check_tensor,
     named_strides,
@@ -75,7 +75,7 @@ def qk_norm_rope_write(
     """Norm and rotate queries and keys, and write keys and values into the cache, in one launch.
 
     For cores that own the whole chunk. Where keys travel between ranks first, use
-    :func:`qk_norm_rope` before the exchange and ``kv_write`` after it.
+    :func:`qk_norm_rope` before the all-to-all and write after it.
 
     Args:
         q: as for :func:`qk_norm_rope`.
@@ -87,7 +87,8 @@ def qk_norm_rope_write(
         eps: as there.
         k_cache: ``[B, S, N, D]``, dtype of ``k``; is written.
         v_cache: like ``k_cache``; is written.
-        slots: ``[L]`` int32 or int64, on the device; see ``kv_write``.
+        slots: ``[L]`` int32 or int64, on the device, each at most once; tokens whose slot
+            is not in the cache are dropped.
 
     Returns:
         Queries, ``[B, L, N, D]`` contiguous.
@@ -192,3 +193,18 @@ def plan(
         num_warps=warps_of(block_n * block_d),
         device=q.device,
     )
+
+
+def check_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Check the arguments of a cache write.
+
+    Raises:
+        ValueError: shapes, strides or devices that do not fit.
+        TypeError: a dtype that does not fit.
+    """
+    check_tensor("k", k, (None, None, None, None), k, FLOAT_TYPES)
+    batch, length, heads, head_dim = k.shape
+    check_tensor("v", v, k.shape, k)
+    check_tensor("k_cache", k_cache, (batch, None, heads, head_dim), k)
+    check_tensor("v_cache", v_cache, k_cache.shape, k)
+    check_tensor("slots", slots, (length,), k, INDEX_TYPES)

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from flashdreams_kernels import attention, kv_write, reference, rope_qknorm
+from flashdreams_kernels import attention, reference, rope_qknorm
 from torch import Tensor
 
 from flashdreams.attention.cache import KVCache, KVCacheSpec
@@ -87,7 +87,7 @@ def test_one_graph_serves_every_step_with_a_length_on_the_device() -> None:
 
     def triton_network(noise: Tensor, state: tuple[KVCache, Tensor]) -> Tensor:
         cache, visible = state
-        kv_write.kv_write(noise[1], noise[2], cache.k, cache.v, cache.cursor.slots)
+        cache.write(noise[1], noise[2])
         return attention.chunk_attention(noise[0], cache.k, cache.v, visible=visible)
 
     call, state = GraphedCallable(triton_network, device()), (cache, visible)

@@ -12,7 +12,6 @@ KERNELS = {
     "attention.attend",
     "attention.merge_splits",
     "rope_qknorm.norm_rope",
-    "kv_write.write_slots",
     "adaln.norm_modulate",
     "adaln.gate_add",
 }

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from flashdreams_kernels import attention, kv_write, reference
+from flashdreams_kernels import attention, reference
 from flashdreams_kernels.launch import Target, target_of
 from torch import Tensor
 
@@ -121,7 +121,7 @@ def test_attention_over_a_wrapped_ring_equals_the_ordered_window(device: torch.d
         slot = frame if frame < sink else sink + (frame - sink) % window
         slots = slot * tokens + torch.arange(tokens, device=device)
         span = slice(frame * tokens, (frame + 1) * tokens)
-        kv_write.kv_write(keys[:, span], values[:, span], k_cache, v_cache, slots)
+        reference.kv_write(keys[:, span], values[:, span], k_cache, v_cache, slots)
     out = attention.chunk_attention(q, k_cache, v_cache)
     ordered = [*range(sink * tokens), *range((frames - window) * tokens, frames * tokens)]
     expected, _ = reference.chunk_attention(q, keys[:, ordered], values[:, ordered])

@@ -4,24 +4,24 @@ import sys
 
 import pytest
 import torch
-from flashdreams_kernels import kv_write
+from flashdreams_kernels import adaln
 from flashdreams_kernels.launch import check_tensor, load_programs
 
 
 def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    k, cache, slots = torch.zeros(1, 1, 1, 16), torch.zeros(1, 2, 1, 16), torch.arange(1)
+    x, gate = torch.zeros(1, 2, 16), torch.zeros(1, 1, 16)
     with pytest.raises(ValueError, match=r"take CUDA tensors, got tensors on 'cpu'.*sdpa"):
-        kv_write.kv_write(k, k, cache, cache.clone(), slots)
+        adaln.gate_residual(x, x, gate)
 
 
 def test_a_missing_triton_is_named_with_the_line_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "flashdreams_kernels.programs.kv_write", raising=False)
+    monkeypatch.delitem(sys.modules, "flashdreams_kernels.programs.adaln", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'triton>=3.6'"):
-        load_programs("kv_write")
+        load_programs("adaln")
 
 
 def test_a_tensor_that_reaches_too_far_is_refused() -> None:

@@ -326,6 +326,19 @@ def test_a_config_file_is_refused_in_one_line(
     assert not RunnerStandIn.calls
 
 
+def test_a_removed_field_that_is_off_in_a_config_file_is_noted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    text = f"!{__name__}:RunnerStandInConfig\nrunner_name: plain\ncompile_blocks: "
+    file.write_text(f"{text}true\n")
+    assert "line 3: compile_blocks was removed" in _error(capsys, 2, "--config", str(file))
+    file.write_text(f"{text}false\n")
+    _resolved("--config", str(file))
+    note = f"flashdreams-run: note: {file}: compile_blocks was removed in 0.2 and is ignored"
+    assert capsys.readouterr().err.startswith(note)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

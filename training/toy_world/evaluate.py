@@ -24,7 +24,8 @@ from flashdreams.integrations.toy_world.scene import (
     random_scene,
     scene_to_text,
 )
-from flashdreams.integrations.toy_world.world import pose_to_camera, random_rollout
+from flashdreams.integrations.toy_world.world import pose_to_camera
+from training.toy_world.walks import random_rollout
 
 FPS = 16
 EVALUATION_SEED = 20_000

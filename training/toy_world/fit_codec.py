@@ -16,7 +16,7 @@ from flashdreams.integrations.toy_world.codec import (
 )
 from flashdreams.integrations.toy_world.render import render
 from flashdreams.integrations.toy_world.scene import random_scene
-from flashdreams.integrations.toy_world.world import random_rollout
+from training.toy_world.walks import random_rollout
 
 log = logging.getLogger(__name__)
 

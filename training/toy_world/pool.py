@@ -10,7 +10,7 @@ from torch import Tensor
 from flashdreams.integrations.toy_world.codec import LATENT_CHANNELS, PatchEncoder
 from flashdreams.integrations.toy_world.render import render
 from flashdreams.integrations.toy_world.scene import NUM_SLOTS, random_scene
-from flashdreams.integrations.toy_world.world import random_pose, random_rollout
+from training.toy_world.walks import random_pose, random_rollout
 
 CLIP_FRAMES = 16
 """Frames of a clip. Frame 0 is the anchor: half of the time it is the frame before frame 1, else a

@@ -290,16 +290,16 @@ class CausalTransformer(Transformer):
 
         Raises:
             ValueError: ``"once"`` with ``relative_rope``, which rotates the sink in between; or
-                caches of different windows, of which the shorter has no room for all frames.
+                layers whose windows hold other frames than those of the first.
         """
         if mode == "once" and self.config.relative_rope:
             raise ValueError('mode="once" cannot be used with relative_rope=True; use "chunks".')
         windows = {(cursor.sink_size_t, cursor.window_size_t) for cursor in cache.cursors}
         if len(windows) > 1:
             raise ValueError(
-                f"{type(self).__name__}: caches of different windows cannot be written anew; "
-                f"(sink, window) are {sorted(windows)}. Update the prompt with "
-                "reencode_window=False."
+                f"{type(self).__name__} has windows of several sizes, (sink, window): "
+                f"{sorted(windows)}. They cannot be computed anew; change the prompt without "
+                "reencode_window."
             )
         if not chunks:
             return
@@ -312,9 +312,7 @@ class CausalTransformer(Transformer):
             for cursor in cache.cursors:
                 cursor.begin_rewrite_chunk(len(frames), self.device)
             parts = [select_tokens(chunk.control, chunk.kept, len_t) for chunk in group]
-            control = (
-                None if parts[0] is None else torch.cat(parts, dim=1) if parts[1:] else parts[0]
-            )
+            control = torch.cat(parts, dim=1) if parts[1:] and parts[0] is not None else parts[0]
             latent = torch.cat([chunk.latent for chunk in group], dim=2)
             inputs = self.inputs_at(cache, torch.tensor(frames), control)
             self(latent, self.modulation_of(timestep, cache), inputs, cache, True)
@@ -373,6 +371,7 @@ class CausalTransformer(Transformer):
         self.begin_step(0, cache, control)
         latent = NoiseSource(0)(0, 0, self.latent_shape(cache.batch_size)).to(self.device)
         modulation = self.modulation_of(torch.tensor(500.0), cache)
+        exact = True  # to the end also where one differs: other ranks wait in collectives
         for write_only in (False, True):
             found = []
             for call in (self.__call__, self._network_for(cache, write_only)):
@@ -381,9 +380,8 @@ class CausalTransformer(Transformer):
                 output = call(latent, modulation, cache.inputs, cache, write_only).clone()
                 written = [x for layer in cache.layers() for x in layer.read_chunk()]
                 found.append([output, *written])
-            if not all(torch.equal(a, b) for a, b in zip(*found, strict=True)):
-                return False
-        return True
+            exact &= all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        return exact
 
     def attention_shape(self, batch_size: int) -> AttentionShape | None:
         """Self-attention over the full window, of the first cores that ``cache_specs`` names."""

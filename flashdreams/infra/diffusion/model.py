@@ -225,7 +225,8 @@ class DiffusionModel(nn.Module):
     def _drop_inexact_graphs(self, captured: Sequence[GraphedCallable], states: list[Any]) -> None:
         """Keep graphs only where a replay gave the bits of an eager call on every rank."""
         control = self.transformer.example_control(1)
-        exact = all(self.transformer.replay_is_exact(branch, control) for branch in states)
+        # No rank may stop at a difference: the calls of the others contain collectives.
+        exact = all([self.transformer.replay_is_exact(branch, control) for branch in states])
         if all_ranks_agree(exact):
             return
         for call in captured:

@@ -38,7 +38,7 @@ class StoragePool:
             The storage, to be given back once; None if none is free or the context does not fit.
         """
         if not self._free:
-            self._tell(
+            self._warn_once(
                 f"all {self.size} storages with CUDA graphs are in use (max_rollouts={self.size}). "
                 "Call cache.release() on rollouts that are over, or raise max_rollouts"
             )
@@ -51,14 +51,14 @@ class StoragePool:
             if not fits:
                 self.give_back(storage)
         if not fits:
-            self._tell("its context has another shape than the graphs were captured for")
+            self._warn_once("its context has another shape than the graphs were captured for")
         return storage if fits else None
 
     def give_back(self, storage: Storage) -> None:
         """Make a storage free for the next rollout."""
         self._free.append(storage)
 
-    def _tell(self, reason: str) -> None:
+    def _warn_once(self, reason: str) -> None:
         if reason not in self._told:
             logger.warning("A rollout runs without CUDA graphs: %s. Said once.", reason)
         self._told.add(reason)

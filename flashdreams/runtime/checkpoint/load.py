@@ -177,8 +177,8 @@ def _misfit(tensor: Tensor, info: TensorInfo, part: TensorSlice | None) -> str |
         dim, start, length, size = part
         whole = shape[dim] if 0 <= dim < len(shape) else -1
         if start < 0 or length < 0 or start + length > whole or (size or whole) != whole:
-            wish = f"of {size} " if size is not None else ""
-            return f"{shape} in the file, no slice [{start}:{start + length}] {wish}along dim {dim}"
+            of = f"of {size} " if size is not None else ""
+            return f"{shape} in the file, no slice [{start}:{start + length}] {of}along dim {dim}"
         shape[dim] = length
         taken = f", {shape} of it wanted,"
     if shape != list(tensor.shape):

@@ -265,9 +265,11 @@ def load_pickle(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        wish = f"it asks Python to run {found[1]}" if found else "it holds more than plain tensors"
+        reason = (
+            f"it asks Python to run {found[1]}" if found else "it holds more than plain tensors"
+        )
         raise CheckpointError(
-            f"{path} was refused and nothing of it was executed: {wish}. "
+            f"{path} was refused and nothing of it was executed: {reason}. "
             "Use a safetensors version of these weights"
         ) from error
     except OSError as error:

@@ -11,7 +11,18 @@ from typing import Any, Literal
 import pytest
 
 from flashdreams.infra.config import InstantiateConfig, derive_config
-from flashdreams.infra.config_file import config_hash, dump_config, known_types, load_config
+from flashdreams.infra.config_file import (
+    MOVED_MODULES,
+    config_hash,
+    dump_config,
+    known_types,
+    load_config,
+)
+from flashdreams.infra.video_runner import TextToVideoRunnerConfig
+from flashdreams.integrations.self_forcing.config import RUNNER_CONFIGS
+from flashdreams.runtime.checkpoint import CheckpointConfig
+
+OLD_FILE = Path(__file__).parents[2] / "data" / "configs" / "self_forcing_0.1.yaml"
 
 
 class Mode(enum.Enum):
@@ -190,7 +201,7 @@ def test_types_of_annotations_and_defaults_are_known(base: RunStandInConfig) -> 
     [
         ("runner_name: x\npard: 3", r"line 3: Unknown field 'pard' .*Did you mean 'part'"),
         ("runner_name: x\npart: {P} {{dmi: 3}}", r"line 3: Unknown field 'part\.dmi'"),
-        ("runner_name: x\npart: {P} {{fuse_clean_pass: false}}", r"line 3: fuse_.* was removed in"),
+        ("runner_name: x\npart: {P} {{fuse_clean_pass: true}}", r"line 3: fuse_.* was removed in"),
         ("runner_name: x\npart: {P} {{dim: a}}", r"line 3: part\.dim .* must be int, got 'a'"),
         ("runner_name: x\npart: {P} {{dim: -1}}", r"line 3: dim=-1 must be at least 1"),
         ("runner_name: x\noutput_dir: out", r"line 3: output_dir .* must be Path, got 'out'"),
@@ -218,6 +229,36 @@ def test_a_wrong_file_is_refused_with_the_line(
 def test_a_text_without_a_config_is_refused(base: RunStandInConfig, text: str) -> None:
     with pytest.raises(ValueError, match=r"holds no config.*RunStandInConfig|not readable YAML"):
         load_config(text, [base])
+
+
+def test_a_removed_field_that_is_off_is_ignored_with_a_note(base: RunStandInConfig) -> None:
+    tag, notes = _tag(RunStandInConfig), []
+    text = f"{tag}\nrunner_name: run\ncompile_blocks: false\nspare: null\n"
+    assert load_config(text, [base], "run.yaml", notes.append) == base
+    assert notes == ["run.yaml: compile_blocks was removed in 0.2 and is ignored, since it is off."]
+    for value in ("true", "null", "0"):
+        with pytest.raises(ValueError, match="line 3: compile_blocks was removed"):
+            load_config(text.replace("false", value), [base])
+
+
+def test_a_file_of_0_1_is_read() -> None:
+    text, notes = OLD_FILE.read_text(), []
+    config = load_config(text, RUNNER_CONFIGS.values(), note=notes.append)
+    transformer = config.pipeline.diffusion_model.transformer
+    assert type(config) is TextToVideoRunnerConfig
+    assert type(transformer.checkpoint) is CheckpointConfig
+    assert (config.runner_name, transformer.dim) == ("self-forcing-wan2.1-t2v-1.3b", 1536)
+    assert [note.split()[2] for note in notes] == ["fuse_clean_pass", "compile_blocks"]
+    with pytest.raises(ValueError, match=r"Unknown type .*wan\.runners:TextToVideo"):
+        load_config(text.replace("wan.runner:", "wan.runners:"), RUNNER_CONFIGS.values())
+
+
+def test_a_moved_target_is_found(monkeypatch: pytest.MonkeyPatch, base: RunStandInConfig) -> None:
+    text = f"{_tag(RunStandInConfig)}\nrunner_name: run\n_target: left.behind:Thing\n"
+    with pytest.raises(ValueError, match=r"line 3: Unknown target 'left\.behind:Thing'"):
+        load_config(text, [base])
+    monkeypatch.setitem(MOVED_MODULES, "left.behind", __name__)
+    assert load_config(text, [base]) == base
 
 
 def test_a_value_that_a_file_cannot_hold_is_named(base: RunStandInConfig) -> None:

@@ -131,12 +131,12 @@ class FlowMatchScheduler(Scheduler):
             timesteps = self.table_timesteps[NUM_TRAIN_TIMESTEPS - requested.long()]
         else:
             timesteps = requested.to(dtype)
-        places = [self._places_of(t) for t in timesteps.tolist()]
-        first, second = (list(column) for column in zip(*places, strict=True))
+        rows = [self._rows_of(t) for t in timesteps.tolist()]
+        first, second = (list(column) for column in zip(*rows, strict=True))
         self.renoise_sigmas = self.table_sigmas[second]
         super().__init__(config, timesteps=timesteps, sigmas=self.table_sigmas[first])
 
-    def _places_of(self, timestep: float) -> tuple[int, int]:
+    def _rows_of(self, timestep: float) -> tuple[int, int]:
         """Places of the first and, where that one is repeated, the second nearest table entry."""
         distance = (self.table_timesteps.double() - timestep).abs()
         first = int((distance == distance.min()).nonzero()[0])
@@ -150,7 +150,7 @@ class FlowMatchScheduler(Scheduler):
 
         The table ends above zero, so timestep 0 is not quite clean; for a clean context add none.
         """
-        return self.table_sigmas[self._places_of(timestep)[1]].item()
+        return self.table_sigmas[self._rows_of(timestep)[1]].item()
 
     def sample(
         self, predict_flow: Callable[[Tensor, Tensor], Tensor], noise: Callable[[int], Tensor]

@@ -25,8 +25,8 @@ from flashdreams.integrations.toy_world.world import (
     START_POSE,
     TURN_PER_FRAME,
     WALL_HEIGHT,
-    random_pose,
 )
+from training.toy_world.walks import random_pose
 
 FOCAL = 32 / math.tan(VERTICAL_FOV / 2)
 SCENE = torch.tensor([DEFAULT_SCENE])

@@ -21,13 +21,15 @@ from flashdreams.integrations.toy_world.world import (
     collide,
     collide_camera,
     pose_to_camera,
+)
+from flashdreams.runtime.actions import integrate, key_directions, parse_actions
+from training.toy_world.walks import (
     random_actions,
     random_pose,
     random_rollout,
     rollout,
     step,
 )
-from flashdreams.runtime.actions import integrate, key_directions, parse_actions
 
 
 def _walk(start: tuple[float, float, float], text: str) -> Tensor:

@@ -1,0 +1,1 @@
+"""A method whose transformer attends over a KV cache and is steered by keys."""

@@ -1,0 +1,44 @@
+"""From the camera's poses to what each token sees of the world."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flashdreams.infra.encoder.base import Encoder, EncoderConfig
+
+HARMONICS = (0.25, 0.5)
+"""Waves per world unit with which a place is described."""
+FEATURES = 4 * len(HARMONICS)
+"""Values per token."""
+EXTENT = 2.0
+"""World units that a frame shows from left to right."""
+
+
+@dataclass(kw_only=True)
+class PlaceEncoderConfig(EncoderConfig):
+    """Config of the control encoder."""
+
+    _target: type["PlaceEncoder"] = field(default_factory=lambda: PlaceEncoder)
+
+    token_rows: int = 12
+    """Token rows of a latent frame."""
+    token_columns: int = 18
+    """Token columns of a latent frame."""
+
+
+class PlaceEncoder(Encoder):
+    """A camera above a plane: where each token looks, as sines and cosines."""
+
+    config: PlaceEncoderConfig
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map poses ``[T, 4, 4]`` to ``[1, L, FEATURES]`` float32."""
+        rows, columns = self.config.token_rows, self.config.token_columns
+        right = EXTENT * (torch.arange(columns) / columns - 0.5)
+        ahead = EXTENT * (0.5 - torch.arange(rows) / rows) * rows / columns
+        offsets = torch.stack(torch.meshgrid(ahead, right, indexing="ij"), dim=-1).double()
+        turn = input[:, (2, 0)][:, :, (2, 0)]  # world axes (Z, X) of the camera's axes (z, x)
+        places = torch.einsum("tij,hwj->thwi", turn, offsets) + input[:, None, None, (2, 0), 3]
+        phases = torch.cat([2 * torch.pi * h * places for h in HARMONICS], dim=-1)
+        return torch.cat([phases.sin(), phases.cos()], dim=-1).flatten(0, 2)[None].float()
