@@ -49,15 +49,15 @@ def bare_loop(subject: rollout.Subject, seed: int) -> Callable[[], Tensor]:
     state = subject.new_rollout(seed)
     cache = state.diffusion.conditional
     shape, source = network.latent_shape(1), NoiseSource(seed)
-    timesteps = [cache.modulations(float(timestep)) for timestep in scheduler.timesteps]
+    modulations = [network.modulation_of(t, cache) for t in scheduler.timesteps]
     sigmas, renoise = scheduler.sigmas.tolist(), scheduler.renoise_sigmas.tolist()
-    clean = cache.modulations(0.0)
+    clean = network.modulation_of(torch.tensor(0.0), cache)
     gives_x0 = network.config.prediction == "x0"
-    layers = [layer for layer in list(cache.layers()) if layer is not None]
+    layers = list(cache.layers())
     image, index = state.diffusion.image, 0
 
     def draw() -> tuple[Any, list[Tensor]]:
-        drawn = [source(index, k, shape).to(network.device) for k in range(len(timesteps))]
+        drawn = [source(index, k, shape).to(network.device) for k in range(len(modulations))]
         return subject.input(index), drawn
 
     def step(control: Any, noise: list[Tensor]) -> Tensor:
@@ -69,15 +69,15 @@ def bare_loop(subject: rollout.Subject, seed: int) -> Callable[[], Tensor]:
         network.begin_step(index, cache, control)
         given = image if index == 0 else None
         x0 = noise[0] if given is None else given
-        for k, timestep in enumerate(timesteps if given is None else []):
+        for k, modulation in enumerate(modulations if given is None else []):
             latent = noise[0] if k == 0 else (1 - renoise[k]) * x0 + renoise[k] * noise[k]
-            out = network(latent, timestep, cache)
+            out = network(latent, modulation, cache.inputs, cache)
             x0 = out if gives_x0 else latent - sigmas[k] * out
         if isinstance(decoder, StreamingDecoder):
             chunk = decoder(x0, autoregressive_index=index, cache=state.decoder)
         else:
             chunk = x0 if decoder is None else decoder(x0)
-        network(x0, clean, cache, write_only=True)
+        network(x0, clean, cache.inputs, cache, write_only=True)
         for layer in layers:
             layer.keep_sink()
         cache.cursor.advance()

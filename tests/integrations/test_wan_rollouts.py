@@ -143,7 +143,7 @@ def test_two_hundred_steps_need_no_more_memory_or_work_than_the_first_full_ones(
         pipeline.finalize(autoregressive_index=i, cache=cache)
         sizes.append(storage_bytes(cache.diffusion, set()))
         work.append(list(seen_keys))
-        pointers.add(cache.diffusion.conditional.self_attention[0].k.data_ptr())
+        pointers.add(next(cache.diffusion.conditional.layers()).k.data_ptr())
     full = (2 + 7 + 2) // 3
     assert set(sizes[full:]) == {sizes[full]} and sizes[0] <= sizes[full]
     assert all(step == [9 * 6] * 2 for step in work[full:])  # 9 frames of 6 tokens, 2 passes

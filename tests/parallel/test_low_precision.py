@@ -53,7 +53,7 @@ def go_on(storage: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     state = cache.state_dict()
     rollouts = [cache, pipeline.load_cache(state)]
     if state is not None:
-        state["tensors"]["conditional/self_attention/0/v"] *= -1
+        state["tensors"]["conditional/caches/blocks.*.self_attn.core/0/v"] *= -1
     rollouts.append(pipeline.load_cache(state))
     for rollout in rollouts:
         pipeline.generate(4, rollout, control("plain", 4))

@@ -52,8 +52,8 @@ def test_a_prompt_switch_moves_with_the_rollout(switch_at):
 @pytest.mark.parametrize(
     "lost",
     [
-        "conditional/self_attention/1/k",
-        *slowly("conditional/cross_attention/0/0/1", "decoder/last"),
+        "conditional/caches/blocks.*.self_attn.core/1/k",
+        *slowly("conditional/context/pairs/0/0/1", "decoder/last"),
     ],
 )
 def test_what_gets_lost_is_seen(lost):

@@ -64,9 +64,12 @@ def split_cases(world_size):
     for kind in ("wan", "taehv"):
         frames, mesh, report, cache = split(kind, "float32", world_size)
         found[kind, "float32"] = frames
-        found[kind, "state"] = report.width_layout.gather_state(cache.state_dict(), WIDTH)
-        own = report.width_layout.shard_state(found[kind, "state"], WIDTH)
-        assert all(torch.equal(own[name], x) for name, x in cache.state_dict().items())
+        layout = report.width_layout
+        state = {name: layout.gather_state(x, WIDTH) for name, x in cache.slots.items()}
+        for name, x in cache.slots.items():
+            assert torch.equal(layout.shard_state(state[name], WIDTH), x), name
+        found[kind, "state"] = state
+        found[kind, "counts"] = (cache.position, cache.chunks)
         assert mesh.meter.counts["decode.halo"].bytes_sent > 0
     found["narrow"] = narrow(make_mesh(ParallelConfig(), world_size))
     found["wan", "bfloat16"] = split("wan", "bfloat16", world_size)[0]
@@ -86,7 +89,8 @@ def test_split_decode_equals_the_whole(world_size):
             decoder = build_decoder(kind, "float32")
             cache = decoder.initialize_cache()
             decode(decoder, cache)
-            state = cache.state_dict()
+            assert found[kind, "counts"] == (cache.position, cache.chunks)
+            state = cache.slots
             assert {k: v.shape for k, v in state.items()} == {
                 k: v.shape for k, v in found[kind, "state"].items()
             }

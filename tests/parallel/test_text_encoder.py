@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashdreams import run
-from flashdreams.infra import pipeline as pipeline_module
+from flashdreams.infra import assembly
 from flashdreams.infra import runner as runner_module
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
@@ -100,7 +100,7 @@ def start_runner(folder, prompt, check):
     """Exit code of a rank, what it said, and whether it began to load."""
     loads = []
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as stderr:
-        patch.setattr(pipeline_module, "fetch_weights", lambda *args, **options: loads.append(args))
+        patch.setattr(assembly, "fetch_weights", lambda *args, **options: loads.append(args))
         patch.setattr(runner_module, "shutdown", lambda: None)  # the group is not the runner's
         patch.setattr(run, "_PAUSE_S", 0.0)
         patch.setattr(HashTextEncoder, "check_input", check)

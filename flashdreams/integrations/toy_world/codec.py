@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from flashdreams.infra.decoder.base import StreamingDecoder, StreamingDecoderConfig
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
 from flashdreams.infra.ranges import check_range
+from flashdreams.parallel.plan import state
 
 PATCH = 8
 """Pixels along a side of the square that one latent pixel stands for."""
@@ -82,7 +83,7 @@ class PatchDecoderConfig(StreamingDecoderConfig):
 class PatchDecoderCache:
     """The last latent frame that was decoded, ``[B, C, 1, H, W]``; None before the first."""
 
-    previous: Tensor | None = None
+    previous: Tensor | None = state("whole", default=None)
 
 
 class PatchDecoder(StreamingDecoder):
