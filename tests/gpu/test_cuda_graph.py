@@ -44,7 +44,7 @@ def new_cache(cursor: Cursor) -> KVCache:
 def rollout(call, cache: KVCache, steps: int = 7) -> list[Tensor]:
     """Two denoising steps per AR step over a ring that wraps."""
     generator, results = torch.Generator().manual_seed(0), []
-    cache.cursor.start = 0
+    cache.cursor.reset()
     for _ in range(steps):
         cache.cursor.begin_step(1, device())
         for _ in range(2):
@@ -90,12 +90,12 @@ def test_one_graph_serves_every_step_with_a_length_on_the_device() -> None:
         cache.write(noise[1], noise[2])
         return attention.chunk_attention(noise[0], cache.k, cache.v, visible=visible)
 
-    call = GraphedCallable(triton_network, device())
+    call, state = GraphedCallable(triton_network, device()), (cache, visible)
     expected = rollout(network, cache)
 
     def step(noise: Tensor, cache: KVCache) -> Tensor:
         visible.fill_(cache.cursor.visible_tokens)
-        return call(noise, (cache, visible)).transpose(1, 2)
+        return call(noise, state).transpose(1, 2)
 
     results = rollout(step, cache)
     assert call.captures == 1
@@ -118,10 +118,10 @@ def test_another_thread_may_use_the_gpu_during_capture() -> None:
     thread.start()
     try:
         call = GraphedCallable(lambda x, state: x @ state[0], device())
-        weight = torch.eye(64, device=device())
+        state = (torch.eye(64, device=device()),)
         x = torch.randn(64, 64, device=device())
         for _ in range(3):
-            torch.testing.assert_close(call(x, (weight,)), x, rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(call(x, state), x, rtol=2e-3, atol=2e-3)
     finally:
         done.set()
         thread.join()

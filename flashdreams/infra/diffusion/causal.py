@@ -5,6 +5,7 @@ S key tokens, N heads, D head dim. Tokens run frame by frame, row by row.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -131,10 +132,15 @@ class CausalTransformer(Transformer):
 
     # What the engine does with it.
 
-    def cache_spec(self, batch_size: int) -> KVCacheSpec:
-        """KV cache of one self-attention layer, as the config says."""
+    def cache_spec(self, batch_size: int, **changes: Any) -> KVCacheSpec:
+        """KV cache of one self-attention layer, as the config says.
+
+        Args:
+            batch_size: B.
+            changes: other fields of the spec, such as another window of a second kind of cache.
+        """
         c = self.config
-        return KVCacheSpec(
+        spec = KVCacheSpec(
             batch_size=batch_size,
             sink_size_t=c.sink_size_t,
             window_size_t=c.window_size_t,
@@ -143,9 +149,10 @@ class CausalTransformer(Transformer):
             head_dim=c.head_dim,
             dtype=self.dtype,
             device=self.device,
-            relative_sink=c.relative_rope and c.sink_size_t > 0,
             storage=c.kv_cache_dtype,
         )
+        spec = replace(spec, **changes)
+        return replace(spec, relative_sink=c.relative_rope and spec.sink_size_t > 0)
 
     def initialize_cache(
         self,
@@ -275,18 +282,8 @@ class CausalTransformer(Transformer):
         """Positions of the clean latent frames in sink and window, oldest first."""
         return cache.cursor.past_frames() if self.config.streaming else []
 
-    def rewrite_context(
-        self,
-        cache: CausalState,
-        chunks: Sequence[ContextChunk],
-        timestep: Tensor,
-        mode: RewriteMode = "chunks",
-    ) -> None:
-        """Fill sink and window anew; frames keep their positions and slots.
-
-        ``"chunks"``: each chunk sees itself and what came before it. With cache-relative RoPE the
-        sink stands right before the window once the first frames behind it are reached.
-        ``"once"``: one forward pass over all frames, which see one another without a mask.
+    def check_rewrite(self, cache: CausalState, mode: RewriteMode) -> None:
+        """Refuse a way to compute the window anew, before anything is changed.
 
         Raises:
             ValueError: ``"once"`` with ``relative_rope``, which rotates the sink in between; or
@@ -301,6 +298,24 @@ class CausalTransformer(Transformer):
                 f"{sorted(windows)}. They cannot be computed anew; change the prompt without "
                 "reencode_window."
             )
+
+    def rewrite_context(
+        self,
+        cache: CausalState,
+        chunks: Sequence[ContextChunk],
+        timestep: Tensor,
+        mode: RewriteMode = "chunks",
+    ) -> None:
+        """Fill sink and window anew; frames keep their positions and slots.
+
+        ``"chunks"``: each chunk sees itself and what came before it. With cache-relative RoPE the
+        sink stands right before the window once the first frames behind it are reached.
+        ``"once"``: one forward pass over all frames, which see one another without a mask.
+
+        Raises:
+            ValueError: see ``check_rewrite``.
+        """
+        self.check_rewrite(cache, mode)
         if not chunks:
             return
         len_t = self.config.len_t
@@ -415,12 +430,16 @@ class CausalTransformer(Transformer):
 
     def _rotate_sinks(self, cache: CausalState) -> None:
         """With cache-relative RoPE: let the sink of every layer stand right before the window."""
-        evicted = cache.cursor.evicted
-        if not self.config.relative_rope or evicted == 0:
+        if not self.config.relative_rope:
             return
-        rotation = to_device(time_rotation(evicted, self.config.head_dim), self.device)
+        rotations: dict[tuple[int, int], Tensor] = {}  # windows of their own evict on their own
         for layer in cache.layers():
-            layer.rotate_sink(rotation)
+            moved = (layer.cursor.evicted, layer.spec.head_dim)
+            if moved[0] == 0:
+                continue
+            if moved not in rotations:
+                rotations[moved] = to_device(time_rotation(*moved), self.device)
+            layer.rotate_sink(rotations[moved])
 
     def inputs_at(self, cache: CausalState, frames: Tensor, control: Any) -> StepInputs:
         """Rotations, condition and control of latent frames at the positions ``[T]``."""

@@ -322,6 +322,8 @@ class DiffusionModel(nn.Module):
         if branch is None:
             return
         self.side.join()
+        if reencode is not None:
+            self.transformer.check_rewrite(branch, reencode)
         update = self.transformer.update_context
         update(branch, **select_context(update, context))
         if reencode is not None:

@@ -183,6 +183,17 @@ class Transformer(Component):
             "update_context(cache, text)."
         )
 
+    def check_rewrite(self, cache: Any, mode: Any) -> None:
+        """Refuse a way to run ``rewrite_context``, before anything is changed.
+
+        Args:
+            cache: this rollout's state.
+            mode: as for ``rewrite_context``.
+
+        Raises:
+            ValueError: says what cannot be done.
+        """
+
     def rewrite_context(self, cache: Any, chunks: Sequence[ContextChunk], timestep: Tensor) -> None:
         """Run the clean pass again over what the context holds.
 

@@ -86,8 +86,7 @@ def test_the_clean_pass_takes_the_chunk_as_it_is_at_the_timestep_of_the_context(
             cache.diffusion.latent, torch.tensor(timestep), cache.diffusion.conditional
         )
     found, by_hand, other = (
-        torch.stack([layer.v for layer in cache.diffusion.conditional.self_attention])
-        for cache in caches
+        torch.stack([layer.v for layer in cache.diffusion.conditional.layers()]) for cache in caches
     )
     assert torch.equal(found, by_hand)
     assert not torch.equal(found, other)  # negative control: another timestep
@@ -224,7 +223,7 @@ def test_stage_times_are_recorded_per_step(pipeline):
 def test_long_rollout_keeps_its_memory():
     pipeline = tiny_pipeline().setup(device="cpu")
     cache = pipeline.initialize_cache(text=text(0))
-    layer = cache.diffusion.conditional.self_attention[0]
+    layer = next(cache.diffusion.conditional.layers())
     storage = layer.k.data_ptr()
     for i in range(40):
         pipeline.generate(autoregressive_index=i, cache=cache, input=0.0)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.state import StateDecoder, StateEncoder, StateError, check_styles
+from flashdreams.models.taehv import TAEHVDecoderConfig
+from flashdreams.models.wan.vae import WanVAEDecoderConfig
 from flashdreams.parallel import watchdog as watchdog_module
 from flashdreams.parallel.environment import LOAD_TIMEOUT_S, Environment
 from flashdreams.parallel.mesh import Mesh
@@ -180,6 +182,23 @@ def test_containers_and_dataclasses_come_back():
     assert torch.equal(back["x"], frames) and back["x"].stride() == frames.stride()
     with pytest.raises(ValueError, match="encoder/walk: nothing here that could take these fields"):
         decoder.restore(encoded, "encoder")
+
+
+@pytest.mark.parametrize("config", [TAEHVDecoderConfig(), WanVAEDecoderConfig(dim=4)])
+def test_the_frames_that_a_decoder_carries_come_back(config):
+    decoder, tensors = config.setup(), {}
+    first, second = torch.randn(2, 1, 16, 2, 3, 2, generator=torch.Generator().manual_seed(0))
+    carried, fresh = decoder.initialize_cache(), decoder.initialize_cache()
+    decoder(first, 0, carried)
+    encoder, restorer = codec(tensors)
+    encoded = json.loads(json.dumps(encoder.encode(carried, "decoder", "whole")))
+    tensors |= load(save(tensors))
+    resumed = restorer.restore(encoded, "decoder", fresh)
+    expected = decoder(second, 1, carried)
+    assert torch.equal(decoder(second, 1, resumed), expected)
+    tensors[max(tensors)] = torch.zeros_like(tensors[max(tensors)])  # negative control
+    forgetful = restorer.restore(encoded, "decoder", decoder.initialize_cache())
+    assert not torch.equal(decoder(second, 1, forgetful), expected)
 
 
 def test_no_class_name_is_stored():

@@ -32,7 +32,9 @@ def build(**overrides) -> WanTransformer:
 def run_whole_network(model: WanTransformer) -> WanTransformer:
     """Have every clean pass compute its output as well."""
     whole = model.forward
-    model.forward = lambda latent, timestep, cache, write_only=False: whole(latent, timestep, cache)
+    model.forward = lambda latent, modulation, inputs, state, write_only=False: whole(
+        latent, modulation, inputs, state
+    )
     return model
 
 

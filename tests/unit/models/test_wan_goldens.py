@@ -9,7 +9,11 @@ from flashdreams.infra.diffusion.scheduler.fm_dpmpp import FlowDPMSolverSchedule
 from flashdreams.infra.diffusion.scheduler.fm_unipc import FlowUniPCSchedulerConfig
 from flashdreams.infra.pipeline import StreamInferencePipelineConfig
 from flashdreams.integrations.self_forcing.config import PIPELINE
-from flashdreams.models.wan.transformer import WanTransformer, WanTransformerConfig
+from flashdreams.models.wan.transformer import (
+    SELF_ATTENTION,
+    WanTransformer,
+    WanTransformerConfig,
+)
 from flashdreams.runtime.checkpoint import CheckpointConfig
 from tests.goldens import golden_path, load_golden
 
@@ -148,7 +152,7 @@ def test_whole_pipeline_rollout_matches_official_self_forcing():
     torch.testing.assert_close(output, calls["output"], atol=ATOL, rtol=0)
     branch = cache.diffusion.conditional
     for layer, (kv, cross) in enumerate(
-        zip(branch.self_attention, branch.cross_attention, strict=True)
+        zip(branch.caches[SELF_ATTENTION], branch.context.pairs, strict=True)
     ):
         for name, tensor in zip("kv", kv.visible(), strict=True):
             expected = calls[f"final_kv/{layer}/{name}"]

@@ -5,6 +5,7 @@ import torch
 
 from flashdreams.attention import quantized
 from flashdreams.infra.weights import memory_estimate
+from flashdreams.models.wan.transformer import SELF_ATTENTION
 from tests.tiny import TEXT_DIM, tiny_pipeline, tiny_transformer
 
 STEPS = 6
@@ -61,7 +62,7 @@ def test_a_rollout_goes_on_with_the_same_bits(storage):
     assert {x.dtype for x in state["tensors"].values()} <= {torch.float32, torch.int64}
     other = pipeline.load_cache(state)
     assert torch.equal(run(pipeline, other), run(pipeline, cache))
-    del state["tensors"]["conditional/self_attention/0/v"]
+    del state["tensors"][f"conditional/caches/{SELF_ATTENTION}/0/v"]
     with pytest.raises(KeyError):
         pipeline.load_cache(state)
 
@@ -91,7 +92,7 @@ def test_a_prompt_update_writes_the_window_anew():
     for cache in (changed, kept):
         run(pipeline, cache, 4)
     pipeline.update_prompt(changed, torch.ones(1, 4, TEXT_DIM), reencode_window=True)
-    layers = [c.diffusion.conditional.self_attention[1] for c in (changed, kept)]
+    layers = [c.diffusion.conditional.caches[SELF_ATTENTION][1] for c in (changed, kept)]
     assert not torch.equal(layers[0].v.values, layers[1].v.values)
     assert error(run(pipeline, changed), run(pipeline, kept)) > 1e-3
 

@@ -40,8 +40,10 @@ def roll_out(model: WanTransformer, batch_size: int = 1, late: float = 0.0) -> l
 
 
 def without_tables(model: WanTransformer) -> WanTransformer:
-    """Hand the network the timestep itself."""
-    model._time = lambda timestep, cache: timestep
+    """Embed the timestep as it was given, in every call."""
+    model.modulation_of = lambda timestep, cache: model.modulations(
+        timestep.expand(cache.batch_size)
+    )
     return model
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from flashdreams.infra.config import derive_config
 from flashdreams.models.wan.transformer import WanTransformer, WanTransformerConfig
 from tests.goldens import load_golden
+from tests.tiny import call_network
 
 ATOL = 1e-5
 FRAMES = 12
@@ -73,7 +74,7 @@ def masked_forward(model: WanTransformer, latent, text, timestep, mask) -> torch
     cache = whole.initialize_cache(text=text)
     whole.begin_step(0, cache)
     with torch.no_grad():
-        return whole(latent, timestep, cache)
+        return call_network(whole, latent, timestep, cache)
 
 
 def streamed(model: WanTransformer, latent, text, timestep) -> torch.Tensor:
@@ -83,7 +84,7 @@ def streamed(model: WanTransformer, latent, text, timestep) -> torch.Tensor:
         model.begin_step(index, cache)
         noisy = chunk + index + 1  # overwritten by the clean pass, so it must not show
         model.predict_flow(noisy, torch.tensor(900.0), cache)
-        outputs.append(model(chunk, timestep, cache))
+        outputs.append(call_network(model, chunk, timestep, cache))
         model.update_cache(chunk, timestep, cache)
     return torch.cat(outputs, dim=2)
 
@@ -169,7 +170,7 @@ def test_the_condition_follows_the_position_and_its_last_frame_is_held():
     cache = model.initialize_cache(text=inputs()[1], condition=condition)
     for index, expected in enumerate([(0, 1), (2, 2), (2, 2)]):
         model.begin_step(index, cache)
-        assert torch.equal(cache.chunk_condition, condition[:, :, list(expected)])
+        assert torch.equal(cache.inputs.condition, condition[:, :, list(expected)])
         model.update_cache(inputs()[0][:, :, :2], torch.tensor(0.0), cache)
 
 
@@ -182,7 +183,7 @@ def test_x0_networks_give_the_flow_of_their_prediction():
     noisy = latent[:, :, :2]
     for shape in ((), (2,), (2, 2), (2, 8)):  # for all, per entry, per frame, per token
         timestep = torch.linspace(100, 900, max(1, torch.Size(shape).numel())).reshape(shape)
-        x0 = model(noisy, timestep, cache)
+        x0 = call_network(model, noisy, timestep, cache)
         flow = model.predict_flow(noisy, timestep, cache)
         sigma = timestep.reshape(*shape, *[1] * (2 - len(shape))) / 1000
         of_tokens = sigma.expand(2, 8) if sigma.shape[1] != 2 else sigma.repeat_interleave(4, 1)
@@ -217,4 +218,4 @@ def test_prompts_of_the_wrong_size_are_refused():
     with pytest.raises(ValueError, match="takes no control input"):
         model.begin_step(0, cache, torch.zeros(1, 12, 4))
     with pytest.raises(ValueError, match="call begin_step first"):
-        model(torch.zeros(1, 4, 3, 4, 4), torch.tensor(0.0), cache)
+        call_network(model, torch.zeros(1, 4, 3, 4, 4), torch.tensor(0.0), cache)

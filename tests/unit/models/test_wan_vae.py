@@ -1,4 +1,5 @@
 import re
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -89,9 +90,7 @@ def test_decode_matches_every_golden_chunk_only_with_the_carried_frames():
 
     cache = decoder.initialize_cache()
     decoder(golden["z"][:, :, :1], 0, cache)
-    state = cache.state_dict()
-    state["decoder.upsamples.0.residual.2"].zero_()  # negative control: one layer forgets
-    cache.load_state_dict(state)
+    cache.slots["decoder.upsamples.0.residual.2"].zero_()  # negative control: one layer forgets
     forgetful = decoder(golden["z"][:, :, 1:2], 1, cache)
     assert (forgetful - chunks[1]).abs().max() > 20 * ATOL
 
@@ -101,11 +100,9 @@ def test_second_latent_frame_sees_zeros_in_the_temporal_upsampling():
     decoder = golden_decoder()
     cache = decoder.initialize_cache()
     decoder(golden["z"][:, :, :1], 0, cache)
-    state = cache.state_dict()
-    slot = state["decoder.upsamples.3.time_conv"]
+    slot = cache.slots["decoder.upsamples.3.time_conv"]
     assert torch.equal(slot, torch.zeros_like(slot))
-    slot[:, :, -1] = state["decoder.upsamples.2.residual.6"][:, :, -1]  # negative control
-    cache.load_state_dict(state)
+    slot[:, :, -1] = cache.slots["decoder.upsamples.2.residual.6"][:, :, -1]  # negative control
     remembered = decoder(golden["z"][:, :, 1:2], 1, cache).transpose(1, 2)
     assert (remembered - golden["chunk1"].clamp(-1, 1)).abs().max() > 20 * ATOL
 
@@ -226,14 +223,11 @@ def test_cache_round_trips_and_stays_at_constant_size():
     cache, sizes, expected = decoder.initialize_cache(), [], []
     for i, chunk in enumerate(z.split(2, dim=2)):
         if i == 3:
-            state = {name: tensor.clone() for name, tensor in cache.state_dict().items()}
+            resumed = deepcopy(cache)
         expected.append(decoder(chunk, i, cache))
         sizes.append(cache.num_bytes())
     assert len(set(sizes)) == 1
-    assert all(isinstance(value, Tensor) for value in state.values())
-
-    resumed = decoder.initialize_cache()
-    resumed.load_state_dict(state)
+    assert all(isinstance(value, Tensor) for value in resumed.slots.values())
     for i in (3, 4, 5):
         assert torch.equal(decoder(z[:, :, 2 * i : 2 * i + 2], i, resumed), expected[i])
     assert not torch.equal(decoder(z[:, :, 6:8], 6, resumed), expected[3])  # negative control
@@ -309,8 +303,9 @@ def test_a_cache_of_another_size_or_network_is_refused():
     encoder = tiny_encoder()
     with pytest.raises(ValueError, match="belongs to another network"):
         encoder.encode_chunk(pixels(4), cache)
-    with pytest.raises(ValueError, match="position, chunks missing among 0 tensors"):
-        cache.load_state_dict({})
+    del cache.slots["decoder.upsamples.0.residual.2"]
+    with pytest.raises(ValueError, match=r"nothing for decoder\.upsamples\.0\.residual\.2"):
+        decoder(z, 1, cache)
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 1, 2, 2), (16, 1, 2, 2), (1, 16, 0, 2, 2)])

@@ -105,7 +105,7 @@ def test_lingbot_schedule_reads_its_table_twice(shift: int) -> None:
     places = [1000 - t for t in (1000, 821, 642, 321)]
     assert_table(scheduler.table_sigmas[places], golden[f"shift{shift}/sigma_at_index"])
     for name, column in (("x0_sigma_index", 0), ("add_noise_sigma_index", 1)):
-        found = [scheduler._places_of(t)[column] for t in scheduler.timesteps.tolist()]
+        found = [scheduler._rows_of(t)[column] for t in scheduler.timesteps.tolist()]
         assert found == golden[f"shift{shift}/{name}"].tolist()
 
 

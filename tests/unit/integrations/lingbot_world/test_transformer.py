@@ -128,7 +128,7 @@ def test_embedding_follows_its_formula():
     embedded = model.patch_embedding_wancamctrl(camera)
     first = model.c2ws_hidden_states_layer1(embedded)
     expected = embedded + model.c2ws_hidden_states_layer2(first * first.sigmoid())
-    assert control.tokens is None and len(read) == model.config.num_layers
+    assert control == [None] * model.config.num_layers and len(read) == model.config.num_layers
     for tokens in read:
         torch.testing.assert_close(tokens, expected, rtol=0, atol=ATOL)
 
