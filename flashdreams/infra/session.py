@@ -1,5 +1,6 @@
 """Sessions: a rollout, what steers it, and the log of what it was told."""
 
+import json
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -162,7 +163,13 @@ class Session:
                     del self._ids[next(iter(self._ids))]
             self._closed = command.kind == "end"
         if command.kind == "prompt" and "text" not in command.tensors:
-            encoded = self.pipeline.encode_prompts([command.values["text"]])
+            try:
+                text = [command.values["text"]] * self.cache.diffusion.batch_size
+                encoded = self.pipeline.encode_prompts(text)
+            except Exception:
+                with self._lock:  # the sender may mend it
+                    self._ids.pop(command.id, None)
+                raise
             command = replace(command, tensors={"text": encoded.cpu()})
         with self._lock:
             self._waiting.append(command)
@@ -195,13 +202,18 @@ class Session:
         index = self.cache.next_index
         if group_rank() != 0:
             return Turn(self.name, index)
+        stop = self.pipeline.pixel_frames(index).stop
+        due: list[Command] = []
         with self._lock:
-            waiting = self._waiting
-            stop = self.pipeline.pixel_frames(index).stop
-            later = [c for c in waiting if c.at_frame is not None and c.at_frame >= stop]
-            self._waiting = later
-        due = tuple(c for c in waiting if c.at_frame is None or c.at_frame < stop)
-        return Turn(self.name, index, due)
+            waiting, self._waiting = self._waiting, []
+            for command in waiting:
+                if command.at_frame is not None and command.at_frame >= stop:
+                    self._waiting.append(command)
+                    continue
+                due.append(command)
+                if command.kind == "reset":  # what comes after it counts from the new beginning
+                    stop = self.pipeline.pixel_frames(0).stop
+        return Turn(self.name, index, tuple(due))
 
     def _apply(self, turn: Turn) -> list[Event]:
         """Carry out the commands of a turn; returns the events for the controller."""
@@ -228,12 +240,17 @@ class Session:
 
     def _refuse(self, command: Command) -> None:
         values = command.values
+        try:
+            json.dumps(dict(values), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"The values of a command are JSON: {error}.") from error
         if command.kind == "control":
             if self.controller is None:
                 raise ValueError(f"Session {self.name!r} has no controller and takes no control.")
             self.controller.check(values)
         text = values.get("text")
-        if command.kind == "prompt" and not command.tensors and not isinstance(text, str):
+        given = isinstance(text, str) or "text" in command.tensors
+        if command.kind == "prompt" and not given:
             raise ValueError(f'A prompt needs values={{"text": "..."}}; got {dict(values)!r}.')
         seed = values.get("seed", 0)
         if command.kind == "reset" and not (isinstance(seed, int) and 0 <= seed < 2**64):
