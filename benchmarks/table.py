@@ -1,8 +1,9 @@
 """Tables of measured figures for the README and the site, made from the committed reports alone.
 
 ``python benchmarks/table.py`` prints the README's, ``python benchmarks/table.py --write README.md``
-puts it between the README's two marks; the site takes the others when it is built. Of several reports for one cell the fastest, or for a ratio the
-newest, is taken. What no report has measured is "not measured".
+puts it between the README's two marks; the site takes the others when it is built. Of several
+reports for one cell the fastest, or for a ratio the newest, is taken. What no report has measured
+is "not measured".
 """
 
 import argparse
