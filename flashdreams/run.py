@@ -382,6 +382,7 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
     nobody's mistake shows its traceback at once: such a run is not easily repeated.
     """
     readable = [ValueError, OSError, ImportError, PluginError, CheckpointError]
+    readable.append(FloatingPointError)  # of the values that a run has made
     if code == WRONG_USAGE:
         readable.append(TypeError)
     lines = [" ".join(line.split()) for line in str(error).splitlines()]

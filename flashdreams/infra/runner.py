@@ -192,6 +192,7 @@ class Runner(Generic[ConfigT, PipelineT]):
             session.submit(command)
         for _ in self.progress(total_blocks):
             yield session.step()
+        self.pipeline.check_values(session.cache)
 
     def run(self) -> None:
         """Stream ``config.total_blocks`` AR steps into the video."""
@@ -238,6 +239,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         """Write the stats, and the latents if asked for, say so, then leave the process group.
 
         Raises:
+            NotFiniteError: the last AR step has made NaN or infinite values.
             OSError: on rank zero, if a file could not be written.
             RankZeroError: on the other ranks, if rank zero has failed.
         """
@@ -246,6 +248,7 @@ class Runner(Generic[ConfigT, PipelineT]):
             at_the_end.callback(self._give_back_output)
             at_the_end.enter_context(self.pipeline.guard("close", self.recorder.steps, limit_s))
             files = from_rank_zero(self.recorder.close)
+            self.pipeline.check_values()
         if self.is_rank_zero:
             print("written:", *self._videos, *files, flush=True)
         self.pipeline.drop_graphs()

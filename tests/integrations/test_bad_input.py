@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from flashdreams import run
 from flashdreams.infra.config_file import dump_config
@@ -260,6 +261,19 @@ def test_weights_that_are_missing(fails: Fails) -> None:
     line = fails(FAILED, "toy-world", DECODER_SOURCE, "./missing.safetensors")
     assert "./missing.safetensors" in line
     assert "checkpoint.source" in line
+
+
+@pytest.mark.parametrize("blocks", ["1", "5"])
+def test_weights_that_are_no_numbers_end_the_run(fails: Fails, tmp_path: Path, blocks: str) -> None:
+    weights = load_file(WEIGHTS / "transformer.safetensors")
+    weights["blocks.0.ffn.0.weight"][0, 0] = float("nan")
+    save_file(weights, tmp_path / "bad.safetensors")
+    source = "--pipeline.diffusion-model.transformer.checkpoint.source"
+    flags = [source, "bad.safetensors", "--device", "cpu", "--total-blocks", blocks]
+    line = fails(FAILED, "toy-world", *flags)
+    assert "AR step 0: stage 'diffuse' made values that are not finite" in line
+    assert "transformer.blocks.0.ffn.0.weight hold NaN" in line
+    assert not (tmp_path / "out" / "toy-world.mp4").exists()
 
 
 @pytest.fixture
