@@ -90,7 +90,9 @@ class MessageChannel:
         described = [[name, str(x.dtype)[6:], list(x.shape)] for name, x in flat.items()]
         text = json.dumps([message.value, described], allow_nan=False).encode()
         payload = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        dist.broadcast(torch.tensor([len(payload)]), 0, group=self._group)
+        dist.broadcast(
+            torch.tensor([len(payload)], dtype=torch.int64, device="cpu"), 0, group=self._group
+        )
         dist.broadcast(payload, 0, group=self._group)
         for x in flat.values():
             if x.numel():
@@ -98,14 +100,14 @@ class MessageChannel:
         return message
 
     def _receive(self) -> Message:
-        length = torch.zeros(1, dtype=torch.int64)
+        length = torch.zeros(1, dtype=torch.int64, device="cpu")
         dist.broadcast(length, 0, group=self._group)
-        payload = torch.empty(int(length), dtype=torch.uint8)
+        payload = torch.empty(int(length), dtype=torch.uint8, device="cpu")
         dist.broadcast(payload, 0, group=self._group)
         value, described = json.loads(payload.numpy().tobytes())
         tensors = {}
         for name, dtype, shape in described:
-            x = torch.empty(shape, dtype=getattr(torch, dtype))
+            x = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
             if x.numel():
                 dist.broadcast(x.view(-1).view(torch.uint8), 0, group=self._group)
             tensors[name] = x

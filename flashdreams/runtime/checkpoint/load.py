@@ -219,7 +219,7 @@ def _place(target: _Target, device: torch.device | str | None, dtype: DType | No
     wanted_dtype = old.dtype
     if dtype is not None and old.is_floating_point():
         wanted_dtype = dtype if isinstance(dtype, torch.dtype) else dtype(target.names[0])
-    new = torch.empty(0, device=device)
+    new = torch.empty(0, device=device, dtype=torch.float32)
     if not old.is_meta and new.device == old.device and wanted_dtype == old.dtype:
         return old
     new = torch.empty(old.shape, device=device, dtype=wanted_dtype)
