@@ -19,6 +19,7 @@ from typing import Any
 from flashdreams.infra.config import (
     annotated_types,
     config_fields,
+    expand_home,
     field_annotation,
     is_config,
     removed_field,
@@ -116,7 +117,7 @@ def _split(argv: Sequence[str]) -> CommandLine:
             value = value if equals else next(words, "")
             if not value or value.startswith("--"):
                 raise UsageError("--config needs a file: --config FILE.")
-            line.config_file = Path(value)
+            line.config_file = Path(os.path.expanduser(value))
         elif word in ("--debug", "--no-instantiate", "--print-config"):
             setattr(line, word[2:].replace("-", "_"), True)
         else:
@@ -151,7 +152,7 @@ def _resolve(line: CommandLine) -> Any:
     if line.no_instantiate:
         _print_on_rank_zero(str(config))
         return None
-    return config
+    return expand_home(config)
 
 
 def _answer_without_slug(line: CommandLine, registry: Registry) -> None:
@@ -381,6 +382,7 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
     nobody's mistake shows its traceback at once: such a run is not easily repeated.
     """
     readable = [ValueError, OSError, ImportError, PluginError, CheckpointError]
+    readable.append(FloatingPointError)  # of the values that a run has made
     if code == WRONG_USAGE:
         readable.append(TypeError)
     lines = [" ".join(line.split()) for line in str(error).splitlines()]

@@ -4,6 +4,8 @@ import collections.abc
 import copy
 import dataclasses
 import difflib
+import os
+import pathlib
 import sys
 import types
 import typing
@@ -89,6 +91,25 @@ def derive_config(base: Any, /, **overrides: Any) -> Any:
 def format_config(config: Any) -> str:
     """The config as text of one line per field, components indented below their field."""
     return _format(config, "")
+
+
+def expand_home(config: ConfigT) -> ConfigT:
+    """The config with ``~`` in all its paths read as the home directory.
+
+    A shell does that at the beginning of a word only, so neither after ``=`` nor in a file.
+    """
+    changed: dict[str, Any] = {}
+    for name in config_fields(config):
+        value = getattr(config, name)
+        if is_config(value):
+            expanded = expand_home(value)
+        elif isinstance(value, pathlib.Path):
+            expanded = pathlib.Path(os.path.expanduser(value))
+        else:
+            continue
+        if expanded != value:
+            changed[name] = expanded
+    return dataclasses.replace(config, **changed) if changed else config  # type: ignore[type-var]
 
 
 def is_config(value: Any) -> bool:

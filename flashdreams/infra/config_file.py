@@ -25,6 +25,13 @@ from flashdreams.infra.config import (
     is_config,
     unknown_name,
 )
+from flashdreams.infra.config_values import (
+    fit,
+    item_annotation,
+    value_annotation,
+    yaml_name,
+    yaml_text,
+)
 
 TUPLE_TAG = "!tuple"
 PATH_TAG = "!path"
@@ -252,25 +259,31 @@ class _Reader:
                 names = [*self.types.tagged, PATH_TAG, TUPLE_TAG]
                 raise ValueError(self.where(node) + unknown_name(tag, names, what, "types"))
 
-    def read(self, node: yaml.Node, path: str) -> Any:
+    def read(self, node: yaml.Node, path: str, annotation: Any = UNRESOLVED) -> Any:
         kind = self.types.tagged.get(node.tag)
         if kind is not None and issubclass(kind, enum.Enum):
             return self.read_enum(kind, node)
         if kind is not None:
             return self.read_config(kind, node, path)
         if isinstance(node, yaml.SequenceNode):
-            items = [self.read(item, f"{path}[{i}]") for i, item in enumerate(node.value)]
-            return tuple(items) if node.tag == TUPLE_TAG else items
+            items = [
+                self.read(item, f"{path}[{i}]", item_annotation(annotation, i))
+                for i, item in enumerate(node.value)
+            ]
+            return fit(tuple(items) if node.tag == TUPLE_TAG else items, None, annotation)
         if isinstance(node, yaml.MappingNode):
-            return {key: self.read(v, f"{path}.{key}") for key, v in self.pairs(node)}
+            inner = value_annotation(annotation)
+            return {key: self.read(v, f"{path}.{key}", inner) for key, v in self.pairs(node)}
         if node.tag == PATH_TAG:
             return Path(node.value)
-        if node.tag in _SCALARS:
-            try:
-                return yaml.constructor.SafeConstructor().construct_object(node)
-            except (ValueError, yaml.YAMLError) as error:
-                raise ValueError(self.where(node) + _problem(error)) from error
-        return node.value
+        value = node.value
+        try:
+            if node.tag in _SCALARS:
+                value = yaml.constructor.SafeConstructor().construct_object(node)
+            plain = isinstance(node, yaml.ScalarNode) and node.style is None
+            return fit(value, node.value if plain else None, annotation)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(self.where(node) + _problem(error)) from error
 
     def read_enum(self, kind: type[enum.Enum], node: yaml.Node) -> Any:
         if node.value in kind.__members__:
@@ -286,7 +299,7 @@ class _Reader:
         prefix = f"{path}." if path else ""
         valid = config_fields(kind)
         values: dict[str, Any] = {}
-        for name, value_node in self.pairs(node):
+        for name, value_node in self.pairs(node, names=True):
             if name == "_target":
                 values[name] = self.read_target(value_node)
                 continue
@@ -296,11 +309,15 @@ class _Reader:
                     continue
                 what = f"field '{prefix}{name}' of {kind.__name__}"
                 raise ValueError(self.where(value_node) + unknown_name(str(name), valid, what))
-            values[name] = self.read(value_node, f"{prefix}{name}")
+            annotation = field_annotation(kind, name)
+            values[name] = self.read(value_node, f"{prefix}{name}", annotation)
             try:
                 check_leaf(kind, name, values[name], f"{prefix}{name}")
             except TypeError as error:
-                raise TypeError(f"{self.where(value_node)}{error}") from error
+                raise TypeError(
+                    f"{self.where(value_node)}{prefix}{name} of {kind.__name__} must be "
+                    f"{yaml_name(annotation)}; got {yaml_text(values[name])}."
+                ) from error
         absent = [n for n, f in valid.items() if n not in values and not has_default(f)]
         if absent:
             names = ", ".join(prefix + name for name in absent)
@@ -319,12 +336,13 @@ class _Reader:
             raise ValueError(self.where(node) + unknown_name(name, names, what, "targets"))
         return self.types.targets[name]
 
-    def pairs(self, node: yaml.MappingNode) -> Iterator[tuple[Any, yaml.Node]]:
+    def pairs(self, node: yaml.MappingNode, names: bool = False) -> Iterator[tuple[Any, yaml.Node]]:
+        """Keys and value nodes; with ``names`` the keys are names of fields, whatever they say."""
         seen = set()
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise ValueError(f"{self.where(key_node)}a key must be a plain value.")
-            key = self.read(key_node, "")
+            key = key_node.value if key_node.style is None and names else self.read(key_node, "")
             if key in seen:
                 raise ValueError(f"{self.where(key_node)}{key!r} is given twice.")
             seen.add(key)

@@ -18,6 +18,7 @@ from flashdreams.infra.diffusion.causal import RewriteMode
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.encoder.base import EncoderConfig, StreamingEncoder
 from flashdreams.infra.fingerprint import differences
+from flashdreams.infra.finite import FiniteCheck, NotFiniteError, name_bad_weights
 from flashdreams.infra.ranges import check_range
 from flashdreams.infra.rollout import (
     StreamInferencePipelineCache,
@@ -102,6 +103,7 @@ class StreamInferencePipeline(Assembly):
         """Build the components and, unless told otherwise, load their weights; see `Assembly`."""
         super().__init__(config, device=device, load=load)
         self.observers: list[ChunkObserver] = []
+        self._unread: list[FiniteCheck] = []
         self._state_is_checked = False
 
     @without_grad
@@ -171,6 +173,7 @@ class StreamInferencePipeline(Assembly):
     def save_cache(self, cache: StreamInferencePipelineCache) -> RolloutState | None:
         """See `StreamInferencePipelineCache.state_dict`, which calls this."""
         with self.guard("export", cache.next_index, LOAD_TIMEOUT_S):
+            self.check_values(cache)
             self.diffusion_model.side.join()
             plan = self.diffusion_model.transformer.parallel_plan()
             return save_rollout(
@@ -267,8 +270,10 @@ class StreamInferencePipeline(Assembly):
 
         Raises:
             ValueError: a step out of order, or an input that no encoder takes.
+            NotFiniteError: the AR step before this one has made NaN or infinite values.
         """
         cache.check_order("generate", autoregressive_index)
+        self.check_values(cache)
         if self.encoder is None and input is not None:
             raise ValueError(f"{self.config.name} has no encoder, so input must be None.")
         timer = cache.timer
@@ -282,11 +287,32 @@ class StreamInferencePipeline(Assembly):
                 )
             with timer.stage("decode"):
                 chunk = self._decode(latent, autoregressive_index, cache)
+        stages = {"encode": control, "diffuse": latent, "decode": chunk}
+        cache.finite.submit(autoregressive_index, stages)
+        pending = [check for check in self._unread if not check.is_settled]
+        self._unread = [*(check for check in pending if check is not cache.finite), cache.finite]
         cache.next_index += 1
         if chunk is not None:
             for observe in self.observers:
                 observe(cache, chunk)
         return chunk
+
+    def check_values(self, cache: StreamInferencePipelineCache | None = None) -> None:
+        """Refuse to go on from values that are NaN or infinite.
+
+        ``generate`` asks this about the AR step before; ask it after the last one. May wait for
+        that step.
+
+        Args:
+            cache: the rollout; None asks about the last AR steps of all rollouts.
+
+        Raises:
+            NotFiniteError: names AR step, stage and, if there are any, weights that are not finite.
+        """
+        asked = self._unread if cache is None else [cache.finite]
+        self._unread = [check for check in self._unread if check not in asked]
+        for found in filter(None, [check.read() for check in asked]):
+            raise NotFiniteError(f"{found} {name_bad_weights(self)}")
 
     @without_grad
     def update_prompt(

@@ -69,7 +69,7 @@ def load_prompt_embeds(path: str | Path, *, text_len: int = 512, text_dim: int =
     found = found if len(shape) == 3 else found[None]
     if not torch.isfinite(found.float()).all():
         raise ValueError(f"{path}: prompt embeddings hold values that are not finite")
-    embeds = torch.zeros(found.shape[0], text_len, text_dim, dtype=dtype)
+    embeds = torch.zeros(found.shape[0], text_len, text_dim, dtype=dtype, device="cpu")
     embeds[:, : found.shape[1]] = found
     return embeds
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from flashdreams.infra.checks import check_order
 from flashdreams.infra.controller import Controller
 from flashdreams.infra.diffusion.model import DiffusionCache
+from flashdreams.infra.finite import FiniteCheck
 from flashdreams.infra.state import (
     FORMAT,
     RolloutState,
@@ -61,6 +62,8 @@ class StreamInferencePipelineCache:
     """The AR step that ``generate`` expects."""
     controller: Any = None
     """State of the controller that steers the rollout; None without one."""
+    finite: FiniteCheck = field(default_factory=FiniteCheck, repr=False)
+    """Looks at the values of the last AR step."""
 
     @property
     def pending(self) -> bool:

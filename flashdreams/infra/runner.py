@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, BinaryIO, ClassVar, Generic, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -29,6 +29,7 @@ from flashdreams.parallel.environment import (
 from flashdreams.parallel.mesh import ParallelConfig
 from flashdreams.parallel.messages import MessageChannel
 from flashdreams.parallel.watchdog import Watchdog
+from flashdreams.runtime.files import InUseError, open_owned
 from flashdreams.runtime.noise import SEED_LIMIT
 from flashdreams.runtime.video import VideoWriter
 
@@ -94,14 +95,20 @@ class Runner(Generic[ConfigT, PipelineT]):
         Raises:
             ValueError: the config cannot be run, or the text encoder refuses a prompt; no weights
                 have been read yet.
-            OSError: the output folder cannot be written.
+            ValueError: the output folder cannot be written, or another run writes the same files.
             CheckpointError: weights are missing or damaged.
         """
         self.config = config
         self.environment: Environment = init(config.device)
         set_up_logging(self.environment)
-        if self.is_rank_zero:
-            check_writable(config.output_dir)
+        self._claim = claim_output(config) if self.is_rank_zero else None
+        try:
+            self._assemble(config)
+        except BaseException:
+            self._give_back_output()
+            raise
+
+    def _assemble(self, config: ConfigT) -> None:
         self.pipeline = config.pipeline.setup(device=self.environment.device, load=False)
         self.mesh = self.pipeline.build_mesh(self.environment.world_size, config.parallel)
         reports = self.pipeline.parallelize(self.mesh)
@@ -185,6 +192,7 @@ class Runner(Generic[ConfigT, PipelineT]):
             session.submit(command)
         for _ in self.progress(total_blocks):
             yield session.step()
+        self.pipeline.check_values(session.cache)
 
     def run(self) -> None:
         """Stream ``config.total_blocks`` AR steps into the video."""
@@ -207,8 +215,9 @@ class Runner(Generic[ConfigT, PipelineT]):
             scale: enlargement by whole pixels, for small worlds.
         """
         path = self.config.output_dir / f"{self.config.runner_name}.mp4"
-        self._videos.append(path)
-        return VideoWriter(path, fps=self.config.fps, scale=scale)
+        writer = VideoWriter(path, fps=self.config.fps, scale=scale)
+        self._videos.append(writer.path)
+        return writer
 
     def progress(self, total_blocks: int) -> Iterator[int]:
         """The AR indices 0 to ``total_blocks - 1``, with a progress bar on rank zero."""
@@ -230,12 +239,16 @@ class Runner(Generic[ConfigT, PipelineT]):
         """Write the stats, and the latents if asked for, say so, then leave the process group.
 
         Raises:
+            NotFiniteError: the last AR step has made NaN or infinite values.
             OSError: on rank zero, if a file could not be written.
             RankZeroError: on the other ranks, if rank zero has failed.
         """
         limit_s = LOAD_TIMEOUT_S if self.config.save_latents else None  # there may be many
-        with self.pipeline.guard("close", self.recorder.steps, limit_s):
+        with contextlib.ExitStack() as at_the_end:
+            at_the_end.callback(self._give_back_output)
+            at_the_end.enter_context(self.pipeline.guard("close", self.recorder.steps, limit_s))
             files = from_rank_zero(self.recorder.close)
+            self.pipeline.check_values()
         if self.is_rank_zero:
             print("written:", *self._videos, *files, flush=True)
         self.pipeline.drop_graphs()
@@ -250,20 +263,35 @@ class Runner(Generic[ConfigT, PipelineT]):
         guard = self.pipeline.guard("abort", self.recorder.steps)  # a hung device keeps checksums
         with contextlib.suppress(Exception), guard:
             self.recorder.close()
+        self._give_back_output()
+
+    def _give_back_output(self) -> None:
+        if self._claim is not None:
+            with contextlib.suppress(OSError):  # the folder may be gone
+                Path(self._claim.name).unlink(missing_ok=True)
+            self._claim.close()
+            self._claim = None
 
 
-def check_writable(folder: Path) -> None:
-    """Make a folder and see that files can be made in it.
+def claim_output(config: RunnerConfig) -> BinaryIO:
+    """Make the output folder and see that no other run writes files of this slug into it.
+
+    Returns:
+        ``.<slug>.lock`` in the folder; closing it, or the end of the process, gives the names free.
 
     Raises:
-        OSError: one line that says what is in the way.
+        ValueError: one line that says what is in the way.
     """
+    folder = config.output_dir
+    lock = folder / f".{config.runner_name}.lock"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".flashdreams-probe"
-        probe.touch()
-        probe.unlink()
+        return open_owned(lock)
+    except InUseError as error:
+        raise ValueError(
+            f"--output-dir {folder}: another run of {config.runner_name} writes its files there. "
+            f"Name another folder, such as --output-dir {folder}-2, or wait for its end."
+        ) from error
     except OSError as error:
-        raise OSError(
+        raise ValueError(
             f"--output-dir {folder} cannot be written: {error.strerror}. Name another folder."
         ) from error

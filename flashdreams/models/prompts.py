@@ -126,7 +126,7 @@ class HashTextEncoder(Encoder):
     def init_buffers(self) -> None:
         """Leave the meta device: the buffer only says where results are wanted."""
         if self.device.type == "meta":
-            self._place = torch.zeros((), dtype=self.dtype)
+            self._place = torch.zeros((), dtype=self.dtype, device="cpu")
 
     def forward(self, input: Sequence[str]) -> Tensor:
         """Embed prompts, one row per word.
@@ -139,7 +139,13 @@ class HashTextEncoder(Encoder):
             ValueError: white space for a prompt, or more than ``text_len`` words.
         """
         prompts = self._words(input)
-        embeds = torch.zeros(len(prompts), self.config.text_len, self.config.text_dim)
+        embeds = torch.zeros(
+            len(prompts),
+            self.config.text_len,
+            self.config.text_dim,
+            dtype=torch.float32,
+            device="cpu",
+        )
         for number, words in enumerate(prompts):
             for row, word in enumerate(words):
                 embeds[number, row] = self._embed(word)
@@ -167,5 +173,8 @@ class HashTextEncoder(Encoder):
     def _embed(self, word: str) -> Tensor:
         dim = self.config.text_dim
         digest = hashlib.shake_256(f"{self.config.seed} {word}".encode()).digest(4 * dim)
-        uniform = torch.tensor(struct.unpack(f"<{dim}I", digest), dtype=torch.float64) / 2**32
+        uniform = (
+            torch.tensor(struct.unpack(f"<{dim}I", digest), dtype=torch.float64, device="cpu")
+            / 2**32
+        )
         return ((2 * uniform - 1) * 3**0.5).float()

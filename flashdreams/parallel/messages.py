@@ -82,7 +82,8 @@ class MessageChannel:
                 continue
 
     def _send(self, given: "_Written") -> Message:
-        dist.broadcast(torch.tensor([len(given.text)]), 0, group=self._group)
+        length = torch.tensor([len(given.text)], dtype=torch.int64, device="cpu")
+        dist.broadcast(length, 0, group=self._group)
         payload = torch.frombuffer(bytearray(given.text), dtype=torch.uint8)
         dist.broadcast(payload, 0, group=self._group)
         for x in given.message.tensors.values():
@@ -91,14 +92,14 @@ class MessageChannel:
         return given.message
 
     def _receive(self) -> Message:
-        length = torch.zeros(1, dtype=torch.int64)
+        length = torch.zeros(1, dtype=torch.int64, device="cpu")
         dist.broadcast(length, 0, group=self._group)
-        payload = torch.empty(int(length), dtype=torch.uint8)
+        payload = torch.empty(int(length), dtype=torch.uint8, device="cpu")
         dist.broadcast(payload, 0, group=self._group)
         value, described = json.loads(payload.numpy().tobytes())
         tensors = {}
         for name, dtype, shape in described:
-            x = torch.empty(shape, dtype=getattr(torch, dtype))
+            x = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
             if x.numel():
                 dist.broadcast(x.view(-1).view(torch.uint8), 0, group=self._group)
             tensors[name] = x

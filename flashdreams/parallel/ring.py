@@ -31,7 +31,7 @@ class ShardedCursor:
         if self.cursor.slots is None:
             return None
         firsts = self.cursor.slots[:: self.cursor.tokens_per_frame] // self.ranks
-        offsets = torch.arange(self.tokens_per_frame, device=firsts.device)
+        offsets = torch.arange(self.tokens_per_frame, device=firsts.device, dtype=torch.int64)
         return (firsts[:, None] + offsets).flatten()
 
     @property

@@ -104,7 +104,11 @@ def integrate(
     """
     if start is not None and start.shape != (4, 4):
         raise ValueError(f"start has shape {tuple(start.shape)}, expected (4, 4)")
-    pose = torch.eye(4, dtype=torch.float64) if start is None else start.detach().double().cpu()
+    pose = (
+        torch.eye(4, dtype=torch.float64, device="cpu")
+        if start is None
+        else start.detach().double().cpu()
+    )
     poses = [pose]
     for keys in actions:
         poses.append(move(poses[-1], keys, motion, collide))
@@ -157,7 +161,9 @@ def hold(poses: Tensor, num_frames: int) -> Tensor:
         raise ValueError("there is no pose to hold: poses is empty, at least 1 is needed")
     if num_frames < 1:
         raise ValueError(f"num_frames={num_frames}, at least 1 is needed")
-    index = torch.arange(num_frames, device=poses.device).clamp_max(len(poses) - 1)
+    index = torch.arange(num_frames, device=poses.device, dtype=torch.int64).clamp_max(
+        len(poses) - 1
+    )
     return poses[index]
 
 
@@ -196,7 +202,9 @@ def _yaw(angle_rad: float) -> Tensor:
     """Rotation [3, 3] float64 by which a camera (x right, y down, z forward) turns right."""
     sine, cosine = math.sin(angle_rad), math.cos(angle_rad)
     return torch.tensor(
-        [[cosine, 0.0, sine], [0.0, 1.0, 0.0], [-sine, 0.0, cosine]], dtype=torch.float64
+        [[cosine, 0.0, sine], [0.0, 1.0, 0.0], [-sine, 0.0, cosine]],
+        dtype=torch.float64,
+        device="cpu",
     )
 
 

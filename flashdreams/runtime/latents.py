@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashdreams.runtime.files import write_whole
+from flashdreams.runtime.files import open_partial, write_whole
 
 BLOCK_BYTES = 2**24
 """Most that is copied at once from the partial to the final file."""
@@ -46,8 +46,7 @@ class LatentWriter:
         """
         frames = latent.detach().float().permute(2, 0, 1, 3, 4).contiguous().numpy()
         if self._file is None:
-            self.partial_path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.partial_path.open("wb")
+            self._file, self.partial_path, self.path = open_partial(self.path, ".partial.npy")
             self._shape = (0, *frames.shape[1:])
             self._write_header()
         if frames.shape[1:] != self._shape[1:]:
@@ -66,10 +65,12 @@ class LatentWriter:
         Raises:
             OSError: it cannot be written; the partial file is left.
         """
-        self.close()
-        with write_whole(self.path) as file:
-            _write_safetensors(file, np.load(self.partial_path, mmap_mode="r"))
-        self.partial_path.unlink()
+        try:  # the parts stay open, and so this writer's, until the end
+            with write_whole(self.path) as file:
+                _write_safetensors(file, np.load(self.partial_path, mmap_mode="r"))
+            self.partial_path.unlink()
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Close the partial file and leave it."""

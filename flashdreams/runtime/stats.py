@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from flashdreams.runtime.files import write_whole
+from flashdreams.runtime.files import open_partial, write_whole
 
 BYTES_PER_GIB = 2**30
 
@@ -47,8 +47,8 @@ class StatsWriter:
         """
         line = _to_json(record, f"records[{self._count}]")
         if self._lines is None:
-            self.partial_path.parent.mkdir(parents=True, exist_ok=True)
-            self._lines = self.partial_path.open("wb")
+            opened = open_partial(self.path, ".partial.jsonl")
+            self._lines, self.partial_path, self.path = opened
             self._lines.write(_to_json(self._header(), "header") + b"\n")
         self._lines.write(line + b"\n")
         self._lines.flush()
@@ -61,14 +61,16 @@ class StatsWriter:
             ValueError: a value of the header is NaN or infinite.
             OSError: the file cannot be written; the lines are left.
         """
-        self.close()
-        header = _to_json(self._header(), "header", indent=2).replace(b"\n", b"\n  ")
-        with write_whole(self.path) as file:
-            file.write(b'{\n  "header": ' + header + b',\n  "records": [')
-            if self._lines is not None:
-                self._copy_records(file)
-            file.write(b"\n  ]\n}\n")
-        self.partial_path.unlink(missing_ok=True)
+        try:  # the lines stay open, and so this writer's, until the end
+            header = _to_json(self._header(), "header", indent=2).replace(b"\n", b"\n  ")
+            with write_whole(self.path) as file:
+                file.write(b'{\n  "header": ' + header + b',\n  "records": [')
+                if self._lines is not None:
+                    self._copy_records(file)
+                file.write(b"\n  ]\n}\n")
+            self.partial_path.unlink(missing_ok=True)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Close the file with the lines and leave it."""

@@ -250,7 +250,7 @@ class CausalTransformer(Transformer):
         for cursor in cache.cursors:
             cursor.begin_step(c.len_t, self.device)
         self._rotate_sinks(cache)
-        frames = torch.arange(cache.cursor.start, cache.cursor.end)
+        frames = torch.arange(cache.cursor.start, cache.cursor.end, dtype=torch.int64, device="cpu")
         cache.inputs.fill(self.inputs_at(cache, frames, control))
 
     def predict_flow(self, latent: Tensor, timestep: Tensor, cache: CausalState) -> Tensor:
@@ -329,7 +329,9 @@ class CausalTransformer(Transformer):
             parts = [select_tokens(chunk.control, chunk.kept, len_t) for chunk in group]
             control = torch.cat(parts, dim=1) if parts[1:] and parts[0] is not None else parts[0]
             latent = torch.cat([chunk.latent for chunk in group], dim=2)
-            inputs = self.inputs_at(cache, torch.tensor(frames), control)
+            inputs = self.inputs_at(
+                cache, torch.tensor(frames, dtype=torch.int64, device="cpu"), control
+            )
             self(latent, self.modulation_of(timestep, cache), inputs, cache, True)
             for layer in cache.layers():
                 layer.keep_sink(frames[0], frames[-1] + 1)
@@ -385,7 +387,9 @@ class CausalTransformer(Transformer):
         """
         self.begin_step(0, cache, control)
         latent = NoiseSource(0)(0, 0, self.latent_shape(cache.batch_size)).to(self.device)
-        modulation = self.modulation_of(torch.tensor(500.0), cache)
+        modulation = self.modulation_of(
+            torch.tensor(500.0, dtype=torch.float32, device="cpu"), cache
+        )
         exact = True  # to the end also where one differs: other ranks wait in collectives
         for write_only in (False, True) if self.config.streaming else (False,):
             found = []

@@ -239,7 +239,9 @@ class DiffusionModel(nn.Module):
     def _step_through(self, cache: DiffusionCache) -> int:
         """A rollout of dummy values, up to the point from which all AR steps are alike."""
         transformer = self.transformer
-        latent = torch.zeros(transformer.latent_shape(1), device=transformer.device)
+        latent = torch.zeros(
+            transformer.latent_shape(1), device=transformer.device, dtype=torch.float32
+        )
         timestep = self.scheduler.timesteps[0]
         control = transformer.example_control(1)
         for index in range(transformer.warm_up_steps):
@@ -354,7 +356,9 @@ class DiffusionModel(nn.Module):
         return chunks
 
     def _context_timestep(self) -> Tensor:
-        return torch.tensor(self.config.context_noise, dtype=self.scheduler.timesteps.dtype)
+        return torch.tensor(
+            self.config.context_noise, dtype=self.scheduler.timesteps.dtype, device="cpu"
+        )
 
     def _frames_of(self, chunk: CleanChunk) -> range:
         count = chunk.latent.shape[2]

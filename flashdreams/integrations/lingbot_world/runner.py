@@ -189,9 +189,13 @@ def camera_path(
         poses: ``[F, 4, 4]``.
         held: held keys of F frames.
     """
-    keys = torch.tensor([[key in now for key in KEY_ORDER] for now in held]).float()
+    keys = torch.tensor(
+        [[key in now for key in KEY_ORDER] for now in held], dtype=torch.bool, device="cpu"
+    ).float()
     return CameraPath(
-        poses, torch.tensor(intrinsics).expand(len(poses), 4), keys if keyed else None
+        poses,
+        torch.tensor(intrinsics, dtype=torch.float32, device="cpu").expand(len(poses), 4),
+        keys if keyed else None,
     )
 
 
@@ -240,7 +244,11 @@ def read_path(config: CameraToVideoRunnerConfig) -> CameraPath:
         name = "--actions"
         held = parse_actions(config.actions)
         poses = integrate(held, config.motion())
-        keys = torch.tensor([[key in now for key in KEY_ORDER] for now in (frozenset(), *held)])
+        keys = torch.tensor(
+            [[key in now for key in KEY_ORDER] for now in (frozenset(), *held)],
+            dtype=torch.bool,
+            device="cpu",
+        )
     else:
         raise ValueError(
             f"{config.runner_name} follows a camera: give --pose-path FILE, or type key presses "
@@ -251,7 +259,9 @@ def read_path(config: CameraToVideoRunnerConfig) -> CameraPath:
         intrinsics = read_array(config.intrinsic_path, "--intrinsic-path")
         name = f"--intrinsic-path {config.intrinsic_path}"
     else:
-        intrinsics = torch.tensor(config.intrinsics).expand(len(poses), 4)
+        intrinsics = torch.tensor(config.intrinsics, dtype=torch.float32, device="cpu").expand(
+            len(poses), 4
+        )
         name = "--intrinsics"
     check_intrinsics(intrinsics, len(poses), name)
     if not keyed or keys is None:

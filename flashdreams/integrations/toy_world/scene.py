@@ -51,7 +51,9 @@ WALL_RGB = torch.tensor(
         [0.32, 0.46, 0.76],
         [0.56, 0.40, 0.70],
         [0.88, 0.86, 0.82],
-    ]
+    ],
+    dtype=torch.float32,
+    device="cpu",
 )
 """``[NUM_OPTIONS, 3]`` colours of the walls in [0, 1]."""
 PILLAR_RGB = torch.tensor(
@@ -64,7 +66,9 @@ PILLAR_RGB = torch.tensor(
         [0.20, 0.40, 0.84],
         [0.58, 0.30, 0.76],
         [0.94, 0.93, 0.90],
-    ]
+    ],
+    dtype=torch.float32,
+    device="cpu",
 )
 """``[NUM_OPTIONS, 3]`` colours of the pillars in [0, 1]."""
 FLOOR_RGB = torch.tensor(
@@ -77,7 +81,9 @@ FLOOR_RGB = torch.tensor(
         [0.36, 0.44, 0.60],
         [0.48, 0.40, 0.56],
         [0.72, 0.71, 0.69],
-    ]
+    ],
+    dtype=torch.float32,
+    device="cpu",
 )
 """``[NUM_OPTIONS, 3]`` colours of the floor in [0, 1]."""
 SKY_RGB = torch.tensor(
@@ -90,7 +96,9 @@ SKY_RGB = torch.tensor(
         [[0.42, 0.66, 0.78], [0.96, 0.88, 0.66], [0.22, 0.14, 0.02], [1.02, 0.97, 0.86]],
         [[0.06, 0.16, 0.30], [0.22, 0.60, 0.54], [0.10, 0.22, 0.14], [0.68, 0.84, 0.82]],
         [[0.22, 0.26, 0.32], [0.48, 0.54, 0.58], [0.14, 0.13, 0.10], [0.76, 0.80, 0.84]],
-    ]
+    ],
+    dtype=torch.float32,
+    device="cpu",
 )
 """``[NUM_OPTIONS, 4, 3]``: zenith, horizon (also the fog), glow near the sun, tint of the light."""
 
@@ -129,7 +137,9 @@ def random_scene(batch: int, generator: torch.Generator) -> Tensor:
         ``[B, NUM_SLOTS]`` int64 in [0, NUM_OPTIONS).
     """
     shape = (batch, NUM_SLOTS)
-    return torch.randint(NUM_OPTIONS, shape, generator=generator, device=generator.device)
+    return torch.randint(
+        NUM_OPTIONS, shape, generator=generator, device=generator.device, dtype=torch.float32
+    )
 
 
 def scene_from_text(text: str) -> Tensor:
@@ -149,7 +159,7 @@ def scene_from_text(text: str) -> Tensor:
     Raises:
         ValueError: an unknown word, or a phrase without exactly one place and one colour.
     """
-    scene = torch.tensor(DEFAULT_SCENE)
+    scene = torch.tensor(DEFAULT_SCENE, dtype=torch.int64, device="cpu")
     for phrase in re.split(r"[,;.\n]|\band\b", text.lower()):
         if phrase.strip():
             slots, value = _parse_phrase(phrase.strip())

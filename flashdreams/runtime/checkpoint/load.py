@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flashdreams.runtime.checkpoint.config import CheckpointConfig, CheckpointError
 from flashdreams.runtime.checkpoint.keys import KeyMap, describe_mismatch, map_names
+from flashdreams.runtime.checkpoint.pairs import refuse_scaled
 from flashdreams.runtime.checkpoint.read import TensorInfo, TensorSlice, TensorStore, open_tensors
 from flashdreams.runtime.checkpoint.source import ensure_local
 
@@ -83,6 +84,7 @@ def load_checkpoint(
     if key_maps is None:
         key_maps = getattr(module, "checkpoint_key_maps", ())
     store = open_tensors(ensure_local(config), config.select)
+    refuse_scaled(store.infos, config)
     match = map_names(store.infos, config, key_maps)
     targets = _collect_targets(module)
     adapt = getattr(module, "checkpoint_slices", None)
@@ -219,7 +221,7 @@ def _place(target: _Target, device: torch.device | str | None, dtype: DType | No
     wanted_dtype = old.dtype
     if dtype is not None and old.is_floating_point():
         wanted_dtype = dtype if isinstance(dtype, torch.dtype) else dtype(target.names[0])
-    new = torch.empty(0, device=device)
+    new = torch.empty(0, device=device, dtype=torch.float32)
     if not old.is_meta and new.device == old.device and wanted_dtype == old.dtype:
         return old
     new = torch.empty(old.shape, device=device, dtype=wanted_dtype)

@@ -134,7 +134,7 @@ def _view(mapped: mmap.mmap, info: TensorInfo, part: TensorSlice | None) -> Tens
     """View one tensor in the mapped file, and ask the kernel to read ahead what is wanted of it."""
     count = math.prod(info.shape)
     if count == 0:
-        return torch.empty(info.shape, dtype=info.dtype)
+        return torch.empty(info.shape, dtype=info.dtype, device="cpu")
     start, length = info.offset, count * info.dtype.itemsize
     if part is not None and part.dim == 0:
         row = length // info.shape[0]
