@@ -10,6 +10,10 @@ from torch import Tensor
 ORIENTATION = 0x0112
 """Exif tag; 5 to 8 mean that rows and columns are exchanged."""
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+"""Decoders that a file may reach. Pillow tries 43 formats if none are named, and for a PostScript
+header starts an interpreter."""
+
 MAX_IMAGE_PIXELS = 50_000_000
 """Most pixels of a first image: more than any camera's picture needs here."""
 
@@ -18,7 +22,7 @@ def load_image(path: Path, height: int, width: int, *, fit: bool = False) -> Ten
     """Read an image from a file.
 
     Args:
-        path: any format that Pillow reads; a camera's turned image is set upright.
+        path: PNG, JPEG, WebP or BMP; a camera's turned image is set upright.
         height: wanted height in pixels.
         width: wanted width in pixels.
         fit: scale and crop an image of another size, keeping its centre; if not, refuse it.
@@ -33,7 +37,7 @@ def load_image(path: Path, height: int, width: int, *, fit: bool = False) -> Ten
 
     image_size(path)  # a huge image is not decoded
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
             image = ImageOps.exif_transpose(opened)
     except Exception as error:  # what a damaged image raises is no narrower
         raise _unreadable(path, error) from error
@@ -67,7 +71,7 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 width, height = image.size
                 huge = width * height > MAX_IMAGE_PIXELS
                 turned = not huge and image.getexif().get(ORIENTATION, 1) > 4
@@ -86,7 +90,8 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
-    reason = getattr(error, "strerror", None) or "it is no image that can be read"
+    reason = getattr(error, "strerror", None)
+    reason = reason or f"it is no image that can be read ({', '.join(FORMATS)})"
     return ValueError(f"--image-path {path}: {reason}.")
 
 
