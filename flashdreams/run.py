@@ -18,6 +18,7 @@ from typing import Any
 
 from flashdreams.infra.config import (
     annotated_types,
+    check_slug,
     config_fields,
     expand_home,
     field_annotation,
@@ -28,6 +29,7 @@ from flashdreams.registry import VARIABLE, PluginError, Registry, discover, is_r
 from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.termination import EXIT_CODE as TERMINATED
 from flashdreams.runtime.termination import Terminated, raise_on_sigterm
+from flashdreams.runtime.text import printable, quoted, read_text
 
 PROGRAM = "flashdreams-run"
 DONE, RUN_FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -142,6 +144,7 @@ def _resolve(line: CommandLine) -> Any:
     config = _apply_overrides(config, line)
     if config is None:
         return None
+    check_slug(config.runner_name)  # also of configs that are no RunnerConfig
     if line.print_config:
         from flashdreams.infra.config_file import dump_config
 
@@ -203,12 +206,12 @@ def _table(rows: list[tuple[str, str]]) -> list[str]:
 
 
 def _read_config_file(path: Path, registry: Registry, named: Any) -> Any:
-    from flashdreams.infra.config_file import load_config
+    from flashdreams.infra.config_file import MAX_CONFIG_BYTES, load_config
 
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        text = read_text(path, MAX_CONFIG_BYTES)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UsageError(
             f"cannot read --config {path}: {reason}. "
             f"Write one with: {PROGRAM} <slug> --print-config > {path}"
@@ -224,7 +227,7 @@ def _read_config_file(path: Path, registry: Registry, named: Any) -> Any:
         raise UsageError(f"{path} holds a {type(config).__name__}, which is no runner's config.")
     if named is not None and config.runner_name != named.runner_name:
         raise UsageError(
-            f"{path} is a config of {config.runner_name!r}, not of {named.runner_name!r}: "
+            f"{path} is a config of {quoted(config.runner_name)}, not of {named.runner_name!r}: "
             f"leave the slug away, or name the file's own."
         )
     return config
@@ -391,11 +394,13 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
     unexpected = not (repeats or isinstance(error, tuple(readable))) or not text
     debug = debug or (unexpected and code == RUN_FAILED and _ranks() > 1)
     if debug:
-        traceback.print_exception(error)
+        trace = "".join(traceback.format_exception(error))
+        print(printable(trace, 100_000), file=sys.stderr, end="", flush=True)
     if unexpected:
         text = f"{type(error).__name__}: {text}".rstrip(": ") + _HINT * (not debug)
     elif isinstance(error, PluginError):
         text += _HINT * (not debug)
+    text = printable(text)
     if _rank() == 0:
         print(f"{PROGRAM}: error: {text}", file=sys.stderr, flush=True)
         return code

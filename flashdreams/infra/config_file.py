@@ -23,6 +23,7 @@ from flashdreams.infra.config import (
     field_default,
     has_default,
     is_config,
+    quoted,
     unknown_name,
 )
 from flashdreams.infra.config_values import (
@@ -32,6 +33,7 @@ from flashdreams.infra.config_values import (
     yaml_name,
     yaml_text,
 )
+from flashdreams.runtime.text import printable, shown
 
 TUPLE_TAG = "!tuple"
 PATH_TAG = "!path"
@@ -41,6 +43,12 @@ MOVED_MODULES = {
     "flashdreams.runtime.checkpoint_config": "flashdreams.runtime.checkpoint.config",
 }
 """Present modules of the classes that config files of 0.1 name, by former module."""
+MAX_CONFIG_BYTES = 2**17
+"""Largest config file; one of all fields of a shipped method has some 7,000 bytes."""
+MAX_DEPTH = 32
+"""Most levels of a config file; a shipped method has 5."""
+MAX_NUMBER = 64
+"""Most characters of a number, which takes time with the square of its length."""
 
 _STANDARD = "tag:yaml.org,2002:"
 _SCALARS = {_STANDARD + kind for kind in ("null", "bool", "int", "float", "str")}
@@ -56,11 +64,18 @@ class _Dumper(yaml.SafeDumper):
 class _Loader(yaml.SafeLoader):
     """Reads YAML without aliases, so that no value is shared and none contains itself."""
 
+    depth = 0
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=mark)
-        return super().compose_node(parent, index)
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise RecursionError
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 for _class in (_Dumper, _Loader):
@@ -126,6 +141,8 @@ def load_config(
             field, or a value that the config itself refuses; with the line.
         TypeError: a value that does not conform to its field, with the line.
     """
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ValueError(f"{source} is larger than {MAX_CONFIG_BYTES} bytes.")
     try:
         root = yaml.compose(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError) as error:
@@ -255,7 +272,7 @@ class _Reader:
                 node.tag = f"!{_moved(node.tag[1:])}"
             if node.tag not in plain[type(node)] and node.tag not in self.types.tagged:
                 tag = node.tag.replace(_STANDARD, "!!")
-                what = f"type {tag!r}; a file may only name types of registered configs"
+                what = f"type {quoted(tag)}; a file may only name types of registered configs"
                 names = [*self.types.tagged, PATH_TAG, TUPLE_TAG]
                 raise ValueError(self.where(node) + unknown_name(tag, names, what, "types"))
 
@@ -279,23 +296,25 @@ class _Reader:
         value = node.value
         try:
             if node.tag in _SCALARS:
+                if node.tag != f"{_STANDARD}str" and len(node.value) > MAX_NUMBER:
+                    raise ValueError(f"{quoted(node.value)} is too long a value.")
                 value = yaml.constructor.SafeConstructor().construct_object(node)
             plain = isinstance(node, yaml.ScalarNode) and node.style is None
             return fit(value, node.value if plain else None, annotation)
-        except (ValueError, yaml.YAMLError) as error:
+        except Exception as error:  # a tag such as !!int on any text: whatever comes of it
             raise ValueError(self.where(node) + _problem(error)) from error
 
     def read_enum(self, kind: type[enum.Enum], node: yaml.Node) -> Any:
         if node.value in kind.__members__:
             return kind[node.value]
-        what = f"member {node.value!r} of {kind.__name__}"
+        what = f"member {quoted(node.value)} of {kind.__name__}"
         raise ValueError(
             self.where(node) + unknown_name(str(node.value), kind.__members__, what, "members")
         )
 
     def read_config(self, kind: type, node: yaml.Node, path: str) -> Any:
         if not isinstance(node, yaml.MappingNode):
-            raise ValueError(f"{self.where(node)}{node.tag} must be followed by its fields.")
+            raise ValueError(f"{self.where(node)}{shown(node.tag)} must be followed by its fields.")
         prefix = f"{path}." if path else ""
         valid = config_fields(kind)
         values: dict[str, Any] = {}
@@ -307,7 +326,7 @@ class _Reader:
                 if name in REMOVED_FIELDS and self.read(value_node, f"{prefix}{name}") is False:
                     self.ignored[name] = None
                     continue
-                what = f"field '{prefix}{name}' of {kind.__name__}"
+                what = f"field '{prefix}{shown(name)}' of {kind.__name__}"
                 raise ValueError(self.where(value_node) + unknown_name(str(name), valid, what))
             annotation = field_annotation(kind, name)
             values[name] = self.read(value_node, f"{prefix}{name}", annotation)
@@ -331,7 +350,8 @@ class _Reader:
     def read_target(self, node: yaml.Node) -> type:
         name = _moved(str(node.value))
         if name not in self.types.targets:
-            what = f"target {node.value!r}; a file may only name targets of registered configs"
+            what = f"target {quoted(node.value)}; a file may only name targets of registered "
+            what += "configs"
             names = self.types.targets
             raise ValueError(self.where(node) + unknown_name(name, names, what, "targets"))
         return self.types.targets[name]
@@ -344,7 +364,7 @@ class _Reader:
                 raise ValueError(f"{self.where(key_node)}a key must be a plain value.")
             key = key_node.value if key_node.style is None and names else self.read(key_node, "")
             if key in seen:
-                raise ValueError(f"{self.where(key_node)}{key!r} is given twice.")
+                raise ValueError(f"{self.where(key_node)}{quoted(key)} is given twice.")
             seen.add(key)
             yield key, value_node
 
@@ -362,8 +382,10 @@ def _nodes(node: yaml.Node) -> Iterator[yaml.Node]:
 
 def _problem(error: BaseException) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"line {error.problem_mark.line + 1}: {error.problem}"
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        return f"line {error.problem_mark.line + 1}: {printable(str(error.problem), 300)}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return printable(str(error), 300) or type(error).__name__
 
 
 def _collect_value(value: Any, known: KnownTypes) -> None:

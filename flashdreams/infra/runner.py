@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, ClassVar, Generic, TypeVar
 import torch
 from tqdm import tqdm
 
-from flashdreams.infra.config import InstantiateConfig
+from flashdreams.infra.config import InstantiateConfig, check_slug
 from flashdreams.infra.controller import Controller
 from flashdreams.infra.pipeline import (
     StreamInferencePipeline,
@@ -64,6 +64,7 @@ class RunnerConfig(InstantiateConfig):
     """How several ranks share the work."""
 
     def __post_init__(self) -> None:
+        check_slug(self.runner_name)
         if hasattr(self, "total_blocks"):  # every shipped method has it
             check_range(self, "total_blocks", as_flags=True)
         check_range(self, "fps", most=1000, as_flags=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flashdreams.infra import prompt
+from flashdreams.infra.config import quoted
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
 from flashdreams.infra.ranges import check_range
 
@@ -46,15 +47,20 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
 
     Raises:
         TypeError: not a list of texts.
-        ValueError: no prompt, or one of nothing but white space.
+        ValueError: no prompt, one of nothing but white space, or one that is far too long.
     """
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
         raise TypeError(
-            f"text must be a list of prompts such as ['a street at night'], got {prompts!r}"
+            f"text must be a list of prompts such as ['a street at night'], got {quoted(prompts)}"
         )
     if not prompts:
         raise ValueError("text holds no prompt; give one per video, such as ['a street at night']")
     for number, text in enumerate(prompts):
+        if len(text) > prompt.MAX_PROMPT_CHARACTERS:
+            raise ValueError(
+                f"prompt {number} has {len(text)} characters; at most "
+                f"{prompt.MAX_PROMPT_CHARACTERS} are taken"
+            )
         if text and not text.strip():
             raise ValueError(_EMPTY.format(number))
     return list(prompts)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flashdreams.infra.config import quoted
+
 KEYS = {
     "w": "forward",
     "s": "back",
@@ -21,6 +23,8 @@ KEYS = {
 """Keys and what they do."""
 MAX_FRAMES = 100_000
 """Most pixel frames that one text may describe."""
+MAX_CHARACTERS = 4 * MAX_FRAMES
+"""Longest text that is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,21 +61,23 @@ def parse_actions(text: str) -> list[frozenset[str]]:
         ValueError: an unknown key, a count that is not a whole number >= 1, or more than
             ``MAX_FRAMES`` frames in all.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"actions of {len(text)} characters; at most {MAX_CHARACTERS} are read")
     frames: list[frozenset[str]] = []
     for word in re.split(r"[\s,]+", text.strip()):
         if not word:
             continue
         match = re.fullmatch(r"([a-z]+)(.*)", word.lower())
         if match is None:
-            raise ValueError(f"{word!r} does not begin with a key. {_usage()}")
+            raise ValueError(f"{quoted(word)} does not begin with a key. {_usage()}")
         keys, count = match.groups()
         for key in keys:
             if key not in KEYS:
-                raise ValueError(f"unknown key {key!r} in {word!r}. {_usage()}")
+                raise ValueError(f"unknown key {key!r} in {quoted(word)}. {_usage()}")
         number = _frame_count(word, count)
         if len(frames) + number > MAX_FRAMES:
             raise ValueError(
-                f"{word!r} brings the actions to {len(frames) + number} frames, "
+                f"{quoted(word)} brings the actions to {len(frames) + number} frames, "
                 f"at most {MAX_FRAMES} are allowed"
             )
         frames += [frozenset(keys)] * number
@@ -195,7 +201,7 @@ def check_keys(keys: frozenset[str]) -> None:
     """
     unknown = sorted(keys - KEYS.keys())
     if unknown:
-        raise ValueError(f"unknown key {unknown[0]!r}. {_usage()}")
+        raise ValueError(f"unknown key {quoted(unknown[0])}. {_usage()}")
 
 
 def _yaw(angle_rad: float) -> Tensor:
@@ -213,11 +219,15 @@ def _frame_count(word: str, count: str) -> int:
     if not count:
         return 1
     if not re.fullmatch(r"[0-9]+", count):
-        raise ValueError(f"{count!r} in {word!r} is not a whole number of frames >= 1. {_usage()}")
+        raise ValueError(
+            f"{quoted(count)} in {quoted(word)} is not a whole number of frames >= 1. {_usage()}"
+        )
     # Longer than any allowed count: refused before int() has to read it.
     number = int(count) if len(count) <= 9 else 10**9
     if not 1 <= number <= MAX_FRAMES:
-        raise ValueError(f"{count!r} in {word!r}: the frames of a key go from 1 to {MAX_FRAMES}")
+        raise ValueError(
+            f"{quoted(count)} in {quoted(word)}: the frames of a key go from 1 to {MAX_FRAMES}"
+        )
     return number
 
 

@@ -12,6 +12,10 @@ from flashdreams.runtime.image_colours import as_rgb
 ORIENTATION = 0x0112
 """Exif tag; 5 to 8 mean that rows and columns are exchanged."""
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""Decoders that a file may reach. Pillow tries 43 formats if none are named, and for a PostScript
+header starts an interpreter."""
+
 MAX_IMAGE_PIXELS = 50_000_000
 """Most pixels of a first image: more than any camera's picture needs here."""
 
@@ -20,7 +24,7 @@ def load_image(path: Path, height: int, width: int, *, fit: bool = False) -> Ten
     """Read an image from a file.
 
     Args:
-        path: any format and colours that Pillow reads, see `as_rgb`; a camera's turned image is set
+        path: PNG, JPEG, WebP, BMP, GIF or TIFF in any colours, see `as_rgb`; a camera's turned image is set
             upright.
         height: wanted height in pixels.
         width: wanted width in pixels.
@@ -36,7 +40,7 @@ def load_image(path: Path, height: int, width: int, *, fit: bool = False) -> Ten
 
     image_size(path)  # a huge image is not decoded
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
             image = ImageOps.exif_transpose(opened)
     except Exception as error:  # what a damaged image raises is no narrower
         raise _unreadable(path, error) from error
@@ -68,7 +72,7 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 width, height = image.size
                 huge = width * height > MAX_IMAGE_PIXELS
                 turned = not huge and image.getexif().get(ORIENTATION, 1) > 4
@@ -87,7 +91,8 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
-    reason = getattr(error, "strerror", None) or "it is no image that can be read"
+    reason = getattr(error, "strerror", None)
+    reason = reason or f"it is no image that can be read ({', '.join(FORMATS)})"
     return ValueError(f"--image-path {path}: {reason}.")
 
 

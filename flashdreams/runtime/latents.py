@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashdreams.runtime.array_file import load_array
 from flashdreams.runtime.files import open_partial, write_whole
+from flashdreams.runtime.text import quoted
 
 BLOCK_BYTES = 2**24
 """Most that is copied at once from the partial to the final file."""
@@ -100,7 +102,13 @@ def read_latent_parts(path: str | Path) -> Tensor:
         OSError: the file cannot be read.
         ValueError: it is not such a file.
     """
-    return torch.from_numpy(np.load(path, mmap_mode="c")).permute(1, 2, 0, 3, 4)
+    try:
+        frames = load_array(path, most_bytes=None)
+        if frames.ndim != 5 or frames.dtype != np.float32:
+            raise ValueError(f"it holds {frames.dtype} {quoted(list(frames.shape))}")
+    except ValueError as error:
+        raise ValueError(f"{path} is no file of latents: {error}.") from error
+    return torch.from_numpy(frames).permute(1, 2, 0, 3, 4)
 
 
 def _write_safetensors(file: BinaryIO, frames: np.ndarray) -> None:

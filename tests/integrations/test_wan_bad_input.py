@@ -265,3 +265,19 @@ def test_options_are_refused_before_weights_are_asked_for(
     assert code == 1
     assert "needs 4 checkpoints that are not on this machine, 17.6 GB" in line
     assert line.endswith("To let this program fetch all of them: --download True.\n")
+
+
+@pytest.mark.parametrize("suffix", ["gif", "tiff", "ppm", "eps", "ico", "pcx"])
+def test_images_reach_no_other_decoder(suffix, tmp_path):
+    """Pillow hands PostScript to an interpreter outside of the process."""
+    path = tmp_path / f"image.{suffix}"
+    Image.new("RGB", (8, 8)).save(path)
+    path.rename(tmp_path / "image.png")
+    with pytest.raises(ValueError, match=r"can be read \(PNG, JPEG, WEBP, BMP\)"):
+        load_image(tmp_path / "image.png", 8, 8)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp"])
+def test_images_of_these_formats_are_read(suffix, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / f"image.{suffix}")
+    assert load_image(tmp_path / f"image.{suffix}", 8, 8).shape == (1, 3, 8, 8)

@@ -23,6 +23,7 @@ from flashdreams.infra.video_runner import (
     read_image,
 )
 from flashdreams.runtime.actions import KeyMotion, integrate, parse_actions
+from flashdreams.runtime.array_file import load_array
 from flashdreams.runtime.image_file import image_size, load_image
 
 from .camera import check_intrinsics, check_poses, pixel_frames, whole_chunks
@@ -278,15 +279,13 @@ def read_array(path: Path, flag: str) -> Tensor:
     """The numbers of a .npy file; integers become float64.
 
     Raises:
-        ValueError: no such file, or none of numbers.
+        ValueError: no such file, damaged, too large, or none of numbers.
     """
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or "it is no .npy file of numbers"
+        array = load_array(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{flag} {path} cannot be read: {reason}.") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
-        raise ValueError(f"{flag} {path} cannot be read: it is no .npy file of numbers.")
     wide = array if array.dtype in (np.float32, np.float64) else array.astype(np.float64)
     return torch.from_numpy(np.ascontiguousarray(wide))
 

@@ -13,6 +13,8 @@ import re
 import torch
 from torch import Tensor
 
+from flashdreams.infra.config import quoted
+
 SLOTS = (
     "north wall",
     "east wall",
@@ -224,7 +226,7 @@ def _parse_phrase(phrase: str) -> tuple[list[int], int]:
     places = [word for word in words if word in _PLACES]
     if len(places) != 1:
         raise ValueError(
-            f"{phrase!r} names {len(places)} places, expected one of {', '.join(_PLACES)}; "
+            f"{quoted(phrase)} names {len(places)} places, expected one of {', '.join(_PLACES)}; "
             "put a comma between phrases, as in 'red floor, dusk sky'"
         )
     place = places[0]
@@ -234,7 +236,7 @@ def _parse_phrase(phrase: str) -> tuple[list[int], int]:
     left_over = [word for word in words if word not in (place, *values, *sides)]
     if len(values) != 1 or left_over:
         raise ValueError(
-            f"{phrase!r} does not give the {place} one value; allowed: "
+            f"{quoted(phrase)} does not give the {place} one value; allowed: "
             f"{', '.join((*options, _UNKNOWN))}"
         )
     value = HIDDEN if values[0] == _UNKNOWN else options.index(values[0])
@@ -251,7 +253,7 @@ def _slots_at(place: str, sides: list[str], phrase: str) -> list[int]:
     ]
     if not slots or (wanted and place in ("floor", "sky")):
         allowed = ", ".join(name for name in SLOTS if name.endswith(place))
-        raise ValueError(f"{phrase!r} names no {place} of the courtyard; allowed: {allowed}")
+        raise ValueError(f"{quoted(phrase)} names no {place} of the courtyard; allowed: {allowed}")
     return slots
 
 
@@ -270,6 +272,6 @@ def _check_word(word: str, phrase: str) -> None:
     near = difflib.get_close_matches(word, (*vocabulary, *_ALIASES), n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
     raise ValueError(
-        f"unknown word {word!r} in {phrase!r}{hint} Colours: {', '.join(COLOURS)}. "
+        f"unknown word {quoted(word)} in {quoted(phrase)}{hint} Colours: {', '.join(COLOURS)}. "
         f"Skies: {', '.join(SKIES)}. Places: {', '.join(SLOTS)}. Or '{_UNKNOWN}' to hide a slot."
     )

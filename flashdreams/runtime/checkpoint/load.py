@@ -12,6 +12,7 @@ from flashdreams.runtime.checkpoint.keys import KeyMap, describe_mismatch, map_n
 from flashdreams.runtime.checkpoint.pairs import refuse_scaled
 from flashdreams.runtime.checkpoint.read import TensorInfo, TensorSlice, TensorStore, open_tensors
 from flashdreams.runtime.checkpoint.source import ensure_local
+from flashdreams.runtime.text import shown
 
 DType = torch.dtype | Callable[[str], torch.dtype]
 """One for all tensors, or a function of a tensor's name."""
@@ -141,7 +142,9 @@ def _slices_of(
     by_name = {name: target for target in targets for name in target.names}
     unknown = [name for name in slices if name not in by_name]
     if unknown:
-        raise ValueError(f"slices name no tensor of the module: {', '.join(unknown[:10])}")
+        raise ValueError(
+            f"slices name no tensor of the module: {', '.join(map(shown, unknown[:10]))}"
+        )
     return {id(by_name[name].tensor): TensorSlice(*part) for name, part in slices.items()}
 
 

@@ -15,10 +15,20 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from flashdreams.infra.config import quoted
 from flashdreams.runtime.checkpoint.config import CheckpointError
+from flashdreams.runtime.checkpoint.pickles import HostileFile, check_pickle_file
 from flashdreams.runtime.checkpoint.source import LocalCheckpoint
+from flashdreams.runtime.text import printable, shown
 
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_HEADER_BYTES = 2**24
+"""Longest header of a safetensors file: some 100,000 tensors. The format allows 100 MB, which takes
+gigabytes to read."""
+MAX_NAME = 1000
+"""Most characters of a tensor's name."""
+MAX_DIMS = 16
+"""Most dimensions of a tensor."""
+_MAX_SIZE = 2**48  # of a dimension, and of all of a tensor in bytes
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -97,17 +107,18 @@ class SafetensorsStore:
         for name, path in local.tensor_files.items():
             if name not in headers[path]:
                 raise CheckpointError(
-                    f"{path}: the index places tensor {name!r} in this shard, which does not hold "
-                    "it. Index and shard are of different downloads: fetch both again"
+                    f"{path}: the index places tensor {quoted(name)} in this shard, which does "
+                    "not hold it. Index and shard are of different downloads: fetch both again"
                 )
             self.infos[name] = headers[path][name]
         for path, header in headers.items():
             strays = [name for name in header if local.tensor_files.get(name) != path]
             if strays:
+                names = ", ".join(map(shown, strays[:10]))
                 raise CheckpointError(
                     f"{path}: the index places {len(strays)} of this shard's tensors elsewhere or "
-                    f"nowhere: {', '.join(strays[:10])}. Index and shard are of different "
-                    "downloads: fetch both again"
+                    f"nowhere: {names}. Index and shard are of different downloads: fetch both "
+                    "again"
                 )
 
     def read(self, wanted: Mapping[str, TensorSlice | None]) -> Iterator[tuple[str, Tensor]]:
@@ -156,11 +167,14 @@ class PickleStore:
         self._tensors = _select(load_pickle(path), select, path)
         strange = [name for name, value in self._tensors.items() if not _is_plain(name, value)]
         if strange:
-            names = ", ".join(map(str, strange[:10]))
+            names = ", ".join(map(shown, strange[:10]))
             raise CheckpointError(
                 f"{path}: {len(strange)} entries are no dense tensors with a name: {names}. "
                 "Choose a sub-dictionary with --...checkpoint.select"
             )
+        size = path.stat().st_size
+        for name, tensor in self._tensors.items():
+            _refuse_inflated(path, size, name, tensor)
         self.infos = {
             name: TensorInfo(tuple(tensor.shape), tensor.dtype, path, position)
             for position, (name, tensor) in enumerate(self._tensors.items())
@@ -172,6 +186,16 @@ class PickleStore:
             part = wanted[name]
             tensor = self._tensors[name]
             yield name, tensor if part is None else tensor[_index(part)]
+
+
+def _refuse_inflated(path: Path, file_bytes: int, name: str, tensor: Tensor) -> None:
+    """Refuse a tensor whose strides repeat a few numbers into more than the whole file."""
+    claimed = tensor.numel() * tensor.element_size()
+    if claimed > max(file_bytes, tensor.untyped_storage().nbytes()) or tensor.ndim > MAX_DIMS:
+        raise CheckpointError(
+            f"{path} is damaged: the tensor {shown(name)} of shape {quoted(list(tensor.shape))} "
+            f"claims {claimed} bytes, the file has {file_bytes}"
+        )
 
 
 def _is_plain(name: object, value: object) -> bool:
@@ -196,13 +220,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         with path.open("rb") as file:
             first = file.read(8)
             length = struct.unpack("<Q", first)[0] if len(first) == 8 else actual
-            if length > min(_MAX_HEADER_BYTES, actual - 8):
+            if length > min(MAX_HEADER_BYTES, actual - 8):
                 raise CheckpointError(
                     f"{path} is truncated or no safetensors file: its header should have {length} "
                     f"bytes, the file has {actual}. Download it again"
                 )
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
+        _check_names(header)
         infos = {name: _info(path, 8 + length, entry) for name, entry in header.items()}
         promised = 8 + length
         for start, size in sorted((i.offset, _num_bytes(i.shape, i.dtype)) for i in infos.values()):
@@ -219,8 +244,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         ArithmeticError,
         RecursionError,
     ) as error:
+        reason = printable(str(error), 300)
         raise CheckpointError(
-            f"{path} is damaged: its safetensors header makes no sense ({error}). Download it again"
+            f"{path} is damaged: its safetensors header makes no sense ({reason}). Download it "
+            "again"
         ) from error
     if promised != actual:
         word = "truncated" if promised > actual else "damaged"
@@ -233,13 +260,23 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 def _info(path: Path, base: int, entry: dict) -> TensorInfo:
     if entry["dtype"] not in _DTYPES:
-        raise ValueError(f"dtype {entry['dtype']} is none of {', '.join(_DTYPES)}")
+        raise ValueError(f"dtype {quoted(entry['dtype'])} is none of {', '.join(_DTYPES)}")
     dtype = _DTYPES[entry["dtype"]]
-    shape = tuple(int(size) for size in entry["shape"])
-    start, end = map(int, entry["data_offsets"])
-    if min(shape, default=0) < 0 or end - start != _num_bytes(shape, dtype):
-        raise ValueError(f"{end - start} bytes for a tensor of shape {list(shape)} and {dtype}")
-    return TensorInfo(shape, dtype, path, base + start)
+    shape, (start, end) = entry["shape"], entry["data_offsets"]
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS:
+        raise ValueError(f"the shape {quoted(shape)} is no list of at most {MAX_DIMS} sizes")
+    # Checked before they are multiplied: a product of large numbers takes time without end.
+    if not all(type(size) is int and 0 <= size < _MAX_SIZE for size in (*shape, start, end)):
+        raise ValueError(f"the shape {quoted(shape)} at bytes {quoted([start, end])}")
+    if end - start != _num_bytes(tuple(shape), dtype) or math.prod(filter(None, shape)) > _MAX_SIZE:
+        raise ValueError(f"{end - start} bytes for a tensor of shape {shape} and {dtype}")
+    return TensorInfo(tuple(shape), dtype, path, base + start)
+
+
+def _check_names(header: dict) -> None:
+    longest = max(map(len, header), default=0)
+    if longest > MAX_NAME:
+        raise ValueError(f"a tensor's name of {longest} characters; at most {MAX_NAME}")
 
 
 def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -258,18 +295,24 @@ def load_pickle(path: Path) -> object:
         MemoryError: the host has too little; PyTorch's own allocator says so by RuntimeError.
     """
     try:
+        check_pickle_file(path)
         with path.open("rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*looks like a TorchScript archive")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        found = re.search(r"GLOBAL ([\w.]{1,200})", str(error))
         reason = (
             f"it asks Python to run {found[1]}" if found else "it holds more than plain tensors"
         )
         raise CheckpointError(
             f"{path} was refused and nothing of it was executed: {reason}. "
+            "Use a safetensors version of these weights"
+        ) from error
+    except HostileFile as error:
+        raise CheckpointError(
+            f"{path} was refused and nothing of it was executed: {error}. "
             "Use a safetensors version of these weights"
         ) from error
     except OSError as error:
@@ -282,6 +325,7 @@ def load_pickle(path: Path) -> object:
             advice = "Use a safetensors version of these weights"
         else:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            first = printable(first, 300)
             reason, advice = f"is truncated or damaged: {first}", "Download it again"
         raise CheckpointError(f"{path} {reason}. {advice}") from error
 
@@ -295,7 +339,7 @@ def _select(content: object, select: tuple[str, ...], path: Path) -> dict:
     for name in select:
         if isinstance(content.get(name), dict):
             return content[name]
-    nested = [str(name) for name, value in content.items() if isinstance(value, dict)]
+    nested = [shown(name) for name, value in content.items() if isinstance(value, dict)]
     if nested:
         wanted = f"none of {', '.join(select)} is there" if select else "no name was given"
         raise CheckpointError(
