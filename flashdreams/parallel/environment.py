@@ -129,6 +129,11 @@ def group_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def group_size() -> int:
+    """Ranks of the process group; 1 without one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 class OtherRankError(RuntimeError):
     """Another rank failed at what all of them need; its own message says why."""
 
@@ -213,6 +218,15 @@ def set_up_logging(environment: Environment, level: int = logging.INFO) -> None:
     logging.basicConfig(format=f"{mark}%(levelname)s %(name)s: %(message)s")
     quiet = max(level, logging.WARNING)
     logging.getLogger("flashdreams").setLevel(level if environment.is_rank_zero else quiet)
+
+
+def least_of_all_ranks(value: int) -> int:
+    """The smallest of a number that each rank has; a collective call."""
+    if group_size() == 1:
+        return value
+    least = torch.tensor([value], dtype=torch.int64, device=_collective_device())
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least)
 
 
 def _read_int(name: str, default: int) -> int:

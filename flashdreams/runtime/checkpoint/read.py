@@ -19,7 +19,7 @@ from flashdreams.runtime.checkpoint.config import CheckpointError
 from flashdreams.runtime.checkpoint.source import LocalCheckpoint
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -33,6 +33,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""Types of tensors by their names in a safetensors file."""
 
 
 class TensorInfo(NamedTuple):
@@ -232,9 +233,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _info(path: Path, base: int, entry: dict) -> TensorInfo:
-    if entry["dtype"] not in _DTYPES:
-        raise ValueError(f"dtype {entry['dtype']} is none of {', '.join(_DTYPES)}")
-    dtype = _DTYPES[entry["dtype"]]
+    if entry["dtype"] not in SAFETENSORS_DTYPES:
+        raise ValueError(f"dtype {entry['dtype']} is none of {', '.join(SAFETENSORS_DTYPES)}")
+    dtype = SAFETENSORS_DTYPES[entry["dtype"]]
     shape = tuple(int(size) for size in entry["shape"])
     start, end = map(int, entry["data_offsets"])
     if min(shape, default=0) < 0 or end - start != _num_bytes(shape, dtype):
