@@ -19,7 +19,6 @@ from flashdreams.infra.diffusion.causal import RewriteMode
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.encoder.base import EncoderConfig, StreamingEncoder
 from flashdreams.infra.fingerprint import differences
-from flashdreams.infra.identity import describe_config, hash_weights
 from flashdreams.infra.ranges import check_range
 from flashdreams.infra.rollout import (
     StreamInferencePipelineCache,
@@ -32,15 +31,14 @@ from flashdreams.infra.rollout import (
     save_rollout,
 )
 from flashdreams.infra.snapshot import (
-    SnapshotOrigin,
     SnapshotReader,
     SnapshotReport,
     fill_together,
+    new_origin,
     open_snapshot,
     readable_damage,
     save_snapshot,
 )
-from flashdreams.infra.snapshot_header import SnapshotHeader, check_identity
 from flashdreams.infra.state import FORMAT, RolloutState, StateDecoder, no_whole_tensor
 from flashdreams.parallel.environment import LOAD_TIMEOUT_S, from_rank_zero
 from flashdreams.runtime.grad_mode import grad_off, without_grad
@@ -257,15 +255,7 @@ class StreamInferencePipeline(Assembly):
         cache.require_finalized("snapshot")
         with self.guard("save", cache.next_index, LOAD_TIMEOUT_S):
             self.diffusion_model.side.join()
-            origin = SnapshotOrigin(
-                name=self.config.name,
-                config=describe_config(self.config),
-                weights=hash_weights(self.config),
-                fingerprint=self.fingerprint(),
-                log=log,
-                run=run,
-                light=light,
-            )
+            origin = new_origin(self.config, self.fingerprint(), log=log, run=run, light=light)
             plan = self.diffusion_model.transformer.parallel_plan()
             return save_snapshot(cache, Path(path), origin, self.layout, self.target_device, plan)
 
@@ -298,18 +288,15 @@ class StreamInferencePipeline(Assembly):
         """
         folder = Path(path)
 
-        def check(header: SnapshotHeader) -> None:
-            ours = describe_config(self.config), hash_weights(self.config)
-            check_identity(header, *ours, folder)
-            state = {"format": FORMAT, "values": header.values, "tensors": {}}
+        def check(values: Mapping[str, Any]) -> None:
+            state = {"format": FORMAT, "values": values, "tensors": {}}
             checked_values(state, self.config.name, noise, controller)
 
         with self.guard("resume", None, LOAD_TIMEOUT_S):
-            header = open_snapshot(folder, check)
+            header = open_snapshot(folder, self.config, check)
             reader = SnapshotReader(folder, header)
-            decoder = StateDecoder(
-                self.layout, self.target_device, no_whole_tensor, take_part=reader.take
-            )
+            place = (self.layout, self.target_device)
+            decoder = StateDecoder(*place, no_whole_tensor, take_part=reader.take)
             with readable_damage(folder):
                 cache = self._restore(dict(header.values), decoder, noise, controller)
             if header.light:

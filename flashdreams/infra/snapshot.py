@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashdreams.infra.identity import describe_config, hash_weights
 from flashdreams.infra.rollout import (
     StreamInferencePipelineCache,
     encode_origin,
@@ -24,6 +25,7 @@ from flashdreams.infra.snapshot_header import (
     SnapshotHeader,
     StoredSlice,
     StoredTensor,
+    check_identity,
     read_header,
 )
 from flashdreams.infra.state import StateEncoder, dtype_of
@@ -84,6 +86,20 @@ class SnapshotOrigin:
     log: Sequence[Any] = ()
     run: Mapping[str, Any] | None = None
     light: bool = False
+
+
+def new_origin(config: Any, fingerprint: dict[str, Any], **beside: Any) -> SnapshotOrigin:
+    """The origin of a rollout of a pipeline.
+
+    Args:
+        config: of the pipeline.
+        fingerprint: of the numerics.
+        beside: ``log``, ``run`` and ``light``.
+    """
+    described, weights = describe_config(config), hash_weights(config)
+    return SnapshotOrigin(
+        name=config.name, config=described, weights=weights, fingerprint=fingerprint, **beside
+    )
 
 
 def save_snapshot(
@@ -231,24 +247,29 @@ def _finish(
     return SnapshotReport(path, size, time.perf_counter() - start)
 
 
-def open_snapshot(folder: Path, check: Callable[[SnapshotHeader], None]) -> SnapshotHeader:
+def open_snapshot(
+    folder: Path, config: Any, check: Callable[[Mapping[str, Any]], None]
+) -> SnapshotHeader:
     """The header of a snapshot whose files are whole; a collective call.
 
     The ranks share the work of checking the files.
 
     Args:
         folder: of the snapshot, seen by all ranks.
-        check: raises for a snapshot that cannot be used here; called on rank zero, before the
-            tensors are looked at.
+        config: of the pipeline that shall go on.
+        check: raises for values that cannot be used here; called on rank zero, before the tensors
+            are looked at.
 
     Raises:
-        SnapshotError: a damaged file, or what ``check`` raises.
+        SnapshotError: a damaged file, another config or other weights; or what ``check`` raises.
         OtherRankError: the same on another rank.
     """
 
     def checked() -> SnapshotHeader:
         header = read_header(folder)
-        check(header)
+        check_identity(header, describe_config(config), hash_weights(config), folder)
+        with readable_damage(folder):
+            check(header.values)
         return header
 
     header = from_rank_zero(checked)
