@@ -19,6 +19,7 @@ from flashdreams.infra.diffusion.causal import RewriteMode
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.encoder.base import EncoderConfig, StreamingEncoder
 from flashdreams.infra.fingerprint import differences
+from flashdreams.infra.fork import copied_bytes, require_room, timed_forks
 from flashdreams.infra.ranges import check_range
 from flashdreams.infra.rollout import (
     StreamInferencePipelineCache,
@@ -334,6 +335,16 @@ class StreamInferencePipeline(Assembly):
             plan = self.diffusion_model.transformer.parallel_plan()
             copy_rollout(cache, other, self.layout, self.target_device, plan)
             return other
+
+    def fork_cache(
+        self, cache: StreamInferencePipelineCache, count: int
+    ) -> list[StreamInferencePipelineCache]:
+        """See `StreamInferencePipelineCache.fork`, which calls this."""
+        self.diffusion_model.side.join()
+        plan = self.diffusion_model.transformer.parallel_plan()
+        each = copied_bytes(cache, self.layout, self.target_device, plan)
+        require_room(count, each, self.target_device)
+        return timed_forks(cache, count, each, self.target_device)[0]
 
     def pixel_frames(self, autoregressive_index: int) -> range:
         """Pixel frames of the chunk of an AR step, counted from the beginning of the rollout.

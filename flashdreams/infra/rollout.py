@@ -40,6 +40,9 @@ class Conductor(Protocol):
     def clone_cache(self, cache: Any, noise: NoiseFunction | None = None) -> Any:
         """A rollout of its own with the same state."""
 
+    def fork_cache(self, cache: Any, count: int) -> list[Any]:
+        """Several of them."""
+
 
 @dataclass
 class StreamInferencePipelineCache:
@@ -140,6 +143,23 @@ class StreamInferencePipelineCache:
         """
         self.require_finalized("clone")
         return self.pipeline.clone_cache(self, noise)
+
+    def fork(self, n: int) -> list["StreamInferencePipelineCache"]:
+        """``n`` clones on the device, for futures that are tried one after the other.
+
+        Their bytes are computed first. Milliseconds and bytes are logged. A collective call.
+
+        Args:
+            n: at least 1.
+
+        Raises:
+            ValueError: memory is short, and it says how many fit; or as for ``clone``.
+            StateError: a component's state does not declare how ranks hold it.
+        """
+        self.require_finalized("fork")
+        if n < 1:
+            raise ValueError(f"fork({n}): a rollout forks into 1 or more.")
+        return self.pipeline.fork_cache(self, n)
 
     def require_finalized(self, call: str) -> None:
         """Refuse what can only be done between AR steps.
@@ -384,7 +404,7 @@ def copy_rollout(
 
     values = encode_rollout(source, encoder, of_branch, plan)
     if source.controller is not None:
-        into.controller = copy.copy(source.controller)
+        into.controller = copy.deepcopy(source.controller)
     fill_rollout(into, values, StateDecoder(layout, device, lambda p, *_: live[p], in_process=True))
 
 

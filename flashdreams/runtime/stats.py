@@ -118,6 +118,24 @@ def memory_stats(device: torch.device | str) -> dict[str, float]:
     return {"mem_peak_gib": peak / BYTES_PER_GIB}
 
 
+def free_bytes(device: torch.device | str) -> int | None:
+    """Bytes that may still be allocated on a device; None where the system does not tell.
+
+    On CUDA what the driver has and what PyTorch's allocator holds unused; on a CPU the memory that
+    Linux calls available.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
+
+
 def _to_json(value: Mapping[str, Any], path: str, indent: int | None = None) -> bytes:
     _refuse_non_finite(value, path)
     return json.dumps(dict(value), indent=indent, allow_nan=False).encode()
