@@ -23,6 +23,15 @@ HOW_IT_RUNS = frozenset(
 """Fields that choose how a method is computed, not which one: the numerics fingerprint has those
 that change bits, and weights have a hash of their own."""
 
+WHERE_IT_GOES = frozenset(
+    {
+        *("runner_name", "description", "output_dir", "fps", "scale", "device", "save_latents"),
+        *("hash_frames", "snapshot_every", "snapshots_kept", "resume", "step_deadline_s"),
+        *("parallel", "download", "compare_to_truth", "total_blocks"),
+    }
+)
+"""Fields of a runner's config that leave the latents of an AR step as they are."""
+
 HEAD_BYTES = 2**20
 """The beginning of a weights file that goes into its hash: names, types and shapes."""
 SAMPLES = 64
@@ -43,6 +52,22 @@ def describe_config(pipeline: Any) -> dict[str, Any]:
         name: value
         for name, value in _flatten(pipeline, "")
         if name.split(".")[0] not in BEFORE_THE_ROLLOUT
+    }
+
+
+def describe_inputs(runner: Any) -> dict[str, Any]:
+    """The fields of a runner's config that say what a rollout shows: seed, prompt, actions.
+
+    Args:
+        runner: a `RunnerConfig`.
+
+    Returns:
+        Names and JSON values.
+    """
+    return {
+        name: _plain(getattr(runner, name))
+        for name in config_fields(runner)
+        if name not in WHERE_IT_GOES and not is_config(getattr(runner, name))
     }
 
 

@@ -44,6 +44,23 @@ class Environment:
         return self.rank == 0
 
 
+@dataclass(frozen=True)
+class Launch:
+    """Who started this process, as torchrun says it."""
+
+    run_id: str
+    """``--rdzv-id``, the same for every start of a job; "" without torchrun."""
+    restarts: int
+    """How often torchrun has started the ranks anew."""
+
+
+def read_launch() -> Launch:
+    """Who started this process."""
+    return Launch(
+        os.environ.get("TORCHELASTIC_RUN_ID", ""), _read_int("TORCHELASTIC_RESTART_COUNT", 0)
+    )
+
+
 def process_rank() -> int:
     """Rank that torchrun gave this process; 0 for the only process. Needs no process group."""
     return _read_int("RANK", 0)

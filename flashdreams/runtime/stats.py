@@ -54,6 +54,21 @@ class StatsWriter:
         self._lines.flush()
         self._count += 1
 
+    def resume(self, count: int) -> None:
+        """Go on after the first records of the partial file; those after them are deleted.
+
+        Raises:
+            ValueError: it has fewer.
+            OSError: it cannot be read or written.
+        """
+        lines = self.partial_path.read_bytes().splitlines(keepends=True)[: count + 1]
+        if len(lines) <= count or not lines[-1].endswith(b"\n"):
+            raise ValueError(f"{self.partial_path} has fewer than {count} records.")
+        self._lines = self.partial_path.open("wb")
+        self._lines.writelines(lines)
+        self._lines.flush()
+        self._count = count
+
     def finish(self) -> None:
         """Write the final file, whole or not at all, and remove the one with the lines.
 
