@@ -37,6 +37,7 @@ DONE, RUN_FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
 _OWN_OPTIONS = {
     "--config FILE": "take the slug and all fields from a file; further flags override it",
+    "--replay FILE": "make the frames of a log (log_<slug>.jsonl) again, and compare the hashes",
     "--print-config": "print the config in the form of such a file, and stop",
     "--no-instantiate": "print the resolved config, and stop",
     "--debug": "show the traceback of an error",
@@ -61,6 +62,9 @@ class CommandLine:
     overrides: list[str]
     """Flags for the fields of the slug's config, ``--help`` included."""
     config_file: Path | None = None
+    replay_file: Path | None = None
+    replay: Any = None
+    """The `Replay` of that file."""
     print_config: bool = False
     no_instantiate: bool = False
     debug: bool = False
@@ -97,7 +101,8 @@ def main(argv: Sequence[str]) -> int:
     """
     debug = "--debug" in argv
     try:
-        config = _resolve(_split(argv))
+        line = _split(argv)
+        config = _resolve(line)
     except KeyboardInterrupt as stop:
         return _stopped(stop)
     except BrokenPipeError:
@@ -106,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
         return DONE
     except Exception as error:
         return _report(error, WRONG_USAGE, debug, same_everywhere=True)
-    return DONE if config is None else _run(config, debug)
+    return DONE if config is None else _run(config, debug, line.replay)
 
 
 def _split(argv: Sequence[str]) -> CommandLine:
@@ -120,6 +125,11 @@ def _split(argv: Sequence[str]) -> CommandLine:
             if not value or value.startswith("--"):
                 raise UsageError("--config needs a file: --config FILE.")
             line.config_file = Path(os.path.expanduser(value))
+        elif name == "--replay":
+            value = value if equals else next(words, "")
+            if not value or value.startswith("--"):
+                raise UsageError("--replay needs a file: --replay outputs/log_<slug>.jsonl.")
+            line.replay_file = Path(os.path.expanduser(value))
         elif word in ("--debug", "--no-instantiate", "--print-config"):
             setattr(line, word[2:].replace("-", "_"), True)
         else:
@@ -134,6 +144,11 @@ def _split(argv: Sequence[str]) -> CommandLine:
 def _resolve(line: CommandLine) -> Any:
     """The config to run, or None if the command line only asked for something to be printed."""
     registry = discover()
+    if line.replay_file is not None:
+        config = _apply_overrides(_read_replay(line, registry), line)
+        if config is None or not (line.print_config or line.no_instantiate):
+            return config
+        return _show(config, line)
     if line.slug is None and line.config_file is None:
         return _answer_without_slug(line, registry)
     config = registry.resolve(line.slug) if line.slug is not None else None
@@ -145,6 +160,11 @@ def _resolve(line: CommandLine) -> Any:
     if config is None:
         return None
     check_slug(config.runner_name)  # also of configs that are no RunnerConfig
+    return _show(config, line)
+
+
+def _show(config: Any, line: CommandLine) -> Any:
+    """The config, or None if it was only to be printed."""
     if line.print_config:
         from flashdreams.infra.config_file import dump_config
 
@@ -231,6 +251,23 @@ def _read_config_file(path: Path, registry: Registry, named: Any) -> Any:
             f"leave the slug away, or name the file's own."
         )
     return config
+
+
+def _read_replay(line: CommandLine, registry: Registry) -> Any:
+    """The config of a log; its files go to a folder of their own unless a flag names another."""
+    from flashdreams.infra.config_file import load_config
+    from flashdreams.infra.run_log import read_log
+
+    path = line.replay_file
+    assert path is not None
+    if line.slug is not None or line.config_file is not None:
+        raise UsageError(f"--replay {path} has its own config; leave the slug and --config away.")
+    line.replay = read_log(path)
+    text = line.replay.header["config"]
+    if text is None:
+        raise UsageError(f"--replay {path}: its config cannot be kept in a file.")
+    config = load_config(text, list(registry.values()), str(path))
+    return replace(config, output_dir=config.output_dir / "replay", resume=False)
 
 
 def _apply_overrides(config: Any, line: CommandLine) -> Any:
@@ -352,10 +389,12 @@ def _one_line(rendered: str, program: str) -> str:
     return f"{text}.{hint} Type {program} --help for every flag."
 
 
-def _run(config: Any, debug: bool) -> int:
+def _run(config: Any, debug: bool, replay: Any = None) -> int:
     """Set up the runner and run it; what it has recorded is written whatever happens."""
     try:
         runner = config.setup()
+        if replay is not None:
+            runner.recorder.replay = replay
     except KeyboardInterrupt as stop:
         return _stopped(stop)
     except (ValueError, TypeError) as error:

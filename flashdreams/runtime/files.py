@@ -98,7 +98,7 @@ def _has_name(file: BinaryIO, path: Path) -> bool:
 
 
 @contextmanager
-def write_whole(path: Path) -> Iterator[BinaryIO]:
+def write_whole(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
     """Open a file that gets its name at the end of the ``with`` block.
 
     It is written beside its place. If the block fails, it is removed, and what had the name before
@@ -106,6 +106,7 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
 
     Args:
         path: the file; its directory is made where it does not exist.
+        sync: wait until the disk has it before it gets its name.
 
     Raises:
         OSError: the file cannot be written.
@@ -116,6 +117,9 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
     try:
         with temporary.open("xb") as file:
             yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -24,8 +24,8 @@ def load_image(path: Path, height: int, width: int, *, fit: bool = False) -> Ten
     """Read an image from a file.
 
     Args:
-        path: PNG, JPEG, WebP, BMP, GIF or TIFF in any colours, see `as_rgb`; a camera's turned image is set
-            upright.
+        path: PNG, JPEG, WebP, BMP, GIF or TIFF in any colours, see `as_rgb`; a camera's turned
+            image is set upright.
         height: wanted height in pixels.
         width: wanted width in pixels.
         fit: scale and crop an image of another size, keeping its centre; if not, refuse it.

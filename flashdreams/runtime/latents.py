@@ -61,6 +61,24 @@ class LatentWriter:
         self._shape = (self._shape[0] + len(frames), *self._shape[1:])
         self._write_header()
 
+    def resume(self, latent_frames: int) -> None:
+        """Go on after the first latent frames of the partial file; later ones are deleted.
+
+        Raises:
+            ValueError: it has fewer, or is no such file.
+            OSError: it cannot be read or written.
+        """
+        stored = np.load(self.partial_path, mmap_mode="r")
+        if len(stored) < latent_frames:
+            raise ValueError(f"{self.partial_path} has fewer than {latent_frames} latent frames.")
+        end = stored.offset + latent_frames * stored[:1].nbytes
+        shape = stored.shape
+        del stored
+        self._file = self.partial_path.open("r+b")
+        self._file.truncate(end)
+        self._shape = (latent_frames, *shape[1:])
+        self._write_header()
+
     def finish(self) -> None:
         """Write the final file, tensor ``latents`` ``[B, C, T, H, W]``, and remove the partial one.
 

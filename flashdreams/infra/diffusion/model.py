@@ -336,6 +336,14 @@ class DiffusionModel(nn.Module):
             self.transformer.begin_step(pending_index, branch, cache.control)
         self.side.mark()
 
+    def rebuild_context(self, cache: DiffusionCache) -> None:
+        """Compute sink and window anew from the clean latents that the context holds."""
+        self.side.join()
+        chunks = self._held_chunks(cache)
+        for branch in cache.branches:
+            self.transformer.check_rewrite(branch, "chunks")
+            self.transformer.rewrite_context(branch, chunks, self._context_timestep())
+
     def _held_chunks(self, cache: DiffusionCache) -> list[ContextChunk]:
         """The clean latents of the frames that the context holds."""
         held = set(self._held_frames(cache))

@@ -29,7 +29,7 @@ MAX_NAME = 1000
 MAX_DIMS = 16
 """Most dimensions of a tensor."""
 _MAX_SIZE = 2**48  # of a dimension, and of all of a tensor in bytes
-_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -43,6 +43,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""Types of tensors by their names in a safetensors file."""
 
 
 class TensorInfo(NamedTuple):
@@ -259,9 +260,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _info(path: Path, base: int, entry: dict) -> TensorInfo:
-    if entry["dtype"] not in _DTYPES:
-        raise ValueError(f"dtype {quoted(entry['dtype'])} is none of {', '.join(_DTYPES)}")
-    dtype = _DTYPES[entry["dtype"]]
+    if entry["dtype"] not in SAFETENSORS_DTYPES:
+        allowed = ", ".join(SAFETENSORS_DTYPES)
+        raise ValueError(f"dtype {quoted(entry['dtype'])} is none of {allowed}")
+    dtype = SAFETENSORS_DTYPES[entry["dtype"]]
     shape, (start, end) = entry["shape"], entry["data_offsets"]
     if not isinstance(shape, list) or len(shape) > MAX_DIMS:
         raise ValueError(f"the shape {quoted(shape)} is no list of at most {MAX_DIMS} sizes")
