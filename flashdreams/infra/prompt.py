@@ -63,7 +63,7 @@ def load_prompt_embeds(path: str | Path, *, text_len: int = 512, text_dim: int =
     fits = len(shape) in (2, 3) and shape[-1] == text_dim and 1 <= shape[-2] <= text_len
     if not fits or shape[0] == 0:
         raise ValueError(f"{path}: prompt embeddings of shape {shape}; this model takes {wanted}")
-    if not dtype.is_floating_point:
+    if store.infos[name].refused or not dtype.is_floating_point:
         raise ValueError(f"{path}: prompt embeddings are {dtype} {shape}; floats are wanted")
     found = next(tensor for _, tensor in store.read({name: None}))
     found = found if len(shape) == 3 else found[None]
