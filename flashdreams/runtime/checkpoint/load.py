@@ -86,9 +86,8 @@ def load_checkpoint(
 ) -> LoadReport:
     """Fill all parameters and persistent buffers of a module from a checkpoint, strictly.
 
-    Names, shapes and types are compared first, from the file's headers; only if all of them fit is
-    anything assigned. Tensors are then read one at a time by memory map, and of a sliced tensor
-    only the slice, so that host memory holds no second copy. A tensor on ``meta``, or one whose
+    Names, shapes and types are compared first; only if all of them fit is anything assigned.
+    Tensors are then read one at a time by memory map, and of a sliced tensor only the slice. A tensor on ``meta``, or one whose
     device or dtype changes, is replaced by a new one; all others are filled in place.
 
     A module may take part: ``checkpoint_key_maps`` lists the naming schemes that it recognises, and
@@ -116,36 +115,20 @@ def load_checkpoint(
     if key_maps is None:
         key_maps = getattr(module, "checkpoint_key_maps", ())
     store = open_tensors(ensure_local(config), config.select)
-    targets = _collect_targets(module)
     scales, aside = find_scales(store.infos)
-    match = map_names(
-        (name for name in store.infos if name not in aside),
-        config,
-        key_maps,
-        wanted=[name for target in targets for name in target.names],
-    )
-    title = f"{config.source} {config.file or ''}".strip()
+    targets = _collect_targets(module)
+    names = (name for name in store.infos if name not in aside)
+    wanted = [name for target in targets for name in target.names]
+    match = map_names(names, config, key_maps, wanted)
     _refuse_strange(match, store)
     refuse_missing_scales(store.infos, scales, aside, match.file_names.values())
-    adapt = getattr(module, "checkpoint_slices", None)
-    shapes = {name: store.infos[file_name].shape for name, file_name in match.file_names.items()}
-    adapted = adapt(shapes) if adapt is not None else {}
-    parts = _slices_of(targets, {**adapted, **(slices or {})})
-    _refuse_mismatch(
-        targets, match.file_names, store.infos, parts, f"{title} -> {type(module).__name__}"
-    )
-    sources = {}
-    for target in targets:
-        file_name = _first(target.names, match.file_names)
-        if file_name is not None:
-            part = parts.get(id(target.tensor))
-            sources[file_name] = _Source(target, part, store.infos[file_name].shape)
+    title = f"{config.source} {config.file or ''}".strip()
+    sources = _sources_of(module, targets, match, store, slices or {}, title)
     _attach_updates(sources.values(), loras, key_maps)
     if match.prefix:
         logger.info("%s: names begin with %r, which is dropped.", title, match.prefix)
-    if device is not None and torch.device(device).type == "meta":
-        read = 0
-    else:
+    read = 0
+    if device is None or torch.device(device).type != "meta":
         _attach_scales(sources, scales, store)
         read = _fill(store, sources, device, dtype, title if progress else None)
     return LoadReport(
@@ -157,6 +140,30 @@ def load_checkpoint(
         scaled=sum(name in scales for name in sources),
         updated=sum(bool(source.updates) for source in sources.values()),
     )
+
+
+def _sources_of(
+    module: nn.Module,
+    targets: Sequence[_Target],
+    match: NameMatch,
+    store: TensorStore,
+    slices: Mapping[str, tuple[int, ...]],
+    title: str,
+) -> dict[str, _Source]:
+    """The file's name of every tensor to be read; refuses whatever does not fit."""
+    adapt = getattr(module, "checkpoint_slices", None)
+    shapes = {name: store.infos[file_name].shape for name, file_name in match.file_names.items()}
+    adapted = adapt(shapes) if adapt is not None else {}
+    parts = _slices_of(targets, {**adapted, **slices})
+    _refuse_mismatch(
+        targets, match.file_names, store.infos, parts, f"{title} -> {type(module).__name__}"
+    )
+    found = ((_first(target.names, match.file_names), target) for target in targets)
+    return {
+        name: _Source(target, parts.get(id(target.tensor)), store.infos[name].shape)
+        for name, target in found
+        if name is not None
+    }
 
 
 @torch.no_grad()
