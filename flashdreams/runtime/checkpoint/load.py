@@ -87,8 +87,9 @@ def load_checkpoint(
     """Fill all parameters and persistent buffers of a module from a checkpoint, strictly.
 
     Names, shapes and types are compared first; only if all of them fit is anything assigned.
-    Tensors are then read one at a time by memory map, and of a sliced tensor only the slice. A tensor on ``meta``, or one whose
-    device or dtype changes, is replaced by a new one; all others are filled in place.
+    Tensors are then read one at a time by memory map, of a sliced tensor only the slice. A tensor
+    on ``meta``, or one whose device or dtype changes, is replaced by a new one; all others are
+    filled in place.
 
     A module may take part: ``checkpoint_key_maps`` lists the naming schemes that it recognises, and
     ``checkpoint_slices(shapes)``, given the file's shapes by the module's names, returns slices for
