@@ -11,6 +11,7 @@ from torch import nn
 from flashdreams.infra.component import (
     Component,
     build_component,
+    check_loras,
     declared_context,
     load_component,
 )
@@ -205,6 +206,8 @@ class Assembly(nn.Module):
         if prompts:
             self.context_encoder.refuse_prompts(prompts)
         fetch_weights(self.config, text_on_rank_zero=shared)
+        for name, component in self.components().items():
+            check_loras(component, self._slices.get(name))
         for name, component in self.components().items():
             load_component(component, self.target_device, self._slices.get(name))
         self.requires_grad_(False).eval()

@@ -80,7 +80,7 @@ def load_prompt_embeds(path: str | Path, *, text_len: int = 512, text_dim: int =
         raise ValueError(f"{path}: prompt embeddings of shape {size}; this model takes {wanted}")
     if len(shape) == 3 and shape[0] > MAX_PROMPTS:
         raise ValueError(f"{path} holds {shape[0]} prompts; at most {MAX_PROMPTS} are read")
-    if not dtype.is_floating_point:
+    if store.infos[name].refused or not dtype.is_floating_point:
         raise ValueError(f"{path}: prompt embeddings are {dtype} {size}; floats are wanted")
     found = next(tensor for _, tensor in store.read({name: None}))
     found = found if len(shape) == 3 else found[None]

@@ -41,6 +41,10 @@ class DiffusionModelConfig(InstantiateConfig):
     scheduler: SchedulerConfig
     """Noise levels and the steps between them."""
 
+    first_chunk_scheduler: SchedulerConfig | None = None
+    """Schedule of the first chunk that is generated, which has no past or only an image behind it;
+    None is ``scheduler``. Its timesteps have the type of the others."""
+
     guidance_scale: float | None = None
     """Weight s of classifier-free guidance, ``uncond + s * (cond - uncond)``; None runs the
     conditional branch alone."""
@@ -90,6 +94,8 @@ class DiffusionCache:
     """``[B, C, T, H, W]`` float32, the last clean chunk."""
     control: Any = state("rebuilt", default=None)
     """The control input of the last chunk."""
+    given_steps: int = state("host", default=0)
+    """AR steps whose latents an image or a video gives."""
     pending: bool = state("rebuilt", default=False)
     """The last chunk's clean pass is yet to come."""
     history: list[CleanChunk] = state("whole", default_factory=list)
@@ -125,6 +131,15 @@ class DiffusionModel(nn.Module):
         self.guidance: Guidance = SerialGuidance()
         self.transformer = build_component(config.transformer)
         self.scheduler = config.scheduler.setup()
+        self.first_chunk_scheduler = self.scheduler
+        if config.first_chunk_scheduler is not None:
+            self.first_chunk_scheduler = config.first_chunk_scheduler.setup()
+            dtypes = [s.timesteps.dtype for s in (self.scheduler, self.first_chunk_scheduler)]
+            if dtypes[0] != dtypes[1]:
+                raise ValueError(
+                    f"scheduler has timesteps in {dtypes[0]}, first_chunk_scheduler in {dtypes[1]};"
+                    " give both the same kind."
+                )
         if not self.scheduler.timesteps.is_floating_point() and config.context_noise % 1:
             raise ValueError(
                 f"context_noise={config.context_noise}: this schedule has whole timesteps; give "
@@ -171,6 +186,7 @@ class DiffusionModel(nn.Module):
         leased = self.pool.lease(lambda s: self._begin_in(s, contexts)) if self.pool else None
         conditional, unconditional = leased or tuple(self._new_branch(c) for c in contexts)
         cache = DiffusionCache(conditional, unconditional, noise, batch_size, first_latent)
+        cache.given_steps = int(first_latent is not None)
         if self.pool is not None and leased is not None:
             cache.give_back = weakref.finalize(cache, self.pool.give_back, leased)
             cache.give_back.atexit = False
@@ -271,7 +287,9 @@ class DiffusionModel(nn.Module):
             latent = cache.image
         else:
             noise = self._noise_of_step(autoregressive_index, cache)
-            latent = self.scheduler.sample(self._flow(cache), noise)
+            first = autoregressive_index == cache.given_steps
+            scheduler = self.first_chunk_scheduler if first else self.scheduler
+            latent = scheduler.sample(self._flow(cache), noise)
         cache.latent, cache.control, cache.pending = latent, control, True
         self.side.mark()
         return latent

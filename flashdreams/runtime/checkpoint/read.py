@@ -36,14 +36,26 @@ SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
 """Types of tensors by their names in a safetensors file."""
+
+_UNUSABLE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8}
+"""Types of the format that hold parts of a quantized tensor, with the bits of a value."""
+
+NO_TENSOR = "no dense tensor with a name"
+"""Why an entry of a pickle cannot be read."""
 
 
 class TensorInfo(NamedTuple):
@@ -54,6 +66,9 @@ class TensorInfo(NamedTuple):
     file: Path
     offset: int
     """Place in the file, in bytes: tensors are read in this order."""
+
+    refused: str | None = None
+    """Why it cannot be read; ``None``: it can."""
 
 
 class TensorSlice(NamedTuple):
@@ -113,14 +128,15 @@ class SafetensorsStore:
                 )
             self.infos[name] = headers[path][name]
         for path, header in headers.items():
-            strays = [name for name in header if local.tensor_files.get(name) != path]
+            strays = [name for name in header if local.tensor_files.get(name, path) != path]
             if strays:
                 names = ", ".join(map(shown, strays[:10]))
                 raise CheckpointError(
-                    f"{path}: the index places {len(strays)} of this shard's tensors elsewhere or "
-                    f"nowhere: {names}. Index and shard are of different downloads: fetch both "
-                    "again"
+                    f"{path}: the index places {len(strays)} of this shard's tensors elsewhere: "
+                    f"{names}. Index and shard are of different downloads: fetch both again"
                 )
+            beyond = {name: info for name, info in header.items() if name not in self.infos}
+            self.infos |= beyond  # some indexes leave tensors out
 
     def read(self, wanted: Mapping[str, TensorSlice | None]) -> Iterator[tuple[str, Tensor]]:
         """Yield the wanted tensors file by file, in the order in which they lie in the files.
@@ -165,20 +181,17 @@ class PickleStore:
     """Tensors of one ``.pt`` or ``.pth`` file, loaded as data only."""
 
     def __init__(self, path: Path, select: tuple[str, ...]) -> None:
-        self._tensors = _select(load_pickle(path), select, path)
-        strange = [name for name, value in self._tensors.items() if not _is_plain(name, value)]
-        if strange:
-            names = ", ".join(map(shown, strange[:10]))
-            raise CheckpointError(
-                f"{path}: {len(strange)} entries are no dense tensors with a name: {names}. "
-                "Choose a sub-dictionary with --...checkpoint.select"
-            )
+        entries = _select(load_pickle(path), select, path)
+        self._tensors = {str(name): value for name, value in entries.items()}
         size = path.stat().st_size
-        for name, tensor in self._tensors.items():
-            _refuse_inflated(path, size, name, tensor)
+        for name, value in self._tensors.items():
+            if isinstance(value, Tensor):
+                _refuse_inflated(path, size, name, value)
         self.infos = {
-            name: TensorInfo(tuple(tensor.shape), tensor.dtype, path, position)
-            for position, (name, tensor) in enumerate(self._tensors.items())
+            str(name): TensorInfo(tuple(value.shape), value.dtype, path, position)
+            if _is_plain(name, value)
+            else TensorInfo((), torch.uint8, path, position, NO_TENSOR)
+            for position, (name, value) in enumerate(entries.items())
         }
 
     def read(self, wanted: Mapping[str, TensorSlice | None]) -> Iterator[tuple[str, Tensor]]:
@@ -229,9 +242,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         _check_names(header)
-        infos = {name: _info(path, 8 + length, entry) for name, entry in header.items()}
+        places = {name: _info(path, 8 + length, entry) for name, entry in header.items()}
         promised = 8 + length
-        for start, size in sorted((i.offset, _num_bytes(i.shape, i.dtype)) for i in infos.values()):
+        for start, size in sorted((info.offset, size) for info, size in places.values()):
             if start != promised:
                 raise ValueError("its tensors overlap, or leave a gap")
             promised += size
@@ -256,33 +269,35 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             f"{path} is {word}: its header promises {promised} bytes, the file has {actual}. "
             "Download it again"
         )
-    return infos
+    return {name: info for name, (info, _) in places.items()}
 
 
-def _info(path: Path, base: int, entry: dict) -> TensorInfo:
-    if entry["dtype"] not in SAFETENSORS_DTYPES:
-        allowed = ", ".join(SAFETENSORS_DTYPES)
-        raise ValueError(f"dtype {quoted(entry['dtype'])} is none of {allowed}")
-    dtype = SAFETENSORS_DTYPES[entry["dtype"]]
+def _info(path: Path, base: int, entry: dict) -> tuple[TensorInfo, int]:
+    """One entry of a header, and its bytes in the file."""
+    kind = entry["dtype"]
+    if kind not in SAFETENSORS_DTYPES and kind not in _UNUSABLE_BITS:
+        allowed = ", ".join([*SAFETENSORS_DTYPES, *_UNUSABLE_BITS])
+        raise ValueError(f"dtype {quoted(kind)} is none of {allowed}")
     shape, (start, end) = entry["shape"], entry["data_offsets"]
     if not isinstance(shape, list) or len(shape) > MAX_DIMS:
         raise ValueError(f"the shape {quoted(shape)} is no list of at most {MAX_DIMS} sizes")
     # Checked before they are multiplied: a product of large numbers takes time without end.
     if not all(type(size) is int and 0 <= size < _MAX_SIZE for size in (*shape, start, end)):
         raise ValueError(f"the shape {quoted(shape)} at bytes {quoted([start, end])}")
-    if end - start != _num_bytes(tuple(shape), dtype) or math.prod(filter(None, shape)) > _MAX_SIZE:
-        raise ValueError(f"{end - start} bytes for a tensor of shape {shape} and {dtype}")
-    return TensorInfo(tuple(shape), dtype, path, base + start)
+    dtype = SAFETENSORS_DTYPES.get(kind, torch.uint8)
+    bits = _UNUSABLE_BITS.get(kind) or 8 * dtype.itemsize
+    if 8 * (end - start) != math.prod(shape) * bits or math.prod(filter(None, shape)) > _MAX_SIZE:
+        raise ValueError(f"{end - start} bytes for a tensor of shape {shape} and {kind}")
+    refused = f"{kind} in the file, which cannot be read as numbers; use another version"
+    usable = kind in SAFETENSORS_DTYPES
+    info = TensorInfo(tuple(shape), dtype, path, base + start, None if usable else refused)
+    return info, end - start
 
 
 def _check_names(header: dict) -> None:
     longest = max(map(len, header), default=0)
     if longest > MAX_NAME:
         raise ValueError(f"a tensor's name of {longest} characters; at most {MAX_NAME}")
-
-
-def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
 
 
 def load_pickle(path: Path) -> object:

@@ -14,9 +14,7 @@ FP8, INT8 = torch.float8_e4m3fn, torch.int8
 @pytest.mark.parametrize(
     ("dtype", "scale"),
     [
-        (FP8, "weight_scale"),
-        (FP8, "scale_weight"),
-        (torch.float8_e5m2, "weight_scale_inv"),
+        (FP8, "weight_scales"),
         (INT8, "scales"),
         (INT8, "weight.absmax"),
     ],
