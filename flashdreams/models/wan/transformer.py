@@ -137,12 +137,16 @@ class WanTransformer(CausalTransformer):
             self.control_embedding = nn.Sequential(
                 nn.Linear(c.control_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim)
             )
-        blocks = nn.ModuleList(self.block_class(c) for _ in range(c.num_layers))
+        blocks = nn.ModuleList(self.new_block(index) for index in range(c.num_layers))
         self.blocks: Sequence[WanBlock] = cast(Any, blocks)
         patch_volume = c.patch_size[0] * c.patch_size[1] * c.patch_size[2]
         self.head = Head(c.dim, c.out_channels * patch_volume, c.eps)
         if c.attention_backend != AUTO:
             self.set_attention_backend(c.attention_backend)
+
+    def new_block(self, index: int) -> WanBlock:
+        """The block of a place in the stack; all are of ``block_class``."""
+        return self.block_class(self.config)
 
     @property
     def residual_dtype(self) -> torch.dtype:
@@ -188,7 +192,7 @@ class WanTransformer(CausalTransformer):
             context["condition"] = torch.zeros(size)
         return context
 
-    def example_control(self, batch_size: int) -> Tensor | None:
+    def example_control(self, batch_size: int) -> Any:
         """Zeros ``[B, L, control_dim]``."""
         c = self.config
         if c.control_dim is None:
