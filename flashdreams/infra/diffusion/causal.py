@@ -7,7 +7,7 @@ S key tokens, N heads, D head dim. Tokens run frame by frame, row by row.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from flashdreams.infra.diffusion.causal_state import (
     MAX_TIMESTEPS,
     CausalState,
     StepInputs,
+    checked_condition,
     copy_tensors,
     same_shapes,
     select_tokens,
@@ -45,6 +46,9 @@ class CausalTransformer(Transformer):
     """
 
     config: CausalTransformerConfig
+    streams_condition: ClassVar[bool] = False
+    """The condition may come chunk by chunk with the control, see ``step_condition``, and not
+    with ``initialize_cache``."""
 
     def __init__(self, config: CausalTransformerConfig) -> None:
         super().__init__(config)
@@ -119,6 +123,13 @@ class CausalTransformer(Transformer):
             raise ValueError(f"{type(self).__name__} takes no control input.")
         return None
 
+    def step_condition(self, control: Any) -> Tensor | None:
+        """The chunk's ``[B, condition_channels, T, H, W]``, where its control brings it along.
+
+        None: it is read by position from what ``initialize_cache`` was given.
+        """
+        return None
+
     def cache_specs(self, batch_size: int) -> dict[str, KVCacheSpec]:
         """Glob of attention cores -> size of the KV cache of each, for the whole model.
 
@@ -176,7 +187,7 @@ class CausalTransformer(Transformer):
         context = self.project_context(text, image_tokens)
         given = [x for x in (text, image_tokens) if x is not None]
         count = len(given[0]) if given else batch_size or 1
-        condition = self._checked_condition(condition, count)
+        condition = self._rollout_condition(condition, count)
         cursors: dict[tuple[int, int, int], Cursor] = {}
         caches: dict[str, list[KVCache | None]] = {}
         for glob, spec in self.cache_specs(count).items():
@@ -211,7 +222,7 @@ class CausalTransformer(Transformer):
         if (len(given[0]) if given else batch_size or 1) != cache.batch_size:
             return False
         context = self.project_context(text, image_tokens)
-        condition = self._checked_condition(condition, cache.batch_size)
+        condition = self._rollout_condition(condition, cache.batch_size)
         if not same_shapes(cache.context, context):
             return False
         copy_tensors(cache.context, context)
@@ -447,10 +458,11 @@ class CausalTransformer(Transformer):
 
     def inputs_at(self, cache: CausalState, frames: Tensor, control: Any) -> StepInputs:
         """Rotations, condition and control of latent frames at the positions ``[T]``."""
-        condition = None
-        if cache.condition is not None:
-            last = cache.condition.shape[2] - 1
-            condition = cache.condition[:, :, to_device(frames.clamp(max=last), self.device)]
+        condition = self.step_condition(control)
+        if condition is not None:
+            condition = checked_condition(condition, self, cache.batch_size)
+        elif self.config.condition_channels:
+            condition = cache.condition_at(frames)
         return StepInputs(self.rotations(frames), condition, self.embed_control(control))
 
     def modulation_of(self, timestep: Tensor, cache: CausalState) -> Tensor:
@@ -475,19 +487,10 @@ class CausalTransformer(Transformer):
             cache.modulations[value] = computed
         return cache.modulations[value]
 
-    def _checked_condition(self, condition: Tensor | None, batch_size: int) -> Tensor | None:
-        c = self.config
-        if condition is None and c.condition_channels == 0:
+    def _rollout_condition(self, condition: Tensor | None, batch_size: int) -> Tensor | None:
+        if condition is None and (self.config.condition_channels == 0 or self.streams_condition):
             return None
-        wanted = (batch_size, c.condition_channels, c.latent_height, c.latent_width)
-        shape = [] if condition is None else list(condition.shape)
-        if condition is None or (*shape[:2], *shape[3:]) != wanted or shape[2] == 0:
-            raise ValueError(
-                f"The condition must be [{batch_size}, {c.condition_channels}, latent frames, "
-                f"{c.latent_height}, {c.latent_width}]; got {shape or None}. "
-                "A model with condition_channels=0 takes none; others need one, usually an image."
-            )
-        return condition.to(self.device, self.dtype)
+        return checked_condition(condition, self, batch_size)
 
 
 def _graph_key(inputs: StepInputs, state: CausalState, write_only: bool = False) -> bool | None:

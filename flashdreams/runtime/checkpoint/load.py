@@ -310,12 +310,13 @@ def _misfit(tensor: Tensor, info: TensorInfo, part: TensorSlice | None) -> str |
     shape = list(info.shape)
     taken = ""
     if part is not None:
-        dim, start, length, size = part
+        dim, start, length, size, parts = part
         whole = shape[dim] if 0 <= dim < len(shape) else -1
-        if start < 0 or length < 0 or start + length > whole or (size or whole) != whole:
+        wrong = whole % parts != 0 or start + length > whole // parts or (size or whole) != whole
+        if start < 0 or length < 0 or wrong:
             of = f"of {size} " if size is not None else ""
             return f"{shape} in the file, no slice [{start}:{start + length}] {of}along dim {dim}"
-        shape[dim] = length
+        shape[dim] = length * parts
         taken = f", {shape} of it wanted,"
     if shape != list(tensor.shape):
         return f"{list(info.shape)} in the file{taken}, {list(tensor.shape)} in the module"

@@ -72,13 +72,26 @@ class TensorInfo(NamedTuple):
 
 
 class TensorSlice(NamedTuple):
-    """Part of a tensor that one process wants: ``length`` entries of ``dim`` from ``start``."""
+    """Part of a tensor that one process wants: ``length`` entries of ``dim`` from ``start``.
+
+    With several ``parts`` the dim is as many equal runs, and so many entries of each are wanted.
+    """
 
     dim: int
     start: int
     length: int
     size: int | None = None
     """Entries of ``dim`` in the whole tensor, to be checked; ``None``: at least start + length."""
+    parts: int = 1
+    """Runs that ``dim`` is made of, such as queries, keys and values; ``start`` and ``length``
+    count within each."""
+
+    def of(self, x: Tensor) -> Tensor:
+        """The part of the whole tensor; a view where there is one run."""
+        if self.parts == 1:
+            return x.narrow(self.dim, self.start, self.length)
+        runs = x.unflatten(self.dim, (self.parts, -1)).narrow(self.dim + 1, self.start, self.length)
+        return runs.flatten(self.dim, self.dim + 1)
 
 
 class TensorStore(Protocol):
@@ -155,7 +168,7 @@ class SafetensorsStore:
             for name in names:
                 part = wanted[name]
                 tensor = _view(mapped, self.infos[name], part)
-                yield name, tensor if part is None else tensor[_index(part)]
+                yield name, tensor if part is None else part.of(tensor)
 
 
 def _view(mapped: mmap.mmap, info: TensorInfo, part: TensorSlice | None) -> Tensor:
@@ -164,7 +177,7 @@ def _view(mapped: mmap.mmap, info: TensorInfo, part: TensorSlice | None) -> Tens
     if count == 0:
         return torch.empty(info.shape, dtype=info.dtype, device="cpu")
     start, length = info.offset, count * info.dtype.itemsize
-    if part is not None and part.dim == 0:
+    if part is not None and part.dim == 0 and part.parts == 1:
         row = length // info.shape[0]
         start, length = start + part.start * row, part.length * row
     if hasattr(mmap, "MADV_WILLNEED") and length > 0:
@@ -199,7 +212,7 @@ class PickleStore:
         for name in sorted(wanted, key=lambda name: self.infos[name].offset):
             part = wanted[name]
             tensor = self._tensors[name]
-            yield name, tensor if part is None else tensor[_index(part)]
+            yield name, tensor if part is None else part.of(tensor)
 
 
 def _refuse_inflated(path: Path, file_bytes: int, name: str, tensor: Tensor) -> None:
@@ -215,10 +228,6 @@ def _refuse_inflated(path: Path, file_bytes: int, name: str, tensor: Tensor) -> 
 def _is_plain(name: object, value: object) -> bool:
     dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
     return dense and isinstance(name, str)
-
-
-def _index(part: TensorSlice) -> tuple[slice, ...]:
-    return (*[slice(None)] * part.dim, slice(part.start, part.start + part.length))
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
