@@ -255,7 +255,8 @@ class CausalTransformer(Transformer):
 
     def predict_flow(self, latent: Tensor, timestep: Tensor, cache: CausalState) -> Tensor:
         """Predict ``noise - x0``; see the contract."""
-        network = self._network_for(cache)
+        # Captured is the form of one timestep for all: several make a modulation of another shape.
+        network = self._network_for(cache) if timestep.ndim < 2 else self.__call__
         output = network(latent, self.modulation_of(timestep, cache), cache.inputs, cache)
         if self.config.prediction == "flow":
             return output
@@ -458,7 +459,7 @@ class CausalTransformer(Transformer):
         """
         count = cache.batch_size
         if timestep.ndim or timestep.device.type != "cpu" or torch.is_grad_enabled():
-            timestep = timestep.to(self.device)
+            timestep = to_device(timestep, self.device)
             return self.modulations(timestep.expand(count) if timestep.ndim == 0 else timestep)
         value = float(timestep)
         if value not in cache.modulations:
