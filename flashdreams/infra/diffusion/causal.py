@@ -255,8 +255,7 @@ class CausalTransformer(Transformer):
 
     def predict_flow(self, latent: Tensor, timestep: Tensor, cache: CausalState) -> Tensor:
         """Predict ``noise - x0``; see the contract."""
-        # Captured is the form of one timestep for all: several make a modulation of another shape.
-        network = self._network_for(cache) if timestep.ndim < 2 else self.__call__
+        network = self._network_for(cache, per_frame=timestep.ndim > 1)
         output = network(latent, self.modulation_of(timestep, cache), cache.inputs, cache)
         if self.config.prediction == "flow":
             return output
@@ -352,11 +351,13 @@ class CausalTransformer(Transformer):
             return self.__call__
         return GraphedCallable(self.__call__, self.device, key=_graph_key, state_of=_graph_state)
 
-    def _network_for(self, state: CausalState, write_only: bool = False) -> Callable[..., Tensor]:
-        """The graph where one serves this call, else the plain module."""
+    def _network_for(
+        self, state: CausalState, write_only: bool = False, per_frame: bool = False
+    ) -> Callable[..., Tensor]:
+        """The graph where one serves this call, else the plain module, as for many timesteps."""
         network = self.network
-        if isinstance(network, GraphedCallable) and not network.serves(
-            state.inputs, state, write_only
+        if isinstance(network, GraphedCallable) and (
+            per_frame or not network.serves(state.inputs, state, write_only)
         ):
             network.eager_calls += 1
             return self.__call__
