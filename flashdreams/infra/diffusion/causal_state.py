@@ -113,6 +113,16 @@ def checked_condition(
     return to_device(condition, transformer.device).to(transformer.dtype)
 
 
+def graph_key(inputs: StepInputs, state: CausalState, write_only: bool = False) -> bool | None:
+    """Which of the two graphs of a state a call needs; None while a window fills."""
+    return write_only if state.is_steady else None
+
+
+def graph_state(inputs: StepInputs, state: CausalState, write_only: bool = False) -> CausalState:
+    """The state that the graphs of a call belong to."""
+    return state
+
+
 def select_tokens(control: Any, kept: Sequence[int], len_t: int) -> Any:
     """The part of an AR step's control ``[B, L, ...]`` that belongs to some of its latent frames.
 

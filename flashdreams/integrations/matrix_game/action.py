@@ -46,8 +46,8 @@ def time_rotations(frames: Tensor, head_dim: int, turned: int, theta: float) -> 
 
     Source: SkyworkAI/Matrix-Game, Matrix-Game-2/wan/modules/posemb_layers.py.
     """
-    exponents = torch.arange(0, turned, 2, dtype=torch.float64) / turned
-    angles = torch.zeros(len(frames), head_dim // 2, dtype=torch.float64)
+    exponents = torch.arange(0, turned, 2, dtype=torch.float64, device="cpu") / turned
+    angles = torch.zeros(len(frames), head_dim // 2, dtype=torch.float64, device="cpu")
     angles[:, : turned // 2] = frames.to("cpu", torch.float64)[:, None] * theta**-exponents
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
 

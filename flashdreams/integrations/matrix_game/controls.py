@@ -173,7 +173,9 @@ class ActionController(Controller):
             keyboard.append(self.keys.row(held))
             turn = self.keys.turn(held)
             mouse.append([turn[0] + pitch, turn[1] + yaw])
-        return Actions(torch.tensor(keyboard), torch.tensor(mouse) if self.keys.has_mouse else None)
+        keys = torch.tensor(keyboard, dtype=torch.float32, device="cpu")
+        turns = torch.tensor(mouse, dtype=torch.float32, device="cpu")
+        return Actions(keys, turns if self.keys.has_mouse else None)
 
 
 class RecordedActions(Controller):

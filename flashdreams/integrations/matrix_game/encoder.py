@@ -64,7 +64,7 @@ class MatrixGameImageEncoder(Encoder):
 
     def example_input(self) -> Tensor:
         """A small grey image."""
-        return torch.zeros(1, 3, 32, 32)
+        return torch.zeros(1, 3, 32, 32, dtype=torch.float32, device="cpu")
 
     @torch.no_grad()
     def forward(self, input: Tensor) -> dict[str, Tensor]:

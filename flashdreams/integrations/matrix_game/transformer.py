@@ -176,11 +176,13 @@ class MatrixGameTransformer(WanTransformer):
     def example_control(self, batch_size: int) -> dict[str, Tensor]:
         """Zeros, as the action encoder gives them."""
         c = self.config
-        control = {"keyboard": torch.zeros(1, c.len_t, c.actions_per_latent, c.keyboard_dim)}
+        size = (1, c.len_t, c.actions_per_latent)
+        on_host: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        control = {"keyboard": torch.zeros(*size, c.keyboard_dim, **on_host)}
         if c.mouse_dim is not None:
-            control["mouse"] = torch.zeros(1, c.len_t, c.actions_per_latent, c.mouse_dim)
-        size = (batch_size, c.condition_channels, c.len_t, c.latent_height, c.latent_width)
-        return control | {"condition": torch.zeros(size)}
+            control["mouse"] = torch.zeros(*size, c.mouse_dim, **on_host)
+        condition = (batch_size, c.condition_channels, c.len_t, c.latent_height, c.latent_width)
+        return control | {"condition": torch.zeros(condition, **on_host)}
 
     def step_condition(self, control: Any) -> Tensor | None:
         """The condition of the chunk, where the encoder streams it."""
@@ -250,4 +252,5 @@ class MatrixGameTransformer(WanTransformer):
 
     def _per_token_of(self, x: Tensor) -> Tensor:
         """Values per latent frame ``[B, T, ...]`` for the tokens of this rank."""
-        return self.expand_frames(x, self.config.tokens_per_frame)
+        places = self.token_places(x.shape[1], self.config.tokens_per_frame, x.device)
+        return x.index_select(1, places)

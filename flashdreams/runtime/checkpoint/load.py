@@ -93,19 +93,17 @@ def load_checkpoint(
     on ``meta``, or one whose device or dtype changes, is replaced by a new one; all others are
     filled in place.
 
-    A module may take part: ``checkpoint_key_maps`` lists the naming schemes that it recognises, and
-    ``checkpoint_slices(shapes)``, given the file's shapes by the module's names, returns slices for
-    tensors that it takes only a part of. FP8 weights are read with their scales.
+    A module may take part: ``checkpoint_key_maps`` lists naming schemes,
+    ``checkpoint_slices(shapes)`` returns slices of tensors that it takes a part of. FP8 weights are
+    read with their scales.
 
     Args:
         module: its state-dict names are the official names of the checkpoint.
         config: where the weights are and how their names are read.
-        device: for all tensors; ``None``: tensors on ``meta`` go to the CPU, others stay.
-            ``"meta"``: compare only, read and assign nothing.
+        device: for all tensors; ``None``: ``meta`` goes to the CPU; ``"meta"``: compare only.
         dtype: for all floating point tensors, or of each by the module's name for it; ``None``:
             each keeps its own.
-        slices: module's tensor name to `TensorSlice`, or a plain ``(dim, start, length)``: the
-            part of the file's tensor that this module's tensor is.
+        slices: tensor name to `TensorSlice` or ``(dim, start, length)``: the part that it takes.
         key_maps: other naming schemes to recognise; ``None``: ``module.checkpoint_key_maps``.
         progress: show a progress bar in bytes.
         loras: merged, in float32, into the tensors that they name; checked before any is read.
@@ -119,9 +117,7 @@ def load_checkpoint(
         key_maps = getattr(module, "checkpoint_key_maps", ())
     store = open_tensors(ensure_local(config), config.select)
     scales, aside = find_scales(store.infos)
-    read_with_scales = {*scales, *aside}
-    others = {name: x for name, x in store.infos.items() if name not in read_with_scales}
-    refuse_scaled(others, config)
+    refuse_scaled(store.infos, config, {*scales, *aside})
     targets = _collect_targets(module)
     names = (name for name in store.infos if name not in aside)
     wanted = [name for target in targets for name in target.names]
