@@ -1,7 +1,8 @@
 """Assembly: what happens to a pipeline once, before its first rollout."""
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,6 +41,18 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return torch.device(device)
 
 
+@contextlib.contextmanager
+def plain_defaults() -> Iterator[None]:
+    """Build under PyTorch's own default type and device, whatever the program has set."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 class Assembly(nn.Module):
     """The components of a pipeline, and how they come to be ready.
 
@@ -71,7 +84,7 @@ class Assembly(nn.Module):
         self.warmed_up: WarmUp | None = None
         model_config: DiffusionModelConfig = config.diffusion_model
         self._latent_width = model_config.transformer.latent_width
-        with torch.random.fork_rng(devices=[]):
+        with plain_defaults(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(INIT_SEED)
             self.text_encoder = build_component(config.text_encoder)
             self.image_encoder = build_component(config.image_encoder)

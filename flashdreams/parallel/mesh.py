@@ -12,6 +12,8 @@ from flashdreams.attention.choose import AttentionShape
 from flashdreams.parallel.collectives import Channel, TrafficMeter
 
 Degree = int | Literal["auto"]
+DEGREES = ("ulysses_degree", "ring_degree", "tensor_parallel_degree", "cfg_parallel_degree")
+"""Fields of `ParallelConfig` whose product is the number of ranks."""
 
 
 @dataclass(kw_only=True)
@@ -142,7 +144,7 @@ def _requests_met(degrees: ParallelDegrees, config: ParallelConfig) -> int:
 
 
 def _refuse_conflicts(config: ParallelConfig, guided: bool) -> None:
-    fields = ("ulysses_degree", "ring_degree", "tensor_parallel_degree", "cfg_parallel_degree")
+    fields = DEGREES
     for name in fields:
         request = getattr(config, name)
         if request != "auto" and (not isinstance(request, int) or request < 1):

@@ -256,6 +256,11 @@ def precision(_: str) -> str:
     return figures.precisions(figures.read_reports())
 
 
+def ratios(_: str) -> str:
+    """What the engine adds to a bare loop, whether a long rollout grows, and peers."""
+    return figures.ratios(figures.read_reports())
+
+
 def mesh(family: str) -> str:
     """Table of the meshes that the automatic degrees give, by number of heads and guidance."""
     lines = ["| slug | " + " | ".join(f"{n} ranks" for n in RANKS[1:]) + " |", "|---|---|---|---|"]
@@ -400,6 +405,7 @@ PARTS: dict[str, Callable[[str], str]] = {
         graph_status,
         toy_quality,
         precision,
+        ratios,
         modules,
     )
 }

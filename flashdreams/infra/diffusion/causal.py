@@ -254,7 +254,7 @@ class CausalTransformer(Transformer):
         for cursor in cache.cursors:
             cursor.begin_step(c.len_t, self.device)
         self.rotate_sinks(cache)
-        frames = torch.arange(cache.cursor.start, cache.cursor.end)
+        frames = torch.arange(cache.cursor.start, cache.cursor.end, dtype=torch.int64, device="cpu")
         cache.inputs.fill(self.inputs_at(cache, frames, control))
 
     def predict_flow(self, latent: Tensor, timestep: Tensor, cache: CausalState) -> Tensor:
@@ -378,7 +378,9 @@ class CausalTransformer(Transformer):
         """
         self.begin_step(0, cache, control)
         latent = NoiseSource(0)(0, 0, self.latent_shape(cache.batch_size)).to(self.device)
-        modulation = self.modulation_of(torch.tensor(500.0), cache)
+        modulation = self.modulation_of(
+            torch.tensor(500.0, dtype=torch.float32, device="cpu"), cache
+        )
         exact = True  # to the end also where one differs: other ranks wait in collectives
         for write_only in (False, True) if self.config.streaming else (False,):
             found = []

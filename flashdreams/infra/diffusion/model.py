@@ -255,7 +255,9 @@ class DiffusionModel(nn.Module):
     def _step_through(self, cache: DiffusionCache) -> int:
         """A rollout of dummy values, up to the point from which all AR steps are alike."""
         transformer = self.transformer
-        latent = torch.zeros(transformer.latent_shape(1), device=transformer.device)
+        latent = torch.zeros(
+            transformer.latent_shape(1), device=transformer.device, dtype=torch.float32
+        )
         timestep = self.scheduler.timesteps[0]
         control = transformer.example_control(1)
         for index in range(transformer.warm_up_steps):
@@ -352,6 +354,14 @@ class DiffusionModel(nn.Module):
             self.transformer.begin_step(pending_index, branch, cache.control)
         self.side.mark()
 
+    def rebuild_context(self, cache: DiffusionCache) -> None:
+        """Compute sink and window anew from the clean latents that the context holds."""
+        self.side.join()
+        chunks = self._held_chunks(cache)
+        for branch in cache.branches:
+            self.transformer.check_rewrite(branch, "chunks")
+            self.transformer.rewrite_context(branch, chunks, self._context_timestep())
+
     def _held_chunks(self, cache: DiffusionCache) -> list[ContextChunk]:
         """The clean latents of the frames that the context holds."""
         held = set(self._held_frames(cache))
@@ -372,7 +382,9 @@ class DiffusionModel(nn.Module):
         return chunks
 
     def _context_timestep(self) -> Tensor:
-        return torch.tensor(self.config.context_noise, dtype=self.scheduler.timesteps.dtype)
+        return torch.tensor(
+            self.config.context_noise, dtype=self.scheduler.timesteps.dtype, device="cpu"
+        )
 
     def _frames_of(self, chunk: CleanChunk) -> range:
         count = chunk.latent.shape[2]

@@ -124,7 +124,9 @@ def _write_group(
     parts = [select_tokens(chunk.control, chunk.kept, len_t) for chunk in group]
     control = torch.cat(parts, dim=1) if parts[1:] and parts[0] is not None else parts[0]
     latent = torch.cat([chunk.latent for chunk in group], dim=2)
-    inputs = transformer.inputs_at(cache, torch.tensor(frames), control)
+    inputs = transformer.inputs_at(
+        cache, torch.tensor(frames, dtype=torch.int64, device="cpu"), control
+    )
     transformer(latent, transformer.modulation_of(timestep, cache), inputs, cache, True)
     for layer in cache.layers():
         layer.keep_sink(frames[0], frames[-1] + 1)

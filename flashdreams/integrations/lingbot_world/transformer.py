@@ -125,7 +125,9 @@ class LingBotTransformer(WanTransformer):
     def example_control(self, batch_size: int) -> Tensor:
         """Zeros ``[1, L, camera_dim]``: one camera for the whole batch."""
         c = self.config
-        return torch.zeros(1, c.len_t * c.tokens_per_frame, c.camera_dim)
+        return torch.zeros(
+            1, c.len_t * c.tokens_per_frame, c.camera_dim, dtype=torch.float32, device="cpu"
+        )
 
     def embed_control(self, control: Any) -> list[tuple[Tensor, Tensor]]:
         """Embed the camera and let every block read it, once per chunk.

@@ -169,12 +169,18 @@ class WanTransformer(CausalTransformer):
     def example_context(self, batch_size: int) -> dict[str, Any]:
         """Zeros for ``initialize_cache``."""
         c = self.config
-        context = {"text": torch.zeros(batch_size, c.text_len, c.text_dim)}
+        context = {
+            "text": torch.zeros(
+                batch_size, c.text_len, c.text_dim, dtype=torch.float32, device="cpu"
+            )
+        }
         if c.image_dim is not None:
-            context["image_tokens"] = torch.zeros(batch_size, c.image_len, c.image_dim)
+            context["image_tokens"] = torch.zeros(
+                batch_size, c.image_len, c.image_dim, dtype=torch.float32, device="cpu"
+            )
         if c.condition_channels:
             size = (batch_size, c.condition_channels, 1, c.latent_height, c.latent_width)
-            context["condition"] = torch.zeros(size)
+            context["condition"] = torch.zeros(size, dtype=torch.float32, device="cpu")
         return context
 
     def example_control(self, batch_size: int) -> Tensor | None:
@@ -182,7 +188,13 @@ class WanTransformer(CausalTransformer):
         c = self.config
         if c.control_dim is None:
             return None
-        return torch.zeros(batch_size, c.len_t * c.tokens_per_frame, c.control_dim)
+        return torch.zeros(
+            batch_size,
+            c.len_t * c.tokens_per_frame,
+            c.control_dim,
+            dtype=torch.float32,
+            device="cpu",
+        )
 
     def project_context(self, text: Tensor | None, image_tokens: Tensor | None) -> WanContext:
         """Cross-attention keys and values of every block.

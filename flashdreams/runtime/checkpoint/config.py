@@ -4,6 +4,8 @@ import math
 import re
 from dataclasses import dataclass
 
+from flashdreams.infra.config import quoted
+
 WRAPPER_MARKERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 """Name parts that training wrappers leave behind in saved tensor names."""
 
@@ -63,6 +65,13 @@ class CheckpointConfig:
     """Licence of the weights, for the same message; ``None``: not stated."""
 
     def __post_init__(self) -> None:
+        # It becomes a path in the cache of downloads.
+        revision = self.revision or "main"
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", revision) or ".." in revision:
+            raise CheckpointError(
+                f"checkpoint {self.source}: revision {quoted(revision)} must be a branch, tag or "
+                "commit"
+            )
         if self.is_address and not re.fullmatch("[0-9a-f]{64}", self.sha256 or ""):
             raise CheckpointError(
                 f"checkpoint {self.source}: a file on the web may change, so its sha256 is needed, "

@@ -5,9 +5,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from flashdreams.infra.config import quoted
 from flashdreams.runtime.checkpoint.config import CheckpointConfig, CheckpointError
+from flashdreams.runtime.text import shown
 
 _LISTED = 10
+_COMPARED = 5000
+_COMPARED_LENGTH = 200
 
 KNOWN_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 """What other programs put in front of the names of a diffusion transformer."""
@@ -89,8 +93,9 @@ def map_names(
             continue
         if mapped in file_names:
             raise CheckpointError(
-                f"checkpoint {config.source}: tensors {file_names[mapped]!r} and {name!r} would "
-                f"both be {mapped!r}; correct strip_prefixes, drop or rename"
+                f"checkpoint {config.source}: tensors {quoted(file_names[mapped])} and "
+                f"{quoted(name)} would both be {quoted(mapped)}; correct strip_prefixes, drop or "
+                "rename"
             )
         file_names[mapped] = name
     return NameMatch(
@@ -162,20 +167,27 @@ def describe_mismatch(
         nearest = _nearest(unexpected, list(missing) or list(wanted))
         lines.append(_listing("unexpected in the file", nearest, len(unexpected)))
     if misfits:
-        shown = [f"{name} {wrong}" for name, wrong in list(misfits.items())[:_LISTED]]
-        lines.append(_listing("of another shape or type", shown, len(misfits)))
+        listed = [f"{shown(name)} {wrong}" for name, wrong in list(misfits.items())[:_LISTED]]
+        lines.append(_listing("of another shape or type", listed, len(misfits)))
     return "\n".join(lines)
 
 
-def _listing(title: str, shown: Sequence[str], count: int) -> str:
-    rest = [f"... and {count - len(shown)} more"] if count > len(shown) else []
-    return "\n    ".join([f"  {count} {title}:", *shown, *rest])
+def _listing(title: str, listed: Sequence[str], count: int) -> str:
+    rest = [f"... and {count - len(listed)} more"] if count > len(listed) else []
+    return "\n    ".join([f"  {count} {title}:", *listed, *rest])
 
 
 def _nearest(names: Sequence[str], candidates: Sequence[str]) -> list[str]:
     """Append to each of the first ten names the candidate that resembles it most."""
-    shown = []
+    if len(candidates) > _COMPARED:  # the comparison takes time with each
+        return [shown(name) for name in names[:_LISTED]]
+    close: list[str] = []
+    lines = []
     for name in names[:_LISTED]:
-        close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
-        shown.append(f"{name} (nearest: {close[0]})" if close else name)
-    return shown
+        # It also takes time with the square of a name's length.
+        if len(name) <= _COMPARED_LENGTH:
+            alike = [other for other in candidates if len(other) <= _COMPARED_LENGTH]
+            close = difflib.get_close_matches(name, alike, n=1, cutoff=0.5)
+        lines.append(f"{shown(name)} (nearest: {shown(close[0])})" if close else shown(name))
+        close = []
+    return lines

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flashdreams.runtime.checkpoint.config import CheckpointConfig, CheckpointError, LoRA
 from flashdreams.runtime.checkpoint.keys import KeyMap, NameMatch, describe_mismatch, map_names
 from flashdreams.runtime.checkpoint.lora import Update, resolve_loras, updated
+from flashdreams.runtime.checkpoint.pairs import refuse_scaled
 from flashdreams.runtime.checkpoint.read import (
     NO_TENSOR,
     TensorInfo,
@@ -20,6 +21,7 @@ from flashdreams.runtime.checkpoint.read import (
 )
 from flashdreams.runtime.checkpoint.scaled import dequantize, find_scales, refuse_missing_scales
 from flashdreams.runtime.checkpoint.source import ensure_local
+from flashdreams.runtime.text import shown
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +119,8 @@ def load_checkpoint(
         key_maps = getattr(module, "checkpoint_key_maps", ())
     store = open_tensors(ensure_local(config), config.select)
     scales, aside = find_scales(store.infos)
+    read_so = aside.union(scales)
+    refuse_scaled({n: i for n, i in store.infos.items() if n not in read_so}, config)
     targets = _collect_targets(module)
     names = (name for name in store.infos if name not in aside)
     wanted = [name for target in targets for name in target.names]
@@ -266,7 +270,9 @@ def _slices_of(
     by_name = {name: target for target in targets for name in target.names}
     unknown = [name for name in slices if name not in by_name]
     if unknown:
-        raise ValueError(f"slices name no tensor of the module: {', '.join(unknown[:10])}")
+        raise ValueError(
+            f"slices name no tensor of the module: {', '.join(map(shown, unknown[:10]))}"
+        )
     return {id(by_name[name].tensor): TensorSlice(*part) for name, part in slices.items()}
 
 
@@ -355,7 +361,7 @@ def _place(target: _Target, device: torch.device | str | None, dtype: DType | No
     wanted_dtype = old.dtype
     if dtype is not None and old.is_floating_point():
         wanted_dtype = dtype if isinstance(dtype, torch.dtype) else dtype(target.names[0])
-    new = torch.empty(0, device=device)
+    new = torch.empty(0, device=device, dtype=torch.float32)
     if not old.is_meta and new.device == old.device and wanted_dtype == old.dtype:
         return old
     new = torch.empty(old.shape, device=device, dtype=wanted_dtype)
