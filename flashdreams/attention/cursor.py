@@ -143,7 +143,8 @@ class Cursor:
 
     def drop_past(self, device: torch.device) -> None:
         """Forget all but the sink and the current chunk, which moves up and is to be rewritten."""
-        self.frames = [*self.frames[: self.sink_size_t], *range(self.start, self.end)]
+        sink = [frame for frame in self.frames[: self.sink_size_t] if frame < self.start]
+        self.frames = [*sink, *range(self.start, self.end)]
         self.pinned = ()
         self._point_at(self.frame_slots(self.start, self.end), device)
 

@@ -458,11 +458,14 @@ class StreamInferencePipeline(Assembly):
                 ``[B, S, text_dim]``.
             reencode_window: compute sink and window anew under the new prompt, from the clean
                 latents that the rollout keeps. True or ``"chunks"``: one clean pass per chunk,
-                oldest first; ``"once"``: one pass over all frames. Follows a prompt sooner.
+                oldest first; ``"once"``: one pass over all frames. Follows a prompt sooner. None:
+                as the config says.
+            begins_shot: whether the next chunk begins a shot, for models that treat these apart;
+                None: whether the text begins with the config's ``scene_cut_prefix``.
 
         Raises:
-            ValueError: another number of prompts than the rollout has, or a prompt that the text
-                encoder refuses.
+            ValueError: another number of prompts than the rollout has, a prompt that the text
+                encoder refuses, or a shot that begins while a chunk waits for ``finalize``.
             TypeError: the transformer has no prompt that it could change.
         """
         cache.require_live()

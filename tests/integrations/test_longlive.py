@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flashdreams.infra.config import derive_config
-from flashdreams.integrations.longlive.config import PIPELINE, TINY_PIPELINE
+from flashdreams.integrations.longlive.config import PIPELINE, TINY_PIPELINE, TINY_RUNNER
 from flashdreams.models.wan.transformer import SELF_ATTENTION, WanTransformerConfig
 from flashdreams.runtime.checkpoint import CheckpointConfig
 from tests.goldens import golden_config, golden_path, load_golden
@@ -150,3 +150,85 @@ def test_other_shots_are_another_rollout(mistake, least):
     """Negative controls: the traps of the semantics."""
     output, _ = long_live_two("rollout_multishot", **mistake)
     assert error_of(output, TWO, "rollout_multishot") > least
+
+
+CUT = "The scene transitions. a boat at sea"
+
+
+def latents_of(pipeline, prompts: dict[int, str], blocks: int, save_at: int | None = None):
+    """Latents of a tiny rollout by hand; saved and loaded before one of its steps."""
+    cache = pipeline.initialize_cache(text=[prompts[0]], seed=0)
+    latents = []
+    for index in range(blocks):
+        if index == save_at:
+            cache = pipeline.load_cache(cache.state_dict())
+        if index in prompts and index:
+            pipeline.update_prompt(cache, prompts[index])
+        pipeline.generate(index, cache)
+        pipeline.finalize(index, cache)
+        latents.append(cache.latent.clone())
+    return torch.stack(latents), cache
+
+
+def test_shots_of_the_command_line_are_prompts_and_cuts(tmp_path):
+    shots = ("2:a fox", f"3:{CUT}", "2:a boat at night")
+    config = derive_config(TINY_RUNNER, output_dir=tmp_path, device="cpu", shot=shots)
+    runner = config.setup()
+    found = torch.stack([step.cache.latent.clone() for step in runner.stream(8)])
+    prompts = {0: "a fox", 2: CUT, 5: "a boat at night"}
+    expected, cache = latents_of(runner.pipeline, prompts, 8)
+    assert torch.equal(found, expected)
+    assert cache.diffusion.conditional.shots.begun == 1
+    assert cache.diffusion.conditional.cursor.pinned == (4, 5)
+    plain = latents_of(runner.pipeline, {**prompts, 2: "a boat at sea"}, 8)[0]
+    assert torch.equal(plain[:2], expected[:2]) and not torch.equal(plain[2], expected[2])
+    runner.close()
+
+
+@pytest.mark.parametrize("save_at", [3, 6, 7])
+def test_a_saved_rollout_knows_its_shots(save_at):
+    pipeline = TINY_PIPELINE.setup(device="cpu")
+    prompts = {0: "a fox", 2: CUT, 5: CUT}
+    stayed, _ = latents_of(pipeline, prompts, 8)
+    moved, cache = latents_of(pipeline, prompts, 8, save_at)
+    assert torch.equal(stayed, moved)
+    held = sorted(cache.diffusion.conditional.cursor.frames)
+    assert held == [0, 1, 10, 11, 12, 13, 14, 15]
+    cache.diffusion.conditional.cursor.pinned = ()  # negative control: the pin is what holds 10, 11
+    for index in (8, 9):
+        pipeline.generate(index, cache)
+        pipeline.finalize(index, cache)
+    assert 10 not in cache.diffusion.conditional.cursor.frames
+
+
+def test_a_shot_begins_between_steps():
+    pipeline = TINY_PIPELINE.setup(device="cpu")
+    cache = pipeline.initialize_cache(text=["a fox"], seed=0)
+    pipeline.generate(0, cache)
+    with pytest.raises(ValueError, match="call finalize first"):
+        pipeline.update_prompt(cache, CUT)
+
+
+def test_windows_that_cannot_hold_a_shot_are_refused():
+    transformer = TINY_PIPELINE.diffusion_model.transformer
+    with pytest.raises(ValueError, match="use at least 4"):
+        derive_config(transformer, window_size_t=3)
+    with pytest.raises(ValueError, match="goes with neither"):
+        derive_config(transformer, relative_rope=True)
+    with pytest.raises(ValueError, match="is unknown; allowed are"):
+        WanTransformerConfig(rewritten_sink="gone")
+
+
+def test_the_sink_moves_where_it_is_not_kept():
+    """Without ``global_sink`` the last frames are all that is left, the oldest of them the sink."""
+    _, cache = long_live_one(rewritten_sink="moved")
+    assert cache.diffusion.conditional.cursor.frames[:3] == [3, 4, 5]
+    _, cache = long_live_one()
+    assert cache.diffusion.conditional.cursor.frames[:3] == [0, 1, 2]
+
+
+def test_the_endless_form_switches_in_one_pass_too():
+    """Positions by slot are those of absolute keys with the sink moved up to the window."""
+    output, cache = long_live_one(relative_rope=True, window_size_t=6)
+    assert output.isfinite().all()
+    assert sorted(cache.diffusion.conditional.cursor.frames) == [0, 1, 2, *range(15, 21)]
