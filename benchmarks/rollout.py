@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.pipeline import StreamInferencePipeline, StreamInferencePipelineConfig
 from flashdreams.infra.runner import RunnerConfig
-from flashdreams.infra.video_runner import SPATIAL_FACTOR, ImageToVideoRunnerConfig
+from flashdreams.infra.video_runner import ImageToVideoRunnerConfig
 from flashdreams.infra.weights import named_checkpoints
 from flashdreams.integrations.lingbot_world.encoder import CameraPath
 from flashdreams.integrations.lingbot_world.runner import CameraToVideoRunnerConfig, read_path
@@ -207,8 +207,7 @@ def _conditions(
         if config.diffusion_model.guidance_scale is not None:
             context["negative_text"] = torch.randn(size, generator=generator)
     if isinstance(runner, ImageToVideoRunnerConfig):
-        sizes = (transformer.latent_height, transformer.latent_width)
-        context["image"] = gradient_image(*(SPATIAL_FACTOR * size for size in sizes))
+        context["image"] = gradient_image(*runner.frame_size)
     if isinstance(runner, ToyWorldRunnerConfig):
         return config, context, partial(_pose_of, walk(runner.actions, WALKED_FRAMES))
     if isinstance(runner, CameraToVideoRunnerConfig):

@@ -180,7 +180,7 @@ class Assembly(nn.Module):
             device=self.target_device,
             guided=self.config.diffusion_model.guidance_scale is not None,
             known=frozenset(known),
-            takes_image=self.config.diffusion_model.first_latent_from_image,
+            takes_image=self.config.diffusion_model.begins_with_image,
         )
 
     def load(self, fetch_all: str | None = None, prompts: Mapping[str, str] | None = None) -> None:

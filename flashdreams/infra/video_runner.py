@@ -17,7 +17,7 @@ from flashdreams.infra.weights import with_downloads
 from flashdreams.runtime.image_file import gradient_image, load_image
 
 SPATIAL_FACTOR = 8
-"""Pixels per latent row or column; the same for the Wan autoencoder and TAEHV."""
+"""Pixels per latent row or column where the decoder's config does not say ``spatial_factor``."""
 
 
 @runtime_checkable
@@ -76,7 +76,7 @@ class TextToVideoRunnerConfig(RunnerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("height", "width"):
-            check_size(name, getattr(self, name), self.transformer)
+            check_size(name, getattr(self, name), self.transformer, self.spatial_factor)
         if self.prompt_embeds is None and self.prompt_path is None and not self.prompt.strip():
             raise ValueError("--prompt is empty; describe what the video shows.")
         if not self.transformer.streaming and self.total_blocks != 1:
@@ -121,6 +121,18 @@ class TextToVideoRunnerConfig(RunnerConfig):
     def guided(self) -> bool:
         """Whether the method takes a negative prompt."""
         return self.pipeline.diffusion_model.guidance_scale is not None
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent row or column, as the decoder's config says."""
+        return getattr(self.pipeline.decoder, "spatial_factor", SPATIAL_FACTOR)
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Height and width of the video in pixels."""
+        sizes = (self.transformer.latent_height, self.transformer.latent_width)
+        height, width = (self.spatial_factor * size for size in sizes)
+        return self.height or height, self.width or width
 
     @property
     def transformer(self) -> VideoTransformerConfig:
@@ -237,7 +249,7 @@ class ImageToVideoRunner(TextToVideoRunner):
 def resolve_config(config: ConfigT) -> ConfigT:
     """The config with its shorthands carried over to the pipeline."""
     sizes = {
-        f"latent_{name}": getattr(config, name) // SPATIAL_FACTOR
+        f"latent_{name}": getattr(config, name) // config.spatial_factor
         for name in ("height", "width")
         if getattr(config, name) is not None
     }
@@ -270,20 +282,31 @@ def read_embeds(path: Path | None, transformer: VideoTransformerConfig) -> Tenso
     return embeds
 
 
-def check_size(name: str, pixels: int | None, transformer: VideoTransformerConfig) -> None:
+def check_size(
+    name: str,
+    pixels: int | None,
+    transformer: VideoTransformerConfig,
+    spatial_factor: int = SPATIAL_FACTOR,
+) -> None:
     """Refuse a height or width in pixels that the latent and its patches do not divide.
+
+    Args:
+        name: ``"height"`` or ``"width"``.
+        pixels: the size; None is not looked at.
+        transformer: says the patch size.
+        spatial_factor: pixels per latent row or column.
 
     Raises:
         ValueError: the message names the nearest sizes that do.
     """
     if pixels is None:
         return
-    unit = SPATIAL_FACTOR * transformer.patch_size[1 if name == "height" else 2]
+    unit = spatial_factor * transformer.patch_size[1 if name == "height" else 2]
     if pixels < unit or pixels % unit:
         below = max(unit, pixels // unit * unit)
         raise ValueError(
             f"--{name} {pixels}: must be a multiple of {unit} pixels (latents of "
-            f"{SPATIAL_FACTOR}, patches of {unit // SPATIAL_FACTOR}). Nearest: {below} and "
+            f"{spatial_factor}, patches of {unit // spatial_factor}). Nearest: {below} and "
             f"{below + unit}."
         )
 
@@ -294,8 +317,7 @@ def read_image(config: ImageToVideoRunnerConfig) -> Tensor:
     Raises:
         ValueError: there is none, or it does not fit.
     """
-    height = config.height or config.transformer.latent_height * SPATIAL_FACTOR
-    width = config.width or config.transformer.latent_width * SPATIAL_FACTOR
+    height, width = config.frame_size
     if config.image_path is not None:
         return load_image(config.image_path, height, width, fit=config.fit_image)
     if config.test_image:

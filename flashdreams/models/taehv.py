@@ -248,6 +248,11 @@ class TAEHVDecoderConfig(TAEHVConfig, StreamingDecoderConfig):
         """Pixel frames per latent frame after the first."""
         return 2 ** sum(self.temporal_upsample)
 
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent row or column."""
+        return self.patch_size * 2 ** len(self.temporal_upsample)
+
 
 class TAEHVDecoder(StreamingDecoder):
     """Latents to frames, chunk by chunk, at a small part of the full decoder's cost."""

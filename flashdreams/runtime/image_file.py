@@ -36,6 +36,24 @@ def load_image(path: Path, height: int, width: int, *, fit: bool = False) -> Ten
     Raises:
         ValueError: no readable image, a huge one, or one of another size.
     """
+    image = open_image(path)
+    if image.size != (width, height):
+        if not fit:
+            raise ValueError(
+                f"--image-path {path}: the image is {image.width}x{image.height} (width x height); "
+                f"this run wants {width}x{height}. Type --fit-image True to scale and crop it, or "
+                "give --height and --width."
+            )
+        image = _cover(image, height, width)
+    return to_pixels(image)
+
+
+def open_image(path: Path) -> Any:
+    """Read an image, set upright, as Pillow holds it.
+
+    Raises:
+        ValueError: no readable image, a huge one, or not RGB.
+    """
     from PIL import Image, ImageOps
 
     image_size(path)  # a huge image is not decoded
@@ -45,19 +63,15 @@ def load_image(path: Path, height: int, width: int, *, fit: bool = False) -> Ten
     except Exception as error:  # what a damaged image raises is no narrower
         raise _unreadable(path, error) from error
     try:
-        image = as_rgb(image)
+        return as_rgb(image)
     except ValueError as error:
         raise ValueError(f"--image-path {path}: {error}") from error
-    if image.size != (width, height):
-        if not fit:
-            raise ValueError(
-                f"--image-path {path}: the image is {image.width}x{image.height} (width x height); "
-                f"this run wants {width}x{height}. Type --fit-image True to scale and crop it, or "
-                "give --height and --width."
-            )
-        image = _cover(image, height, width)
+
+
+def to_pixels(image: Any) -> Tensor:
+    """An RGB image of Pillow as ``[1, 3, height, width]`` float32 in [-1, 1]."""
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    pixels = pixels.view(1, height, width, 3).permute(0, 3, 1, 2)
+    pixels = pixels.view(1, image.height, image.width, 3).permute(0, 3, 1, 2)
     return pixels.contiguous().float() / 127.5 - 1
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import PurePosixPath
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from flashdreams.integrations.lingbot_world.config import ACT_TRANSFORMER
 from flashdreams.integrations.lingbot_world.config import RUNNER_CONFIGS as LINGBOT
 from flashdreams.integrations.self_forcing.config import RUNNER_CONFIGS as SELF_FORCING
 from flashdreams.integrations.wan21.config import RUNNER_CONFIGS as WAN21
+from flashdreams.integrations.wan22.config import RUNNER_CONFIGS as WAN22
 from flashdreams.models.wan.config import WAN_TRANSFORMER_TI2V_5B
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load_checkpoint
 from tests.manifests import load_manifest, write_sparse_safetensors
 
-LITERALS = {**WAN21, **SELF_FORCING, **CAUSAL_FORCING}
+LITERALS = {**WAN21, **WAN22, **SELF_FORCING, **CAUSAL_FORCING}
 FULL_SIZE = sorted(slug for slug in LITERALS if not slug.endswith("tiny-random"))
 FEW_STEPS = [slug for slug in FULL_SIZE if "forcing" in slug]
 
@@ -29,17 +31,20 @@ MANIFESTS = {
     "causal-forcing++/framewise-2step.pt": "causal_forcing_pp_framewise_2step",
     "causal-forcing++/framewise-1step.pt": "causal_forcing_pp_framewise_1step",
     "Wan2.1_VAE.pth": "wan21_vae",
+    "Wan2.2_VAE.pth": "wan22_vae",
     "taew2_1.pth": "taew2_1",
+    "taew2_2.pth": "taew2_2",
     "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth": "clip_xlm_roberta_vit_h14",
     "models_t5_umt5-xxl-enc-bf16.pth": "umt5_xxl_encoder_wan",
     "Wan-AI/Wan2.1-T2V-14B": "wan21_t2v_14B",
     "Wan-AI/Wan2.1-I2V-14B-480P": "wan21_i2v_14B_480P",
+    "Wan-AI/Wan2.2-TI2V-5B": "wan22_ti2v_5B",
 }
 
 
 def published_name(checkpoint: CheckpointConfig) -> str:
     """The file, or the repository of a sharded one."""
-    file = checkpoint.file or checkpoint.source.rpartition("/")[2]
+    file = checkpoint.file or PurePosixPath(checkpoint.source).name
     return file if file in MANIFESTS else checkpoint.source
 
 
@@ -86,6 +91,8 @@ def test_every_slug_of_the_issue_is_there():
         "wan21-i2v-14b-480p",
         "wan21-t2v-1.3b-480p",
         "wan21-t2v-14b-720p",
+        "wan22-ti2v-5b-704p",
+        "wan22-ti2v-5b-704p-taehv",
     ]
     assert all(slug == c.runner_name == c.pipeline.name for slug, c in LITERALS.items())
 
@@ -163,16 +170,22 @@ def test_few_step_schedules_are_the_published_ones(slug):
         ("wan21-t2v-1.3b-480p", 50, 8.0, 6.0, (60, 104)),
         ("wan21-t2v-14b-720p", 50, 5.0, 5.0, (90, 160)),
         ("wan21-i2v-14b-480p", 40, 3.0, 5.0, (60, 104)),
+        ("wan22-ti2v-5b-704p", 50, 5.0, 5.0, (44, 80)),
+        ("wan22-ti2v-5b-704p-taehv", 50, 5.0, 5.0, (44, 80)),
     ],
 )
 def test_bidirectional_schedules_are_the_published_ones(slug, steps, shift, scale, size):
+    is_22 = slug.startswith("wan22")
     model, runner = LITERALS[slug].pipeline.diffusion_model, LITERALS[slug]
     assert (model.scheduler.num_inference_steps, model.scheduler.shift) == (steps, shift)
     assert model.guidance_scale == scale and runner.negative_prompt
     transformer = model.transformer
-    assert (transformer.len_t, transformer.streaming, runner.total_blocks) == (21, False, 1)
+    frames = 31 if is_22 else 21
+    assert (transformer.len_t, transformer.streaming, runner.total_blocks) == (frames, False, 1)
     assert (transformer.latent_height, transformer.latent_width) == size
-    assert runner.fps == 16
+    assert runner.fps == (24 if is_22 else 16)
+    assert runner.frame_size == ((704, 1280) if is_22 else (8 * size[0], 8 * size[1]))
+    assert model.first_frames_from_image == is_22
 
 
 def test_causal_forcing_takes_the_tensors_that_its_release_names():
@@ -183,7 +196,13 @@ def test_causal_forcing_takes_the_tensors_that_its_release_names():
     assert chosen["causal-forcing-wan2.1-i2v-1.3b-framewise"].select[0] == "generator_ema"
 
 
+def test_wan22_timesteps_are_the_published_ones():
+    timesteps = LITERALS["wan22-ti2v-5b-704p"].pipeline.diffusion_model.scheduler.setup().timesteps
+    assert timesteps[:4].tolist() == [999, 995, 991, 987] and len(timesteps) == 50
+
+
 UNPINNED = {
+    "Wan-AI/Wan2.2-TI2V-5B",
     "robbyant/lingbot-world-base-act",
     "robbyant/lingbot-world-fast",
 }
@@ -204,13 +223,14 @@ def test_every_file_states_its_commit_and_size():
     commits: dict[str, set[str]] = {}
     for place, checkpoint in shipped_checkpoints().items():
         assert checkpoint.size_bytes > 1e7, place
-        pin = checkpoint.sha256 if checkpoint.is_address else checkpoint.revision
+        pin = (checkpoint.sha256 or checkpoint.commit) if checkpoint.is_address else None
+        pin = pin or checkpoint.revision
         commits.setdefault(checkpoint.source, set()).add(pin)
     assert UNPINNED | {"Wan-AI/Wan2.1-T2V-1.3B", "zhuhz22/Causal-Forcing"} < set(commits)
     unpinned = set()
     for source, revisions in commits.items():
         assert len(revisions) == 1, f"{source} is read at several commits"
-        if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", *revisions):
+        if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", revisions.pop() or "main"):
             unpinned.add(source)
     assert unpinned == UNPINNED
 
@@ -218,6 +238,7 @@ def test_every_file_states_its_commit_and_size():
 STORED_ITEMSIZE = {
     "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth": 4,
     "taew2_1.pth": 2,
+    "taew2_2.pth": 2,
 }
 """Bytes per value where a file is published in another type than the manifest counts."""
 

@@ -21,12 +21,14 @@ SLUGS = {
     "self-forcing-tiny-random": ["--total-blocks", "4"],
     "lingbot-world-tiny-random": ["--total-blocks", "4", "--test-image", "True"],
     "wan21-i2v-tiny-random": ["--test-image", "True", "--total-blocks", "1"],
+    "wan22-ti2v-tiny-random": ["--total-blocks", "1"],
 }
 CALLS = {
     "toy-world": (1 + 7 * 2, 4 * 2),  # eight frames fill the window; the first one is given
     "self-forcing-tiny-random": (2 * 5, 2 * 5),
     "lingbot-world-tiny-random": (2 * 5, 2 * 5),
     "wan21-i2v-tiny-random": (0, 2 * 6),  # guided, and no clean pass
+    "wan22-ti2v-tiny-random": (0, 2 * 6),
 }
 """Calls that are eager, since the window is filling, and calls that are replayed."""
 

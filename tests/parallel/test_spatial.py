@@ -5,6 +5,7 @@ import torch
 
 from flashdreams.models.taehv import TAEHVDecoderConfig
 from flashdreams.models.wan.vae import WanVAEDecoderConfig
+from flashdreams.models.wan.vae22 import WanVAE22DecoderConfig
 from flashdreams.parallel import collectives
 from flashdreams.parallel.mesh import Axis, Mesh, ParallelConfig
 from flashdreams.parallel.parallelize import parallelize
@@ -16,6 +17,7 @@ from tests.parallel.rollout import make_mesh
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
 """Pixels run from -1 to 1; a bfloat16 decoder rounds every activation to 8 bits."""
 
+KINDS = ("wan", "wan22", "taehv")
 CHUNKS = (2, 1)
 WIDTH = 5
 
@@ -24,6 +26,8 @@ def build_decoder(kind, dtype):
     torch.manual_seed(7)
     if kind == "wan":
         decoder = WanVAEDecoderConfig(dim=8, dtype=dtype).setup()
+    elif kind == "wan22":
+        decoder = WanVAE22DecoderConfig(dim=4, dtype=dtype).setup()
     else:
         decoder = TAEHVDecoderConfig(channels=(16, 8, 6, 6), dtype=dtype).setup()
     return decoder.requires_grad_(False).eval()
@@ -31,7 +35,8 @@ def build_decoder(kind, dtype):
 
 def decode(decoder, cache, first=0):
     draw = torch.Generator().manual_seed(9)
-    latent = torch.randn(1, 16, sum(CHUNKS), 2, WIDTH, generator=draw)
+    channels = 48 if isinstance(decoder.config, WanVAE22DecoderConfig) else 16
+    latent = torch.randn(1, channels, sum(CHUNKS), 2, WIDTH, generator=draw)
     chunks = list(enumerate(latent.split(CHUNKS, dim=2)))
     return [decoder(chunk, index, cache) for index, chunk in chunks[first:]]
 
@@ -61,7 +66,7 @@ def narrow(mesh=None):
 
 def split_cases(world_size):
     found = {}
-    for kind in ("wan", "taehv"):
+    for kind in KINDS:
         frames, mesh, report, cache = split(kind, "float32", world_size)
         found[kind, "float32"] = frames
         layout = report.width_layout
@@ -79,13 +84,13 @@ def split_cases(world_size):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_split_decode_equals_the_whole(world_size):
     for found in run_ranks(split_cases, world_size, world_size):
-        for kind, dtype in (("wan", "float32"), ("taehv", "float32"), ("wan", "bfloat16")):
+        for kind, dtype in (*((kind, "float32") for kind in KINDS), ("wan", "bfloat16")):
             for chunk, expected in zip(found[kind, dtype], whole(kind, dtype), strict=True):
                 assert chunk.shape == expected.shape
                 error = float((chunk - expected).abs().max())
                 assert error <= TOLERANCE[dtype], (kind, dtype, error)
         assert torch.equal(found["narrow"], narrow())
-        for kind in ("wan", "taehv"):
+        for kind in KINDS:
             decoder = build_decoder(kind, "float32")
             cache = decoder.initialize_cache()
             decode(decoder, cache)
@@ -100,14 +105,15 @@ def test_split_decode_equals_the_whole(world_size):
                 assert error <= 1e-5 * scale, name
 
 
-def forgotten_halo():
+def forgotten_halo(kind):
     collectives.exchange_edges = lambda left, right, group: (None, None)
-    return split("wan", "float32", 2)[0]
+    return split(kind, "float32", 2)[0]
 
 
-def test_forgotten_halo_is_seen():
-    frames = run_ranks(forgotten_halo, 2)[0]
-    expected = whole("wan")
+@pytest.mark.parametrize("kind", ["wan", "wan22"])
+def test_forgotten_halo_is_seen(kind):
+    frames = run_ranks(forgotten_halo, 2, kind)[0]
+    expected = whole(kind)
     assert max(float((a - b).abs().max()) for a, b in zip(frames, expected, strict=True)) > 1e-2
 
 

@@ -259,7 +259,7 @@ class CausalTransformer(Transformer):
 
     def predict_flow(self, latent: Tensor, timestep: Tensor, cache: CausalState) -> Tensor:
         """Predict ``noise - x0``; see the contract."""
-        network = self._network_for(cache)
+        network = self._network_for(cache, per_frame=timestep.ndim > 1)
         output = network(latent, self.modulation_of(timestep, cache), cache.inputs, cache)
         if self.config.prediction == "flow":
             return output
@@ -344,11 +344,13 @@ class CausalTransformer(Transformer):
             return self.__call__
         return GraphedCallable(self.__call__, self.device, key=_graph_key, state_of=_graph_state)
 
-    def _network_for(self, state: CausalState, write_only: bool = False) -> Callable[..., Tensor]:
-        """The graph where one serves this call, else the plain module."""
+    def _network_for(
+        self, state: CausalState, write_only: bool = False, per_frame: bool = False
+    ) -> Callable[..., Tensor]:
+        """The graph where one serves this call, else the plain module, as for many timesteps."""
         network = self.network
-        if isinstance(network, GraphedCallable) and not network.serves(
-            state.inputs, state, write_only
+        if isinstance(network, GraphedCallable) and (
+            per_frame or not network.serves(state.inputs, state, write_only)
         ):
             network.eager_calls += 1
             return self.__call__
@@ -455,7 +457,7 @@ class CausalTransformer(Transformer):
         """
         count = cache.batch_size
         if timestep.ndim or timestep.device.type != "cpu" or torch.is_grad_enabled():
-            timestep = timestep.to(self.device)
+            timestep = to_device(timestep, self.device)
             return self.modulations(timestep.expand(count) if timestep.ndim == 0 else timestep)
         value = float(timestep)
         if value not in cache.modulations:

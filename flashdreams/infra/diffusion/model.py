@@ -15,7 +15,7 @@ from flashdreams.infra.component import build_component, declared_context, selec
 from flashdreams.infra.config import InstantiateConfig
 from flashdreams.infra.diffusion.causal import RewriteMode
 from flashdreams.infra.diffusion.pool import Storage, StoragePool
-from flashdreams.infra.diffusion.scheduler.base import SchedulerConfig
+from flashdreams.infra.diffusion.scheduler.base import Scheduler, SchedulerConfig
 from flashdreams.infra.diffusion.transformer import ContextChunk, TransformerConfig
 from flashdreams.infra.ranges import LARGEST_SIZE, check_range
 from flashdreams.parallel.environment import all_ranks_agree
@@ -57,6 +57,11 @@ class DiffusionModelConfig(InstantiateConfig):
     """Use the encoded ``image`` as the latents of the first AR step instead of generating them. One
     image is one latent frame; with a larger ``len_t`` give latents of a video's first frames."""
 
+    first_frames_from_image: bool = False
+    """Hold the encoded ``image`` in the first latent frames of the first AR step: they are set
+    before the first denoising step and after every one, and their timestep is 0. For networks that
+    are trained with one timestep per latent frame or token; without an image all is generated."""
+
     overlap_clean_pass: bool = True
     """On CUDA, run the clean pass of a chunk beside its decoding and its copies to the host. Takes
     memory for the activations of both; ranks that split the decoder among them do not overlap."""
@@ -64,6 +69,16 @@ class DiffusionModelConfig(InstantiateConfig):
     def __post_init__(self) -> None:
         check_range(self, "context_noise", least=0, most=1000)
         check_range(self, "guidance_scale", least=-LARGEST_SIZE)
+        if self.first_latent_from_image and self.first_frames_from_image:
+            raise ValueError(
+                "first_latent_from_image and first_frames_from_image: an image is either all of "
+                "the first AR step or held in its first frames; set one of them."
+            )
+
+    @property
+    def begins_with_image(self) -> bool:
+        """Whether an image may give latent frames."""
+        return self.first_latent_from_image or self.first_frames_from_image
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,8 @@ class DiffusionCache:
     noise: NoiseFunction = state("rebuilt")
     batch_size: int = state("host")
     image: Tensor | None = state("rebuilt")
-    """``[B, C, T, H, W]``, the latents of the first AR step if an image or a video gives them."""
+    """``[B, C, n, H, W]``, latent frames that an image or a video gives the first AR step: all of
+    them, or its first ones."""
     latent: Tensor | None = state("whole", default=None)
     """``[B, C, T, H, W]`` float32, the last clean chunk."""
     control: Any = state("rebuilt", default=None)
@@ -177,16 +193,17 @@ class DiffusionModel(nn.Module):
             batch_size: B.
         """
         self.side.join()
-        image = context.get("image") if self.config.first_latent_from_image else None
-        first_latent = self._check_image(image, batch_size)
+        image = context.get("image") if self.config.begins_with_image else None
+        given = self._check_image(image, batch_size)
         guided = negative_context is not None
         with_prompt = not guided or self.guidance.evaluates_conditional
         with_negative = guided and self.guidance.evaluates_unconditional
         contexts = (context if with_prompt else None, negative_context if with_negative else None)
         leased = self.pool.lease(lambda s: self._begin_in(s, contexts)) if self.pool else None
         conditional, unconditional = leased or tuple(self._new_branch(c) for c in contexts)
-        cache = DiffusionCache(conditional, unconditional, noise, batch_size, first_latent)
-        cache.given_steps = int(first_latent is not None)
+        cache = DiffusionCache(conditional, unconditional, noise, batch_size, given)
+        whole = given is not None and given.shape[2] == self.transformer.config.len_t
+        cache.given_steps = int(whole)
         if self.pool is not None and leased is not None:
             cache.give_back = weakref.finalize(cache, self.pool.give_back, leased)
             cache.give_back.atexit = False
@@ -283,13 +300,14 @@ class DiffusionModel(nn.Module):
         """
         self.side.join()
         self._begin_step(autoregressive_index, cache, control)
-        if autoregressive_index == 0 and cache.image is not None:
-            latent = cache.image
+        given = cache.image if autoregressive_index == 0 else None
+        if given is not None and given.shape[2] == self.transformer.config.len_t:
+            latent = given
         else:
             noise = self._noise_of_step(autoregressive_index, cache)
             first = autoregressive_index == cache.given_steps
             scheduler = self.first_chunk_scheduler if first else self.scheduler
-            latent = scheduler.sample(self._flow(cache), noise)
+            latent = self._sample(scheduler, self._flow(cache), noise, given)
         cache.latent, cache.control, cache.pending = latent, control, True
         self.side.mark()
         return latent
@@ -403,6 +421,32 @@ class DiffusionModel(nn.Module):
             lambda: conditional(latent, timestep), lambda: unconditional(latent, timestep), scale
         )
 
+    def _sample(
+        self,
+        scheduler: Scheduler,
+        flow: Callable[[Tensor, Tensor], Tensor],
+        noise: Callable[[int], Tensor],
+        given: Tensor | None,
+    ) -> Tensor:
+        """Denoise a chunk whose first latent frames may be ``given``, ``[B, C, n, H, W]``.
+
+        The network sees them as they are, with timestep 0. What a schedule makes of their places in
+        between is never read: schedules compute element by element.
+        """
+        if given is None:
+            return scheduler.sample(flow, noise)
+        count = given.shape[2]
+
+        def stamped(latent: Tensor) -> Tensor:
+            return torch.cat([given, latent[:, :, count:]], dim=2)
+
+        def flow_of_rest(latent: Tensor, timestep: Tensor) -> Tensor:
+            timesteps = timestep.repeat(latent.shape[0], latent.shape[2])
+            timesteps[:, :count] = 0
+            return flow(stamped(latent), timesteps)
+
+        return stamped(scheduler.sample(flow_of_rest, noise))
+
     def _predict_in(self, branch: Any) -> Callable[[Tensor, Tensor], Tensor]:
         predict = self.transformer.predict_flow
         if "cache" in declared_context(predict):
@@ -427,9 +471,16 @@ class DiffusionModel(nn.Module):
         if image is None:
             return None
         shape = self.transformer.latent_shape(batch_size)
-        if tuple(image.shape) != shape:
+        sizes = tuple(image.shape)
+        if self.config.first_latent_from_image and sizes != shape:
             raise ValueError(
                 f"The encoded image must be the latents of one AR step {list(shape)}; "
-                f"got {list(image.shape)}."
+                f"got {list(sizes)}."
+            )
+        without_time = (*sizes[:2], *sizes[3:])
+        if without_time != (*shape[:2], *shape[3:]) or not 0 < sizes[2] <= shape[2]:
+            raise ValueError(
+                f"The encoded image must be the first latent frames of {list(shape)}, from 1 to "
+                f"{shape[2]} of them; got {list(sizes)}."
             )
         return image.to(self.transformer.device, torch.float32)

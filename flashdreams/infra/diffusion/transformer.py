@@ -146,7 +146,8 @@ class Transformer(Component):
 
         Args:
             latent: ``[B, C, T, H, W]`` float32, the noisy chunk.
-            timestep: 0-dim, on the CPU, sigma times 1000, float32 or int64.
+            timestep: 0-dim, on the CPU, sigma times 1000, float32 or int64; ``[B, T]``, one per
+                latent frame, in an AR step with ``first_frames_from_image``.
             cache: this rollout's state; the chunk's keys and values are overwritten.
 
         Returns:

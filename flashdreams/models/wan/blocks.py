@@ -340,9 +340,12 @@ class FlattenTokens(nn.Module):
         return x.flatten(2).transpose(1, 2).contiguous()
 
 
-class ExpandFrames(nn.Module):
-    """Per-frame values ``[B, T, ...]`` to per-token values ``[B, L, ...]``; may be split."""
+class TokenPlaces(nn.Module):
+    """Which timestep each token has, where there are several; a place where a plan may split.
 
-    def forward(self, x: Tensor, times: int) -> Tensor:
-        """Repeat every value for the tokens of its frame; once if there is one per token."""
-        return x.repeat_interleave(times, dim=1)
+    Ranks cut the places, so that each of them expands the modulations of its own tokens alone.
+    """
+
+    def forward(self, count: int, times: int, device: torch.device) -> Tensor:
+        """Place of every token's timestep ``[L]`` among ``count`` ones of ``times`` tokens each."""
+        return torch.arange(count, device=device).repeat_interleave(times)

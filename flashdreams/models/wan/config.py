@@ -17,6 +17,7 @@ from flashdreams.models.wan.vae import (
     WanVAEDecoderConfig,
     WanVAEImageEncoderConfig,
 )
+from flashdreams.models.wan.vae22 import WanVAE22DecoderConfig, WanVAE22ImageEncoderConfig
 from flashdreams.runtime.checkpoint import CheckpointConfig
 
 # Sizes on disk are those of the tensors, the files are a little larger.
@@ -24,6 +25,8 @@ from flashdreams.runtime.checkpoint import CheckpointConfig
 T2V_1_3B_REPO = "Wan-AI/Wan2.1-T2V-1.3B"
 T2V_14B_REPO = "Wan-AI/Wan2.1-T2V-14B"
 I2V_14B_480P_REPO = "Wan-AI/Wan2.1-I2V-14B-480P"
+
+TI2V_5B_REPO = "Wan-AI/Wan2.2-TI2V-5B"
 
 REVISIONS = {
     T2V_1_3B_REPO: "37ec512624d61f7aa208f7ea8140a131f93afc9a",
@@ -146,6 +149,41 @@ TAEHV_DECODER = TAEHVDecoderConfig(
 )
 """Tiny decoder for the latents of Wan 2.1."""
 
+
+def wan22_checkpoint(file: str, size_bytes: int, ignore: tuple[str, ...] = ()) -> CheckpointConfig:
+    """A file of the repository of Wan 2.2 TI2V 5B, read at its branch: no commit is known here."""
+    return CheckpointConfig(
+        source=TI2V_5B_REPO, file=file, ignore=ignore, size_bytes=size_bytes, license="Apache-2.0"
+    )
+
+
+WAN22_VAE_DECODER = WanVAE22DecoderConfig(
+    dtype="bfloat16", checkpoint=wan22_checkpoint("Wan2.2_VAE.pth", 2_818_754_672, DECODER_IGNORES)
+)
+"""Decoder of the Wan 2.2 autoencoder."""
+
+WAN22_VAE_IMAGE_ENCODER = WanVAE22ImageEncoderConfig(
+    checkpoint=wan22_checkpoint("Wan2.2_VAE.pth", 2_818_754_672, ENCODER_IGNORES)
+)
+"""Encoder of the Wan 2.2 autoencoder; in float32, for an image is one short pass."""
+
+TAEHV22_DECODER = TAEHVDecoderConfig(
+    dtype="bfloat16",
+    latent_channels=48,
+    patch_size=2,
+    checkpoint=CheckpointConfig(
+        source=(
+            "https://raw.githubusercontent.com/madebyollin/taehv/"
+            "1f14a568f24bf8811e0a0ac601613e04fc1581e8/taew2_2.pth"
+        ),
+        ignore=TAEHV_DECODER_IGNORES,
+        size_bytes=22_836_216,
+        license="MIT (madebyollin/taehv)",
+    ),
+)
+"""Tiny decoder for the latents of Wan 2.2 TI2V 5B. No checksum of the file is known here; the
+commit in its address stands for it."""
+
 FOUR_STEP_PIPELINE_1_3B = StreamInferencePipelineConfig(
     name="wan2.1-t2v-1.3b-four-steps",
     text_encoder=UMT5_TEXT_ENCODER,
@@ -181,6 +219,12 @@ TINY_TEXT_ENCODER = HashTextEncoderConfig(text_len=32, text_dim=32)
 
 TINY_VAE_DECODER = WanVAEDecoderConfig(dim=4)
 """The Wan autoencoder's decoder at toy width, with random weights."""
+
+TINY_VAE22_DECODER = WanVAE22DecoderConfig(dim=4)
+"""The Wan 2.2 autoencoder's decoder at toy width, with random weights."""
+
+TINY_VAE22_IMAGE_ENCODER = WanVAE22ImageEncoderConfig(dim=4)
+"""The Wan 2.2 autoencoder's encoder at toy width, with random weights."""
 
 TINY_VAE_IMAGE_ENCODER = WanVAEImageEncoderConfig(dim=4)
 """The Wan autoencoder's encoder at toy width, with random weights."""

@@ -38,20 +38,36 @@ Source: the state dicts of ``diffusers.WanTransformer3DModel`` beside those of t
 WAN_KEY_MAPS = (DIFFUSERS_KEYS,)
 """Every naming scheme beside the official one, for ``checkpoint_key_maps``."""
 
-_RESNET = r"^((?:en|de)coder\.[a-z]+samples\.\d+|(?:en|de)coder\.middle\.[02])\."
+_VAE_ENDS = (
+    (r"^quant_conv\.", "conv1."),
+    (r"^post_quant_conv\.", "conv2."),
+    (r"^(encoder|decoder)\.conv_in\.", r"\1.conv1."),
+    (r"^(encoder|decoder)\.norm_out\.", r"\1.head.0."),
+    (r"^(encoder|decoder)\.conv_out\.", r"\1.head.2."),
+    (r"^(encoder|decoder)\.mid_block\.resnets\.0\.", r"\1.middle.0."),
+    (r"^(encoder|decoder)\.mid_block\.attentions\.0\.", r"\1.middle.1."),
+    (r"^(encoder|decoder)\.mid_block\.resnets\.1\.", r"\1.middle.2."),
+)
+"""Names outside of the levels, in both autoencoders."""
+
+
+def _residual_names(blocks: str) -> tuple[tuple[str, str], ...]:
+    """Names inside of a residual block; ``blocks`` matches the block, without groups."""
+    names = {
+        "norm1": "residual.0",
+        "conv1": "residual.2",
+        "norm2": "residual.3",
+        "conv2": "residual.6",
+        "conv_shortcut": "shortcut",
+    }
+    return tuple((rf"^({blocks})\.{theirs}\.", rf"\1.{ours}.") for theirs, ours in names.items())
+
 
 VAE_DIFFUSERS_KEYS = KeyMap(
     name="diffusers",
     marker=r"(en|de)coder\.conv_in\.",
     rename=(
-        (r"^quant_conv\.", "conv1."),
-        (r"^post_quant_conv\.", "conv2."),
-        (r"^(encoder|decoder)\.conv_in\.", r"\1.conv1."),
-        (r"^(encoder|decoder)\.norm_out\.", r"\1.head.0."),
-        (r"^(encoder|decoder)\.conv_out\.", r"\1.head.2."),
-        (r"^(encoder|decoder)\.mid_block\.resnets\.0\.", r"\1.middle.0."),
-        (r"^(encoder|decoder)\.mid_block\.attentions\.0\.", r"\1.middle.1."),
-        (r"^(encoder|decoder)\.mid_block\.resnets\.1\.", r"\1.middle.2."),
+        *_VAE_ENDS,
         (r"^encoder\.down_blocks\.", "encoder.downsamples."),
         *(
             (rf"^decoder\.up_blocks\.{level}\.{layer}\.", f"decoder.upsamples.{4 * level + place}.")
@@ -60,15 +76,33 @@ VAE_DIFFUSERS_KEYS = KeyMap(
                 (r"resnets\.0", r"resnets\.1", r"resnets\.2", r"upsamplers\.0")
             )
         ),
-        (_RESNET + r"norm1\.", r"\1.residual.0."),
-        (_RESNET + r"conv1\.", r"\1.residual.2."),
-        (_RESNET + r"norm2\.", r"\1.residual.3."),
-        (_RESNET + r"conv2\.", r"\1.residual.6."),
-        (_RESNET + r"conv_shortcut\.", r"\1.shortcut."),
+        *_residual_names(r"(?:en|de)coder\.[a-z]+samples\.\d+|(?:en|de)coder\.middle\.[02]"),
     ),
 )
 """``AutoencoderKLWan`` of the ``diffusers`` package at its default layout: four levels, each of
 three residual blocks and an upsampling in the decoder; no tensor changes shape.
 
 Source: the state dict of ``diffusers.AutoencoderKLWan`` beside that of ``Wan2.1_VAE.pth``.
+"""
+
+_LEVEL = r"^(encoder|decoder)\.(down|up)_blocks\.(\d+)\."
+
+VAE22_DIFFUSERS_KEYS = KeyMap(
+    name="diffusers",
+    marker=r"(en|de)coder\.conv_in\.",
+    rename=(
+        *_VAE_ENDS,
+        (_LEVEL + r"resnets\.", r"\1.\2samples.\3.\2samples."),
+        (_LEVEL + r"downsampler\.", r"\1.\2samples.\3.\2samples.2."),
+        (_LEVEL + r"upsampler\.", r"\1.\2samples.\3.\2samples.3."),
+        *_residual_names(
+            r"(?:en|de)coder\.[a-z]+samples\.\d+\.[a-z]+samples\.\d+"
+            r"|(?:en|de)coder\.middle\.[02]"
+        ),
+    ),
+)
+"""``AutoencoderKLWan`` with ``is_residual=True`` at the layout of Wan 2.2: two residual blocks and
+a downsampling per level of the encoder, three and an upsampling in the decoder.
+
+Source: the state dict of ``diffusers.AutoencoderKLWan`` beside that of ``Wan2.2_VAE.pth``.
 """

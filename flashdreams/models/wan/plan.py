@@ -23,7 +23,7 @@ def wan_plan(*, image: bool, control: bool) -> ParallelPlan:
     if image:
         tensor |= {"blocks.*.cross_attn.k_img": "colwise", "blocks.*.cross_attn.v_img": "colwise"}
         tensor |= {"blocks.*.cross_attn.norm_k_img": "norm"}
-    split = {"flatten_tokens": 1, "expand_frames": 1, "rope": 0}
+    split = {"flatten_tokens": 1, "token_places": 0, "rope": 0}
     if control:
         split["control_embedding"] = 1
     return ParallelPlan(

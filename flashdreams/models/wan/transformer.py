@@ -5,7 +5,7 @@ S key tokens, N heads, D head dim. Tokens run frame by frame, row by row. Parame
 of the official checkpoints.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -20,10 +20,10 @@ from flashdreams.infra.diffusion.causal_config import CausalTransformerConfig
 from flashdreams.infra.diffusion.causal_state import CausalState, StepInputs
 from flashdreams.infra.ranges import check_range
 from flashdreams.models.wan.blocks import (
-    ExpandFrames,
     FlattenTokens,
     Head,
     ImageEmbedding,
+    TokenPlaces,
     WanBlock,
     timestep_embedding,
 )
@@ -114,7 +114,7 @@ class WanTransformer(CausalTransformer):
         channels = c.in_channels + c.condition_channels
         self.patch_embedding = nn.Conv3d(channels, c.dim, c.patch_size, stride=c.patch_size)
         self.flatten_tokens = FlattenTokens()
-        self.expand_frames = ExpandFrames()
+        self.token_places = TokenPlaces()
         self.text_embedding = nn.Sequential(
             nn.Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), nn.Linear(c.dim, c.dim)
         )
@@ -259,7 +259,7 @@ class WanTransformer(CausalTransformer):
 
         Args:
             latent: ``[B, C, T, H, W]``.
-            modulation: ``[B, 1, T or L, 6 * num_layers + 2, dim]``, from ``modulations``.
+            modulation: from ``modulations``.
             inputs: rotations ``[L, D/2, 2]``, condition and control.
             state: keys and values; the chunk's slots are overwritten.
             write_only: stop when the last block's keys and values are in the cache.
@@ -274,39 +274,55 @@ class WanTransformer(CausalTransformer):
         patches = self.patch_embedding(latent.to(self.dtype))
         x = self.flatten_tokens(patches).to(self.residual_dtype)
         x = self.add_control(x, inputs.control)
-        *of_blocks, of_head = modulation.split([6] * len(self.blocks) + [2], dim=2)
         size, rope = patches.shape[2:], inputs.rotations
+        rows_of = self._rows_of(modulation, size)
         *layers, last = zip(
             self.blocks,
-            of_blocks,
+            range(len(self.blocks)),
             state.context.pairs,
             state.caches[SELF_ATTENTION],
             self.block_controls(inputs.control),
             strict=True,
         )
-        for block, rows, context, kv_cache, control in layers:
-            x = block(x, self._per_token(rows, size), rope, context, kv_cache, control)
-        block, rows, context, kv_cache, control = last
-        rows = self._per_token(rows, size)
+        for block, place, context, kv_cache, control in layers:
+            x = block(x, rows_of(place), rope, context, kv_cache, control)
+        block, place, context, kv_cache, control = last
+        rows = rows_of(place)
         if write_only and kv_cache is not None:
             block.write(x, rows, rope, kv_cache)
             return x.new_empty(0)
         x = block(x, rows, rope, context, kv_cache, control)
-        x = self.head(x, self._per_token(of_head, size))
+        x = self.head(x, rows_of(len(self.blocks)))
         return self.unpatchify(x, *size).float()
 
-    def _per_token(self, modulation: Tensor, size: torch.Size) -> Tensor:
-        """One modulation for all frames serves all tokens as it is."""
-        count = modulation.shape[1]
+    def _rows_of(self, modulation: Tensor, size: torch.Size) -> Callable[[int], Tensor]:
+        """Modulations ``[B, L or 1, 6, dim]`` of a block; ``[B, L or 1, 2, dim]`` of the head.
+
+        Args:
+            modulation: from ``modulations``.
+            size: T, rows and columns of tokens.
+        """
+        count, blocks = modulation.shape[1], len(self.blocks)
         if count == 1:
-            return modulation
+            rows = modulation.split([6] * blocks + [2], dim=2)
+            return rows.__getitem__
         frames, tokens = size[0], size.numel()
         if count not in (frames, tokens):
             raise ValueError(
                 f"{count} timesteps do not fit a chunk of {tokens} tokens: give 1, {frames} (one "
                 f"per latent frame) or {tokens} (one per token)."
             )
-        return self.expand_frames(modulation, tokens // count)
+        places = self.token_places(count, tokens // count, modulation.device)
+        projected, embedded = modulation.split([6, 1], dim=2)
+
+        def expanded(place: int) -> Tensor:
+            """Of one block at a time: all of them would take 200 times a long clip's tokens."""
+            if place == blocks:
+                return (self.head.modulation.float() + embedded).index_select(1, places)
+            own = self.blocks[place].modulation.float()
+            return (own + projected).index_select(1, places)
+
+        return expanded
 
     def modulations(self, timestep: Tensor) -> Tensor:
         """What timesteps make of the modulation of every block and of the head.
@@ -315,13 +331,17 @@ class WanTransformer(CausalTransformer):
             timestep: ``[B]``, ``[B, T]`` or ``[B, L]``.
 
         Returns:
-            ``[B, 1, T or L, 6 * num_layers + 2, dim]`` float32: six rows a block, two of the head.
+            One timestep for all tokens: ``[B, 1, 6 * num_layers + 2, dim]`` float32, six rows a
+            block, two of the head. Several: ``[B, T or L, 7, dim]`` float32, to which each block
+            and the head add their own: six rows of the projection, one of the embedding.
         """
-        per_frame = timestep if timestep.ndim == 2 else timestep[:, None]
+        several = timestep if timestep.ndim == 2 else timestep[:, None]
         embedded = self.time_embedding(
-            timestep_embedding(per_frame, self.config.freq_dim).to(self.residual_dtype)
+            timestep_embedding(several, self.config.freq_dim).to(self.residual_dtype)
         )
         projected = self.time_projection(embedded).unflatten(-1, (6, -1)).float()
+        if several.shape[1] > 1:
+            return torch.cat([projected, embedded.float().unsqueeze(2)], dim=2)
         of_blocks = [block.modulation.float() + projected for block in self.blocks]
         return torch.cat(
             [*of_blocks, self.head.modulation.float() + embedded.float().unsqueeze(2)], dim=2

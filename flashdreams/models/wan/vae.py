@@ -3,10 +3,11 @@
 # Shapes: B batch, C latent channels, T latent frames, F pixel frames, H W latent rows and columns;
 # height = 8 H, width = 8 W, F = 1 + 4 (T - 1) at the start of a rollout and 4 T later.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,9 @@ from flashdreams.infra.ranges import check_range
 from flashdreams.models.carried_frames import CarriedFrames
 from flashdreams.models.wan.keys import VAE_DIFFUSERS_KEYS
 from flashdreams.models.wan.vae_blocks import (
-    AttentionBlock,
     CausalConv3d,
     Downsample,
+    Middle,
     ResidualBlock,
     RMSNorm,
     Upsample,
@@ -104,7 +105,7 @@ class WanVAEDecoderNetwork(nn.Module):
         dims = [config.dim * mult for mult in mults]
         temporal = tuple(reversed(config.temporal_downsample))
         self.conv1 = CausalConv3d(config.z_dim, dims[0], (3, 3, 3))
-        self.middle = _middle(dims[0])
+        self.middle = Middle(dims[0])
         self.upsamples = nn.ModuleList()
         for level, (channels, out_channels) in enumerate(pairwise(dims)):
             if level > 0:
@@ -113,14 +114,15 @@ class WanVAEDecoderNetwork(nn.Module):
                 self.upsamples.append(ResidualBlock(channels, out_channels))
                 channels = out_channels
             if level < len(temporal):
-                self.upsamples.append(Upsample(channels, temporal[level]))
+                half = channels // 2
+                self.upsamples.append(Upsample(channels, half, temporal[level]))
         self.head = nn.ModuleDict(
             {"0": RMSNorm(channels, 3), "2": CausalConv3d(channels, 3, (3, 3, 3))}
         )
 
     def forward(self, z: Tensor, carried: CarriedFrames) -> Tensor:
         """Decode ``[B, C, T, H, W]`` as the continuation of what ``carried`` has seen."""
-        x = _run_middle(self.middle, self.conv1(z, carried), carried)
+        x = self.middle(self.conv1(z, carried), carried)
         for layer in self.upsamples:
             x = layer(x, carried)
         x = self.head["2"](F.silu(self.head["0"](x), inplace=True), carried)
@@ -142,7 +144,7 @@ class WanVAEEncoderNetwork(nn.Module):
                 channels = out_channels
             if level < len(config.temporal_downsample):
                 self.downsamples.append(Downsample(channels, config.temporal_downsample[level]))
-        self.middle = _middle(channels)
+        self.middle = Middle(channels)
         out = CausalConv3d(channels, 2 * config.z_dim, (3, 3, 3))
         self.head = nn.ModuleDict({"0": RMSNorm(channels, 3), "2": out})
 
@@ -154,7 +156,7 @@ class WanVAEEncoderNetwork(nn.Module):
         x = self.conv1(video, carried)
         for layer in self.downsamples:
             x = layer(x, carried)
-        x = _run_middle(self.middle, x, carried)
+        x = self.middle(x, carried)
         x = self.head["2"](F.silu(self.head["0"](x), inplace=True), carried)
         carried.position += x.shape[2]
         return x
@@ -180,12 +182,13 @@ class WanVAEDecoder(StreamingDecoder):
     """Normalised latents to frames, chunk by chunk."""
 
     config: WanVAEDecoderConfig
+    network_class: Callable[[Any], nn.Module] = WanVAEDecoderNetwork
     checkpoint_key_maps = (VAE_DIFFUSERS_KEYS,)
 
     def __init__(self, config: WanVAEDecoderConfig) -> None:
         super().__init__(config)
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
-        self.decoder = WanVAEDecoderNetwork(config)
+        self.decoder = self.network_class(config)
         name_slots(self)
         self.to(self.dtype)
 
@@ -209,8 +212,8 @@ class WanVAEDecoder(StreamingDecoder):
             cache: this rollout's state, updated in place; ``None`` decodes a whole clip at once.
 
         Returns:
-            ``[B, F, 3, 8 H, 8 W]``, float32 in [-1, 1]; ``F = 1 + 4 (T - 1)`` for the first chunk,
-            ``4 T`` for later ones.
+            ``[B, F, 3, height, width]``, float32 in [-1, 1], ``spatial_factor`` pixels per latent
+            row and column; ``F = 1 + 4 (T - 1)`` for the first chunk, ``4 T`` for later ones.
 
         Raises:
             ValueError: wrong shape, or a chunk out of turn.
@@ -275,11 +278,12 @@ class WanVAEImageEncoder(Encoder):
     """An image or a video to normalised latents (the mean of the posterior)."""
 
     config: WanVAEImageEncoderConfig
+    network_class: Callable[[Any], nn.Module] = WanVAEEncoderNetwork
     checkpoint_key_maps = (VAE_DIFFUSERS_KEYS,)
 
     def __init__(self, config: WanVAEImageEncoderConfig) -> None:
         super().__init__(config)
-        self.encoder = WanVAEEncoderNetwork(config)
+        self.encoder = self.network_class(config)
         self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
         name_slots(self)
         self.to(self.dtype)
@@ -423,21 +427,6 @@ def check_video(video: Tensor, spatial_factor: int) -> None:
                 f"{name} {size} is not divisible by {spatial_factor}. Nearest sizes that are: "
                 f"{below} and {below + spatial_factor}."
             )
-
-
-def _middle(channels: int) -> nn.ModuleList:
-    return nn.ModuleList(
-        [
-            ResidualBlock(channels, channels),
-            AttentionBlock(channels),
-            ResidualBlock(channels, channels),
-        ]
-    )
-
-
-def _run_middle(middle: nn.ModuleList, x: Tensor, carried: CarriedFrames) -> Tensor:
-    before, attention, after = middle
-    return after(attention(before(x, carried)), carried)
 
 
 @lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""Layers of the Wan 2.1 video autoencoder."""
+"""Layers of the Wan video autoencoders."""
 
 # Shapes: B batch, C channels, T frames at the layer's own rate, H W rows and columns.
 # Activations are [B, C, T, H, W]; layers that see single frames fold T into the batch.
@@ -141,12 +141,25 @@ class AttentionBlock(nn.Module):
         return unfold_frames(frames + self.proj(y), batch)
 
 
-class Upsample(nn.Module):
-    """Doubling of height and width, channels halved, and optionally of the frame rate."""
+class Middle(nn.ModuleList):
+    """What both halves have at the lowest resolution: attention between two residual blocks."""
 
-    def __init__(self, channels: int, temporal: bool) -> None:
+    def __init__(self, channels: int) -> None:
+        before, after = ResidualBlock(channels, channels), ResidualBlock(channels, channels)
+        super().__init__([before, AttentionBlock(channels), after])
+
+    def forward(self, x: Tensor, carried: CarriedFrames) -> Tensor:
+        """Run the three layers over ``[B, C, T, H, W]``; same shape."""
+        before, attention, after = self
+        return after(attention(before(x, carried)), carried)
+
+
+class Upsample(nn.Module):
+    """Doubling of height and width, and optionally of the frame rate."""
+
+    def __init__(self, channels: int, out_channels: int, temporal: bool) -> None:
         super().__init__()
-        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels // 2, 3, padding=1)})
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, out_channels, 3, padding=1)})
         self.time_conv: CausalConv3d | None = None
         if temporal:
             self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1))

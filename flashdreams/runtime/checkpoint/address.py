@@ -1,4 +1,4 @@
-"""Checkpoints that are one file at an address on the web, known by its checksum."""
+"""Checkpoints that are one file at an address on the web, known by its checksum or commit."""
 
 from pathlib import Path, PurePosixPath
 
@@ -8,14 +8,15 @@ from flashdreams.runtime.checkpoint.config import CheckpointConfig, CheckpointEr
 def cached_file(config: CheckpointConfig) -> Path:
     """Where the file of an address lies once it is fetched: the folder of ``torch.hub``.
 
-    The name carries the checksum, so another file under the same address is another name.
+    The name carries the checksum, or the commit in the address where none is known, so another file
+    under the same name is another one here.
     """
     import torch
 
     name = PurePosixPath(config.source).name
     stem, dot, suffix = name.partition(".")
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    return folder / f"{stem}-{(config.sha256 or '')[:8]}{dot}{suffix}"
+    return folder / f"{stem}-{(config.sha256 or config.commit or '')[:8]}{dot}{suffix}"
 
 
 def fetch_command(config: CheckpointConfig) -> str:

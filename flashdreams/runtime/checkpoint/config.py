@@ -24,7 +24,8 @@ class CheckpointConfig:
     source: str
     """A local file or folder, ``package:some.package/weights/x.safetensors`` (data of an installed
     package), a Hugging Face repository as ``hf://org/repo`` or ``org/repo``, or the ``https://``
-    address of one file together with its ``sha256``."""
+    address of one file together with its ``sha256``, which an address that names a commit may
+    lack."""
 
     file: str | None = None
     """File, or ``...index.json`` of a sharded checkpoint, inside the repository or folder;
@@ -72,11 +73,18 @@ class CheckpointConfig:
                 f"checkpoint {self.source}: revision {quoted(revision)} must be a branch, tag or "
                 "commit"
             )
-        if self.is_address and not re.fullmatch("[0-9a-f]{64}", self.sha256 or ""):
+        unknown = self.sha256 is None and self.commit is not None
+        if self.is_address and not unknown and not re.fullmatch("[0-9a-f]{64}", self.sha256 or ""):
             raise CheckpointError(
                 f"checkpoint {self.source}: a file on the web may change, so its sha256 is needed, "
                 f"64 hex digits; got {self.sha256!r}"
             )
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that an address names, under which a file never changes."""
+        named = re.search("/([0-9a-f]{40})/", self.source) if self.is_address else None
+        return None if named is None else named[1]
 
     @property
     def is_address(self) -> bool:

@@ -94,3 +94,24 @@ def test_an_address_without_a_checksum_is_refused(sha256: str | None) -> None:
     with pytest.raises(CheckpointError, match="its sha256 is needed"):
         config(sha256=sha256)
     assert CheckpointConfig(source="org/name", sha256=sha256).sha256 == sha256
+
+
+def test_an_address_that_names_a_commit_needs_no_checksum(
+    web: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = ["a1" * 20, "b2" * 20]
+    places = [ADDRESS.replace("/commit/", f"/{commit}/") for commit in commits]
+    files = {place: config(source=place, sha256=None, download=False) for place in places}
+    assert [file.commit for file in files.values()] == commits
+    names = [describe_missing(file).splitlines()[0] for file in files.values()]
+    assert "tiny-a1a1a1a1.pth" in names[0] and "tiny-b2b2b2b2.pth" in names[1]
+    with pytest.raises(CheckpointError, match="its sha256 is needed"):
+        config(source=places[0], sha256="abc")
+    with pytest.raises(CheckpointError, match="its sha256 is needed"):  # a short one may change
+        config(source=ADDRESS.replace("/commit/", f"/{commits[0][:7]}/"), sha256=None)
+    served = torch.hub.urlopen
+    monkeypatch.setattr(
+        torch.hub, "urlopen", lambda r: served(urllib.request.Request(ADDRESS)) if r else None
+    )
+    local = ensure_local(config(source=places[0], sha256=None))
+    assert local.files[0].read_bytes() == CONTENT and find_local(files[places[1]]) is None

@@ -1,0 +1,70 @@
+"""The first image of Wan 2.2 TI2V: the video takes its shape, and as many pixels as are allowed."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flashdreams.runtime.image_file import open_image, to_pixels
+
+
+def size_of_shape(rows: int, columns: int, unit: int, max_pixels: int) -> tuple[int, int]:
+    """The largest video of about an image's shape.
+
+    One side is as long as the shape allows, the other fills what is left of the pixels; of the two
+    ways to do that the one whose aspect ratio is nearer to the image's is taken.
+
+    Args:
+        rows: height of the image in pixels.
+        columns: its width.
+        unit: both sides become multiples of it.
+        max_pixels: most pixels of a frame.
+
+    Returns:
+        Height and width in pixels.
+
+    Raises:
+        ValueError: a shape so long that a side would be shorter than ``unit``.
+
+    Source: Wan-Video/Wan2.2, wan/utils/utils.py, best_output_size.
+    """
+    aspect = columns / rows
+    wide = int((max_pixels * aspect) ** 0.5) // unit * unit
+    high = int((max_pixels / aspect) ** 0.5) // unit * unit
+    if min(wide, high) == 0:
+        raise ValueError(
+            f"the image is {columns}x{rows} (width x height): no video of that shape has sides of "
+            f"at least {unit} and at most {max_pixels:,} pixels. Crop the image, or give --height "
+            "and --width together with --fit-image True."
+        )
+    by_width = (max_pixels // wide // unit * unit, wide)
+    by_height = (high, max_pixels // high // unit * unit)
+
+    def distance(size: tuple[int, int]) -> float:
+        found = size[1] / size[0]
+        return max(aspect / found, found / aspect)
+
+    return by_width if distance(by_width) < distance(by_height) else by_height
+
+
+def cover(image: Any, height: int, width: int) -> Any:
+    """Scale a Pillow image until it covers the size, rounded to pixels, and keep its centre.
+
+    Source: Wan-Video/Wan2.2, wan/textimage2video.py (Lanczos).
+    """
+    from PIL import Image
+
+    scale = max(width / image.width, height / image.height)
+    size = (round(image.width * scale), round(image.height * scale))
+    scaled = image.resize(size, Image.Resampling.LANCZOS)
+    left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
+    return scaled.crop((left, top, left + width, top + height))
+
+
+def load_covering(path: Path, height: int, width: int) -> Tensor:
+    """An image from a file, scaled and cropped to ``[1, 3, height, width]`` in [-1, 1].
+
+    Raises:
+        ValueError: no readable image, a huge one, or not RGB.
+    """
+    return to_pixels(cover(open_image(path), height, width))
