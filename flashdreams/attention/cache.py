@@ -179,16 +179,18 @@ class KVCache:
             rotation = time_rotation(self.cursor.evicted, self.spec.head_dim).to(self.k.device)
         self.k[:, : self.sink_tokens] = apply_rope(self.sink_k[:, :], rotation)
 
-    def scatter(self, frame_slots: Sequence[int]) -> None:
+    def scatter(self, frame_slots: Sequence[int], first_slot: int = 0) -> None:
         """Move frame ``i`` of those written anew to slot ``frame_slots[i]``; one copy, in place.
 
-        Slots that are not named keep what they hold.
+        Slots that are not named keep what they hold. The frames were written from ``first_slot``
+        on.
         """
-        if list(frame_slots) == list(range(len(frame_slots))):
+        if list(frame_slots) == list(range(first_slot, first_slot + len(frame_slots))):
             return
         tokens = self._tokens_of(frame_slots)
+        first = first_slot * self.spec.tokens_per_frame
         for stored in (self.k, self.v):
-            stored.index_copy_(1, tokens, stored[:, : len(tokens)].clone())
+            stored.index_copy_(1, tokens, stored[:, first : first + len(tokens)].clone())
 
     def copy_from(self, other: "KVCache") -> None:
         """Take the contents of a cache of the same spec, in place; the cursor comes with it."""

@@ -23,8 +23,9 @@ class Cursor:
     """Positions of one window as host integers; shared by all layers that have this window.
 
     ``frames[slot]`` is the latent frame in a slot. Slots fill in order, so the visible ones are
-    always a prefix. The eviction policy is `slot_of`: frame ``p`` goes to slot ``p`` while
-    ``p < sink``, else to ``sink + (p - sink) % window``.
+    always a prefix. A new frame takes the next empty slot; in a full window it takes that of the
+    oldest frame that is neither in a sink slot nor pinned. Unless something was pinned, that is a
+    ring: frame ``p`` is in slot ``p`` while ``p < sink``, else in ``sink + (p - sink) % window``.
 
     ``begin_step`` starts an AR step, ``advance`` ends it; a step that is begun again overwrites
     itself. ``begin_rewrite_chunk`` points at the slots from 0 on, for frames that are computed
@@ -47,6 +48,8 @@ class Cursor:
         self.start = 0
         self.len_t = 0
         self.frames: list[int] = []
+        self.pinned: tuple[int, ...] = ()
+        """Latent frames that are not evicted until others are pinned in their place."""
         self.slots: Tensor | None = None
         self._slot_buffers: dict[int, Tensor] = {}
         self._rewritten_t: int | None = None
@@ -78,7 +81,12 @@ class Cursor:
         return frames * self.tokens_per_frame
 
     def slot_of(self, frame: int) -> int:
-        """The slot of a latent frame: the eviction policy."""
+        """The slot of a latent frame: where it is, or where the ring would have it."""
+        if frame in self.frames:
+            return self.frames.index(frame)
+        return self._ring_slot(frame)
+
+    def _ring_slot(self, frame: int) -> int:
         sink = self.sink_size_t
         return frame if frame < sink else sink + (frame - sink) % self.window_size_t
 
@@ -106,24 +114,56 @@ class Cursor:
                 f"{self.window_size_t}; window_size_t must be at least {len_t}."
             )
         self.len_t = len_t
-        placed = self.frame_slots(self.start, self.end)
-        self.frames += [0] * (max(placed) + 1 - len(self.frames))
-        for frame, slot in enumerate(placed, start=self.start):
-            self.frames[slot] = frame
-        self._point_at(placed, device)
+        self._point_at([self._place(frame) for frame in range(self.start, self.end)], device)
+
+    def _place(self, frame: int) -> int:
+        """Give a new latent frame a slot, and return it."""
+        if frame in self.frames:
+            return self.frames.index(frame)
+        if len(self.frames) < self.capacity_t:
+            self.frames.append(frame)
+            return len(self.frames) - 1
+        rolling = [f for f in self.frames[self.sink_size_t :] if f not in self.pinned]
+        slot = self.frames.index(min(rolling))
+        self.frames[slot] = frame
+        return slot
+
+    def pin(self, frames: Sequence[int]) -> None:
+        """Keep latent frames from being evicted, in place of those that were pinned before.
+
+        Raises:
+            ValueError: so many that the window would have no room for the next chunk.
+        """
+        if len(frames) + self.len_t > self.window_size_t:
+            raise ValueError(
+                f"{len(frames)} pinned latent frames and a chunk of {self.len_t} do not fit "
+                f"window_size_t={self.window_size_t}."
+            )
+        self.pinned = tuple(frames)
+
+    def drop_past(self, device: torch.device) -> None:
+        """Forget all but the sink and the current chunk, which moves up and is to be rewritten."""
+        sink = [frame for frame in self.frames[: self.sink_size_t] if frame < self.start]
+        self.frames = [*sink, *range(self.start, self.end)]
+        self.pinned = ()
+        self._point_at(self.frame_slots(self.start, self.end), device)
+
+    def hold(self, frames: Sequence[int]) -> None:
+        """Say which frames are in the slots from 0 on, after these were written there."""
+        self.frames = list(frames)
 
     def advance(self) -> None:
         """End the AR step: its frames are clean now and the next chunk comes after them."""
         self.start = self.end
         self.len_t = 0
 
-    def begin_rewrite_chunk(self, len_t: int, device: torch.device) -> None:
-        """Point at the next ``len_t`` slots, from slot 0 on, for frames that are computed anew.
+    def begin_rewrite_chunk(self, len_t: int, device: torch.device, first_slot: int = 0) -> None:
+        """Point at the next ``len_t`` slots, from ``first_slot`` on, for frames to compute anew.
 
-        What was rewritten so far is visible. Afterwards `KVCache.scatter` moves the frames to
-        their own slots.
+        What was rewritten so far, and what is before it, is visible. Afterwards
+        `KVCache.scatter` moves the frames to their own slots.
         """
-        first = self._rewritten_t or 0
+        first = first_slot if self._rewritten_t is None else self._rewritten_t
         self._rewritten_t = first + len_t
         self._point_at(range(first, first + len_t), device)
 
@@ -133,22 +173,38 @@ class Cursor:
         if self.len_t and self.slots is not None:
             self._point_at(self.frame_slots(self.start, self.end), self.slots.device)
 
-    def reset(self, start: int = 0) -> None:
+    def reset(
+        self,
+        start: int = 0,
+        frames: Sequence[int] | None = None,
+        pinned: Sequence[int] = (),
+    ) -> None:
         """Stand between AR steps with ``start`` latent frames seen; slots keep their storage.
 
-        The window holds what a rollout of so many frames leaves in it.
+        Args:
+            start: latent frames seen.
+            frames: the frame in each slot; None: what a ring has left after so many frames.
+            pinned: as of ``pin``.
         """
         self.start, self.len_t, self._rewritten_t = start, 0, None
-        first = max(self.sink_size_t, start - self.window_size_t)
-        held = [*range(min(self.sink_size_t, start)), *range(first, start)]
-        self.frames = [0] * len(held)
-        for frame in held:
-            self.frames[self.slot_of(frame)] = frame
+        self.frames = self._ring_frames() if frames is None else list(frames)
+        self.pinned = tuple(pinned)
+
+    def _ring_frames(self) -> list[int]:
+        first = max(self.sink_size_t, self.start - self.window_size_t)
+        held = [*range(min(self.sink_size_t, self.start)), *range(first, self.start)]
+        return sorted(held, key=self._ring_slot)
+
+    def off_ring(self) -> dict[str, list[int]]:
+        """What ``reset`` needs beside ``start``: nothing, unless something was pinned or moved."""
+        if not self.pinned and self.frames == self._ring_frames():
+            return {}
+        return {"frames": list(self.frames), "pinned": list(self.pinned)}
 
     def clone(self) -> "Cursor":
         """The same positions with slot tensors of its own; between AR steps."""
         other = type(self)(self.sink_size_t, self.window_size_t, self.tokens_per_frame)
-        other.start, other.frames = self.start, list(self.frames)
+        other.start, other.frames, other.pinned = self.start, list(self.frames), self.pinned
         return other
 
     def _point_at(self, frame_slots: Sequence[int], device: torch.device) -> None:

@@ -80,6 +80,14 @@ class StreamInferencePipelineConfig(InstantiateConfig):
     decoder: DecoderConfig | None = None
     """Turns latents into frames; None makes ``generate`` return latents."""
 
+    reencode_window: RewriteMode | None = None
+    """What another prompt in mid-rollout does to sink and window, unless it says so itself: None
+    leaves them, ``"chunks"`` and ``"once"`` compute them anew; see ``update_prompt``."""
+
+    scene_cut_prefix: str | None = None
+    """Beginning of a prompt that cuts to another scene, for models with shots; it stays in the
+    prompt."""
+
     max_rollouts: int = 1
     """Rollouts of one prompt each that may run as CUDA graphs at the same time: storage for so many
     is allocated and captured at warm-up. Further ones run without graphs."""
@@ -434,7 +442,8 @@ class StreamInferencePipeline(Assembly):
         self,
         cache: StreamInferencePipelineCache,
         text: str | Sequence[str] | Tensor,
-        reencode_window: bool | RewriteMode = False,
+        reencode_window: bool | RewriteMode | None = None,
+        begins_shot: bool | None = None,
     ) -> None:
         """Change the prompt of a running rollout.
 
@@ -449,11 +458,14 @@ class StreamInferencePipeline(Assembly):
                 ``[B, S, text_dim]``.
             reencode_window: compute sink and window anew under the new prompt, from the clean
                 latents that the rollout keeps. True or ``"chunks"``: one clean pass per chunk,
-                oldest first; ``"once"``: one pass over all frames. Follows a prompt sooner.
+                oldest first; ``"once"``: one pass over all frames. Follows a prompt sooner. None:
+                as the config says.
+            begins_shot: whether the next chunk begins a shot, for models that treat these apart;
+                None: whether the text begins with the config's ``scene_cut_prefix``.
 
         Raises:
-            ValueError: another number of prompts than the rollout has, or a prompt that the text
-                encoder refuses.
+            ValueError: another number of prompts than the rollout has, a prompt that the text
+                encoder refuses, or a shot that begins while a chunk waits for ``finalize``.
             TypeError: the transformer has no prompt that it could change.
         """
         cache.require_live()
@@ -464,6 +476,12 @@ class StreamInferencePipeline(Assembly):
                 f"The rollout has {batch_size} prompts, the update {len(prompts)}: "
                 "give one for all, or one for each."
             )
+        if begins_shot is None:
+            begins_shot = isinstance(prompts[0], str) and self.begins_shot(prompts[0])
+        if begins_shot and cache.pending:
+            raise ValueError("A shot begins between AR steps: call finalize first.")
+        if reencode_window is None:
+            reencode_window = self.config.reencode_window
         with self.guard("update_prompt", cache.next_index, LOAD_TIMEOUT_S):
             encoded = self.context_encoder.encode_text(prompts)
             self.diffusion_model.update_prompt(
@@ -472,7 +490,15 @@ class StreamInferencePipeline(Assembly):
                 pending_index=cache.next_index - 1 if cache.pending else None,
                 reencode="chunks" if reencode_window is True else reencode_window or None,
             )
+            if begins_shot:
+                for branch in cache.diffusion.branches:
+                    self.diffusion_model.transformer.begin_shot(branch)
         cache.context["text"] = encoded
+
+    def begins_shot(self, text: str | None) -> bool:
+        """Whether a prompt cuts to another scene, by the prefix that the config names."""
+        prefix = self.config.scene_cut_prefix
+        return text is not None and prefix is not None and text.startswith(prefix)
 
     @without_grad
     def finalize(self, autoregressive_index: int, cache: StreamInferencePipelineCache) -> None:

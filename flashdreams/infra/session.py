@@ -255,7 +255,8 @@ class Session:
                 self._rewind(command.values["name"])
                 events.clear()
             elif command.kind == "prompt":
-                self.pipeline.update_prompt(self.cache, command.tensors["text"])
+                cut = self.pipeline.begins_shot(command.values.get("text"))
+                self.pipeline.update_prompt(self.cache, command.tensors["text"], begins_shot=cut)
             else:
                 first = self.pipeline.pixel_frames(self.cache.next_index).start
                 offset = 0 if command.at_frame is None else max(0, command.at_frame - first)

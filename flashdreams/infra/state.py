@@ -156,7 +156,7 @@ class StateEncoder:
         if value is None or isinstance(value, bool | int | float | str):
             return value
         if isinstance(value, Cursor):
-            return {"kind": "cursor", "start": value.start}
+            return {"kind": "cursor", "start": value.start, **value.off_ring()}
         if isinstance(value, torch.device):
             return {"kind": "device"}
         if is_dataclass(value) and not isinstance(value, type):
@@ -265,7 +265,7 @@ class StateDecoder:
         if kind == "device":
             return self.device
         if kind == "cursor":
-            into.reset(value["start"])
+            into.reset(value["start"], value.get("frames"), value.get("pinned", ()))
             return into
         if kind == "live_cache":
             into.copy_from(value["cache"])

@@ -1,5 +1,6 @@
 """Text and images to video on the command line, for all integrations that take a prompt."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
@@ -10,6 +11,8 @@ from flashdreams.infra.config import derive_config
 from flashdreams.infra.pipeline import StreamInferencePipeline
 from flashdreams.infra.prompt import load_prompt_embeds, read_prompt
 from flashdreams.infra.runner import Runner, RunnerConfig
+from flashdreams.infra.session import Command
+from flashdreams.infra.shots import plan_shots, read_shot_file
 from flashdreams.infra.weights import with_downloads
 from flashdreams.runtime.image_file import gradient_image, load_image
 
@@ -50,6 +53,11 @@ class TextToVideoRunnerConfig(RunnerConfig):
     """What the video shows."""
     prompt_path: Path | None = None
     """A text file to read the prompt from."""
+    shot: tuple[str, ...] = ()
+    """Prompts that follow one another, in place of --prompt: TEXT for each, spread evenly over the
+    chunks, or CHUNKS:TEXT."""
+    shot_path: Path | None = None
+    """A text file of such prompts, one a line; lines that begin with # are skipped."""
     prompt_embeds: Path | None = None
     """A safetensors file with the prompt's embeddings; the text encoder is then not loaded."""
     negative_prompt: str | None = None
@@ -77,6 +85,24 @@ class TextToVideoRunnerConfig(RunnerConfig):
                 "one AR step; it must be 1."
             )
         self._check_negative()
+        self._check_shots()
+
+    def _check_shots(self) -> None:
+        if not self.shot and self.shot_path is None:
+            return
+        others = {
+            "--shot": bool(self.shot),
+            "--shot-path": self.shot_path is not None,
+            "--prompt-path": self.prompt_path is not None,
+            "--prompt-embeds": self.prompt_embeds is not None,
+        }
+        given = [name for name, there in others.items() if there]
+        if given[1:]:
+            raise ValueError(f"{' and '.join(given)}: give one of them.")
+        if self.pipeline.release_text_encoder:
+            raise ValueError("Shots need the text encoder; set release_text_encoder to False.")
+        if self.shot:
+            plan_shots(self.shot, self.total_blocks)
 
     def _check_negative(self) -> None:
         if not self.guided and (self.negative_prompt or self.negative_prompt_embeds):
@@ -158,7 +184,11 @@ class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]
     fetch_all = "--download True"
 
     def __init__(self, config: TextToVideoRunnerConfig) -> None:
+        texts = config.shot if config.shot_path is None else read_shot_file(config.shot_path)
+        self.shots = plan_shots(texts, config.total_blocks)
         self.prompt = read_prompt(config.prompt, config.prompt_path)
+        if self.shots:
+            self.prompt = self.shots[0].text
         self.negative_prompt = (config.negative_prompt or "").strip()
         self.prompt_embeds = read_embeds(config.prompt_embeds, config.transformer)
         self.negative_prompt_embeds = read_embeds(config.negative_prompt_embeds, config.transformer)
@@ -178,10 +208,22 @@ class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]
         if self.prompt_embeds is not None:
             return {}
         path = self.config.prompt_path
+        shots = {f"shot {n}": shot.text for n, shot in enumerate(self.shots[1:], start=2)}
         found = {"--prompt" if path is None else f"--prompt-path {path}": self.prompt}
         if self.config.guided:
             found["--negative-prompt"] = self.negative_prompt
-        return found
+        return found | shots
+
+    def commands(self) -> Sequence[Command]:
+        """A change of the prompt at the first frame of every shot but the first."""
+        return [
+            Command(
+                kind="prompt",
+                at_frame=self.pipeline.pixel_frames(shot.first_block).start,
+                values={"text": shot.text},
+            )
+            for shot in self.shots[1:]
+        ]
 
     def conditions(self) -> dict[str, Any]:
         """What the rollout is conditioned on, for ``initialize_cache``."""

@@ -7,7 +7,7 @@ S key tokens, N heads, D head dim. Tokens run frame by frame, row by row.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,23 +20,26 @@ from flashdreams.infra.diffusion.causal_config import CausalTransformerConfig
 from flashdreams.infra.diffusion.causal_state import (
     MAX_TIMESTEPS,
     CausalState,
+    Shots,
     StepInputs,
     checked_condition,
     copy_tensors,
     graph_key,
     graph_state,
     same_shapes,
-    select_tokens,
     token_values_to_pixels,
+)
+from flashdreams.infra.diffusion.rewrite import (
+    RewriteMode,
+    check_rewrite,
+    context_frames,
+    rewrite_window,
 )
 from flashdreams.infra.diffusion.transformer import ContextChunk, Transformer
 from flashdreams.parallel.plan import glob_pattern
 from flashdreams.runtime.cuda_graph import GraphedCallable
 from flashdreams.runtime.noise import NoiseSource
 from flashdreams.runtime.transfer import to_device
-
-RewriteMode = Literal["chunks", "once"]
-"""How the window is computed anew: chunk by chunk, or all frames in one forward pass."""
 
 
 class CausalTransformer(Transformer):
@@ -229,6 +232,7 @@ class CausalTransformer(Transformer):
             return False
         copy_tensors(cache.context, context)
         cache.condition = condition
+        cache.shots = Shots()
         for cursor in cache.cursors:
             cursor.reset()
         return True
@@ -262,7 +266,7 @@ class CausalTransformer(Transformer):
             )
         for cursor in cache.cursors:
             cursor.begin_step(c.len_t, self.device)
-        self._rotate_sinks(cache)
+        self.rotate_sinks(cache)
         frames = torch.arange(cache.cursor.start, cache.cursor.end, dtype=torch.int64, device="cpu")
         cache.inputs.fill(self.inputs_at(cache, frames, control))
 
@@ -283,34 +287,28 @@ class CausalTransformer(Transformer):
         What comes after the last of them is not computed. A bidirectional model keeps nothing, so
         its network is not run.
         """
-        if self.config.streaming:
+        c = self.config
+        if c.streaming:
+            if cache.shots.opening and c.shot_clean_recache:
+                for cursor in cache.cursors:
+                    cursor.drop_past(self.device)
             network = self._network_for(cache, write_only=True)
             network(latent, self.modulation_of(timestep, cache), cache.inputs, cache, True)
         for layer in cache.layers():
             layer.keep_sink()
         for cursor in cache.cursors:
+            if cache.shots.opening and c.shot_sink_size_t:
+                cursor.pin(range(cursor.start, min(cursor.start + c.shot_sink_size_t, cursor.end)))
             cursor.advance()
+        cache.shots.opening = False
 
     def context_frames(self, cache: CausalState) -> list[int]:
-        """Positions of the clean latent frames in sink and window, oldest first."""
-        return cache.cursor.past_frames() if self.config.streaming else []
+        """See `flashdreams.infra.diffusion.rewrite.context_frames`."""
+        return context_frames(self.config, cache)
 
     def check_rewrite(self, cache: CausalState, mode: RewriteMode) -> None:
-        """Refuse a way to compute the window anew, before anything is changed.
-
-        Raises:
-            ValueError: ``"once"`` with ``relative_rope``, which rotates the sink in between; or
-                layers whose windows hold other frames than those of the first.
-        """
-        if mode == "once" and self.config.relative_rope:
-            raise ValueError('mode="once" cannot be used with relative_rope=True; use "chunks".')
-        windows = {(cursor.sink_size_t, cursor.window_size_t) for cursor in cache.cursors}
-        if len(windows) > 1:
-            raise ValueError(
-                f"{type(self).__name__} has windows of several sizes, (sink, window): "
-                f"{sorted(windows)}. They cannot be computed anew; change the prompt without "
-                "reencode_window."
-            )
+        """See `flashdreams.infra.diffusion.rewrite.check_rewrite`."""
+        check_rewrite(self.config, cache, mode)
 
     def rewrite_context(
         self,
@@ -319,7 +317,7 @@ class CausalTransformer(Transformer):
         timestep: Tensor,
         mode: RewriteMode = "chunks",
     ) -> None:
-        """Fill sink and window anew; frames keep their positions and slots.
+        """Fill sink and window anew; frames keep their positions.
 
         ``"chunks"``: each chunk sees itself and what came before it. With cache-relative RoPE the
         sink stands right before the window once the first frames behind it are reached.
@@ -329,30 +327,23 @@ class CausalTransformer(Transformer):
             ValueError: see ``check_rewrite``.
         """
         self.check_rewrite(cache, mode)
-        if not chunks:
-            return
-        len_t = self.config.len_t
-        groups = [list(chunks)] if mode == "once" else [[chunk] for chunk in chunks]
-        for group in groups:
-            frames = [frame for chunk in group for frame in chunk.frames]
-            if frames[0] >= self.config.sink_size_t:
-                self._rotate_sinks(cache)
-            for cursor in cache.cursors:
-                cursor.begin_rewrite_chunk(len(frames), self.device)
-            parts = [select_tokens(chunk.control, chunk.kept, len_t) for chunk in group]
-            control = torch.cat(parts, dim=1) if parts[1:] and parts[0] is not None else parts[0]
-            latent = torch.cat([chunk.latent for chunk in group], dim=2)
-            inputs = self.inputs_at(
-                cache, torch.tensor(frames, dtype=torch.int64, device="cpu"), control
-            )
-            self(latent, self.modulation_of(timestep, cache), inputs, cache, True)
-            for layer in cache.layers():
-                layer.keep_sink(frames[0], frames[-1] + 1)
-        written = [frame for chunk in chunks for frame in chunk.frames]
-        for cursor in cache.cursors:
-            cursor.end_rewrite()
-        for layer in cache.layers():
-            layer.scatter([layer.cursor.slot_of(frame) for frame in written])
+        rewrite_window(self, cache, chunks, timestep, mode)
+
+    def begin_shot(self, cache: CausalState) -> None:
+        """Let the next chunk begin a shot: called between AR steps, once per shot.
+
+        The first ``shot_sink_size_t`` frames of that chunk are pinned once they are clean, in place
+        of those of the shot before; positions leap by ``shot_rope_offset``; with
+        ``shot_clean_recache`` the clean pass of the chunk sees no past but the sink.
+
+        Raises:
+            ValueError: a bidirectional model, which has no chunks.
+        """
+        if not self.config.streaming:
+            raise ValueError("A bidirectional model makes one clip and has no shots.")
+        if not cache.shots.opening:
+            cache.shots.opening = True
+            cache.shots.begun += 1
 
     # Warm-up, graphs and memory.
 
@@ -447,7 +438,7 @@ class CausalTransformer(Transformer):
             raise ValueError(f"cache_specs names {glob!r}, which matches no submodule.")
         return found
 
-    def _rotate_sinks(self, cache: CausalState) -> None:
+    def rotate_sinks(self, cache: CausalState) -> None:
         """With cache-relative RoPE: let the sink of every layer stand right before the window."""
         if not self.config.relative_rope:
             return
@@ -467,6 +458,8 @@ class CausalTransformer(Transformer):
             condition = checked_condition(condition, self, cache.batch_size)
         elif self.config.condition_channels:
             condition = cache.condition_at(frames)
+        if leap := self.config.shot_rope_offset * cache.shots.begun:
+            frames = frames.double() + leap
         return StepInputs(self.rotations(frames), condition, self.embed_control(control))
 
     def modulation_of(self, timestep: Tensor, cache: CausalState) -> Tensor:

@@ -30,6 +30,17 @@ class CausalTransformerConfig(TransformerConfig):
     """First latent frames of the rollout that are never evicted."""
     relative_rope: bool = False
     """Cache-relative positions: the sink always stands right before the window."""
+    rewritten_sink: Literal["rewritten", "kept", "moved"] = "rewritten"
+    """What becomes of the sink when the window is computed anew in mid-rollout: computed anew, too;
+    kept under the old prompt; or filled with the frames that are now the oldest of the last
+    ``sink_size_t + window_size_t``. While these reach back to frame 0, all is computed anew."""
+    shot_sink_size_t: int = 0
+    """First latent frames of a shot's first chunk that are pinned in the window until the next shot
+    has some; see `CausalTransformer.begin_shot`."""
+    shot_rope_offset: float = 0.0
+    """Latent frames by which positions leap at the beginning of a shot."""
+    shot_clean_recache: bool = False
+    """Let the clean pass of a shot's first chunk see nothing but the sink before it."""
     kv_cache_dtype: KVStorage = "native"
     """How cached keys and values are stored: ``"native"`` is ``dtype``; ``"int8"`` and ``"fp8"``
     take a byte each, which costs accuracy and the time to dequantize them."""
@@ -38,6 +49,7 @@ class CausalTransformerConfig(TransformerConfig):
         super().__post_init__()
         check_range(self, "dim", "num_heads")
         check_range(self, "condition_channels", "window_size_t", "sink_size_t", least=0)
+        check_range(self, "shot_sink_size_t", least=0)
         if self.dim % self.num_heads or self.head_dim % 2:
             raise ValueError(
                 f"dim={self.dim} over num_heads={self.num_heads} must give an even head size; "
@@ -49,6 +61,7 @@ class CausalTransformerConfig(TransformerConfig):
                 f"window_size_t={self.window_size_t} must hold the current chunk of "
                 f"len_t={self.len_t} latent frames; use at least {self.len_t}."
             )
+        _check_shots(self)
         allowed = get_args(KVStorage) if self.streaming else ("native",)
         if self.kv_cache_dtype not in allowed:
             raise ValueError(
@@ -72,6 +85,25 @@ class CausalTransformerConfig(TransformerConfig):
         """Tokens of one latent frame."""
         rows, columns = self.token_grid
         return rows * columns
+
+
+def _check_shots(config: CausalTransformerConfig) -> None:
+    if config.rewritten_sink not in ("rewritten", "kept", "moved"):
+        raise ValueError(
+            f"rewritten_sink={config.rewritten_sink!r} is unknown; allowed are 'rewritten', "
+            "'kept' and 'moved'."
+        )
+    least = config.len_t + min(config.shot_sink_size_t, config.len_t)
+    if config.shot_sink_size_t and config.window_size_t < least:
+        raise ValueError(
+            f"window_size_t={config.window_size_t} must hold the current chunk and the pinned "
+            f"frames of a shot: use at least {least}."
+        )
+    if config.relative_rope and (config.shot_sink_size_t or config.shot_rope_offset):
+        raise ValueError(
+            "relative_rope numbers the frames of the window anew, so it goes with neither "
+            "shot_sink_size_t nor shot_rope_offset; set them to 0."
+        )
 
 
 def _check_patching(config: CausalTransformerConfig) -> None:

@@ -42,6 +42,16 @@ class StepInputs:
 
 
 @dataclass
+class Shots:
+    """How far a rollout of several shots is."""
+
+    begun: int = state("host", default=0)
+    """Shots that have begun after the first one."""
+    opening: bool = state("host", default=False)
+    """The current or next chunk begins one."""
+
+
+@dataclass
 class CausalState:
     """All state that a causal transformer has in one rollout."""
 
@@ -54,6 +64,8 @@ class CausalState:
     condition: Tensor | None = state("rebuilt")
     """``[B, condition_channels, F, H, W]`` by position; latent frames past the last one see it."""
     batch_size: int = state("host")
+    shots: Shots = state("host", default_factory=Shots)
+    """Scene cuts so far."""
     modulations: dict[float, Tensor] = state("rebuilt", default_factory=dict)
     """What ``modulations`` made of the timesteps so far."""
     inputs: StepInputs = state("rebuilt", default_factory=StepInputs)

@@ -15,7 +15,7 @@ from flashdreams.infra.component import build_component, declared_context, selec
 from flashdreams.infra.config import InstantiateConfig
 from flashdreams.infra.diffusion.causal import RewriteMode
 from flashdreams.infra.diffusion.pool import Storage, StoragePool
-from flashdreams.infra.diffusion.scheduler.base import SchedulerConfig
+from flashdreams.infra.diffusion.scheduler.base import Scheduler, SchedulerConfig
 from flashdreams.infra.diffusion.transformer import ContextChunk, TransformerConfig
 from flashdreams.infra.ranges import LARGEST_SIZE, check_range
 from flashdreams.parallel.environment import all_ranks_agree
@@ -428,7 +428,7 @@ class DiffusionModel(nn.Module):
 
     def _sample_rest(
         self,
-        scheduler: Any,
+        scheduler: Scheduler,
         flow: Callable[[Tensor, Tensor], Tensor],
         noise: Callable[[int], Tensor],
         given: Tensor,

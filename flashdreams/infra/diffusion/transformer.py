@@ -126,6 +126,12 @@ class Transformer(Component):
         """
         return False
 
+    def begin_shot(self, cache: Any) -> None:
+        """Let the next chunk begin a shot; called between AR steps.
+
+        The default does nothing: a shot is then a prompt like any other.
+        """
+
     def begin_step(self, autoregressive_index: int, cache: Any, control: Any = None) -> None:
         """Prepare what stays the same over all denoising steps of an AR step.
 

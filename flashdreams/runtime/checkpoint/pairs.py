@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from flashdreams.runtime.checkpoint.config import CheckpointConfig, CheckpointError
 from flashdreams.runtime.checkpoint.read import TensorInfo
 
-_SCALE = re.compile(r"scale|absmax|quant_map|quant_state|zero_point|qzeros|scaled_fp8")
+_SCALE = re.compile(r"scale(?!_shift)|absmax|quant_map|quant_state|zero_point|qzeros|scaled_fp8")
 """What names the second part of a quantized weight: ComfyUI's ``scale_weight`` and ``scaled_fp8``,
 DeepSeek's ``weight_scale_inv``, torchao, GPTQ, AWQ and bitsandbytes."""
 

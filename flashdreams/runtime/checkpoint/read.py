@@ -50,7 +50,6 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 """Types of tensors by their names in a safetensors file."""
-
 _UNUSABLE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8}
 """Types of the format that hold parts of a quantized tensor, with the bits of a value."""
 
@@ -197,8 +196,8 @@ class PickleStore:
         entries = _select(load_pickle(path), select, path)
         self._tensors = {str(name): value for name, value in entries.items()}
         size = path.stat().st_size
-        for name, value in self._tensors.items():
-            if isinstance(value, Tensor):
+        for name, value in entries.items():
+            if _is_plain(name, value):
                 _refuse_inflated(path, size, name, value)
         self.infos = {
             str(name): TensorInfo(tuple(value.shape), value.dtype, path, position)
@@ -293,14 +292,14 @@ def _info(path: Path, base: int, entry: dict) -> tuple[TensorInfo, int]:
     # Checked before they are multiplied: a product of large numbers takes time without end.
     if not all(type(size) is int and 0 <= size < _MAX_SIZE for size in (*shape, start, end)):
         raise ValueError(f"the shape {quoted(shape)} at bytes {quoted([start, end])}")
-    dtype = SAFETENSORS_DTYPES.get(kind, torch.uint8)
-    bits = _UNUSABLE_BITS.get(kind) or 8 * dtype.itemsize
-    if 8 * (end - start) != math.prod(shape) * bits or math.prod(filter(None, shape)) > _MAX_SIZE:
+    bits = _UNUSABLE_BITS.get(kind) or 8 * SAFETENSORS_DTYPES[kind].itemsize
+    fits = 8 * (end - start) == math.prod(shape) * bits
+    if not fits or math.prod(filter(None, shape)) > _MAX_SIZE:
         raise ValueError(f"{end - start} bytes for a tensor of shape {shape} and {kind}")
     refused = f"{kind} in the file, which cannot be read as numbers; use another version"
-    usable = kind in SAFETENSORS_DTYPES
-    info = TensorInfo(tuple(shape), dtype, path, base + start, None if usable else refused)
-    return info, end - start
+    dtype = SAFETENSORS_DTYPES.get(kind, torch.uint8)
+    why = None if kind in SAFETENSORS_DTYPES else refused
+    return TensorInfo(tuple(shape), dtype, path, base + start, why), end - start
 
 
 def _check_names(header: dict) -> None:

@@ -1,4 +1,4 @@
-"""Quantized weights beside their scales: refused, whatever is ignored."""
+"""Quantized weights beside scales of a kind that is not read: refused, whatever is ignored."""
 
 from pathlib import Path
 
@@ -14,7 +14,8 @@ FP8, INT8 = torch.float8_e4m3fn, torch.int8
 @pytest.mark.parametrize(
     ("dtype", "scale"),
     [
-        (FP8, "weight_scales"),
+        (torch.float8_e5m2, "weight_scale_inv"),
+        (FP8, "scales"),
         (INT8, "scales"),
         (INT8, "weight.absmax"),
     ],
@@ -30,7 +31,7 @@ def test_a_scaled_weight_is_refused(
     tensors = {"0.weight": stored, f"0.{scale}": torch.tensor(0.01)}
     save_file(tensors, tmp_path / "scaled.safetensors")
     config = CheckpointConfig(source=str(tmp_path / "scaled.safetensors"), ignore=ignore)
-    with pytest.raises(CheckpointError, match=f"0.weight is .* with a scale .*0.{scale}"):
+    with pytest.raises(CheckpointError, match=rf"0.weight is .*0\.{scale}|per block.*0\.weight"):
         load_checkpoint(module, config)
     assert torch.equal(module[0].weight, weight), "nothing was read"
     save_file({"0.weight": weight.bfloat16()}, tmp_path / "plain.safetensors")  # as it advises
@@ -40,6 +41,7 @@ def test_a_scaled_weight_is_refused(
 def test_what_only_sounds_like_a_scale_passes(tmp_path: Path) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4))
     module[1].register_buffer("scale", torch.ones(1))
+    module.register_buffer("scale_shift_table", torch.ones(1))  # of diffusers' Wan
     module[0].float().weight.data.copy_(torch.eye(4))
     tensors = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     tensors["0.weight"] = tensors["0.weight"].to(FP8)  # plain numbers: no scale beside them

@@ -1,0 +1,145 @@
+"""Computing the window of a causal transformer anew, after the prompt has changed."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from flashdreams.infra.diffusion.causal_config import CausalTransformerConfig
+from flashdreams.infra.diffusion.causal_state import CausalState, StepInputs, select_tokens
+from flashdreams.infra.diffusion.transformer import ContextChunk
+
+RewriteMode = Literal["chunks", "once"]
+"""How the window is computed anew: chunk by chunk, or all frames in one forward pass."""
+
+
+class RewritableTransformer(Protocol):
+    """What rewriting needs of a `CausalTransformer`."""
+
+    config: CausalTransformerConfig
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+
+    def rotate_sinks(self, cache: CausalState) -> None:
+        """With cache-relative RoPE: let the sink of every layer stand right before the window."""
+
+    def inputs_at(self, cache: CausalState, frames: Tensor, control: Any) -> StepInputs:
+        """What a network call reads for latent frames at the positions ``[T]``."""
+
+    def modulation_of(self, timestep: Tensor, cache: CausalState) -> Tensor:
+        """What the network makes of a timestep."""
+
+    def __call__(self, *args: Any) -> Tensor:
+        """The network."""
+
+
+def context_frames(config: CausalTransformerConfig, cache: CausalState) -> list[int]:
+    """Latent frames whose clean latents may be needed to compute the window anew, oldest first."""
+    if not config.streaming:
+        return []
+    cursor = cache.cursor
+    if config.rewritten_sink == "moved":
+        return list(range(max(0, cursor.start - cursor.capacity_t), cursor.start))
+    return cursor.past_frames()
+
+
+def check_rewrite(config: CausalTransformerConfig, cache: CausalState, mode: RewriteMode) -> None:
+    """Refuse a way to compute the window anew, before anything is changed.
+
+    Raises:
+        ValueError: ``"once"`` with ``relative_rope``, which rotates the sink in between;
+            ``"chunks"`` where the sink moves; layers whose windows hold other frames than those of
+            the first; shots, whose frames have positions of their own.
+    """
+    if mode == "once" and config.relative_rope and config.rewritten_sink != "kept":
+        raise ValueError('mode="once" cannot be used with relative_rope=True; use "chunks".')
+    if mode == "chunks" and config.rewritten_sink == "moved":
+        raise ValueError('rewritten_sink="moved" is for mode="once" alone.')
+    windows = {(cursor.sink_size_t, cursor.window_size_t) for cursor in cache.cursors}
+    if len(windows) > 1:
+        raise ValueError(
+            f"There are windows of several sizes, (sink, window): {sorted(windows)}. They cannot "
+            "be computed anew; change the prompt without reencode_window."
+        )
+    if cache.shots.begun:
+        raise ValueError(
+            "A rollout with shots keeps its window; change the prompt without reencode_window."
+        )
+
+
+def rewrite_window(
+    transformer: RewritableTransformer,
+    cache: CausalState,
+    chunks: Sequence[ContextChunk],
+    timestep: Tensor,
+    mode: RewriteMode,
+) -> None:
+    """Fill the window anew, and the sink as ``rewritten_sink`` says.
+
+    Args:
+        transformer: the network and its engine.
+        cache: this rollout's state.
+        chunks: clean latents of the frames that ``context_frames`` names.
+        timestep: of the clean pass.
+        mode: see `RewriteMode`.
+    """
+    config = transformer.config
+    policy, first_slot = config.rewritten_sink, 0
+    if policy == "kept" and cache.cursor.start > cache.cursor.capacity_t:
+        first_slot = config.sink_size_t
+        chunks = [rest for chunk in chunks if (rest := _without_sink(chunk, first_slot))]
+    if not chunks:
+        return
+    groups = [list(chunks)] if mode == "once" else [[chunk] for chunk in chunks]
+    for group in groups:
+        _write_group(transformer, cache, group, timestep, first_slot)
+    written = [frame for chunk in chunks for frame in chunk.frames]
+    for cursor in cache.cursors:
+        cursor.end_rewrite()
+        if policy == "moved":
+            cursor.hold(written)
+    if policy != "moved":
+        for layer in cache.layers():
+            layer.scatter([layer.cursor.slot_of(frame) for frame in written], first_slot)
+
+
+def _write_group(
+    transformer: RewritableTransformer,
+    cache: CausalState,
+    group: Sequence[ContextChunk],
+    timestep: Tensor,
+    first_slot: int,
+) -> None:
+    """One pass over some chunks, which see one another and what was written before them."""
+    frames = [frame for chunk in group for frame in chunk.frames]
+    len_t = transformer.config.len_t
+    if frames[0] >= transformer.config.sink_size_t:
+        transformer.rotate_sinks(cache)
+    for cursor in cache.cursors:
+        cursor.begin_rewrite_chunk(len(frames), transformer.device, first_slot)
+    parts = [select_tokens(chunk.control, chunk.kept, len_t) for chunk in group]
+    control = torch.cat(parts, dim=1) if parts[1:] and parts[0] is not None else parts[0]
+    latent = torch.cat([chunk.latent for chunk in group], dim=2)
+    inputs = transformer.inputs_at(
+        cache, torch.tensor(frames, dtype=torch.int64, device="cpu"), control
+    )
+    transformer(latent, transformer.modulation_of(timestep, cache), inputs, cache, True)
+    for layer in cache.layers():
+        layer.keep_sink(frames[0], frames[-1] + 1)
+
+
+def _without_sink(chunk: ContextChunk, sink_size_t: int) -> ContextChunk | None:
+    """The part of a chunk that is behind the sink."""
+    skipped = sum(frame < sink_size_t for frame in chunk.frames)
+    if skipped == len(chunk.frames):
+        return None
+    return replace(
+        chunk,
+        frames=chunk.frames[skipped:],
+        kept=chunk.kept[skipped:],
+        latent=chunk.latent[:, :, skipped:],
+    )

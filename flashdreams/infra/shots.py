@@ -1,0 +1,89 @@
+"""Several prompts for one video: which chunk begins under which."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashdreams.infra.prompt import MAX_PROMPT_CHARACTERS
+from flashdreams.runtime.text import read_text
+
+MAX_SHOTS = 4096
+"""Most prompts of one video."""
+
+_COUNTED = re.compile(r"(\d{1,9})\s*:\s*(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A prompt and the AR step that it holds from."""
+
+    first_block: int
+    """AR step of its first chunk."""
+    text: str
+    """The prompt."""
+
+
+def read_shot_file(path: Path) -> list[str]:
+    """The shots of a text file, one a line; empty lines and lines that begin with # are skipped.
+
+    Raises:
+        ValueError: the file cannot be read, or holds no shot.
+    """
+    try:
+        text = read_text(path, 4 * MAX_PROMPT_CHARACTERS * 16, "utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"--shot-path {path} cannot be read: {reason}. Name a text file with one prompt a line."
+        ) from error
+    lines = [line.strip() for line in text.splitlines()]
+    shots = [line for line in lines if line and not line.startswith("#")]
+    if not shots:
+        raise ValueError(f"--shot-path {path} holds no prompt; write one a line.")
+    return shots
+
+
+def plan_shots(texts: Sequence[str], total_blocks: int) -> list[Shot]:
+    """When each shot begins.
+
+    Args:
+        texts: prompts, each ``TEXT`` or ``CHUNKS:TEXT``. Without numbers the chunks are spread
+            evenly, the first shots taking what remains; with numbers the last shot goes on to the
+            end.
+        total_blocks: AR steps of the video.
+
+    Raises:
+        ValueError: an empty prompt, some numbers but not all, or shots longer than the video.
+    """
+    if not texts:
+        return []
+    if len(texts) > MAX_SHOTS:
+        raise ValueError(f"{len(texts)} shots; at most {MAX_SHOTS} are taken.")
+    matches = [_COUNTED.fullmatch(text.strip()) for text in texts]
+    counted = [match for match in matches if match is not None]
+    if counted and len(counted) != len(texts):
+        raise ValueError(
+            f"{len(counted)} of {len(texts)} shots say how many chunks they have: give CHUNKS:TEXT "
+            "for all of them, or TEXT alone."
+        )
+    prompts = [match[2].strip() for match in counted] or [text.strip() for text in texts]
+    for number, prompt in enumerate(prompts, start=1):
+        if not 0 < len(prompt) <= MAX_PROMPT_CHARACTERS:
+            raise ValueError(
+                f"shot {number} has {len(prompt)} characters; 1 to {MAX_PROMPT_CHARACTERS} are "
+                "taken."
+            )
+    counts = [int(match[1]) for match in counted] or _spread(total_blocks, len(texts))
+    if 0 in counts or sum(counts) > total_blocks:
+        raise ValueError(
+            f"{len(texts)} shots of {sum(counts) if counted else len(texts)} chunks do not fit "
+            f"--total-blocks {total_blocks}: each has at least one chunk. Use more blocks or fewer "
+            "shots."
+        )
+    return [Shot(sum(counts[:number]), prompt) for number, prompt in enumerate(prompts)]
+
+
+def _spread(total: int, parts: int) -> list[int]:
+    each, rest = divmod(total, parts)
+    return [each + (number < rest) for number in range(parts)]
