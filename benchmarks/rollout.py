@@ -15,12 +15,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashdreams.infra.config import derive_config
+from flashdreams.infra.controller import Event
 from flashdreams.infra.pipeline import StreamInferencePipeline, StreamInferencePipelineConfig
 from flashdreams.infra.runner import RunnerConfig
 from flashdreams.infra.video_runner import ImageToVideoRunnerConfig
 from flashdreams.infra.weights import named_checkpoints
 from flashdreams.integrations.lingbot_world.encoder import CameraPath
 from flashdreams.integrations.lingbot_world.runner import CameraToVideoRunnerConfig, read_path
+from flashdreams.integrations.matrix_game.controls import ActionController
+from flashdreams.integrations.matrix_game.encoder import Actions
+from flashdreams.integrations.matrix_game.runner import MatrixGameRunnerConfig
 from flashdreams.integrations.toy_world.runner import ToyWorldRunnerConfig, walk
 from flashdreams.parallel import environment
 from flashdreams.parallel.environment import Environment
@@ -199,6 +203,11 @@ def _conditions(
 ) -> tuple[StreamInferencePipelineConfig, dict[str, Any], Callable[[int], Any]]:
     """The config, the context of a rollout and the control input of each AR step."""
     transformer: Any = config.diffusion_model.transformer
+    if isinstance(runner, MatrixGameRunnerConfig):
+        image = gradient_image(
+            SPATIAL_FACTOR * transformer.latent_height, SPATIAL_FACTOR * transformer.latent_width
+        )
+        return config, {"image": image}, partial(_actions_of, runner, transformer.len_t)
     context: dict[str, Any] = {"text": [getattr(runner, "prompt", "a walk through a town")]}
     if config.text_encoder is None:
         generator = torch.Generator().manual_seed(0)
@@ -233,10 +242,21 @@ def _pose_of(poses: Tensor, index: int) -> Tensor:
 
 
 def _path_of(path: CameraPath, len_t: int, index: int) -> CameraPath:
+    frames = _pixel_frames(len_t, index)
+    return path.part(slice(frames.start, frames.stop))
+
+
+def _actions_of(runner: MatrixGameRunnerConfig, len_t: int, index: int) -> Actions:
+    """One key after the other, each held for a chunk."""
+    controller = ActionController(runner.keys)
+    keys = list(runner.keys.names)
+    pressed = Event(0, {"keys": keys[index % len(keys)]})
+    return controller.advance(controller.new_state(), [pressed], _pixel_frames(len_t, index))
+
+
+def _pixel_frames(len_t: int, index: int) -> range:
     """The pixel frames of a chunk: latent frame 0 is one, every other is four."""
-    first = 0 if index == 0 else 4 * index * len_t - 3
-    last = 4 * (index + 1) * len_t - 3
-    return path.part(slice(first, last))
+    return range(0 if index == 0 else 4 * index * len_t - 3, 4 * (index + 1) * len_t - 3)
 
 
 def synchronize(device: torch.device) -> None:

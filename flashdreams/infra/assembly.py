@@ -130,7 +130,7 @@ class Assembly(nn.Module):
             num_heads=getattr(sizes, "num_heads", None) if plan is not None else None,
             guided=self.config.diffusion_model.guidance_scale is not None,
             cached_frame_tokens=getattr(sizes, "tokens_per_frame", None) if streaming else None,
-            any_degree=plan is not None and bool(plan.heads),
+            any_degree=plan is not None and bool(plan.units),
         )
         return build_mesh(degrees, self.target_device.type, parallel)
 

@@ -100,7 +100,7 @@ def resolve_degrees(
         cached_frame_tokens: tokens per latent frame of a streaming model, which keeps a cache; None
             for a bidirectional one.
         any_degree: take degrees that are asked for, also where they do not divide the heads: the
-            model then computes attention whole on every rank (`ParallelPlan.heads`).
+            model then computes attention whole on every rank (`ParallelPlan.units`).
 
     Raises:
         ValueError: impossible degrees; the message names some that would work.

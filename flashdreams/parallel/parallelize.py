@@ -20,7 +20,7 @@ from flashdreams.parallel.context import (
     UlyssesAttention,
 )
 from flashdreams.parallel.mesh import Axis, Mesh
-from flashdreams.parallel.plan import ParallelPlan, glob_pattern, heads_of
+from flashdreams.parallel.plan import ParallelPlan, glob_pattern, units_of
 from flashdreams.parallel.ring import RingAttention
 from flashdreams.parallel.sequence import SequenceLayout
 from flashdreams.parallel.spatial import WidthLayout, split_by_width
@@ -137,7 +137,7 @@ class _Matches:
         self.gather = self._find("gather", plan.gather)
         self.attention = list(self._find("attention", dict.fromkeys(plan.attention)))
         self.cores = self._find("cores", plan.cores)
-        self._find("heads", plan.heads)
+        self._find("units", plan.units)
         self.spatial = self._find("spatial", plan.spatial)
         self._find("low_precision", dict.fromkeys(plan.low_precision))
         self._refuse_unnamed_linears(module, plan, named)
@@ -149,9 +149,9 @@ class _Matches:
             )
 
     def leave_whole(self, plan: ParallelPlan, degree: int) -> None:
-        """Take out the weights of attention whose heads the tensor parallel ranks do not divide."""
+        """Take out the weights of what the tensor parallel ranks do not divide."""
         for name in list(self.styles):
-            if (heads_of(plan, name) or degree) % degree:
+            if (units_of(plan, name) or degree) % degree:
                 del self.styles[name]
 
     def _find(self, field_name: str, globs: dict[str, Any]) -> dict[str, Any]:
@@ -242,7 +242,7 @@ def _wrap_cores(
     long_context = build_long_context(mesh) if use_xfuser else None
     names = []
     for name in (*matches.attention, *matches.cores):
-        core, heads, style = _find_core(module, name), heads_of(plan, name), matches.cores.get(name)
+        core, heads, style = _find_core(module, name), units_of(plan, name), matches.cores.get(name)
         wrapped: AttentionCore | AttentionWrapper = core
         if style is None and long_context is not None and layout is not None:
             wrapped = XfuserAttention(core, long_context, layout)

@@ -90,10 +90,11 @@ class ParallelPlan:
     ranks, or gathered where these do not divide the heads. ``"split_queries"``: queries are split
     like the tokens, keys and values are the same on every rank."""
 
-    heads: dict[str, int] = field(default_factory=dict)
-    """Submodule with attention -> its heads, for a model that runs on any number of ranks: what a
-    degree does not divide is computed whole on every rank, the rest is cut as usual. The first is
-    the trunk, whose heads also state of the style ``"heads"`` has. Empty: degrees must divide."""
+    units: dict[str, int] = field(default_factory=dict)
+    """For a model that runs on any number of ranks: submodule -> what a degree must divide to cut
+    it, its attention heads or the width of its feed-forward. What a degree does not divide is
+    computed whole on every rank, the rest is cut as usual. The first is the trunk, whose heads also
+    state of the style ``"heads"`` has. Empty: degrees must divide."""
 
     rollout: dict[str, RolloutStyle] = field(default_factory=dict)
     """Deprecated, read until 0.3: field of the transformer's rollout state -> ``"heads"`` or
@@ -107,17 +108,22 @@ class ParallelPlan:
     ``"gather_width"`` (a module that must see the full width)."""
 
 
-def heads_of(plan: ParallelPlan, name: str) -> int | None:
-    """Heads of the attention that a submodule is, or is in; None where the plan names none."""
-    for glob, heads in plan.heads.items():
+def units_of(plan: ParallelPlan, name: str) -> int | None:
+    """What a degree must divide to cut a submodule; None where the plan does not name it.
+
+    Args:
+        plan: with ``units``.
+        name: of a submodule, or of one inside of it.
+    """
+    for glob, units in plan.units.items():
         if re.match(glob_pattern(glob).pattern + r"(\.|$)", name):
-            return heads
+            return units
     return None
 
 
 def trunk_is_cut(plan: ParallelPlan, degree: int) -> bool:
     """Whether tensor parallelism of a degree cuts the heads of the trunk."""
-    return bool(plan.tensor) and next(iter(plan.heads.values()), degree) % degree == 0
+    return bool(plan.tensor) and next(iter(plan.units.values()), degree) % degree == 0
 
 
 def glob_pattern(glob: str) -> re.Pattern[str]:

@@ -295,6 +295,23 @@ def test_the_condition_is_that_of_a_whole_clip(pipeline):
     assert not torch.equal(whole[:, :, 20], whole[:, :, 21])  # not earlier than needed
 
 
+def test_a_condition_may_be_given_whole_or_with_the_control_but_not_at_all(pipeline):
+    model = pipeline.diffusion_model.transformer
+    control = model.example_control(1)
+    state = model.initialize_cache(image_tokens=torch.zeros(1, 5, 32))
+    model.begin_step(0, state, control)
+    assert state.inputs.condition.shape == (1, 20, 3, 6, 10)
+    del control["condition"]
+    with pytest.raises(ValueError, match="was given a condition"):
+        model.begin_step(0, state, control)
+    given = torch.randn(1, 20, 2, 6, 10)
+    state = model.initialize_cache(image_tokens=torch.zeros(1, 5, 32), condition=given)
+    model.begin_step(0, state, control)
+    assert torch.equal(state.inputs.condition, given[:, :, [0, 1, 1]])
+    with pytest.raises(ValueError, match=r"'keyboard' must be \[B or 1, latent frames, 12, 4\]"):
+        model.begin_step(0, state, {"keyboard": torch.zeros(1, 3, 12, 5)})
+
+
 def test_a_batch_shares_or_has_actions_of_its_own(pipeline):
     image, own = gradient_image(48, 80).expand(2, -1, -1, -1), [actions_of(0), actions_of(1)]
     stacked = Actions(*(torch.stack([getattr(a, n) for a in own]) for n in ("keyboard", "mouse")))

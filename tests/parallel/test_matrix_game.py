@@ -58,6 +58,8 @@ STRATEGIES = {
     ],
 }
 """3 does not divide the action heads, 4 does not divide those of the trunk."""
+OTHER = {"action_blocks": 3, "ffn_dim": 97}
+"""Action caches in the last block, and a feed-forward that no number of ranks divides."""
 
 
 def build(**changes) -> MatrixGameTransformer:
@@ -109,7 +111,9 @@ def all_strategies(world_size: int) -> dict[str, list[torch.Tensor]]:
         str(strategy): roll_out(parallel_model(world_size, strategy))
         for strategy in STRATEGIES[world_size]
     }
-    found["all blocks"] = roll_out(parallel_model(world_size, {}, action_blocks=3))
+    found["all blocks"] = roll_out(parallel_model(world_size, {}, **OTHER))
+    tensor = {"tensor_parallel_degree": world_size}
+    found["whole feed-forward"] = roll_out(parallel_model(world_size, tensor, **OTHER))
     return found
 
 
@@ -121,7 +125,8 @@ def one_rank(**changes) -> list[torch.Tensor]:
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_rollouts_equal_one_rank(world_size):
     for latents in run_ranks(all_strategies, world_size, world_size):
-        assert relative_error(latents.pop("all blocks"), one_rank(action_blocks=3)) <= 1e-5
+        for name in ("all blocks", "whole feed-forward"):
+            assert relative_error(latents.pop(name), one_rank(**OTHER)) <= FLOAT32_TOLERANCE
         errors = {name: relative_error(x, one_rank()) for name, x in latents.items()}
         assert len(errors) == len(STRATEGIES[world_size])
         assert max(errors.values()) <= FLOAT32_TOLERANCE, errors

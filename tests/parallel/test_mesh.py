@@ -72,6 +72,17 @@ def test_refusal_keeps_the_wishes_that_can_be_kept():
         resolve_degrees(config, 16, 12)
 
 
+def test_a_model_that_may_stay_whole_takes_every_degree():
+    for config, expected in (
+        (ParallelConfig(), ParallelDegrees(ring=2, ulysses=4)),
+        (ParallelConfig(ulysses_degree=8), ParallelDegrees(ulysses=8)),
+        (ParallelConfig(tensor_parallel_degree=8), ParallelDegrees(tp=8)),
+    ):
+        assert resolve_degrees(config, 8, 12, any_degree=True) == expected
+    with pytest.raises(ValueError, match="product 3 does not divide the world size 4"):
+        resolve_degrees(ParallelConfig(ulysses_degree=3), 4, 12, any_degree=True)
+
+
 def test_what_a_cache_cannot_do_is_refused():
     rotate = ParallelConfig(ring_method="rotate", ring_degree=2)
     assert resolve_degrees(rotate, 4, 12).ring == 2

@@ -5,6 +5,7 @@ from torch import nn
 
 from flashdreams.parallel.mesh import Axis, Mesh, ParallelConfig, ParallelDegrees
 from flashdreams.parallel.parallelize import parallelize
+from flashdreams.parallel.plan import trunk_is_cut, units_of
 from tests.parallel.rollout import build_model
 
 
@@ -31,6 +32,22 @@ def test_a_glob_without_match_lists_near_misses(model):
     plan = replace(model.parallel_plan(), attention=("blocks.*.attn.core",))
     with pytest.raises(ValueError, match=r"Near misses: .*blocks\.\*\.self_attn\.core"):
         parallelize(model, plan, Mesh())
+
+
+def test_cores_and_units_have_to_match(model):
+    for wrong in ({"cores": {"blocks.*.mouse": "all_tokens"}}, {"units": {"blocks.*.act": 4}}):
+        (name,) = wrong
+        with pytest.raises(ValueError, match=rf"plan's {name} names 'blocks"):
+            parallelize(model, replace(model.parallel_plan(), **wrong), Mesh())
+
+
+def test_units_are_those_of_the_submodule_that_a_name_is_in(model):
+    plan = replace(model.parallel_plan(), units={"blocks.*.self_attn": 12, "blocks.*.ffn": 97})
+    assert units_of(plan, "blocks.3.self_attn.norm_q") == units_of(plan, "blocks.0.self_attn") == 12
+    assert units_of(plan, "blocks.0.ffn.2") == 97
+    assert units_of(plan, "blocks.0.self_attn_2") is None and units_of(plan, "head") is None
+    assert trunk_is_cut(plan, 3) and not trunk_is_cut(plan, 8)
+    assert trunk_is_cut(model.parallel_plan(), 8)  # without units degrees divide anyway
 
 
 def test_a_forgotten_linear_is_refused(model):

@@ -152,7 +152,7 @@ class MatrixGameTransformer(WanTransformer):
             plan,
             tensor=plan.tensor | {f"{ACTION}.{name}": style for name, style in tensor.items()},
             cores=cast(Any, cores),
-            heads=trunk | {ACTION: c.action_heads},
+            units=trunk | {ACTION: c.action_heads, "blocks.*.ffn": c.ffn_dim},
         )
 
     def cache_specs(self, batch_size: int) -> dict[str, KVCacheSpec]:

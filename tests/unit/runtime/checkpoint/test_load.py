@@ -121,6 +121,23 @@ def test_load_reads_only_the_slices_of_a_rank(tmp_path: Path) -> None:
     assert report.bytes_read == 4 * (6 + 4 + 4 + 2)
 
 
+def test_a_slice_takes_its_share_of_each_part(tmp_path: Path) -> None:
+    packed = torch.arange(24.0).view(12, 2)  # queries, keys and values of four heads each
+    config = saved(tmp_path / "w.safetensors", {"weight": packed})
+    module = nn.Linear(2, 6, bias=False)
+    part = TensorSlice(0, 2, 2, 12, parts=3)
+    report = load_checkpoint(module, config, slices={"weight": part})
+    assert torch.equal(module.weight, packed[[2, 3, 6, 7, 10, 11]])
+    assert torch.equal(part.of(packed), packed[[2, 3, 6, 7, 10, 11]])
+    assert not torch.equal(module.weight, TensorSlice(0, 6, 6).of(packed))
+    assert report.bytes_read == 4 * 12
+    for parts, start in ((5, 0), (3, 3)):
+        with pytest.raises(CheckpointError, match="no slice"):
+            load_checkpoint(
+                module, config, slices={"weight": TensorSlice(0, start, 2, 12, parts=parts)}
+            )
+
+
 def test_load_refuses_a_slice_of_a_tensor_of_another_size(tmp_path: Path) -> None:
     config = saved(tmp_path / "w.safetensors", tensors())
     module = Tiny()
