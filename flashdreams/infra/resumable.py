@@ -5,7 +5,7 @@ import logging
 import re
 import shutil
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,12 @@ from flashdreams.infra.pipeline import StreamInferencePipeline
 from flashdreams.infra.rollout import StreamInferencePipelineCache
 from flashdreams.infra.snapshot import remove_unfinished
 from flashdreams.infra.snapshot_header import SnapshotError, read_header
-from flashdreams.parallel.environment import Launch, OtherRankError, from_rank_zero
+from flashdreams.parallel.environment import (
+    Launch,
+    OtherRankError,
+    from_rank_zero,
+    least_of_all_ranks,
+)
 from flashdreams.runtime.files import write_whole
 
 logger = logging.getLogger(__name__)
@@ -54,7 +59,8 @@ class ResumableRun:
             resume: go on with the run of the folder, whoever began it.
         """
         self.folder, self.every, self.kept = folder, every, kept
-        self._launch = launch
+        # An agent that joined later counts fewer restarts than the others.
+        self._launch = replace(launch, restarts=-least_of_all_ranks(-launch.restarts))
         self.token, self.goes_on = from_rank_zero(lambda: self._find(resume))
         self.progress: Progress | None = None
 

@@ -281,9 +281,11 @@ def _connect(device: torch.device, timeout: timedelta) -> dist.Store:
     store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
     store.set_timeout(timeout)
     on_cuda = device.type == "cuda"
+    # An agent keeps its store over restarts, with the addresses of ranks that are gone.
+    attempt = f"{read_launch().restarts}.{world_size}"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-        store=dist.PrefixStore("flashdreams", store),
+        store=dist.PrefixStore(f"flashdreams{attempt}", store),
         rank=rank,
         world_size=world_size,
         timeout=timeout,
@@ -293,7 +295,6 @@ def _connect(device: torch.device, timeout: timedelta) -> dist.Store:
     heartbeat = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
     )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"heartbeat{attempt}", heartbeat)
 
 

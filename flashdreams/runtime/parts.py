@@ -64,6 +64,7 @@ def write_part(path: Path, entries: Sequence[Entry]) -> PartFile:
             hashed = thread.submit(digest.update, data)
             size += file.write(data)
             hashed.result()
+            del data  # before the next tensor is read
         file.flush()
         os.fsync(file.fileno())
     return PartFile(path.name, size, digest.hexdigest())
