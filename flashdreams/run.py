@@ -16,6 +16,7 @@ from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from flashdreams import __version__
 from flashdreams.infra.config import (
     annotated_types,
     config_fields,
@@ -38,6 +39,7 @@ _OWN_OPTIONS = {
     "--print-config": "print the config in the form of such a file, and stop",
     "--no-instantiate": "print the resolved config, and stop",
     "--debug": "show the traceback of an error",
+    "--version": "print the versions of this package, of Python and of PyTorch, and stop",
 }
 
 
@@ -60,6 +62,7 @@ class CommandLine:
     """Flags for the fields of the slug's config, ``--help`` included."""
     config_file: Path | None = None
     print_config: bool = False
+    version: bool = False
     no_instantiate: bool = False
     debug: bool = False
 
@@ -118,7 +121,7 @@ def _split(argv: Sequence[str]) -> CommandLine:
             if not value or value.startswith("--"):
                 raise UsageError("--config needs a file: --config FILE.")
             line.config_file = Path(os.path.expanduser(value))
-        elif word in ("--debug", "--no-instantiate", "--print-config"):
+        elif word in ("--debug", "--no-instantiate", "--print-config", "--version"):
             setattr(line, word[2:].replace("-", "_"), True)
         else:
             line.overrides.append(word)
@@ -131,6 +134,9 @@ def _split(argv: Sequence[str]) -> CommandLine:
 
 def _resolve(line: CommandLine) -> Any:
     """The config to run, or None if the command line only asked for something to be printed."""
+    if line.version:
+        _print_on_rank_zero(_versions())
+        return None
     registry = discover()
     if line.slug is None and line.config_file is None:
         return _answer_without_slug(line, registry)
@@ -162,8 +168,28 @@ def _answer_without_slug(line: CommandLine, registry: Registry) -> None:
     given = f", got {line.overrides[0]!r}" if line.overrides else ""
     raise UsageError(
         f"the first word must name what to run{given}. Type {PROGRAM} --help for the list, "
-        f"e.g. {PROGRAM} {next(iter(registry), '<slug>')}."
+        f"e.g. {PROGRAM} {_example(registry)}."
     )
+
+
+def _versions() -> str:
+    import platform
+    from importlib.metadata import version
+
+    return (
+        f"flashdreams {__version__}, Python {platform.python_version()}, torch {version('torch')}"
+    )
+
+
+def _example(registry: Registry) -> str:
+    """A slug to begin with: one whose weights come with its package, if there is one."""
+    from flashdreams.infra.weights import named_checkpoints
+
+    for slug, config in registry.items():
+        sources = [checkpoint.source for _, checkpoint in named_checkpoints(config)]
+        if sources and all(source.startswith("package:") for source in sources):
+            return slug
+    return next(iter(registry), "<slug>")
 
 
 def _listing(registry: Registry) -> str:
