@@ -412,7 +412,8 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
     if code == WRONG_USAGE:
         readable.append(TypeError)
     lines = [" ".join(line.split()) for line in str(error).splitlines()]
-    text = ("\n  " if isinstance(error, CheckpointError) else " ").join(filter(None, lines))
+    listed = isinstance(error, (CheckpointError, ImportError))
+    text = ("\n  " if listed else " ").join(filter(None, lines))
     repeats = _repeats_another_rank(error)
     unexpected = not (repeats or isinstance(error, tuple(readable))) or not text
     debug = debug or (unexpected and code == RUN_FAILED and _ranks() > 1)

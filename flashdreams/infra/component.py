@@ -4,14 +4,14 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from flashdreams.infra.config import InstantiateConfig
 from flashdreams.parallel.plan import ParallelPlan
-from flashdreams.runtime.checkpoint import CheckpointConfig, load_checkpoint
+from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load_checkpoint
 
 ComponentT = TypeVar("ComponentT", bound="Component")
 DTypeName = Literal["float32", "bfloat16", "float16"]
@@ -22,6 +22,10 @@ class ComponentConfig(InstantiateConfig):
     """What every pipeline component can be told."""
 
     _target: type["Component"] = field(default_factory=lambda: Component)
+
+    packages: ClassVar[Mapping[str, str]] = {}
+    """Optional packages that the component imports, by module: what pip is to be given. A runner
+    asks for them before it builds anything."""
 
     checkpoint: CheckpointConfig | None = None
     """Where the weights come from; None leaves the parameters as they were initialised."""
@@ -140,7 +144,11 @@ def load_component(
         load_component(part, device)
     if checkpoint is not None:
         dtype_of = component.dtype_of
-        load_checkpoint(component, checkpoint, device=device, dtype=dtype_of, slices=slices)
+        try:
+            load_checkpoint(component, checkpoint, device=device, dtype=dtype_of, slices=slices)
+        except CheckpointError as error:
+            error.checkpoint = checkpoint
+            raise
         component.init_buffers()
     if not parts:  # these keep their own types: a pipeline may mix them
         component.cast()

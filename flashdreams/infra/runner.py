@@ -18,6 +18,7 @@ from flashdreams.infra.pipeline import (
 from flashdreams.infra.ranges import check_range
 from flashdreams.infra.recorder import RunRecorder
 from flashdreams.infra.session import Command, Session, Step
+from flashdreams.infra.weights import require_packages
 from flashdreams.parallel.environment import (
     LOAD_TIMEOUT_S,
     Environment,
@@ -109,6 +110,7 @@ class Runner(Generic[ConfigT, PipelineT]):
             raise
 
     def _assemble(self, config: ConfigT) -> None:
+        require_packages(config.pipeline, fetch_all=self.fetch_all)
         self.pipeline = config.pipeline.setup(device=self.environment.device, load=False)
         self.mesh = self.pipeline.build_mesh(self.environment.world_size, config.parallel)
         reports = self.pipeline.parallelize(self.mesh)

@@ -159,7 +159,7 @@ class PickleStore:
             names = ", ".join(map(str, strange[:10]))
             raise CheckpointError(
                 f"{path}: {len(strange)} entries are no dense tensors with a name: {names}. "
-                "Choose a sub-dictionary with --...checkpoint.select"
+                "Choose a sub-dictionary with checkpoint.select"
             )
         self.infos = {
             name: TensorInfo(tuple(tensor.shape), tensor.dtype, path, position)
@@ -203,6 +203,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 )
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
+        _refuse_types(path, header)
         infos = {name: _info(path, 8 + length, entry) for name, entry in header.items()}
         promised = 8 + length
         for start, size in sorted((i.offset, _num_bytes(i.shape, i.dtype)) for i in infos.values()):
@@ -231,9 +232,18 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return infos
 
 
+def _refuse_types(path: Path, header: dict[str, dict]) -> None:
+    """A type that this release does not know is no damage, and a new download would not help."""
+    for name, entry in header.items():
+        kind = entry["dtype"]
+        if isinstance(kind, str) and kind.isidentifier() and kind not in _DTYPES:
+            raise CheckpointError(
+                f"{path}: tensor {name[:80]!r} is of type {kind[:20]}, which is not read here; "
+                f"known: {', '.join(_DTYPES)}. Use a file of these weights in one of them"
+            )
+
+
 def _info(path: Path, base: int, entry: dict) -> TensorInfo:
-    if entry["dtype"] not in _DTYPES:
-        raise ValueError(f"dtype {entry['dtype']} is none of {', '.join(_DTYPES)}")
     dtype = _DTYPES[entry["dtype"]]
     shape = tuple(int(size) for size in entry["shape"])
     start, end = map(int, entry["data_offsets"])
@@ -300,6 +310,6 @@ def _select(content: object, select: tuple[str, ...], path: Path) -> dict:
         wanted = f"none of {', '.join(select)} is there" if select else "no name was given"
         raise CheckpointError(
             f"{path} holds several dictionaries: {', '.join(nested[:10])}; {wanted}. "
-            "Choose with --...checkpoint.select"
+            "Choose with checkpoint.select"
         )
     return content
