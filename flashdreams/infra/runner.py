@@ -50,7 +50,7 @@ class RunnerConfig(InstantiateConfig):
     output_dir: Path = Path("outputs")
     """Folder that receives the video and the stats."""
     seed: int = 0
-    """Seed of the rollout's noise."""
+    """Seed of the noise of every rollout that is begun without a seed of its own."""
     fps: int = 16
     """Frames per second of the video."""
     device: str = "auto"
@@ -112,6 +112,7 @@ class Runner(Generic[ConfigT, PipelineT]):
     def _assemble(self, config: ConfigT) -> None:
         require_packages(config.pipeline, fetch_all=self.fetch_all)
         self.pipeline = config.pipeline.setup(device=self.environment.device, load=False)
+        self.pipeline.default_seed = config.seed
         self.mesh = self.pipeline.build_mesh(self.environment.world_size, config.parallel)
         reports = self.pipeline.parallelize(self.mesh)
         if self.environment.world_size > 1 and self.is_rank_zero:
