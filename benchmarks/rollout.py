@@ -18,7 +18,7 @@ from flashdreams.infra.config import derive_config
 from flashdreams.infra.controller import Event
 from flashdreams.infra.pipeline import StreamInferencePipeline, StreamInferencePipelineConfig
 from flashdreams.infra.runner import RunnerConfig
-from flashdreams.infra.video_runner import ImageToVideoRunnerConfig
+from flashdreams.infra.video_runner import SPATIAL_FACTOR, ImageToVideoRunnerConfig
 from flashdreams.infra.weights import named_checkpoints
 from flashdreams.integrations.lingbot_world.encoder import CameraPath
 from flashdreams.integrations.lingbot_world.runner import CameraToVideoRunnerConfig, read_path

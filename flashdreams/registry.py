@@ -127,8 +127,7 @@ class Registry(Mapping[str, InstantiateConfig]):
             raise ValueError(
                 f"{name!r} registers several runners: {', '.join(labelled)}. Take one."
             )
-        names = [*self._configs, *(n for n in self._labels if n not in self._configs)]
-        raise ValueError(unknown_name(name, names, f"slug {name!r}", "slugs"))
+        raise ValueError(unknown_name(name, self._configs, f"slug {name!r}", "slugs"))
 
     def _register(self, source: Source) -> None:
         try:
@@ -152,7 +151,7 @@ class Registry(Mapping[str, InstantiateConfig]):
                 self._collide(slug, source)
 
     def _collide(self, slug: str, source: Source) -> None:
-        text = f"slug {slug!r} of {source} is hidden by {self._origins[slug]}, which came first"
+        text = f"slug {slug!r} of {source} is hidden by {self._origins[slug]}, which comes first"
         if source.label not in (slug, self._origins[slug].label):
             text += f"; {source.label!r} still names it"
         self.collisions.setdefault(slug, []).append(text)
@@ -161,11 +160,12 @@ class Registry(Mapping[str, InstantiateConfig]):
 def discover() -> Registry:
     """Load every registered runner config.
 
-    Entry points come first, in the order of their distributions' names and then their own, and
-    after them the items of ``FLASHDREAMS_RUNNER_CONFIGS``. Modules that the variable names may lie
-    in the working directory. A plug-in that fails stands in ``Registry.broken``; nothing is raised.
+    The items of ``FLASHDREAMS_RUNNER_CONFIGS`` come first, so they hide installed slugs of the same
+    name, and after them entry points in the order of their distributions' names and then their own.
+    Modules that the variable names may be in the working directory. A plug-in that fails is in
+    ``Registry.broken``; nothing is raised.
     """
-    return Registry([*_installed(), *_from_variable(os.environ.get(VARIABLE, ""))])
+    return Registry([*_from_variable(os.environ.get(VARIABLE, "")), *_installed()])
 
 
 def is_runner_config(value: Any) -> bool:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from flashdreams import __version__
 from flashdreams.infra.config import (
     annotated_types,
     check_slug,
@@ -41,6 +42,7 @@ _OWN_OPTIONS = {
     "--print-config": "print the config in the form of such a file, and stop",
     "--no-instantiate": "print the resolved config, and stop",
     "--debug": "show the traceback of an error",
+    "--version": "print the versions of this package, of Python and of PyTorch, and stop",
 }
 
 
@@ -66,6 +68,7 @@ class CommandLine:
     replay: Any = None
     """The `Replay` of that file."""
     print_config: bool = False
+    version: bool = False
     no_instantiate: bool = False
     debug: bool = False
 
@@ -130,7 +133,7 @@ def _split(argv: Sequence[str]) -> CommandLine:
             if not value or value.startswith("--"):
                 raise UsageError("--replay needs a file: --replay outputs/log_<slug>.jsonl.")
             line.replay_file = Path(os.path.expanduser(value))
-        elif word in ("--debug", "--no-instantiate", "--print-config"):
+        elif word in ("--debug", "--no-instantiate", "--print-config", "--version"):
             setattr(line, word[2:].replace("-", "_"), True)
         else:
             line.overrides.append(word)
@@ -143,6 +146,9 @@ def _split(argv: Sequence[str]) -> CommandLine:
 
 def _resolve(line: CommandLine) -> Any:
     """The config to run, or None if the command line only asked for something to be printed."""
+    if line.version:
+        _print_on_rank_zero(_versions())
+        return None
     registry = discover()
     if line.replay_file is not None:
         config = _apply_overrides(_read_replay(line, registry), line)
@@ -185,8 +191,28 @@ def _answer_without_slug(line: CommandLine, registry: Registry) -> None:
     given = f", got {line.overrides[0]!r}" if line.overrides else ""
     raise UsageError(
         f"the first word must name what to run{given}. Type {PROGRAM} --help for the list, "
-        f"e.g. {PROGRAM} {next(iter(registry), '<slug>')}."
+        f"e.g. {PROGRAM} {_example(registry)}."
     )
+
+
+def _versions() -> str:
+    import platform
+    from importlib.metadata import version
+
+    return (
+        f"flashdreams {__version__}, Python {platform.python_version()}, torch {version('torch')}"
+    )
+
+
+def _example(registry: Registry) -> str:
+    """A slug to begin with: one whose weights come with its package, if there is one."""
+    from flashdreams.infra.weights import named_checkpoints
+
+    for slug, config in registry.items():
+        sources = [checkpoint.source for _, checkpoint in named_checkpoints(config)]
+        if sources and all(source.startswith("package:") for source in sources):
+            return slug
+    return next(iter(registry), "<slug>")
 
 
 def _listing(registry: Registry) -> str:
@@ -428,7 +454,8 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
     if code == WRONG_USAGE:
         readable.append(TypeError)
     lines = [" ".join(line.split()) for line in str(error).splitlines()]
-    text = ("\n  " if isinstance(error, CheckpointError) else " ").join(filter(None, lines))
+    listed = isinstance(error, (CheckpointError, ImportError))
+    text = ("\n  " if listed else " ").join(filter(None, lines))
     repeats = _repeats_another_rank(error)
     unexpected = not (repeats or isinstance(error, tuple(readable))) or not text
     debug = debug or (unexpected and code == RUN_FAILED and _ranks() > 1)

@@ -19,7 +19,7 @@ from flashdreams.infra.conditioning import ContextEncoder
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.fingerprint import fingerprint
 from flashdreams.infra.warm_up import WarmUp, choose_attention, decode_zeros, run_encoders, stats
-from flashdreams.infra.weights import fetch_weights, require_weights
+from flashdreams.infra.weights import fetch_weights, require_weights, typed_options
 from flashdreams.parallel.environment import group_rank
 from flashdreams.parallel.guidance import build_guidance
 from flashdreams.parallel.mesh import Mesh, ParallelConfig, build_mesh, resolve_degrees
@@ -206,11 +206,12 @@ class Assembly(nn.Module):
         require_weights(self.config, fetch_all=fetch_all, encodes_text=encodes_text, shared=shared)
         if prompts:
             self.context_encoder.refuse_prompts(prompts)
-        fetch_weights(self.config, text_on_rank_zero=shared)
-        for name, component in self.components().items():
-            check_loras(component, self._slices.get(name))
-        for name, component in self.components().items():
-            load_component(component, self.target_device, self._slices.get(name))
+        with typed_options(self.config):
+            fetch_weights(self.config, text_on_rank_zero=shared)
+            for name, component in self.components().items():
+                check_loras(component, self._slices.get(name))
+            for name, component in self.components().items():
+                load_component(component, self.target_device, self._slices.get(name))
         self.requires_grad_(False).eval()
         for call in self.diffusion_model.transformer.graphed_calls():
             call.meter = self.layout.mesh.meter

@@ -4,7 +4,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from flashdreams.infra.config import InstantiateConfig
 from flashdreams.parallel.plan import ParallelPlan
 from flashdreams.runtime.checkpoint import (
     CheckpointConfig,
+    CheckpointError,
     LoRA,
     load_checkpoint,
     merge_loras,
@@ -28,6 +29,10 @@ class ComponentConfig(InstantiateConfig):
     """What every pipeline component can be told."""
 
     _target: type["Component"] = field(default_factory=lambda: Component)
+
+    packages: ClassVar[Mapping[str, str]] = {}
+    """Optional packages that the component imports, by module: what pip is to be given. A runner
+    asks for them before it builds anything."""
 
     checkpoint: CheckpointConfig | None = None
     """Where the weights come from; None leaves the parameters as they were initialised."""
@@ -147,9 +152,13 @@ def load_component(
     loras = component_loras(component)
     if checkpoint is not None:
         dtype_of = component.dtype_of
-        load_checkpoint(
-            component, checkpoint, device=device, dtype=dtype_of, slices=slices, loras=loras
-        )
+        try:
+            load_checkpoint(
+                component, checkpoint, device=device, dtype=dtype_of, slices=slices, loras=loras
+            )
+        except CheckpointError as error:
+            error.checkpoint = checkpoint
+            raise
         component.init_buffers()
     elif loras:
         merge_loras(component, loras, slices=slices)

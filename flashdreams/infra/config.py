@@ -189,7 +189,7 @@ def unknown_name(name: str, valid: Iterable[str], what: str, kind: str = "fields
     if removed is not None:
         return removed
     valid = list(valid)
-    nearest = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
+    nearest = _nearest(name, valid)
     hint = f" Did you mean {' or '.join(repr(n) for n in nearest)}?" if nearest else ""
     return f"Unknown {what}.{hint} Valid {kind}: {', '.join(valid) or '(none)'}."
 
@@ -210,6 +210,13 @@ def check_slug(name: Any) -> None:
             f"runner_name {quoted(name)} must be of letters, digits and . _ + - only, begin with a "
             "letter or digit, and have at most 100 characters."
         )
+
+
+def _nearest(name: str, valid: list[str]) -> list[str]:
+    """At most three names, those nearly as near as the nearest."""
+    found = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
+    ratios = [difflib.SequenceMatcher(None, other, name).ratio() for other in found]
+    return [n for n, ratio in zip(found, ratios, strict=True) if ratio > max(ratios) - 0.1]
 
 
 def check_leaf(config_type: type, name: str, value: Any, path: str) -> None:

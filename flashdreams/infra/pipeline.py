@@ -123,6 +123,8 @@ class StreamInferencePipeline(Assembly):
         """Build the components and, unless told otherwise, load their weights; see `Assembly`."""
         super().__init__(config, device=device, load=load)
         self.observers: list[ChunkObserver] = []
+        self.default_seed = 0
+        """Seed of rollouts that are begun without one; a runner puts its own here."""
         self._unread: list[FiniteCheck] = []
         self._state_is_checked = False
 
@@ -133,7 +135,7 @@ class StreamInferencePipeline(Assembly):
         text: Sequence[str] | Tensor | None = None,
         negative_text: Sequence[str] | Tensor | None = None,
         image: Any = None,
-        seed: int = 0,
+        seed: int | None = None,
         noise: NoiseFunction | None = None,
         **context: Any,
     ) -> StreamInferencePipelineCache:
@@ -143,7 +145,7 @@ class StreamInferencePipeline(Assembly):
             text: one prompt per batch entry, or embeddings ``[B, S, text_dim]``.
             negative_text: the same for the unconditional half of guidance; None is ``""``.
             image: what the image encoder, or without one the diffusion model, takes.
-            seed: of the rollout's noise.
+            seed: of the rollout's noise; None is ``default_seed``.
             noise: takes the place of the seeded noise: ``(AR index, denoising step, shape)`` to a
                 float32 tensor of that shape.
             context: keyword context of the components, by the names that they declare.
@@ -160,6 +162,7 @@ class StreamInferencePipeline(Assembly):
             encoded, negative = encoder.encode(text, negative_text, image, context)
             if self.config.release_text_encoder:
                 self.text_encoder = None
+            seed = self.default_seed if seed is None else seed
             return self.new_cache(encoded, negative, noise or NoiseSource(seed))
 
     def new_cache(

@@ -19,6 +19,7 @@ from flashdreams.infra.ranges import check_range
 from flashdreams.infra.recorder import RunRecorder
 from flashdreams.infra.resumable import Progress, ResumableRun
 from flashdreams.infra.session import Command, Session, Step
+from flashdreams.infra.weights import require_packages
 from flashdreams.parallel.environment import (
     LOAD_TIMEOUT_S,
     Environment,
@@ -52,7 +53,7 @@ class RunnerConfig(InstantiateConfig):
     output_dir: Path = Path("outputs")
     """Folder that receives the video and the stats."""
     seed: int = 0
-    """Seed of the rollout's noise."""
+    """Seed of the noise of every rollout that is begun without a seed of its own."""
     fps: int = 16
     """Frames per second of the video."""
     device: str = "auto"
@@ -123,7 +124,9 @@ class Runner(Generic[ConfigT, PipelineT]):
             raise
 
     def _assemble(self, config: ConfigT) -> None:
+        require_packages(config.pipeline, fetch_all=self.fetch_all)
         self.pipeline = config.pipeline.setup(device=self.environment.device, load=False)
+        self.pipeline.default_seed = config.seed
         self.resumable = ResumableRun(
             config.output_dir / f"resume_{config.runner_name}",
             read_launch(),

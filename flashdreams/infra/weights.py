@@ -1,6 +1,9 @@
 """What a pipeline needs before it can run: files, disk and memory."""
 
+import importlib.util
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -13,10 +16,13 @@ from flashdreams.runtime.checkpoint import (
     CheckpointConfig,
     CheckpointError,
     describe_missing,
+    describe_size,
     ensure_local,
     find_local,
     parse_lora,
 )
+
+_FIELD = re.compile(r"(?<![\w.-])checkpoint\.(source|file|select|download|ignore)\b(=(\w+))?")
 
 
 class NamedPipelineConfig(Protocol):
@@ -49,6 +55,74 @@ def named_checkpoints(config: Any, prefix: str = "") -> Iterator[tuple[str, Chec
                 yield f"{prefix}{name}", parse_lora(text, download=download).checkpoint
         elif is_config(value):
             yield from named_checkpoints(value, f"{prefix}{name}.")
+
+
+def option_of(path: str) -> str:
+    """What names a field of the pipeline on the command line, from its dotted path."""
+    return f"--pipeline.{path.replace('_', '-')}"
+
+
+@contextmanager
+def typed_options(config: Any) -> Iterator[None]:
+    """Let an error of a checkpoint name options as they are typed.
+
+    Args:
+        config: the pipeline that the checkpoint belongs to.
+
+    Raises:
+        CheckpointError: the same, with ``--pipeline.decoder.checkpoint.source`` in the place of
+            ``checkpoint.source``.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        failed = error.checkpoint
+        paths = [path for path, checkpoint in named_checkpoints(config) if checkpoint is failed]
+        if not paths:
+            raise
+        raise CheckpointError(_with_options(str(error), paths[0])) from error
+
+
+def _with_options(text: str, path: str) -> str:
+    def option(field: re.Match[str]) -> str:
+        value = f" {field[3]}" if field[3] else ""
+        return f"{option_of(path)}.{field[1].replace('_', '-')}{value}"
+
+    return _FIELD.sub(option, text)
+
+
+def require_packages(config: NamedPipelineConfig, *, fetch_all: str | None = None) -> None:
+    """Refuse a pipeline whose text encoder needs packages that are not installed.
+
+    Asked before anything is built. Weights that are missing too are in the same answer.
+
+    Args:
+        config: the pipeline.
+        fetch_all: as for `require_weights`.
+
+    Raises:
+        ImportError: says what to install, and lists missing weights.
+    """
+    needed: dict[str, str] = {}
+    for part in _components(config):
+        needed |= getattr(part, "packages", {})
+    absent = [name for name in needed if importlib.util.find_spec(name) is None]
+    if not absent:
+        return
+    wanted = " ".join(f"'{needed[name]}'" for name in absent)
+    line = (
+        f"{config.name} needs packages that are not installed: {', '.join(absent)}. Install them "
+        f"with: pip install {wanted}"
+    )
+    raise ImportError("\n".join([line, *_list_missing(config, fetch_all, encodes_text=True)]))
+
+
+def _components(config: Any) -> Iterator[Any]:
+    for name in config_fields(config):
+        value = getattr(config, name)
+        if is_config(value):
+            yield value
+            yield from _components(value)
 
 
 def require_weights(
@@ -85,30 +159,47 @@ def require_weights(
 
 
 def _refuse_missing(config: NamedPipelineConfig, fetch_all: str | None, encodes_text: bool) -> None:
+    lines = _list_missing(config, fetch_all, encodes_text)
+    if lines:
+        raise CheckpointError("\n".join(lines))
+
+
+def _list_missing(
+    config: NamedPipelineConfig, fetch_all: str | None, encodes_text: bool
+) -> list[str]:
+    """What is not on this machine, a file to a line or two; empty where nothing is missing."""
     missing: dict[tuple[str, str | None], tuple[str, CheckpointConfig]] = {}
     for path, checkpoint in named_checkpoints(config):
         wanted = encodes_text or not path.startswith(_TEXT_ENCODER)
         if wanted and not checkpoint.download and find_local(checkpoint) is None:
             missing.setdefault((checkpoint.source, checkpoint.file), (path, checkpoint))
     if not missing:
-        return
-    size = sum(checkpoint.size_bytes or 0 for _, checkpoint in missing.values())
+        return []
     count = "1 checkpoint that is" if len(missing) == 1 else f"{len(missing)} checkpoints that are"
+    sizes = [checkpoint.size_bytes for _, checkpoint in missing.values()]
     lines = [
-        f"{config.name} needs {count} not on this machine, {size / 1e9:.1f} GB on disk.",
+        f"{config.name} needs {count} not on this machine, {_total(sizes)}.",
         memory_estimate(config),
     ]
     for path, checkpoint in missing.values():
-        owner, _, field = path.replace("_", "-").rpartition(".")
+        owner, _, field = path.rpartition(".")
         if field == _LORAS:
-            lines.append(f"LoRA of --pipeline.{owner}.loras:")
-            field = "checkpoint"
-        option = f"--pipeline.{owner}.{field}.download"
-        description = describe_missing(checkpoint, flag=option).splitlines()
-        lines += description[:2] if fetch_all else description
+            lines.append(f"LoRA of {option_of(path)}:")
+            path = f"{owner}.checkpoint"
+        description = describe_missing(checkpoint, flag=f"{option_of(path)}.download").splitlines()
+        kept = description[:2] if fetch_all else description
+        lines += [_with_options(line, path) for line in kept]
     if fetch_all:
         lines.append(f"To let this program fetch all of them: {fetch_all}.")
-    raise CheckpointError("\n".join(lines))
+    return lines
+
+
+def _total(sizes: list[int | None]) -> str:
+    known = [size for size in sizes if size is not None]
+    if not known:
+        return "of unknown size"
+    least = "at least " if len(known) < len(sizes) else ""
+    return f"{least}{describe_size(sum(known))} on disk"
 
 
 def fetch_weights(config: NamedPipelineConfig, *, text_on_rank_zero: bool = False) -> None:
@@ -127,7 +218,15 @@ def fetch_weights(config: NamedPipelineConfig, *, text_on_rank_zero: bool = Fals
         if checkpoint.download:
             alone = text_on_rank_zero and path.startswith(_TEXT_ENCODER)
             take_turns = from_rank_zero if alone else first_on_node
-            take_turns(partial(ensure_local, checkpoint))
+            take_turns(partial(_fetch, checkpoint))
+
+
+def _fetch(checkpoint: CheckpointConfig) -> None:
+    try:
+        ensure_local(checkpoint)
+    except CheckpointError as error:
+        error.checkpoint = checkpoint
+        raise
 
 
 def memory_estimate(config: NamedPipelineConfig, batch_size: int = 1) -> str:
@@ -138,18 +237,17 @@ def memory_estimate(config: NamedPipelineConfig, batch_size: int = 1) -> str:
     cache = transformer.cache_nbytes(batch_size) * branches
     precision, dtype_of = transformer.config.linear_precision, transformer.dtype_of
     weights = weight_nbytes(transformer, transformer.parallel_plan(), precision, dtype_of)
-    others = sum(
-        checkpoint.size_bytes or 0
+    others = [
+        checkpoint.size_bytes
         for path, checkpoint in named_checkpoints(config)
         if not path.startswith("diffusion_model.")
-    )
+    ]
     dtypes = [transformer.dtype, *(dtype_of(name) for name, _ in transformer.named_parameters())]
     types = [str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes)]
     types += [] if precision == "native" else ["fp8"]
     return (
-        f"Memory, from shapes: transformer {weights / 1e9:.1f} GB in {' and '.join(types)}, "
-        f"KV cache {cache / 1e9:.1f} GB, "
-        f"other networks at most {others / 1e9:.1f} GB, and activations."
+        f"Memory, from shapes: transformer {describe_size(weights)} in {' and '.join(types)}, "
+        f"KV cache {describe_size(cache)}, other networks {_total(others)}, and activations."
     )
 
 

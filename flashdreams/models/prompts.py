@@ -19,8 +19,12 @@ from flashdreams.infra.config import quoted
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
 from flashdreams.infra.ranges import check_range
 
+TEXT_PACKAGES = {"transformers": "transformers>=5,<6", "ftfy": "ftfy>=6"}
+"""Packages that real prompts need, by module: what pip takes, as in the extra ``text``."""
+
 INSTALL_HINT = (
-    "Install it with: pip install 'flashdreams[text]', or give embeddings made beforehand"
+    f"Install what prompts need with: pip install {' '.join(map(repr, TEXT_PACKAGES.values()))}; "
+    "or give embeddings made beforehand"
 )
 """What to do where the optional packages for text are missing."""
 

@@ -2,16 +2,16 @@
 
 # Shapes: B prompts, L = text_len token rows per prompt, C = text_dim.
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
 from flashdreams.infra.ranges import check_range
-from flashdreams.models.prompts import INSTALL_HINT, clean_prompts
+from flashdreams.models.prompts import INSTALL_HINT, TEXT_PACKAGES, clean_prompts
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, KeyMap, ensure_local
 
 OFFICIAL_KEYS = KeyMap(
@@ -49,6 +49,8 @@ class UMT5TextEncoderConfig(EncoderConfig):
     """UMT5 encoder; the defaults are those of UMT5-XXL, which Wan uses."""
 
     _target: type["UMT5TextEncoder"] = field(default_factory=lambda: UMT5TextEncoder)
+
+    packages: ClassVar[Mapping[str, str]] = TEXT_PACKAGES
 
     text_len: int = 512
     """Rows per prompt; a prompt may have no more tokens, its end mark included."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import platform
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -11,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flashdreams import run
+from flashdreams import __version__, run
 from flashdreams.infra.config_file import dump_config
 from flashdreams.integrations.toy_world.config import TOY_WORLD_RUNNER
-from flashdreams.registry import VARIABLE
+from flashdreams.registry import VARIABLE, discover
 from flashdreams.runtime.files import open_owned
 from flashdreams.runtime.latents import read_latent_parts
 from tests.integrations.published_method import register, write_published_method
@@ -81,8 +82,20 @@ def no_file_beyond(size_bytes: int) -> Iterator[None]:
 
 def test_an_unknown_slug(fails: Fails) -> None:
     line = fails(USAGE, "toy-wrold")
-    assert "Unknown slug 'toy-wrold'. Did you mean 'toy-world'" in line
-    assert "Valid slugs: " in line
+    assert "Unknown slug 'toy-wrold'. Did you mean 'toy-world'? Valid slugs: " in line
+    valid = line.partition("Valid slugs: ")[2].rstrip(".").split(", ")
+    assert set(valid) == set(discover()), "slugs alone, no groups of them"
+
+
+def test_no_slug_at_all_names_one_that_runs_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main([]) == USAGE
+    assert capsys.readouterr().err.endswith("e.g. flashdreams-run toy-world.\n")
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--version"]) == 0
+    versions = f"flashdreams {__version__}, Python {platform.python_version()}, torch "
+    assert capsys.readouterr().out.startswith(versions)
 
 
 def test_an_unknown_field(fails: Fails) -> None:

@@ -167,3 +167,17 @@ def test_the_published_runner_unchanged_leaves_complete_stats(
         assert any(key.startswith("mem_") for key in record)
         assert None not in record.values()
         assert "frames_sha256" not in record, "only with --hash-frames True"
+
+
+def test_the_seed_of_the_command_line_reaches_a_runner_that_never_mentions_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_published_method(tmp_path)
+    register(monkeypatch, tmp_path)
+    sums = []
+    for seed in ("0", "7", "7"):
+        words = ["customized-method", "--total-blocks", "2", "--seed", seed]
+        assert run.main([*words, "--output-dir", str(tmp_path / "out")]) == 0
+        stats = json.loads((tmp_path / "out" / "stats_customized-method.json").read_text())
+        sums.append([record["latent_sha256"] for record in stats["records"]])
+    assert sums[0] != sums[1] == sums[2]

@@ -117,17 +117,26 @@ def test_a_label_resolves_where_it_differs_from_the_slug(monkeypatch: pytest.Mon
         found.resolve("several")
 
 
-def test_the_first_of_a_slug_wins_and_the_message_names_both(
+def test_the_variable_beats_what_is_installed_and_the_message_names_both(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    _install(monkeypatch, {("b-package", "shared"): "fd_beta:SHARED"})
+    _install(monkeypatch, {("b-package", "theirs"): "fd_beta:SHARED"})
     found = _env(monkeypatch, "mine=fd_alpha:SHARED")
-    assert found["shared"].description == "beta"  # type: ignore[attr-defined]
+    assert found["shared"].description == "alpha"  # type: ignore[attr-defined]
     (message,) = found.collisions["shared"]
-    assert "fd_alpha:SHARED from FLASHDREAMS_RUNNER_CONFIGS" in message
-    assert "hidden by shared=fd_beta:SHARED from the package b-package" in message
-    assert found.resolve("mine").description == "alpha"  # type: ignore[attr-defined]
-    assert str(found.origin("shared")) == "shared=fd_beta:SHARED from the package b-package"
+    assert message.startswith("slug 'shared' of theirs=fd_beta:SHARED from the package b-package")
+    assert "hidden by mine=fd_alpha:SHARED from FLASHDREAMS_RUNNER_CONFIGS" in message
+    assert "'theirs' still names it" in message
+    assert found.resolve("theirs").description == "beta"  # type: ignore[attr-defined]
+    assert str(found.origin("shared")) == "mine=fd_alpha:SHARED from FLASHDREAMS_RUNNER_CONFIGS"
+
+
+def test_an_unknown_slug_names_the_nearest_and_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = _env(monkeypatch, "several=fd_beta:MANY,label=fd_alpha:ONE")
+    with pytest.raises(ValueError) as caught:
+        found.resolve("alpha-on")
+    message = "Unknown slug 'alpha-on'. Did you mean 'alpha-one'? Valid slugs: "
+    assert str(caught.value) == message + "beta-one, beta-two, alpha-one."
 
 
 def test_packages_are_taken_in_the_order_of_their_names(monkeypatch: pytest.MonkeyPatch) -> None:

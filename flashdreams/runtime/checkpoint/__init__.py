@@ -13,6 +13,7 @@ from flashdreams.runtime.checkpoint.keys import KeyMap
 from flashdreams.runtime.checkpoint.source import (
     LocalCheckpoint,
     describe_missing,
+    describe_size,
     ensure_local,
     find_local,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "LocalCheckpoint",
     "TensorSlice",
     "describe_missing",
+    "describe_size",
     "ensure_local",
     "find_local",
     "load_checkpoint",

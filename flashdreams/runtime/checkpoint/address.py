@@ -40,5 +40,5 @@ def download_file(config: CheckpointConfig) -> None:
         raise CheckpointError(
             f"Could not download {config.source}: {str(error).splitlines()[0]}. Without a network, "
             f"fetch it elsewhere: {fetch_command(config)}; then name the file with "
-            "--...checkpoint.source"
+            "checkpoint.source"
         ) from error

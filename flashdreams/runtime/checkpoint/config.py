@@ -11,7 +11,14 @@ WRAPPER_MARKERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_ori
 
 
 class CheckpointError(RuntimeError):
-    """Weights are missing, damaged, refused or do not fit: says which file, why, what to type."""
+    """Weights are missing, damaged, refused or do not fit: says which file, why, what to type.
+
+    Fields of the `CheckpointConfig` are named as ``checkpoint.source``; whoever knows the option of
+    a field on the command line puts that in.
+    """
+
+    checkpoint: "CheckpointConfig | None" = None
+    """The one that could not be read, where that is known."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -235,7 +235,7 @@ def _refuse_strange(match: NameMatch, store: TensorStore) -> None:
     if strange:
         raise CheckpointError(
             f"{store.infos[strange[0]].file}: {len(strange)} entries are no dense tensors with a "
-            f"name: {', '.join(strange[:10])}. Choose a sub-dictionary with --...checkpoint.select"
+            f"name: {', '.join(strange[:10])}. Choose a sub-dictionary with checkpoint.select"
         )
 
 

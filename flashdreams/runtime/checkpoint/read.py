@@ -369,6 +369,6 @@ def _select(content: object, select: tuple[str, ...], path: Path) -> dict:
         wanted = f"none of {', '.join(select)} is there" if select else "no name was given"
         raise CheckpointError(
             f"{path} holds several dictionaries: {', '.join(nested[:10])}; {wanted}. "
-            "Choose with --...checkpoint.select"
+            "Choose with checkpoint.select"
         )
     return content

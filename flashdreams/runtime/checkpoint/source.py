@@ -119,7 +119,7 @@ def describe_missing(config: CheckpointConfig, *, flag: str | None = None) -> st
     target = _repository(config)
     facts = []
     if config.size_bytes is not None:
-        facts.append(f"{_size(config.size_bytes)} on disk")
+        facts.append(f"{describe_size(config.size_bytes)} on disk")
     if config.license is not None:
         facts.append(f"licence: {config.license}")
     extra = f" ({', '.join(facts)})" if facts else ""
@@ -130,7 +130,7 @@ def describe_missing(config: CheckpointConfig, *, flag: str | None = None) -> st
         return (
             f"Not on this machine: {config.source}{wanted}{extra}.\n"
             "Name an existing file or folder, hf://org/repo or package:some.package/file "
-            "with --...checkpoint.source."
+            "with checkpoint.source."
         )
     else:
         repo, file = target
@@ -143,11 +143,12 @@ def describe_missing(config: CheckpointConfig, *, flag: str | None = None) -> st
     return (
         f"Not on this machine: {place}\n"
         f"Fetch it with: {_fetch_command(config, target)}\n"
-        f"or let this program do it: {flag or '--...checkpoint.download'} True"
+        f"or let this program do it: {f'{flag} True' if flag else 'set checkpoint.download=True'}"
     )
 
 
-def _size(count: int) -> str:
+def describe_size(count: int) -> str:
+    """A size in bytes, for people."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
@@ -174,7 +175,7 @@ def _repository(config: CheckpointConfig) -> tuple[str, str] | None:
     if file is None:
         raise CheckpointError(
             f"checkpoint {config.source} is a Hugging Face repository: say which file of it with "
-            "--...checkpoint.file, such as diffusion_pytorch_model.safetensors"
+            "checkpoint.file, such as diffusion_pytorch_model.safetensors"
         )
     if ".." in file.split("/") or file.startswith("/"):
         raise CheckpointError(f"checkpoint {source}: {quoted(file)} is not inside the repository")
@@ -254,7 +255,7 @@ def _inside_folder(folder: Path, file: str | None) -> Path | None:
             names = ", ".join(path.name for path in found[:10])
             raise CheckpointError(
                 f"checkpoint folder {folder} holds {len(found)} candidates: {names}. "
-                "Choose one with --...checkpoint.file"
+                "Choose one with checkpoint.file"
             )
         if found:
             return found[0]
@@ -337,7 +338,7 @@ def _download(config: CheckpointConfig, repo: str, file: str) -> None:
         raise CheckpointError(
             f"Could not download {file} of {repo}, revision {config.revision or 'main'}: "
             f"{_reason(error)}. Without a network, fetch it elsewhere: "
-            f"{_hf_command(config, repo, file)}; then name the file with --...checkpoint.source"
+            f"{_hf_command(config, repo, file)}; then name the file with checkpoint.source"
         ) from error
 
 
@@ -357,6 +358,6 @@ def _check_disk(config: CheckpointConfig, cache: Path, variable: str) -> None:
     free = shutil.disk_usage(existing).free
     if free < config.size_bytes:
         raise CheckpointError(
-            f"{_title(config)} needs {_size(config.size_bytes)} on disk and {existing} has "
-            f"{_size(free)} left. Free some, or set {variable} to a folder on a larger disk"
+            f"{_title(config)} needs {describe_size(config.size_bytes)} on disk and {existing} has "
+            f"{describe_size(free)} left. Free some, or set {variable} to a folder on a larger disk"
         )
