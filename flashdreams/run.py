@@ -26,9 +26,13 @@ from flashdreams.infra.config import (
 )
 from flashdreams.registry import VARIABLE, PluginError, Registry, discover, is_runner_config
 from flashdreams.runtime.checkpoint import CheckpointError
-from flashdreams.runtime.termination import EXIT_CODE as TERMINATED
-from flashdreams.runtime.termination import Terminated, raise_on_sigterm
-from flashdreams.runtime.text import printable, quoted, read_text
+from flashdreams.runtime.termination import (
+    IMPORT_DEADLINE_S,
+    Terminated,
+    ends_after,
+    raise_on_sigterm,
+)
+from flashdreams.runtime.text import printable, quoted, read_text, say
 
 PROGRAM = "flashdreams-run"
 DONE, RUN_FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -72,10 +76,10 @@ class CommandLine:
 
 def entry_point() -> None:
     """Run the process's own command line and exit with its code."""
-    raise_on_sigterm()
+    raise_on_sigterm(before_end=_say_stopped)
     code = main(sys.argv[1:])
     # All is written; whoever is impatient with the interpreter's own end may cut it short.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     # Otherwise the interpreter looks through all of PyTorch for rubbish once more, for a second.
     gc.freeze()
@@ -96,7 +100,8 @@ def main(argv: Sequence[str]) -> int:
     """
     debug = "--debug" in argv
     try:
-        config = _resolve(_split(argv))
+        with ends_after(IMPORT_DEADLINE_S, _say_import_hangs):
+            config = _resolve(_split(argv))
     except KeyboardInterrupt as stop:
         return _stopped(stop)
     except BrokenPipeError:
@@ -393,14 +398,14 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
     debug = debug or (unexpected and code == RUN_FAILED and _ranks() > 1)
     if debug:
         trace = "".join(traceback.format_exception(error))
-        print(printable(trace, 100_000), file=sys.stderr, end="", flush=True)
+        say(printable(trace, 100_000).rstrip("\n"), beside=_rank() > 0)
     if unexpected:
         text = f"{type(error).__name__}: {text}".rstrip(": ") + _HINT * (not debug)
     elif isinstance(error, PluginError):
         text += _HINT * (not debug)
     text = printable(text)
     if _rank() == 0:
-        print(f"{PROGRAM}: error: {text}", file=sys.stderr, flush=True)
+        say(f"{PROGRAM}: error: {text}")
         return code
     if same_everywhere:
         return code
@@ -410,17 +415,24 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
             time.sleep(_PAUSE_S)
         except KeyboardInterrupt:
             return code
-    print(f"{PROGRAM}: error on rank {_rank()}: {text}", file=sys.stderr, flush=True)
+    say(f"{PROGRAM}: error on rank {_rank()}: {text}", beside=True)
     return code
 
 
 def _stopped(stop: KeyboardInterrupt) -> int:
-    terminated = isinstance(stop, Terminated)
+    code = stop.exit_code if isinstance(stop, Terminated) else INTERRUPTED
+    _say_stopped(code - 128)
+    return code
+
+
+def _say_stopped(number: int) -> None:
     # What was broken off may be the import of torch, which crashes if it is begun again.
     if "flashdreams.parallel.environment" not in sys.modules or _rank() == 0:
-        how = "terminated" if terminated else "interrupted"
-        print(f"{PROGRAM}: {how}", file=sys.stderr, flush=True)
-    return TERMINATED if terminated else INTERRUPTED
+        say(f"{PROGRAM}: {'interrupted' if number == signal.SIGINT else 'terminated'}")
+
+
+def _say_import_hangs() -> None:
+    say(f"{PROGRAM}: error: the imports have not ended after {IMPORT_DEADLINE_S:.0f} s.")
 
 
 def _print_on_rank_zero(text: str, stream: Any = None) -> None:

@@ -1,6 +1,8 @@
 """The record of a run: stage times, checksums and latents, gathered by watching the pipeline."""
 
+import atexit
 import logging
+import threading
 import time
 import weakref
 from collections import deque
@@ -23,10 +25,14 @@ from flashdreams.runtime.files import readable_write_errors
 from flashdreams.runtime.latents import LatentWriter
 from flashdreams.runtime.profiler import StageTimer
 from flashdreams.runtime.stats import StatsWriter, memory_stats, sha256_of
+from flashdreams.runtime.text import printable, say
 from flashdreams.runtime.transfer import start_host_copy
 
 MAX_COPIES = 4
 """Tensors copied to the host and not yet hashed; the loop waits for the oldest one beyond that."""
+
+LOCK_S = 1.0
+"""How long the end of a run waits for a thread that writes a record."""
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +114,8 @@ class RunRecorder:
         self._stats = StatsWriter(folder / f"stats_{slug}.json", self.header)
         self._latents = LatentWriter(folder / f"latents_{slug}.safetensors")
         self._errors: dict[Path, Exception] = {}
+        self._lock = threading.RLock()
+        self._closed = False
 
     def observe(self, cache: StreamInferencePipelineCache, chunk: Tensor) -> None:
         """Note one chunk; called by the pipeline right after it was generated.
@@ -132,9 +140,14 @@ class RunRecorder:
         if cache.latent is not None:
             save = self._save_latent if self.config.save_latents else None
             step.checksums["latent_sha256"] = self._start_checksum(cache.latent, save)
-        self._steps.append(step)
+        with self._lock:
+            self._steps.append(step)
+            self._write_records()
+        if self.steps == 0:
+            # However the process ends: also where its main thread hangs, see `end_now`. Registered
+            # after the video, so that it comes before it.
+            atexit.register(self.abort)
         self.steps += 1
-        self._write_records()
 
     def _rollout_of(self, cache: StreamInferencePipelineCache) -> _Rollout:
         for rollout in self._rollouts:
@@ -236,12 +249,36 @@ class RunRecorder:
         """
         if not self.environment.is_rank_zero:
             return []
-        self._write_records(wait=True)
-        self._thread.shutdown()
-        files = [self._finish(self._stats)]
-        if self._latents.latent_frames or self._latents.path in self._errors:
-            files.append(self._finish(self._latents))
+        self._closed = True
+        atexit.unregister(self.abort)
+        with self._lock:
+            self._write_records(wait=True)
+            self._thread.shutdown()
+            files = [self._finish(self._stats)]
+            if self._latents.latent_frames or self._latents.path in self._errors:
+                files.append(self._finish(self._latents))
         return files
+
+    def abort(self) -> None:
+        """Write what there is of a run that has failed or hangs; any thread may call it.
+
+        Stats of the steps that are complete come first: what is asked of the device may hang. What
+        cannot be written is said on stderr; nothing is raised.
+        """
+        if not self.environment.is_rank_zero or self._closed:
+            return
+        free = self._lock.acquire(timeout=LOCK_S)  # the thread that holds it may hang
+        try:
+            if self.steps and self._stats.path not in self._errors:
+                with readable_write_errors(self._stats.path, self._stats.partial_path):
+                    self._stats.write()
+            if free:
+                self.close()
+        except Exception as error:
+            say(f"flashdreams: {printable(str(error))}")
+        finally:
+            if free:
+                self._lock.release()
 
     def _finish(self, writer: StatsWriter | LatentWriter) -> Path:
         if error := self._errors.get(writer.path):

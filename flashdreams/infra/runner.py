@@ -250,7 +250,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         """
         guard = self.pipeline.guard("abort", self.recorder.steps)  # a hung device keeps checksums
         with contextlib.suppress(Exception), guard:
-            self.recorder.close()
+            self.recorder.abort()
 
 
 def check_writable(folder: Path) -> None:

@@ -62,13 +62,21 @@ class StatsWriter:
             OSError: the file cannot be written; the lines are left.
         """
         self.close()
+        self.write()
+        self.partial_path.unlink(missing_ok=True)
+
+    def write(self) -> None:
+        """Write the final file with the records so far, whole or not at all; leave the lines.
+
+        Raises:
+            As `finish`.
+        """
         header = _to_json(self._header(), "header", indent=2).replace(b"\n", b"\n  ")
         with write_whole(self.path) as file:
             file.write(b'{\n  "header": ' + header + b',\n  "records": [')
             if self._lines is not None:
                 self._copy_records(file)
             file.write(b"\n  ]\n}\n")
-        self.partial_path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close the file with the lines and leave it."""
