@@ -358,7 +358,10 @@ def _one_line(rendered: str, program: str) -> str:
 
 def _run(config: Any, debug: bool) -> int:
     """Set up the runner and run it; what it has recorded is written whatever happens."""
+    from flashdreams.parallel.agent import watch_agent
+
     try:
+        watch_agent()
         runner = config.setup()
     except KeyboardInterrupt as stop:
         return _stopped(stop)
@@ -369,9 +372,12 @@ def _run(config: Any, debug: bool) -> int:
     try:
         try:
             runner.run()
-        except BaseException:
+        except BaseException as error:
             runner.abort()
-            raise
+            found = runner.explain(error)
+            if found is error:
+                raise
+            raise found from error
         runner.close()
     except KeyboardInterrupt as stop:
         return _stopped(stop)

@@ -20,6 +20,7 @@ from flashdreams.infra.recorder import RunRecorder
 from flashdreams.infra.session import Command, Session, Step
 from flashdreams.parallel.environment import (
     LOAD_TIMEOUT_S,
+    MEETING_DEADLINE_S,
     Environment,
     from_rank_zero,
     init,
@@ -28,6 +29,7 @@ from flashdreams.parallel.environment import (
 )
 from flashdreams.parallel.mesh import ParallelConfig
 from flashdreams.parallel.messages import MessageChannel
+from flashdreams.parallel.peers import PeerWatch
 from flashdreams.parallel.watchdog import Watchdog
 from flashdreams.runtime.noise import SEED_LIMIT
 from flashdreams.runtime.video import VideoWriter
@@ -59,6 +61,9 @@ class RunnerConfig(InstantiateConfig):
     """Also put the SHA-256 of each chunk's frames into the stats; that of the latent always is."""
     step_deadline_s: float = 60.0
     """With several ranks, seconds after which a hung AR step ends the run."""
+    start_deadline_s: float = LOAD_TIMEOUT_S
+    """With several ranks, seconds after which a hang before the first AR step ends the run: in the
+    ranks' meeting (at most 300), in fetching and reading weights, in warm-up."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How several ranks share the work."""
 
@@ -67,7 +72,7 @@ class RunnerConfig(InstantiateConfig):
         if hasattr(self, "total_blocks"):  # every shipped method has it
             check_range(self, "total_blocks", as_flags=True)
         check_range(self, "fps", most=1000, as_flags=True)
-        check_range(self, "step_deadline_s", least=0.1, as_flags=True)
+        check_range(self, "step_deadline_s", "start_deadline_s", least=0.1, as_flags=True)
         if not 0 <= self.seed < SEED_LIMIT:
             raise ValueError(f"--seed {self.seed}: must be from 0 to 2**64 - 1.")
 
@@ -99,7 +104,10 @@ class Runner(Generic[ConfigT, PipelineT]):
             CheckpointError: weights are missing or damaged.
         """
         self.config = config
-        self.environment: Environment = init(config.device)
+        limit_s = config.start_deadline_s
+        self.environment: Environment = init(
+            config.device, meeting_s=min(limit_s, MEETING_DEADLINE_S)
+        )
         set_up_logging(self.environment)
         if self.is_rank_zero:
             check_writable(config.output_dir)
@@ -114,9 +122,10 @@ class Runner(Generic[ConfigT, PipelineT]):
             watchdog = Watchdog(self.environment, config.step_deadline_s)
             self._resources.enter_context(watchdog)
             self.pipeline.guard = watchdog.stage
-        with self.pipeline.guard("load", None, LOAD_TIMEOUT_S):
+        self._peers = self._resources.enter_context(PeerWatch(self.environment))
+        with self.pipeline.guard("load", None, limit_s):
             self.pipeline.load(self.fetch_all, self.prompt_options())
-        with self.pipeline.guard("warm-up", None, LOAD_TIMEOUT_S):
+        with self.pipeline.guard("warm-up", None, limit_s):
             warmed_up = self.pipeline.warm_up()
         if warmed_up.steps and self.is_rank_zero:
             print(f"{warmed_up.measured}ready: {warmed_up}", flush=True)
@@ -242,6 +251,10 @@ class Runner(Generic[ConfigT, PipelineT]):
         self.pipeline.drop_graphs()
         self._resources.close()
         shutdown()
+
+    def explain(self, error: BaseException) -> BaseException:
+        """The error to report: that another rank has died, where this one only follows from it."""
+        return self._peers.explain(error)
 
     def abort(self) -> None:
         """Write the stats of what was done before the run failed.
