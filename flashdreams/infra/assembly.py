@@ -1,5 +1,6 @@
 """Assembly: what happens to a pipeline once, before its first rollout."""
 
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -30,6 +31,8 @@ from flashdreams.runtime.grad_mode import without_grad
 
 INIT_SEED = 0
 """Seed of weights that no checkpoint gives, so that every rank draws the same ones."""
+
+_DRAWING = threading.RLock()
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -70,7 +73,8 @@ class Assembly(nn.Module):
         self.warmed_up: WarmUp | None = None
         model_config: DiffusionModelConfig = config.diffusion_model
         self._latent_width = model_config.transformer.latent_width
-        with torch.random.fork_rng(devices=[]):
+        # PyTorch draws weights from one generator per process: one thread builds at a time.
+        with _DRAWING, torch.random.fork_rng(devices=[]):
             torch.manual_seed(INIT_SEED)
             self.text_encoder = build_component(config.text_encoder)
             self.image_encoder = build_component(config.image_encoder)

@@ -263,7 +263,7 @@ class RunRecorder:
         """Write what there is of a run that has failed or hangs; any thread may call it.
 
         Stats of the steps that are complete come first: what is asked of the device may hang. What
-        cannot be written is said on stderr; nothing is raised.
+        cannot be written is said on stderr, once; nothing is raised.
         """
         if not self.environment.is_rank_zero or self._closed:
             return
@@ -275,7 +275,8 @@ class RunRecorder:
             if free:
                 self.close()
         except Exception as error:
-            say(f"flashdreams: {printable(str(error))}")
+            if error not in self._errors.values():  # those were logged when they came
+                say(f"flashdreams: {printable(str(error))}")
         finally:
             if free:
                 self._lock.release()

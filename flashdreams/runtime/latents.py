@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashdreams.runtime.array_file import load_array
-from flashdreams.runtime.files import write_whole
+from flashdreams.runtime.files import OutputGuard, open_new, write_whole
 from flashdreams.runtime.text import quoted
 
 BLOCK_BYTES = 2**24
@@ -29,6 +29,7 @@ class LatentWriter:
         self.path = Path(path)
         self.partial_path = self.path.with_name(f"{self.path.stem}.partial.npy")
         self._file: BinaryIO | None = None
+        self._guard: OutputGuard
         self._shape: tuple[int, ...] = ()
 
     @property
@@ -49,7 +50,8 @@ class LatentWriter:
         frames = latent.detach().float().permute(2, 0, 1, 3, 4).contiguous().numpy()
         if self._file is None:
             self.partial_path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.partial_path.open("wb")
+            self._file = open_new(self.partial_path)
+            self._guard = OutputGuard(self.partial_path)
             self._shape = (0, *frames.shape[1:])
             self._write_header()
         if frames.shape[1:] != self._shape[1:]:
@@ -57,6 +59,7 @@ class LatentWriter:
                 f"The latent [B, C, H, W] = {list(frames.shape[1:])} does not fit into {self.path} "
                 f"after ones of {list(self._shape[1:])}: one file has latents of one size."
             )
+        self._guard.check()
         self._file.write(frames.astype("<f4", copy=False).data)
         self._file.flush()  # before the header, which must not promise more than there is
         self._shape = (self._shape[0] + len(frames), *self._shape[1:])

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from flashdreams.runtime.files import write_whole
+from flashdreams.runtime.files import OutputGuard, open_new, write_whole
 
 BYTES_PER_GIB = 2**30
 
@@ -35,6 +35,7 @@ class StatsWriter:
         self.partial_path = self.path.with_name(f"{self.path.stem}.partial.jsonl")
         self._header = header
         self._lines: BinaryIO | None = None
+        self._guard: OutputGuard
         self._count = 0
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -48,8 +49,10 @@ class StatsWriter:
         line = _to_json(record, f"records[{self._count}]")
         if self._lines is None:
             self.partial_path.parent.mkdir(parents=True, exist_ok=True)
-            self._lines = self.partial_path.open("wb")
+            self._lines = open_new(self.partial_path)
+            self._guard = OutputGuard(self.partial_path)
             self._lines.write(_to_json(self._header(), "header") + b"\n")
+        self._guard.check()
         self._lines.write(line + b"\n")
         self._lines.flush()
         self._count += 1
