@@ -28,9 +28,13 @@ from flashdreams.infra.config import (
 )
 from flashdreams.registry import VARIABLE, PluginError, Registry, discover, is_runner_config
 from flashdreams.runtime.checkpoint import CheckpointError
-from flashdreams.runtime.termination import EXIT_CODE as TERMINATED
-from flashdreams.runtime.termination import Terminated, raise_on_sigterm
-from flashdreams.runtime.text import printable, quoted, read_text
+from flashdreams.runtime.termination import (
+    IMPORT_DEADLINE_S,
+    Terminated,
+    ends_after,
+    raise_on_sigterm,
+)
+from flashdreams.runtime.text import printable, quoted, read_text, say
 
 PROGRAM = "flashdreams-run"
 DONE, RUN_FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -80,10 +84,10 @@ class CommandLine:
 
 def entry_point() -> None:
     """Run the process's own command line and exit with its code."""
-    raise_on_sigterm()
+    raise_on_sigterm(before_end=_say_stopped)
     code = main(sys.argv[1:])
     # All is written; whoever is impatient with the interpreter's own end may cut it short.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     # Otherwise the interpreter looks through all of PyTorch for rubbish once more, for a second.
     gc.freeze()
@@ -104,8 +108,9 @@ def main(argv: Sequence[str]) -> int:
     """
     debug = "--debug" in argv
     try:
-        line = _split(argv)
-        config = _resolve(line)
+        with ends_after(IMPORT_DEADLINE_S, _say_import_hangs):
+            line = _split(argv)
+            config = _resolve(line)
     except KeyboardInterrupt as stop:
         return _stopped(stop)
     except BrokenPipeError:
@@ -417,7 +422,10 @@ def _one_line(rendered: str, program: str) -> str:
 
 def _run(config: Any, debug: bool, replay: Any = None) -> int:
     """Set up the runner and run it; what it has recorded is written whatever happens."""
+    from flashdreams.parallel.agent import watch_agent
+
     try:
+        watch_agent()
         runner = config.setup()
         if replay is not None:
             runner.recorder.replay = replay
@@ -430,9 +438,12 @@ def _run(config: Any, debug: bool, replay: Any = None) -> int:
     try:
         try:
             runner.run()
-        except BaseException:
+        except BaseException as error:
             runner.abort()
-            raise
+            found = runner.explain(error)
+            if found is error:
+                raise
+            raise found from error
         runner.close()
     except KeyboardInterrupt as stop:
         return _stopped(stop)
@@ -461,14 +472,14 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
     debug = debug or (unexpected and code == RUN_FAILED and _ranks() > 1)
     if debug:
         trace = "".join(traceback.format_exception(error))
-        print(printable(trace, 100_000), file=sys.stderr, end="", flush=True)
+        say(printable(trace, 100_000).rstrip("\n"), beside=_rank() > 0)
     if unexpected:
         text = f"{type(error).__name__}: {text}".rstrip(": ") + _HINT * (not debug)
     elif isinstance(error, PluginError):
         text += _HINT * (not debug)
     text = printable(text)
     if _rank() == 0:
-        print(f"{PROGRAM}: error: {text}", file=sys.stderr, flush=True)
+        say(f"{PROGRAM}: error: {text}")
         return code
     if same_everywhere:
         return code
@@ -478,17 +489,24 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
             time.sleep(_PAUSE_S)
         except KeyboardInterrupt:
             return code
-    print(f"{PROGRAM}: error on rank {_rank()}: {text}", file=sys.stderr, flush=True)
+    say(f"{PROGRAM}: error on rank {_rank()}: {text}", beside=True)
     return code
 
 
 def _stopped(stop: KeyboardInterrupt) -> int:
-    terminated = isinstance(stop, Terminated)
+    code = stop.exit_code if isinstance(stop, Terminated) else INTERRUPTED
+    _say_stopped(code - 128)
+    return code
+
+
+def _say_stopped(number: int) -> None:
     # What was broken off may be the import of torch, which crashes if it is begun again.
     if "flashdreams.parallel.environment" not in sys.modules or _rank() == 0:
-        how = "terminated" if terminated else "interrupted"
-        print(f"{PROGRAM}: {how}", file=sys.stderr, flush=True)
-    return TERMINATED if terminated else INTERRUPTED
+        say(f"{PROGRAM}: {'interrupted' if number == signal.SIGINT else 'terminated'}")
+
+
+def _say_import_hangs() -> None:
+    say(f"{PROGRAM}: error: the imports have not ended after {IMPORT_DEADLINE_S:.0f} s.")
 
 
 def _print_on_rank_zero(text: str, stream: Any = None) -> None:

@@ -1,6 +1,7 @@
 """Assembly: what happens to a pipeline once, before its first rollout."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,6 +33,8 @@ from flashdreams.runtime.grad_mode import without_grad
 
 INIT_SEED = 0
 """Seed of weights that no checkpoint gives, so that every rank draws the same ones."""
+
+_DRAWING = threading.RLock()
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -84,7 +87,8 @@ class Assembly(nn.Module):
         self.warmed_up: WarmUp | None = None
         model_config: DiffusionModelConfig = config.diffusion_model
         self._latent_width = model_config.transformer.latent_width
-        with plain_defaults(), torch.random.fork_rng(devices=[]):
+        # PyTorch draws weights from one generator per process: one thread builds at a time.
+        with plain_defaults(), _DRAWING, torch.random.fork_rng(devices=[]):
             torch.manual_seed(INIT_SEED)
             self.text_encoder = build_component(config.text_encoder)
             self.image_encoder = build_component(config.image_encoder)

@@ -1,6 +1,8 @@
 """The record of a run: stage times, checksums and latents, gathered by watching the pipeline."""
 
+import atexit
 import logging
+import threading
 import time
 import weakref
 from collections import deque
@@ -26,10 +28,14 @@ from flashdreams.runtime.files import readable_write_errors
 from flashdreams.runtime.latents import LatentWriter
 from flashdreams.runtime.profiler import StageTimer
 from flashdreams.runtime.stats import StatsWriter, memory_stats, sha256_of
+from flashdreams.runtime.text import printable, say
 from flashdreams.runtime.transfer import start_host_copy
 
 MAX_COPIES = 4
 """Tensors copied to the host and not yet hashed; the loop waits for the oldest one beyond that."""
+
+LOCK_S = 1.0
+"""How long the end of a run waits for a thread that writes a record."""
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +125,11 @@ class RunRecorder:
         """What the run was told and the hashes that it reached."""
         self.replay: Replay | None = None
         """The log that this run replays."""
+        self.resumable = False
+        """Whether a run that fails leaves its partial files to a process that goes on."""
         self._errors: dict[Path, Exception] = {}
+        self._lock = threading.RLock()
+        self._closed = False
 
     def observe(self, cache: StreamInferencePipelineCache, chunk: Tensor) -> None:
         """Note one chunk; called by the pipeline right after it was generated.
@@ -149,9 +159,14 @@ class RunRecorder:
                     self._append(self._latents, latent)
 
             step.checksums["latent_sha256"] = self._start_checksum(cache.latent, keep)
-        self._steps.append(step)
+        with self._lock:
+            self._steps.append(step)
+            self._write_records()
+        if self.steps == 0:
+            # However the process ends: also where its main thread hangs, see `end_now`. Registered
+            # after the video, so that it comes before it.
+            atexit.register(self.abort)
         self.steps += 1
-        self._write_records()
 
     def _rollout_of(self, cache: StreamInferencePipelineCache) -> _Rollout:
         for rollout in self._rollouts:
@@ -258,13 +273,6 @@ class RunRecorder:
         if self.config.save_latents:
             self._latents.resume(latent_frames)
 
-    def suspend(self) -> None:
-        """Leave the partial files to a process that goes on."""
-        if self.environment.is_rank_zero:
-            self._write_records(wait=True)
-            for writer in (self._stats, self._latents, self.log):
-                writer.close()
-
     def _append(self, writer: StatsWriter | LatentWriter | RunLog, item: Any) -> None:
         """Add to a file, and keep the error of a failed write for `close`."""
         if writer.path in self._errors:
@@ -308,14 +316,48 @@ class RunRecorder:
         """
         if not self.environment.is_rank_zero:
             return []
-        self._write_records(wait=True)
-        self._thread.shutdown()
-        files = [self._finish(self._stats)]
-        if self._latents.latent_frames or self._latents.path in self._errors:
-            files.append(self._finish(self._latents))
-        if self.log.has_lines:
-            files.append(self._finish(self.log))
+        self._closed = True
+        atexit.unregister(self.abort)
+        with self._lock:
+            self._write_records(wait=True)
+            self._thread.shutdown()
+            files = [self._finish(self._stats)]
+            if self._latents.latent_frames or self._latents.path in self._errors:
+                files.append(self._finish(self._latents))
+            if self.log.has_lines:
+                files.append(self._finish(self.log))
         return files
+
+    def abort(self) -> None:
+        """Write what there is of a run that has failed or hangs; any thread may call it.
+
+        Stats of the steps that are complete come first: what is asked of the device may hang. What
+        cannot be written is said on stderr, once; nothing is raised.
+        """
+        if not self.environment.is_rank_zero or self._closed:
+            return
+        free = self._lock.acquire(timeout=LOCK_S)  # the thread that holds it may hang
+        try:
+            if self.steps and self._stats.path not in self._errors and not self.resumable:
+                with readable_write_errors(self._stats.path, self._stats.partial_path):
+                    self._stats.write()
+            if free and self.resumable:
+                self._leave_parts()
+            elif free:
+                self.close()
+        except Exception as error:
+            if error not in self._errors.values():  # those were logged when they came
+                say(f"flashdreams: {printable(str(error))}")
+        finally:
+            if free:
+                self._lock.release()
+
+    def _leave_parts(self) -> None:
+        self._closed = True
+        atexit.unregister(self.abort)
+        self._write_records(wait=True)
+        for writer in (self._stats, self._latents, self.log):
+            writer.close()
 
     def _finish(self, writer: StatsWriter | LatentWriter | RunLog) -> Path:
         if error := self._errors.get(writer.path):

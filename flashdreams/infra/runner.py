@@ -22,6 +22,7 @@ from flashdreams.infra.session import Command, Session, Step
 from flashdreams.infra.weights import require_packages
 from flashdreams.parallel.environment import (
     LOAD_TIMEOUT_S,
+    MEETING_DEADLINE_S,
     Environment,
     from_rank_zero,
     init,
@@ -31,6 +32,7 @@ from flashdreams.parallel.environment import (
 )
 from flashdreams.parallel.mesh import DEGREES, Mesh, ParallelConfig
 from flashdreams.parallel.messages import MessageChannel
+from flashdreams.parallel.peers import PeerWatch
 from flashdreams.parallel.watchdog import Watchdog
 from flashdreams.runtime.files import InUseError, open_owned
 from flashdreams.runtime.noise import SEED_LIMIT
@@ -72,6 +74,9 @@ class RunnerConfig(InstantiateConfig):
     """Go on from the newest whole snapshot of the unfinished run in the output folder."""
     step_deadline_s: float = 60.0
     """With several ranks, seconds after which a hung AR step ends the run."""
+    start_deadline_s: float = LOAD_TIMEOUT_S
+    """With several ranks, seconds after which a hang before the first AR step ends the run: in the
+    ranks' meeting (at most 300), in fetching and reading weights, in warm-up."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How several ranks share the work."""
 
@@ -82,7 +87,7 @@ class RunnerConfig(InstantiateConfig):
         check_range(self, "fps", most=1000, as_flags=True)
         check_range(self, "snapshot_every", least=0, as_flags=True)
         check_range(self, "snapshots_kept", as_flags=True)
-        check_range(self, "step_deadline_s", least=0.1, as_flags=True)
+        check_range(self, "step_deadline_s", "start_deadline_s", least=0.1, as_flags=True)
         if not 0 <= self.seed < SEED_LIMIT:
             raise ValueError(f"--seed {self.seed}: must be from 0 to 2**64 - 1.")
 
@@ -114,7 +119,9 @@ class Runner(Generic[ConfigT, PipelineT]):
             CheckpointError: weights are missing or damaged.
         """
         self.config = config
-        self.environment: Environment = init(config.device)
+        self.environment: Environment = init(
+            config.device, meeting_s=min(config.start_deadline_s, MEETING_DEADLINE_S)
+        )
         set_up_logging(self.environment)
         self._claim = claim_output(config) if self.is_rank_zero else None
         try:
@@ -145,13 +152,16 @@ class Runner(Generic[ConfigT, PipelineT]):
             watchdog = Watchdog(self.environment, config.step_deadline_s)
             self._resources.enter_context(watchdog)
             self.pipeline.guard = watchdog.stage
-        with self.pipeline.guard("load", None, LOAD_TIMEOUT_S):
+        self._peers = self._resources.enter_context(PeerWatch(self.environment))
+        limit_s = config.start_deadline_s
+        with self.pipeline.guard("load", None, limit_s):
             self.pipeline.load(self.fetch_all, self.prompt_options())
-        with self.pipeline.guard("warm-up", None, LOAD_TIMEOUT_S):
+        with self.pipeline.guard("warm-up", None, limit_s):
             warmed_up = self.pipeline.warm_up()
         if warmed_up.steps and self.is_rank_zero:
             print(f"{warmed_up.measured}ready: {warmed_up}", flush=True)
         self.recorder = RunRecorder(config, self.environment, self.mesh, self.pipeline)
+        self.recorder.resumable = bool(self.resumable.every or self.resumable.goes_on)
         self.pipeline.observers.append(self.recorder.observe)
 
     def _build_mesh(self) -> Mesh:
@@ -330,7 +340,7 @@ class Runner(Generic[ConfigT, PipelineT]):
             files = from_rank_zero(self.recorder.close)
             self.pipeline.check_values()
         if self.is_rank_zero:
-            if self.resumable.every or self.resumable.goes_on:
+            if self.recorder.resumable:
                 self.resumable.finish()
             print("written:", *self._videos, *files, flush=True)
             if self.recorder.replay is not None:
@@ -339,6 +349,10 @@ class Runner(Generic[ConfigT, PipelineT]):
         self._resources.close()
         shutdown()
 
+    def explain(self, error: BaseException) -> BaseException:
+        """The error to report: that another rank has died, where this one only follows from it."""
+        return self._peers.explain(error)
+
     def abort(self) -> None:
         """Write the stats of what was done before the run failed.
 
@@ -346,10 +360,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         """
         guard = self.pipeline.guard("abort", self.recorder.steps)  # a hung device keeps checksums
         with contextlib.suppress(Exception), guard:
-            if self.resumable.every or self.resumable.goes_on:
-                self.recorder.suspend()
-            else:
-                self.recorder.close()
+            self.recorder.abort()
         self._give_back_output()
 
     def _give_back_output(self) -> None:

@@ -2,9 +2,10 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,9 @@ T = TypeVar("T")
 LOAD_TIMEOUT_S = 1800.0
 """Limit of one collective while weights are fetched and loaded; AR steps have a deadline of their
 own (`flashdreams.parallel.watchdog`)."""
+
+MEETING_DEADLINE_S = 300.0
+"""Limit of the ranks' meeting: from the first rank that has imported all to the last."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,9 @@ class Environment:
     store: dist.Store | None = field(default=None, repr=False, compare=False)
     """Key-value store that all ranks share, where heartbeats stand; None for a single rank, or if
     the process group was made elsewhere."""
+
+    local_pids: Mapping[int, int] = field(default_factory=dict, repr=False, compare=False)
+    """Process of every rank on this machine, this one included, as far as `init` made the group."""
 
     @property
     def is_rank_zero(self) -> bool:
@@ -71,7 +78,23 @@ def process_count() -> int:
     return _read_int("WORLD_SIZE", 1)
 
 
-def init(device: str = "auto", timeout_s: float = LOAD_TIMEOUT_S) -> Environment:
+def started_by_torchrun() -> bool:
+    """Whether a torchrun agent is this process's parent."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def agent_address() -> tuple[str, int] | None:
+    """Host and port of the store that torchrun's agent holds; None if a rank holds the store."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return os.environ["MASTER_ADDR"], _read_int("MASTER_PORT", 0)
+
+
+def init(
+    device: str = "auto",
+    timeout_s: float = LOAD_TIMEOUT_S,
+    meeting_s: float = MEETING_DEADLINE_S,
+) -> Environment:
     """Take this process's place among the ranks that torchrun started.
 
     Without torchrun, or with one rank, no process group is made. A process group that exists
@@ -81,9 +104,11 @@ def init(device: str = "auto", timeout_s: float = LOAD_TIMEOUT_S) -> Environment
         device: ``"auto"`` (CUDA where there is one, else the CPU), ``"cpu"``, ``"cuda"`` or, for a
             single rank, ``"cuda:N"``.
         timeout_s: limit of one collective, in seconds.
+        meeting_s: how long a rank waits for the others to come, in seconds.
 
     Raises:
         ValueError: the device does not exist, or torchrun's variables contradict each other.
+        OtherRankError: some ranks have not come in time; names them.
     """
     if dist.is_initialized():
         rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -101,8 +126,8 @@ def init(device: str = "auto", timeout_s: float = LOAD_TIMEOUT_S) -> Environment
         torch.cuda.set_device(chosen)
     if world_size == 1:
         return Environment(rank, local_rank, world_size, chosen)
-    store = _connect(chosen, timedelta(seconds=timeout_s))
-    return Environment(rank, local_rank, world_size, chosen, store)
+    store, pids = _connect(chosen, timedelta(seconds=timeout_s), timedelta(seconds=meeting_s))
+    return Environment(rank, local_rank, world_size, chosen, store, pids)
 
 
 def shutdown() -> None:
@@ -276,16 +301,28 @@ def _pick_device(name: str, local_rank: int, many_ranks: bool) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _connect(device: torch.device, timeout: timedelta) -> dist.Store:
+def _connect(
+    device: torch.device, timeout: timedelta, meeting: timedelta
+) -> tuple[dist.Store, dict[int, int]]:
     """Make the process group; CPU tensors travel over gloo, CUDA tensors over NCCL."""
-    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    rank, world_size = _read_int("RANK", 0), _read_int("WORLD_SIZE", 1)
+    try:
+        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=meeting)))
+    except dist.DistError as error:
+        raise OtherRankError(
+            f"Rank {rank} of {world_size} could not reach the ranks' store within "
+            f"{meeting.total_seconds():.0f} s; it is held by torchrun's agent or by rank 0."
+        ) from error
     store.set_timeout(timeout)
-    on_cuda = device.type == "cuda"
-    # An agent keeps its store over restarts, with the addresses of ranks that are gone.
+    # An agent keeps its store when it starts the ranks again: no attempt may meet the addresses
+    # that a former one has left.
     attempt = f"{read_launch().restarts}.{world_size}"
+    store = dist.PrefixStore(f"attempt{attempt}", store)
+    pids = _meet(store, rank, world_size, meeting)
+    on_cuda = device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-        store=dist.PrefixStore(f"flashdreams{attempt}", store),
+        store=dist.PrefixStore("flashdreams", store),
         rank=rank,
         world_size=world_size,
         timeout=timeout,
@@ -295,7 +332,35 @@ def _connect(device: torch.device, timeout: timedelta) -> dist.Store:
     heartbeat = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
     )
-    return dist.PrefixStore(f"heartbeat{attempt}", heartbeat)
+    return dist.PrefixStore(f"heartbeat{attempt}", heartbeat), pids
+
+
+def _meet(store: dist.Store, rank: int, world_size: int, meeting: timedelta) -> dict[int, int]:
+    """Wait until all ranks are here, so that a missing one is named; gives this machine's pids."""
+    keys = [f"here{other}" for other in range(world_size)]
+    store.set(keys[rank], f"{os.getpid()} {_machine()}")
+    try:
+        store.wait(keys, meeting)
+    except dist.DistStoreError as error:
+        missing = [str(other) for other, key in enumerate(keys) if not store.check([key])]
+        raise OtherRankError(
+            f"{len(missing)} of {world_size} ranks have not come within "
+            f"{meeting.total_seconds():.0f} s: {', '.join(missing[:20])}. They hang in an import, "
+            "or were not started."
+        ) from error
+    told = [store.get(key).decode().split(" ", 1) for key in keys]
+    return {
+        other: int(pid) for other, (pid, machine) in enumerate(told) if machine == _machine() != ""
+    }
+
+
+def _machine() -> str:
+    """What only processes that see each other's pids have in common; empty where nobody says."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def _collective_device() -> torch.device:

@@ -3,7 +3,7 @@
 import atexit
 import json
 import os
-import sys
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,15 +13,19 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from flashdreams.parallel.environment import LOAD_TIMEOUT_S, Environment
+from flashdreams.runtime.termination import DEADLINE_EXIT_CODE, end_now
+from flashdreams.runtime.text import say
 
 STEP_DEADLINE_S = 60.0
 """Default limit of one stage of an AR step."""
 
-EXIT_CODE = 75
+EXIT_CODE = DEADLINE_EXIT_CODE
 """Exit code of a rank that its watchdog ended."""
 
 _PERIOD_S = 0.25
 _PEERS_S = 2.0
+_AGAIN_S = 2.0
+_LEAVE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,8 @@ class Watchdog:
             return
 
     def _expire(self, own: str) -> None:
-        print(f"flashdreams: deadline passed: {own}", file=sys.stderr, flush=True)
+        say(f"flashdreams: deadline passed: {own}", beside=self.environment.rank > 0)
+        atexit.unregister(self._stop)  # it would wait for this thread
         found: list[str] = []
 
         def ask() -> None:
@@ -176,15 +181,24 @@ class Watchdog:
     def _publish(self) -> None:
         store = self.environment.store
         published: Heartbeat | None = None
+        again = 0.0
         while store is not None and not self._stopped.wait(_PERIOD_S):
             beat = self._beat
-            if beat == published:
+            if beat == published and time.monotonic() < again:
                 continue
             try:
                 store.set(_key(beat.rank), json.dumps(asdict(beat)))
             except RuntimeError:
+                self._lose_store()
                 return
-            published = beat
+            published, again = beat, time.monotonic() + _AGAIN_S
+
+    def _lose_store(self) -> None:
+        """The store has gone, and with it torchrun's agent or rank zero: end this rank, too."""
+        if not self._stopped.wait(_LEAVE_S):  # at the end of a run others may leave before this one
+            rank = self.environment.rank
+            say(f"flashdreams: rank {rank}: the ranks' store has gone; this rank ends", rank > 0)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _peers(self) -> list[Heartbeat]:
         store, beats = self.environment.store, []
@@ -196,9 +210,9 @@ class Watchdog:
 
 
 def end_process(report: str) -> None:
-    """Print a report and end the process at once."""
-    print(report, file=sys.stderr, flush=True)
-    os._exit(EXIT_CODE)
+    """Print a report and end the process, whatever its main thread does."""
+    say(report)
+    end_now(EXIT_CODE)
 
 
 def _key(rank: int) -> str:

@@ -27,6 +27,8 @@ class InUseError(OSError):
 def open_owned(path: Path) -> BinaryIO:
     """Open a file for writing, empty, that nobody else writes as long as it stays open.
 
+    A link that has the name is removed, not followed.
+
     The lock belongs to the open file: a killed process leaves none, and it goes with the file when
     that is renamed. File systems without locks give none.
 
@@ -39,10 +41,14 @@ def open_owned(path: Path) -> BinaryIO:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
+        if path.is_symlink():
+            path.unlink()
         file = open(path, "r+b", opener=_create)  # noqa: SIM115 (its caller closes it)
         try:
             _lock(file, path)
-            if _has_name(file, path):
+            if os.fstat(file.fileno()).st_nlink > 1:
+                path.unlink()
+            elif _has_name(file, path):
                 if os.fstat(file.fileno()).st_size:
                     file.truncate()
                 return file
@@ -74,7 +80,7 @@ def open_partial(path: Path, suffix: str) -> tuple[BinaryIO, Path, Path]:
 
 
 def _create(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CREAT, 0o666)
+    return os.open(path, flags | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
@@ -95,6 +101,37 @@ def _has_name(file: BinaryIO, path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
+
+
+class OutputGuard:
+    """Notices that a file which a run still writes has been removed, renamed or replaced."""
+
+    def __init__(self, path: Path) -> None:
+        """Look at the file, which exists.
+
+        Raises:
+            OSError: it does not.
+        """
+        self.path = path
+        self._place = self._look()
+
+    def check(self) -> None:
+        """Refuse to go on writing into a file that nobody will find; takes microseconds.
+
+        Raises:
+            FileNotFoundError: the name is gone, or belongs to another file.
+        """
+        try:
+            same = self._look() == self._place
+        except OSError:
+            same = False
+        if not same:
+            reason = "it was removed, renamed or replaced while the run went on"
+            raise FileNotFoundError(errno.ENOENT, reason, str(self.path))
+
+    def _look(self) -> tuple[int, int]:
+        status = os.lstat(self.path)
+        return status.st_dev, status.st_ino
 
 
 @contextmanager

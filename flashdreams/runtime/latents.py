@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashdreams.runtime.array_file import load_array
-from flashdreams.runtime.files import open_partial, write_whole
+from flashdreams.runtime.files import OutputGuard, open_partial, write_whole
 from flashdreams.runtime.text import quoted
 
 BLOCK_BYTES = 2**24
@@ -29,6 +29,7 @@ class LatentWriter:
         self.path = Path(path)
         self.partial_path = self.path.with_name(f"{self.path.stem}.partial.npy")
         self._file: BinaryIO | None = None
+        self._guard: OutputGuard
         self._shape: tuple[int, ...] = ()
 
     @property
@@ -49,6 +50,7 @@ class LatentWriter:
         frames = latent.detach().float().permute(2, 0, 1, 3, 4).contiguous().numpy()
         if self._file is None:
             self._file, self.partial_path, self.path = open_partial(self.path, ".partial.npy")
+            self._guard = OutputGuard(self.partial_path)
             self._shape = (0, *frames.shape[1:])
             self._write_header()
         if frames.shape[1:] != self._shape[1:]:
@@ -56,6 +58,7 @@ class LatentWriter:
                 f"The latent [B, C, H, W] = {list(frames.shape[1:])} does not fit into {self.path} "
                 f"after ones of {list(self._shape[1:])}: one file has latents of one size."
             )
+        self._guard.check()
         self._file.write(frames.astype("<f4", copy=False).data)
         self._file.flush()  # before the header, which must not promise more than there is
         self._shape = (self._shape[0] + len(frames), *self._shape[1:])
@@ -75,6 +78,7 @@ class LatentWriter:
         shape = stored.shape
         del stored
         self._file = self.partial_path.open("r+b")
+        self._guard = OutputGuard(self.partial_path)
         self._file.truncate(end)
         self._shape = (latent_frames, *shape[1:])
         self._write_header()

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from flashdreams.runtime.files import open_partial, write_whole
+from flashdreams.runtime.files import OutputGuard, open_partial, write_whole
 
 BYTES_PER_GIB = 2**30
 
@@ -35,6 +35,7 @@ class StatsWriter:
         self.partial_path = self.path.with_name(f"{self.path.stem}.partial.jsonl")
         self._header = header
         self._lines: BinaryIO | None = None
+        self._guard: OutputGuard
         self._count = 0
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -49,7 +50,9 @@ class StatsWriter:
         if self._lines is None:
             opened = open_partial(self.path, ".partial.jsonl")
             self._lines, self.partial_path, self.path = opened
+            self._guard = OutputGuard(self.partial_path)
             self._lines.write(_to_json(self._header(), "header") + b"\n")
+        self._guard.check()
         self._lines.write(line + b"\n")
         self._lines.flush()
         self._count += 1
@@ -65,6 +68,7 @@ class StatsWriter:
         if len(lines) <= count or not lines[-1].endswith(b"\n"):
             raise ValueError(f"{self.partial_path} has fewer than {count} records.")
         self._lines = self.partial_path.open("wb")
+        self._guard = OutputGuard(self.partial_path)
         self._lines.writelines(lines)
         self._lines.flush()
         self._count = count
@@ -77,15 +81,23 @@ class StatsWriter:
             OSError: the file cannot be written; the lines are left.
         """
         try:  # the lines stay open, and so this writer's, until the end
-            header = _to_json(self._header(), "header", indent=2).replace(b"\n", b"\n  ")
-            with write_whole(self.path) as file:
-                file.write(b'{\n  "header": ' + header + b',\n  "records": [')
-                if self._lines is not None:
-                    self._copy_records(file)
-                file.write(b"\n  ]\n}\n")
+            self.write()
             self.partial_path.unlink(missing_ok=True)
         finally:
             self.close()
+
+    def write(self) -> None:
+        """Write the final file with the records so far, whole or not at all; leave the lines.
+
+        Raises:
+            As `finish`.
+        """
+        header = _to_json(self._header(), "header", indent=2).replace(b"\n", b"\n  ")
+        with write_whole(self.path) as file:
+            file.write(b'{\n  "header": ' + header + b',\n  "records": [')
+            if self._lines is not None:
+                self._copy_records(file)
+            file.write(b"\n  ]\n}\n")
 
     def close(self) -> None:
         """Close the file with the lines and leave it."""

@@ -1,6 +1,8 @@
 """Text from files and into messages: read up to a limit, printed up to a limit."""
 
+import contextlib
 import re
+import sys
 from pathlib import Path
 
 from flashdreams.infra.config import quoted
@@ -50,4 +52,21 @@ def printable(text: str, most: int = MAX_MESSAGE_CHARACTERS) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-__all__ = ["MAX_MESSAGE_CHARACTERS", "printable", "quoted", "read_text", "shown"]
+def say(text: str, beside: bool = False) -> None:
+    """Print a line on stderr that begins a line, also where a progress bar is.
+
+    A terminal that has gone away is no error.
+
+    Args:
+        text: the line, already `printable`.
+        beside: another process may have a progress bar on the same terminal.
+    """
+    bars = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
+    with contextlib.suppress(OSError, ValueError):
+        for bar in list(getattr(bars, "_instances", ())):
+            bar.close()
+    with contextlib.suppress(OSError, ValueError):
+        print("\n" * beside + text, file=sys.stderr, flush=True)
+
+
+__all__ = ["MAX_MESSAGE_CHARACTERS", "printable", "quoted", "read_text", "say", "shown"]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashdreams.runtime.files import open_partial, remedy
+from flashdreams.runtime.files import OutputGuard, open_partial, remedy
 from flashdreams.runtime.transfer import start_host_copy
 
 # Nothing waits in the encoder for later frames (zerolatency), and a fragment is closed every
@@ -117,6 +117,7 @@ class VideoWriter:
         """
         if self._closed:
             raise ValueError(f"{self.path} is closed; a further video needs a writer of its own.")
+        self._check_place()
         self._raise_error()
         pixels = to_pixels(chunk)
         if len(pixels) == 0:
@@ -142,7 +143,10 @@ class VideoWriter:
         if self._closed:
             return
         try:
-            self._finish()
+            try:
+                self._check_place()
+            finally:
+                self._finish()
             self._raise_error()
             self._give_name()
         finally:
@@ -172,6 +176,7 @@ class VideoWriter:
         if self.frames_written == 0:
             self.partial_path.unlink(missing_ok=True)
             return
+        self._check_place()
         try:
             self.partial_path.replace(self.path)
         except OSError as error:
@@ -185,6 +190,7 @@ class VideoWriter:
             # ffmpeg writes the same file by its name.
             opened = open_partial(self.path, ".partial.mp4")
             self._owned, self.partial_path, self.path = opened
+            self._guard = OutputGuard(self.partial_path)
         except OSError as error:
             raise OSError(
                 f"cannot write a video to {self.path.parent}: {error.strerror}. "
@@ -200,6 +206,15 @@ class VideoWriter:
         atexit.unregister(self._finish)
         if self.partial_path.is_file() and self.partial_path.stat().st_size == 0:
             self.partial_path.unlink()
+
+    def _check_place(self) -> None:
+        try:
+            self._guard.check()
+        except OSError as error:
+            raise OSError(
+                f"{self.partial_path}, which the video is written to, was removed, renamed or "
+                "replaced while the run went on. Run again, and leave the folder in place."
+            ) from error
 
     def _raise_error(self) -> None:
         if self._error is None:

@@ -16,8 +16,10 @@ from flashdreams import __version__, run
 from flashdreams.infra.config_file import dump_config
 from flashdreams.integrations.toy_world.config import TOY_WORLD_RUNNER
 from flashdreams.registry import VARIABLE, discover
+from flashdreams.runtime import video
 from flashdreams.runtime.files import open_owned
 from flashdreams.runtime.latents import read_latent_parts
+from tests.full_disk import fill_disk, needs_full_device
 from tests.integrations.published_method import register, write_published_method
 
 WEIGHTS = Path(__file__).parents[2] / "flashdreams/integrations/toy_world/weights"
@@ -302,10 +304,9 @@ def earlier(tmp_path: Path) -> Path:
 SMALL = ("--scale", "1", "--device", "cpu", "--total-blocks", "24")
 
 
-def test_a_full_disk(fails: Fails, earlier: Path) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("this system has no /dev/full")
-    (earlier / "toy-world.partial.mp4").symlink_to("/dev/full")
+@needs_full_device
+def test_a_full_disk(fails: Fails, earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill_disk(monkeypatch, video, "toy-world.partial.mp4")
     line = fails(FAILED, "toy-world", *SMALL)
     assert "the video out/toy-world.mp4 could not be written: " in line
     assert "No space left on device. Free some space or choose another directory" in line

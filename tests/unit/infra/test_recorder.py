@@ -16,9 +16,11 @@ from torch import Tensor
 from flashdreams.infra import recorder as module
 from flashdreams.infra.recorder import MAX_COPIES, RunRecorder
 from flashdreams.parallel.environment import Environment
+from flashdreams.runtime import latents, stats
 from flashdreams.runtime.latents import read_latent_parts
 from flashdreams.runtime.profiler import MAX_RECORDS, StageTimer
 from flashdreams.runtime.stats import sha256_of
+from tests.full_disk import fill_disk, needs_full_device
 
 
 @dataclass
@@ -175,12 +177,82 @@ def test_the_loop_waits_for_the_oldest_copy(tmp_path: Path, slow_hash: threading
     assert len(run.records()) == MAX_COPIES + 1
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_run_that_hangs_leaves_its_stats(tmp_path: Path) -> None:
+    """What `end_now` does, beside a main thread that holds the lock for ever."""
+    run = Run(tmp_path)
+    run.steps(FakeCache(), 0, 5)
+    with run.recorder._lock:
+        ending = threading.Thread(target=run.recorder.abort)
+        ending.start()
+        ending.join(20)
+    assert not ending.is_alive()
+    assert len(run.records()) == 4, "the last step's record is complete when the next begins"
+    run.recorder.abort()
+    assert len(run.records()) == 5 and run.names() == {"stats_toy.json"}
+
+
+def test_an_aborted_run_leaves_all_of_its_steps(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.steps(FakeCache(), 0, 5)
+    run.recorder.abort()
+    assert len(run.records()) == 5 and run.names() == {"stats_toy.json"}
+
+
+@needs_full_device
+def test_an_aborted_run_says_that_its_stats_are_lost(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fill_disk(monkeypatch, stats, "stats_toy.partial.jsonl")
+    run = Run(tmp_path)
+    run.steps(FakeCache(), 0, 3)
+    run.recorder.abort()
+    assert "stats_toy.json could not be written: No space left on device" in caplog.text
+    run = Run(tmp_path / "later")
+    run.steps(FakeCache(), 0, 3)
+    monkeypatch.setattr(stats, "write_whole", lambda path: (path / "no folder").open("xb"))
+    run.recorder.abort()
+    assert "stats_toy.json could not be written: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lost", ["stats_toy.partial.jsonl", "latents_toy.partial.npy"])
+def test_a_file_that_vanishes_is_noticed_at_the_next_step(
+    lost: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, cache = Run(tmp_path, save_latents=True), FakeCache()
+    index = 0
+    while not (tmp_path / lost).exists() and index < 1000:
+        run.steps(cache, index, 1)
+        index += 1
+    (tmp_path / lost).unlink()
+    run.steps(cache, index, 3)
+    with pytest.raises(OSError, match="was removed, renamed or replaced while the run went on"):
+        run.recorder.close()
+    assert len(caplog.records) == 1
+
+
+def test_links_under_partial_names_are_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "precious"
+    victim.write_text("precious")
+    for name in ("stats_toy.partial.jsonl", "latents_toy.partial.npy"):
+        (tmp_path / name).symlink_to(victim)
+    run = Run(tmp_path, save_latents=True)
+    run.steps(FakeCache(), 0, 3)
+    run.recorder.close()
+    assert victim.read_text() == "precious" and len(run.records()) == 3
+
+
+@needs_full_device
 @pytest.mark.parametrize("name", ["stats_toy.partial.jsonl", "latents_toy.partial.npy"])
 def test_a_full_disk_is_one_line_at_the_end(
-    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / name).symlink_to("/dev/full")
+    fill_disk(monkeypatch, stats if "stats" in name else latents, name)
     (tmp_path / "stats_toy.json").write_text("of an earlier run")
     run = Run(tmp_path, save_latents=True)
     run.steps(FakeCache(), 0, 20)

@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from flashdreams.runtime import video
 from flashdreams.runtime.video import VideoWriter, to_pixels
+from tests.full_disk import fill_disk, needs_full_device
 
 PSNR_BOUND_DB = 35.0
 """Smooth frames through H.264 at crf 18 and 4:2:0."""
@@ -150,14 +152,49 @@ def test_a_directory_that_is_a_file_is_refused_at_once(tmp_path: Path) -> None:
         VideoWriter(tmp_path / "outputs" / "clip.mp4", fps=24)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
-def test_a_full_disk_is_reported_and_the_former_video_kept(tmp_path: Path) -> None:
+@needs_full_device
+def test_a_full_disk_is_reported_and_the_former_video_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "clip.mp4").write_bytes(b"former")
-    (tmp_path / "clip.partial.mp4").symlink_to("/dev/full")
+    fill_disk(monkeypatch, video, "clip.partial.mp4")
     writer = VideoWriter(tmp_path / "clip.mp4", fps=24)
     with pytest.raises(OSError, match=r"clip\.mp4 could not be written: .*No space left.*Free"):
         write_until_refused(writer)
     assert (tmp_path / "clip.mp4").read_bytes() == b"former"
+
+
+@pytest.mark.parametrize("name", ["clip.partial.mp4", ""])
+@pytest.mark.parametrize("act", ["remove", "rename", "replace"])
+def test_a_video_that_vanishes_is_noticed_at_the_next_chunk(
+    name: str, act: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    writer = VideoWriter(folder / "clip.mp4", fps=24)
+    writer.write(smooth_frames(48))
+    wait_for(lambda: writer.partial_path.stat().st_size > 0)
+    lost = folder / name
+    lost.rename(tmp_path / "elsewhere")
+    if act == "replace":
+        folder.mkdir(exist_ok=True)
+        (folder / "clip.partial.mp4").write_bytes(b"of somebody else")
+    if act == "remove" and lost != folder:
+        (tmp_path / "elsewhere").unlink()
+    with pytest.raises(OSError, match=r"clip\.partial\.mp4, which .* was removed, renamed or"):
+        writer.write(smooth_frames(4))
+    with pytest.raises(OSError, match="was removed, renamed or replaced"):
+        writer.close()
+    assert not (folder / "clip.mp4").exists()
+
+
+def test_a_link_under_the_partial_name_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "precious"
+    victim.write_bytes(b"precious")
+    (tmp_path / "clip.partial.mp4").symlink_to(victim)
+    with VideoWriter(tmp_path / "clip.mp4", fps=24) as writer:
+        writer.write(smooth_frames(4))
+    assert victim.read_bytes() == b"precious"
+    assert (tmp_path / "clip.mp4").is_file() and not (tmp_path / "clip.mp4").is_symlink()
 
 
 def write_until_refused(writer: VideoWriter) -> None:
