@@ -15,6 +15,10 @@ LAYERS = (
     "flashdreams.integrations",
     "flashdreams.registry",
     "flashdreams.serving",
+    "flashdreams.planning",
+    "flashdreams.checking",
+    "flashdreams.plan",
+    "flashdreams.check",
     "flashdreams.run",
 )
 """From the lowest to the highest: a module imports its own layer and those before it."""

@@ -97,7 +97,7 @@ class ToyWorldRunner(Runner[ToyWorldRunnerConfig, StreamInferencePipeline]):
         return KeyCamera(
             KEY_MOTION,
             to_input=lambda poses, held: poses,
-            start=pose_to_camera(torch.tensor(START_POSE)),
+            start=pose_to_camera(torch.tensor(START_POSE, dtype=torch.float32)),
             collide=collide_camera,
         )
 
@@ -123,6 +123,6 @@ def walk(actions: str, frames: int) -> Tensor:
     Raises:
         ValueError: a key that does not exist, a count that is none, or ``frames`` below 1.
     """
-    start = pose_to_camera(torch.tensor(START_POSE))
+    start = pose_to_camera(torch.tensor(START_POSE, dtype=torch.float32))
     path = integrate(parse_actions(actions), KEY_MOTION, start=start, collide=collide_camera)
     return hold(path, frames)

@@ -127,9 +127,10 @@ class MyTransformer(Transformer):
     def _positions(self, first_frame: int, device: torch.device) -> Tensor:
         """``[T, H, W, POSITION_DIM]``: where each pixel is, and the time as angles of a circle."""
         c = self.config
-        frames = torch.arange(first_frame, first_frame + c.len_t, device=device)
-        rows = torch.linspace(-1, 1, c.latent_height, device=device)
-        columns = torch.linspace(-1, 1, c.latent_width, device=device)
+        kind = {"device": device, "dtype": torch.float32}
+        frames = torch.arange(first_frame, first_frame + c.len_t, **kind)
+        rows = torch.linspace(-1, 1, c.latent_height, **kind)
+        columns = torch.linspace(-1, 1, c.latent_width, **kind)
         t, y, x = torch.meshgrid(frames * (2 * math.pi / c.period), rows, columns, indexing="ij")
         radius = (x.square() + y.square()).sqrt()
         parts = [x, y, radius, t.cos(), t.sin()]
