@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from flashdreams.checking.report import Problem
 from flashdreams.checking.subject import Subject
+from flashdreams.infra.component import Component
 from flashdreams.infra.config import config_fields, derive_config, is_config
 from flashdreams.infra.config_file import dump_config, load_config
 
@@ -61,7 +62,10 @@ def check_meta(subject: Subject) -> str:
             continue
         with torch.device("meta"):
             component = config.setup()
+        drawn = _drawn_parts(component)
         for tensor_name, tensor, what in _tensors(component):
+            if tensor_name.startswith(drawn):
+                continue
             if what != "attribute" and not tensor.is_meta:
                 raise Problem(
                     f"{name}: {tensor_name} is on {tensor.device} after a build on the meta "
@@ -78,6 +82,15 @@ def check_meta(subject: Subject) -> str:
         counts.append(f"{name} {total / 1e6:.1f}M")
     _check_buffers(subject)
     return "at full size, parameters: " + ", ".join(counts)
+
+
+def _drawn_parts(component: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the components inside that no file gives weights to; they are drawn at once."""
+    return tuple(
+        f"{name}."
+        for name, module in component.named_modules()
+        if name and isinstance(module, Component) and module.config.checkpoint is None
+    )
 
 
 def _check_buffers(subject: Subject) -> None:

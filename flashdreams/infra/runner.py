@@ -59,6 +59,8 @@ class RunnerConfig(InstantiateConfig):
     """Also put the SHA-256 of each chunk's frames into the stats; that of the latent always is."""
     step_deadline_s: float = 60.0
     """With several ranks, seconds after which a hung AR step ends the run."""
+    join_limit_s: float = 300.0
+    """With several ranks, seconds to wait for all of them to come."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How several ranks share the work."""
 
@@ -66,7 +68,7 @@ class RunnerConfig(InstantiateConfig):
         if hasattr(self, "total_blocks"):  # every shipped method has it
             check_range(self, "total_blocks", as_flags=True)
         check_range(self, "fps", most=1000, as_flags=True)
-        check_range(self, "step_deadline_s", least=0.1, as_flags=True)
+        check_range(self, "step_deadline_s", "join_limit_s", least=0.1, as_flags=True)
         if not 0 <= self.seed < SEED_LIMIT:
             raise ValueError(f"--seed {self.seed}: must be from 0 to 2**64 - 1.")
 
@@ -98,7 +100,7 @@ class Runner(Generic[ConfigT, PipelineT]):
             CheckpointError: weights are missing or damaged.
         """
         self.config = config
-        self.environment: Environment = init(config.device)
+        self.environment: Environment = init(config.device, join_limit_s=config.join_limit_s)
         set_up_logging(self.environment)
         if self.is_rank_zero:
             check_writable(config.output_dir)

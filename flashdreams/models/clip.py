@@ -122,8 +122,7 @@ class CLIPImageEncoder(Encoder):
         size = (self.config.image_size, self.config.image_size)
         pixels = F.interpolate(pixels, size=size, mode="bicubic", align_corners=False)
         mean, std = (
-            torch.tensor(values, device=self.device).view(3, 1, 1)
-            for values in (CLIP_IMAGE_MEAN, CLIP_IMAGE_STD)
+            pixels.new_tensor(values).view(3, 1, 1) for values in (CLIP_IMAGE_MEAN, CLIP_IMAGE_STD)
         )
         return (pixels * 0.5 + 0.5 - mean) / std
 

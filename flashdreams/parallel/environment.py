@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flashdreams.parallel.joining import JOIN_LIMIT_S, open_store
+
 T = TypeVar("T")
 
 LOAD_TIMEOUT_S = 1800.0
@@ -54,7 +56,9 @@ def process_count() -> int:
     return _read_int("WORLD_SIZE", 1)
 
 
-def init(device: str = "auto", timeout_s: float = LOAD_TIMEOUT_S) -> Environment:
+def init(
+    device: str = "auto", timeout_s: float = LOAD_TIMEOUT_S, join_limit_s: float = JOIN_LIMIT_S
+) -> Environment:
     """Take this process's place among the ranks that torchrun started.
 
     Without torchrun, or with one rank, no process group is made. A process group that exists
@@ -64,8 +68,10 @@ def init(device: str = "auto", timeout_s: float = LOAD_TIMEOUT_S) -> Environment
         device: ``"auto"`` (CUDA where there is one, else the CPU), ``"cpu"``, ``"cuda"`` or, for a
             single rank, ``"cuda:N"``.
         timeout_s: limit of one collective, in seconds.
+        join_limit_s: how long to wait for the other ranks to come.
 
     Raises:
+        TimeoutError: some ranks did not come; the message names them.
         ValueError: the device does not exist, or torchrun's variables contradict each other.
     """
     if dist.is_initialized():
@@ -84,7 +90,9 @@ def init(device: str = "auto", timeout_s: float = LOAD_TIMEOUT_S) -> Environment
         torch.cuda.set_device(chosen)
     if world_size == 1:
         return Environment(rank, local_rank, world_size, chosen)
-    store = _connect(chosen, timedelta(seconds=timeout_s))
+    store = open_store(rank, world_size, join_limit_s)
+    _connect(store, rank, world_size, chosen, timedelta(seconds=timeout_s))
+    store = _heartbeats(timedelta(seconds=timeout_s))
     return Environment(rank, local_rank, world_size, chosen, store)
 
 
@@ -245,9 +253,10 @@ def _pick_device(name: str, local_rank: int, many_ranks: bool) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _connect(device: torch.device, timeout: timedelta) -> dist.Store:
+def _connect(
+    store: dist.Store, rank: int, world_size: int, device: torch.device, timeout: timedelta
+) -> None:
     """Make the process group; CPU tensors travel over gloo, CUDA tensors over NCCL."""
-    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
     store.set_timeout(timeout)
     on_cuda = device.type == "cuda"
     dist.init_process_group(
@@ -258,6 +267,9 @@ def _connect(device: torch.device, timeout: timedelta) -> dist.Store:
         timeout=timeout,
         device_id=device if on_cuda else None,
     )
+
+
+def _heartbeats(timeout: timedelta) -> dist.Store:
     # A connection of its own: a thread that reports must not wait behind a blocked one.
     heartbeat = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout

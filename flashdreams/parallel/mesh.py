@@ -103,7 +103,7 @@ def resolve_degrees(
     _refuse_conflicts(config, guided)
     # Guidance over two ranks first, then as much Ulysses as the heads allow.
     best = max(
-        _candidates(world_size, num_heads, guided),
+        legal_degrees(world_size, num_heads, guided),
         key=lambda d: (_requests_met(d, config), d.cfg, d.ulysses),
     )
     if _requests_met(best, config) < 4:
@@ -113,8 +113,16 @@ def resolve_degrees(
     return best
 
 
-def _candidates(world_size: int, num_heads: int | None, guided: bool) -> Iterator[ParallelDegrees]:
-    """Every mesh that the model allows."""
+def legal_degrees(
+    world_size: int, num_heads: int | None, guided: bool
+) -> Iterator[ParallelDegrees]:
+    """Every mesh that a model allows.
+
+    Args:
+        world_size: number of ranks.
+        num_heads: attention heads of the model; None for a model that cannot be cut.
+        guided: whether the model is evaluated twice per denoising step.
+    """
     for cfg in (1, 2) if guided else (1,):
         for tp in _divisors(world_size):
             for ulysses in _divisors(world_size):

@@ -44,6 +44,9 @@ BASE_PACKAGES = {
 }  # fmt: skip
 """Third parties of the base install; all others are imported where they are needed."""
 
+ENVIRONMENT = ("flashdreams.parallel.environment", "flashdreams.parallel.joining")
+"""Who may read torchrun's variables."""
+
 TORCHRUN_VARIABLES = {
     "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
     "MASTER_PORT",
@@ -125,7 +128,7 @@ def _secrets_named(tree: ast.Module, module: str) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Attribute) and not is_below(module, "flashdreams.parallel"):
             if ast.unparse(node) == "torch.distributed":
                 yield node.lineno, "torch.distributed belongs to flashdreams.parallel"
-        elif isinstance(node, ast.Constant) and module != "flashdreams.parallel.environment":
+        elif isinstance(node, ast.Constant) and module not in ENVIRONMENT:
             name = node.value if isinstance(node.value, str) else ""
             if name in TORCHRUN_VARIABLES or name.startswith("TORCHELASTIC_"):
                 yield node.lineno, f"{name} belongs to flashdreams.parallel.environment"

@@ -190,9 +190,8 @@ def camera_path(
         held: held keys of F frames.
     """
     keys = torch.tensor([[key in now for key in KEY_ORDER] for now in held]).float()
-    return CameraPath(
-        poses, torch.tensor(intrinsics).expand(len(poses), 4), keys if keyed else None
-    )
+    lens = torch.tensor(intrinsics, dtype=torch.float32).expand(len(poses), 4)
+    return CameraPath(poses, lens, keys if keyed else None)
 
 
 class PathFollower(Controller):
@@ -251,7 +250,7 @@ def read_path(config: CameraToVideoRunnerConfig) -> CameraPath:
         intrinsics = read_array(config.intrinsic_path, "--intrinsic-path")
         name = f"--intrinsic-path {config.intrinsic_path}"
     else:
-        intrinsics = torch.tensor(config.intrinsics).expand(len(poses), 4)
+        intrinsics = torch.tensor(config.intrinsics, dtype=torch.float32).expand(len(poses), 4)
         name = "--intrinsics"
     check_intrinsics(intrinsics, len(poses), name)
     if not keyed or keys is None:

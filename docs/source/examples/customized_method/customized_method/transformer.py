@@ -102,8 +102,9 @@ class MyTransformer(Transformer):
         """Predict the flow ``[B, C, T, H, W]`` from the noisy ``latent`` to the painting."""
         x0 = self._paint(latent, cache)
         if cache.last is not None:
-            frames = torch.arange(1, self.config.len_t + 1, device=x0.device)
-            x0 = torch.lerp(cache.last, x0, frames[:, None, None] / self.config.len_t)
+            steps = range(1, self.config.len_t + 1)
+            weights = x0.new_tensor([step / self.config.len_t for step in steps])
+            x0 = torch.lerp(cache.last, x0, weights[:, None, None])
         return (latent - x0) / (timestep / NUM_TRAIN_TIMESTEPS)
 
     def update_cache(self, latent: Tensor, timestep: Tensor, cache: MyTransformerCache) -> None:
