@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -22,14 +22,16 @@ from flashdreams.parallel.environment import (
     LOAD_TIMEOUT_S,
     Environment,
     from_rank_zero,
+    gather_to_rank_zero,
     init,
     set_up_logging,
     shutdown,
 )
-from flashdreams.parallel.mesh import ParallelConfig
+from flashdreams.parallel.mesh import Mesh, ParallelConfig
 from flashdreams.parallel.messages import MessageChannel
-from flashdreams.parallel.watchdog import Watchdog
+from flashdreams.parallel.watchdog import StageGuard, Watchdog
 from flashdreams.runtime.noise import SEED_LIMIT
+from flashdreams.runtime.trace import Tracer, slowest_rank, write_trace
 from flashdreams.runtime.video import VideoWriter
 
 
@@ -59,6 +61,8 @@ class RunnerConfig(InstantiateConfig):
     """Also put the SHA-256 of each chunk's frames into the stats; that of the latent always is."""
     step_deadline_s: float = 60.0
     """With several ranks, seconds after which a hung AR step ends the run."""
+    trace: Path | None = None
+    """Write a timeline of all ranks, stages and collectives there, .json for ui.perfetto.dev."""
     join_limit_s: float = 300.0
     """With several ranks, seconds to wait for all of them to come."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -115,6 +119,8 @@ class Runner(Generic[ConfigT, PipelineT]):
             watchdog = Watchdog(self.environment, config.step_deadline_s)
             self._resources.enter_context(watchdog)
             self.pipeline.guard = watchdog.stage
+        self.tracer = Tracer(self.environment.rank, keep=config.trace is not None)
+        self.pipeline.guard = traced(self.pipeline.guard, self.tracer, self.mesh)
         with self.pipeline.guard("load", None, LOAD_TIMEOUT_S):
             self.pipeline.load(self.fetch_all, self.prompt_options())
         with self.pipeline.guard("warm-up", None, LOAD_TIMEOUT_S):
@@ -237,7 +243,13 @@ class Runner(Generic[ConfigT, PipelineT]):
         """
         limit_s = LOAD_TIMEOUT_S if self.config.save_latents else None  # there may be many
         with self.pipeline.guard("close", self.recorder.steps, limit_s):
+            ranks = gather_to_rank_zero((list(self.tracer.steps_ms), self.tracer.events))
+            self.recorder.ranks = slowest_rank([steps for steps, _ in ranks]) if ranks else {}
             files = from_rank_zero(self.recorder.close)
+            if self.config.trace is not None:
+                path = self.config.trace
+                from_rank_zero(lambda: write_trace(path, [events for _, events in ranks]))
+                files.append(path)
         if self.is_rank_zero:
             print("written:", *self._videos, *files, flush=True)
         self.pipeline.drop_graphs()
@@ -252,6 +264,26 @@ class Runner(Generic[ConfigT, PipelineT]):
         guard = self.pipeline.guard("abort", self.recorder.steps)  # a hung device keeps checksums
         with contextlib.suppress(Exception), guard:
             self.recorder.close()
+
+
+def traced(guard: StageGuard, tracer: Tracer, mesh: Mesh) -> StageGuard:
+    """A guard that also notes how long each stage took, and what it sent.
+
+    Args:
+        guard: watches the stages.
+        tracer: takes the spans.
+        mesh: whose collectives are counted.
+    """
+
+    def sent() -> dict[str, Any]:
+        return {name: asdict(traffic) for name, traffic in mesh.meter.counts.items()}
+
+    @contextlib.contextmanager
+    def stage(name: str, index: int | None, limit_s: float | None = None, /) -> Iterator[None]:
+        with tracer.span(name, index, sent), guard(name, index, limit_s):
+            yield
+
+    return stage
 
 
 def check_writable(folder: Path) -> None:
