@@ -434,7 +434,7 @@ def _run(config: Any, debug: bool, replay: Any = None) -> int:
     except (ValueError, TypeError) as error:
         return _report(error, WRONG_USAGE, debug)
     except Exception as error:
-        return _report(error, RUN_FAILED, debug)
+        return _report(_with_advice(error, config), RUN_FAILED, debug)
     try:
         try:
             runner.run()
@@ -448,8 +448,17 @@ def _run(config: Any, debug: bool, replay: Any = None) -> int:
     except KeyboardInterrupt as stop:
         return _stopped(stop)
     except Exception as error:
-        return _report(error, RUN_FAILED, debug)
+        return _report(_with_advice(error, config), RUN_FAILED, debug)
     return DONE
+
+
+def _with_advice(error: Exception, config: Any) -> Exception:
+    """Where memory ran out, what was needed and what would fit."""
+    if not isinstance(error, RuntimeError | MemoryError):
+        return error
+    from flashdreams.planning.shortage import with_advice
+
+    return with_advice(error, config)
 
 
 def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = False) -> int:

@@ -107,6 +107,8 @@ class RunRecorder:
         self.pipeline = pipeline
         self.environment = environment
         self.mesh = mesh
+        self.ranks: dict[str, Any] = {}
+        """How long AR steps took on each rank, and which was the slowest; known at the end."""
         self.steps = 0
         """AR steps of all rollouts so far; 0 on ranks that record nothing."""
         self._ready = time.perf_counter()
@@ -300,6 +302,7 @@ class RunRecorder:
             "parallel": asdict(self.mesh.degrees),
             "collectives": {name: asdict(sent) for name, sent in self.mesh.meter.counts.items()},
             "first_frame_latency_ms": self._first_chunk_ms,
+            **self.ranks,
             **self.pipeline.stats(),
         }
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Generic, TypeVar
 
@@ -25,6 +25,7 @@ from flashdreams.parallel.environment import (
     MEETING_DEADLINE_S,
     Environment,
     from_rank_zero,
+    gather_to_rank_zero,
     init,
     read_launch,
     set_up_logging,
@@ -33,10 +34,11 @@ from flashdreams.parallel.environment import (
 from flashdreams.parallel.mesh import DEGREES, Mesh, ParallelConfig
 from flashdreams.parallel.messages import MessageChannel
 from flashdreams.parallel.peers import PeerWatch
-from flashdreams.parallel.watchdog import Watchdog
+from flashdreams.parallel.watchdog import StageGuard, Watchdog
 from flashdreams.runtime.files import InUseError, open_owned
 from flashdreams.runtime.noise import SEED_LIMIT
 from flashdreams.runtime.segments import SegmentedVideo
+from flashdreams.runtime.trace import Tracer, slowest_rank, write_trace
 from flashdreams.runtime.video import VideoWriter
 
 
@@ -77,6 +79,8 @@ class RunnerConfig(InstantiateConfig):
     start_deadline_s: float = LOAD_TIMEOUT_S
     """With several ranks, seconds after which a hang before the first AR step ends the run: in the
     ranks' meeting (at most 300), in fetching and reading weights, in warm-up."""
+    trace: Path | None = None
+    """Write a timeline of all ranks, stages and collectives there, .json for ui.perfetto.dev."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How several ranks share the work."""
 
@@ -153,6 +157,8 @@ class Runner(Generic[ConfigT, PipelineT]):
             self._resources.enter_context(watchdog)
             self.pipeline.guard = watchdog.stage
         self._peers = self._resources.enter_context(PeerWatch(self.environment))
+        self.tracer = Tracer(self.environment.rank, keep=config.trace is not None)
+        self.pipeline.guard = traced(self.pipeline.guard, self.tracer, self.mesh)
         limit_s = config.start_deadline_s
         with self.pipeline.guard("load", None, limit_s):
             self.pipeline.load(self.fetch_all, self.prompt_options())
@@ -337,7 +343,13 @@ class Runner(Generic[ConfigT, PipelineT]):
         with contextlib.ExitStack() as at_the_end:
             at_the_end.callback(self._give_back_output)
             at_the_end.enter_context(self.pipeline.guard("close", self.recorder.steps, limit_s))
+            ranks = gather_to_rank_zero((list(self.tracer.steps_ms), self.tracer.events))
+            self.recorder.ranks = slowest_rank([steps for steps, _ in ranks]) if ranks else {}
             files = from_rank_zero(self.recorder.close)
+            if self.config.trace is not None:
+                path = self.config.trace
+                from_rank_zero(lambda: write_trace(path, [events for _, events in ranks]))
+                files.append(path)
             self.pipeline.check_values()
         if self.is_rank_zero:
             if self.recorder.resumable:
@@ -369,6 +381,26 @@ class Runner(Generic[ConfigT, PipelineT]):
                 Path(self._claim.name).unlink(missing_ok=True)
             self._claim.close()
             self._claim = None
+
+
+def traced(guard: StageGuard, tracer: Tracer, mesh: Mesh) -> StageGuard:
+    """A guard that also notes how long each stage took, and what it sent.
+
+    Args:
+        guard: watches the stages.
+        tracer: takes the spans.
+        mesh: whose collectives are counted.
+    """
+
+    def sent() -> dict[str, Any]:
+        return {name: asdict(traffic) for name, traffic in mesh.meter.counts.items()}
+
+    @contextlib.contextmanager
+    def stage(name: str, index: int | None, limit_s: float | None = None, /) -> Iterator[None]:
+        with tracer.span(name, index, sent), guard(name, index, limit_s):
+            yield
+
+    return stage
 
 
 def claim_output(config: RunnerConfig) -> BinaryIO:

@@ -149,13 +149,8 @@ class HashTextEncoder(Encoder):
             ValueError: white space for a prompt, or more than ``text_len`` words.
         """
         prompts = self._words(input)
-        embeds = torch.zeros(
-            len(prompts),
-            self.config.text_len,
-            self.config.text_dim,
-            dtype=torch.float32,
-            device="cpu",
-        )
+        size = (len(prompts), self.config.text_len, self.config.text_dim)
+        embeds = torch.zeros(size, dtype=torch.float32, device="cpu")
         for number, words in enumerate(prompts):
             for row, word in enumerate(words):
                 embeds[number, row] = self._embed(word)

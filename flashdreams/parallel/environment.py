@@ -241,6 +241,22 @@ def from_rank_zero(fn: Callable[[], T]) -> T:
     return box[0][0]
 
 
+def gather_to_rank_zero(value: T) -> list[T]:
+    """The values of all ranks in their order, on rank zero; a collective call.
+
+    Args:
+        value: of this rank; picklable, tensors in it on the CPU.
+
+    Returns:
+        On rank zero one value per rank, elsewhere an empty list.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    into: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, into, dst=0)
+    return into or []
+
+
 def all_ranks_agree(holds: bool) -> bool:
     """Whether something holds on every rank; a collective call."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -108,11 +108,11 @@ def resolve_degrees(
     _refuse_conflicts(config, guided)
     # Guidance over two ranks first, then as much Ulysses as the heads allow.
     best = max(
-        _candidates(world_size, num_heads, guided),
+        legal_degrees(world_size, num_heads, guided),
         key=lambda d: (_requests_met(d, config), d.cfg, d.ulysses),
     )
     if _requests_met(best, config) < 4 and any_degree:
-        best = max(_candidates(world_size, 0, guided), key=lambda d: _requests_met(d, config))
+        best = max(legal_degrees(world_size, 0, guided), key=lambda d: _requests_met(d, config))
     if _requests_met(best, config) < 4:
         raise ValueError(_explain(config, world_size, num_heads, best))
     if world_size > 1 and cached_frame_tokens is not None:
@@ -120,8 +120,17 @@ def resolve_degrees(
     return best
 
 
-def _candidates(world_size: int, num_heads: int | None, guided: bool) -> Iterator[ParallelDegrees]:
-    """Every mesh that the model allows; 0 heads are divisible by all degrees."""
+def legal_degrees(
+    world_size: int, num_heads: int | None, guided: bool
+) -> Iterator[ParallelDegrees]:
+    """Every mesh that a model allows.
+
+    Args:
+        world_size: number of ranks.
+        num_heads: attention heads of the model; None for a model that cannot be cut, 0 for one
+            that every degree divides.
+        guided: whether the model is evaluated twice per denoising step.
+    """
     for cfg in (1, 2) if guided else (1,):
         for tp in _divisors(world_size):
             for ulysses in _divisors(world_size):

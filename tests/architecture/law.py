@@ -15,6 +15,10 @@ LAYERS = (
     "flashdreams.integrations",
     "flashdreams.registry",
     "flashdreams.serving",
+    "flashdreams.planning",
+    "flashdreams.checking",
+    "flashdreams.plan",
+    "flashdreams.check",
     "flashdreams.run",
 )
 """From the lowest to the highest: a module imports its own layer and those before it."""
@@ -39,6 +43,9 @@ BASE_PACKAGES = {
     "huggingface_hub", "tqdm", "PIL",
 }  # fmt: skip
 """Third parties of the base install; all others are imported where they are needed."""
+
+ENVIRONMENT = ("flashdreams.parallel.environment", "flashdreams.parallel.joining")
+"""Who may read torchrun's variables."""
 
 TORCHRUN_VARIABLES = {
     "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
@@ -121,7 +128,7 @@ def _secrets_named(tree: ast.Module, module: str) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Attribute) and not is_below(module, "flashdreams.parallel"):
             if ast.unparse(node) == "torch.distributed":
                 yield node.lineno, "torch.distributed belongs to flashdreams.parallel"
-        elif isinstance(node, ast.Constant) and module != "flashdreams.parallel.environment":
+        elif isinstance(node, ast.Constant) and module not in ENVIRONMENT:
             name = node.value if isinstance(node.value, str) else ""
             if name in TORCHRUN_VARIABLES or name.startswith("TORCHELASTIC_"):
                 yield node.lineno, f"{name} belongs to flashdreams.parallel.environment"

@@ -190,14 +190,10 @@ def camera_path(
         poses: ``[F, 4, 4]``.
         held: held keys of F frames.
     """
-    keys = torch.tensor(
-        [[key in now for key in KEY_ORDER] for now in held], dtype=torch.bool, device="cpu"
-    ).float()
-    return CameraPath(
-        poses,
-        torch.tensor(intrinsics, dtype=torch.float32, device="cpu").expand(len(poses), 4),
-        keys if keyed else None,
-    )
+    held_keys = [[float(key in now) for key in KEY_ORDER] for now in held]
+    keys = torch.tensor(held_keys, dtype=torch.float32, device="cpu")
+    lens = torch.tensor(intrinsics, dtype=torch.float32, device="cpu")
+    return CameraPath(poses, lens.expand(len(poses), 4), keys if keyed else None)
 
 
 class PathFollower(Controller):
@@ -260,9 +256,8 @@ def read_path(config: CameraToVideoRunnerConfig) -> CameraPath:
         intrinsics = read_array(config.intrinsic_path, "--intrinsic-path")
         name = f"--intrinsic-path {config.intrinsic_path}"
     else:
-        intrinsics = torch.tensor(config.intrinsics, dtype=torch.float32, device="cpu").expand(
-            len(poses), 4
-        )
+        intrinsics = torch.tensor(config.intrinsics, dtype=torch.float32, device="cpu")
+        intrinsics = intrinsics.expand(len(poses), 4)
         name = "--intrinsics"
     check_intrinsics(intrinsics, len(poses), name)
     if not keyed or keys is None:

@@ -51,6 +51,10 @@ class MyStreamingDecoder(StreamingDecoder):
         """Begin a rollout."""
         return MyDecoderCache()
 
+    def frame_count(self, latent_frames: int) -> int:
+        """Pixel frames that the first ``latent_frames`` of a rollout decode to."""
+        return latent_frames * self.config.temporal_factor
+
     def forward(
         self, latent: Tensor, autoregressive_index: int = 0, cache: MyDecoderCache | None = None
     ) -> Tensor:
@@ -71,8 +75,8 @@ class MyStreamingDecoder(StreamingDecoder):
         before = torch.cat([first, latent[:, :, :-1]], dim=2)
         if cache is not None:
             cache.previous = latent[:, :, -1:].clone()
-        weights = torch.arange(1, c.temporal_factor + 1, device=latent.device) / c.temporal_factor
-        frames = torch.stack([torch.lerp(before, latent, w) for w in weights.to(latent)], dim=3)
+        weights = [step / c.temporal_factor for step in range(1, c.temporal_factor + 1)]
+        frames = torch.stack([torch.lerp(before, latent, w) for w in weights], dim=3)
         frames = frames.flatten(2, 3).transpose(1, 2)
         pictures = F.interpolate(
             frames.flatten(0, 1), scale_factor=c.spatial_factor, mode="bicubic"

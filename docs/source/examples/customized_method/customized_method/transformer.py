@@ -102,8 +102,9 @@ class MyTransformer(Transformer):
         """Predict the flow ``[B, C, T, H, W]`` from the noisy ``latent`` to the painting."""
         x0 = self._paint(latent, cache)
         if cache.last is not None:
-            frames = torch.arange(1, self.config.len_t + 1, device=x0.device)
-            x0 = torch.lerp(cache.last, x0, frames[:, None, None] / self.config.len_t)
+            steps = range(1, self.config.len_t + 1)
+            weights = x0.new_tensor([step / self.config.len_t for step in steps])
+            x0 = torch.lerp(cache.last, x0, weights[:, None, None])
         return (latent - x0) / (timestep / NUM_TRAIN_TIMESTEPS)
 
     def update_cache(self, latent: Tensor, timestep: Tensor, cache: MyTransformerCache) -> None:
@@ -127,9 +128,10 @@ class MyTransformer(Transformer):
     def _positions(self, first_frame: int, device: torch.device) -> Tensor:
         """``[T, H, W, POSITION_DIM]``: where each pixel is, and the time as angles of a circle."""
         c = self.config
-        frames = torch.arange(first_frame, first_frame + c.len_t, device=device)
-        rows = torch.linspace(-1, 1, c.latent_height, device=device)
-        columns = torch.linspace(-1, 1, c.latent_width, device=device)
+        kind = {"device": device, "dtype": torch.float32}
+        frames = torch.arange(first_frame, first_frame + c.len_t, **kind)
+        rows = torch.linspace(-1, 1, c.latent_height, **kind)
+        columns = torch.linspace(-1, 1, c.latent_width, **kind)
         t, y, x = torch.meshgrid(frames * (2 * math.pi / c.period), rows, columns, indexing="ij")
         radius = (x.square() + y.square()).sqrt()
         parts = [x, y, radius, t.cos(), t.sin()]

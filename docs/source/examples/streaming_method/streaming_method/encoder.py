@@ -33,10 +33,17 @@ class PlaceEncoder(Encoder):
     config: PlaceEncoderConfig
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map poses ``[T, 4, 4]`` to ``[1, L, FEATURES]`` float32."""
+        """Map poses ``[T, 4, 4]`` to ``[1, L, FEATURES]`` float32.
+
+        Raises:
+            ValueError: another shape.
+        """
+        if not isinstance(input, Tensor) or input.shape[1:] != (4, 4) or len(input) == 0:
+            got = list(input.shape) if isinstance(input, Tensor) else type(input).__name__
+            raise ValueError(f"Camera poses must be [T, 4, 4]; got {got}.")
         rows, columns = self.config.token_rows, self.config.token_columns
-        right = EXTENT * (torch.arange(columns) / columns - 0.5)
-        ahead = EXTENT * (0.5 - torch.arange(rows) / rows) * rows / columns
+        right = EXTENT * (torch.arange(columns, dtype=torch.float32) / columns - 0.5)
+        ahead = EXTENT * (0.5 - torch.arange(rows, dtype=torch.float32) / rows) * rows / columns
         offsets = torch.stack(torch.meshgrid(ahead, right, indexing="ij"), dim=-1).double()
         turn = input[:, (2, 0)][:, :, (2, 0)]  # world axes (Z, X) of the camera's axes (z, x)
         places = torch.einsum("tij,hwj->thwi", turn, offsets) + input[:, None, None, (2, 0), 3]

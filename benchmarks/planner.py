@@ -1,0 +1,83 @@
+"""What the planner predicts against what is measured, on this machine.
+
+``python benchmarks/planner.py`` measures the toy world and a tiny Wan model. The error of a time is
+``predicted / measured - 1``; memory is that of weights and rollout state, counted in tensors.
+"""
+
+import argparse
+from typing import Any
+
+import command
+import report
+import rollout
+import torch
+
+from flashdreams.infra.config import derive_config
+from flashdreams.parallel.environment import Environment
+from flashdreams.planning.counts import storages
+from flashdreams.planning.devices import DEVICES, GIB, this_machine
+from flashdreams.planning.plans import Planner
+from flashdreams.registry import discover
+from flashdreams.runtime.stats import sha256_of
+
+SLUGS = ("toy-world", "self-forcing-tiny-random")
+COLUMNS = (
+    "case", "p50_ms", "predicted_ms", "time_error", "measured_mib", "predicted_mib",
+    "memory_error", "binds",
+)  # fmt: skip
+
+
+def compare(slug: str, place: Environment, device: Any, repeats: int) -> dict[str, Any]:
+    """One method: prediction and measurement of an AR step with a full window."""
+    subject = rollout.load_subject(slug, place)
+    with torch.no_grad():
+        cache = subject.new_steady_rollout()
+        times = []
+        for _ in range(repeats):
+            start = rollout.clock_s(place.device)
+            subject.step(cache)
+            times.append(1e3 * (rollout.clock_s(place.device) - start))
+    config = derive_config(discover().resolve(slug).pipeline)  # type: ignore[attr-defined]
+    (plan,) = Planner(config, device).plans(1)
+    pipeline = subject.pipeline
+    held: set[int] = set()
+    weights = [list(part.parameters()) for part in pipeline.components().values()]
+    state = [cache.diffusion.conditional, cache.diffusion.unconditional, cache.decoder]
+    measured = storages([weights, state], held)
+    memory = plan.memory
+    predicted = memory.transformer + memory.others + memory.session
+    timing = report.timing_fields(sorted(times))
+    ms = timing["p50_ms"]
+    return {
+        "case": slug,
+        "variant": "full window",
+        **timing,
+        "predicted_ms": plan.ms.total,
+        "time_error": plan.ms.total / ms - 1,
+        "measured_mib": measured / GIB * 1024,
+        "predicted_mib": predicted / GIB * 1024,
+        "memory_error": predicted / measured - 1,
+        "binds": plan.ms.largest,
+        "output_sha256": sha256_of(cache.latent),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and compare."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("slugs", nargs="*", default=list(SLUGS))
+    options = command.parse(parser, arguments)
+    torch.set_num_threads(1)
+    place = Environment(0, 0, 1, torch.device(options.device))
+    _, device = this_machine(DEVICES)
+    repeats = options.repeats or 30
+    rows = [compare(slug, place, device, repeats) for slug in options.slugs]
+    config = {"slugs": options.slugs, "repeats": repeats, "device": str(device)}
+    found = report.new_report(
+        "planner", place.device, config, rows, options.git_commit, ("time_error", "memory_error")
+    )
+    report.finish(found, options, COLUMNS)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,67 @@
+"""The check of a method: ``flashdreams-check <slug>``, also ``python -m flashdreams.check``."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tyro
+from tyro.conf import Positional
+
+PROGRAM = "flashdreams-check"
+PASSED, FAILED, WRONG_USAGE = 0, 1, 2
+"""Exit codes."""
+
+
+@dataclass(kw_only=True)
+class CheckOptions:
+    """Check that registered methods keep the contract: on a CPU, in seconds, without downloads.
+
+    Large methods run at toy size, made of their own classes, and are built at full size on the meta
+    device. Every failure says what to change.
+    """
+
+    slugs: Positional[Sequence[str]] = ()
+    """Methods, by slug; none checks all that are registered."""
+    only: Sequence[str] = ()
+    """Names of the checks to make, such as "two ranks"; none makes all."""
+    names: bool = False
+    """Print the names of the checks, and stop."""
+
+
+def entry_point() -> None:
+    """Run the process's own command line and exit with its code."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Carry out one command line.
+
+    Args:
+        argv: the words after the program's name.
+
+    Returns:
+        0 all methods pass, 1 one fails, 2 the command line is wrong.
+    """
+    options = tyro.cli(CheckOptions, args=list(argv), prog=PROGRAM)
+    from flashdreams.checking.checks import NAMES, check_method
+    from flashdreams.registry import PluginError, discover
+
+    if options.names:
+        print("\n".join(NAMES))
+        return PASSED
+    try:
+        registry = discover()
+        configs: list[Any] = [registry.resolve(slug) for slug in options.slugs or registry]
+        reports = []
+        for config in configs:
+            reports.append(check_method(config, tuple(options.only)))
+            print(reports[-1], flush=True)
+    except (ValueError, PluginError) as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return WRONG_USAGE
+    return PASSED if all(report.passed for report in reports) else FAILED
+
+
+if __name__ == "__main__":
+    entry_point()

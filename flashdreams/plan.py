@@ -1,0 +1,101 @@
+"""The planner: ``flashdreams-plan <slug>``, also ``python -m flashdreams.plan <slug>``."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+PROGRAM = "flashdreams-plan"
+DONE, DOES_NOT_FIT, WRONG_USAGE = 0, 1, 2
+"""Exit codes."""
+
+
+@dataclass(kw_only=True)
+class PlanOptions:
+    """Memory, traffic and time of a method, for every way in which ranks may share it.
+
+    Nothing is loaded or downloaded: the network runs on the meta device, where tensors have shapes
+    and no memory. Times are sums over kinds of work, divided by rates that a device reaches; the
+    plan says where those are from.
+    """
+
+    slug: Positional[str]
+    """The method."""
+    gpus: str | None = None
+    """How many of what, such as 8xH100-80GB; None reads this machine, and measures a CPU."""
+    devices: Path | None = None
+    """YAML file with other or further devices: name -> fields."""
+    height: int | None = None
+    """Height of the video in pixels; None is the method's own."""
+    width: int | None = None
+    """Width of the video in pixels; None is the method's own."""
+    fps: float | None = None
+    """Frames per second that real time asks for; None is the method's own."""
+    precision: Literal["native", "fp8", "fp8_rowwise"] | None = None
+    """How the transformer's linear layers compute; None is the method's own."""
+    window: int | None = None
+    """Latent frames of the sliding window; None is the method's own."""
+
+
+def entry_point() -> None:
+    """Run the process's own command line and exit with its code."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Carry out one command line.
+
+    Args:
+        argv: the words after the program's name.
+
+    Returns:
+        0 a plan fits, 1 none does, 2 the command line is wrong.
+    """
+    options = tyro.cli(PlanOptions, args=list(argv), prog=PROGRAM)
+    from flashdreams.planning.devices import DEVICES, read_devices, resolve_gpus, this_machine
+    from flashdreams.planning.plans import Planner
+    from flashdreams.planning.table import summary, table
+    from flashdreams.registry import PluginError, discover
+
+    try:
+        runner: Any = discover().resolve(options.slug)
+        devices = DEVICES if options.devices is None else read_devices(options.devices)
+        config = _changed(runner, options)
+        given = options.gpus
+        count, device = this_machine(devices) if given is None else resolve_gpus(given, devices)
+        fps = options.fps or runner.fps
+        plans = Planner(config, device, fps=fps, parallel=runner.parallel).plans(count)
+    except (ValueError, TypeError, PluginError) as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return WRONG_USAGE
+    c: Any = config.diffusion_model.transformer
+    print(f"{options.slug} on {count} x {device.name}, latents {c.latent_height}x{c.latent_width}")
+    print(f"{table(plans)}\n{summary(plans)}")
+    print(f"Predicted, not measured. {device.name}: {device.source}.")
+    return DONE if plans[0].fits else DOES_NOT_FIT
+
+
+def _changed(runner: Any, options: PlanOptions) -> Any:
+    """The pipeline at the size that is asked for."""
+    from flashdreams.infra.config import derive_config
+    from flashdreams.infra.video_runner import SPATIAL_FACTOR, check_size
+
+    changes: dict[str, Any] = {}
+    for name in ("height", "width"):
+        pixels = getattr(options, name)
+        if pixels is not None:
+            check_size(name, pixels, runner.pipeline.diffusion_model.transformer)
+            changes[f"latent_{name}"] = pixels // SPATIAL_FACTOR
+    if options.precision is not None:
+        changes["linear_precision"] = options.precision
+    if options.window is not None:
+        changes["window_size_t"] = options.window
+    return derive_config(runner.pipeline, diffusion_model={"transformer": changes})
+
+
+if __name__ == "__main__":
+    entry_point()

@@ -1,0 +1,242 @@
+"""What one rank computes, holds and sends in an AR step, counted on the meta device."""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from flashdreams.attention.core import AttentionCore
+from flashdreams.parallel.collectives import Traffic
+
+GEMMS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_scaled_mm"})
+CONVOLUTIONS = frozenset({"convolution", "_convolution"})
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of one kind of call."""
+
+    gemm_flops: int = 0
+    """Operations of matrix products."""
+    attention_flops: int = 0
+    """Operations of attention, as backends do it: no scores in memory."""
+    convolution_flops: int = 0
+    """Operations of convolutions."""
+    gemm_bytes: int = 0
+    """Bytes that matrix products and convolutions read and write."""
+    other_bytes: int = 0
+    """Bytes that everything else reads and writes."""
+    calls: int = 0
+    """Kernels."""
+    traffic: Mapping[str, Traffic] = field(default_factory=dict)
+    """What this rank sends."""
+
+    @property
+    def flops(self) -> int:
+        """All operations that are counted."""
+        return self.gemm_flops + self.attention_flops + self.convolution_flops
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that this rank sends."""
+        return sum(traffic.bytes_sent for traffic in self.traffic.values())
+
+    def __add__(self, other: "Work") -> "Work":
+        traffic = dict(self.traffic)
+        for name, more in other.traffic.items():
+            traffic[name] = traffic.get(name, Traffic()) + more
+        sums = {n: getattr(self, n) + getattr(other, n) for n in _NUMBERS}
+        return Work(**sums, traffic=traffic)
+
+    def __sub__(self, other: "Work") -> "Work":
+        return self + other * -1
+
+    def __mul__(self, times: int) -> "Work":
+        traffic = {
+            n: Traffic(times * t.calls, times * t.bytes_sent) for n, t in self.traffic.items()
+        }
+        return Work(**{n: times * getattr(self, n) for n in _NUMBERS}, traffic=traffic)
+
+
+_NUMBERS = (
+    "gemm_flops", "attention_flops", "convolution_flops", "gemm_bytes", "other_bytes", "calls",
+)  # fmt: skip
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operations of what runs inside, and the memory of tensors that it makes.
+
+    Views and the making of tensors cost nothing. Attention is counted by the backend that
+    `count_attention` puts into the cores.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = dict.fromkeys(_NUMBERS, 0)
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self._known: set[int] = set()
+        self._holders: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Count one operation."""
+        kwargs = dict(kwargs or {})
+        out = func(*args, **kwargs)
+        inputs = list(_meta_tensors((args, kwargs)))
+        outputs = list(_meta_tensors(out))
+        if outputs:
+            self._count(func, args, kwargs, inputs, outputs, out)
+        return out
+
+    def _count(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        inputs: list[Tensor],
+        outputs: list[Tensor],
+        out: Any,
+    ) -> None:
+        for x in outputs:
+            self._follow(x)
+        name = func._schema.name.rpartition("::")[2]
+        fresh = func.is_view or not inputs or name.startswith(("empty", "new_empty", "detach"))
+        if fresh or name in ("_unsafe_view", "_reshape_alias", "lift_fresh", "alias"):
+            return
+        self.numbers["calls"] += 1
+        nbytes = sum(_nbytes(x) for x in (*inputs, *outputs))
+        packet = func._overloadpacket
+        if name in GEMMS or name in CONVOLUTIONS:
+            flops = flop_registry[packet](*args, **kwargs, out_val=out)
+            kind = "gemm_flops" if name in GEMMS else "convolution_flops"
+            self.numbers[kind] += flops
+            self.numbers["gemm_bytes"] += nbytes
+        else:
+            self.numbers["other_bytes"] += nbytes
+
+    def add_attention(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Count one attention call, ``[B, L, N, D]`` and ``[B, S, N, D]``."""
+        batch, queries, heads, dim = q.shape
+        self.numbers["attention_flops"] += 2 * batch * heads * queries * k.shape[1] * (dim + dim)
+        self.numbers["gemm_bytes"] += sum(map(_nbytes, (q, k, v, q)))
+        self.numbers["calls"] += 1
+
+    def _follow(self, x: Tensor) -> None:
+        """Count a storage as long as a tensor refers to it."""
+        storage = x.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        if key not in self._holders:
+            self.live_bytes += size
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        self._holders[key] = self._holders.get(key, 0) + 1
+        weakref.finalize(x, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._holders[key] -= 1
+        if not self._holders[key]:
+            del self._holders[key]
+            self.live_bytes -= size
+
+    def leave_out(self, value: Any) -> None:
+        """Do not count the memory of tensors that exist beforehand."""
+        storages(value, self._known)
+
+    def work(self, traffic: Mapping[str, Traffic] | None = None) -> Work:
+        """What was counted."""
+        return Work(**self.numbers, traffic=dict(traffic or {}))
+
+
+@contextmanager
+def counting_attention(module: nn.Module, counter: Counter) -> Iterator[None]:
+    """Let attention cores count and return empty tensors."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool = False) -> Any:
+        counter.add_attention(q, k, v)
+        out = torch.empty_like(q)
+        if not return_lse:
+            return out
+        return out, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+    cores = [core for core in module.modules() if isinstance(core, AttentionCore)]
+    kept = [core.backend for core in cores]
+    for core in cores:
+        core.backend = attend
+    try:
+        yield
+    finally:
+        for core, backend in zip(cores, kept, strict=True):
+            core.backend = backend
+
+
+def count(
+    module: nn.Module,
+    call: Callable[[], Any],
+    state: Any = None,
+    traffic: Callable[[], Mapping[str, Traffic]] = dict,
+) -> tuple[Work, int]:
+    """Count a call of a module on the meta device.
+
+    Args:
+        module: whose attention cores are counted.
+        call: runs it.
+        state: of the rollout, whose memory is not that of the call.
+        traffic: what was sent in the call.
+
+    Returns:
+        The work, and the most bytes that tensors of the call took at a time.
+    """
+    counter = Counter()
+    counter.leave_out([*module.parameters(), *module.buffers(), state])
+    with torch.no_grad(), counting_attention(module, counter), counter:
+        result = call()
+        del result
+    return counter.work(traffic()), counter.peak_bytes
+
+
+def _meta_tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_meta:
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _meta_tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _meta_tensors(item)
+
+
+def _nbytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def storages(value: Any, found: set[int] | None = None) -> int:
+    """Bytes of the storages that a state refers to, each once.
+
+    Args:
+        value: tensors, containers, dataclasses or objects of these.
+        found: storages that are left out; those that are counted are added.
+    """
+    found = set() if found is None else found
+    if isinstance(value, Tensor):
+        storage = value.untyped_storage()
+        if storage._cdata in found:
+            return 0
+        found.add(storage._cdata)
+        return storage.nbytes()
+    if isinstance(value, Mapping):
+        return sum(storages(x, found) for x in value.values())
+    if isinstance(value, list | tuple):
+        return sum(storages(x, found) for x in value)
+    if isinstance(value, nn.Module | type) or not hasattr(value, "__dict__"):
+        return 0
+    return sum(storages(x, found) for x in vars(value).values())

@@ -1,0 +1,388 @@
+"""Every way in which ranks may share a method: memory, traffic and time of an AR step."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from flashdreams.infra.component import select_context
+from flashdreams.infra.decoder.base import Decoder, StreamingDecoder
+from flashdreams.infra.diffusion.causal import CausalTransformer
+from flashdreams.infra.low_precision import weight_nbytes
+from flashdreams.infra.pipeline import StreamInferencePipelineConfig
+from flashdreams.parallel.dry import DryMesh, dry_mesh
+from flashdreams.parallel.mesh import ParallelConfig, ParallelDegrees, legal_degrees
+from flashdreams.parallel.parallelize import parallelize
+from flashdreams.planning.counts import Work, count, storages
+from flashdreams.planning.devices import GB, GIB, TERA, Device
+
+STEADY_CHUNKS = 64
+"""AR steps after which every window is full."""
+
+RESERVE_GIB = 1.5
+"""GiB of a GPU that the CUDA context, libraries and the allocator's gaps take; assumed."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank, rank zero, which holds most."""
+
+    transformer: int
+    """Weights of the transformer."""
+    others: int
+    """Weights of the other networks; the text encoder is on rank zero alone."""
+    kv_cache: int
+    """KV caches of one rollout, of the branches of guidance that this rank evaluates."""
+    state: int
+    """Other state of a rollout: prompt keys and values, step inputs, decoder state."""
+    activations: int
+    """Most that the tensors of a network call or a decode take."""
+    graphs: int
+    """Private memory of CUDA graphs: as much as activations, where they are on."""
+    reserve: int
+    """Context, libraries and gaps; assumed."""
+
+    @property
+    def session(self) -> int:
+        """Bytes of one more rollout."""
+        return self.kv_cache + self.state
+
+    @property
+    def total(self) -> int:
+        """Bytes of one rollout on this rank."""
+        return (
+            self.transformer + self.others + self.session + self.activations + self.graphs
+            + self.reserve
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Milliseconds:
+    """Predicted time of an AR step on one rank, in parts."""
+
+    gemm: float
+    attention: float
+    convolution: float
+    memory: float
+    """Everything that is bound by memory bandwidth."""
+    calls: float
+    """Launches that nothing hides."""
+    collectives: float
+
+    @property
+    def total(self) -> float:
+        """The sum: nothing is assumed to overlap."""
+        return sum(vars(self).values())
+
+    @property
+    def largest(self) -> str:
+        """What takes most."""
+        return max(vars(self), key=lambda name: vars(self)[name])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run a method."""
+
+    degrees: ParallelDegrees
+    device: Device
+    memory: Memory
+    work: Work
+    """Of an AR step with a full window, on one rank."""
+    ms: Milliseconds
+    frames: int
+    """Frames of an AR step."""
+    fps: float
+    """Frames per second that are to be shown."""
+    window_t: int
+    """Latent frames of sink and window."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether one rollout fits."""
+        return self.memory.total <= self.device.memory_gib * GIB
+
+    @property
+    def frames_per_second(self) -> float:
+        """Predicted."""
+        return 1e3 * self.frames / self.ms.total
+
+    @property
+    def is_real_time(self) -> bool:
+        """Whether frames come as fast as they are shown."""
+        return self.fits and self.frames_per_second >= self.fps
+
+    @property
+    def sessions(self) -> int:
+        """Rollouts whose state fits at a time."""
+        room = self.device.memory_gib * GIB - (self.memory.total - self.memory.session)
+        return max(0, int(room // max(self.memory.session, 1)))
+
+    @property
+    def longest_window_t(self) -> int | None:
+        """Latent frames of sink and window that fit; None without a KV cache."""
+        if not self.memory.kv_cache:
+            return None
+        room = self.device.memory_gib * GIB - (self.memory.total - self.memory.kv_cache)
+        return max(0, int(room // (self.memory.kv_cache / self.window_t)))
+
+    @property
+    def limit(self) -> str:
+        """What binds: memory, or the part of the time that is largest."""
+        if not self.fits:
+            parts = {n: v for n, v in vars(self.memory).items() if n != "reserve"}
+            return f"memory ({max(parts, key=lambda n: parts[n])})"
+        return self.ms.largest
+
+
+def predict_ms(work: Work, degrees: ParallelDegrees, device: Device) -> Milliseconds:
+    """Time of some work on one rank.
+
+    Args:
+        work: of the rank.
+        degrees: which exchanges leave a node: those of the outer axes, in larger worlds.
+        device: its rates.
+    """
+    collectives = 0.0
+    for name, traffic in work.traffic.items():
+        outer = name.split(".")[0] in ("ring", "sequence", "cfg", "decode")
+        far = degrees.world_size > device.ranks_per_node and outer
+        rate = (device.internode_gb_s if far else device.link_gb_s) or device.internode_gb_s
+        collectives += traffic.bytes_sent / (rate * GB) + traffic.calls * device.latency_us * 1e-6
+    return Milliseconds(
+        gemm=1e3 * work.gemm_flops / (device.gemm_tflops * TERA),
+        attention=1e3 * work.attention_flops / (device.attention_tflops * TERA),
+        convolution=1e3 * work.convolution_flops / (device.convolution_tflops * TERA),
+        memory=1e3 * work.other_bytes / (device.bandwidth_gb_s * GB),
+        calls=1e-3 * work.calls * device.call_us,
+        collectives=1e3 * collectives,
+    )
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a transformer takes on one rank and branch of guidance."""
+
+    call: Work
+    """A denoising step."""
+    clean: Work
+    """The clean pass."""
+    weights: int
+    """Bytes."""
+    caches: int
+    """Bytes of KV caches."""
+    state: int
+    """Bytes of all state of a rollout."""
+    activations: int
+    """Most bytes of a call's tensors at a time."""
+
+    def extrapolate(self, two: "Network", layers: int) -> "Network":
+        """This is of one layer, the other of two; what many equal layers take."""
+        more = layers - 1
+        return Network(
+            call=self.call + (two.call - self.call) * more,
+            clean=self.clean + (two.clean - self.clean) * more,
+            weights=self.weights + (two.weights - self.weights) * more,
+            caches=self.caches + (two.caches - self.caches) * more,
+            state=self.state + (two.state - self.state) * more,
+            activations=two.activations,
+        )
+
+
+class Planner:
+    """Plans of one pipeline; builds it on the meta device, never with weights."""
+
+    def __init__(
+        self,
+        config: StreamInferencePipelineConfig,
+        device: Device,
+        *,
+        fps: float = 16.0,
+        parallel: ParallelConfig | None = None,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            config: the pipeline, at the size that it shall run at.
+            device: what every rank has.
+            fps: frames per second of the video.
+            parallel: strategy; its degrees are not read.
+        """
+        self.config = config
+        self.device = device
+        self.fps = fps
+        self.parallel = parallel or ParallelConfig()
+        self.guided = config.diffusion_model.guidance_scale is not None
+
+    def plans(self, ranks: int) -> list[Plan]:
+        """All plans for a number of ranks: those that fit first, the fastest first."""
+        found = [self.plan(degrees) for degrees in self._degrees(ranks)]
+        return sorted(found, key=lambda p: (not p.fits, p.ms.total if p.fits else p.memory.total))
+
+    def _degrees(self, ranks: int) -> Iterator[ParallelDegrees]:
+        transformer: Any = self.config.diffusion_model.transformer
+        cut = self._plan_of_transformer
+        heads = getattr(transformer, "num_heads", None) if cut is not None else None
+        for degrees in legal_degrees(ranks, heads, self.guided):
+            if degrees.tp > 1 and not (cut and cut.tensor):
+                continue
+            if degrees.sequence > 1 and cut is not None and not cut.split:
+                continue
+            yield degrees
+
+    @cached_property
+    def _plan_of_transformer(self) -> Any:
+        with torch.device("meta"):
+            return self.config.diffusion_model.transformer.setup().parallel_plan()
+
+    def plan(self, degrees: ParallelDegrees) -> Plan:
+        """One plan.
+
+        Raises:
+            ValueError: a transformer that the planner cannot run on the meta device.
+        """
+        mesh = dry_mesh(degrees, self.parallel)
+        config: Any = self.config.diffusion_model.transformer
+        network = self._network(config, mesh)
+        decoder, decoded, decoder_state, decoding = self._decoder(config, mesh)
+        branches = 2 if self.guided and degrees.cfg == 1 else 1
+        steps = int(self.config.diffusion_model.scheduler.setup().num_inference_steps)
+        work = (network.call * steps + network.clean) * branches + decoded
+        caches = network.caches * branches
+        everything = network.state * branches + decoder_state
+        graphs = network.activations if getattr(config, "use_cuda_graph", False) else 0
+        tokens = getattr(config, "window_size_t", 0)
+        on_gpu = self.device.source != "measured now"
+        return Plan(
+            degrees=degrees,
+            device=self.device,
+            memory=Memory(
+                transformer=network.weights,
+                others=self._other_weights + (_weights(decoder) if decoder is not None else 0),
+                kv_cache=caches,
+                state=everything - caches,
+                activations=max(network.activations, decoding),
+                graphs=graphs,
+                reserve=int(RESERVE_GIB * GIB) if on_gpu else 0,
+            ),
+            work=work,
+            ms=predict_ms(work, degrees, self.device),
+            frames=self._frames(config, decoder),
+            fps=self.fps,
+            window_t=tokens + getattr(config, "sink_size_t", 0),
+        )
+
+    def _on_meta(self, config: Any, mesh: DryMesh) -> Any:
+        changes = {n: False for n in ("use_cuda_graph", "fused_kernels") if hasattr(config, n)}
+        with torch.device("meta"):
+            component = replace(config, **changes).setup()
+        parallelize(component, component.parallel_plan(), mesh)
+        component.cast()
+        component.config = config
+        return component
+
+    def _network(self, config: Any, mesh: DryMesh) -> "Network":
+        """What the transformer takes; of many equal layers, two are run."""
+        layers = getattr(config, "num_layers", 0)
+        if layers <= 2:
+            return self._run_network(config, mesh)
+        one, two = (self._run_network(replace(config, num_layers=n), mesh) for n in (1, 2))
+        return one.extrapolate(two, layers)
+
+    def _run_network(self, config: Any, mesh: DryMesh) -> "Network":
+        """Run a denoising step and a clean pass with a full window on the meta device."""
+        transformer = self._on_meta(config, mesh)
+        if not isinstance(transformer, CausalTransformer):
+            raise ValueError(
+                f"{type(transformer).__name__} is no CausalTransformer: the planner does not know "
+                "how to run it on the meta device. Measure it: python benchmarks/fps.py <slug>."
+            )
+        context = transformer.example_context(1)
+        if context is None:
+            raise ValueError(
+                f"{type(transformer).__name__} names no example_context(batch_size), which the "
+                "planner needs: zeros of the shapes that initialize_cache takes."
+            )
+        context = {name: x.to("meta") for name, x in context.items()}
+        transformer.config = replace(transformer.config, use_cuda_graph=False)
+        make = transformer.initialize_cache
+        cache = make(**select_context(make, context))
+        streaming = transformer.config.streaming
+        index = STEADY_CHUNKS if streaming else 0
+        for cursor in cache.cursors:
+            cursor.reset(index * transformer.config.len_t)
+        control = transformer.example_control(1)
+        transformer.begin_step(index, cache, None if control is None else control.to("meta"))
+        latent = torch.empty(transformer.latent_shape(1), device="meta")
+        timestep = torch.tensor(500.0)
+        with torch.no_grad():  # with gradients, nothing is remembered
+            transformer.modulation_of(timestep, cache)
+        sent = mesh.meter.snapshot()
+        call, activations = count(
+            transformer,
+            lambda: transformer.predict_flow(latent, timestep, cache),
+            cache,
+            lambda: mesh.meter.since(sent),
+        )
+        sent_before = mesh.meter.snapshot()
+        clean, _ = count(
+            transformer,
+            lambda: transformer.update_cache(latent, timestep, cache),
+            cache,
+            lambda: mesh.meter.since(sent_before),
+        )
+        return Network(
+            call=call,
+            clean=clean,
+            weights=_weights(transformer),
+            caches=storages(getattr(cache, "caches", None)),
+            state=storages(cache),
+            activations=activations,
+        )
+
+    def _decoder(self, config: Any, mesh: DryMesh) -> tuple[Any, Work, int, int]:
+        """Decoder, work of a later chunk, bytes of its state, and the peak of activations."""
+        if self.config.decoder is None:
+            return None, Work(), 0, 0
+        decoder = self._on_meta(self.config.decoder, mesh)
+        size = (config.in_channels, config.len_t, config.latent_height, config.latent_width)
+        latent = torch.empty(1, *size, device="meta")
+        if not isinstance(decoder, StreamingDecoder):
+            work, peak = count(decoder, lambda: decoder(latent))
+            return decoder, work, 0, peak
+        cache = decoder.initialize_cache()
+        if config.streaming:
+            with torch.no_grad():
+                decoder(latent, autoregressive_index=0, cache=cache)
+        sent = mesh.meter.snapshot()
+        work, peak = count(
+            decoder,
+            lambda: decoder(latent, autoregressive_index=1, cache=cache),
+            cache,
+            lambda: mesh.meter.since(sent),
+        )
+        return decoder, work, storages(cache), peak
+
+    def _frames(self, config: Any, decoder: Any) -> int:
+        length = config.len_t
+        index = STEADY_CHUNKS if config.streaming else 0
+        counted = decoder.frame_count if isinstance(decoder, Decoder) else int
+        return counted((index + 1) * length) - (counted(index * length) if index else 0)
+
+    @cached_property
+    def _other_weights(self) -> int:
+        total = 0
+        for name in ("text_encoder", "image_encoder", "encoder"):
+            config = getattr(self.config, name)
+            if config is not None:
+                with torch.device("meta"):
+                    total += _weights(config.setup())
+        return total
+
+
+def _weights(component: Any) -> int:
+    """Bytes of the weights in their storage types."""
+    precision: Any = getattr(component.config, "linear_precision", "native")
+    return weight_nbytes(component, component.parallel_plan(), precision, component.dtype_of)

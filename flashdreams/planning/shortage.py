@@ -1,0 +1,101 @@
+"""Out-of-memory errors of torch in words: what was needed and for what, and what would fit."""
+
+import os
+import re
+import traceback
+from typing import Any
+
+import torch
+
+from flashdreams.parallel.environment import process_count
+from flashdreams.parallel.mesh import resolve_degrees
+from flashdreams.planning.advice import explain
+from flashdreams.planning.devices import GIB, Device
+
+_HOST_SHORTAGE = re.compile(r"DefaultCPUAllocator: can't allocate memory|bad_alloc|out of memory")
+
+
+class ShortageError(OSError):
+    """A device or the host has too little memory; the message says what would fit."""
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_HOST_SHORTAGE.search(str(error)))
+
+
+def with_advice(error: Exception, config: Any) -> Exception:
+    """The error, or one that says what was needed and what would fit if memory ran out.
+
+    Args:
+        error: of a run.
+        config: the runner's.
+    """
+    if not is_shortage(error):
+        return error
+    traceback.clear_frames(error.__traceback__)  # they hold the tensors that took the memory
+    on_gpu = isinstance(error, torch.OutOfMemoryError)
+    place = torch.cuda.get_device_name() if on_gpu and torch.cuda.is_available() else "the host"
+    text = f"out of memory on {place}{_asked(str(error))}."
+    try:
+        advice = explain(*_situation(config, on_gpu))
+    except Exception as problem:  # the advice may fail, the error stays
+        advice = f"What it needs cannot be said: {problem}"
+    found = ShortageError(f"{text} {advice}")
+    found.__cause__ = error
+    return found
+
+
+def _asked(text: str) -> str:
+    """The allocation that failed, as torch's message has it."""
+    found = re.search(r"allocate ([\d.]+ [KMG]iB|\d+ bytes)", text)
+    if found is None:
+        return ""
+    size, unit = found[1].split()
+    return f", at {int(size) / GIB:.2f} GiB" if unit == "bytes" else f", at {found[1]}"
+
+
+def _situation(config: Any, on_gpu: bool) -> tuple[Any, Device, Any, Any]:
+    """Pipeline, device, degrees and strategy of a run."""
+    pipeline = resolved_pipeline(config)
+    transformer = pipeline.diffusion_model.transformer
+    degrees = resolve_degrees(
+        config.parallel,
+        process_count(),
+        getattr(transformer, "num_heads", None),
+        pipeline.diffusion_model.guidance_scale is not None,
+    )
+    return pipeline, _device(on_gpu), degrees, config.parallel
+
+
+def resolved_pipeline(config: Any) -> Any:
+    """The pipeline of a runner's config, with the size that its shorthands ask for."""
+    from flashdreams.infra.video_runner import TextToVideoRunnerConfig, resolve_config
+
+    return (
+        resolve_config(config) if isinstance(config, TextToVideoRunnerConfig) else config
+    ).pipeline
+
+
+def _device(on_gpu: bool) -> Device:
+    if on_gpu and torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    else:
+        name, total = "the host", _host_bytes()
+    return Device(
+        name=name, memory_gib=total / GIB, peak_tflops=1, gemm_tflops=1, attention_tflops=1,
+        convolution_tflops=1, bandwidth_gb_s=1, link_gb_s=1,
+        source="" if on_gpu else "measured now",
+    )  # fmt: skip
+
+
+def _host_bytes() -> int:
+    """Memory of the host that this process may use: the machine's, or its own limit."""
+    import resource
+
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return total if limit == resource.RLIM_INFINITY else min(total, limit)

@@ -1,0 +1,115 @@
+"""A timeline of a run in Chrome's trace format, which ui.perfetto.dev opens."""
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flashdreams.runtime.files import write_whole
+
+MAX_EVENTS = 200_000
+"""Spans that one rank keeps; later ones are dropped and counted, so that memory stays bounded."""
+
+MAX_STEPS = 1024
+"""AR steps whose times a rank keeps."""
+
+
+class Tracer:
+    """Spans of one rank, by the host's clock; on CUDA a span is what the host spent on it."""
+
+    def __init__(self, rank: int, keep: bool) -> None:
+        """Prepare.
+
+        Args:
+            rank: of this process.
+            keep: keep every span; else only how long the last AR steps took.
+        """
+        self.rank = rank
+        self.keep = keep
+        self.events: list[dict[str, Any]] = []
+        self.dropped = 0
+        """Spans beyond :data:`MAX_EVENTS`."""
+        self.steps_ms: deque[float] = deque(maxlen=MAX_STEPS)
+        """Milliseconds of the last calls of ``generate``."""
+
+    @contextmanager
+    def span(
+        self, name: str, index: int | None, sent: Callable[[], dict[str, Any]]
+    ) -> Iterator[None]:
+        """Record what happens inside as one span.
+
+        Args:
+            name: of the stage.
+            index: the AR step that it belongs to.
+            sent: bytes and calls of every collective so far, by name.
+        """
+        before = sent() if self.keep else {}
+        start_ns = time.time_ns()
+        try:
+            yield
+        finally:
+            duration_us = (time.time_ns() - start_ns) / 1e3
+            if name == "generate":
+                self.steps_ms.append(duration_us / 1e3)
+            if self.keep:
+                self._add(name, index, start_ns / 1e3, duration_us, _since(before, sent()))
+
+    def _add(
+        self,
+        name: str,
+        index: int | None,
+        start_us: float,
+        duration_us: float,
+        sent: dict[str, Any],
+    ) -> None:
+        if len(self.events) >= MAX_EVENTS:
+            self.dropped += 1
+            return
+        step = {} if index is None else {"autoregressive_index": index}
+        event = {"name": name, "cat": "stage", "ph": "X", "ts": start_us, "dur": duration_us}
+        self.events.append({**event, "pid": self.rank, "tid": 0, "args": {**step, **sent}})
+
+
+def _since(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Calls and bytes of collectives that are new."""
+    return {
+        name: {key: value - before.get(name, {}).get(key, 0) for key, value in counts.items()}
+        for name, counts in after.items()
+        if counts != before.get(name)
+    }
+
+
+def write_trace(path: Path, ranks: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """Write the spans of all ranks into one file, whole or not at all.
+
+    Args:
+        path: the file, ``.json``.
+        ranks: spans of each rank.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    events = [event for spans in ranks for event in spans]
+    begin = min((event["ts"] for event in events), default=0.0)
+    named = [
+        {"name": "process_name", "ph": "M", "pid": rank, "tid": 0, "args": {"name": f"rank {rank}"}}
+        for rank in range(len(ranks))
+    ]
+    shifted = [{**event, "ts": event["ts"] - begin} for event in events]
+    with write_whole(path) as file:
+        text = json.dumps({"traceEvents": [*named, *shifted], "displayTimeUnit": "ms"})
+        file.write(text.encode())
+
+
+def slowest_rank(steps_ms: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Median milliseconds of each rank's own work, and the rank with the largest.
+
+    Args:
+        steps_ms: of each rank, its AR steps.
+    """
+    medians = [sorted(steps)[len(steps) // 2] if steps else 0.0 for steps in steps_ms]
+    slowest = max(range(len(medians)), key=lambda rank: medians[rank])
+    return {"p50_ms_by_rank": medians, "slowest_rank": slowest}

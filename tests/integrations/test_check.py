@@ -1,0 +1,46 @@
+"""All shipped methods and both examples pass ``flashdreams-check``."""
+
+import sys
+
+import pytest
+
+from flashdreams import check
+from flashdreams.checking.checks import check_method
+from flashdreams.registry import VARIABLE, discover
+from tests.architecture.sources import EXAMPLES
+
+METHODS = {
+    "customized-method": "customized_method",
+    "streaming-method": "streaming_method",
+}
+SHIPPED = sorted(slug for slug in discover() if slug not in METHODS)
+
+
+@pytest.fixture(autouse=True)
+def examples(monkeypatch):
+    references = []
+    for slug, package in METHODS.items():
+        folder = str(EXAMPLES / package)
+        if folder not in sys.path:
+            monkeypatch.syspath_prepend(folder)
+        references.append(f"{slug}={package}.config:RUNNER_CONFIGS")
+    monkeypatch.setenv(VARIABLE, ",".join(references))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slug", [*METHODS, *SHIPPED])
+def test_a_method_passes(slug):
+    report = check_method(discover().resolve(slug))
+    assert report.passed and len(report.results) == 15, str(report)
+
+
+def test_the_command_prints_a_report(capsys):
+    assert check.main(["customized-method", "--only", "determinism", "state styles"]) == 0
+    printed = capsys.readouterr().out
+    assert "customized-method: as registered, in float32 on the CPU" in printed
+    assert "pass  determinism" in printed and "note  state styles" in printed
+
+
+def test_the_command_refuses_an_unknown_slug(capsys):
+    assert check.main(["toy-wrld"]) == 2
+    assert "Did you mean 'toy-world'" in capsys.readouterr().err

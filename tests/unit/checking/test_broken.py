@@ -1,0 +1,102 @@
+"""Methods that break one rule each fail in the check of that rule, with words that help."""
+
+import re
+
+import pytest
+
+from flashdreams.checking.checks import NAMES, check_method
+from flashdreams.infra.config import derive_config
+from tests import broken_methods as broken
+
+
+def result(config, check):
+    report = check_method(config, ("rollout", check) if check != "rollout" else ("rollout",))
+    return {found.check: found for found in report.results}[check]
+
+
+NETWORKS = {
+    "KeepsTable": ("meta build", "table is a plain attribute"),
+    "ForgetsBuffer": ("meta build", "table is not filled"),
+    "OnTheHost": ("meta build", "scale is on cpu"),
+    "NotFinite": ("shapes and frames", "not finite"),
+    "Random": ("determinism", "never from torch.rand"),
+    "Remembers": ("interleaving", "keep it in what initialize_cache returns"),
+    "CountsCalls": ("state on modules", "CountsCalls.calls"),
+    "DefaultType": ("default type", "Say dtype="),
+    "HostTensor": ("devices", "add__ at broken_methods.py|add at broken_methods.py"),
+    "Waits": ("graph safety", "__bool__.. at broken_methods.py"),
+    "ReadsThePosition": ("graph safety", "broken_methods.py:.* in forward: .* becomes"),
+    "Reallocates": ("graph safety", "is in another place in memory"),
+    "WrongStyle": ("rollout", 'style "host" and holds a tensor'),
+    "ForgetsGather": ("rollout", "needs all of split, gather and attention"),
+    "LosesState": ("snapshot", "saved and loaded after 3 AR steps goes on otherwise"),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_broken_network_fails_on_its_line(name):
+    check, words = NETWORKS[name]
+    found = result(broken.with_network(getattr(broken, name)), check)
+    assert found.verdict == "FAIL"
+    assert re.search(words, found.text), found.text
+
+
+@pytest.mark.parametrize(
+    ("config", "check", "words"),
+    [
+        (broken.BrokenDecoderConfig(), "shapes and frames", "Override frame_count"),
+        (broken.BytesDecoderConfig(), "shapes and frames", "x / 127.5 - 1"),
+        (broken.ChannelsFirstConfig(), "shapes and frames", "frames before channels"),
+        (broken.SeamsConfig(), "chunk split", "seams between chunks"),
+        (broken.AveragesConfig(), "bad input", "NaN in its noise"),
+        (broken.AveragesConfig(), "state on modules", "Averages.mean"),
+    ],
+)
+def test_a_broken_decoder_fails_on_its_line(config, check, words):
+    found = result(broken.with_decoder(config), check)
+    assert found.verdict == "FAIL" and words in found.text, found.text
+
+
+def test_a_config_that_changes_itself_fails():
+    pipeline = {"diffusion_model": {"transformer": broken.GrowingConfig()}}
+    found = result(derive_config(broken.WHOLE, pipeline=pipeline), "config round trip")
+    assert found.verdict == "FAIL"
+    assert "pipeline.diffusion_model.transformer.grown" in found.text
+
+
+def test_control_that_nobody_checks_fails():
+    encoder = broken.PlaceEncoderConfig(_target=broken.AcceptsAnything)
+    found = result(derive_config(broken.WHOLE, pipeline={"encoder": encoder}), "bad input")
+    assert found.verdict == "FAIL" and "an object() as control input is accepted" in found.text
+
+
+def test_state_without_a_style_is_a_note():
+    config = broken.with_network(broken.NoStyle)
+    for check in ("state styles", "snapshot"):
+        found = result(config, check)
+        assert found.verdict == "note" and "PlainPrompt.extra" in found.text
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ForgetsSplit", "The plan leaves out 'rope'"),
+        ("ForgetsCore", "The plan leaves out the attention core 'blocks.*.attention.core'"),
+        ("SeesPart", "No single addition to the plan mends it"),
+    ],
+)
+@pytest.mark.slow
+def test_two_ranks_say_what_the_plan_leaves_out(name, words):
+    found = result(broken.with_network(getattr(broken, name)), "two ranks")
+    assert found.verdict == "FAIL" and words in found.text, found.text
+
+
+def test_the_example_passes_every_check_but_those_of_ranks():
+    """Negative control of the whole file."""
+    report = check_method(broken.WHOLE, tuple(n for n in NAMES if n != "two ranks"))
+    assert report.passed and all(r.verdict == "pass" for r in report.results), str(report)
+
+
+def test_an_unknown_check_is_refused():
+    with pytest.raises(ValueError, match=r"Unknown check 'speed'\. Checks: config round trip"):
+        check_method(broken.WHOLE, ("speed",))

@@ -1,0 +1,142 @@
+"""The planner's counts against the cost model, against tensors, and its text."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashdreams import plan
+from flashdreams.infra.config import derive_config
+from flashdreams.integrations.lingbot_world.config import PIPELINE as LINGBOT
+from flashdreams.integrations.self_forcing.config import TAEHV_PIPELINE, TINY_PIPELINE
+from flashdreams.parallel.dry import dry_mesh
+from flashdreams.parallel.mesh import ParallelConfig, ParallelDegrees
+from flashdreams.planning.advice import explain
+from flashdreams.planning.counts import storages
+from flashdreams.planning.devices import DEVICES, GIB, read_devices, resolve_gpus
+from flashdreams.planning.plans import Planner
+
+H200 = DEVICES["H200-141GB"]
+DEGREES = [
+    ParallelDegrees(),
+    ParallelDegrees(ulysses=2),
+    ParallelDegrees(ring=2, ulysses=3),
+    ParallelDegrees(ring=2, tp=2),
+]
+
+
+@pytest.fixture(scope="module")
+def scaling():
+    sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+    try:
+        import scaling
+    finally:
+        sys.path.pop(0)
+    return scaling
+
+
+@pytest.mark.parametrize("degrees", DEGREES, ids=str)
+@pytest.mark.parametrize("method", ["gather", "rotate"])
+def test_counts_on_meta_are_those_of_the_cost_model(scaling, degrees, method):
+    """The cost model is proven against counted collectives of real ranks in test_scaling."""
+    config = scaling.MODELS["tiny"]
+    parallel = ParallelConfig(ring_method=method)
+    planner = Planner(derive_config(TINY_PIPELINE), H200, parallel=parallel)
+    network = planner._run_network(config, dry_mesh(degrees, parallel))
+    for work, write_only in ((network.call, False), (network.clean, True)):
+        expected = scaling.predict_call(config, degrees, 4, method, write_only)
+        assert work.flops == expected.flops
+        assert work.traffic == expected.traffic
+
+
+def test_equal_layers_are_extrapolated_exactly():
+    transformer = derive_config(TINY_PIPELINE.diffusion_model.transformer, num_layers=5)
+    config = derive_config(TINY_PIPELINE, diffusion_model={"transformer": transformer})
+    planner, mesh = Planner(config, H200), dry_mesh(ParallelDegrees(ulysses=2), ParallelConfig())
+    fast, whole = planner._network(transformer, mesh), planner._run_network(transformer, mesh)
+    assert fast.call == whole.call and fast.clean == whole.clean
+    assert (fast.weights, fast.caches, fast.state) == (whole.weights, whole.caches, whole.state)
+
+
+def test_weights_and_state_are_those_of_a_rollout():
+    pipeline = TINY_PIPELINE.setup(device="cpu")
+    cache = pipeline.initialize_cache(text=["a red fox"])
+    for index in range(4):
+        pipeline.generate(index, cache)
+        pipeline.finalize(index, cache)
+    (found,) = Planner(TINY_PIPELINE, H200).plans(1)
+    transformer = pipeline.diffusion_model.transformer
+    assert found.memory.transformer == storages(list(transformer.parameters()))
+    assert found.memory.kv_cache == storages(cache.diffusion.conditional.caches)
+    measured = storages([cache.diffusion.conditional, cache.decoder])
+    assert found.memory.session == pytest.approx(measured, rel=0.05)
+
+
+def test_the_step_that_was_measured_on_an_h200_is_met():
+    """437 ms and 10 GiB without a text encoder: eager, FlashAttention-3, unfused, TAEHV."""
+    config = derive_config(TAEHV_PIPELINE, text_encoder=None)
+    (found,) = Planner(config, H200).plans(1)
+    assert found.ms.total == pytest.approx(437, rel=0.10)
+    assert (found.memory.total - found.memory.reserve) / GIB == pytest.approx(10, rel=0.05)
+    assert found.frames == 12 and found.is_real_time and found.limit == "attention"
+
+
+def test_all_legal_degrees_are_there_and_the_best_is_first():
+    found = Planner(TINY_PIPELINE, H200).plans(4)  # two heads
+    assert {(p.degrees.ring, p.degrees.ulysses, p.degrees.tp) for p in found} == {
+        (4, 1, 1), (2, 2, 1), (2, 1, 2),
+    }  # fmt: skip
+    assert [p.ms.total for p in found] == sorted(p.ms.total for p in found)
+    assert found[0].sessions > 1 and found[0].longest_window_t > 7
+
+
+def test_more_memory_is_advised_where_it_does_not_fit():
+    small = DEVICES["H100-80GB"]
+    text = explain(LINGBOT, small, ParallelDegrees())
+    assert "kv cache 72.48" in text and "there are 79.60 GiB" in text
+    assert "The cheapest change that fits: 2 ranks: torchrun --nproc-per-node 2" in text
+
+
+def test_a_file_changes_the_table(tmp_path):
+    path = tmp_path / "devices.yaml"
+    path.write_text("H200-141GB: {gemm_tflops: 100}\n")
+    table = read_devices(path)
+    assert table["H200-141GB"].gemm_tflops == 100 and str(path) in table["H200-141GB"].source
+    path.write_text("H200-141GB: {gem_tflops: 100}\n")
+    with pytest.raises(ValueError, match=r"H200-141GB: .*gem_tflops"):
+        read_devices(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "name"),
+    [("8xH100-80GB", 8, "H100-80GB"), ("h200", 1, "H200-141GB"), ("2xb200", 2, "B200-180GB")],
+)
+def test_gpus_are_read(text, count, name):
+    found, device = resolve_gpus(text, DEVICES)
+    assert (found, device.name) == (count, name)
+
+
+@pytest.mark.parametrize("text", ["8xH99", "xH200", "0xH200", "8xA100", ""])
+def test_unknown_gpus_are_refused_with_all_kinds(text):
+    with pytest.raises(ValueError, match="Kinds: H200-141GB, H100-80GB"):
+        resolve_gpus(text, DEVICES)
+
+
+def test_the_command(capsys):
+    words = ["self-forcing-tiny-random", "--gpus", "2xH100-80GB", "--fps", "24", "--height", "64"]
+    assert plan.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "latents 8x6" in printed and "frames/s for 24 shown" in printed
+    assert "Type: --parallel.cfg-parallel-degree 1" in printed and "ASSUMED" in printed
+    assert plan.main(["lingbot-world-fast", "--gpus", "RTX-4090"]) == 1
+    assert "No plan fits" in capsys.readouterr().out
+    assert plan.main(["toy-world", "--gpus", "8xH99"]) == 2
+    assert "Kinds: " in capsys.readouterr().err
+    assert plan.main(["self-forcing-tiny-random", "--gpus", "H200", "--height", "63"]) == 2
+
+
+def test_this_machine_is_read_without_gpus(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert plan.main(["toy-world"]) == 0
+    assert "measured now" in capsys.readouterr().out
