@@ -118,7 +118,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         self.pipeline = config.pipeline.setup(device=self.environment.device, load=False)
         self.resumable = ResumableRun(
             config.output_dir / f"resume_{config.runner_name}",
-            read_launch(),
+            read_launch(self.environment),
             every=config.snapshot_every,
             kept=config.snapshots_kept,
             resume=config.resume,

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flashdreams.parallel.attempt import agree_on_attempt
+
 T = TypeVar("T")
 
 LOAD_TIMEOUT_S = 1800.0
@@ -38,6 +40,9 @@ class Environment:
     """Key-value store that all ranks share, where heartbeats stand; None for a single rank, or if
     the process group was made elsewhere."""
 
+    restarted: bool = False
+    """Ranks of this job were started before, as their store remembers."""
+
     @property
     def is_rank_zero(self) -> bool:
         """Whether this process prints and writes for the run."""
@@ -54,11 +59,14 @@ class Launch:
     """How often torchrun has started the ranks anew."""
 
 
-def read_launch() -> Launch:
-    """Who started this process."""
-    return Launch(
-        os.environ.get("TORCHELASTIC_RUN_ID", ""), _read_int("TORCHELASTIC_RESTART_COUNT", 0)
-    )
+def read_launch(environment: Environment) -> Launch:
+    """Who started this process.
+
+    An agent that starts its ranks anew because another agent came or went counts no restart.
+    """
+    counted = _read_int("TORCHELASTIC_RESTART_COUNT", 0)
+    restarts = max(counted, int(environment.restarted))
+    return Launch(os.environ.get("TORCHELASTIC_RUN_ID", ""), restarts)
 
 
 def process_rank() -> int:
@@ -101,8 +109,8 @@ def init(device: str = "auto", timeout_s: float = LOAD_TIMEOUT_S) -> Environment
         torch.cuda.set_device(chosen)
     if world_size == 1:
         return Environment(rank, local_rank, world_size, chosen)
-    store = _connect(chosen, timedelta(seconds=timeout_s))
-    return Environment(rank, local_rank, world_size, chosen, store)
+    store, restarted = _connect(chosen, timedelta(seconds=timeout_s))
+    return Environment(rank, local_rank, world_size, chosen, store, restarted)
 
 
 def shutdown() -> None:
@@ -276,16 +284,20 @@ def _pick_device(name: str, local_rank: int, many_ranks: bool) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _connect(device: torch.device, timeout: timedelta) -> dist.Store:
-    """Make the process group; CPU tensors travel over gloo, CUDA tensors over NCCL."""
+def _connect(device: torch.device, timeout: timedelta) -> tuple[dist.Store, bool]:
+    """Make the process group; CPU tensors travel over gloo, CUDA tensors over NCCL.
+
+    Returns:
+        A store for heartbeats, and whether the ranks were started before.
+    """
     store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
     store.set_timeout(timeout)
     on_cuda = device.type == "cuda"
     # An agent keeps its store over restarts, with the addresses of ranks that are gone.
-    attempt = f"{read_launch().restarts}.{world_size}"
+    attempt = agree_on_attempt(store, rank, world_size, timeout.total_seconds())
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-        store=dist.PrefixStore(f"flashdreams{attempt}", store),
+        store=dist.PrefixStore(f"flashdreams{attempt.name}", store),
         rank=rank,
         world_size=world_size,
         timeout=timeout,
@@ -295,7 +307,7 @@ def _connect(device: torch.device, timeout: timedelta) -> dist.Store:
     heartbeat = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
     )
-    return dist.PrefixStore(f"heartbeat{attempt}", heartbeat)
+    return dist.PrefixStore(f"heartbeat{attempt.name}", heartbeat), attempt.starts > world_size
 
 
 def _collective_device() -> torch.device:
