@@ -140,7 +140,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         self.pipeline.default_seed = config.seed
         self.resumable = ResumableRun(
             config.output_dir / f"resume_{config.runner_name}",
-            read_launch(),
+            read_launch(self.environment),
             every=config.snapshot_every,
             kept=config.snapshots_kept,
             resume=config.resume,

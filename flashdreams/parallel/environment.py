@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flashdreams.parallel.attempt import agree_on_attempt
+
 T = TypeVar("T")
 
 LOAD_TIMEOUT_S = 1800.0
@@ -45,6 +47,9 @@ class Environment:
     local_pids: Mapping[int, int] = field(default_factory=dict, repr=False, compare=False)
     """Process of every rank on this machine, this one included, as far as `init` made the group."""
 
+    restarted: bool = False
+    """Ranks of this job were started before, as their store remembers."""
+
     @property
     def is_rank_zero(self) -> bool:
         """Whether this process prints and writes for the run."""
@@ -61,11 +66,14 @@ class Launch:
     """How often torchrun has started the ranks anew."""
 
 
-def read_launch() -> Launch:
-    """Who started this process."""
-    return Launch(
-        os.environ.get("TORCHELASTIC_RUN_ID", ""), _read_int("TORCHELASTIC_RESTART_COUNT", 0)
-    )
+def read_launch(environment: Environment) -> Launch:
+    """Who started this process.
+
+    An agent that starts its ranks anew because another agent came or went counts no restart.
+    """
+    counted = _read_int("TORCHELASTIC_RESTART_COUNT", 0)
+    restarts = max(counted, int(environment.restarted))
+    return Launch(os.environ.get("TORCHELASTIC_RUN_ID", ""), restarts)
 
 
 def process_rank() -> int:
@@ -126,8 +134,10 @@ def init(
         torch.cuda.set_device(chosen)
     if world_size == 1:
         return Environment(rank, local_rank, world_size, chosen)
-    store, pids = _connect(chosen, timedelta(seconds=timeout_s), timedelta(seconds=meeting_s))
-    return Environment(rank, local_rank, world_size, chosen, store, pids)
+    store, pids, restarted = _connect(
+        chosen, timedelta(seconds=timeout_s), timedelta(seconds=meeting_s)
+    )
+    return Environment(rank, local_rank, world_size, chosen, store, pids, restarted)
 
 
 def shutdown() -> None:
@@ -319,26 +329,33 @@ def _pick_device(name: str, local_rank: int, many_ranks: bool) -> torch.device:
 
 def _connect(
     device: torch.device, timeout: timedelta, meeting: timedelta
-) -> tuple[dist.Store, dict[int, int]]:
-    """Make the process group; CPU tensors travel over gloo, CUDA tensors over NCCL."""
+) -> tuple[dist.Store, dict[int, int], bool]:
+    """Make the process group; CPU tensors travel over gloo, CUDA tensors over NCCL.
+
+    Returns:
+        A store for heartbeats, this machine's processes, and whether the ranks were started before.
+    """
     rank, world_size = _read_int("RANK", 0), _read_int("WORLD_SIZE", 1)
+    limit_s = meeting.total_seconds()
     try:
         store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=meeting)))
     except dist.DistError as error:
         raise OtherRankError(
-            f"Rank {rank} of {world_size} could not reach the ranks' store within "
-            f"{meeting.total_seconds():.0f} s; it is held by torchrun's agent or by rank 0."
+            f"Rank {rank} of {world_size} could not reach the ranks' store within {limit_s:.0f} s; "
+            "it is held by torchrun's agent or by rank 0."
         ) from error
     store.set_timeout(timeout)
-    # An agent keeps its store when it starts the ranks again: no attempt may meet the addresses
-    # that a former one has left.
-    attempt = f"{read_launch().restarts}.{world_size}"
-    store = dist.PrefixStore(f"attempt{attempt}", store)
-    pids = _meet(store, rank, world_size, meeting)
+    # An agent keeps its store over restarts, with the addresses of ranks that are gone.
+    try:
+        attempt = agree_on_attempt(store, rank, world_size, limit_s)
+    except TimeoutError as error:
+        raise OtherRankError(str(error)) from error
+    group = dist.PrefixStore(f"flashdreams{attempt.name}", store)
+    pids = _local_pids(group, rank, world_size)
     on_cuda = device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-        store=dist.PrefixStore("flashdreams", store),
+        store=group,
         rank=rank,
         world_size=world_size,
         timeout=timeout,
@@ -348,22 +365,14 @@ def _connect(
     heartbeat = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
     )
-    return dist.PrefixStore(f"heartbeat{attempt}", heartbeat), pids
+    heartbeats = dist.PrefixStore(f"heartbeat{attempt.name}", heartbeat)
+    return heartbeats, pids, attempt.starts > world_size
 
 
-def _meet(store: dist.Store, rank: int, world_size: int, meeting: timedelta) -> dict[int, int]:
-    """Wait until all ranks are here, so that a missing one is named; gives this machine's pids."""
+def _local_pids(store: dist.Store, rank: int, world_size: int) -> dict[int, int]:
+    """The process of every rank on this machine; all ranks have come."""
     keys = [f"here{other}" for other in range(world_size)]
     store.set(keys[rank], f"{os.getpid()} {_machine()}")
-    try:
-        store.wait(keys, meeting)
-    except dist.DistStoreError as error:
-        missing = [str(other) for other, key in enumerate(keys) if not store.check([key])]
-        raise OtherRankError(
-            f"{len(missing)} of {world_size} ranks have not come within "
-            f"{meeting.total_seconds():.0f} s: {', '.join(missing[:20])}. They hang in an import, "
-            "or were not started."
-        ) from error
     told = [store.get(key).decode().split(" ", 1) for key in keys]
     return {
         other: int(pid) for other, (pid, machine) in enumerate(told) if machine == _machine() != ""

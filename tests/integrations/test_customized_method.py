@@ -107,8 +107,9 @@ def test_the_example_is_installed_listed_and_run(
     words = ("customized-method", *prompt, "--output-dir", "installed")
     said = command(own_python, *program, *words, cwd=tmp_path)
     assert_made_a_video(tmp_path / "installed", steps=4)
-    files = ("installed/customized-method.mp4", "installed/stats_customized-method.json")
-    assert said.splitlines()[-1].split() == ["written:", *files]
+    files = ("customized-method.mp4", "stats_customized-method.json", "log_customized-method.jsonl")
+    written = [f"installed/{file}" for file in files]
+    assert said.splitlines()[-1].split() == ["written:", *written]
     command(own_python, *pip, "uninstall", "-y", "customized_method", cwd=tmp_path)
     assert "customized-method" not in command(own_python, *program, "--help", cwd=tmp_path)
 
@@ -157,7 +158,9 @@ def test_the_published_runner_unchanged_leaves_complete_stats(
     register(monkeypatch, tmp_path)
     out = tmp_path / "out"
     assert run.main(["customized-method", "--total-blocks", "3", "--output-dir", str(out)]) == 0
-    assert [path.name for path in out.iterdir()] == ["stats_customized-method.json"]
+    assert {path.name for path in out.iterdir()} == {
+        "stats_customized-method.json", "log_customized-method.jsonl"
+    }  # fmt: skip
     stats = json.loads((out / "stats_customized-method.json").read_text())
     assert stats["header"].keys() >= HEADER_KEYS
     assert None not in stats["header"].values()

@@ -62,7 +62,7 @@ def test_a_step_that_is_interrupted_leaves_those_before_it(
     assert run.main(words) == 130
     assert capsys.readouterr().err.endswith("flashdreams-run: interrupted\n")
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"toy-world.partial.mp4", "stats_toy-world.json"}
+    assert names == {"toy-world.partial.mp4", "stats_toy-world.json", "log_toy-world.jsonl"}
     records = json.loads((tmp_path / "stats_toy-world.json").read_text())["records"]
     assert [record["autoregressive_index"] for record in records] == [0, 1, 2]
     assert all(record["frames"] == 1 and record["latent_sha256"] for record in records)

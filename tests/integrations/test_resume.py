@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -230,3 +231,33 @@ def test_a_damaged_snapshot_falls_back_to_the_one_before(tmp_path, reference):
         other = tmp_path / "other"
         finish(start(other, 1, "--seed", "9", restarts=0), other)
         assert_same(other, reference)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_three_agents_go_on_when_the_fourth_is_lost(tmp_path, reference):
+    """One agent per rank; an agent dies with its rank, and nobody types anything."""
+    folder, steps = tmp_path / "out", 8
+    where = f"localhost:{free_port()}"
+    rendezvous = ("--nnodes", "2:4", "--rdzv-backend", "c10d", "--rdzv-endpoint", where)
+    agents = []
+    try:
+        for _ in range(4):
+            launcher = (*rendezvous, "--rdzv-id", "job")
+            agents.append(start(folder, 1, "--parallel.ring-degree", "4", launcher=launcher))
+            time.sleep(1)  # the first one holds the store
+        wait_until(lambda: steps_of(folder) >= steps, agents[0], folder)
+        lost = agents.pop()
+        stop(lost)
+        for agent in agents:
+            assert agent.wait(LIMIT_S) == 0, said(folder)[-3000:]
+    finally:
+        for agent in agents:
+            stop(agent)
+    assert "This run goes on with degrees that fit." in said(folder)
+    assert "resumed before AR step" in said(folder)
+    assert_same(folder, reference, bits=False)

@@ -100,7 +100,8 @@ def test_command_line_makes_a_video_and_its_stats(tmp_path, capsys):
     assert stats["header"]["parallel"] == {"cfg": 1, "ring": 1, "ulysses": 1, "tp": 1}
     beside = video_frames(tmp_path / "toy-world.mp4")
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"toy-world.mp4", "stats_toy-world.json", "latents_toy-world.safetensors"}
+    files = {"toy-world.mp4", "stats_toy-world.json", "latents_toy-world.safetensors"}
+    assert names == {*files, "log_toy-world.jsonl"}
 
     assert main([*words, "--seed", "0"]) == 0
     again = json.loads((tmp_path / "stats_toy-world.json").read_text())

@@ -54,7 +54,12 @@ class Run:
 
     def __init__(self, folder: Path, **fields: Any) -> None:
         mesh = SimpleNamespace(degrees=Degrees(), meter=SimpleNamespace(counts={}))
-        pipeline = SimpleNamespace(guard=lambda *_: nullcontext(), stats=lambda: {})
+        pipeline = SimpleNamespace(
+            guard=lambda *_: nullcontext(),
+            stats=lambda: {},
+            fingerprint=lambda: {},
+            config=FakeConfig(folder),
+        )
         environment = Environment(0, 0, 1, torch.device("cpu"))
         config: Any = FakeConfig(folder, **fields)
         self.recorder = RunRecorder(config, environment, mesh, pipeline)  # type: ignore[arg-type]
@@ -140,7 +145,7 @@ def test_records_are_on_disk_when_the_next_step_has_begun(tmp_path: Path) -> Non
     assert read_latent_parts(tmp_path / "latents_toy.partial.npy").shape == (1, 2, 3, 2, 2)
     run.recorder.close()
     assert run.records()[:2] == records and run.records()[2]["psnr_db"] == 20.0
-    assert run.names() == {"stats_toy.json", "latents_toy.safetensors"}
+    assert run.names() == {"stats_toy.json", "latents_toy.safetensors", "log_toy.jsonl"}
 
 
 def test_a_step_that_was_broken_off_has_no_record(tmp_path: Path) -> None:
@@ -275,5 +280,5 @@ def test_a_figure_that_json_cannot_hold_is_said_at_the_end(tmp_path: Path) -> No
     run.steps(cache, 2, 2)
     with pytest.raises(ValueError, match=r"records\[1\]\.psnr_db is nan"):
         run.recorder.close()
-    assert run.names() == {"stats_toy.partial.jsonl"}
+    assert run.names() == {"stats_toy.partial.jsonl", "log_toy.jsonl"}
     assert [r["autoregressive_index"] for r in run.lines()[1:]] == [0]
