@@ -14,6 +14,7 @@ from flashdreams.infra.runner import Runner, RunnerConfig
 from flashdreams.infra.session import Command
 from flashdreams.infra.shots import plan_shots, read_shot_file
 from flashdreams.infra.weights import with_downloads
+from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.image_file import gradient_image, load_image
 
 SPATIAL_FACTOR = 8
@@ -191,7 +192,9 @@ class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]
             self.prompt = self.shots[0].text
         self.negative_prompt = (config.negative_prompt or "").strip()
         self.prompt_embeds = read_embeds(config.prompt_embeds, config.transformer)
-        self.negative_prompt_embeds = read_embeds(config.negative_prompt_embeds, config.transformer)
+        self.negative_prompt_embeds = read_embeds(
+            config.negative_prompt_embeds, config.transformer, "--negative-prompt-embeds"
+        )
         config = resolve_config(config)
         self.image = self.first_image(config)
         super().__init__(config)
@@ -263,21 +266,28 @@ def resolve_config(config: ConfigT) -> ConfigT:
     return replace(config, pipeline=pipeline)
 
 
-def read_embeds(path: Path | None, transformer: VideoTransformerConfig) -> Tensor | None:
+def read_embeds(
+    path: Path | None, transformer: VideoTransformerConfig, option: str = "--prompt-embeds"
+) -> Tensor | None:
     """The embeddings ``[1, text_len, text_dim]`` in a file; None if no file is named.
 
     Raises:
-        CheckpointError: the file is absent or damaged.
-        ValueError: it holds something else, or several prompts.
+        CheckpointError: the file is absent.
+        ValueError: it is damaged, or holds something else, or several prompts.
     """
     if path is None:
         return None
     text_dim = transformer.text_dim
-    embeds = load_prompt_embeds(path, text_len=transformer.text_len, text_dim=text_dim)
+    try:
+        embeds = load_prompt_embeds(path, text_len=transformer.text_len, text_dim=text_dim)
+    except (CheckpointError, ValueError) as error:
+        if not path.is_file():
+            raise
+        raise ValueError(f"{option}: {error}") from error
     if len(embeds) != 1:
         raise ValueError(
-            f"{path} holds {len(embeds)} prompts, and a run makes one video: save one of them, as "
-            f"[rows, {text_dim}]."
+            f"{option}: {path} holds {len(embeds)} prompts, and a run makes one video: save one of "
+            f"them, as [rows, {text_dim}]."
         )
     return embeds
 

@@ -281,3 +281,22 @@ def test_images_reach_no_other_decoder(suffix, tmp_path):
 def test_images_of_these_formats_are_read(suffix, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / f"image.{suffix}")
     assert load_image(tmp_path / f"image.{suffix}", 8, 8).shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", "bin"])
+@pytest.mark.parametrize("content", [b"", b"\x80\x04N.", b"\xff" * 99, b"PK\x03\x04" + bytes(99)])
+def test_damaged_embeddings_are_one_line_with_file_and_option(suffix, content, tmp_path, capsys):
+    path = tmp_path / f"prompt.{suffix}"
+    path.write_bytes(content)
+    argv = ["self-forcing-tiny-random", "--prompt-embeds", str(path)]
+    code, line = error_of(argv, tmp_path, capsys)
+    assert code == 2 and f"--prompt-embeds: {path}" in line
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00", b"\xff" * 99, b"PK\x03\x04"])
+def test_damaged_poses_are_one_line_with_file_and_option(content, tmp_path, capsys):
+    path = tmp_path / "poses.npy"
+    path.write_bytes(content)
+    argv = ["lingbot-world-tiny-random", "--test-image", "True", "--pose-path", str(path)]
+    code, line = error_of(argv, tmp_path, capsys)
+    assert code == 2 and f"--pose-path {path} cannot be read: it is no .npy file" in line

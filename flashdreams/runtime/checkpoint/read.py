@@ -325,6 +325,7 @@ def load_pickle(path: Path) -> object:
             zipped = file.read(4) == b"PK\x03\x04"
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*looks like a TorchScript archive")
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]{1,200})", str(error))
