@@ -1,8 +1,9 @@
 """Tables of measured figures for the README and the site, made from the committed reports alone.
 
-``python benchmarks/table.py`` prints them, ``python benchmarks/table.py --write README.md`` puts
-them between the README's two marks. Of several reports for one cell the fastest, or for a ratio the
-newest, is taken. What no report has measured is "not measured".
+``python benchmarks/table.py`` prints the README's, ``python benchmarks/table.py --write README.md``
+puts it between the README's two marks; the site takes the others when it is built. Of several
+reports for one cell the fastest, or for a ratio the newest, is taken. What no report has measured
+is "not measured".
 """
 
 import argparse
@@ -50,7 +51,7 @@ RATIOS = (
     Ratio("growth", None, "paired_ratio", "time of a step of an old rollout to a young one's"),
     Ratio("growth", None, "memory_ratio", "memory after the last step to that after the first"),
     Ratio(
-        "peers", "diffusers", "ratio", "time of `diffusers`, which keeps no past, to this package"
+        "peers", "diffusers", "ratio", "time of `diffusers`, which has no KV cache, to this package"
     ),
     Ratio("decode", "chunk at once", "ratio", "time of a chunk decoded at once to frame by frame"),
 )
@@ -112,8 +113,9 @@ def place(figure: Figure) -> str:
 
 def speeds(figures: Sequence[Figure], slugs: Mapping[str, str]) -> str:
     """Table of slugs and their speed, those that anybody has measured first."""
-    cells = {slug: [speed(figures, slug, device) for device in DEVICES] for slug in slugs}
-    lines = ["| slug | what it does | on a CPU | on a GPU |", "|---|---|---|---|"]
+    devices = DEVICES[::-1]
+    cells = {slug: [speed(figures, slug, device) for device in devices] for slug in slugs}
+    lines = ["| slug | what it does | on a GPU | on a CPU |", "|---|---|---|---|"]
     for slug in sorted(slugs, key=lambda slug: cells[slug] == [NOT_MEASURED] * len(DEVICES)):
         lines.append(f"| `{slug}` | {slugs[slug].rstrip('.')} | {' | '.join(cells[slug])} |")
     return "\n".join(lines)
@@ -182,11 +184,6 @@ def _is(figure: Figure, benchmark: str, device: str) -> bool:
     return bool(found["benchmark"] == benchmark and found["device"]["type"] == device)
 
 
-def measured(figures: Sequence[Figure]) -> str:
-    """Both tables."""
-    return f"{speeds(figures, shipped_slugs())}\n\n{ratios(figures)}"
-
-
 def replace_region(text: str, content: str) -> str:
     """A text with new content between its two marks.
 
@@ -201,12 +198,12 @@ def replace_region(text: str, content: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the tables, or write them into a file."""
+    """Print the table of speeds, or write it into a file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--write", type=Path, default=None, help="file with the two marks")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the reports")
     options = parser.parse_args(arguments)
-    text = measured(read_reports(options.results))
+    text = speeds(read_reports(options.results), shipped_slugs())
     if options.write is None:
         sys.stdout.write(text + "\n")
     else:

@@ -1,3 +1,3 @@
 """A streaming inference engine for autoregressive video and world models."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from flashdreams.infra.config import InstantiateConfig, unknown_name
+from flashdreams.infra.config import InstantiateConfig, check_slug, unknown_name
 
 GROUP = "flashdreams.runner_configs"
 """The entry-point group in which packages, this one included, name their runner configs."""
@@ -18,7 +18,6 @@ VARIABLE = "FLASHDREAMS_RUNNER_CONFIGS"
 """The environment variable that registers for the time being: ``slug=module:attr,...``."""
 
 _REFERENCE = re.compile(r"[\w.]+:[\w.]+")
-_SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
 class PluginError(Exception):
@@ -200,5 +199,4 @@ def _check(slug: Any, config: Any) -> None:
     name: Any = config.runner_name
     if slug != name:
         raise ValueError(f"the key {slug!r} must equal the config's runner_name {name!r}.")
-    if not isinstance(name, str) or not _SLUG.fullmatch(name):
-        raise ValueError(f"runner_name {name!r} must be of letters, digits and . _ + - only.")
+    check_slug(name)

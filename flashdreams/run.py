@@ -18,7 +18,9 @@ from typing import Any
 
 from flashdreams.infra.config import (
     annotated_types,
+    check_slug,
     config_fields,
+    expand_home,
     field_annotation,
     is_config,
     removed_field,
@@ -27,6 +29,7 @@ from flashdreams.registry import VARIABLE, PluginError, Registry, discover, is_r
 from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.termination import EXIT_CODE as TERMINATED
 from flashdreams.runtime.termination import Terminated, raise_on_sigterm
+from flashdreams.runtime.text import printable, quoted, read_text
 
 PROGRAM = "flashdreams-run"
 DONE, RUN_FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -34,6 +37,7 @@ DONE, RUN_FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
 _OWN_OPTIONS = {
     "--config FILE": "take the slug and all fields from a file; further flags override it",
+    "--replay FILE": "make the frames of a log (log_<slug>.jsonl) again, and compare the hashes",
     "--print-config": "print the config in the form of such a file, and stop",
     "--no-instantiate": "print the resolved config, and stop",
     "--debug": "show the traceback of an error",
@@ -58,6 +62,9 @@ class CommandLine:
     overrides: list[str]
     """Flags for the fields of the slug's config, ``--help`` included."""
     config_file: Path | None = None
+    replay_file: Path | None = None
+    replay: Any = None
+    """The `Replay` of that file."""
     print_config: bool = False
     no_instantiate: bool = False
     debug: bool = False
@@ -94,7 +101,8 @@ def main(argv: Sequence[str]) -> int:
     """
     debug = "--debug" in argv
     try:
-        config = _resolve(_split(argv))
+        line = _split(argv)
+        config = _resolve(line)
     except KeyboardInterrupt as stop:
         return _stopped(stop)
     except BrokenPipeError:
@@ -103,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
         return DONE
     except Exception as error:
         return _report(error, WRONG_USAGE, debug, same_everywhere=True)
-    return DONE if config is None else _run(config, debug)
+    return DONE if config is None else _run(config, debug, line.replay)
 
 
 def _split(argv: Sequence[str]) -> CommandLine:
@@ -116,7 +124,12 @@ def _split(argv: Sequence[str]) -> CommandLine:
             value = value if equals else next(words, "")
             if not value or value.startswith("--"):
                 raise UsageError("--config needs a file: --config FILE.")
-            line.config_file = Path(value)
+            line.config_file = Path(os.path.expanduser(value))
+        elif name == "--replay":
+            value = value if equals else next(words, "")
+            if not value or value.startswith("--"):
+                raise UsageError("--replay needs a file: --replay outputs/log_<slug>.jsonl.")
+            line.replay_file = Path(os.path.expanduser(value))
         elif word in ("--debug", "--no-instantiate", "--print-config"):
             setattr(line, word[2:].replace("-", "_"), True)
         else:
@@ -131,6 +144,11 @@ def _split(argv: Sequence[str]) -> CommandLine:
 def _resolve(line: CommandLine) -> Any:
     """The config to run, or None if the command line only asked for something to be printed."""
     registry = discover()
+    if line.replay_file is not None:
+        config = _apply_overrides(_read_replay(line, registry), line)
+        if config is None or not (line.print_config or line.no_instantiate):
+            return config
+        return _show(config, line)
     if line.slug is None and line.config_file is None:
         return _answer_without_slug(line, registry)
     config = registry.resolve(line.slug) if line.slug is not None else None
@@ -141,6 +159,12 @@ def _resolve(line: CommandLine) -> Any:
     config = _apply_overrides(config, line)
     if config is None:
         return None
+    check_slug(config.runner_name)  # also of configs that are no RunnerConfig
+    return _show(config, line)
+
+
+def _show(config: Any, line: CommandLine) -> Any:
+    """The config, or None if it was only to be printed."""
     if line.print_config:
         from flashdreams.infra.config_file import dump_config
 
@@ -151,7 +175,7 @@ def _resolve(line: CommandLine) -> Any:
     if line.no_instantiate:
         _print_on_rank_zero(str(config))
         return None
-    return config
+    return expand_home(config)
 
 
 def _answer_without_slug(line: CommandLine, registry: Registry) -> None:
@@ -202,12 +226,12 @@ def _table(rows: list[tuple[str, str]]) -> list[str]:
 
 
 def _read_config_file(path: Path, registry: Registry, named: Any) -> Any:
-    from flashdreams.infra.config_file import load_config
+    from flashdreams.infra.config_file import MAX_CONFIG_BYTES, load_config
 
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        text = read_text(path, MAX_CONFIG_BYTES)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UsageError(
             f"cannot read --config {path}: {reason}. "
             f"Write one with: {PROGRAM} <slug> --print-config > {path}"
@@ -223,10 +247,27 @@ def _read_config_file(path: Path, registry: Registry, named: Any) -> Any:
         raise UsageError(f"{path} holds a {type(config).__name__}, which is no runner's config.")
     if named is not None and config.runner_name != named.runner_name:
         raise UsageError(
-            f"{path} is a config of {config.runner_name!r}, not of {named.runner_name!r}: "
+            f"{path} is a config of {quoted(config.runner_name)}, not of {named.runner_name!r}: "
             f"leave the slug away, or name the file's own."
         )
     return config
+
+
+def _read_replay(line: CommandLine, registry: Registry) -> Any:
+    """The config of a log; its files go to a folder of their own unless a flag names another."""
+    from flashdreams.infra.config_file import load_config
+    from flashdreams.infra.run_log import read_log
+
+    path = line.replay_file
+    assert path is not None
+    if line.slug is not None or line.config_file is not None:
+        raise UsageError(f"--replay {path} has its own config; leave the slug and --config away.")
+    line.replay = read_log(path)
+    text = line.replay.header["config"]
+    if text is None:
+        raise UsageError(f"--replay {path}: its config cannot be kept in a file.")
+    config = load_config(text, list(registry.values()), str(path))
+    return replace(config, output_dir=config.output_dir / "replay", resume=False)
 
 
 def _apply_overrides(config: Any, line: CommandLine) -> Any:
@@ -348,10 +389,12 @@ def _one_line(rendered: str, program: str) -> str:
     return f"{text}.{hint} Type {program} --help for every flag."
 
 
-def _run(config: Any, debug: bool) -> int:
+def _run(config: Any, debug: bool, replay: Any = None) -> int:
     """Set up the runner and run it; what it has recorded is written whatever happens."""
     try:
         runner = config.setup()
+        if replay is not None:
+            runner.recorder.replay = replay
     except KeyboardInterrupt as stop:
         return _stopped(stop)
     except (ValueError, TypeError) as error:
@@ -381,6 +424,7 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
     nobody's mistake shows its traceback at once: such a run is not easily repeated.
     """
     readable = [ValueError, OSError, ImportError, PluginError, CheckpointError]
+    readable.append(FloatingPointError)  # of the values that a run has made
     if code == WRONG_USAGE:
         readable.append(TypeError)
     lines = [" ".join(line.split()) for line in str(error).splitlines()]
@@ -389,11 +433,13 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
     unexpected = not (repeats or isinstance(error, tuple(readable))) or not text
     debug = debug or (unexpected and code == RUN_FAILED and _ranks() > 1)
     if debug:
-        traceback.print_exception(error)
+        trace = "".join(traceback.format_exception(error))
+        print(printable(trace, 100_000), file=sys.stderr, end="", flush=True)
     if unexpected:
         text = f"{type(error).__name__}: {text}".rstrip(": ") + _HINT * (not debug)
     elif isinstance(error, PluginError):
         text += _HINT * (not debug)
+    text = printable(text)
     if _rank() == 0:
         print(f"{PROGRAM}: error: {text}", file=sys.stderr, flush=True)
         return code

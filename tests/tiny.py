@@ -37,6 +37,7 @@ def tiny_transformer(**overrides) -> WanTransformerConfig:
 @dataclass(kw_only=True)
 class CountingEncoderConfig(StreamingEncoderConfig):
     _target: type["CountingEncoder"] = field(default_factory=lambda: CountingEncoder)
+    tokens: int = 8
 
 
 class CountingEncoder(StreamingEncoder):
@@ -47,7 +48,7 @@ class CountingEncoder(StreamingEncoder):
 
     def forward(self, input, autoregressive_index=0, cache=None):
         cache.append(float(input) + autoregressive_index)
-        return torch.full((1, 8, CONTROL_DIM), sum(cache))
+        return torch.full((1, self.config.tokens, CONTROL_DIM), sum(cache))
 
 
 @dataclass(kw_only=True)
@@ -77,7 +78,7 @@ def tiny_pipeline(**transformer) -> StreamInferencePipelineConfig:
     """A pipeline with every kind of rollout state: KV cache, encoder and decoder state, noise."""
     return StreamInferencePipelineConfig(
         name="tiny",
-        encoder=CountingEncoderConfig(),
+        encoder=CountingEncoderConfig(tokens=4 * transformer.get("len_t", 2)),
         diffusion_model=DiffusionModelConfig(
             transformer=tiny_transformer(**{"control_dim": CONTROL_DIM, **transformer}),
             scheduler=FlowMatchSchedulerConfig(denoising_timesteps=(1000.0, 500.0)),

@@ -1,7 +1,7 @@
 """The sink-and-window KV cache of a streaming rollout."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -12,6 +12,13 @@ from flashdreams.attention.cursor import CacheCursor as _CacheCursor
 from flashdreams.attention.cursor import Cursor, token_slots
 from flashdreams.attention.quantized import KVStorage, QuantizedTokens
 from flashdreams.attention.rope import apply_rope, time_rotation
+from flashdreams.runtime.region import (
+    Region,
+    TensorPart,
+    region_shape,
+    select_region,
+    whole_region,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +78,11 @@ class CacheLayout(Protocol):
     def gather_cache(self, x: Tensor) -> Tensor:
         """``[B, slots, N, D]`` of the whole model from this rank's part; a collective call."""
 
-    def shard_cache(self, x: Tensor) -> Tensor:
-        """This rank's part of ``[B, slots, N, D]`` of the whole model."""
+    def cache_region(self, region: Region) -> Region:
+        """Which entries of a region of ``[B, slots, N, D]`` of the whole model are cached here."""
+
+    def written_region(self, region: Region) -> Region:
+        """Which of these this rank writes to a file; all ranks together write each once."""
 
 
 class KVCache:
@@ -89,6 +99,8 @@ class KVCache:
         self.spec = spec
         self.cursor = cursor
         self.layout = layout
+        self.whole_spec = spec
+        """The same cache in the whole model; a wrapper of the core puts it here."""
         self.k = spec.new_tokens(spec.capacity_t)
         self.v = spec.new_tokens(spec.capacity_t)
         self.sink_tokens = spec.sink_size_t * spec.tokens_per_frame
@@ -184,6 +196,39 @@ class KVCache:
             if mine is not None:
                 mine.copy_(theirs)  # type: ignore[arg-type]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values (stored sink keys included) on this rank."""
+        return self.spec.nbytes
+
+    def parts(self) -> Iterator[tuple[str, TensorPart]]:
+        """This rank's part of what ``canonical_tensors`` gives, which is not read yet.
+
+        Not a collective call, and nothing is gathered.
+        """
+        frames = self.cursor.past_frames()
+        tokens = len(frames) * self.spec.tokens_per_frame
+        kept = self._sink_tokens_of(frames)
+
+        def read(stored: Any) -> Tensor:
+            return stored[:, self._tokens_of(self._slots_of(frames))]
+
+        yield "k", self._part(tokens, lambda: read(self.k))
+        yield "v", self._part(tokens, lambda: read(self.v))
+        sink_k = self.sink_k
+        if sink_k is not None:
+            yield "sink_k", self._part(kept, lambda: sink_k[:, :kept])
+
+    def whole_region(self, tokens: int) -> Region:
+        """``[B, tokens, N, D]`` of the whole model."""
+        spec = self.whole_spec
+        return whole_region((spec.batch_size, tokens, spec.num_heads, spec.head_dim))
+
+    def region(self, tokens: int) -> Region:
+        """This rank's entries of ``[B, tokens, N, D]`` of the whole model."""
+        whole = self.whole_region(tokens)
+        return whole if self.layout is None else self.layout.cache_region(whole)
+
     def canonical_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What is held of the whole model, frames in the order of their positions, one by one.
 
@@ -200,12 +245,15 @@ class KVCache:
         if self.sink_k is not None:
             yield "sink_k", self._gather(self.sink_k[:, : self._sink_tokens_of(frames)])
 
-    def load_canonical(self, frames: Sequence[int], state: Mapping[str, Tensor]) -> None:
+    def load_canonical(
+        self, frames: Sequence[int], state: Mapping[str, Tensor], *, is_cut: bool = False
+    ) -> None:
         """Take this rank's part of ``canonical_tensors``, in place; the cursor comes first.
 
         Args:
             frames: positions that the tensors hold.
             state: the tensors by name.
+            is_cut: they are this rank's parts already.
 
         Raises:
             ValueError: other frames than this sink and window hold, or another size of model.
@@ -221,10 +269,18 @@ class KVCache:
             raise ValueError("The state and this model differ in relative_rope; set it alike.")
         tokens = self._tokens_of(self._slots_of(held))
         for name, stored in (("k", self.k), ("v", self.v)):
-            stored[:, tokens] = self._shard(state[name], len(tokens))
+            stored[:, tokens] = self._own_part(state[name], len(tokens), is_cut)
         if self.sink_k is not None:
             kept = self._sink_tokens_of(held)
-            self.sink_k[:, :kept] = self._shard(state["sink_k"], kept)
+            self.sink_k[:, :kept] = self._own_part(state["sink_k"], kept, is_cut)
+
+    def _part(self, tokens: int, read: Callable[[], Tensor]) -> TensorPart:
+        """The part ``[B, tokens, N, D]`` of this rank, which ``read`` gives."""
+        spec, layout = self.whole_spec, self.layout
+        tokens = tokens // self.spec.tokens_per_frame * spec.tokens_per_frame
+        whole = self.whole_region(tokens)
+        written = whole if layout is None else layout.written_region(whole)
+        return TensorPart(region_shape(whole), spec.dtype, self.region(tokens), written, read)
 
     def _slots_of(self, frames: Sequence[int]) -> list[int]:
         return [self.cursor.slot_of(frame) for frame in frames]
@@ -238,8 +294,10 @@ class KVCache:
     def _gather(self, x: Tensor) -> Tensor:
         return x if self.layout is None else self.layout.gather_cache(x)
 
-    def _shard(self, whole: Tensor, tokens: int) -> Tensor:
-        own = whole if self.layout is None else self.layout.shard_cache(whole)
+    def _own_part(self, x: Tensor, tokens: int, is_cut: bool) -> Tensor:
+        own = x
+        if not is_cut and self.layout is not None:
+            own = select_region(x, self.layout.cache_region(whole_region(x.shape)))
         wanted = (self.spec.batch_size, tokens, self.spec.num_heads, self.spec.head_dim)
         if tuple(own.shape) != wanted or own.dtype != self.spec.dtype:
             raise ValueError(

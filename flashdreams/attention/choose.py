@@ -121,7 +121,13 @@ def _measure(
 ) -> BackendChoice:
     q, k, v = draw_inputs(shape, device, dtype)
     call_of, seen = _prepare(shape, q, k, v)
-    places = torch.linspace(0, shape.queries - 1, min(shape.queries, COMPARED_QUERIES)).long()
+    places = torch.linspace(
+        0,
+        shape.queries - 1,
+        min(shape.queries, COMPARED_QUERIES),
+        dtype=torch.float32,
+        device="cpu",
+    ).long()
     expected = reference_attention(q[:, places], *seen, shape.head_dim**-0.5)
     del seen
     bound = ERROR_BOUNDS[dtype]
@@ -217,12 +223,12 @@ def draw_inputs(
 
     def normal(tokens: int) -> Tensor:
         size = (shape.batch_size, tokens, shape.num_heads, shape.head_dim)
-        return torch.randn(size, generator=generator)
+        return torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
 
     q, k, v = normal(shape.queries), normal(shape.keys), normal(shape.keys)
     count = min(shape.queries, shape.keys, COMPARED_QUERIES)
-    asking = torch.linspace(0, shape.queries - 1, count).long()
-    asked = torch.linspace(0, shape.keys - 1, count).long()
+    asking = torch.linspace(0, shape.queries - 1, count, dtype=torch.float32, device="cpu").long()
+    asked = torch.linspace(0, shape.keys - 1, count, dtype=torch.float32, device="cpu").long()
     q[:, asking] = 3 * k[:, asked]
     return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
 

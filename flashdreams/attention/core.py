@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from flashdreams.attention.backends import AttentionBackend, sdpa
 from flashdreams.attention.cache import KVCache, KVCacheSpec
 from flashdreams.attention.cursor import Cursor
+from flashdreams.runtime.region import Region
 
 
 class AttentionCore(nn.Module):
@@ -17,6 +18,8 @@ class AttentionCore(nn.Module):
         super().__init__()
         self.scale = head_dim**-0.5
         self.backend = backend
+        self.strict = False
+        """Whether a head must have the same bits whatever the number of heads."""
 
     def new_cache(self, spec: KVCacheSpec, cursor: Cursor) -> KVCache:
         """Storage for one rollout; a wrapper rewrites the spec on the way in."""
@@ -29,6 +32,14 @@ class AttentionCore(nn.Module):
             x: ``[B, slots, N, D]``, any number of slots, in whole frames.
         """
         return x
+
+    def cache_region(self, region: Region) -> Region:
+        """Which entries of a region of ``[B, slots, N, D]`` of the whole model are cached here."""
+        return region
+
+    def written_region(self, region: Region) -> Region:
+        """Which of these this rank writes to a file; all ranks together write each once."""
+        return region
 
     def shard_cache(self, x: Tensor) -> Tensor:
         """What is cached here of keys or values of the whole model: the inverse."""

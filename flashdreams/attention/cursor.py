@@ -12,8 +12,11 @@ from flashdreams.runtime.transfer import to_device
 
 def token_slots(frame_slots: Sequence[int], tokens_per_frame: int) -> Tensor:
     """Slots of the tokens of latent frames in the given slots, ``[F * tokens per frame]`` int64."""
-    slots = torch.tensor(list(frame_slots), dtype=torch.int64)
-    return (slots[:, None] * tokens_per_frame + torch.arange(tokens_per_frame)).flatten()
+    slots = torch.tensor(list(frame_slots), dtype=torch.int64, device="cpu")
+    return (
+        slots[:, None] * tokens_per_frame
+        + torch.arange(tokens_per_frame, dtype=torch.int64, device="cpu")
+    ).flatten()
 
 
 class Cursor:

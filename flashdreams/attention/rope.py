@@ -61,8 +61,8 @@ class RotaryEmbedding3D(nn.Module):
         time, rows, columns = self.frequencies
         shape = (len(frames), height, width, -1)
         positions = frames.to("cpu", torch.float64)
-        row_positions = torch.arange(height, dtype=torch.float64)
-        column_positions = torch.arange(width, dtype=torch.float64)
+        row_positions = torch.arange(height, dtype=torch.float64, device="cpu")
+        column_positions = torch.arange(width, dtype=torch.float64, device="cpu")
         angles = torch.cat(
             [
                 (positions[:, None] * time)[:, None, None].expand(shape),

@@ -1,7 +1,8 @@
 """Assembly: what happens to a pipeline once, before its first rollout."""
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from flashdreams.infra.component import (
     Component,
     build_component,
+    check_loras,
     declared_context,
     load_component,
 )
@@ -37,6 +39,18 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
+
+
+@contextlib.contextmanager
+def plain_defaults() -> Iterator[None]:
+    """Build under PyTorch's own default type and device, whatever the program has set."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 class Assembly(nn.Module):
@@ -70,7 +84,7 @@ class Assembly(nn.Module):
         self.warmed_up: WarmUp | None = None
         model_config: DiffusionModelConfig = config.diffusion_model
         self._latent_width = model_config.transformer.latent_width
-        with torch.random.fork_rng(devices=[]):
+        with plain_defaults(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(INIT_SEED)
             self.text_encoder = build_component(config.text_encoder)
             self.image_encoder = build_component(config.image_encoder)
@@ -108,14 +122,15 @@ class Assembly(nn.Module):
         parallel = parallel or ParallelConfig()
         transformer = self.diffusion_model.transformer
         sizes = transformer.config
-        planned = transformer.parallel_plan() is not None
+        plan = transformer.parallel_plan()
         streaming = getattr(sizes, "streaming", False)
         degrees = resolve_degrees(
             parallel,
             world_size,
-            num_heads=getattr(sizes, "num_heads", None) if planned else None,
+            num_heads=getattr(sizes, "num_heads", None) if plan is not None else None,
             guided=self.config.diffusion_model.guidance_scale is not None,
             cached_frame_tokens=getattr(sizes, "tokens_per_frame", None) if streaming else None,
+            any_degree=plan is not None and bool(plan.heads),
         )
         return build_mesh(degrees, self.target_device.type, parallel)
 
@@ -192,6 +207,8 @@ class Assembly(nn.Module):
         if prompts:
             self.context_encoder.refuse_prompts(prompts)
         fetch_weights(self.config, text_on_rank_zero=shared)
+        for name, component in self.components().items():
+            check_loras(component, self._slices.get(name))
         for name, component in self.components().items():
             load_component(component, self.target_device, self._slices.get(name))
         self.requires_grad_(False).eval()

@@ -2,6 +2,15 @@
 
 import difflib
 from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashdreams.infra.finite import tensors_in
+
+PIXEL_LIMIT = 1.5
+"""Largest size of a pixel: what interpolation overshoots [-1, 1] by stays below."""
 
 
 def check_order(call: str, index: int, next_index: int, pending: bool) -> None:
@@ -50,4 +59,44 @@ def refuse_unknown(names: Iterable[str], known: Collection[str], method: str) ->
         raise TypeError(
             f"No component of {method} takes the context {name!r}.{hint} "
             f"Known: {', '.join(sorted(known))}."
+        )
+
+
+def refuse_non_finite(name: str, value: Any) -> None:
+    """Refuse what a rollout is conditioned on where it is NaN or infinite.
+
+    Args:
+        name: what the message calls it.
+        value: a tensor, or tensors in mappings, sequences and dataclasses; else nothing is asked.
+
+    Raises:
+        ValueError: says how many values are wrong.
+    """
+    for tensor in tensors_in(value):
+        wrong = int((~torch.isfinite(tensor)).sum())
+        if wrong:
+            raise ValueError(
+                f"{name}: {wrong} of {tensor.numel()} values in {list(tensor.shape)} are NaN or "
+                "infinite."
+            )
+
+
+def refuse_other_pixels(name: str, image: Any) -> None:
+    """Refuse pixels that are not in [-1, 1], such as those of 0 to 255.
+
+    Args:
+        name: what the message calls them.
+        image: a tensor of any shape; anything else is for the encoder to judge.
+
+    Raises:
+        ValueError: says from where to where they go, and what to do about it.
+    """
+    refuse_non_finite(name, image)
+    if not isinstance(image, Tensor) or not image.is_floating_point() or not image.numel():
+        return
+    least, most = (float(x) for x in image.aminmax())
+    if max(-least, most) > PIXEL_LIMIT:
+        raise ValueError(
+            f"{name}: pixels go from {least:g} to {most:g}; they must be in [-1, 1]. Give "
+            f"pixels.float() / 127.5 - 1 for pixels of 0 to 255."
         )

@@ -11,7 +11,13 @@ from torch import nn
 
 from flashdreams.infra.config import InstantiateConfig
 from flashdreams.parallel.plan import ParallelPlan
-from flashdreams.runtime.checkpoint import CheckpointConfig, load_checkpoint
+from flashdreams.runtime.checkpoint import (
+    CheckpointConfig,
+    LoRA,
+    load_checkpoint,
+    merge_loras,
+    parse_lora,
+)
 
 ComponentT = TypeVar("ComponentT", bound="Component")
 DTypeName = Literal["float32", "bfloat16", "float16"]
@@ -138,14 +144,37 @@ def load_component(
     parts = [] if checkpoint is not None else nested_components(component)
     for part in parts:
         load_component(part, device)
+    loras = component_loras(component)
     if checkpoint is not None:
         dtype_of = component.dtype_of
-        load_checkpoint(component, checkpoint, device=device, dtype=dtype_of, slices=slices)
+        load_checkpoint(
+            component, checkpoint, device=device, dtype=dtype_of, slices=slices, loras=loras
+        )
         component.init_buffers()
+    elif loras:
+        merge_loras(component, loras, slices=slices)
     if not parts:  # these keep their own types: a pipeline may mix them
         component.cast()
     component.to(device)
     component.after_load()
+
+
+def component_loras(component: Component) -> list[LoRA]:
+    """The LoRAs that a component's config names; fetched where its checkpoint may be."""
+    config = component.config
+    download = config.checkpoint is not None and config.checkpoint.download
+    return [parse_lora(text, download=download) for text in getattr(config, "loras", ())]
+
+
+def check_loras(component: Component, slices: Mapping[str, Any] | None = None) -> None:
+    """Compare a component's LoRAs with it and its checkpoint; reads no weights.
+
+    Raises:
+        CheckpointError: a file is missing or does not fit.
+    """
+    loras, checkpoint = component_loras(component), component.config.checkpoint
+    if loras and checkpoint is not None:
+        load_checkpoint(component, checkpoint, device="meta", slices=slices, loras=loras)
 
 
 def nested_components(component: Component) -> list[Component]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashdreams.infra.checks import refuse_unknown
+from flashdreams.infra.checks import refuse_non_finite, refuse_other_pixels, refuse_unknown
 from flashdreams.infra.encoder.base import Encoder
 from flashdreams.parallel.environment import from_rank_zero
 
@@ -54,9 +54,12 @@ class ContextEncoder:
         Raises:
             TypeError: a keyword that no component declares, or an image that none of them takes.
             ValueError: a prompt that the text encoder refuses, another number of negative prompts,
-                or any without guidance.
+                any without guidance, pixels beyond [-1, 1], or values that are not finite.
         """
         self._check_names(context, image)
+        (refuse_non_finite if self.image_encoder is None else refuse_other_pixels)("image", image)
+        for name, value in context.items():
+            refuse_non_finite(name, value)
         batch_size = _batch_size(text, image)
         encoded = {**context, "batch_size": batch_size}
         if image is not None:
@@ -85,9 +88,10 @@ class ContextEncoder:
         A collective call where the text encoder is on rank zero alone.
 
         Raises:
-            ValueError: one string in place of a list, or prompts after the text encoder was
-                released.
+            ValueError: one string in place of a list, embeddings that are not finite, or prompts
+                after the text encoder was released.
         """
+        refuse_non_finite("text", text)
         if not self.encodes_text or isinstance(text, Tensor):
             return text
         if isinstance(text, str):

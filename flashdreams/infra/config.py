@@ -4,6 +4,10 @@ import collections.abc
 import copy
 import dataclasses
 import difflib
+import os
+import pathlib
+import re
+import reprlib
 import sys
 import types
 import typing
@@ -21,6 +25,11 @@ REMOVED_FIELDS = {
     "compile_blocks": "measured slower (379 ms against 372 per AR step on an H200)",
 }
 """Fields of version 0.1 that are gone, and why."""
+
+_SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+_QUOTE = reprlib.Repr()
+_QUOTE.maxstring = _QUOTE.maxother = _QUOTE.maxlong = 160
+_QUOTE.maxlist = _QUOTE.maxtuple = _QUOTE.maxdict = _QUOTE.maxset = _QUOTE.maxfrozenset = 12
 
 
 @dataclass(kw_only=True)
@@ -91,6 +100,25 @@ def format_config(config: Any) -> str:
     return _format(config, "")
 
 
+def expand_home(config: ConfigT) -> ConfigT:
+    """The config with ``~`` in all its paths read as the home directory.
+
+    A shell does that at the beginning of a word only, so neither after ``=`` nor in a file.
+    """
+    changed: dict[str, Any] = {}
+    for name in config_fields(config):
+        value = getattr(config, name)
+        if is_config(value):
+            expanded = expand_home(value)
+        elif isinstance(value, pathlib.Path):
+            expanded = pathlib.Path(os.path.expanduser(value))
+        else:
+            continue
+        if expanded != value:
+            changed[name] = expanded
+    return dataclasses.replace(config, **changed) if changed else config  # type: ignore[type-var]
+
+
 def is_config(value: Any) -> bool:
     """Whether a value is a config: an instance of any dataclass."""
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
@@ -156,6 +184,7 @@ def unknown_name(name: str, valid: Iterable[str], what: str, kind: str = "fields
         what: how the text calls the thing asked for, e.g. ``"field 'encoder.dmi' of EncConfig"``.
         kind: how it calls the valid ones.
     """
+    name = name[:200]
     removed = removed_field(name) if kind == "fields" else None
     if removed is not None:
         return removed
@@ -163,6 +192,24 @@ def unknown_name(name: str, valid: Iterable[str], what: str, kind: str = "fields
     nearest = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(n) for n in nearest)}?" if nearest else ""
     return f"Unknown {what}.{hint} Valid {kind}: {', '.join(valid) or '(none)'}."
+
+
+def quoted(value: Any) -> str:
+    """The ``repr`` of a value for a message: control characters escaped, long values cut."""
+    return _QUOTE.repr(value)
+
+
+def check_slug(name: Any) -> None:
+    """Refuse a ``runner_name`` that is no slug; file names are made of it.
+
+    Raises:
+        ValueError: says what is allowed.
+    """
+    if not isinstance(name, str) or not _SLUG.fullmatch(name):
+        raise ValueError(
+            f"runner_name {quoted(name)} must be of letters, digits and . _ + - only, begin with a "
+            "letter or digit, and have at most 100 characters."
+        )
 
 
 def check_leaf(config_type: type, name: str, value: Any, path: str) -> None:
@@ -184,7 +231,7 @@ def check_leaf(config_type: type, name: str, value: Any, path: str) -> None:
         return
     raise TypeError(
         f"{path} of {config_type.__name__} must be {type_name(annotation)}, "
-        f"got {value!r} ({type(value).__name__})."
+        f"got {quoted(value)} ({type(value).__name__})."
     )
 
 

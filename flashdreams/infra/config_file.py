@@ -23,8 +23,17 @@ from flashdreams.infra.config import (
     field_default,
     has_default,
     is_config,
+    quoted,
     unknown_name,
 )
+from flashdreams.infra.config_values import (
+    fit,
+    item_annotation,
+    value_annotation,
+    yaml_name,
+    yaml_text,
+)
+from flashdreams.runtime.text import printable, shown
 
 TUPLE_TAG = "!tuple"
 PATH_TAG = "!path"
@@ -34,6 +43,12 @@ MOVED_MODULES = {
     "flashdreams.runtime.checkpoint_config": "flashdreams.runtime.checkpoint.config",
 }
 """Present modules of the classes that config files of 0.1 name, by former module."""
+MAX_CONFIG_BYTES = 2**17
+"""Largest config file; one of all fields of a shipped method has some 7,000 bytes."""
+MAX_DEPTH = 32
+"""Most levels of a config file; a shipped method has 5."""
+MAX_NUMBER = 64
+"""Most characters of a number, which takes time with the square of its length."""
 
 _STANDARD = "tag:yaml.org,2002:"
 _SCALARS = {_STANDARD + kind for kind in ("null", "bool", "int", "float", "str")}
@@ -49,11 +64,18 @@ class _Dumper(yaml.SafeDumper):
 class _Loader(yaml.SafeLoader):
     """Reads YAML without aliases, so that no value is shared and none contains itself."""
 
+    depth = 0
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=mark)
-        return super().compose_node(parent, index)
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise RecursionError
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 for _class in (_Dumper, _Loader):
@@ -119,6 +141,8 @@ def load_config(
             field, or a value that the config itself refuses; with the line.
         TypeError: a value that does not conform to its field, with the line.
     """
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ValueError(f"{source} is larger than {MAX_CONFIG_BYTES} bytes.")
     try:
         root = yaml.compose(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError) as error:
@@ -248,45 +272,53 @@ class _Reader:
                 node.tag = f"!{_moved(node.tag[1:])}"
             if node.tag not in plain[type(node)] and node.tag not in self.types.tagged:
                 tag = node.tag.replace(_STANDARD, "!!")
-                what = f"type {tag!r}; a file may only name types of registered configs"
+                what = f"type {quoted(tag)}; a file may only name types of registered configs"
                 names = [*self.types.tagged, PATH_TAG, TUPLE_TAG]
                 raise ValueError(self.where(node) + unknown_name(tag, names, what, "types"))
 
-    def read(self, node: yaml.Node, path: str) -> Any:
+    def read(self, node: yaml.Node, path: str, annotation: Any = UNRESOLVED) -> Any:
         kind = self.types.tagged.get(node.tag)
         if kind is not None and issubclass(kind, enum.Enum):
             return self.read_enum(kind, node)
         if kind is not None:
             return self.read_config(kind, node, path)
         if isinstance(node, yaml.SequenceNode):
-            items = [self.read(item, f"{path}[{i}]") for i, item in enumerate(node.value)]
-            return tuple(items) if node.tag == TUPLE_TAG else items
+            items = [
+                self.read(item, f"{path}[{i}]", item_annotation(annotation, i))
+                for i, item in enumerate(node.value)
+            ]
+            return fit(tuple(items) if node.tag == TUPLE_TAG else items, None, annotation)
         if isinstance(node, yaml.MappingNode):
-            return {key: self.read(v, f"{path}.{key}") for key, v in self.pairs(node)}
+            inner = value_annotation(annotation)
+            return {key: self.read(v, f"{path}.{key}", inner) for key, v in self.pairs(node)}
         if node.tag == PATH_TAG:
             return Path(node.value)
-        if node.tag in _SCALARS:
-            try:
-                return yaml.constructor.SafeConstructor().construct_object(node)
-            except (ValueError, yaml.YAMLError) as error:
-                raise ValueError(self.where(node) + _problem(error)) from error
-        return node.value
+        value = node.value
+        try:
+            if node.tag in _SCALARS:
+                if node.tag != f"{_STANDARD}str" and len(node.value) > MAX_NUMBER:
+                    raise ValueError(f"{quoted(node.value)} is too long a value.")
+                value = yaml.constructor.SafeConstructor().construct_object(node)
+            plain = isinstance(node, yaml.ScalarNode) and node.style is None
+            return fit(value, node.value if plain else None, annotation)
+        except Exception as error:  # a tag such as !!int on any text: whatever comes of it
+            raise ValueError(self.where(node) + _problem(error)) from error
 
     def read_enum(self, kind: type[enum.Enum], node: yaml.Node) -> Any:
         if node.value in kind.__members__:
             return kind[node.value]
-        what = f"member {node.value!r} of {kind.__name__}"
+        what = f"member {quoted(node.value)} of {kind.__name__}"
         raise ValueError(
             self.where(node) + unknown_name(str(node.value), kind.__members__, what, "members")
         )
 
     def read_config(self, kind: type, node: yaml.Node, path: str) -> Any:
         if not isinstance(node, yaml.MappingNode):
-            raise ValueError(f"{self.where(node)}{node.tag} must be followed by its fields.")
+            raise ValueError(f"{self.where(node)}{shown(node.tag)} must be followed by its fields.")
         prefix = f"{path}." if path else ""
         valid = config_fields(kind)
         values: dict[str, Any] = {}
-        for name, value_node in self.pairs(node):
+        for name, value_node in self.pairs(node, names=True):
             if name == "_target":
                 values[name] = self.read_target(value_node)
                 continue
@@ -294,13 +326,17 @@ class _Reader:
                 if name in REMOVED_FIELDS and self.read(value_node, f"{prefix}{name}") is False:
                     self.ignored[name] = None
                     continue
-                what = f"field '{prefix}{name}' of {kind.__name__}"
+                what = f"field '{prefix}{shown(name)}' of {kind.__name__}"
                 raise ValueError(self.where(value_node) + unknown_name(str(name), valid, what))
-            values[name] = self.read(value_node, f"{prefix}{name}")
+            annotation = field_annotation(kind, name)
+            values[name] = self.read(value_node, f"{prefix}{name}", annotation)
             try:
                 check_leaf(kind, name, values[name], f"{prefix}{name}")
             except TypeError as error:
-                raise TypeError(f"{self.where(value_node)}{error}") from error
+                raise TypeError(
+                    f"{self.where(value_node)}{prefix}{name} of {kind.__name__} must be "
+                    f"{yaml_name(annotation)}; got {yaml_text(values[name])}."
+                ) from error
         absent = [n for n, f in valid.items() if n not in values and not has_default(f)]
         if absent:
             names = ", ".join(prefix + name for name in absent)
@@ -314,19 +350,21 @@ class _Reader:
     def read_target(self, node: yaml.Node) -> type:
         name = _moved(str(node.value))
         if name not in self.types.targets:
-            what = f"target {node.value!r}; a file may only name targets of registered configs"
+            what = f"target {quoted(node.value)}; a file may only name targets of registered "
+            what += "configs"
             names = self.types.targets
             raise ValueError(self.where(node) + unknown_name(name, names, what, "targets"))
         return self.types.targets[name]
 
-    def pairs(self, node: yaml.MappingNode) -> Iterator[tuple[Any, yaml.Node]]:
+    def pairs(self, node: yaml.MappingNode, names: bool = False) -> Iterator[tuple[Any, yaml.Node]]:
+        """Keys and value nodes; with ``names`` the keys are names of fields, whatever they say."""
         seen = set()
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise ValueError(f"{self.where(key_node)}a key must be a plain value.")
-            key = self.read(key_node, "")
+            key = key_node.value if key_node.style is None and names else self.read(key_node, "")
             if key in seen:
-                raise ValueError(f"{self.where(key_node)}{key!r} is given twice.")
+                raise ValueError(f"{self.where(key_node)}{quoted(key)} is given twice.")
             seen.add(key)
             yield key, value_node
 
@@ -344,8 +382,10 @@ def _nodes(node: yaml.Node) -> Iterator[yaml.Node]:
 
 def _problem(error: BaseException) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"line {error.problem_mark.line + 1}: {error.problem}"
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        return f"line {error.problem_mark.line + 1}: {printable(str(error.problem), 300)}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return printable(str(error), 300) or type(error).__name__
 
 
 def _collect_value(value: Any, known: KnownTypes) -> None:

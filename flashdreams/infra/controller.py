@@ -95,7 +95,11 @@ class KeyCamera(Controller):
         """
         self.motion = motion
         self.to_input = to_input
-        self.start = torch.eye(4, dtype=torch.float64) if start is None else start.double().cpu()
+        self.start = (
+            torch.eye(4, dtype=torch.float64, device="cpu")
+            if start is None
+            else start.double().cpu()
+        )
         self.collide = collide
 
     def accepts(self) -> dict[str, Any]:

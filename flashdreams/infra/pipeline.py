@@ -2,8 +2,9 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from flashdreams.infra.diffusion.causal import RewriteMode
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.encoder.base import EncoderConfig, StreamingEncoder
 from flashdreams.infra.fingerprint import differences
+from flashdreams.infra.finite import FiniteCheck, NotFiniteError, name_bad_weights
+from flashdreams.infra.fork import copied_bytes, require_room, timed_forks
 from flashdreams.infra.ranges import check_range
 from flashdreams.infra.rollout import (
     StreamInferencePipelineCache,
@@ -25,10 +28,20 @@ from flashdreams.infra.rollout import (
     checked_values,
     copy_rollout,
     fill_rollout,
+    from_state,
     restore_context,
     save_rollout,
 )
-from flashdreams.infra.state import RolloutState
+from flashdreams.infra.snapshot import (
+    SnapshotReader,
+    SnapshotReport,
+    fill_together,
+    new_origin,
+    open_snapshot,
+    readable_damage,
+    save_snapshot,
+)
+from flashdreams.infra.state import FORMAT, RolloutState, StateDecoder, no_whole_tensor
 from flashdreams.parallel.environment import LOAD_TIMEOUT_S, from_rank_zero
 from flashdreams.runtime.grad_mode import grad_off, without_grad
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource
@@ -102,6 +115,7 @@ class StreamInferencePipeline(Assembly):
         """Build the components and, unless told otherwise, load their weights; see `Assembly`."""
         super().__init__(config, device=device, load=load)
         self.observers: list[ChunkObserver] = []
+        self._unread: list[FiniteCheck] = []
         self._state_is_checked = False
 
     @without_grad
@@ -171,6 +185,7 @@ class StreamInferencePipeline(Assembly):
     def save_cache(self, cache: StreamInferencePipelineCache) -> RolloutState | None:
         """See `StreamInferencePipelineCache.state_dict`, which calls this."""
         with self.guard("export", cache.next_index, LOAD_TIMEOUT_S):
+            self.check_values(cache)
             self.diffusion_model.side.join()
             plan = self.diffusion_model.transformer.parallel_plan()
             return save_rollout(
@@ -205,16 +220,109 @@ class StreamInferencePipeline(Assembly):
             values = from_rank_zero(
                 lambda: checked_values(state, self.config.name, noise, controller)
             )
-            parts = [self.diffusion_model.transformer, self.encoder, self.decoder]
-            context, negative_text = restore_context(
-                values, state, self.layout, self.target_device, parts
-            )
-            cache = self.new_cache(context, negative_text, noise or NoiseSource(values["seed"]))
-            cache.controller = None if controller is None else controller.new_state()
-            fill_rollout(cache, values, state, self.layout, self.target_device)
-            for line in differences(values["fingerprint"], self.fingerprint()):
-                logger.info("The loaded rollout may go on with other bits: %s.", line)
+            decoder = StateDecoder(self.layout, self.target_device, from_state(state))
+            return self._restore(values, decoder, noise, controller)
+
+    @without_grad
+    def save(
+        self,
+        cache: StreamInferencePipelineCache,
+        path: str | Path,
+        *,
+        light: bool = False,
+        log: Sequence[Any] = (),
+        run: Mapping[str, Any] | None = None,
+    ) -> SnapshotReport:
+        """Write a rollout into a folder, from which ``resume`` goes on; a collective call.
+
+        Each rank writes its own part, one tensor at a time. The folder gets its name when all of it
+        is on the disk.
+
+        Args:
+            cache: between AR steps.
+            path: of the folder; it must not exist. Several nodes need a file system they share.
+            light: leave the KV caches out; ``resume`` computes them anew from the clean latents of
+                the window, which is not what a rollout that has evicted frames had.
+            log: JSON values to keep with it, such as the commands of a session.
+            run: likewise, for the program that saves it.
+
+        Returns:
+            Bytes and seconds.
+
+        Raises:
+            ValueError: ``path`` exists, the rollout is over, or it is between ``generate`` and
+                ``finalize``.
+            StateError: a component's state does not declare how ranks hold it.
+            OSError: a file cannot be written; nothing is left of the snapshot.
+            OtherRankError: that is so on another rank.
+        """
+        cache.require_finalized("snapshot")
+        with self.guard("save", cache.next_index, LOAD_TIMEOUT_S):
+            self.diffusion_model.side.join()
+            origin = new_origin(self.config, self.fingerprint(), log=log, run=run, light=light)
+            plan = self.diffusion_model.transformer.parallel_plan()
+            return save_snapshot(cache, Path(path), origin, self.layout, self.target_device, plan)
+
+    @without_grad
+    def resume(
+        self,
+        path: str | Path,
+        noise: NoiseFunction | None = None,
+        controller: Controller | None = None,
+    ) -> StreamInferencePipelineCache:
+        """Go on with a rollout that ``save`` has written, on any number of ranks; collective.
+
+        At an equal numerics fingerprint, and with ``strict``, the frames that follow have the same
+        bits as those of the run that never stopped; else each difference is logged. Each rank maps
+        the files and reads what it holds. Nothing but numbers is taken from them.
+
+        Args:
+            path: the folder.
+            noise: as in ``initialize_cache``; needed if the rollout was begun with one.
+            controller: the one that steered the rollout; needed if one did.
+
+        Returns:
+            The rollout's state: the next call is ``generate`` for its next AR step.
+
+        Raises:
+            SnapshotError: damaged files, a newer format, another config or other weights; it says
+                which. No rollout was begun.
+            ValueError: no ``noise`` or ``controller`` for a rollout that was begun with one.
+            OtherRankError: the same on another rank.
+        """
+        folder = Path(path)
+
+        def check(values: Mapping[str, Any]) -> None:
+            state = {"format": FORMAT, "values": values, "tensors": {}}
+            checked_values(state, self.config.name, noise, controller)
+
+        with self.guard("resume", None, LOAD_TIMEOUT_S):
+            header = open_snapshot(folder, self.config, check)
+            reader = SnapshotReader(folder, header)
+            place = (self.layout, self.target_device)
+            decoder = StateDecoder(*place, no_whole_tensor, take_part=reader.take)
+            with readable_damage(folder):
+                cache = self._restore(dict(header.values), decoder, noise, controller)
+            if header.light:
+                self.diffusion_model.rebuild_context(cache.diffusion)
             return cache
+
+    def _restore(
+        self,
+        values: dict[str, Any],
+        decoder: StateDecoder,
+        noise: NoiseFunction | None,
+        controller: Controller | None,
+    ) -> StreamInferencePipelineCache:
+        """A rollout from the values of a canonical form; a collective call."""
+        parts = [self.diffusion_model.transformer, self.encoder, self.decoder]
+        context, negative_text = restore_context(values, decoder, parts)
+        cache = self.new_cache(context, negative_text, noise or NoiseSource(values["seed"]))
+        cache.controller = None if controller is None else controller.new_state()
+        fill_together(cache, lambda: fill_rollout(cache, values, decoder))
+        for line in differences(values["fingerprint"], self.fingerprint()):
+            logger.info("The loaded rollout may go on with other bits: %s.", line)
+        return cache
 
     @without_grad
     def clone_cache(
@@ -230,6 +338,16 @@ class StreamInferencePipeline(Assembly):
             plan = self.diffusion_model.transformer.parallel_plan()
             copy_rollout(cache, other, self.layout, self.target_device, plan)
             return other
+
+    def fork_cache(
+        self, cache: StreamInferencePipelineCache, count: int
+    ) -> list[StreamInferencePipelineCache]:
+        """See `StreamInferencePipelineCache.fork`, which calls this."""
+        self.diffusion_model.side.join()
+        plan = self.diffusion_model.transformer.parallel_plan()
+        each = copied_bytes(cache, self.layout, self.target_device, plan)
+        require_room(count, each, self.target_device)
+        return timed_forks(cache, count, each, self.target_device)[0]
 
     def pixel_frames(self, autoregressive_index: int) -> range:
         """Pixel frames of the chunk of an AR step, counted from the beginning of the rollout.
@@ -267,8 +385,10 @@ class StreamInferencePipeline(Assembly):
 
         Raises:
             ValueError: a step out of order, or an input that no encoder takes.
+            NotFiniteError: the AR step before this one has made NaN or infinite values.
         """
         cache.check_order("generate", autoregressive_index)
+        self.check_values(cache)
         if self.encoder is None and input is not None:
             raise ValueError(f"{self.config.name} has no encoder, so input must be None.")
         timer = cache.timer
@@ -282,11 +402,32 @@ class StreamInferencePipeline(Assembly):
                 )
             with timer.stage("decode"):
                 chunk = self._decode(latent, autoregressive_index, cache)
+        stages = {"encode": control, "diffuse": latent, "decode": chunk}
+        cache.finite.submit(autoregressive_index, stages)
+        pending = [check for check in self._unread if not check.is_settled]
+        self._unread = [*(check for check in pending if check is not cache.finite), cache.finite]
         cache.next_index += 1
         if chunk is not None:
             for observe in self.observers:
                 observe(cache, chunk)
         return chunk
+
+    def check_values(self, cache: StreamInferencePipelineCache | None = None) -> None:
+        """Refuse to go on from values that are NaN or infinite.
+
+        ``generate`` asks this about the AR step before; ask it after the last one. May wait for
+        that step.
+
+        Args:
+            cache: the rollout; None asks about the last AR steps of all rollouts.
+
+        Raises:
+            NotFiniteError: names AR step, stage and, if there are any, weights that are not finite.
+        """
+        asked = self._unread if cache is None else [cache.finite]
+        self._unread = [check for check in self._unread if check not in asked]
+        for found in filter(None, [check.read() for check in asked]):
+            raise NotFiniteError(f"{found} {name_bad_weights(self)}")
 
     @without_grad
     def update_prompt(

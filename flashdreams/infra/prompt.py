@@ -5,9 +5,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flashdreams.infra.config import quoted
 from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.checkpoint.read import open_tensors
 from flashdreams.runtime.checkpoint.source import LocalCheckpoint
+from flashdreams.runtime.text import read_text, shown
+
+MAX_PROMPT_CHARACTERS = 20_000
+"""Most characters of a prompt: several times what any text encoder takes."""
+
+MAX_PROMPTS = 256
+"""Most prompts of a file of embeddings."""
 
 
 def read_prompt(prompt: str, prompt_path: Path | None) -> str:
@@ -17,11 +25,17 @@ def read_prompt(prompt: str, prompt_path: Path | None) -> str:
         ValueError: the file cannot be read or holds nothing.
     """
     if prompt_path is None:
+        if len(prompt) > MAX_PROMPT_CHARACTERS:
+            raise ValueError(
+                f"--prompt has {len(prompt)} characters; at most {MAX_PROMPT_CHARACTERS} are taken."
+            )
         return prompt
     try:
-        text = prompt_path.read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        text = read_text(prompt_path, 4 * MAX_PROMPT_CHARACTERS, "utf-8-sig").strip()
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            raise ValueError(f"it has more than {MAX_PROMPT_CHARACTERS} characters")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(
             f"--prompt-path {prompt_path} cannot be read: {reason}. Name a text file, or give the "
             "words with --prompt."
@@ -54,22 +68,25 @@ def load_prompt_embeds(path: str | Path, *, text_len: int = 512, text_dim: int =
     names = list(store.infos)
     if len(names) != 1 and "prompt_embeds" not in names:
         raise ValueError(
-            f"{path} holds {len(names)} tensors ({', '.join(names[:10])}); one of them should be "
-            "called prompt_embeds"
+            f"{path} holds {len(names)} tensors ({', '.join(map(shown, names[:10]))}); one of them "
+            "should be called prompt_embeds"
         )
     name = names[0] if len(names) == 1 else "prompt_embeds"
     shape, dtype = list(store.infos[name].shape), store.infos[name].dtype
+    size = quoted(shape)
     wanted = f"[rows, {text_dim}] or [prompts, rows, {text_dim}], 1 to {text_len} rows"
     fits = len(shape) in (2, 3) and shape[-1] == text_dim and 1 <= shape[-2] <= text_len
     if not fits or shape[0] == 0:
-        raise ValueError(f"{path}: prompt embeddings of shape {shape}; this model takes {wanted}")
-    if not dtype.is_floating_point:
-        raise ValueError(f"{path}: prompt embeddings are {dtype} {shape}; floats are wanted")
+        raise ValueError(f"{path}: prompt embeddings of shape {size}; this model takes {wanted}")
+    if len(shape) == 3 and shape[0] > MAX_PROMPTS:
+        raise ValueError(f"{path} holds {shape[0]} prompts; at most {MAX_PROMPTS} are read")
+    if store.infos[name].refused or not dtype.is_floating_point:
+        raise ValueError(f"{path}: prompt embeddings are {dtype} {size}; floats are wanted")
     found = next(tensor for _, tensor in store.read({name: None}))
     found = found if len(shape) == 3 else found[None]
     if not torch.isfinite(found.float()).all():
         raise ValueError(f"{path}: prompt embeddings hold values that are not finite")
-    embeds = torch.zeros(found.shape[0], text_len, text_dim, dtype=dtype)
+    embeds = torch.zeros(found.shape[0], text_len, text_dim, dtype=dtype, device="cpu")
     embeds[:, : found.shape[1]] = found
     return embeds
 

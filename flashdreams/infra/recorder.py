@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 import flashdreams
-from flashdreams.infra.config_file import config_hash
+from flashdreams.infra.config_file import config_hash, dump_config
+from flashdreams.infra.identity import describe_config, describe_inputs
 from flashdreams.infra.pipeline import StreamInferencePipeline, StreamInferencePipelineCache
+from flashdreams.infra.run_log import Replay, RunLog, command_to_json, sample_of
+from flashdreams.infra.session import Turn
 from flashdreams.parallel.environment import Environment
 from flashdreams.parallel.mesh import Mesh
 from flashdreams.runtime.files import readable_write_errors
@@ -61,6 +64,9 @@ class _Step:
     rollout: _Rollout
     record: dict[str, Any]
     checksums: dict[str, Future[str]]
+    sample: dict[str, str]
+    """Of the latent, for the log; there when the checksum is."""
+    turn: int
 
     def is_complete(self) -> bool:
         """Whether nothing will be added to the record any more."""
@@ -72,6 +78,8 @@ class _Step:
 
 class RunRecorder:
     """Watches rollouts and writes ``stats_<slug>.json`` when the run is over.
+
+    ``log_<slug>.jsonl`` has what a replay needs; see `flashdreams.infra.run_log`.
 
     Until then the record of a step goes to ``stats_<slug>.partial.jsonl`` once the next step has
     begun, and its latent, if asked for, to ``latents_<slug>.partial.npy``. Both are left by a
@@ -107,6 +115,10 @@ class RunRecorder:
         folder, slug = config.output_dir, config.runner_name
         self._stats = StatsWriter(folder / f"stats_{slug}.json", self.header)
         self._latents = LatentWriter(folder / f"latents_{slug}.safetensors")
+        self.log = RunLog(folder / f"log_{slug}.jsonl", self.log_header)
+        """What the run was told and the hashes that it reached."""
+        self.replay: Replay | None = None
+        """The log that this run replays."""
         self._errors: dict[Path, Exception] = {}
 
     def observe(self, cache: StreamInferencePipelineCache, chunk: Tensor) -> None:
@@ -126,12 +138,17 @@ class RunRecorder:
         else:
             self._frames_since += frames
         cache.timer.note(frames=frames, **memory_stats(self.environment.device))
-        step = _Step(self._rollout_of(cache), cache.records[-1], {})
+        step = _Step(self._rollout_of(cache), cache.records[-1], {}, {}, self.steps)
         if self.config.hash_frames:
             step.checksums["frames_sha256"] = self._start_checksum(chunk)
         if cache.latent is not None:
-            save = self._save_latent if self.config.save_latents else None
-            step.checksums["latent_sha256"] = self._start_checksum(cache.latent, save)
+
+            def keep(latent: Tensor) -> None:
+                step.sample["sample"] = sample_of(latent)
+                if self.config.save_latents:
+                    self._append(self._latents, latent)
+
+            step.checksums["latent_sha256"] = self._start_checksum(cache.latent, keep)
         self._steps.append(step)
         self.steps += 1
         self._write_records()
@@ -187,13 +204,68 @@ class RunRecorder:
             record["fps"] = record["frames"] / seconds if seconds > 0 else None
             self._steps.remove(step)
             self._append(self._stats, record)
+            if step.sample:
+                sha256 = record["latent_sha256"]
+                row = {"step": step.turn, "latent_sha256": sha256, **step.sample}
+                self._append(self.log, row)
+                if self.replay is not None:
+                    self.replay.compare(row)
         busy = {id(step.rollout) for step in self._steps}
         self._rollouts = [r for r in self._rollouts if id(r) in busy or r.cache() is not None]
 
-    def _save_latent(self, latent: Tensor) -> None:
-        self._append(self._latents, latent)
+    def note_turn(self, number: int, turn: Turn) -> None:
+        """Log what a session was told; called before the turn is applied."""
+        if self.environment.is_rank_zero and turn.commands:
+            rows = [command_to_json(command) for command in turn.commands]
+            index = turn.autoregressive_index
+            self._append(
+                self.log, {"turn": number, "autoregressive_index": index, "commands": rows}
+            )
 
-    def _append(self, writer: StatsWriter | LatentWriter, item: Any) -> None:
+    def log_header(self) -> dict[str, Any]:
+        """The first line of the log."""
+        return {
+            "flashdreams": flashdreams.__version__,
+            "runner_name": self.config.runner_name,
+            "config": _dumped(self.config),
+            "config_hash": config_hash(self.config),
+            "inputs": describe_inputs(self.config),
+            "method": {
+                name: value
+                for name, value in describe_config(self.pipeline.config).items()
+                if not name.startswith("decoder")
+            },
+            "seed": self.config.seed,
+            "world_size": self.environment.world_size,
+            "fingerprint": self.pipeline.fingerprint(),
+        }
+
+    def flush(self) -> None:
+        """Write the records of all steps so far; they are final."""
+        if self.environment.is_rank_zero:
+            self._write_records(wait=True)
+
+    def resume(self, steps: int, latent_frames: int) -> None:
+        """Go on after the first steps of an earlier process; what it wrote later is deleted.
+
+        Raises:
+            ValueError: it wrote fewer.
+            OSError: the files cannot be read or written.
+        """
+        self.steps = steps
+        self._stats.resume(steps)
+        self.log.resume(steps)
+        if self.config.save_latents:
+            self._latents.resume(latent_frames)
+
+    def suspend(self) -> None:
+        """Leave the partial files to a process that goes on."""
+        if self.environment.is_rank_zero:
+            self._write_records(wait=True)
+            for writer in (self._stats, self._latents, self.log):
+                writer.close()
+
+    def _append(self, writer: StatsWriter | LatentWriter | RunLog, item: Any) -> None:
         """Add to a file, and keep the error of a failed write for `close`."""
         if writer.path in self._errors:
             return
@@ -241,14 +313,24 @@ class RunRecorder:
         files = [self._finish(self._stats)]
         if self._latents.latent_frames or self._latents.path in self._errors:
             files.append(self._finish(self._latents))
+        if self.log.has_lines:
+            files.append(self._finish(self.log))
         return files
 
-    def _finish(self, writer: StatsWriter | LatentWriter) -> Path:
+    def _finish(self, writer: StatsWriter | LatentWriter | RunLog) -> Path:
         if error := self._errors.get(writer.path):
             raise error
         with readable_write_errors(writer.path, writer.partial_path):
             writer.finish()
         return writer.path
+
+
+def _dumped(config: Any) -> str | None:
+    """The config as YAML; None for one that a file cannot hold, whose log cannot be replayed."""
+    try:
+        return dump_config(config)
+    except TypeError:
+        return None
 
 
 def _host_copy(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

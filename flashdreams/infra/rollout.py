@@ -13,6 +13,7 @@ from torch import Tensor
 from flashdreams.infra.checks import check_order
 from flashdreams.infra.controller import Controller
 from flashdreams.infra.diffusion.model import DiffusionCache
+from flashdreams.infra.finite import FiniteCheck
 from flashdreams.infra.state import (
     FORMAT,
     RolloutState,
@@ -33,12 +34,17 @@ class Conductor(Protocol):
     """What a rollout's state asks of the pipeline that it runs on."""
 
     diffusion_model: Any
+    decodes_here: bool
+    """False on a rank that leaves decoding to rank zero."""
 
     def save_cache(self, cache: Any) -> RolloutState | None:
         """The canonical form."""
 
     def clone_cache(self, cache: Any, noise: NoiseFunction | None = None) -> Any:
         """A rollout of its own with the same state."""
+
+    def fork_cache(self, cache: Any, count: int) -> list[Any]:
+        """Several of them."""
 
 
 @dataclass
@@ -59,6 +65,8 @@ class StreamInferencePipelineCache:
     """The AR step that ``generate`` expects."""
     controller: Any = None
     """State of the controller that steers the rollout; None without one."""
+    finite: FiniteCheck = field(default_factory=FiniteCheck, repr=False)
+    """Looks at the values of the last AR step."""
 
     @property
     def pending(self) -> bool:
@@ -122,7 +130,7 @@ class StreamInferencePipelineCache:
             ValueError: after ``release``, or between ``generate`` and ``finalize``.
             StateError: a component's state does not declare how ranks hold it.
         """
-        self._require_finalized("state_dict")
+        self.require_finalized("state_dict")
         return self.pipeline.save_cache(self)
 
     def clone(self, noise: NoiseFunction | None = None) -> "StreamInferencePipelineCache":
@@ -138,10 +146,35 @@ class StreamInferencePipelineCache:
             ValueError: after ``release``, or between ``generate`` and ``finalize``.
             StateError: a component's state does not declare how ranks hold it.
         """
-        self._require_finalized("clone")
+        self.require_finalized("clone")
         return self.pipeline.clone_cache(self, noise)
 
-    def _require_finalized(self, call: str) -> None:
+    def fork(self, n: int) -> list["StreamInferencePipelineCache"]:
+        """``n`` clones on the device, for futures that are tried one after the other.
+
+        Their bytes are computed first. Milliseconds and bytes are logged. A collective call.
+
+        Args:
+            n: at least 1.
+
+        Raises:
+            ValueError: memory is short, and it says how many fit; or as for ``clone``.
+            StateError: a component's state does not declare how ranks hold it.
+        """
+        self.require_finalized("fork")
+        if n < 1:
+            raise ValueError(f"fork({n}): a rollout forks into 1 or more.")
+        return self.pipeline.fork_cache(self, n)
+
+    def require_finalized(self, call: str) -> None:
+        """Refuse what can only be done between AR steps.
+
+        Args:
+            call: what it is, for the message.
+
+        Raises:
+            ValueError: after ``release``, or between ``generate`` and ``finalize``.
+        """
         self.require_live()
         if self.pending:
             raise ValueError(
@@ -212,35 +245,55 @@ def save_rollout(
             keep(f"{branch}/{path}", part)
 
     encoder = StateEncoder(layout, device, keep)
-    values = _encode(cache, encoder, keep_branch, plan)
-    if layout.branches_apart:  # each rank knows the form of its own branch, and both are the same
-        values |= dict.fromkeys(BRANCHES, values["conditional"] or values["unconditional"])
+    values = encode_rollout(
+        cache, encoder, lambda branch: replace(encoder, emit=partial(keep_branch, branch)), plan
+    )
     if group_rank() != 0:
         return None
+    values |= encode_origin(cache, encoder, name, fingerprint)
+    return {"format": FORMAT, "values": values, "tensors": tensors}
+
+
+def encode_origin(
+    cache: StreamInferencePipelineCache,
+    encoder: StateEncoder,
+    name: str,
+    fingerprint: dict[str, Any],
+) -> dict[str, Any]:
+    """What the rollout was begun with, and by whom; the same on all ranks.
+
+    Args:
+        cache: between AR steps.
+        encoder: of everything but the transformer's state.
+        name: of the pipeline.
+        fingerprint: of the numerics.
+    """
     noise = cache.diffusion.noise
-    values |= {
+    return {
         "name": name,
         "fingerprint": fingerprint,
         "seed": noise.seed if isinstance(noise, NoiseSource) else None,
         "context": encoder.encode(cache.context, "context", "whole"),
         "negative_text": encoder.encode(cache.negative_text, "negative_text", "whole"),
     }
-    return {"format": FORMAT, "values": values, "tensors": tensors}
 
 
-def _encode(
+def encode_rollout(
     cache: StreamInferencePipelineCache,
     encoder: StateEncoder,
-    emit_branch: Callable[[str, str, Tensor], None],
+    branch_encoder: Callable[[str], StateEncoder],
     plan: ParallelPlan | None,
 ) -> dict[str, Any]:
-    """What `_fill` takes: all state but the context.
+    """All state but what ``encode_origin`` gives.
 
     Args:
         cache: between AR steps.
         encoder: of everything but the transformer's state.
-        emit_branch: takes branch, path and tensor of the transformer's state.
+        branch_encoder: of the transformer's state in a branch, by its name.
         plan: of the transformer.
+
+    Raises:
+        StateError: state of a component that does not declare how it is held.
     """
     diffusion, layout = cache.diffusion, encoder.layout
     # Plain state of a decoder that is not cut is the same on all ranks; else it must declare.
@@ -254,8 +307,11 @@ def _encode(
         "controller": encoder.encode(cache.controller, "controller", None),
     }
     for name in BRANCHES:
-        branch_encoder = replace(encoder, emit=partial(emit_branch, name), styles=plan_styles(plan))
-        values[name] = branch_encoder.encode(getattr(diffusion, name), "", None)
+        of_branch = replace(branch_encoder(name), styles=plan_styles(plan))
+        values[name] = of_branch.encode(getattr(diffusion, name), "", None)
+    if layout.branches_apart and not encoder.in_process:
+        # Each rank knows the form of its own branch, and both are the same.
+        values |= dict.fromkeys(BRANCHES, values["conditional"] or values["unconditional"])
     return values
 
 
@@ -303,25 +359,18 @@ def checked_values(
 
 
 def restore_context(
-    values: dict[str, Any],
-    state: RolloutState | None,
-    layout: StateLayout,
-    device: torch.device,
-    parts: Sequence[Any],
+    values: dict[str, Any], decoder: StateDecoder, parts: Sequence[Any]
 ) -> tuple[dict[str, Any], Any]:
     """What a saved rollout is conditioned on; a collective call.
 
     Args:
         values: of the canonical form, the same on all ranks.
-        state: the form on rank zero.
-        layout: how ranks hold state.
-        device: where the pipeline runs.
+        decoder: gives the tensors.
         parts: components whose ``initialize_cache`` annotates its context with dataclasses.
 
     Returns:
         The context by name, and the embeddings of the negative prompt.
     """
-    decoder = StateDecoder(layout, device, _from_rank_zero(state))
     hints: dict[str, Any] = {}
     for part in parts:
         if hasattr(part, "initialize_cache"):
@@ -331,31 +380,6 @@ def restore_context(
         for name, x in values["context"]["parts"].items()
     }
     return context, decoder.restore(values["negative_text"], "negative_text")
-
-
-def fill_rollout(
-    cache: StreamInferencePipelineCache,
-    values: dict[str, Any],
-    state: RolloutState | None,
-    layout: StateLayout,
-    device: torch.device,
-) -> None:
-    """Bring fresh state to where a saved rollout was, in place; a collective call.
-
-    Tensors of the same shape keep their storage, so graphs that were captured for it stay valid.
-
-    Args:
-        cache: fresh, under the context of the saved rollout.
-        values: of the canonical form, the same on all ranks.
-        state: the form on rank zero.
-        layout: how ranks hold it.
-        device: where the pipeline runs.
-
-    Raises:
-        ValueError: another sink, window or model.
-    """
-    decoder = StateDecoder(layout, device, _from_rank_zero(state))
-    _fill(cache, values, decoder)
 
 
 def copy_rollout(
@@ -379,17 +403,31 @@ def copy_rollout(
     """
     live: dict[str, Tensor] = {}
     encoder = StateEncoder(layout, device, live.__setitem__, in_process=True)
-    values = _encode(
-        source, encoder, lambda branch, path, x: live.__setitem__(f"{branch}/{path}", x), plan
-    )
+
+    def of_branch(branch: str) -> StateEncoder:
+        return replace(encoder, emit=lambda path, x: live.__setitem__(f"{branch}/{path}", x))
+
+    values = encode_rollout(source, encoder, of_branch, plan)
     if source.controller is not None:
-        into.controller = copy.copy(source.controller)
-    _fill(into, values, StateDecoder(layout, device, lambda p, *_: live[p], in_process=True))
+        into.controller = copy.deepcopy(source.controller)
+    fill_rollout(into, values, StateDecoder(layout, device, lambda p, *_: live[p], in_process=True))
 
 
-def _fill(
+def fill_rollout(
     cache: StreamInferencePipelineCache, values: dict[str, Any], decoder: StateDecoder
 ) -> None:
+    """Bring fresh state to where a saved rollout was, in place; a collective call.
+
+    Tensors of the same shape keep their storage, so graphs that were captured for it stay valid.
+
+    Args:
+        cache: fresh, under the context of the saved rollout.
+        values: of the canonical form, the same on all ranks.
+        decoder: gives the tensors.
+
+    Raises:
+        ValueError: another sink, window or model.
+    """
     cache.next_index, diffusion = values["next_index"], cache.diffusion
     hints = get_type_hints(DiffusionCache)
     diffusion.latent = decoder.restore(values["latent"], "latent")
@@ -402,11 +440,14 @@ def _fill(
             restored = decoder.restore(values[name], name, branch)
             setattr(diffusion, name, restored)
     cache.encoder = decoder.restore(values["encoder"], "encoder", cache.encoder)
-    cache.decoder = decoder.restore(values["decoder"], "decoder", cache.decoder)
+    if cache.pipeline.decodes_here:
+        cache.decoder = decoder.restore(values["decoder"], "decoder", cache.decoder)
+    else:
+        decoder.skip(values["decoder"], "decoder")
     cache.controller = decoder.restore(values["controller"], "controller", cache.controller)
 
 
-def _from_rank_zero(state: RolloutState | None) -> Any:
+def from_state(state: RolloutState | None) -> Any:
     """Tensors of a form that rank zero has, for every rank; a collective call each."""
 
     def take(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -2,14 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, BinaryIO, ClassVar, Generic, TypeVar
 
 import torch
 from tqdm import tqdm
 
-from flashdreams.infra.config import InstantiateConfig
+from flashdreams.infra.config import InstantiateConfig, check_slug
 from flashdreams.infra.controller import Controller
 from flashdreams.infra.pipeline import (
     StreamInferencePipeline,
@@ -17,19 +17,23 @@ from flashdreams.infra.pipeline import (
 )
 from flashdreams.infra.ranges import check_range
 from flashdreams.infra.recorder import RunRecorder
+from flashdreams.infra.resumable import Progress, ResumableRun
 from flashdreams.infra.session import Command, Session, Step
 from flashdreams.parallel.environment import (
     LOAD_TIMEOUT_S,
     Environment,
     from_rank_zero,
     init,
+    read_launch,
     set_up_logging,
     shutdown,
 )
-from flashdreams.parallel.mesh import ParallelConfig
+from flashdreams.parallel.mesh import DEGREES, Mesh, ParallelConfig
 from flashdreams.parallel.messages import MessageChannel
 from flashdreams.parallel.watchdog import Watchdog
+from flashdreams.runtime.files import InUseError, open_owned
 from flashdreams.runtime.noise import SEED_LIMIT
+from flashdreams.runtime.segments import SegmentedVideo
 from flashdreams.runtime.video import VideoWriter
 
 
@@ -57,15 +61,26 @@ class RunnerConfig(InstantiateConfig):
     """Also write all latents, float32, as latents_<slug>.safetensors."""
     hash_frames: bool = False
     """Also put the SHA-256 of each chunk's frames into the stats; that of the latent always is."""
+    snapshot_every: int = 0
+    """AR steps between snapshots, from which a run that failed goes on: torchrun does so by itself
+    with --max-restarts, others with --resume True. 0 saves none. Several nodes need an output
+    folder that all of them share."""
+    snapshots_kept: int = 2
+    """Snapshots that stay; the oldest ones are deleted."""
+    resume: bool = False
+    """Go on from the newest whole snapshot of the unfinished run in the output folder."""
     step_deadline_s: float = 60.0
     """With several ranks, seconds after which a hung AR step ends the run."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How several ranks share the work."""
 
     def __post_init__(self) -> None:
+        check_slug(self.runner_name)
         if hasattr(self, "total_blocks"):  # every shipped method has it
             check_range(self, "total_blocks", as_flags=True)
         check_range(self, "fps", most=1000, as_flags=True)
+        check_range(self, "snapshot_every", least=0, as_flags=True)
+        check_range(self, "snapshots_kept", as_flags=True)
         check_range(self, "step_deadline_s", least=0.1, as_flags=True)
         if not 0 <= self.seed < SEED_LIMIT:
             raise ValueError(f"--seed {self.seed}: must be from 0 to 2**64 - 1.")
@@ -94,21 +109,35 @@ class Runner(Generic[ConfigT, PipelineT]):
         Raises:
             ValueError: the config cannot be run, or the text encoder refuses a prompt; no weights
                 have been read yet.
-            OSError: the output folder cannot be written.
+            ValueError: the output folder cannot be written, or another run writes the same files.
             CheckpointError: weights are missing or damaged.
         """
         self.config = config
         self.environment: Environment = init(config.device)
         set_up_logging(self.environment)
-        if self.is_rank_zero:
-            check_writable(config.output_dir)
+        self._claim = claim_output(config) if self.is_rank_zero else None
+        try:
+            self._assemble(config)
+        except BaseException:
+            self._give_back_output()
+            raise
+
+    def _assemble(self, config: ConfigT) -> None:
         self.pipeline = config.pipeline.setup(device=self.environment.device, load=False)
-        self.mesh = self.pipeline.build_mesh(self.environment.world_size, config.parallel)
+        self.resumable = ResumableRun(
+            config.output_dir / f"resume_{config.runner_name}",
+            read_launch(),
+            every=config.snapshot_every,
+            kept=config.snapshots_kept,
+            resume=config.resume,
+        )
+        self.mesh = self._build_mesh()
         reports = self.pipeline.parallelize(self.mesh)
         if self.environment.world_size > 1 and self.is_rank_zero:
             print(f"ranks: {self.mesh.degrees}; transformer: {reports['transformer']}")
         self._resources = contextlib.ExitStack()
         self._videos: list[Path] = []
+        self._video: SegmentedVideo | None = None
         if self.environment.world_size > 1:
             watchdog = Watchdog(self.environment, config.step_deadline_s)
             self._resources.enter_context(watchdog)
@@ -121,6 +150,19 @@ class Runner(Generic[ConfigT, PipelineT]):
             print(f"{warmed_up.measured}ready: {warmed_up}", flush=True)
         self.recorder = RunRecorder(config, self.environment, self.mesh, self.pipeline)
         self.pipeline.observers.append(self.recorder.observe)
+
+    def _build_mesh(self) -> Mesh:
+        """The mesh that is asked for; a run that goes on takes one that fits its ranks."""
+        ranks, asked = self.environment.world_size, self.config.parallel
+        try:
+            return self.pipeline.build_mesh(ranks, asked)
+        except ValueError as error:
+            if not self.resumable.goes_on:
+                raise
+            if self.is_rank_zero:
+                print(f"ranks: {error} This run goes on with degrees that fit.", flush=True)
+            degrees = dict.fromkeys(DEGREES, "auto")
+            return self.pipeline.build_mesh(ranks, replace(asked, **degrees))  # type: ignore[arg-type]
 
     @property
     def is_rank_zero(self) -> bool:
@@ -164,15 +206,30 @@ class Runner(Generic[ConfigT, PipelineT]):
         return ()
 
     def open_session(self, name: str = "session") -> Session:
-        """Begin a rollout that can be steered; a collective call."""
-        return Session(
+        """Begin a rollout that can be steered, or go on with it; a collective call."""
+        controller = self.controller()
+        progress = self.resumable.resume(self.pipeline, controller)
+        session = Session(
             self.pipeline,
             self.conditions(),
-            seed=self.config.seed,
-            controller=self.controller(),
+            seed=self.config.seed if progress is None else progress.seed,
+            controller=controller,
             channel=MessageChannel(self.environment.store),
             name=name,
+            cache=None if progress is None else progress.cache,
         )
+        session.on_turn = self.recorder.note_turn
+        if progress is not None:
+            self._go_on(session, progress)
+        return session
+
+    def _go_on(self, session: Session, progress: Progress) -> None:
+        """Bring the files of the run to where its snapshot is; a collective call."""
+        session.turns = progress.turns
+        frames = progress.turns * self.pipeline.diffusion_model.transformer.config.len_t
+        from_rank_zero(lambda: self.recorder.resume(progress.turns, frames))
+        if self.is_rank_zero:
+            print(f"resumed before AR step {progress.cache.next_index}", flush=True)
 
     def stream(self, total_blocks: int) -> Iterator[Step]:
         """AR steps of a session that is told ``commands``, with a progress bar on rank zero.
@@ -180,11 +237,33 @@ class Runner(Generic[ConfigT, PipelineT]):
         Args:
             total_blocks: AR steps.
         """
-        session = self.open_session()
-        for command in self.commands() if self.is_rank_zero else ():
+        session, replay = self.open_session(), self.recorder.replay
+        first = session.cache.next_index
+        if self._video is not None:
+            self._video.begin(first)
+        seen = self.pipeline.pixel_frames(first).start if first else -1
+        told = [c for c in self.commands() if first == 0 or (c.at_frame or -1) >= seen]
+        for command in told if self.is_rank_zero and replay is None else ():
             session.submit(command)
-        for _ in self.progress(total_blocks):
+        for _ in self.progress(total_blocks, first):
+            if replay is not None and self.is_rank_zero:
+                for command in replay.turns.get(session.turns, []):
+                    session.submit(command)
             yield session.step()
+            done = session.cache.next_index
+            if self.resumable.is_due(done) and done < total_blocks:
+                self._save_snapshot(session)
+        self.pipeline.check_values(session.cache)
+
+    def _save_snapshot(self, session: Session) -> None:
+        """A snapshot, after all that came before it is in its files; a collective call."""
+        done = session.cache.next_index
+        self.recorder.flush()
+        if self._video is not None:
+            self._video.cut(done)
+        self.resumable.save(
+            self.pipeline, session.cache, {"turns": session.turns, "seed": session.seed}
+        )
 
     def run(self) -> None:
         """Stream ``config.total_blocks`` AR steps into the video."""
@@ -200,27 +279,34 @@ class Runner(Generic[ConfigT, PipelineT]):
                 if writer is not None and step.chunk is not None:
                     writer.write(step.chunk)
 
-    def open_video(self, scale: int = 1) -> VideoWriter:
+    def open_video(self, scale: int = 1) -> VideoWriter | SegmentedVideo:
         """A writer for ``<output_dir>/<slug>.mp4``, to be used as a context on rank zero.
 
         Args:
             scale: enlargement by whole pixels, for small worlds.
         """
         path = self.config.output_dir / f"{self.config.runner_name}.mp4"
-        self._videos.append(path)
-        return VideoWriter(path, fps=self.config.fps, scale=scale)
+        if self.config.snapshot_every or self.resumable.goes_on:
+            self._videos.append(path)
+            segments = self.resumable.home / "segments"
+            self._video = SegmentedVideo(path, segments, fps=self.config.fps, scale=scale)
+            return self._video
+        writer = VideoWriter(path, fps=self.config.fps, scale=scale)
+        self._videos.append(writer.path)
+        return writer
 
-    def progress(self, total_blocks: int) -> Iterator[int]:
-        """The AR indices 0 to ``total_blocks - 1``, with a progress bar on rank zero."""
+    def progress(self, total_blocks: int, first: int = 0) -> Iterator[int]:
+        """The AR indices ``first`` to ``total_blocks - 1``, with a progress bar on rank zero."""
         bar = tqdm(
             total=total_blocks,
+            initial=first,
             desc=self.config.runner_name,
             unit="chunk",
             disable=not self.is_rank_zero,
             dynamic_ncols=True,
         )
         with bar:
-            for index in range(total_blocks):
+            for index in range(first, total_blocks):
                 yield index
                 if rate := self.recorder.frames_per_second:
                     bar.set_postfix_str(f"{rate:.1f} fps", refresh=False)
@@ -230,14 +316,22 @@ class Runner(Generic[ConfigT, PipelineT]):
         """Write the stats, and the latents if asked for, say so, then leave the process group.
 
         Raises:
+            NotFiniteError: the last AR step has made NaN or infinite values.
             OSError: on rank zero, if a file could not be written.
             RankZeroError: on the other ranks, if rank zero has failed.
         """
         limit_s = LOAD_TIMEOUT_S if self.config.save_latents else None  # there may be many
-        with self.pipeline.guard("close", self.recorder.steps, limit_s):
+        with contextlib.ExitStack() as at_the_end:
+            at_the_end.callback(self._give_back_output)
+            at_the_end.enter_context(self.pipeline.guard("close", self.recorder.steps, limit_s))
             files = from_rank_zero(self.recorder.close)
+            self.pipeline.check_values()
         if self.is_rank_zero:
+            if self.resumable.every or self.resumable.goes_on:
+                self.resumable.finish()
             print("written:", *self._videos, *files, flush=True)
+            if self.recorder.replay is not None:
+                print(self.recorder.replay.verdict(self.recorder.log_header()), flush=True)
         self.pipeline.drop_graphs()
         self._resources.close()
         shutdown()
@@ -249,21 +343,39 @@ class Runner(Generic[ConfigT, PipelineT]):
         """
         guard = self.pipeline.guard("abort", self.recorder.steps)  # a hung device keeps checksums
         with contextlib.suppress(Exception), guard:
-            self.recorder.close()
+            if self.resumable.every or self.resumable.goes_on:
+                self.recorder.suspend()
+            else:
+                self.recorder.close()
+        self._give_back_output()
+
+    def _give_back_output(self) -> None:
+        if self._claim is not None:
+            with contextlib.suppress(OSError):  # the folder may be gone
+                Path(self._claim.name).unlink(missing_ok=True)
+            self._claim.close()
+            self._claim = None
 
 
-def check_writable(folder: Path) -> None:
-    """Make a folder and see that files can be made in it.
+def claim_output(config: RunnerConfig) -> BinaryIO:
+    """Make the output folder and see that no other run writes files of this slug into it.
+
+    Returns:
+        ``.<slug>.lock`` in the folder; closing it, or the end of the process, gives the names free.
 
     Raises:
-        OSError: one line that says what is in the way.
+        ValueError: one line that says what is in the way.
     """
+    folder = config.output_dir
+    lock = folder / f".{config.runner_name}.lock"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".flashdreams-probe"
-        probe.touch()
-        probe.unlink()
+        return open_owned(lock)
+    except InUseError as error:
+        raise ValueError(
+            f"--output-dir {folder}: another run of {config.runner_name} writes its files there. "
+            f"Name another folder, such as --output-dir {folder}-2, or wait for its end."
+        ) from error
     except OSError as error:
-        raise OSError(
+        raise ValueError(
             f"--output-dir {folder} cannot be written: {error.strerror}. Name another folder."
         ) from error

@@ -1,8 +1,12 @@
 """Sessions: a rollout, what steers it, and the log of what it was told."""
 
+import json
+import logging
+import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -10,11 +14,15 @@ from torch import Tensor
 from flashdreams.infra.controller import Controller, Event
 from flashdreams.infra.pipeline import StreamInferencePipeline
 from flashdreams.infra.rollout import StreamInferencePipelineCache
-from flashdreams.parallel.environment import group_rank
+from flashdreams.parallel.environment import OtherRankError, group_rank
 from flashdreams.parallel.messages import Message, MessageChannel
-from flashdreams.runtime.actions import parse_actions
+from flashdreams.runtime.actions import KEYS, parse_actions
 
-CommandKind = Literal["prompt", "control", "reset", "end"]
+CommandKind = Literal["prompt", "control", "reset", "save", "fork", "rewind", "end"]
+
+_NAME = re.compile(r"[\w-]{1,64}")
+
+logger = logging.getLogger(__name__)
 
 REMEMBERED_IDS = 4096
 """Identifiers of commands that a session remembers, to drop what arrives twice."""
@@ -27,7 +35,8 @@ class Command:
     kind: CommandKind
     """``"prompt"``: another prompt from the next AR step on. ``"control"``: an event for the
     controller. ``"reset"``: begin again, with the seed in ``values`` or the session's own.
-    ``"end"``: the rollout is over."""
+    ``"save"``, ``"fork"``: keep the state under ``{"name": ...}``, in a snapshot or on the device.
+    ``"rewind"``: go on from what was kept under that name. ``"end"``: the rollout is over."""
     id: str = ""
     """Of the sender; a second command of the same identifier is dropped. Empty: never dropped."""
     at_frame: int | None = None
@@ -112,6 +121,8 @@ class Session:
         controller: Controller | None = None,
         channel: MessageChannel | None = None,
         name: str = "session",
+        cache: StreamInferencePipelineCache | None = None,
+        folder: Path | None = None,
     ) -> None:
         """Begin the rollout; a collective call.
 
@@ -122,6 +133,8 @@ class Session:
             controller: makes the control inputs; None: AR steps have none.
             channel: to the other ranks; None makes one.
             name: of the session, in its turns.
+            cache: a rollout to go on with, such as a resumed one; None begins one.
+            folder: of the snapshots of ``"save"``; None: the session takes no such command.
         """
         self.pipeline = pipeline
         self.conditions = dict(conditions)
@@ -130,6 +143,13 @@ class Session:
         self.name = name
         self.log: list[tuple[int, Command]] = []
         """(AR step before which it was applied, command)."""
+        self.turns = 0
+        """AR steps so far, also those that were rewound."""
+        self.forks: dict[str, StreamInferencePipelineCache] = {}
+        """What ``"fork"`` has kept, by name."""
+        self.folder = folder
+        self.on_turn: Callable[[int, Turn], None] | None = None
+        """Called with its number and each turn, before it is applied."""
         self._channel = channel or MessageChannel()
         self._waiting: list[Command] = []
         self._lock = threading.Lock()
@@ -137,7 +157,7 @@ class Session:
         self._closed = False
         self.ended = False
         """An ``"end"`` was applied; ``step`` raises from then on."""
-        self.cache = self._begin(seed)
+        self.cache = cache or self._begin(seed)
 
     def submit(self, command: Command) -> bool:
         """Hand in a command; to be called on rank zero.
@@ -162,7 +182,13 @@ class Session:
                     del self._ids[next(iter(self._ids))]
             self._closed = command.kind == "end"
         if command.kind == "prompt" and "text" not in command.tensors:
-            encoded = self.pipeline.encode_prompts([command.values["text"]])
+            try:
+                text = [command.values["text"]] * self.cache.diffusion.batch_size
+                encoded = self.pipeline.encode_prompts(text)
+            except Exception:
+                with self._lock:  # the sender may mend it
+                    self._ids.pop(command.id, None)
+                raise
             command = replace(command, tensors={"text": encoded.cpu()})
         with self._lock:
             self._waiting.append(command)
@@ -175,7 +201,10 @@ class Session:
             SessionEnded: an ``"end"`` is due, or was before; nothing is generated.
         """
         turn = Turn.from_message(self._channel.exchange(self._next_turn().to_message()))
+        if self.on_turn is not None:
+            self.on_turn(self.turns, turn)
         events = self._apply(turn)
+        self.turns += 1
         cache, index = self.cache, self.cache.next_index
         frames = self.pipeline.pixel_frames(index)
         control = None
@@ -195,13 +224,18 @@ class Session:
         index = self.cache.next_index
         if group_rank() != 0:
             return Turn(self.name, index)
+        stop = self.pipeline.pixel_frames(index).stop
+        due: list[Command] = []
         with self._lock:
-            waiting = self._waiting
-            stop = self.pipeline.pixel_frames(index).stop
-            later = [c for c in waiting if c.at_frame is not None and c.at_frame >= stop]
-            self._waiting = later
-        due = tuple(c for c in waiting if c.at_frame is None or c.at_frame < stop)
-        return Turn(self.name, index, due)
+            waiting, self._waiting = self._waiting, []
+            for command in waiting:
+                if command.at_frame is not None and command.at_frame >= stop:
+                    self._waiting.append(command)
+                    continue
+                due.append(command)
+                if command.kind == "reset":  # what comes after it counts from the new beginning
+                    stop = self.pipeline.pixel_frames(0).stop
+        return Turn(self.name, index, tuple(due))
 
     def _apply(self, turn: Turn) -> list[Event]:
         """Carry out the commands of a turn; returns the events for the controller."""
@@ -215,6 +249,11 @@ class Session:
                 self.cache.release()
                 self.cache = self._begin(self.seed)
                 events.clear()
+            elif command.kind in ("save", "fork"):
+                self._keep(command.kind, command.values["name"])
+            elif command.kind == "rewind":
+                self._rewind(command.values["name"])
+                events.clear()
             elif command.kind == "prompt":
                 self.pipeline.update_prompt(self.cache, command.tensors["text"])
             else:
@@ -226,33 +265,75 @@ class Session:
             raise SessionEnded(f"Session {self.name!r} has ended.")
         return sorted(events, key=lambda event: event.frame)
 
+    def _keep(self, kind: CommandKind, name: str) -> None:
+        """Keep the state under a name. Where there is no room for it the session goes on."""
+        try:
+            if kind == "fork":
+                kept = self.cache.fork(1)[0]
+                if name in self.forks:
+                    self.forks[name].release()
+                self.forks[name] = kept
+            elif self.folder is not None:
+                self.pipeline.save(self.cache, self.folder / name)
+        except (OSError, ValueError, OtherRankError) as error:
+            logger.warning("%s: %s of %r: %s The session goes on.", self.name, kind, name, error)
+
+    def _rewind(self, name: str) -> None:
+        if name in self.forks:
+            earlier = self.forks[name].fork(1)[0]
+        elif self.folder is not None:
+            earlier = self.pipeline.resume(self.folder / name, controller=self.controller)
+        else:
+            raise ValueError(f"Session {self.name!r} has kept nothing under {name!r}.")
+        self.cache.release()
+        self.cache = earlier
+
     def _refuse(self, command: Command) -> None:
         values = command.values
+        try:
+            json.dumps(dict(values), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"The values of a command are JSON: {error}.") from error
         if command.kind == "control":
             if self.controller is None:
                 raise ValueError(f"Session {self.name!r} has no controller and takes no control.")
             self.controller.check(values)
         text = values.get("text")
-        if command.kind == "prompt" and not command.tensors and not isinstance(text, str):
+        given = isinstance(text, str) or "text" in command.tensors
+        if command.kind == "prompt" and not given:
             raise ValueError(f'A prompt needs values={{"text": "..."}}; got {dict(values)!r}.')
+        if command.kind in ("save", "fork", "rewind"):
+            name = values.get("name")
+            if not isinstance(name, str) or not _NAME.fullmatch(name):
+                raise ValueError(
+                    f'A {command.kind} needs values={{"name": "..."}} of letters, digits, - and _; '
+                    f"got {dict(values)!r}."
+                )
+            if command.kind == "save" and self.folder is None:
+                raise ValueError(f"Session {self.name!r} has no folder for snapshots.")
         seed = values.get("seed", 0)
         if command.kind == "reset" and not (isinstance(seed, int) and 0 <= seed < 2**64):
             raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**64 - 1.")
 
 
-def key_commands(actions: str) -> list[Command]:
-    """Key presses such as ``"w8 l4 wl6"`` as commands for a `KeyCamera`, one where keys change.
+def key_commands(
+    actions: str, keys: Mapping[str, str] = KEYS, first_frame: int = 1
+) -> list[Command]:
+    """Key presses such as ``"w8 l4 wl6"`` as commands for a controller, one where keys change.
 
     Args:
-        actions: as for `flashdreams.runtime.actions.parse_actions`; the first acts on frame 1.
+        actions: as for `flashdreams.runtime.actions.parse_actions`.
+        keys: likewise.
+        first_frame: pixel frame on which the first acts; a `KeyCamera` stands still in frame 0.
     """
     commands: list[Command] = []
     before: frozenset[str] = frozenset()
-    for frame, keys in enumerate([*parse_actions(actions), frozenset[str]()], start=1):
-        if keys != before:
-            values = {"keys": "".join(sorted(keys))}
+    frames = [*parse_actions(actions, keys), frozenset[str]()]
+    for frame, held in enumerate(frames, start=first_frame):
+        if held != before:
+            values = {"keys": "".join(sorted(held))}
             commands.append(Command(kind="control", at_frame=frame, values=values))
-        before = keys
+        before = held
     return commands
 
 

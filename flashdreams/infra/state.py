@@ -18,6 +18,7 @@ from flashdreams.attention.cache import KVCache
 from flashdreams.attention.cursor import Cursor
 from flashdreams.parallel.plan import ParallelPlan, StateStyle, style_of
 from flashdreams.parallel.state_layout import StateLayout
+from flashdreams.runtime.region import Region, TensorPart, region_shape
 
 FORMAT = 2
 """Number of the form; a state of another one is refused."""
@@ -35,6 +36,12 @@ Emit = Callable[[str, Tensor], None]
 
 Take = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 """The whole tensor of a path, shape and type."""
+
+EmitPart = Callable[[str, TensorPart], None]
+"""Takes this rank's part of a tensor under its path."""
+
+TakePart = Callable[[str, tuple[int, ...], Region, torch.dtype], Tensor]
+"""The entries of a region of the tensor of a path, by the shape and type of its whole."""
 
 PlanStyles = Mapping[str, StateStyle]
 """Styles that a plan's deprecated ``rollout`` gives to fields without one."""
@@ -128,6 +135,12 @@ class StateEncoder:
     in_process: bool = False
     """The values stay in this process: tensors are emitted as this rank holds them, and KV caches
     are values themselves."""
+    emit_part: EmitPart | None = None
+    """Takes this rank's part of every tensor in the place of ``emit``: nothing is gathered."""
+    in_branch: bool = False
+    """The state is of a branch of guidance, which other ranks may not have."""
+    without_caches: bool = False
+    """KV caches are left out; whoever loads the state computes them anew."""
 
     def encode(self, value: Any, path: str, style: StateStyle | None) -> Any:
         """The values of ``value``.
@@ -180,6 +193,14 @@ class StateEncoder:
     def _encode_cache(self, cache: KVCache, path: str) -> Any:
         if self.in_process:
             return {"kind": "live_cache", "cache": cache}
+        if self.without_caches:
+            return {"kind": "absent_cache"}
+        if self.emit_part is not None:
+            parts = {
+                name: self._encode_part(part, _join(path, name), "whole")
+                for name, part in cache.parts()
+            }
+            return {"kind": "cache", "frames": cache.cursor.past_frames(), "parts": parts}
         parts = {
             name: self._encode_tensor(x, _join(path, name), "whole")
             for name, x in cache.canonical_tensors()
@@ -187,17 +208,26 @@ class StateEncoder:
         return {"kind": "cache", "frames": cache.cursor.past_frames(), "parts": parts}
 
     def _encode_tensor(self, x: Tensor, path: str, style: StateStyle) -> dict[str, Any]:
+        order = next((n for n, f in _MEMORY_FORMATS.items() if _has_format(x, f)), None)
+        on_host = x.device.type != self.device.type
+        if self.emit_part is not None:
+            part = self.layout.part(style, x, in_branch=self.in_branch)
+            return self._encode_part(part, path, style, order, on_host)
         whole = x if self.in_process else self.layout.gather(style, x)
         self.emit(path, whole)
-        order = next((n for n, f in _MEMORY_FORMATS.items() if _has_format(x, f)), None)
-        return {
-            "kind": "tensor",
-            "style": style,
-            "shape": list(whole.shape),
-            "dtype": str(whole.dtype)[6:],
-            "order": order,
-            "host": x.device.type != self.device.type,
-        }
+        return _describe(whole.shape, whole.dtype, style, order, on_host)
+
+    def _encode_part(
+        self,
+        part: TensorPart,
+        path: str,
+        style: StateStyle,
+        order: str | None = None,
+        on_host: bool = False,
+    ) -> dict[str, Any]:
+        assert self.emit_part is not None
+        self.emit_part(path, part)
+        return _describe(part.shape, part.dtype, style, order, on_host)
 
 
 @dataclass(frozen=True)
@@ -212,6 +242,8 @@ class StateDecoder:
     """Gives the tensors, in the order in which they were emitted."""
     in_process: bool = False
     """The values are of an encoder with ``in_process``."""
+    take_part: TakePart | None = None
+    """Gives this rank's part of every tensor in the place of ``take``, in any order."""
 
     def restore(self, value: Any, path: str, into: Any = None, hint: Any = None) -> Any:
         """What ``encode`` was given.
@@ -238,6 +270,8 @@ class StateDecoder:
         if kind == "live_cache":
             into.copy_from(value["cache"])
             return into
+        if kind == "absent_cache":
+            return into
         if kind in ("list", "tuple"):
             return self._restore_items(value, path, into, hint)
         if kind == "fields":
@@ -251,6 +285,9 @@ class StateDecoder:
             }
         if into is None:
             raise ValueError(f"{path}: nothing here that could take the state of an object.")
+        if kind == "cache" and self.take_part is not None:
+            into.load_canonical(value["frames"], self._cache_parts(value, path, into), is_cut=True)
+            return into
         parts = {n: self.restore(x, _join(path, n)) for n, x in value["parts"].items()}
         if kind == "cache":
             into.load_canonical(value["frames"], parts)
@@ -258,12 +295,25 @@ class StateDecoder:
             into.load_state_dict(parts)
         return into
 
+    def _cache_parts(self, value: dict[str, Any], path: str, into: KVCache) -> dict[str, Tensor]:
+        assert self.take_part is not None
+        found = {}
+        for name, x in value["parts"].items():
+            shape, region = tuple(x["shape"]), into.region(x["shape"][1])
+            if shape != region_shape(whole := into.whole_region(shape[1])):
+                raise ValueError(
+                    f"{_join(path, name)} is {list(shape)} in the state and "
+                    f"{list(region_shape(whole))} here: it was exported from another model."
+                )
+            found[name] = self.take_part(_join(path, name), shape, region, dtype_of(x["dtype"]))
+        return found
+
     def skip(self, value: Any, path: str) -> None:
         """Take the tensors of ``value`` in their turn and drop them."""
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or self.take_part is not None:
             return
         if value["kind"] == "tensor":
-            self.take(path, tuple(value["shape"]), getattr(torch, value["dtype"]))
+            self.take(path, tuple(value["shape"]), dtype_of(value["dtype"]))
         for i, x in enumerate(value.get("items", [])):
             self.skip(x, _join(path, str(i)))
         for name, x in value.get("parts", {}).items():
@@ -310,8 +360,12 @@ class StateDecoder:
         return into
 
     def _restore_tensor(self, value: Any, path: str, into: Any) -> Tensor:
-        whole = self.take(path, tuple(value["shape"]), getattr(torch, value["dtype"]))
-        x = whole if self.in_process else self.layout.shard(value["style"], whole)
+        shape, dtype = tuple(value["shape"]), dtype_of(value["dtype"])
+        if self.take_part is not None:
+            x = self.take_part(path, shape, self.layout.region(value["style"], shape), dtype)
+        else:
+            whole = self.take(path, shape, dtype)
+            x = whole if self.in_process else self.layout.shard(value["style"], whole)
         x = x.to("cpu" if value["host"] else self.device)
         if value["order"] is not None:
             x = x.contiguous(memory_format=_MEMORY_FORMATS[value["order"]])
@@ -319,6 +373,37 @@ class StateDecoder:
             x = x.contiguous()
         fits = isinstance(into, Tensor) and into.shape == x.shape and into.dtype == x.dtype
         return into.copy_(x) if fits else x.clone()
+
+
+def no_whole_tensor(path: str, *_: Any) -> Tensor:
+    """The ``take`` of a decoder that reads parts only."""
+    raise ValueError(f"{path}: this state comes in parts, and nothing of it may be read whole.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The type of tensors that a name such as ``"float32"`` stands for.
+
+    Raises:
+        ValueError: it stands for none.
+    """
+    found = getattr(torch, str(name), None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{name!r} is no type of tensors.")
+    return found
+
+
+def _describe(
+    shape: Sequence[int], dtype: torch.dtype, style: StateStyle, order: str | None, on_host: bool
+) -> dict[str, Any]:
+    """The value that stands for a tensor."""
+    return {
+        "kind": "tensor",
+        "style": style,
+        "shape": list(shape),
+        "dtype": str(dtype)[6:],
+        "order": order,
+        "host": on_host,
+    }
 
 
 def _needs_style(value: Any) -> bool:

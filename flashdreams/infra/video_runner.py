@@ -133,7 +133,7 @@ class ImageToVideoRunnerConfig(TextToVideoRunnerConfig):
     _target: type["ImageToVideoRunner"] = field(default_factory=lambda: ImageToVideoRunner)
 
     image_path: Path | None = None
-    """The first frame: an RGB image of the video's size."""
+    """The first frame: an image of the video's size. Transparent pixels are white."""
     fit_image: bool = False
     """Scale and crop an image of another size."""
     test_image: bool = False

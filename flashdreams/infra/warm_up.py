@@ -104,7 +104,7 @@ def decode_zeros(
     """Decode two chunks of zeros, since the first one may take a path of its own."""
     if decoder is None:
         return
-    latent = torch.zeros(tuple(latent_shape), device=device)
+    latent = torch.zeros(tuple(latent_shape), device=device, dtype=torch.float32)
     if not isinstance(decoder, StreamingDecoder):
         decoder(latent)
         return

@@ -15,6 +15,7 @@ from flashdreams.runtime.checkpoint import (
     describe_missing,
     ensure_local,
     find_local,
+    parse_lora,
 )
 
 
@@ -32,13 +33,20 @@ PipelineConfigT = TypeVar("PipelineConfigT", bound=NamedPipelineConfig)
 _TEXT_ENCODER = "text_encoder."
 """What the paths of the text encoder's files begin with."""
 
+_LORAS = "loras"
+"""Field whose texts name LoRAs; they are fetched where the checkpoint beside them may be."""
+
 
 def named_checkpoints(config: Any, prefix: str = "") -> Iterator[tuple[str, CheckpointConfig]]:
-    """Every checkpoint that a config names, with the dotted path of its field."""
+    """Every checkpoint that a config names, LoRAs included, with the dotted path of its field."""
     for name in config_fields(config):
         value = getattr(config, name)
         if isinstance(value, CheckpointConfig):
             yield f"{prefix}{name}", value
+        elif name == _LORAS:
+            download = config.checkpoint is not None and config.checkpoint.download
+            for text in value:
+                yield f"{prefix}{name}", parse_lora(text, download=download).checkpoint
         elif is_config(value):
             yield from named_checkpoints(value, f"{prefix}{name}.")
 
@@ -91,7 +99,11 @@ def _refuse_missing(config: NamedPipelineConfig, fetch_all: str | None, encodes_
         memory_estimate(config),
     ]
     for path, checkpoint in missing.values():
-        option = f"--pipeline.{path.replace('_', '-')}.download"
+        owner, _, field = path.replace("_", "-").rpartition(".")
+        if field == _LORAS:
+            lines.append(f"LoRA of --pipeline.{owner}.loras:")
+            field = "checkpoint"
+        option = f"--pipeline.{owner}.{field}.download"
         description = describe_missing(checkpoint, flag=option).splitlines()
         lines += description[:2] if fetch_all else description
     if fetch_all:
@@ -146,6 +158,8 @@ def with_downloads(config: PipelineConfigT) -> PipelineConfigT:
     overrides: dict[str, Any] = {}
     for path, _ in named_checkpoints(config):
         *owners, leaf = path.split(".")
+        if leaf == _LORAS:
+            continue
         place = overrides
         for owner in owners:
             place = place.setdefault(owner, {})

@@ -98,7 +98,9 @@ class CLIPImageEncoder(Encoder):
 
     def example_input(self) -> Tensor:
         """A grey image ``[1, 3, image_size, image_size]``."""
-        return torch.zeros(1, 3, self.config.image_size, self.config.image_size)
+        return torch.zeros(
+            1, 3, self.config.image_size, self.config.image_size, dtype=torch.float32, device="cpu"
+        )
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Resize images to a square without cropping, and normalise their colours.
@@ -122,7 +124,7 @@ class CLIPImageEncoder(Encoder):
         size = (self.config.image_size, self.config.image_size)
         pixels = F.interpolate(pixels, size=size, mode="bicubic", align_corners=False)
         mean, std = (
-            torch.tensor(values, device=self.device).view(3, 1, 1)
+            torch.tensor(values, device=self.device, dtype=torch.float32).view(3, 1, 1)
             for values in (CLIP_IMAGE_MEAN, CLIP_IMAGE_STD)
         )
         return (pixels * 0.5 + 0.5 - mean) / std

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flashdreams.infra import prompt
+from flashdreams.infra.config import quoted
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
 from flashdreams.infra.ranges import check_range
 
@@ -46,15 +47,20 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
 
     Raises:
         TypeError: not a list of texts.
-        ValueError: no prompt, or one of nothing but white space.
+        ValueError: no prompt, one of nothing but white space, or one that is far too long.
     """
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
         raise TypeError(
-            f"text must be a list of prompts such as ['a street at night'], got {prompts!r}"
+            f"text must be a list of prompts such as ['a street at night'], got {quoted(prompts)}"
         )
     if not prompts:
         raise ValueError("text holds no prompt; give one per video, such as ['a street at night']")
     for number, text in enumerate(prompts):
+        if len(text) > prompt.MAX_PROMPT_CHARACTERS:
+            raise ValueError(
+                f"prompt {number} has {len(text)} characters; at most "
+                f"{prompt.MAX_PROMPT_CHARACTERS} are taken"
+            )
         if text and not text.strip():
             raise ValueError(_EMPTY.format(number))
     return list(prompts)
@@ -126,7 +132,7 @@ class HashTextEncoder(Encoder):
     def init_buffers(self) -> None:
         """Leave the meta device: the buffer only says where results are wanted."""
         if self.device.type == "meta":
-            self._place = torch.zeros((), dtype=self.dtype)
+            self._place = torch.zeros((), dtype=self.dtype, device="cpu")
 
     def forward(self, input: Sequence[str]) -> Tensor:
         """Embed prompts, one row per word.
@@ -139,7 +145,13 @@ class HashTextEncoder(Encoder):
             ValueError: white space for a prompt, or more than ``text_len`` words.
         """
         prompts = self._words(input)
-        embeds = torch.zeros(len(prompts), self.config.text_len, self.config.text_dim)
+        embeds = torch.zeros(
+            len(prompts),
+            self.config.text_len,
+            self.config.text_dim,
+            dtype=torch.float32,
+            device="cpu",
+        )
         for number, words in enumerate(prompts):
             for row, word in enumerate(words):
                 embeds[number, row] = self._embed(word)
@@ -167,5 +179,8 @@ class HashTextEncoder(Encoder):
     def _embed(self, word: str) -> Tensor:
         dim = self.config.text_dim
         digest = hashlib.shake_256(f"{self.config.seed} {word}".encode()).digest(4 * dim)
-        uniform = torch.tensor(struct.unpack(f"<{dim}I", digest), dtype=torch.float64) / 2**32
+        uniform = (
+            torch.tensor(struct.unpack(f"<{dim}I", digest), dtype=torch.float64, device="cpu")
+            / 2**32
+        )
         return ((2 * uniform - 1) * 3**0.5).float()

@@ -37,6 +37,12 @@ OFFICIAL_KEYS = KeyMap(
 Source: the state dicts of both beside each other; Wan-Video/Wan2.1, wan/modules/t5.py.
 """
 
+COMFYUI_KEYS = KeyMap(
+    name="comfyui", marker=r"spiece_model$", rename=(), ignore=(r"spiece_model$",)
+)
+"""ComfyUI's files hold the names of ``transformers`` and, as bytes, the tokenizer's model, which is
+not read: ``tokenizer.json`` is the same tokenizer."""
+
 
 @dataclass(kw_only=True)
 class UMT5TextEncoderConfig(EncoderConfig):
@@ -91,7 +97,7 @@ class UMT5TextEncoder(Encoder):
     """
 
     config: UMT5TextEncoderConfig
-    checkpoint_key_maps = (OFFICIAL_KEYS,)
+    checkpoint_key_maps = (OFFICIAL_KEYS, COMFYUI_KEYS)
 
     def __init__(self, config: UMT5TextEncoderConfig) -> None:
         super().__init__(config)

@@ -4,6 +4,7 @@ Shape letters: B batch, L query tokens, N heads, D head dim, P ranks of the wrap
 exchanges carry the new chunk, before it is written to the cache.
 """
 
+import torch
 from torch import Tensor, nn
 
 from flashdreams.attention.cache import KVCache, KVCacheSpec
@@ -11,6 +12,7 @@ from flashdreams.attention.core import AttentionCore
 from flashdreams.attention.cursor import Cursor
 from flashdreams.parallel.collectives import Channel
 from flashdreams.parallel.sequence import SequenceLayout, pad_dim
+from flashdreams.runtime.region import Region, select_region, whole_region
 
 
 class AttentionWrapper(nn.Module):
@@ -50,13 +52,25 @@ class AttentionWrapper(nn.Module):
         """
         return self.core.gather_cache(x)
 
+    def cache_region(self, region: Region) -> Region:
+        """Which entries of a region of the whole model's cache this rank holds.
+
+        Args:
+            region: of ``[B, slots, N, D]``, any number of slots, in whole frames.
+        """
+        return self.core.cache_region(region)
+
+    def written_region(self, region: Region) -> Region:
+        """Which of these this rank writes to a file; all ranks together write each once."""
+        return self.core.written_region(region)
+
     def shard_cache(self, x: Tensor) -> Tensor:
         """This rank's part of cached keys or values: the inverse of ``gather_cache``.
 
         Args:
             x: ``[B, slots, N, D]`` of the whole model.
         """
-        return self.core.shard_cache(x)
+        return select_region(x, self.cache_region(whole_region(x.shape)))
 
     def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
         """Write this rank's part of the chunk; see `AttentionCore.write`.
@@ -75,15 +89,21 @@ class HeadShardAttention(AttentionWrapper):
 
     def new_cache(self, spec: KVCacheSpec, cursor: Cursor) -> KVCache:
         """A cache for this rank's heads."""
-        return super().new_cache(_divide_heads(spec, self.channel), cursor)
+        cache = super().new_cache(_divide_heads(spec, self.channel), cursor)
+        cache.whole_spec = spec
+        return cache
 
     def gather_cache(self, x: Tensor) -> Tensor:
         """Join the heads of all ranks: ``[B, slots, N/P, D]`` to ``[B, slots, N, D]``."""
         return self.channel.all_gather(super().gather_cache(x), dim=2)
 
-    def shard_cache(self, x: Tensor) -> Tensor:
-        """Take this rank's heads: ``[B, slots, N, D]`` to ``[B, slots, N/P, D]``."""
-        return super().shard_cache(x.chunk(self.channel.size, dim=2)[self.channel.rank])
+    def cache_region(self, region: Region) -> Region:
+        """This rank's heads."""
+        return super().cache_region(share_region(region, 2, self.channel))
+
+    def written_region(self, region: Region) -> Region:
+        """This rank's heads."""
+        return super().written_region(share_region(region, 2, self.channel))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
         """See `AttentionCore.forward`."""
@@ -156,11 +176,37 @@ class GatherKVAttention(AttentionWrapper):
         k, v = self._gather(k, v)
         self.core.write(k, v, cache)
 
+    def written_region(self, region: Region) -> Region:
+        """A share of the tokens, since every rank has them all."""
+        return super().written_region(share_region(region, 1, self.channel))
+
     def _gather(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """Keys and values of all ranks in one exchange, padding dropped."""
         send = k.new_empty((2, *k.shape))
         send[0], send[1] = k, v
         return self.layout.trim(self.channel.all_gather(send, dim=2), 2).unbind(0)
+
+
+class GatheredAttention(AttentionWrapper):
+    """Gathers the tokens of all ranks, attends whole on each of them and keeps its own tokens.
+
+    For heads that the ranks do not divide, where queries cannot be split either. The cache is the
+    same as on one rank, and on every rank.
+    """
+
+    def __init__(self, core: AttentionCore | AttentionWrapper, layout: SequenceLayout) -> None:
+        super().__init__(core)
+        self.layout = layout
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Attend; the arguments are ``[B, L/P, N, D]``, and so is the result."""
+        whole = self.layout.gather(torch.stack([q, k, v]), 2).unbind(0)
+        return self.layout.split(self.core(*whole, cache), 1)
+
+    def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
+        """See `AttentionWrapper.write`."""
+        k, v = self.layout.gather(torch.stack([k, v]), 2).unbind(0)
+        self.core.write(k, v, cache)
 
 
 class PaddedAttention(AttentionWrapper):
@@ -179,6 +225,13 @@ class PaddedAttention(AttentionWrapper):
     def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
         """See `AttentionWrapper.write`."""
         self.core.write(self.layout.trim(k, 1), self.layout.trim(v, 1), cache)
+
+
+def share_region(region: Region, dim: int, channel: Channel) -> Region:
+    """A region without the entries of a dim that other ranks of a channel take; runs of them."""
+    entries, size, rank = region[dim], channel.size, channel.rank
+    own = entries[rank * len(entries) // size : (rank + 1) * len(entries) // size]
+    return (*region[:dim], own, *region[dim + 1 :])
 
 
 def _divide_heads(spec: KVCacheSpec, channel: Channel) -> KVCacheSpec:

@@ -44,6 +44,23 @@ class Environment:
         return self.rank == 0
 
 
+@dataclass(frozen=True)
+class Launch:
+    """Who started this process, as torchrun says it."""
+
+    run_id: str
+    """``--rdzv-id``, the same for every start of a job; "" without torchrun."""
+    restarts: int
+    """How often torchrun has started the ranks anew."""
+
+
+def read_launch() -> Launch:
+    """Who started this process."""
+    return Launch(
+        os.environ.get("TORCHELASTIC_RUN_ID", ""), _read_int("TORCHELASTIC_RESTART_COUNT", 0)
+    )
+
+
 def process_rank() -> int:
     """Rank that torchrun gave this process; 0 for the only process. Needs no process group."""
     return _read_int("RANK", 0)
@@ -127,6 +144,11 @@ def first_on_node(fn: Callable[[], T]) -> T:
 def group_rank() -> int:
     """Rank in the process group; 0 without one."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def group_size() -> int:
+    """Ranks of the process group; 1 without one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 class OtherRankError(RuntimeError):
@@ -213,6 +235,15 @@ def set_up_logging(environment: Environment, level: int = logging.INFO) -> None:
     logging.basicConfig(format=f"{mark}%(levelname)s %(name)s: %(message)s")
     quiet = max(level, logging.WARNING)
     logging.getLogger("flashdreams").setLevel(level if environment.is_rank_zero else quiet)
+
+
+def least_of_all_ranks(value: int) -> int:
+    """The smallest of a number that each rank has; a collective call."""
+    if group_size() == 1:
+        return value
+    least = torch.tensor([value], dtype=torch.int64, device=_collective_device())
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least)
 
 
 def _read_int(name: str, default: int) -> int:

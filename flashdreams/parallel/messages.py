@@ -29,8 +29,8 @@ class Message:
 class MessageChannel:
     """Broadcasts messages in order; every rank calls ``send`` or ``receive`` alike.
 
-    Never pickle and never NCCL: what arrives is data. Made by all ranks together. Without a process
-    group there is nobody to tell, and ``exchange`` returns the message itself.
+    Never pickle and never NCCL: what arrives is data, and rank zero gets what the others get. Made
+    by all ranks together. Without a process group there is nobody to tell, but the same is refused.
     """
 
     def __init__(self, store: "dist.Store | None" = None) -> None:
@@ -58,20 +58,16 @@ class MessageChannel:
             Rank zero's message, on every rank.
 
         Raises:
-            ValueError: rank zero has no message.
-            TypeError: its value is not JSON.
+            ValueError: rank zero has no message, or there is a number in it that is not finite.
+            TypeError: its value is not JSON. Nothing was sent then, and rank zero may send another.
         """
-        if group_rank() == 0 and message is None:
-            raise ValueError("Rank zero has to give the message.")
-        if self._alone:
-            assert message is not None  # as checked above: there is no other rank
-            return message
+        given = _Written(message) if group_rank() == 0 else None
+        if given is not None and self._alone:
+            return given.message
         self._count += 1
         if idle and self._store is not None:
             self._wait_for_rank_zero(f"message{self._count}")
-        if group_rank() == 0 and message is not None:
-            return self._send(message)
-        return self._receive()
+        return self._receive() if given is None else self._send(given)
 
     def _wait_for_rank_zero(self, key: str) -> None:
         assert self._store is not None
@@ -85,28 +81,39 @@ class MessageChannel:
             except dist.DistStoreError:  # not yet: a lost store raises another error
                 continue
 
-    def _send(self, message: Message) -> Message:
-        flat = {name: x.detach().cpu().contiguous() for name, x in message.tensors.items()}
-        described = [[name, str(x.dtype)[6:], list(x.shape)] for name, x in flat.items()]
-        text = json.dumps([message.value, described], allow_nan=False).encode()
-        payload = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        dist.broadcast(torch.tensor([len(payload)]), 0, group=self._group)
+    def _send(self, given: "_Written") -> Message:
+        length = torch.tensor([len(given.text)], dtype=torch.int64, device="cpu")
+        dist.broadcast(length, 0, group=self._group)
+        payload = torch.frombuffer(bytearray(given.text), dtype=torch.uint8)
         dist.broadcast(payload, 0, group=self._group)
-        for x in flat.values():
+        for x in given.message.tensors.values():
             if x.numel():
                 dist.broadcast(x.view(-1).view(torch.uint8), 0, group=self._group)
-        return message
+        return given.message
 
     def _receive(self) -> Message:
-        length = torch.zeros(1, dtype=torch.int64)
+        length = torch.zeros(1, dtype=torch.int64, device="cpu")
         dist.broadcast(length, 0, group=self._group)
-        payload = torch.empty(int(length), dtype=torch.uint8)
+        payload = torch.empty(int(length), dtype=torch.uint8, device="cpu")
         dist.broadcast(payload, 0, group=self._group)
         value, described = json.loads(payload.numpy().tobytes())
         tensors = {}
         for name, dtype, shape in described:
-            x = torch.empty(shape, dtype=getattr(torch, dtype))
+            x = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
             if x.numel():
                 dist.broadcast(x.view(-1).view(torch.uint8), 0, group=self._group)
             tensors[name] = x
         return Message(value, tensors)
+
+
+class _Written:
+    """A message as text, and as it arrives."""
+
+    def __init__(self, message: Message | None) -> None:
+        if message is None:
+            raise ValueError("Rank zero has to give the message.")
+        tensors = {name: x.detach().cpu().contiguous() for name, x in message.tensors.items()}
+        described = [[name, str(x.dtype)[6:], list(x.shape)] for name, x in tensors.items()]
+        text = json.dumps([message.value, described], allow_nan=False)
+        self.text = text.encode()
+        self.message = Message(json.loads(text)[0], tensors)

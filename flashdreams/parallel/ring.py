@@ -13,6 +13,7 @@ from flashdreams.attention.merge import attend_with_lse, merge
 from flashdreams.parallel.collectives import Channel
 from flashdreams.parallel.context import AttentionWrapper
 from flashdreams.parallel.sequence import SequenceLayout, pad_dim
+from flashdreams.runtime.region import Region
 
 
 class ShardedCursor:
@@ -31,7 +32,7 @@ class ShardedCursor:
         if self.cursor.slots is None:
             return None
         firsts = self.cursor.slots[:: self.cursor.tokens_per_frame] // self.ranks
-        offsets = torch.arange(self.tokens_per_frame, device=firsts.device)
+        offsets = torch.arange(self.tokens_per_frame, device=firsts.device, dtype=torch.int64)
         return (firsts[:, None] + offsets).flatten()
 
     @property
@@ -98,17 +99,27 @@ class RingAttention(AttentionWrapper):
                 f"{spec.tokens_per_frame} tokens per latent frame cannot be shared by "
                 f"ring_degree={ranks} with ring_method='rotate'. Use --parallel.ring-method gather."
             )
-        spec = replace(spec, tokens_per_frame=spec.tokens_per_frame // ranks)
-        return super().new_cache(spec, ShardedCursor(cursor, ranks))  # type: ignore[arg-type]
+        own = replace(spec, tokens_per_frame=spec.tokens_per_frame // ranks)
+        cache = super().new_cache(own, ShardedCursor(cursor, ranks))  # type: ignore[arg-type]
+        cache.whole_spec = spec
+        return cache
 
     def gather_cache(self, x: Tensor) -> Tensor:
         """Interleave the tokens of all ranks: ``[B, slots/P, N, D]`` to ``[B, slots, N, D]``."""
         parts = self.channel.all_gather(super().gather_cache(x)[:, :, None], dim=2)
         return parts.flatten(1, 2)
 
-    def shard_cache(self, x: Tensor) -> Tensor:
-        """Take this rank's tokens: ``[B, slots, N, D]`` to ``[B, slots/P, N, D]``."""
-        return super().shard_cache(x[:, self.channel.rank :: self.channel.size])
+    def cache_region(self, region: Region) -> Region:
+        """Every P-th token, from this rank's own number on."""
+        return super().cache_region(self._every_other(region))
+
+    def written_region(self, region: Region) -> Region:
+        """Every P-th token, from this rank's own number on."""
+        return super().written_region(self._every_other(region))
+
+    def _every_other(self, region: Region) -> Region:
+        batch, tokens, *rest = region
+        return batch, tokens[self.channel.rank :: self.channel.size], *rest
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
         """Attend; the arguments are this rank's ``[B, L/P, N, D]``, and so is the result."""

@@ -5,7 +5,7 @@ border columns; attention over a frame gathers its keys and values. Carried fram
 columns that they belong to.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from flashdreams.parallel.collectives import Channel
 from flashdreams.parallel.mesh import Mesh
 from flashdreams.parallel.plan import ParallelPlan
 from flashdreams.parallel.sequence import pad_dim
+from flashdreams.runtime.region import Region, whole_region
 
 
 class WidthLayout:
@@ -71,6 +72,22 @@ class WidthLayout:
         """This rank's carried frames: the inverse of ``gather_state``."""
         self._share_out(latent_width)
         return self._own_part(x) if x.ndim else x
+
+    def state_region(self, shape: Sequence[int], latent_width: int, *, is_whole: bool) -> Region:
+        """Which entries of carried frames ``[..., W]`` of the whole width this rank holds.
+
+        Args:
+            shape: of this rank's part, or of the whole; a 0-dim tensor is the same on every rank.
+            latent_width: columns of the whole latent.
+            is_whole: which of the two.
+        """
+        self._share_out(latent_width)
+        if not shape or not self.widths:
+            return whole_region(shape)
+        own, rank = self.widths[self.channel.rank], self.channel.rank
+        scale = shape[-1] // (latent_width if is_whole else own)
+        start = sum(self.widths[:rank]) * scale
+        return (*whole_region(shape[:-1]), range(start, start + own * scale))
 
     def _share_out(self, columns: int) -> None:
         size = self.channel.size

@@ -1,10 +1,14 @@
 """How the ranks of a mesh hold the state of a rollout: parts to the whole, and back."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from flashdreams.parallel.context import share_region
 from flashdreams.parallel.mesh import Mesh
-from flashdreams.parallel.plan import ParallelPlan, StateStyle
+from flashdreams.parallel.plan import ParallelPlan, StateStyle, trunk_is_cut
 from flashdreams.parallel.spatial import WidthLayout
+from flashdreams.runtime.region import Region, TensorPart, whole_region
 
 HEADS_DIM = 2
 """Dim of the heads in ``[B, S, N, D]``."""
@@ -37,7 +41,9 @@ class StateLayout:
         self.mesh = mesh
         self._width_layout = width_layout
         self._latent_width = latent_width
-        self._heads_are_cut = plan is not None and bool(plan.tensor) and mesh.tp.group is not None
+        self._heads_are_cut = mesh.tp.group is not None and (
+            plan is not None and trunk_is_cut(plan, mesh.tp.size)
+        )
 
     @property
     def splits_width(self) -> bool:
@@ -69,6 +75,41 @@ class StateLayout:
         if style == "columns" and self._width_layout is not None:
             return self._width_layout.shard_state(x, self._latent_width)
         return x
+
+    def region(self, style: StateStyle, shape: Sequence[int]) -> Region:
+        """Which entries of a whole tensor of a shape this rank holds."""
+        whole = whole_region(shape)
+        if style == "heads" and self._heads_are_cut:
+            return share_region(whole, HEADS_DIM, self.mesh.channel(self.mesh.tp))
+        if style == "columns" and self._width_layout is not None:
+            return self._width_layout.state_region(shape, self._latent_width, is_whole=True)
+        return whole
+
+    def part(self, style: StateStyle, x: Tensor, *, in_branch: bool) -> TensorPart:
+        """This rank's part of a tensor, and what it writes of it; gathers nothing.
+
+        Args:
+            style: of the tensor's field.
+            x: this rank's part.
+            in_branch: the tensor is of a branch of guidance, which other ranks may not have.
+        """
+        mesh, shape = self.mesh, list(x.shape)
+        writes = mesh.sequence.rank == 0 and (in_branch or mesh.cfg.rank == 0)
+        region = whole_region(shape)
+        if style == "heads" and self._heads_are_cut:
+            shape[HEADS_DIM] *= mesh.tp.size
+            region = self.region(style, shape)
+        elif style == "columns" and self._width_layout is not None:
+            columns = self._width_layout
+            region = columns.state_region(shape, self._latent_width, is_whole=False)
+            if shape and columns.widths:
+                scale = shape[-1] // columns.widths[columns.channel.rank]
+                shape[-1], writes = scale * self._latent_width, True
+            else:
+                writes = columns.channel.rank == 0
+        else:
+            writes = writes and mesh.tp.rank == 0
+        return TensorPart(tuple(shape), x.dtype, region, region if writes else None, lambda: x)
 
     def gather_branches(self, x: Tensor, own: str) -> dict[str, Tensor]:
         """A tensor of both branches of guidance, which has the same shape in both.

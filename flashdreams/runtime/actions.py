@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from flashdreams.infra.config import quoted
 
 KEYS = {
     "w": "forward",
@@ -21,6 +23,8 @@ KEYS = {
 """Keys and what they do."""
 MAX_FRAMES = 100_000
 """Most pixel frames that one text may describe."""
+MAX_CHARACTERS = 4 * MAX_FRAMES
+"""Longest text that is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,7 @@ class KeyMotion:
                 raise ValueError(f"{name}={value} is not a speed; give a finite number >= 0")
 
 
-def parse_actions(text: str) -> list[frozenset[str]]:
+def parse_actions(text: str, keys: Mapping[str, str] = KEYS) -> list[frozenset[str]]:
     """Read key presses such as ``"w8 l4 wl6 d"``.
 
     Each word, separated by spaces or commas, is one or more keys held together and a number of
@@ -49,6 +53,7 @@ def parse_actions(text: str) -> list[frozenset[str]]:
 
     Args:
         text: the key presses; an empty text gives no frames.
+        keys: those that there are, and what they do.
 
     Returns:
         One set of held keys per pixel frame.
@@ -57,24 +62,26 @@ def parse_actions(text: str) -> list[frozenset[str]]:
         ValueError: an unknown key, a count that is not a whole number >= 1, or more than
             ``MAX_FRAMES`` frames in all.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"actions of {len(text)} characters; at most {MAX_CHARACTERS} are read")
     frames: list[frozenset[str]] = []
     for word in re.split(r"[\s,]+", text.strip()):
         if not word:
             continue
         match = re.fullmatch(r"([a-z]+)(.*)", word.lower())
         if match is None:
-            raise ValueError(f"{word!r} does not begin with a key. {_usage()}")
-        keys, count = match.groups()
-        for key in keys:
-            if key not in KEYS:
-                raise ValueError(f"unknown key {key!r} in {word!r}. {_usage()}")
-        number = _frame_count(word, count)
+            raise ValueError(f"{quoted(word)} does not begin with a key. {_usage(keys)}")
+        held, count = match.groups()
+        for key in held:
+            if key not in keys:
+                raise ValueError(f"unknown key {key!r} in {quoted(word)}. {_usage(keys)}")
+        number = _frame_count(word, count, keys)
         if len(frames) + number > MAX_FRAMES:
             raise ValueError(
-                f"{word!r} brings the actions to {len(frames) + number} frames, "
+                f"{quoted(word)} brings the actions to {len(frames) + number} frames, "
                 f"at most {MAX_FRAMES} are allowed"
             )
-        frames += [frozenset(keys)] * number
+        frames += [frozenset(held)] * number
     return frames
 
 
@@ -104,7 +111,11 @@ def integrate(
     """
     if start is not None and start.shape != (4, 4):
         raise ValueError(f"start has shape {tuple(start.shape)}, expected (4, 4)")
-    pose = torch.eye(4, dtype=torch.float64) if start is None else start.detach().double().cpu()
+    pose = (
+        torch.eye(4, dtype=torch.float64, device="cpu")
+        if start is None
+        else start.detach().double().cpu()
+    )
     poses = [pose]
     for keys in actions:
         poses.append(move(poses[-1], keys, motion, collide))
@@ -157,7 +168,9 @@ def hold(poses: Tensor, num_frames: int) -> Tensor:
         raise ValueError("there is no pose to hold: poses is empty, at least 1 is needed")
     if num_frames < 1:
         raise ValueError(f"num_frames={num_frames}, at least 1 is needed")
-    index = torch.arange(num_frames, device=poses.device).clamp_max(len(poses) - 1)
+    index = torch.arange(num_frames, device=poses.device, dtype=torch.int64).clamp_max(
+        len(poses) - 1
+    )
     return poses[index]
 
 
@@ -189,31 +202,40 @@ def check_keys(keys: frozenset[str]) -> None:
     """
     unknown = sorted(keys - KEYS.keys())
     if unknown:
-        raise ValueError(f"unknown key {unknown[0]!r}. {_usage()}")
+        raise ValueError(f"unknown key {quoted(unknown[0])}. {_usage(KEYS)}")
 
 
 def _yaw(angle_rad: float) -> Tensor:
     """Rotation [3, 3] float64 by which a camera (x right, y down, z forward) turns right."""
     sine, cosine = math.sin(angle_rad), math.cos(angle_rad)
     return torch.tensor(
-        [[cosine, 0.0, sine], [0.0, 1.0, 0.0], [-sine, 0.0, cosine]], dtype=torch.float64
+        [[cosine, 0.0, sine], [0.0, 1.0, 0.0], [-sine, 0.0, cosine]],
+        dtype=torch.float64,
+        device="cpu",
     )
 
 
-def _frame_count(word: str, count: str) -> int:
+def _frame_count(word: str, count: str, keys: Mapping[str, str]) -> int:
     """Number of frames behind the keys of a word."""
     if not count:
         return 1
     if not re.fullmatch(r"[0-9]+", count):
-        raise ValueError(f"{count!r} in {word!r} is not a whole number of frames >= 1. {_usage()}")
+        raise ValueError(
+            f"{quoted(count)} in {quoted(word)} is not a whole number of frames >= 1. "
+            f"{_usage(keys)}"
+        )
     # Longer than any allowed count: refused before int() has to read it.
     number = int(count) if len(count) <= 9 else 10**9
     if not 1 <= number <= MAX_FRAMES:
-        raise ValueError(f"{count!r} in {word!r}: the frames of a key go from 1 to {MAX_FRAMES}")
+        raise ValueError(
+            f"{quoted(count)} in {quoted(word)}: the frames of a key go from 1 to {MAX_FRAMES}"
+        )
     return number
 
 
-def _usage() -> str:
+def _usage(keys: Mapping[str, str]) -> str:
     """One line that lists the keys."""
-    keys = ", ".join(f"{key} ({what})" for key, what in KEYS.items())
-    return f"Keys: {keys}; a number after them is the frames to hold, as in 'w8 l4 wl6'."
+    listed = ", ".join(f"{key} ({what})" for key, what in keys.items())
+    one, *_, other = keys
+    example = f"{one}8 {other}4 {one}{other}6"
+    return f"Keys: {listed}; a number after them is the frames to hold, as in '{example}'."

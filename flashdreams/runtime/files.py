@@ -1,14 +1,104 @@
-"""Files that get their final name only when they are whole, and errors that people can read."""
+"""Files with one owner that get their final name when they are whole, and readable errors."""
 
+import errno
 import os
+import stat
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+"""What a file system without locks answers."""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class InUseError(OSError):
+    """Another process, or another writer of this one, is writing the same file."""
+
+
+def open_owned(path: Path) -> BinaryIO:
+    """Open a file for writing, empty, that nobody else writes as long as it stays open.
+
+    The lock belongs to the open file: a killed process leaves none, and it goes with the file when
+    that is renamed. File systems without locks give none.
+
+    Args:
+        path: the file; its directory is made where it does not exist.
+
+    Raises:
+        InUseError: somebody else has it.
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(path, "r+b", opener=_create)  # noqa: SIM115 (its caller closes it)
+        try:
+            _lock(file, path)
+            if _has_name(file, path):
+                if os.fstat(file.fileno()).st_size:
+                    file.truncate()
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # its owner renamed or removed it in between
+
+
+def open_partial(path: Path, suffix: str) -> tuple[BinaryIO, Path, Path]:
+    """Open a file in which something grows before it gets its final name.
+
+    Args:
+        path: the final name.
+        suffix: what takes the place of its ending, e.g. ``".partial.mp4"``.
+
+    Returns:
+        The file as from `open_owned`, its name ``<stem><suffix>``, and its final name. Both names
+        have a number before their ending where others are writing files of these names.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    for number in ("", *(f".{n}" for n in range(2, 100))):
+        partial = path.with_name(f"{path.stem}{number}{suffix}")
+        with suppress(InUseError):
+            return open_owned(partial), partial, path.with_name(f"{path.stem}{number}{path.suffix}")
+    raise InUseError(errno.EBUSY, f"99 others are writing {path}", str(path))
+
+
+def _create(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o666)
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    if fcntl is None or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        message = f"{path} is being written by another run"
+        raise InUseError(error.errno, message, str(path)) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+def _has_name(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
 
 @contextmanager
-def write_whole(path: Path) -> Iterator[BinaryIO]:
+def write_whole(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
     """Open a file that gets its name at the end of the ``with`` block.
 
     It is written beside its place. If the block fails, it is removed, and what had the name before
@@ -16,19 +106,32 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
 
     Args:
         path: the file; its directory is made where it does not exist.
+        sync: wait until the disk has it before it gets its name.
 
     Raises:
         OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A process number would not be enough: two machines may share the folder.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remedy(error: OSError) -> str:
+    """What to do about a file that could not be written."""
+    full = error.errno in _FULL or os.strerror(errno.ENOSPC) in str(error)
+    if full:
+        return "Free some space or choose another directory (--output-dir)."
+    return "Choose another directory (--output-dir)."
 
 
 @contextmanager
@@ -47,6 +150,5 @@ def readable_write_errors(path: Path, partial_path: Path) -> Iterator[None]:
     except OSError as error:
         kept = f" What was written before is in {partial_path}." if partial_path.exists() else ""
         raise OSError(
-            f"{path} could not be written: {error.strerror or error}. Free some space or choose "
-            f"another directory (--output-dir).{kept}"
+            f"{path} could not be written: {error.strerror or error}. {remedy(error)}{kept}"
         ) from error

@@ -7,8 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashdreams.runtime.image_colours import as_rgb
+
 ORIENTATION = 0x0112
 """Exif tag; 5 to 8 mean that rows and columns are exchanged."""
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""Decoders that a file may reach. Pillow tries 43 formats if none are named, and for a PostScript
+header starts an interpreter."""
 
 MAX_IMAGE_PIXELS = 50_000_000
 """Most pixels of a first image: more than any camera's picture needs here."""
@@ -18,7 +24,8 @@ def load_image(path: Path, height: int, width: int, *, fit: bool = False) -> Ten
     """Read an image from a file.
 
     Args:
-        path: any format that Pillow reads; a camera's turned image is set upright.
+        path: PNG, JPEG, WebP, BMP, GIF or TIFF in any colours, see `as_rgb`; a camera's turned
+            image is set upright.
         height: wanted height in pixels.
         width: wanted width in pixels.
         fit: scale and crop an image of another size, keeping its centre; if not, refuse it.
@@ -27,7 +34,7 @@ def load_image(path: Path, height: int, width: int, *, fit: bool = False) -> Ten
         ``[1, 3, height, width]`` float32 in [-1, 1].
 
     Raises:
-        ValueError: no readable image, a huge one, not RGB, or of another size.
+        ValueError: no readable image, a huge one, or one of another size.
     """
     image = open_image(path)
     if image.size != (width, height):
@@ -51,17 +58,14 @@ def open_image(path: Path) -> Any:
 
     image_size(path)  # a huge image is not decoded
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
             image = ImageOps.exif_transpose(opened)
     except Exception as error:  # what a damaged image raises is no narrower
         raise _unreadable(path, error) from error
-    if image.mode != "RGB":
-        raise ValueError(
-            f"--image-path {path}: the image mode is {image.mode}; it must be RGB. Convert it, for "
-            'example with: python -c "from PIL import Image; '
-            "Image.open('in.png').convert('RGB').save('out.png')\"."
-        )
-    return image
+    try:
+        return as_rgb(image)
+    except ValueError as error:
+        raise ValueError(f"--image-path {path}: {error}") from error
 
 
 def to_pixels(image: Any) -> Tensor:
@@ -82,7 +86,7 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 width, height = image.size
                 huge = width * height > MAX_IMAGE_PIXELS
                 turned = not huge and image.getexif().get(ORIENTATION, 1) > 4
@@ -101,14 +105,17 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
-    reason = getattr(error, "strerror", None) or "it is no image that can be read"
+    reason = getattr(error, "strerror", None)
+    reason = reason or f"it is no image that can be read ({', '.join(FORMATS)})"
     return ValueError(f"--image-path {path}: {reason}.")
 
 
 def gradient_image(height: int, width: int) -> Tensor:
     """A colour gradient ``[1, 3, height, width]`` in [-1, 1], where any image will do."""
-    rows = torch.linspace(-1, 1, height)[:, None].expand(height, width)
-    columns = torch.linspace(-1, 1, width).expand(height, width)
+    rows = torch.linspace(-1, 1, height, dtype=torch.float32, device="cpu")[:, None].expand(
+        height, width
+    )
+    columns = torch.linspace(-1, 1, width, dtype=torch.float32, device="cpu").expand(height, width)
     return torch.stack([rows, columns, -rows * columns])[None]
 
 

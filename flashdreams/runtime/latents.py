@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashdreams.runtime.files import write_whole
+from flashdreams.runtime.array_file import load_array
+from flashdreams.runtime.files import open_partial, write_whole
+from flashdreams.runtime.text import quoted
 
 BLOCK_BYTES = 2**24
 """Most that is copied at once from the partial to the final file."""
@@ -46,8 +48,7 @@ class LatentWriter:
         """
         frames = latent.detach().float().permute(2, 0, 1, 3, 4).contiguous().numpy()
         if self._file is None:
-            self.partial_path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.partial_path.open("wb")
+            self._file, self.partial_path, self.path = open_partial(self.path, ".partial.npy")
             self._shape = (0, *frames.shape[1:])
             self._write_header()
         if frames.shape[1:] != self._shape[1:]:
@@ -60,16 +61,36 @@ class LatentWriter:
         self._shape = (self._shape[0] + len(frames), *self._shape[1:])
         self._write_header()
 
+    def resume(self, latent_frames: int) -> None:
+        """Go on after the first latent frames of the partial file; later ones are deleted.
+
+        Raises:
+            ValueError: it has fewer, or is no such file.
+            OSError: it cannot be read or written.
+        """
+        stored = np.load(self.partial_path, mmap_mode="r")
+        if len(stored) < latent_frames:
+            raise ValueError(f"{self.partial_path} has fewer than {latent_frames} latent frames.")
+        end = stored.offset + latent_frames * stored[:1].nbytes
+        shape = stored.shape
+        del stored
+        self._file = self.partial_path.open("r+b")
+        self._file.truncate(end)
+        self._shape = (latent_frames, *shape[1:])
+        self._write_header()
+
     def finish(self) -> None:
         """Write the final file, tensor ``latents`` ``[B, C, T, H, W]``, and remove the partial one.
 
         Raises:
             OSError: it cannot be written; the partial file is left.
         """
-        self.close()
-        with write_whole(self.path) as file:
-            _write_safetensors(file, np.load(self.partial_path, mmap_mode="r"))
-        self.partial_path.unlink()
+        try:  # the parts stay open, and so this writer's, until the end
+            with write_whole(self.path) as file:
+                _write_safetensors(file, np.load(self.partial_path, mmap_mode="r"))
+            self.partial_path.unlink()
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Close the partial file and leave it."""
@@ -99,7 +120,13 @@ def read_latent_parts(path: str | Path) -> Tensor:
         OSError: the file cannot be read.
         ValueError: it is not such a file.
     """
-    return torch.from_numpy(np.load(path, mmap_mode="c")).permute(1, 2, 0, 3, 4)
+    try:
+        frames = load_array(path, most_bytes=None)
+        if frames.ndim != 5 or frames.dtype != np.float32:
+            raise ValueError(f"it holds {frames.dtype} {quoted(list(frames.shape))}")
+    except ValueError as error:
+        raise ValueError(f"{path} is no file of latents: {error}.") from error
+    return torch.from_numpy(frames).permute(1, 2, 0, 3, 4)
 
 
 def _write_safetensors(file: BinaryIO, frames: np.ndarray) -> None:

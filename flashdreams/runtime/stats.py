@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from flashdreams.runtime.files import write_whole
+from flashdreams.runtime.files import open_partial, write_whole
 
 BYTES_PER_GIB = 2**30
 
@@ -47,12 +47,27 @@ class StatsWriter:
         """
         line = _to_json(record, f"records[{self._count}]")
         if self._lines is None:
-            self.partial_path.parent.mkdir(parents=True, exist_ok=True)
-            self._lines = self.partial_path.open("wb")
+            opened = open_partial(self.path, ".partial.jsonl")
+            self._lines, self.partial_path, self.path = opened
             self._lines.write(_to_json(self._header(), "header") + b"\n")
         self._lines.write(line + b"\n")
         self._lines.flush()
         self._count += 1
+
+    def resume(self, count: int) -> None:
+        """Go on after the first records of the partial file; those after them are deleted.
+
+        Raises:
+            ValueError: it has fewer.
+            OSError: it cannot be read or written.
+        """
+        lines = self.partial_path.read_bytes().splitlines(keepends=True)[: count + 1]
+        if len(lines) <= count or not lines[-1].endswith(b"\n"):
+            raise ValueError(f"{self.partial_path} has fewer than {count} records.")
+        self._lines = self.partial_path.open("wb")
+        self._lines.writelines(lines)
+        self._lines.flush()
+        self._count = count
 
     def finish(self) -> None:
         """Write the final file, whole or not at all, and remove the one with the lines.
@@ -61,14 +76,16 @@ class StatsWriter:
             ValueError: a value of the header is NaN or infinite.
             OSError: the file cannot be written; the lines are left.
         """
-        self.close()
-        header = _to_json(self._header(), "header", indent=2).replace(b"\n", b"\n  ")
-        with write_whole(self.path) as file:
-            file.write(b'{\n  "header": ' + header + b',\n  "records": [')
-            if self._lines is not None:
-                self._copy_records(file)
-            file.write(b"\n  ]\n}\n")
-        self.partial_path.unlink(missing_ok=True)
+        try:  # the lines stay open, and so this writer's, until the end
+            header = _to_json(self._header(), "header", indent=2).replace(b"\n", b"\n  ")
+            with write_whole(self.path) as file:
+                file.write(b'{\n  "header": ' + header + b',\n  "records": [')
+                if self._lines is not None:
+                    self._copy_records(file)
+                file.write(b"\n  ]\n}\n")
+            self.partial_path.unlink(missing_ok=True)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Close the file with the lines and leave it."""
@@ -116,6 +133,24 @@ def memory_stats(device: torch.device | str) -> dict[str, float]:
     unit_bytes = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
     return {"mem_peak_gib": peak / BYTES_PER_GIB}
+
+
+def free_bytes(device: torch.device | str) -> int | None:
+    """Bytes that may still be allocated on a device; None where the system does not tell.
+
+    On CUDA what the driver has and what PyTorch's allocator holds unused; on a CPU the memory that
+    Linux calls available.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
 
 
 def _to_json(value: Mapping[str, Any], path: str, indent: int | None = None) -> bytes:

@@ -24,7 +24,7 @@ def start_host_copy(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event]:
         The copy, which nobody changes, in pinned memory of PyTorch's pool, and the event after
         which it is complete; another thread may wait for it without holding up the device.
     """
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True, device="cpu")
     copy.copy_(tensor, non_blocking=True)
     arrived = torch.cuda.Event(blocking=True)
     arrived.record(torch.cuda.current_stream(tensor.device))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashdreams.runtime.files import open_partial, remedy
 from flashdreams.runtime.transfer import start_host_copy
 
 # Nothing waits in the encoder for later frames (zerolatency), and a fragment is closed every
@@ -37,9 +38,10 @@ class VideoWriter:
     """Streams chunks into ``<name>.partial.mp4``, which becomes ``<name>.mp4`` at the end.
 
     H.264 in fragmented mp4: a process that is killed leaves a partial file which plays up to its
-    last fragment. The final name is only ever given to a video that was written whole. Encoding
-    runs in a thread behind a bounded queue, so memory stays constant and a slow disk slows the
-    caller. What goes wrong there is raised, as OSError, by the next :meth:`write` or by
+    last fragment. The final name is only ever given to a video that was written whole, and it has
+    one writer at a time: a second one writes ``<name>.2.mp4``, see ``path``. Encoding runs in a
+    thread behind a bounded queue, so memory stays constant and a slow disk slows the caller. What
+    goes wrong there is raised, as OSError, by the next :meth:`write` or by
     :meth:`close`.
 
     As a context manager it closes at the end, and aborts if the body raises. A program that ends
@@ -84,11 +86,10 @@ class VideoWriter:
                 "fps must be above 0, scale at least 1, crf from 0 to 51, "
                 "max_pending_chunks at least 1."
             )
-        self.partial_path = self.path.with_name(f"{self.path.stem}.partial.mp4")
         self.frames_written = 0  # handed over, that is; the file grows a little later
         self._fps, self._scale, self._crf, self._preset = fps, scale, crf, preset
         self._frame_shape: tuple[int, int] | None = None
-        self._error: Exception | None = None
+        self._error: OSError | None = None
         self._closed = False
         _import_mediapy()
         self._reserve()
@@ -140,23 +141,18 @@ class VideoWriter:
         """
         if self._closed:
             return
-        self._finish()
-        self._raise_error()
-        if self.frames_written == 0:
-            self.partial_path.unlink(missing_ok=True)
-            return
         try:
-            self.partial_path.replace(self.path)
-        except OSError as error:
-            raise OSError(
-                f"cannot give the video its name {self.path}: {error.strerror}. "
-                f"It is complete in {self.partial_path}."
-            ) from error
+            self._finish()
+            self._raise_error()
+            self._give_name()
+        finally:
+            self._owned.close()
 
     def abort(self) -> None:
         """Finish the partial file with the frames so far, and leave it under its partial name."""
         if not self._closed:
             self._finish()
+            self._owned.close()
 
     def __enter__(self) -> "VideoWriter":
         return self
@@ -172,10 +168,23 @@ class VideoWriter:
         else:
             self.abort()
 
+    def _give_name(self) -> None:
+        if self.frames_written == 0:
+            self.partial_path.unlink(missing_ok=True)
+            return
+        try:
+            self.partial_path.replace(self.path)
+        except OSError as error:
+            kept = f" It is complete in {self.partial_path}." * self.partial_path.exists()
+            raise OSError(
+                f"cannot give the video its name {self.path}: {error.strerror}.{kept}"
+            ) from error
+
     def _reserve(self) -> None:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.partial_path.open("wb").close()
+            # ffmpeg writes the same file by its name.
+            opened = open_partial(self.path, ".partial.mp4")
+            self._owned, self.partial_path, self.path = opened
         except OSError as error:
             raise OSError(
                 f"cannot write a video to {self.path.parent}: {error.strerror}. "
@@ -197,8 +206,7 @@ class VideoWriter:
             return
         kept = self.partial_path.exists()
         raise OSError(
-            f"the video {self.path} could not be written: {self._error}. Free some space or choose "
-            "another directory (--output-dir)."
+            f"the video {self.path} could not be written: {self._error}. {remedy(self._error)}"
             + (f" What was written before is in {self.partial_path}." if kept else "")
         ) from self._error
 
@@ -217,7 +225,7 @@ class VideoWriter:
             if encoder is not None:
                 encoder.close()
         except Exception as error:
-            self._error = error
+            self._error = error if isinstance(error, OSError) else OSError(str(error))
             if encoder is not None:
                 with contextlib.suppress(Exception):
                     encoder.close()
@@ -235,8 +243,9 @@ class _Encoder:
     def __init__(
         self, path: Path, shape: tuple[int, int], fps: float, crf: int, preset: str
     ) -> None:
+        # ffmpeg takes a relative name for an option (-x) or a protocol (10:30, pipe:1).
         self._writer: Any = _import_mediapy().VideoWriter(
-            path,
+            path.absolute(),
             shape,
             codec="libx264",
             fps=fps,

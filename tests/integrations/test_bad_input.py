@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from flashdreams import run
 from flashdreams.infra.config_file import dump_config
 from flashdreams.integrations.toy_world.config import TOY_WORLD_RUNNER
 from flashdreams.registry import VARIABLE
+from flashdreams.runtime.files import open_owned
 from flashdreams.runtime.latents import read_latent_parts
 from tests.integrations.published_method import register, write_published_method
 
@@ -141,10 +143,37 @@ def test_an_output_directory_that_cannot_be_written(
 ) -> None:
     """Also for root, who may write anywhere but not below a file."""
     (tmp_path / "taken").write_text("mine")
-    line = fails(FAILED, "toy-world", "--output-dir", folder)
+    line = fails(USAGE, "toy-world", "--output-dir", folder)
     assert f"--output-dir {folder} cannot be written" in line
     assert "Name another folder" in line
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_an_output_directory_in_which_the_slug_is_being_written(fails: Fails) -> None:
+    with open_owned(Path("out/.toy-world.lock")):
+        line = fails(USAGE, "toy-world")
+        assert "--output-dir out: another run of toy-world writes its files there" in line
+        advised = re.findall(r"--output-dir \S+(?=,)", line)
+        assert advised == ["--output-dir out-2"]
+        small = ["toy-world", *SMALL[:-1], "1"]
+        assert run.main([*small, *advised[0].split()]) == 0
+    assert run.main([*small, "--output-dir", "out"]) == 0
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        "stats_toy-world.json",
+        "toy-world.mp4",
+    ]
+
+
+def test_a_tilde_in_a_path_is_the_home_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "words.txt").write_text("red floor")
+    words = ["toy-world", *SMALL[:-1], "1", "--output-dir=~/out", "--prompt-path=~/words.txt"]
+    assert run.main(words) == 0
+    assert (tmp_path / "home" / "out" / "toy-world.mp4").is_file()
+    assert not (tmp_path / "~").exists()
 
 
 def test_a_prompt_file_that_does_not_exist(fails: Fails) -> None:
@@ -232,6 +261,19 @@ def test_weights_that_are_missing(fails: Fails) -> None:
     line = fails(FAILED, "toy-world", DECODER_SOURCE, "./missing.safetensors")
     assert "./missing.safetensors" in line
     assert "checkpoint.source" in line
+
+
+@pytest.mark.parametrize("blocks", ["1", "5"])
+def test_weights_that_are_no_numbers_end_the_run(fails: Fails, tmp_path: Path, blocks: str) -> None:
+    weights = load_file(WEIGHTS / "transformer.safetensors")
+    weights["blocks.0.ffn.0.weight"][0, 0] = float("nan")
+    save_file(weights, tmp_path / "bad.safetensors")
+    source = "--pipeline.diffusion-model.transformer.checkpoint.source"
+    flags = [source, "bad.safetensors", "--device", "cpu", "--total-blocks", blocks]
+    line = fails(FAILED, "toy-world", *flags)
+    assert "AR step 0: stage 'diffuse' made values that are not finite" in line
+    assert "transformer.blocks.0.ffn.0.weight hold NaN" in line
+    assert not (tmp_path / "out" / "toy-world.mp4").exists()
 
 
 @pytest.fixture

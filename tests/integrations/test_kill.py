@@ -40,7 +40,8 @@ def test_a_killed_run_leaves_records_and_latents(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait(LIMIT_S)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"toy-world.partial.mp4", lines.name, "latents_toy-world.partial.npy"}
+    lock = ".toy-world.lock"  # nobody's now: the next run takes it
+    assert names == {"toy-world.partial.mp4", lines.name, "latents_toy-world.partial.npy", lock}
     header, *records = [json.loads(line) for line in lines.read_text().splitlines()]
     assert header["runner_name"] == "toy-world" and len(records) >= 9
     assert [r["autoregressive_index"] for r in records] == list(range(len(records)))

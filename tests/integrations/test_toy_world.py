@@ -75,6 +75,14 @@ def test_an_image_becomes_the_first_latent(pipeline, walks):
     assert psnr_db(free[:, 0], image) < 25
 
 
+def video_frames(path):
+    import imageio_ffmpeg
+    import mediapy
+
+    mediapy.set_ffmpeg(imageio_ffmpeg.get_ffmpeg_exe())
+    return torch.from_numpy(mediapy.read_video(path).copy()).float()
+
+
 def test_command_line_makes_a_video_and_its_stats(tmp_path, capsys):
     words = [
         "toy-world",
@@ -90,6 +98,7 @@ def test_command_line_makes_a_video_and_its_stats(tmp_path, capsys):
     assert len(stats["records"]) == 6
     assert all(record["psnr_db"] > 15 for record in stats["records"])
     assert stats["header"]["parallel"] == {"cfg": 1, "ring": 1, "ulysses": 1, "tp": 1}
+    beside = video_frames(tmp_path / "toy-world.mp4")
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"toy-world.mp4", "stats_toy-world.json", "latents_toy-world.safetensors"}
 
@@ -97,6 +106,12 @@ def test_command_line_makes_a_video_and_its_stats(tmp_path, capsys):
     again = json.loads((tmp_path / "stats_toy-world.json").read_text())
     sums = [[r["latent_sha256"] for r in run["records"]] for run in (stats, again)]
     assert sums[0] == sums[1]
+    alone = video_frames(tmp_path / "toy-world.mp4")
+    halves = beside[:, :, : alone.shape[2]], beside[:, :, alone.shape[2] :]
+    errors = [float((half - alone).square().mean()) for half in halves]
+    assert errors[1] < 8 < 40 < errors[0], (
+        "the truth on the left, the generated frames on the right"
+    )
     assert main([*words, "--seed", "1"]) == 0
     other = json.loads((tmp_path / "stats_toy-world.json").read_text())
     assert other["records"][0]["latent_sha256"] != sums[0][0]

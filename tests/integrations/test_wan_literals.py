@@ -28,6 +28,8 @@ MANIFESTS = {
     "checkpoints/self_forcing_dmd.pt": "self_forcing_dmd",
     "chunkwise/causal_forcing.pt": "causal_forcing_chunkwise",
     "framewise/causal_forcing.pt": "causal_forcing_framewise",
+    "causal-forcing++/framewise-2step.pt": "causal_forcing_pp_framewise_2step",
+    "causal-forcing++/framewise-1step.pt": "causal_forcing_pp_framewise_1step",
     "Wan2.1_VAE.pth": "wan21_vae",
     "Wan2.2_VAE.pth": "wan22_vae",
     "taew2_1.pth": "taew2_1",
@@ -77,8 +79,12 @@ def load_sparse(component: Component, folder) -> int:
 def test_every_slug_of_the_issue_is_there():
     assert FULL_SIZE == [
         "causal-forcing-wan2.1-i2v-1.3b-framewise",
+        "causal-forcing-wan2.1-i2v-1.3b-framewise-1step",
+        "causal-forcing-wan2.1-i2v-1.3b-framewise-2step",
         "causal-forcing-wan2.1-t2v-1.3b-chunkwise",
         "causal-forcing-wan2.1-t2v-1.3b-framewise",
+        "causal-forcing-wan2.1-t2v-1.3b-framewise-1step",
+        "causal-forcing-wan2.1-t2v-1.3b-framewise-2step",
         "self-forcing-wan2.1-t2v-1.3b",
         "self-forcing-wan2.1-t2v-1.3b-sink5-window7-rerope",
         "self-forcing-wan2.1-t2v-1.3b-taehv",
@@ -143,9 +149,12 @@ def test_wan22_ti2v_5b_builds():
 @pytest.mark.parametrize("slug", FEW_STEPS)
 def test_few_step_schedules_are_the_published_ones(slug):
     model = LITERALS[slug].pipeline.diffusion_model
-    scheduler = model.scheduler.setup()
     expected = torch.tensor([1000.0, 937.5, 833.3333, 625.0])
-    torch.testing.assert_close(scheduler.timesteps, expected, rtol=1e-6, atol=0)
+    first = (model.first_chunk_scheduler or model.scheduler).setup()
+    torch.testing.assert_close(first.timesteps, expected, rtol=1e-6, atol=0)
+    later = {"2step": [1000.0, 833.3333], "1step": [1000.0]}.get(slug[-5:], expected.tolist())
+    found = model.scheduler.setup().timesteps
+    torch.testing.assert_close(found, torch.tensor(later), rtol=1e-6, atol=0)
     assert model.guidance_scale is None and model.context_noise == 0
     transformer = model.transformer
     assert transformer.len_t == (1 if "framewise" in slug else 3)

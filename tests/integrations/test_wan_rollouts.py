@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from flashdreams.infra.config import derive_config
+from flashdreams.infra.diffusion.scheduler.fm_unipc import FlowUniPCSchedulerConfig
 from flashdreams.infra.prompt import save_prompt_embeds
 from flashdreams.integrations.causal_forcing.config import TINY_RUNNER as CAUSAL_FORCING
+from flashdreams.integrations.causal_forcing.config import TWO_STEP_MODEL
 from flashdreams.integrations.self_forcing.config import CHECKPOINT, TINY_PIPELINE
 from flashdreams.integrations.self_forcing.config import TINY_RUNNER as SELF_FORCING
 from flashdreams.integrations.wan21.config import I2V_TINY_RUNNER, T2V_TINY_RUNNER
@@ -212,3 +214,44 @@ def test_height_and_width_size_the_video(tmp_path):
     chunk = rollout(runner.pipeline, 1, text=["a fox"])[0]
     assert chunk.shape[-2:] == (48, 32)
     runner.close()
+
+
+@pytest.mark.parametrize(("image", "expected"), [(False, [4, 2, 2]), (True, [0, 4, 2])])
+def test_the_first_generated_chunk_has_its_own_schedule(image, expected, tmp_path):
+    config = derive_config(
+        CAUSAL_FORCING.pipeline,
+        diffusion_model=dict(
+            scheduler=TWO_STEP_MODEL.scheduler,
+            first_chunk_scheduler=TWO_STEP_MODEL.first_chunk_scheduler,
+        ),
+    )
+    pipeline = config.setup(device="cpu")
+    seen: list[float] = []
+    predict = pipeline.diffusion_model.transformer.predict_flow
+
+    def counted(latent, timestep, cache):
+        seen.append(float(timestep))
+        return predict(latent, timestep, cache)
+
+    pipeline.diffusion_model.transformer.predict_flow = counted
+    context = {"image": gradient_image(32, 48)} if image else {}
+    cache = pipeline.initialize_cache(text=["a fox"], **context)
+    counts = []
+    for i in range(3):
+        pipeline.generate(autoregressive_index=i, cache=cache)
+        pipeline.finalize(autoregressive_index=i, cache=cache)
+        counts.append(len(seen) - sum(counts))
+        if i == 0:
+            cache = pipeline.load_cache(cache.state_dict())  # a saved rollout knows, too
+    assert counts == expected
+    assert seen[-2:] == pytest.approx([1000.0, 833.3333])
+    assert seen[:4] == pytest.approx([1000.0, 937.5, 833.3333, 625.0])
+
+
+def test_schedules_of_two_kinds_of_timesteps_are_refused():
+    model = derive_config(
+        CAUSAL_FORCING.pipeline.diffusion_model,
+        first_chunk_scheduler=FlowUniPCSchedulerConfig(num_inference_steps=4),
+    )
+    with pytest.raises(ValueError, match="float32, first_chunk_scheduler in"):
+        model.setup()

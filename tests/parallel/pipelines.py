@@ -31,8 +31,9 @@ def build_case(case: str):
         config = tiny_pipeline(relative_rope=True, sink_size_t=2, window_size_t=3)
     elif case == "guided":
         config = derive_config(config, diffusion_model=dict(guidance_scale=3.0))
-    elif case == "split_decode":
+    elif case.endswith("_decode"):
         config = _wan_decoded()
+        parallel = ParallelConfig(decode=case.removesuffix("_decode"))
     elif case == "rotate":
         parallel = ParallelConfig(ulysses_degree=1, ring_method="rotate")
     elif case == "tensor":
@@ -102,6 +103,21 @@ def roll(case, world_size, first, last, state, strict=False, switch_at=None, los
     return latents, frames, cache.state_dict()
 
 
+@torch.no_grad()
+def roll_from_files(case, world_size, first, last, folder, strict=False):
+    """The same through snapshots: resumes ``folder/<first>`` and saves ``folder/<last>``."""
+    pipeline, _ = build_pipeline(case, world_size, strict)
+    cache = begin(pipeline, case) if first == 0 else pipeline.resume(folder / str(first))
+    latents, frames = [], []
+    for index in range(first, last):
+        chunk = pipeline.generate(index, cache, control(case, index))
+        pipeline.finalize(index, cache)
+        latents.append(cache.latent.clone())
+        frames.append(chunk.clone())
+    report = pipeline.save(cache, folder / str(last))
+    return latents, frames, report.bytes
+
+
 @cache
 def stayed(case: str, strict: bool = False, switch_at: int | None = None):
     """Latents and frames of the rollout that never moves."""
@@ -116,5 +132,16 @@ def moved(case: str, strict: bool = False, switch_at: int | None = None, lose: s
         done = run_ranks(roll, ranks, case, ranks, first, last, state, strict, switch_at, lose)
         assert all(other[2] is None for other in done[1:])
         more, chunks, state = done[0]
+        latents, frames, first = latents + more, frames + chunks, last
+    return latents, frames
+
+
+def moved_by_files(case: str, folder, strict: bool = False):
+    """Latents and frames of the same rollout, through snapshots from ranks to ranks."""
+    latents, frames, first = [], [], 0
+    for ranks, last in PIECES:
+        more, chunks, _ = run_ranks(
+            roll_from_files, ranks, case, ranks, first, last, folder, strict
+        )[0]
         latents, frames, first = latents + more, frames + chunks, last
     return latents, frames

@@ -125,17 +125,25 @@ def slugs(family: str) -> str:
         window = f"{t.window_size_t} + {t.sink_size_t}" if t.streaming else "whole clip"
         scale = "off" if model.guidance_scale is None else f"{model.guidance_scale:g}"
         lines.append(
-            f"| `{slug}` | {t.len_t} | {window} | {_denoising(model.scheduler)} | {scale} | "
+            f"| `{slug}` | {t.len_t} | {window} | {_denoising(model)} | {scale} | "
             f"{config.total_blocks} |"
         )
     return "\n".join(lines)
 
 
-def _denoising(scheduler: Any) -> str:
-    steps = getattr(scheduler, "denoising_timesteps", None)
-    count = len(steps) if steps is not None else scheduler.num_inference_steps
+def _denoising(model: Any) -> str:
+    scheduler = model.scheduler
     kind = type(scheduler).__name__.removesuffix("SchedulerConfig")
-    return f"{count} step{'s' * (count > 1)}, {kind}, shift {scheduler.shift:g}"
+    count = _steps(scheduler)
+    text = f"{count} step{'s' * (count > 1)}, {kind}, shift {scheduler.shift:g}"
+    if model.first_chunk_scheduler is None:
+        return text
+    return f"{text}; {_steps(model.first_chunk_scheduler)} for the first chunk"
+
+
+def _steps(scheduler: Any) -> int:
+    steps = getattr(scheduler, "denoising_timesteps", None)
+    return len(steps) if steps is not None else scheduler.num_inference_steps
 
 
 def checkpoints(family: str) -> str:
@@ -246,6 +254,11 @@ def measured(family: str) -> str:
 def precision(_: str) -> str:
     """Table of what lower precision costs, from the committed reports of the benchmarks."""
     return figures.precisions(figures.read_reports())
+
+
+def ratios(_: str) -> str:
+    """What the engine adds to a bare loop, whether a long rollout grows, and peers."""
+    return figures.ratios(figures.read_reports())
 
 
 def mesh(family: str) -> str:
@@ -392,6 +405,7 @@ PARTS: dict[str, Callable[[str], str]] = {
         graph_status,
         toy_quality,
         precision,
+        ratios,
         modules,
     )
 }

@@ -15,7 +15,7 @@ from flashdreams.infra.component import build_component, declared_context, selec
 from flashdreams.infra.config import InstantiateConfig
 from flashdreams.infra.diffusion.causal import RewriteMode
 from flashdreams.infra.diffusion.pool import Storage, StoragePool
-from flashdreams.infra.diffusion.scheduler.base import SchedulerConfig
+from flashdreams.infra.diffusion.scheduler.base import Scheduler, SchedulerConfig
 from flashdreams.infra.diffusion.transformer import ContextChunk, TransformerConfig
 from flashdreams.infra.ranges import LARGEST_SIZE, check_range
 from flashdreams.parallel.environment import all_ranks_agree
@@ -40,6 +40,10 @@ class DiffusionModelConfig(InstantiateConfig):
 
     scheduler: SchedulerConfig
     """Noise levels and the steps between them."""
+
+    first_chunk_scheduler: SchedulerConfig | None = None
+    """Schedule of the first chunk that is generated, which has no past or only an image behind it;
+    None is ``scheduler``. Its timesteps have the type of the others."""
 
     guidance_scale: float | None = None
     """Weight s of classifier-free guidance, ``uncond + s * (cond - uncond)``; None runs the
@@ -106,6 +110,8 @@ class DiffusionCache:
     """``[B, C, T, H, W]`` float32, the last clean chunk."""
     control: Any = state("rebuilt", default=None)
     """The control input of the last chunk."""
+    given_steps: int = state("host", default=0)
+    """AR steps whose latents an image or a video gives."""
     pending: bool = state("rebuilt", default=False)
     """The last chunk's clean pass is yet to come."""
     history: list[CleanChunk] = state("whole", default_factory=list)
@@ -141,6 +147,15 @@ class DiffusionModel(nn.Module):
         self.guidance: Guidance = SerialGuidance()
         self.transformer = build_component(config.transformer)
         self.scheduler = config.scheduler.setup()
+        self.first_chunk_scheduler = self.scheduler
+        if config.first_chunk_scheduler is not None:
+            self.first_chunk_scheduler = config.first_chunk_scheduler.setup()
+            dtypes = [s.timesteps.dtype for s in (self.scheduler, self.first_chunk_scheduler)]
+            if dtypes[0] != dtypes[1]:
+                raise ValueError(
+                    f"scheduler has timesteps in {dtypes[0]}, first_chunk_scheduler in {dtypes[1]};"
+                    " give both the same kind."
+                )
         if not self.scheduler.timesteps.is_floating_point() and config.context_noise % 1:
             raise ValueError(
                 f"context_noise={config.context_noise}: this schedule has whole timesteps; give "
@@ -187,6 +202,8 @@ class DiffusionModel(nn.Module):
         leased = self.pool.lease(lambda s: self._begin_in(s, contexts)) if self.pool else None
         conditional, unconditional = leased or tuple(self._new_branch(c) for c in contexts)
         cache = DiffusionCache(conditional, unconditional, noise, batch_size, given)
+        all_given = given is not None and given.shape[2] == self.transformer.config.len_t
+        cache.given_steps = int(all_given)
         if self.pool is not None and leased is not None:
             cache.give_back = weakref.finalize(cache, self.pool.give_back, leased)
             cache.give_back.atexit = False
@@ -255,7 +272,9 @@ class DiffusionModel(nn.Module):
     def _step_through(self, cache: DiffusionCache) -> int:
         """A rollout of dummy values, up to the point from which all AR steps are alike."""
         transformer = self.transformer
-        latent = torch.zeros(transformer.latent_shape(1), device=transformer.device)
+        latent = torch.zeros(
+            transformer.latent_shape(1), device=transformer.device, dtype=torch.float32
+        )
         timestep = self.scheduler.timesteps[0]
         control = transformer.example_control(1)
         for index in range(transformer.warm_up_steps):
@@ -286,7 +305,9 @@ class DiffusionModel(nn.Module):
             latent = given
         else:
             noise = self._noise_of_step(autoregressive_index, cache)
-            latent = self._sample(self._flow(cache), noise, given)
+            first = autoregressive_index == cache.given_steps
+            scheduler = self.first_chunk_scheduler if first else self.scheduler
+            latent = sample_rest(scheduler, self._flow(cache), noise, given)
         cache.latent, cache.control, cache.pending = latent, control, True
         self.side.mark()
         return latent
@@ -351,6 +372,14 @@ class DiffusionModel(nn.Module):
             self.transformer.begin_step(pending_index, branch, cache.control)
         self.side.mark()
 
+    def rebuild_context(self, cache: DiffusionCache) -> None:
+        """Compute sink and window anew from the clean latents that the context holds."""
+        self.side.join()
+        chunks = self._held_chunks(cache)
+        for branch in cache.branches:
+            self.transformer.check_rewrite(branch, "chunks")
+            self.transformer.rewrite_context(branch, chunks, self._context_timestep())
+
     def _held_chunks(self, cache: DiffusionCache) -> list[ContextChunk]:
         """The clean latents of the frames that the context holds."""
         held = set(self._held_frames(cache))
@@ -371,7 +400,9 @@ class DiffusionModel(nn.Module):
         return chunks
 
     def _context_timestep(self) -> Tensor:
-        return torch.tensor(self.config.context_noise, dtype=self.scheduler.timesteps.dtype)
+        return torch.tensor(
+            self.config.context_noise, dtype=self.scheduler.timesteps.dtype, device="cpu"
+        )
 
     def _frames_of(self, chunk: CleanChunk) -> range:
         count = chunk.latent.shape[2]
@@ -389,31 +420,6 @@ class DiffusionModel(nn.Module):
         return lambda latent, timestep: self.guidance(
             lambda: conditional(latent, timestep), lambda: unconditional(latent, timestep), scale
         )
-
-    def _sample(
-        self,
-        flow: Callable[[Tensor, Tensor], Tensor],
-        noise: Callable[[int], Tensor],
-        given: Tensor | None,
-    ) -> Tensor:
-        """Denoise a chunk whose first latent frames may be ``given``, ``[B, C, n, H, W]``.
-
-        The network sees them as they are, with timestep 0. What a schedule makes of their places in
-        between is never read: schedules compute element by element.
-        """
-        if given is None:
-            return self.scheduler.sample(flow, noise)
-        count = given.shape[2]
-
-        def stamped(latent: Tensor) -> Tensor:
-            return torch.cat([given, latent[:, :, count:]], dim=2)
-
-        def flow_of_rest(latent: Tensor, timestep: Tensor) -> Tensor:
-            timesteps = timestep.repeat(latent.shape[0], latent.shape[2])
-            timesteps[:, :count] = 0
-            return flow(stamped(latent), timesteps)
-
-        return stamped(self.scheduler.sample(flow_of_rest, noise))
 
     def _predict_in(self, branch: Any) -> Callable[[Tensor, Tensor], Tensor]:
         predict = self.transformer.predict_flow
@@ -452,3 +458,29 @@ class DiffusionModel(nn.Module):
                 f"{shape[2]} of them; got {list(sizes)}."
             )
         return image.to(self.transformer.device, torch.float32)
+
+
+def sample_rest(
+    scheduler: Scheduler,
+    flow: Callable[[Tensor, Tensor], Tensor],
+    noise: Callable[[int], Tensor],
+    given: Tensor | None,
+) -> Tensor:
+    """Denoise a chunk whose first latent frames may be ``given``, ``[B, C, n, H, W]``.
+
+    The network sees them as they are, with timestep 0. What a schedule makes of their places in
+    between is never read: schedules compute element by element.
+    """
+    if given is None:
+        return scheduler.sample(flow, noise)
+    count = given.shape[2]
+
+    def stamped(latent: Tensor) -> Tensor:
+        return torch.cat([given, latent[:, :, count:]], dim=2)
+
+    def flow_of_rest(latent: Tensor, timestep: Tensor) -> Tensor:
+        timesteps = timestep.repeat(latent.shape[0], latent.shape[2])
+        timesteps[:, :count] = 0
+        return flow(stamped(latent), timesteps)
+
+    return stamped(scheduler.sample(flow_of_rest, noise))

@@ -17,6 +17,7 @@ from flashdreams.infra.low_precision import (
     lower_precision,
 )
 from flashdreams.infra.ranges import check_range
+from flashdreams.runtime.checkpoint import parse_lora
 from flashdreams.runtime.cuda_graph import GraphedCallable
 
 
@@ -53,7 +54,14 @@ class TransformerConfig(ComponentConfig):
     feature. The weights are rounded once, after loading. Needs a GPU with eight-bit products; a CPU
     gives the same accuracy, slower."""
 
+    loras: tuple[str, ...] = ()
+    """LoRAs to merge into the weights, in float32, while they are loaded: ``SOURCE`` or
+    ``SOURCE:WEIGHT``, the source a file, or ``hf://org/repo/file`` (fetched where
+    ``checkpoint.download`` is on). Names of PEFT, kohya and ComfyUI are known; see the guide."""
+
     def __post_init__(self) -> None:
+        for lora in self.loras:
+            parse_lora(lora)
         if self.attention_backend != AUTO:
             resolve_backend(self.attention_backend)
         check_range(self, "in_channels", "len_t", "latent_height", "latent_width")

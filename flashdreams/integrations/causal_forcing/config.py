@@ -22,6 +22,15 @@ CHUNKWISE_CHECKPOINT = training_checkpoint(
 FRAMEWISE_CHECKPOINT = training_checkpoint(
     REPO, "framewise/causal_forcing.pt", REVISION, select=("generator_ema", "generator")
 )
+TWO_STEP_CHECKPOINT, ONE_STEP_CHECKPOINT = (
+    training_checkpoint(
+        REPO,
+        f"causal-forcing++/framewise-{steps}step.pt",
+        REVISION,
+        select=("generator_ema", "generator"),
+    )
+    for steps in (2, 1)
+)
 
 CHUNKWISE_PIPELINE = derive_config(
     FOUR_STEP_PIPELINE_1_3B,
@@ -40,6 +49,38 @@ I2V_FRAMEWISE_PIPELINE = derive_config(
     name="causal-forcing-wan2.1-i2v-1.3b-framewise",
     image_encoder=WAN_VAE_IMAGE_ENCODER,
     diffusion_model=dict(first_latent_from_image=True),
+)
+TWO_STEP_MODEL = derive_config(
+    FRAMEWISE_PIPELINE.diffusion_model,
+    transformer=dict(checkpoint=TWO_STEP_CHECKPOINT),
+    scheduler=dict(denoising_timesteps=(1000.0, 500.0)),
+    first_chunk_scheduler=FRAMEWISE_PIPELINE.diffusion_model.scheduler,
+)
+"""Causal-Forcing++: two denoising steps, but four for the first chunk that is generated.
+
+Source: thu-ml/Causal-Forcing, ``denoising_step_list`` and ``denoising_step_list_first_chunk``.
+"""
+
+ONE_STEP_MODEL = derive_config(
+    TWO_STEP_MODEL,
+    transformer=dict(checkpoint=ONE_STEP_CHECKPOINT),
+    scheduler=dict(denoising_timesteps=(1000.0,)),
+)
+
+TWO_STEP_PIPELINE, ONE_STEP_PIPELINE = (
+    derive_config(
+        FRAMEWISE_PIPELINE, name=f"{FRAMEWISE_PIPELINE.name}-{steps}step", diffusion_model=model
+    )
+    for steps, model in ((2, TWO_STEP_MODEL), (1, ONE_STEP_MODEL))
+)
+
+I2V_TWO_STEP_PIPELINE, I2V_ONE_STEP_PIPELINE = (
+    derive_config(
+        I2V_FRAMEWISE_PIPELINE,
+        name=f"{I2V_FRAMEWISE_PIPELINE.name}-{steps}step",
+        diffusion_model=derive_config(model, first_latent_from_image=True),
+    )
+    for steps, model in ((2, TWO_STEP_MODEL), (1, ONE_STEP_MODEL))
 )
 
 TINY_PIPELINE = derive_config(
@@ -74,6 +115,21 @@ I2V_FRAMEWISE_RUNNER = ImageToVideoRunnerConfig(
     total_blocks=180,
 )
 
+FEW_STEP_RUNNERS = [
+    derive_config(
+        runner,
+        runner_name=pipeline.name,
+        description=f"Causal-Forcing++ on Wan 2.1 1.3B: {what}, {steps} a chunk.",
+        pipeline=pipeline,
+    )
+    for runner, pipeline, what, steps in (
+        (FRAMEWISE_RUNNER, TWO_STEP_PIPELINE, "streaming text-to-video", "2 steps"),
+        (FRAMEWISE_RUNNER, ONE_STEP_PIPELINE, "streaming text-to-video", "1 step"),
+        (I2V_FRAMEWISE_RUNNER, I2V_TWO_STEP_PIPELINE, "a stream from an image", "2 steps"),
+        (I2V_FRAMEWISE_RUNNER, I2V_ONE_STEP_PIPELINE, "a stream from an image", "1 step"),
+    )
+]
+
 TINY_RUNNER = derive_config(
     I2V_FRAMEWISE_RUNNER,
     runner_name=TINY_PIPELINE.name,
@@ -85,5 +141,8 @@ TINY_RUNNER = derive_config(
 
 RUNNER_CONFIGS: dict[str, RunnerConfig] = {
     runner.runner_name: runner
-    for runner in (CHUNKWISE_RUNNER, FRAMEWISE_RUNNER, I2V_FRAMEWISE_RUNNER, TINY_RUNNER)
+    for runner in (
+        *(CHUNKWISE_RUNNER, FRAMEWISE_RUNNER, I2V_FRAMEWISE_RUNNER),
+        *(*FEW_STEP_RUNNERS, TINY_RUNNER),
+    )
 }

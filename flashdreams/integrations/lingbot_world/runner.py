@@ -23,6 +23,7 @@ from flashdreams.infra.video_runner import (
     read_image,
 )
 from flashdreams.runtime.actions import KeyMotion, integrate, parse_actions
+from flashdreams.runtime.array_file import load_array
 from flashdreams.runtime.image_file import image_size, load_image
 
 from .camera import check_intrinsics, check_poses, pixel_frames, whole_chunks
@@ -189,9 +190,13 @@ def camera_path(
         poses: ``[F, 4, 4]``.
         held: held keys of F frames.
     """
-    keys = torch.tensor([[key in now for key in KEY_ORDER] for now in held]).float()
+    keys = torch.tensor(
+        [[key in now for key in KEY_ORDER] for now in held], dtype=torch.bool, device="cpu"
+    ).float()
     return CameraPath(
-        poses, torch.tensor(intrinsics).expand(len(poses), 4), keys if keyed else None
+        poses,
+        torch.tensor(intrinsics, dtype=torch.float32, device="cpu").expand(len(poses), 4),
+        keys if keyed else None,
     )
 
 
@@ -240,7 +245,11 @@ def read_path(config: CameraToVideoRunnerConfig) -> CameraPath:
         name = "--actions"
         held = parse_actions(config.actions)
         poses = integrate(held, config.motion())
-        keys = torch.tensor([[key in now for key in KEY_ORDER] for now in (frozenset(), *held)])
+        keys = torch.tensor(
+            [[key in now for key in KEY_ORDER] for now in (frozenset(), *held)],
+            dtype=torch.bool,
+            device="cpu",
+        )
     else:
         raise ValueError(
             f"{config.runner_name} follows a camera: give --pose-path FILE, or type key presses "
@@ -251,7 +260,9 @@ def read_path(config: CameraToVideoRunnerConfig) -> CameraPath:
         intrinsics = read_array(config.intrinsic_path, "--intrinsic-path")
         name = f"--intrinsic-path {config.intrinsic_path}"
     else:
-        intrinsics = torch.tensor(config.intrinsics).expand(len(poses), 4)
+        intrinsics = torch.tensor(config.intrinsics, dtype=torch.float32, device="cpu").expand(
+            len(poses), 4
+        )
         name = "--intrinsics"
     check_intrinsics(intrinsics, len(poses), name)
     if not keyed or keys is None:
@@ -268,15 +279,13 @@ def read_array(path: Path, flag: str) -> Tensor:
     """The numbers of a .npy file; integers become float64.
 
     Raises:
-        ValueError: no such file, or none of numbers.
+        ValueError: no such file, damaged, too large, or none of numbers.
     """
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or "it is no .npy file of numbers"
+        array = load_array(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{flag} {path} cannot be read: {reason}.") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
-        raise ValueError(f"{flag} {path} cannot be read: it is no .npy file of numbers.")
     wide = array if array.dtype in (np.float32, np.float64) else array.astype(np.float64)
     return torch.from_numpy(np.ascontiguousarray(wide))
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashdreams.infra.diffusion.causal_state import CausalState, StepInputs
 from flashdreams.infra.ranges import check_range
 from flashdreams.models.wan.blocks import BlockConfig, WanBlock
 from flashdreams.models.wan.plan import wan_plan
@@ -125,7 +126,9 @@ class LingBotTransformer(WanTransformer):
     def example_control(self, batch_size: int) -> Tensor:
         """Zeros ``[1, L, camera_dim]``: one camera for the whole batch."""
         c = self.config
-        return torch.zeros(1, c.len_t * c.tokens_per_frame, c.camera_dim)
+        return torch.zeros(
+            1, c.len_t * c.tokens_per_frame, c.camera_dim, dtype=torch.float32, device="cpu"
+        )
 
     def embed_control(self, control: Any) -> list[tuple[Tensor, Tensor]]:
         """Embed the camera and let every block read it, once per chunk.
@@ -150,9 +153,9 @@ class LingBotTransformer(WanTransformer):
         camera = embedded + self.c2ws_hidden_states_layer2(F.silu(hidden))
         return [cast(LingBotBlock, block).read_camera(camera) for block in self.blocks]
 
-    def block_controls(self, control: Any) -> Sequence[Any]:
+    def block_controls(self, inputs: StepInputs, state: CausalState) -> Sequence[Any]:
         """Scale and shift of each block."""
-        return control
+        return inputs.control
 
     def add_control(self, x: Tensor, control: Any) -> Tensor:
         """The camera acts in the blocks alone."""

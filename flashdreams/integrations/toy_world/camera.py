@@ -38,7 +38,9 @@ def ray_features(pose: Tensor, rows: int, columns: int, pixel_size: tuple[int, i
     x, y, heading = pose.float().unbind(-1)
     focal = 0.5 * height / math.tan(0.5 * VERTICAL_FOV)
     count = columns * _RAYS_PER_TOKEN
-    offsets = (torch.arange(count, device=pose.device) + 0.5) * (width / count) - 0.5 * width
+    offsets = (torch.arange(count, device=pose.device, dtype=torch.float32) + 0.5) * (
+        width / count
+    ) - 0.5 * width
     angle = heading[..., None] + torch.atan(offsets / focal)
     sine, cosine = angle.sin(), angle.cos()
     moment = x[..., None] * cosine - y[..., None] * sine
@@ -49,8 +51,8 @@ def ray_features(pose: Tensor, rows: int, columns: int, pixel_size: tuple[int, i
     rays = rays.unflatten(-2, (columns, _RAYS_PER_TOKEN)).flatten(-2)
     shape = (*pose.shape[:-1], rows, columns, -1)
     place = torch.cat([_place_waves(x), _place_waves(y)], dim=-1)
-    row = torch.eye(rows, device=pose.device)[:, None]
-    column = torch.eye(columns, device=pose.device)[None]
+    row = torch.eye(rows, device=pose.device, dtype=torch.float32)[:, None]
+    column = torch.eye(columns, device=pose.device, dtype=torch.float32)[None]
     parts = [rays[..., None, :, :], place[..., None, None, :], row, column]
     return torch.cat([part.expand(shape) for part in parts], dim=-1).flatten(-3, -2)
 
@@ -62,7 +64,7 @@ def control_features(rows: int, columns: int) -> int:
 
 
 def _waves(angle: Tensor, harmonics: tuple[float, ...]) -> Tensor:
-    phases = angle[..., None] * torch.tensor(harmonics, device=angle.device)
+    phases = angle[..., None] * torch.tensor(harmonics, device=angle.device, dtype=torch.float32)
     return torch.cat([phases.sin(), phases.cos()], dim=-1)
 
 

@@ -36,8 +36,13 @@ FOG_DISTANCE = 13.0
 _SUN_AZIMUTH = math.radians(-35.0)
 _SUN_ELEVATION = math.radians(24.0)
 _SUN_EAST, _SUN_NORTH = math.sin(_SUN_AZIMUTH), math.cos(_SUN_AZIMUTH)
-_WALL_LIGHT = torch.tensor([0.90, 1.02, 1.06, 0.94])
-_PILLAR_XY = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0], [-1.0, 1.0]]) * PILLAR_OFFSET
+_WALL_LIGHT = torch.tensor([0.90, 1.02, 1.06, 0.94], dtype=torch.float32, device="cpu")
+_PILLAR_XY = (
+    torch.tensor(
+        [[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0], [-1.0, 1.0]], dtype=torch.float32, device="cpu"
+    )
+    * PILLAR_OFFSET
+)
 _FRAMES_PER_PASS = {"cpu": 8, "cuda": 512}
 
 
@@ -62,7 +67,7 @@ def render(scene: Tensor, pose: Tensor, size: tuple[int, int] = (64, 64)) -> Ten
     height, width = size
     if height < 8 or width < 8 or height % 8 or width % 8:
         raise ValueError(f"size={height}x{width} is not made of positive multiples of 8, try 64x64")
-    frames = torch.empty(len(pose), 3, height, width, device=pose.device)
+    frames = torch.empty(len(pose), 3, height, width, device=pose.device, dtype=torch.float32)
     stride = _FRAMES_PER_PASS.get(pose.device.type, 8)
     for first in range(0, len(pose), stride):
         part = slice(first, first + stride)
@@ -74,9 +79,9 @@ def render(scene: Tensor, pose: Tensor, size: tuple[int, int] = (64, 64)) -> Ten
 def _rays(height: int, width: int, device: torch.device) -> tuple[float, Tensor, Tensor, Tensor]:
     """Focal length in pixels, slopes of sub-columns [WS] and columns [W], rows [H] (down > 0)."""
     focal = 0.5 * height / math.tan(0.5 * VERTICAL_FOV)
-    fine = (torch.arange(width * SUBCOLUMNS, device=device) + 0.5) / SUBCOLUMNS
-    columns = torch.arange(width, device=device) + 0.5
-    rows = torch.arange(height, device=device) + 0.5
+    fine = (torch.arange(width * SUBCOLUMNS, device=device, dtype=torch.float32) + 0.5) / SUBCOLUMNS
+    columns = torch.arange(width, device=device, dtype=torch.float32) + 0.5
+    rows = torch.arange(height, device=device, dtype=torch.float32) + 0.5
     return focal, (fine - width / 2) / focal, (columns - width / 2) / focal, rows - height / 2
 
 
@@ -120,7 +125,9 @@ def _render_pass(scene: Tensor, pose: Tensor, height: int, width: int) -> Tensor
     zenith, glow = _sky(sine, cosine, columns, rows, focal)
     floor, floor_keep = _floor(position, sine, cosine, columns, rows, focal)
     above, below, half = per_column(above), per_column(below), height // 2
-    weights = torch.zeros(frames, width, 4 + 2 * SUBCOLUMNS, height, device=pose.device)
+    weights = torch.zeros(
+        frames, width, 4 + 2 * SUBCOLUMNS, height, device=pose.device, dtype=torch.float32
+    )
     torch.mul(above[..., :half], zenith, out=weights[:, :, 0, :half])
     torch.mul(above[..., :half], glow, out=weights[:, :, 1, :half])
     fog = per_column(fog).add_(above).sub_(weights[:, :, 0])
@@ -133,7 +140,9 @@ def _render_pass(scene: Tensor, pose: Tensor, height: int, width: int) -> Tensor
     _, _, floors, skies, _, _ = _palette(pose.device)
     sky = skies[scene[:, SKY_SLOT]]
     tint = sky[:, 3, None, :] / SUBCOLUMNS
-    colours = torch.empty(frames, width, 4 + 2 * SUBCOLUMNS, 3, device=pose.device)
+    colours = torch.empty(
+        frames, width, 4 + 2 * SUBCOLUMNS, 3, device=pose.device, dtype=torch.float32
+    )
     colours[:, :, 0] = sky[:, None, 0]
     colours[:, :, 1] = sky[:, None, 2]
     colours[:, :, 2] = sky[:, None, 1]

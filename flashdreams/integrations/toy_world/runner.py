@@ -43,7 +43,7 @@ class ToyWorldRunnerConfig(RunnerConfig):
     start_from_truth: bool = False
     """Give the first frame as a picture instead of generating it."""
     compare_to_truth: bool = False
-    """Show the rendered truth beside the generated frames and record the PSNR of every step."""
+    """Show the rendered truth to the left of the generated frames and record every step's PSNR."""
     threads: int = 1
     """CPU threads; at this size one is faster than two."""
     scale: int = 6
@@ -78,7 +78,7 @@ class ToyWorldRunner(Runner[ToyWorldRunnerConfig, StreamInferencePipeline]):
                 if cfg.compare_to_truth:
                     truth = self.truth(step.control[0])[:, None]
                     step.cache.timer.note(psnr_db=float(psnr_db(chunk, truth).mean()))
-                    chunk = torch.cat([chunk, truth], dim=-1)
+                    chunk = torch.cat([truth, chunk], dim=-1)
                 if writer is not None:
                     writer.write(chunk)
 
@@ -97,7 +97,7 @@ class ToyWorldRunner(Runner[ToyWorldRunnerConfig, StreamInferencePipeline]):
         return KeyCamera(
             KEY_MOTION,
             to_input=lambda poses, held: poses,
-            start=pose_to_camera(torch.tensor(START_POSE)),
+            start=pose_to_camera(torch.tensor(START_POSE, dtype=torch.float32, device="cpu")),
             collide=collide_camera,
         )
 
@@ -123,6 +123,6 @@ def walk(actions: str, frames: int) -> Tensor:
     Raises:
         ValueError: a key that does not exist, a count that is none, or ``frames`` below 1.
     """
-    start = pose_to_camera(torch.tensor(START_POSE))
+    start = pose_to_camera(torch.tensor(START_POSE, dtype=torch.float32, device="cpu"))
     path = integrate(parse_actions(actions), KEY_MOTION, start=start, collide=collide_camera)
     return hold(path, frames)

@@ -13,6 +13,8 @@ import re
 import torch
 from torch import Tensor
 
+from flashdreams.infra.config import quoted
+
 SLOTS = (
     "north wall",
     "east wall",
@@ -51,7 +53,9 @@ WALL_RGB = torch.tensor(
         [0.32, 0.46, 0.76],
         [0.56, 0.40, 0.70],
         [0.88, 0.86, 0.82],
-    ]
+    ],
+    dtype=torch.float32,
+    device="cpu",
 )
 """``[NUM_OPTIONS, 3]`` colours of the walls in [0, 1]."""
 PILLAR_RGB = torch.tensor(
@@ -64,7 +68,9 @@ PILLAR_RGB = torch.tensor(
         [0.20, 0.40, 0.84],
         [0.58, 0.30, 0.76],
         [0.94, 0.93, 0.90],
-    ]
+    ],
+    dtype=torch.float32,
+    device="cpu",
 )
 """``[NUM_OPTIONS, 3]`` colours of the pillars in [0, 1]."""
 FLOOR_RGB = torch.tensor(
@@ -77,7 +83,9 @@ FLOOR_RGB = torch.tensor(
         [0.36, 0.44, 0.60],
         [0.48, 0.40, 0.56],
         [0.72, 0.71, 0.69],
-    ]
+    ],
+    dtype=torch.float32,
+    device="cpu",
 )
 """``[NUM_OPTIONS, 3]`` colours of the floor in [0, 1]."""
 SKY_RGB = torch.tensor(
@@ -90,7 +98,9 @@ SKY_RGB = torch.tensor(
         [[0.42, 0.66, 0.78], [0.96, 0.88, 0.66], [0.22, 0.14, 0.02], [1.02, 0.97, 0.86]],
         [[0.06, 0.16, 0.30], [0.22, 0.60, 0.54], [0.10, 0.22, 0.14], [0.68, 0.84, 0.82]],
         [[0.22, 0.26, 0.32], [0.48, 0.54, 0.58], [0.14, 0.13, 0.10], [0.76, 0.80, 0.84]],
-    ]
+    ],
+    dtype=torch.float32,
+    device="cpu",
 )
 """``[NUM_OPTIONS, 4, 3]``: zenith, horizon (also the fog), glow near the sun, tint of the light."""
 
@@ -129,7 +139,9 @@ def random_scene(batch: int, generator: torch.Generator) -> Tensor:
         ``[B, NUM_SLOTS]`` int64 in [0, NUM_OPTIONS).
     """
     shape = (batch, NUM_SLOTS)
-    return torch.randint(NUM_OPTIONS, shape, generator=generator, device=generator.device)
+    return torch.randint(
+        NUM_OPTIONS, shape, generator=generator, device=generator.device, dtype=torch.float32
+    )
 
 
 def scene_from_text(text: str) -> Tensor:
@@ -149,7 +161,7 @@ def scene_from_text(text: str) -> Tensor:
     Raises:
         ValueError: an unknown word, or a phrase without exactly one place and one colour.
     """
-    scene = torch.tensor(DEFAULT_SCENE)
+    scene = torch.tensor(DEFAULT_SCENE, dtype=torch.int64, device="cpu")
     for phrase in re.split(r"[,;.\n]|\band\b", text.lower()):
         if phrase.strip():
             slots, value = _parse_phrase(phrase.strip())
@@ -214,7 +226,7 @@ def _parse_phrase(phrase: str) -> tuple[list[int], int]:
     places = [word for word in words if word in _PLACES]
     if len(places) != 1:
         raise ValueError(
-            f"{phrase!r} names {len(places)} places, expected one of {', '.join(_PLACES)}; "
+            f"{quoted(phrase)} names {len(places)} places, expected one of {', '.join(_PLACES)}; "
             "put a comma between phrases, as in 'red floor, dusk sky'"
         )
     place = places[0]
@@ -224,7 +236,7 @@ def _parse_phrase(phrase: str) -> tuple[list[int], int]:
     left_over = [word for word in words if word not in (place, *values, *sides)]
     if len(values) != 1 or left_over:
         raise ValueError(
-            f"{phrase!r} does not give the {place} one value; allowed: "
+            f"{quoted(phrase)} does not give the {place} one value; allowed: "
             f"{', '.join((*options, _UNKNOWN))}"
         )
     value = HIDDEN if values[0] == _UNKNOWN else options.index(values[0])
@@ -241,7 +253,7 @@ def _slots_at(place: str, sides: list[str], phrase: str) -> list[int]:
     ]
     if not slots or (wanted and place in ("floor", "sky")):
         allowed = ", ".join(name for name in SLOTS if name.endswith(place))
-        raise ValueError(f"{phrase!r} names no {place} of the courtyard; allowed: {allowed}")
+        raise ValueError(f"{quoted(phrase)} names no {place} of the courtyard; allowed: {allowed}")
     return slots
 
 
@@ -260,6 +272,6 @@ def _check_word(word: str, phrase: str) -> None:
     near = difflib.get_close_matches(word, (*vocabulary, *_ALIASES), n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
     raise ValueError(
-        f"unknown word {word!r} in {phrase!r}{hint} Colours: {', '.join(COLOURS)}. "
+        f"unknown word {quoted(word)} in {quoted(phrase)}{hint} Colours: {', '.join(COLOURS)}. "
         f"Skies: {', '.join(SKIES)}. Places: {', '.join(SLOTS)}. Or '{_UNKNOWN}' to hide a slot."
     )

@@ -11,6 +11,15 @@ from flashdreams.infra.encoder.base import Encoder, EncoderConfig
 from flashdreams.infra.ranges import check_range
 from flashdreams.models.clip import CLIPImageEncoder, CLIPImageEncoderConfig
 from flashdreams.models.wan.vae import WanVAEImageEncoder, WanVAEImageEncoderConfig, as_video
+from flashdreams.runtime.image_file import load_image  # where it was in 0.1
+
+__all__ = [
+    "MASK_CHANNELS",
+    "WanImageConditionEncoder",
+    "WanImageConditionEncoderConfig",
+    "load_image",
+    "mark_first_frame",
+]
 
 MASK_CHANNELS = 4
 """Mask values per latent frame: one for each of the pixel frames that it stands for."""

@@ -315,7 +315,7 @@ class WanVAEImageEncoder(Encoder):
     def example_input(self) -> Tensor:
         """A small grey image ``[1, 3, height, width]``."""
         side = 4 * self.config.spatial_factor
-        return torch.zeros(1, 3, side, side)
+        return torch.zeros(1, 3, side, side, dtype=torch.float32, device="cpu")
 
     @torch.no_grad()
     def encode_chunk(self, video: Tensor, cache: CarriedFrames) -> Tensor:

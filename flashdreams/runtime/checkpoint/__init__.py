@@ -6,6 +6,8 @@ from flashdreams.runtime.checkpoint.config import (
     WRAPPER_MARKERS,
     CheckpointConfig,
     CheckpointError,
+    LoRA,
+    parse_lora,
 )
 from flashdreams.runtime.checkpoint.keys import KeyMap
 from flashdreams.runtime.checkpoint.source import (
@@ -16,7 +18,7 @@ from flashdreams.runtime.checkpoint.source import (
 )
 
 if TYPE_CHECKING:
-    from flashdreams.runtime.checkpoint.load import LoadReport, load_checkpoint
+    from flashdreams.runtime.checkpoint.load import LoadReport, load_checkpoint, merge_loras
     from flashdreams.runtime.checkpoint.read import TensorSlice
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "CheckpointConfig",
     "CheckpointError",
     "KeyMap",
+    "LoRA",
     "LoadReport",
     "LocalCheckpoint",
     "TensorSlice",
@@ -31,12 +34,16 @@ __all__ = [
     "ensure_local",
     "find_local",
     "load_checkpoint",
+    "merge_loras",
+    "parse_lora",
 ]
+
+_NEED_PYTORCH = ("LoadReport", "TensorSlice", "load_checkpoint", "merge_loras")
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs PyTorch at its first use: the command line reads only the rest."""
-    if name not in ("LoadReport", "TensorSlice", "load_checkpoint"):
+    if name not in _NEED_PYTORCH:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from flashdreams.runtime.checkpoint import load
 

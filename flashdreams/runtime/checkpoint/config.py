@@ -1,7 +1,10 @@
 """Where a component's weights are and how their names are read: plain data."""
 
+import math
 import re
 from dataclasses import dataclass
+
+from flashdreams.infra.config import quoted
 
 WRAPPER_MARKERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 """Name parts that training wrappers leave behind in saved tensor names."""
@@ -63,6 +66,13 @@ class CheckpointConfig:
     """Licence of the weights, for the same message; ``None``: not stated."""
 
     def __post_init__(self) -> None:
+        # It becomes a path in the cache of downloads.
+        revision = self.revision or "main"
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", revision) or ".." in revision:
+            raise CheckpointError(
+                f"checkpoint {self.source}: revision {quoted(revision)} must be a branch, tag or "
+                "commit"
+            )
         unknown = self.sha256 is None and self.commit is not None
         if self.is_address and not unknown and not re.fullmatch("[0-9a-f]{64}", self.sha256 or ""):
             raise CheckpointError(
@@ -80,3 +90,45 @@ class CheckpointConfig:
     def is_address(self) -> bool:
         """Whether the source is a single file on the web."""
         return self.source.startswith("https://")
+
+
+LORA_SELECT = ("generator_lora", "lora", "state_dict")
+"""Sub-dictionaries of a ``.pt`` file of LoRA tensors; the first that is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """One file of low-rank updates and its weight."""
+
+    checkpoint: CheckpointConfig
+    """Where it is; of the rules for names, ``select`` and ``ignore`` are followed."""
+
+    weight: float = 1.0
+    """What all of its updates are multiplied by."""
+
+
+def parse_lora(text: str, *, download: bool = False) -> LoRA:
+    """Read ``SOURCE`` or ``SOURCE:WEIGHT``.
+
+    Args:
+        text: source as `CheckpointConfig.source`; of a repository ``hf://org/repo/file``.
+        download: may it be fetched.
+
+    Raises:
+        ValueError: no source, a repository without a file, or a weight that is no number.
+    """
+    source, _, last = text.rpartition(":")
+    if not source or "/" in last or last.endswith((".pt", ".pth", ".safetensors")):
+        source, last = text, "1"
+    try:
+        weight = float(last)
+    except ValueError:
+        weight = math.nan
+    if not source or not math.isfinite(weight):
+        raise ValueError(
+            f"LoRA {text!r} should read SOURCE or SOURCE:WEIGHT, such as style.safetensors:0.8"
+        )
+    if source.startswith("hf://") and source.count("/") < 4:
+        raise ValueError(f"LoRA {text!r}: say which file of it, hf://org/repo/file.safetensors")
+    checkpoint = CheckpointConfig(source=source, select=LORA_SELECT, download=download)
+    return LoRA(checkpoint=checkpoint, weight=weight)

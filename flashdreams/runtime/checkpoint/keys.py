@@ -5,9 +5,19 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from flashdreams.infra.config import quoted
 from flashdreams.runtime.checkpoint.config import CheckpointConfig, CheckpointError
+from flashdreams.runtime.text import shown
 
 _LISTED = 10
+_COMPARED = 5000
+_COMPARED_LENGTH = 200
+
+KNOWN_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
+"""What other programs put in front of the names of a diffusion transformer."""
+
+OTHER_PARTS = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoders.")
+"""What the names of the other networks begin with in a file of a whole ComfyUI pipeline."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +51,15 @@ class NameMatch:
     key_map: str | None
     """Name of the `KeyMap` that was applied."""
 
+    prefix: str = ""
+    """The one of ``KNOWN_PREFIXES`` that was found and dropped."""
+
 
 def map_names(
-    names: Iterable[str], config: CheckpointConfig, key_maps: Sequence[KeyMap] = ()
+    names: Iterable[str],
+    config: CheckpointConfig,
+    key_maps: Sequence[KeyMap] = (),
+    wanted: Iterable[str] = (),
 ) -> NameMatch:
     """Translate the tensor names of a file by the rules of a config and of a detected key map.
 
@@ -51,27 +67,54 @@ def map_names(
         names: tensor names as the file holds them, after ``select``.
         config: gives ``drop``, ``strip_prefixes``, ``rename`` and ``ignore``, applied first.
         key_maps: other naming schemes that are recognised by their marker.
+        wanted: names of the module; one of ``KNOWN_PREFIXES`` is dropped if more of them are found
+            without it.
 
     Raises:
         CheckpointError: two tensors of the file end up with one name.
     """
-    plain = {name: _rename(_unwrap(name, config), config.rename) for name in names}
-    key_map = _detect(plain.values(), key_maps)
-    if key_map is not None:
-        plain = {name: _rename(mapped, key_map.rename) for name, mapped in plain.items()}
+    unwrapped = {name: _unwrap(name, config) for name in names}
+    prefixes = [p for p in KNOWN_PREFIXES if any(n.startswith(p) for n in unwrapped.values())]
+    known = set(wanted) if prefixes else set()
+
+    def found(prefix: str) -> int:
+        translated, _ = _translate(unwrapped, prefix, config, key_maps)
+        return len(known.intersection(translated.values()))
+
+    prefix = max(["", *prefixes], key=found) if known else ""  # the first of equals
+    plain, key_map = _translate(unwrapped, prefix, config, key_maps)
     ignore = config.ignore + (key_map.ignore if key_map is not None else ())
     ignored = [re.compile(pattern) for pattern in ignore]
     file_names: dict[str, str] = {}
     for name, mapped in plain.items():
         if any(pattern.match(mapped) for pattern in ignored):
             continue
+        if prefix == KNOWN_PREFIXES[0] and mapped.startswith(OTHER_PARTS):
+            continue
         if mapped in file_names:
             raise CheckpointError(
-                f"checkpoint {config.source}: tensors {file_names[mapped]!r} and {name!r} would "
-                f"both be {mapped!r}; correct strip_prefixes, drop or rename"
+                f"checkpoint {config.source}: tensors {quoted(file_names[mapped])} and "
+                f"{quoted(name)} would both be {quoted(mapped)}; correct strip_prefixes, drop or "
+                "rename"
             )
         file_names[mapped] = name
-    return NameMatch(file_names=file_names, key_map=key_map.name if key_map else None)
+    return NameMatch(
+        file_names=file_names, key_map=key_map.name if key_map else None, prefix=prefix
+    )
+
+
+def _translate(
+    unwrapped: Mapping[str, str],
+    prefix: str,
+    config: CheckpointConfig,
+    key_maps: Sequence[KeyMap],
+) -> tuple[dict[str, str], KeyMap | None]:
+    """Apply a prefix, the config's pairs and the key map that then fits."""
+    plain = {n: rename(x.removeprefix(prefix), config.rename) for n, x in unwrapped.items()}
+    key_map = _detect(plain.values(), key_maps)
+    if key_map is not None:
+        plain = {name: rename(mapped, key_map.rename) for name, mapped in plain.items()}
+    return plain, key_map
 
 
 def _unwrap(name: str, config: CheckpointConfig) -> str:
@@ -83,7 +126,8 @@ def _unwrap(name: str, config: CheckpointConfig) -> str:
     return name
 
 
-def _rename(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+def rename(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    """Apply pairs of regular expression and replacement, in order."""
     for pattern, replacement in pairs:
         name = re.sub(pattern, replacement, name)
     return name
@@ -123,20 +167,27 @@ def describe_mismatch(
         nearest = _nearest(unexpected, list(missing) or list(wanted))
         lines.append(_listing("unexpected in the file", nearest, len(unexpected)))
     if misfits:
-        shown = [f"{name} {wrong}" for name, wrong in list(misfits.items())[:_LISTED]]
-        lines.append(_listing("of another shape or type", shown, len(misfits)))
+        listed = [f"{shown(name)} {wrong}" for name, wrong in list(misfits.items())[:_LISTED]]
+        lines.append(_listing("of another shape or type", listed, len(misfits)))
     return "\n".join(lines)
 
 
-def _listing(title: str, shown: Sequence[str], count: int) -> str:
-    rest = [f"... and {count - len(shown)} more"] if count > len(shown) else []
-    return "\n    ".join([f"  {count} {title}:", *shown, *rest])
+def _listing(title: str, listed: Sequence[str], count: int) -> str:
+    rest = [f"... and {count - len(listed)} more"] if count > len(listed) else []
+    return "\n    ".join([f"  {count} {title}:", *listed, *rest])
 
 
 def _nearest(names: Sequence[str], candidates: Sequence[str]) -> list[str]:
     """Append to each of the first ten names the candidate that resembles it most."""
-    shown = []
+    if len(candidates) > _COMPARED:  # the comparison takes time with each
+        return [shown(name) for name in names[:_LISTED]]
+    close: list[str] = []
+    lines = []
     for name in names[:_LISTED]:
-        close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
-        shown.append(f"{name} (nearest: {close[0]})" if close else name)
-    return shown
+        # It also takes time with the square of a name's length.
+        if len(name) <= _COMPARED_LENGTH:
+            alike = [other for other in candidates if len(other) <= _COMPARED_LENGTH]
+            close = difflib.get_close_matches(name, alike, n=1, cutoff=0.5)
+        lines.append(f"{shown(name)} (nearest: {shown(close[0])})" if close else shown(name))
+        close = []
+    return lines

@@ -1,16 +1,29 @@
 """Strict loading of public checkpoints into modules, tensor by tensor."""
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from flashdreams.runtime.checkpoint.config import CheckpointConfig, CheckpointError
-from flashdreams.runtime.checkpoint.keys import KeyMap, describe_mismatch, map_names
-from flashdreams.runtime.checkpoint.read import TensorInfo, TensorSlice, TensorStore, open_tensors
+from flashdreams.runtime.checkpoint.config import CheckpointConfig, CheckpointError, LoRA
+from flashdreams.runtime.checkpoint.keys import KeyMap, NameMatch, describe_mismatch, map_names
+from flashdreams.runtime.checkpoint.lora import Update, resolve_loras, updated
+from flashdreams.runtime.checkpoint.pairs import refuse_scaled
+from flashdreams.runtime.checkpoint.read import (
+    NO_TENSOR,
+    TensorInfo,
+    TensorSlice,
+    TensorStore,
+    open_tensors,
+)
+from flashdreams.runtime.checkpoint.scaled import dequantize, find_scales, refuse_missing_scales
 from flashdreams.runtime.checkpoint.source import ensure_local
+from flashdreams.runtime.text import shown
+
+logger = logging.getLogger(__name__)
 
 DType = torch.dtype | Callable[[str], torch.dtype]
 """One for all tensors, or a function of a tensor's name."""
@@ -32,6 +45,15 @@ class LoadReport:
     key_map: str | None
     """Naming scheme that was recognised in the file; ``None``: the module's own."""
 
+    prefix: str = ""
+    """What was found in front of the names and dropped, such as ``diffusion_model.``."""
+
+    scaled: int = 0
+    """Tensors that were FP8 with scales."""
+
+    updated: int = 0
+    """Tensors that LoRAs have changed."""
+
 
 @dataclass
 class _Target:
@@ -40,6 +62,17 @@ class _Target:
     tensor: Tensor
     places: list[tuple[nn.Module, str]]
     names: list[str]
+
+
+@dataclass
+class _Source:
+    """Where one tensor of the module comes from."""
+
+    target: _Target
+    part: TensorSlice | None
+    shape: tuple[int, ...]
+    scale: Tensor | None = None
+    updates: Sequence[Update] = field(default_factory=tuple)
 
 
 def load_checkpoint(
@@ -51,17 +84,18 @@ def load_checkpoint(
     slices: Mapping[str, tuple[int, ...]] | None = None,
     key_maps: Sequence[KeyMap] | None = None,
     progress: bool = False,
+    loras: Sequence[LoRA] = (),
 ) -> LoadReport:
     """Fill all parameters and persistent buffers of a module from a checkpoint, strictly.
 
-    Names, shapes and types are compared first, from the file's headers; only if all of them fit is
-    anything assigned. Tensors are then read one at a time by memory map, and of a sliced tensor
-    only the slice, so that host memory holds no second copy. A tensor on ``meta``, or one whose
-    device or dtype changes, is replaced by a new one; all others are filled in place.
+    Names, shapes and types are compared first; only if all of them fit is anything assigned.
+    Tensors are then read one at a time by memory map, of a sliced tensor only the slice. A tensor
+    on ``meta``, or one whose device or dtype changes, is replaced by a new one; all others are
+    filled in place.
 
     A module may take part: ``checkpoint_key_maps`` lists the naming schemes that it recognises, and
     ``checkpoint_slices(shapes)``, given the file's shapes by the module's names, returns slices for
-    tensors that it takes only a part of.
+    tensors that it takes only a part of. FP8 weights are read with their scales.
 
     Args:
         module: its state-dict names are the official names of the checkpoint.
@@ -74,6 +108,7 @@ def load_checkpoint(
             part of the file's tensor that this module's tensor is.
         key_maps: other naming schemes to recognise; ``None``: ``module.checkpoint_key_maps``.
         progress: show a progress bar in bytes.
+        loras: merged, in float32, into the tensors that they name; checked before any is read.
 
     Raises:
         CheckpointError: absent, damaged or refused files, or any tensor that does not fit.
@@ -83,32 +118,129 @@ def load_checkpoint(
     if key_maps is None:
         key_maps = getattr(module, "checkpoint_key_maps", ())
     store = open_tensors(ensure_local(config), config.select)
-    match = map_names(store.infos, config, key_maps)
+    scales, aside = find_scales(store.infos)
+    read_with_scales = {*scales, *aside}
+    others = {name: x for name, x in store.infos.items() if name not in read_with_scales}
+    refuse_scaled(others, config)
     targets = _collect_targets(module)
-    adapt = getattr(module, "checkpoint_slices", None)
-    shapes = {name: store.infos[file_name].shape for name, file_name in match.file_names.items()}
-    adapted = adapt(shapes) if adapt is not None else {}
-    parts = _slices_of(targets, {**adapted, **(slices or {})})
-    sources = {
-        file_name: target
-        for target in targets
-        if (file_name := _first(target.names, match.file_names)) is not None
-    }
+    names = (name for name in store.infos if name not in aside)
+    wanted = [name for target in targets for name in target.names]
+    match = map_names(names, config, key_maps, wanted)
+    _refuse_strange(match, store)
+    refuse_missing_scales(store.infos, scales, aside, match.file_names.values())
     title = f"{config.source} {config.file or ''}".strip()
-    _refuse_mismatch(
-        targets, match.file_names, store.infos, parts, f"{title} -> {type(module).__name__}"
-    )
-    wanted = {name: parts.get(id(target.tensor)) for name, target in sources.items()}
-    if device is not None and torch.device(device).type == "meta":
-        read = 0
-    else:
-        read = _fill(store, wanted, sources, device, dtype, title if progress else None)
+    sources = _sources_of(module, targets, match, store, slices or {}, title)
+    _attach_updates(sources.values(), loras, key_maps)
+    if match.prefix:
+        logger.info("%s: names begin with %r, which is dropped.", title, match.prefix)
+    read = 0
+    if device is None or torch.device(device).type != "meta":
+        _attach_scales(sources, scales, store)
+        read = _fill(store, sources, device, dtype, title if progress else None)
     return LoadReport(
-        tensors=len(wanted),
+        tensors=len(sources),
         bytes_read=read,
         seconds=time.perf_counter() - started,
         key_map=match.key_map,
+        prefix=match.prefix,
+        scaled=sum(name in scales for name in sources),
+        updated=sum(bool(source.updates) for source in sources.values()),
     )
+
+
+def _sources_of(
+    module: nn.Module,
+    targets: Sequence[_Target],
+    match: NameMatch,
+    store: TensorStore,
+    slices: Mapping[str, tuple[int, ...]],
+    title: str,
+) -> dict[str, _Source]:
+    """The file's name of every tensor to be read; refuses whatever does not fit."""
+    adapt = getattr(module, "checkpoint_slices", None)
+    shapes = {name: store.infos[file_name].shape for name, file_name in match.file_names.items()}
+    adapted = adapt(shapes) if adapt is not None else {}
+    parts = _slices_of(targets, {**adapted, **slices})
+    _refuse_mismatch(
+        targets, match.file_names, store.infos, parts, f"{title} -> {type(module).__name__}"
+    )
+    found = ((_first(target.names, match.file_names), target) for target in targets)
+    return {
+        name: _Source(target, parts.get(id(target.tensor)), store.infos[name].shape)
+        for name, target in found
+        if name is not None
+    }
+
+
+@torch.no_grad()
+def merge_loras(
+    module: nn.Module,
+    loras: Sequence[LoRA],
+    *,
+    slices: Mapping[str, tuple[int, ...]] | None = None,
+    key_maps: Sequence[KeyMap] | None = None,
+) -> int:
+    """Merge LoRAs into weights that are in place, where no checkpoint gives them.
+
+    Args:
+        module: holds its tensors, or on ``meta`` to be compared only.
+        loras: as for `load_checkpoint`.
+        slices: `TensorSlice` of each tensor that the module has a part of.
+        key_maps: as for `load_checkpoint`.
+
+    Returns:
+        How many tensors were changed.
+
+    Raises:
+        CheckpointError: a LoRA is absent or does not fit; nothing is changed then.
+    """
+    if key_maps is None:
+        key_maps = getattr(module, "checkpoint_key_maps", ())
+    targets = _collect_targets(module)
+    parts = _slices_of(targets, slices or {})
+    sources = []
+    for target in targets:
+        part = parts.get(id(target.tensor))
+        shape = list(target.tensor.shape)
+        if part is not None:
+            shape[part.dim] = part.size or shape[part.dim]
+        sources.append(_Source(target, part, tuple(shape)))
+    _attach_updates(sources, loras, key_maps)
+    changed = [source for source in sources if source.updates]
+    for source in changed:
+        tensor = source.target.tensor
+        if not tensor.is_meta:
+            tensor.copy_(updated(tensor, source.updates, source.shape, source.part))
+    return len(changed)
+
+
+def _attach_updates(
+    sources: Iterable[_Source], loras: Sequence[LoRA], key_maps: Sequence[KeyMap]
+) -> None:
+    """Note with every source what the LoRAs change in it."""
+    by_name = {name: source for source in sources for name in source.target.names}
+    shapes = {name: source.shape for name, source in by_name.items()}
+    for name, updates in resolve_loras(loras, shapes, key_maps).items():
+        by_name[name].updates = (*by_name[name].updates, *updates)
+
+
+def _attach_scales(
+    sources: Mapping[str, _Source], scales: Mapping[str, str], store: TensorStore
+) -> None:
+    """Read the scales of the wanted tensors."""
+    weights = {scales[name]: name for name in sources if name in scales}
+    for name, value in store.read(dict.fromkeys(weights)):
+        sources[weights[name]].scale = value.clone()
+
+
+def _refuse_strange(match: NameMatch, store: TensorStore) -> None:
+    """Refuse entries of a pickle that are no tensors, unless they are ignored."""
+    strange = [n for n in match.file_names.values() if store.infos[n].refused == NO_TENSOR]
+    if strange:
+        raise CheckpointError(
+            f"{store.infos[strange[0]].file}: {len(strange)} entries are no dense tensors with a "
+            f"name: {', '.join(strange[:10])}. Choose a sub-dictionary with --...checkpoint.select"
+        )
 
 
 def _first(names: Sequence[str], file_names: Mapping[str, str]) -> str | None:
@@ -139,7 +271,9 @@ def _slices_of(
     by_name = {name: target for target in targets for name in target.names}
     unknown = [name for name in slices if name not in by_name]
     if unknown:
-        raise ValueError(f"slices name no tensor of the module: {', '.join(unknown[:10])}")
+        raise ValueError(
+            f"slices name no tensor of the module: {', '.join(map(shown, unknown[:10]))}"
+        )
     return {id(by_name[name].tensor): TensorSlice(*part) for name, part in slices.items()}
 
 
@@ -171,15 +305,18 @@ def _refuse_mismatch(
 
 def _misfit(tensor: Tensor, info: TensorInfo, part: TensorSlice | None) -> str | None:
     """Say what keeps a tensor of the file from filling a tensor of the module."""
+    if info.refused:
+        return info.refused
     shape = list(info.shape)
     taken = ""
     if part is not None:
-        dim, start, length, size = part
+        dim, start, length, size, parts = part
         whole = shape[dim] if 0 <= dim < len(shape) else -1
-        if start < 0 or length < 0 or start + length > whole or (size or whole) != whole:
+        wrong = whole % parts != 0 or start + length > whole // parts or (size or whole) != whole
+        if start < 0 or length < 0 or wrong:
             of = f"of {size} " if size is not None else ""
             return f"{shape} in the file, no slice [{start}:{start + length}] {of}along dim {dim}"
-        shape[dim] = length
+        shape[dim] = length * parts
         taken = f", {shape} of it wanted,"
     if shape != list(tensor.shape):
         return f"{list(info.shape)} in the file{taken}, {list(tensor.shape)} in the module"
@@ -190,8 +327,7 @@ def _misfit(tensor: Tensor, info: TensorInfo, part: TensorSlice | None) -> str |
 
 def _fill(
     store: TensorStore,
-    wanted: Mapping[str, TensorSlice | None],
-    sources: Mapping[str, _Target],
+    sources: Mapping[str, _Source],
     device: torch.device | str | None,
     dtype: DType | None,
     title: str | None,
@@ -199,13 +335,21 @@ def _fill(
     """Read the wanted tensors into their places; returns the bytes read."""
     from tqdm import tqdm
 
-    total = sum(t.tensor.numel() * store.infos[n].dtype.itemsize for n, t in sources.items())
+    total = sum(
+        source.target.tensor.numel() * store.infos[name].dtype.itemsize
+        for name, source in sources.items()
+    )
     bar = tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=title is None)
     read = 0
     with torch.no_grad(), bar:
-        for name, value in store.read(wanted):
-            _place(sources[name], device, dtype).copy_(value)
-            size = value.numel() * value.element_size()
+        for name, value in store.read({name: source.part for name, source in sources.items()}):
+            source, size = sources[name], value.numel() * value.element_size()
+            place = _place(source.target, device, dtype)
+            if source.scale is not None:
+                value = dequantize(value, source.scale, source.part)
+            if source.updates:
+                value = updated(value.to(place.device), source.updates, source.shape, source.part)
+            place.copy_(value)
             read += size
             bar.update(size)
     return read
@@ -219,7 +363,7 @@ def _place(target: _Target, device: torch.device | str | None, dtype: DType | No
     wanted_dtype = old.dtype
     if dtype is not None and old.is_floating_point():
         wanted_dtype = dtype if isinstance(dtype, torch.dtype) else dtype(target.names[0])
-    new = torch.empty(0, device=device)
+    new = torch.empty(0, device=device, dtype=torch.float32)
     if not old.is_meta and new.device == old.device and wanted_dtype == old.dtype:
         return old
     new = torch.empty(old.shape, device=device, dtype=wanted_dtype)

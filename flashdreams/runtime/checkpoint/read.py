@@ -15,24 +15,47 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from flashdreams.infra.config import quoted
 from flashdreams.runtime.checkpoint.config import CheckpointError
+from flashdreams.runtime.checkpoint.pickles import HostileFile, check_pickle_file
 from flashdreams.runtime.checkpoint.source import LocalCheckpoint
+from flashdreams.runtime.text import printable, shown
 
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_DTYPES = {
+MAX_HEADER_BYTES = 2**24
+"""Longest header of a safetensors file: some 100,000 tensors. The format allows 100 MB, which takes
+gigabytes to read."""
+MAX_NAME = 1000
+"""Most characters of a tensor's name."""
+MAX_DIMS = 16
+"""Most dimensions of a tensor."""
+_MAX_SIZE = 2**48  # of a dimension, and of all of a tensor in bytes
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""Types of tensors by their names in a safetensors file."""
+
+_UNUSABLE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8}
+"""Types of the format that hold parts of a quantized tensor, with the bits of a value."""
+
+NO_TENSOR = "no dense tensor with a name"
+"""Why an entry of a pickle cannot be read."""
 
 
 class TensorInfo(NamedTuple):
@@ -44,15 +67,31 @@ class TensorInfo(NamedTuple):
     offset: int
     """Place in the file, in bytes: tensors are read in this order."""
 
+    refused: str | None = None
+    """Why it cannot be read; ``None``: it can."""
+
 
 class TensorSlice(NamedTuple):
-    """Part of a tensor that one process wants: ``length`` entries of ``dim`` from ``start``."""
+    """Part of a tensor that one process wants: ``length`` entries of ``dim`` from ``start``.
+
+    With several ``parts`` the dim is as many equal runs, and so many entries of each are wanted.
+    """
 
     dim: int
     start: int
     length: int
     size: int | None = None
     """Entries of ``dim`` in the whole tensor, to be checked; ``None``: at least start + length."""
+    parts: int = 1
+    """Runs that ``dim`` is made of, such as queries, keys and values; ``start`` and ``length``
+    count within each."""
+
+    def of(self, x: Tensor) -> Tensor:
+        """The part of the whole tensor; a view where there is one run."""
+        if self.parts == 1:
+            return x.narrow(self.dim, self.start, self.length)
+        runs = x.unflatten(self.dim, (self.parts, -1)).narrow(self.dim + 1, self.start, self.length)
+        return runs.flatten(self.dim, self.dim + 1)
 
 
 class TensorStore(Protocol):
@@ -97,18 +136,20 @@ class SafetensorsStore:
         for name, path in local.tensor_files.items():
             if name not in headers[path]:
                 raise CheckpointError(
-                    f"{path}: the index places tensor {name!r} in this shard, which does not hold "
-                    "it. Index and shard are of different downloads: fetch both again"
+                    f"{path}: the index places tensor {quoted(name)} in this shard, which does "
+                    "not hold it. Index and shard are of different downloads: fetch both again"
                 )
             self.infos[name] = headers[path][name]
         for path, header in headers.items():
-            strays = [name for name in header if local.tensor_files.get(name) != path]
+            strays = [name for name in header if local.tensor_files.get(name, path) != path]
             if strays:
+                names = ", ".join(map(shown, strays[:10]))
                 raise CheckpointError(
-                    f"{path}: the index places {len(strays)} of this shard's tensors elsewhere or "
-                    f"nowhere: {', '.join(strays[:10])}. Index and shard are of different "
-                    "downloads: fetch both again"
+                    f"{path}: the index places {len(strays)} of this shard's tensors elsewhere: "
+                    f"{names}. Index and shard are of different downloads: fetch both again"
                 )
+            beyond = {name: info for name, info in header.items() if name not in self.infos}
+            self.infos |= beyond  # some indexes leave tensors out
 
     def read(self, wanted: Mapping[str, TensorSlice | None]) -> Iterator[tuple[str, Tensor]]:
         """Yield the wanted tensors file by file, in the order in which they lie in the files.
@@ -127,16 +168,16 @@ class SafetensorsStore:
             for name in names:
                 part = wanted[name]
                 tensor = _view(mapped, self.infos[name], part)
-                yield name, tensor if part is None else tensor[_index(part)]
+                yield name, tensor if part is None else part.of(tensor)
 
 
 def _view(mapped: mmap.mmap, info: TensorInfo, part: TensorSlice | None) -> Tensor:
     """View one tensor in the mapped file, and ask the kernel to read ahead what is wanted of it."""
     count = math.prod(info.shape)
     if count == 0:
-        return torch.empty(info.shape, dtype=info.dtype)
+        return torch.empty(info.shape, dtype=info.dtype, device="cpu")
     start, length = info.offset, count * info.dtype.itemsize
-    if part is not None and part.dim == 0:
+    if part is not None and part.dim == 0 and part.parts == 1:
         row = length // info.shape[0]
         start, length = start + part.start * row, part.length * row
     if hasattr(mmap, "MADV_WILLNEED") and length > 0:
@@ -153,17 +194,17 @@ class PickleStore:
     """Tensors of one ``.pt`` or ``.pth`` file, loaded as data only."""
 
     def __init__(self, path: Path, select: tuple[str, ...]) -> None:
-        self._tensors = _select(load_pickle(path), select, path)
-        strange = [name for name, value in self._tensors.items() if not _is_plain(name, value)]
-        if strange:
-            names = ", ".join(map(str, strange[:10]))
-            raise CheckpointError(
-                f"{path}: {len(strange)} entries are no dense tensors with a name: {names}. "
-                "Choose a sub-dictionary with --...checkpoint.select"
-            )
+        entries = _select(load_pickle(path), select, path)
+        self._tensors = {str(name): value for name, value in entries.items()}
+        size = path.stat().st_size
+        for name, value in self._tensors.items():
+            if isinstance(value, Tensor):
+                _refuse_inflated(path, size, name, value)
         self.infos = {
-            name: TensorInfo(tuple(tensor.shape), tensor.dtype, path, position)
-            for position, (name, tensor) in enumerate(self._tensors.items())
+            str(name): TensorInfo(tuple(value.shape), value.dtype, path, position)
+            if _is_plain(name, value)
+            else TensorInfo((), torch.uint8, path, position, NO_TENSOR)
+            for position, (name, value) in enumerate(entries.items())
         }
 
     def read(self, wanted: Mapping[str, TensorSlice | None]) -> Iterator[tuple[str, Tensor]]:
@@ -171,16 +212,22 @@ class PickleStore:
         for name in sorted(wanted, key=lambda name: self.infos[name].offset):
             part = wanted[name]
             tensor = self._tensors[name]
-            yield name, tensor if part is None else tensor[_index(part)]
+            yield name, tensor if part is None else part.of(tensor)
+
+
+def _refuse_inflated(path: Path, file_bytes: int, name: str, tensor: Tensor) -> None:
+    """Refuse a tensor whose strides repeat a few numbers into more than the whole file."""
+    claimed = tensor.numel() * tensor.element_size()
+    if claimed > max(file_bytes, tensor.untyped_storage().nbytes()) or tensor.ndim > MAX_DIMS:
+        raise CheckpointError(
+            f"{path} is damaged: the tensor {shown(name)} of shape {quoted(list(tensor.shape))} "
+            f"claims {claimed} bytes, the file has {file_bytes}"
+        )
 
 
 def _is_plain(name: object, value: object) -> bool:
     dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
     return dense and isinstance(name, str)
-
-
-def _index(part: TensorSlice) -> tuple[slice, ...]:
-    return (*[slice(None)] * part.dim, slice(part.start, part.start + part.length))
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -196,16 +243,17 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         with path.open("rb") as file:
             first = file.read(8)
             length = struct.unpack("<Q", first)[0] if len(first) == 8 else actual
-            if length > min(_MAX_HEADER_BYTES, actual - 8):
+            if length > min(MAX_HEADER_BYTES, actual - 8):
                 raise CheckpointError(
                     f"{path} is truncated or no safetensors file: its header should have {length} "
                     f"bytes, the file has {actual}. Download it again"
                 )
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        infos = {name: _info(path, 8 + length, entry) for name, entry in header.items()}
+        _check_names(header)
+        places = {name: _info(path, 8 + length, entry) for name, entry in header.items()}
         promised = 8 + length
-        for start, size in sorted((i.offset, _num_bytes(i.shape, i.dtype)) for i in infos.values()):
+        for start, size in sorted((info.offset, size) for info, size in places.values()):
             if start != promised:
                 raise ValueError("its tensors overlap, or leave a gap")
             promised += size
@@ -219,8 +267,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         ArithmeticError,
         RecursionError,
     ) as error:
+        reason = printable(str(error), 300)
         raise CheckpointError(
-            f"{path} is damaged: its safetensors header makes no sense ({error}). Download it again"
+            f"{path} is damaged: its safetensors header makes no sense ({reason}). Download it "
+            "again"
         ) from error
     if promised != actual:
         word = "truncated" if promised > actual else "damaged"
@@ -228,22 +278,35 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             f"{path} is {word}: its header promises {promised} bytes, the file has {actual}. "
             "Download it again"
         )
-    return infos
+    return {name: info for name, (info, _) in places.items()}
 
 
-def _info(path: Path, base: int, entry: dict) -> TensorInfo:
-    if entry["dtype"] not in _DTYPES:
-        raise ValueError(f"dtype {entry['dtype']} is none of {', '.join(_DTYPES)}")
-    dtype = _DTYPES[entry["dtype"]]
-    shape = tuple(int(size) for size in entry["shape"])
-    start, end = map(int, entry["data_offsets"])
-    if min(shape, default=0) < 0 or end - start != _num_bytes(shape, dtype):
-        raise ValueError(f"{end - start} bytes for a tensor of shape {list(shape)} and {dtype}")
-    return TensorInfo(shape, dtype, path, base + start)
+def _info(path: Path, base: int, entry: dict) -> tuple[TensorInfo, int]:
+    """One entry of a header, and its bytes in the file."""
+    kind = entry["dtype"]
+    if kind not in SAFETENSORS_DTYPES and kind not in _UNUSABLE_BITS:
+        allowed = ", ".join([*SAFETENSORS_DTYPES, *_UNUSABLE_BITS])
+        raise ValueError(f"dtype {quoted(kind)} is none of {allowed}")
+    shape, (start, end) = entry["shape"], entry["data_offsets"]
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS:
+        raise ValueError(f"the shape {quoted(shape)} is no list of at most {MAX_DIMS} sizes")
+    # Checked before they are multiplied: a product of large numbers takes time without end.
+    if not all(type(size) is int and 0 <= size < _MAX_SIZE for size in (*shape, start, end)):
+        raise ValueError(f"the shape {quoted(shape)} at bytes {quoted([start, end])}")
+    dtype = SAFETENSORS_DTYPES.get(kind, torch.uint8)
+    bits = _UNUSABLE_BITS.get(kind) or 8 * dtype.itemsize
+    if 8 * (end - start) != math.prod(shape) * bits or math.prod(filter(None, shape)) > _MAX_SIZE:
+        raise ValueError(f"{end - start} bytes for a tensor of shape {shape} and {kind}")
+    refused = f"{kind} in the file, which cannot be read as numbers; use another version"
+    usable = kind in SAFETENSORS_DTYPES
+    info = TensorInfo(tuple(shape), dtype, path, base + start, None if usable else refused)
+    return info, end - start
 
 
-def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
+def _check_names(header: dict) -> None:
+    longest = max(map(len, header), default=0)
+    if longest > MAX_NAME:
+        raise ValueError(f"a tensor's name of {longest} characters; at most {MAX_NAME}")
 
 
 def load_pickle(path: Path) -> object:
@@ -258,18 +321,24 @@ def load_pickle(path: Path) -> object:
         MemoryError: the host has too little; PyTorch's own allocator says so by RuntimeError.
     """
     try:
+        check_pickle_file(path)
         with path.open("rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*looks like a TorchScript archive")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        found = re.search(r"GLOBAL ([\w.]{1,200})", str(error))
         reason = (
             f"it asks Python to run {found[1]}" if found else "it holds more than plain tensors"
         )
         raise CheckpointError(
             f"{path} was refused and nothing of it was executed: {reason}. "
+            "Use a safetensors version of these weights"
+        ) from error
+    except HostileFile as error:
+        raise CheckpointError(
+            f"{path} was refused and nothing of it was executed: {error}. "
             "Use a safetensors version of these weights"
         ) from error
     except OSError as error:
@@ -282,6 +351,7 @@ def load_pickle(path: Path) -> object:
             advice = "Use a safetensors version of these weights"
         else:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            first = printable(first, 300)
             reason, advice = f"is truncated or damaged: {first}", "Download it again"
         raise CheckpointError(f"{path} {reason}. {advice}") from error
 
@@ -295,7 +365,7 @@ def _select(content: object, select: tuple[str, ...], path: Path) -> dict:
     for name in select:
         if isinstance(content.get(name), dict):
             return content[name]
-    nested = [str(name) for name, value in content.items() if isinstance(value, dict)]
+    nested = [shown(name) for name, value in content.items() if isinstance(value, dict)]
     if nested:
         wanted = f"none of {', '.join(select)} is there" if select else "no name was given"
         raise CheckpointError(

@@ -1,18 +1,26 @@
 """Where a checkpoint's files are on this machine, and how they get there."""
 
+import importlib.util
 import json
 import re
 import shutil
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path, PurePosixPath
 
+from flashdreams.infra.config import quoted
 from flashdreams.runtime.checkpoint.address import cached_file, download_file, fetch_command
 from flashdreams.runtime.checkpoint.config import CheckpointConfig, CheckpointError
+from flashdreams.runtime.text import read_text
 
 _REPOSITORY = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth")
 _INDEX_SUFFIX = ".index.json"
+_SHARD = re.compile(r"[A-Za-z0-9][\w.-]{0,200}", re.ASCII)
+
+MAX_INDEX_BYTES = 2**24
+"""Largest index of a sharded checkpoint: some 150,000 tensors."""
+MAX_SHARDS = 2000
+"""Most files that an index may name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +176,8 @@ def _repository(config: CheckpointConfig) -> tuple[str, str] | None:
             f"checkpoint {config.source} is a Hugging Face repository: say which file of it with "
             "--...checkpoint.file, such as diffusion_pytorch_model.safetensors"
         )
+    if ".." in file.split("/") or file.startswith("/"):
+        raise CheckpointError(f"checkpoint {source}: {quoted(file)} is not inside the repository")
     return source, file
 
 
@@ -197,19 +207,7 @@ def _local_path(config: CheckpointConfig) -> Path | None:
     """Resolve a local or package source to an existing file; ``None`` if it does not exist."""
     if config.source.startswith("package:"):
         package, _, inside = config.source.removeprefix("package:").partition("/")
-        try:
-            root = resources.files(package)
-        except (ModuleNotFoundError, ValueError) as error:
-            raise CheckpointError(
-                f"checkpoint {config.source}: no package {package!r} is installed"
-            ) from error
-        place = root.joinpath(*inside.split("/")) if inside else root
-        if not isinstance(place, Path):
-            raise CheckpointError(
-                f"checkpoint {config.source}: package {package!r} is not unpacked on disk; "
-                "weights are read by memory map and need a plain folder"
-            )
-        path = place
+        path = _package_folder(config, package) / inside
     else:
         path = _expanded(config.source)
     if path.is_file():
@@ -217,6 +215,23 @@ def _local_path(config: CheckpointConfig) -> Path | None:
     if not path.is_dir():
         return None
     return _inside_folder(path, config.file)
+
+
+def _package_folder(config: CheckpointConfig, package: str) -> Path:
+    """The folder of an installed package, which is not imported: a config file may name any."""
+    top, *rest = package.split(".")
+    try:
+        spec = importlib.util.find_spec(top) if top else None
+    except (ImportError, ValueError):
+        spec = None
+    folders = (spec.submodule_search_locations if spec is not None else None) or ()
+    for folder in folders:
+        path = Path(folder).joinpath(*rest)
+        if path.is_dir():
+            return path
+    raise CheckpointError(
+        f"checkpoint {config.source}: no package {quoted(package)} is installed, unpacked on disk"
+    )
 
 
 def _expanded(source: str) -> Path:
@@ -270,7 +285,7 @@ def _sharded(tensor_files: dict[str, str], shards: dict[str, Path]) -> LocalChec
 def _read_index(path: Path) -> dict[str, str]:
     """Read a shard index: tensor name to the name of a file in the same folder."""
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_text(path, MAX_INDEX_BYTES))["weight_map"]
         names = set(weight_map.values())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
@@ -279,12 +294,15 @@ def _read_index(path: Path) -> dict[str, str]:
             f"{path} is not a shard index: it should be JSON with an object 'weight_map' "
             "(tensor name to file). Download it again"
         ) from error
-    strange = [n for n in names if not isinstance(n, str) or n != Path(n).name or not n]
+    # The names become paths, and patterns of what a download fetches.
+    strange = [n for n in names if not isinstance(n, str) or not _SHARD.fullmatch(n)]
     if strange or not names:
         raise CheckpointError(
             f"{path}: the index should name files in its own folder, found "
-            f"{', '.join(map(repr, strange[:3])) or 'none'}"
+            f"{', '.join(map(quoted, strange[:3])) or 'none'}"
         )
+    if len(names) > MAX_SHARDS:
+        raise CheckpointError(f"{path} names {len(names)} files; at most {MAX_SHARDS} are read")
     return weight_map
 
 

@@ -149,6 +149,33 @@ def test_a_person_writes_only_what_differs(base: RunStandInConfig) -> None:
     assert config == RunStandInConfig(runner_name="mine", part=PartStandInConfig(scale=0.001))
 
 
+@pytest.mark.parametrize(
+    ("line", "field", "expected"),
+    [
+        ("output_dir: out/run", "output_dir", Path("out/run")),
+        ("output_dir: 010", "output_dir", Path("010")),
+        ("output_dir: 12:30", "output_dir", Path("12:30")),
+        ("description: 12:30", "description", "12:30"),
+        ("description: no", "description", "no"),
+        ("description: 1_000", "description", "1_000"),
+        ("description: 2026-01-02", "description", "2026-01-02"),
+        ("description: 7", "description", "7"),
+        ("part: {P} {{patch_size: [4, 5, 6]}}", "patch_size", (4, 5, 6)),
+        ("part: {P} {{names: !tuple [q]}}", "names", ["q"]),
+        ("part: {P} {{mode: SLOW}}", "mode", Mode.SLOW),
+        ("part: {P} {{scale: 2}}", "scale", 2),
+    ],
+)
+def test_what_a_person_types_becomes_what_the_field_is(
+    base: RunStandInConfig, line: str, field: str, expected: object
+) -> None:
+    line = line.format(P=_tag(PartStandInConfig))
+    config = load_config(f"{_tag(RunStandInConfig)}\nrunner_name: x\n{line}\n", [base])
+    found = getattr(config if hasattr(config, field) else config.part, field)
+    assert found == expected and type(found) is type(expected)
+    assert load_config(dump_config(config), [base]) == config
+
+
 def test_a_target_of_its_own_round_trips_if_a_registered_config_has_it(
     base: RunStandInConfig,
 ) -> None:
@@ -202,13 +229,24 @@ def test_types_of_annotations_and_defaults_are_known(base: RunStandInConfig) -> 
         ("runner_name: x\npard: 3", r"line 3: Unknown field 'pard' .*Did you mean 'part'"),
         ("runner_name: x\npart: {P} {{dmi: 3}}", r"line 3: Unknown field 'part\.dmi'"),
         ("runner_name: x\npart: {P} {{fuse_clean_pass: true}}", r"line 3: fuse_.* was removed in"),
-        ("runner_name: x\npart: {P} {{dim: a}}", r"line 3: part\.dim .* must be int, got 'a'"),
+        (
+            "runner_name: x\npart: {P} {{dim: a}}",
+            r"part\.dim of .* must be a whole number.*; got 'a'",
+        ),
         ("runner_name: x\npart: {P} {{dim: -1}}", r"line 3: dim=-1 must be at least 1"),
-        ("runner_name: x\noutput_dir: out", r"line 3: output_dir .* must be Path, got 'out'"),
+        ("runner_name: x\noutput_dir: [out]", r"line 3: output_dir .* a path such as out/run; got"),
+        ("runner_name: x\npart: {P} {{dim: 010}}", r"line 3: 010 without quotes is 8 to YAML"),
+        ("runner_name: x\npart: {P} {{dim: 12:30}}", r"line 3: 12:30 without quotes is 750"),
+        ("runner_name: x\npart: {P} {{dim: on}}", r"line 3: on without quotes is True to YAML"),
         ("runner_name: x\nrunner_name: y", r"line 3: 'runner_name' is given twice"),
         ("description: x", r"line 1: RunStandInConfig needs a value for runner_name"),
         ("runner_name: x\npart: {P} {{mode: {M} FASD}}", r"Unknown member 'FASD'.*'FAST'"),
         ("runner_name: x\npart: {P} 3", r"must be followed by its fields"),
+        (
+            "runner_name: x\npart: {P} {{patch_size: [1, a, 2]}}",
+            r"a list of 3: \[a whole number .*; got",
+        ),
+        ("runner_name: x\npart: {P} {{plan: {{a: 1:30}}}}", r"line 3: 1:30 without quotes is 90"),
         ("runner_name: x\npart: {P} {{names: !path [a]}}", r"line 3: Unknown type '!path'"),
         ("runner_name: x\npart: {P} {{dim: !!int a}}", r"line 3: invalid literal"),
         ("runner_name: &a x\ndescription: *a", r"line 3: aliases \(\*name\) are not allowed"),

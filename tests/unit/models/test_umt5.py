@@ -221,3 +221,28 @@ def test_its_example_brings_the_tokenizer_along(tmp_path: Path) -> None:
     assert encoder._tokenizer is None
     assert encoder(encoder.example_input()).shape == (1, 200, 64)
     assert encoder._tokenizer is not None
+
+
+def test_files_of_comfyui_are_read_scaled_or_not(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    truth = UMT5TextEncoder(tiny_config()).state_dict()
+    truth = {name: torch.randn(x.shape) for name, x in truth.items()}
+    truth["encoder.embed_tokens.weight"] = truth["shared.weight"]
+    stored = {k: v for k, v in truth.items() if k != "encoder.embed_tokens.weight"}
+    stored["spiece_model"] = torch.zeros(1000, dtype=torch.uint8)
+    for name in [n for n in stored if re.search(r"Attention\.[qkvo]\.weight$", n)]:
+        scale = stored[name].abs().max().reshape(()) / 448
+        stored[name] = (stored[name] / scale).to(torch.float8_e4m3fn)
+        stored[name.removesuffix("weight") + "scale_weight"] = scale
+    stored["scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
+    save_file(stored, tmp_path / "umt5_xxl_fp8_e4m3fn_scaled.safetensors")
+    with torch.device("meta"):
+        encoder = UMT5TextEncoder(tiny_config())
+    report = load_checkpoint(encoder, CheckpointConfig(source=str(tmp_path)))
+    assert (report.key_map, report.scaled) == ("comfyui", 12)
+    for name, value in encoder.state_dict().items():
+        torch.testing.assert_close(value, truth[name], rtol=2**-4, atol=2e-2)
+    del stored["spiece_model"]  # negative control: an unknown tensor is still refused
+    save_file({**stored, "logit_scale": torch.ones(1)}, next(tmp_path.iterdir()))
+    with pytest.raises(CheckpointError, match="1 unexpected in the file:\n    logit_scale"):
+        load_checkpoint(encoder, CheckpointConfig(source=str(tmp_path)))

@@ -371,3 +371,33 @@ def test_cuda_chunks_are_copied_before_they_are_overwritten(tmp_path: Path) -> N
     expected = to_pixels(frames.bfloat16()).numpy()
     assert psnr_db(read(writer.path), expected) > PSNR_BOUND_DB
     assert torch.equal(to_pixels(frames.cuda()).cpu(), to_pixels(frames))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_writers_of_one_name_have_a_whole_video_each(
+    tmp_path: Path, order: tuple[int, int]
+) -> None:
+    levels = (-0.5, 0.5)
+    writers = [VideoWriter(tmp_path / "same.mp4", fps=16) for _ in levels]
+    assert [writer.path.name for writer in writers] == ["same.mp4", "same.2.mp4"]
+    for _ in range(3):
+        for writer, level in zip(writers, levels, strict=True):
+            writer.write(torch.full((2, 3, 16, 16), level))
+    for index in order:
+        writers[index].close()
+    for writer, level in zip(writers, levels, strict=True):
+        found = read(writer.path)
+        assert len(found) == 6
+        assert abs(found.mean() - (level + 1) * 127.5) < 4
+    with VideoWriter(tmp_path / "same.mp4", fps=16) as later:  # the name is free again
+        assert later.path.name == "same.mp4"
+
+
+@pytest.mark.parametrize("folder", ["10:30", "-x", "pipe:1", "data:x", "~", "a b", "100%d"])
+def test_the_name_of_a_folder_is_no_protocol_and_no_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with VideoWriter(Path(folder) / "clip.mp4", fps=16) as writer:
+        writer.write(smooth_frames(3))
+    assert len(read(tmp_path / folder / "clip.mp4")) == 3

@@ -155,7 +155,7 @@ def shifted_sigmas(
 
     Source: Esser et al., arXiv:2403.03206, section 5.3.2; Wan 2.1.
     """
-    sigmas = torch.linspace(sigma_max, sigma_min, count + 1, dtype=dtype)[:-1]
+    sigmas = torch.linspace(sigma_max, sigma_min, count + 1, dtype=dtype, device="cpu")[:-1]
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 

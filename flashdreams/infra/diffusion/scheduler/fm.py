@@ -126,7 +126,7 @@ class FlowMatchScheduler(Scheduler):
         dtype = torch.int64 if truncate else torch.float32
         self.table_timesteps = (precise * NUM_TRAIN_TIMESTEPS).to(dtype)
         self.table_sigmas = precise.float()
-        requested = torch.tensor(config.denoising_timesteps, dtype=torch.float64)
+        requested = torch.tensor(config.denoising_timesteps, dtype=torch.float64, device="cpu")
         if config.warp_denoising_step:
             timesteps = self.table_timesteps[NUM_TRAIN_TIMESTEPS - requested.long()]
         else:

@@ -16,7 +16,7 @@ from flashdreams.infra.diffusion.scheduler.base import (
     shifted_sigmas,
 )
 
-SIGMA_MAX = torch.tensor(1 - 1 / NUM_TRAIN_TIMESTEPS, dtype=torch.float32).item()
+SIGMA_MAX = torch.tensor(1 - 1 / NUM_TRAIN_TIMESTEPS, dtype=torch.float32, device="cpu").item()
 """First noise level before the warp: the reference reads it from a float32 training table."""
 
 

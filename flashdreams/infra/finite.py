@@ -1,0 +1,108 @@
+"""Whether the values of an AR step are finite: computed on the device, read one step late."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashdreams.runtime.transfer import start_host_copy
+
+MAX_NAMED = 5
+"""Weights that an error names."""
+
+
+class NotFiniteError(FloatingPointError):
+    """An AR step has made NaN or infinite values; says which step and stage."""
+
+
+class FiniteCheck:
+    """Looks at the values of one rollout without making the host wait for the device.
+
+    Each AR step queues one sum per tensor and a copy of one flag per stage; the flags are read when
+    the next step begins, when they have long arrived.
+    """
+
+    def __init__(self) -> None:
+        self._index = 0
+        self._stages: list[str] = []
+        self._flags: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+
+    def submit(self, autoregressive_index: int, stages: Mapping[str, Any]) -> None:
+        """Have the values of an AR step looked at.
+
+        Args:
+            autoregressive_index: number of the AR step.
+            stages: what each stage made, by its name in the order of the data: tensors of any
+                shape, also in mappings, sequences and dataclasses.
+        """
+        flags = {name: _all_finite(list(tensors_in(made))) for name, made in stages.items()}
+        found = {name: flag for name, flag in flags.items() if flag is not None}
+        self._index, self._stages, self._flags, self._arrived = autoregressive_index, [], None, None
+        if not found:
+            return
+        self._stages = list(found)
+        device = next(reversed(found.values())).device
+        self._flags = torch.stack([flag.to(device) for flag in found.values()])
+        if self._flags.is_cuda:
+            self._flags, self._arrived = start_host_copy(self._flags)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the flags have arrived and all is finite, so that nobody needs to read them."""
+        arrived = self._arrived is None or self._arrived.query()
+        return self._flags is None or (arrived and bool(self._flags.all()))
+
+    def read(self) -> str | None:
+        """What is wrong with the AR step submitted last; None if nothing is. May wait for it."""
+        if self._flags is None:
+            return None
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        for name, finite in zip(self._stages, self._flags.tolist(), strict=True):
+            if not finite:
+                return f"AR step {self._index}: stage {name!r} made values that are not finite."
+        return None
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The floating-point tensors of a value, at any depth of mappings, sequences, dataclasses."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for own in fields(value):
+            yield from tensors_in(getattr(value, own.name))
+
+
+def name_bad_weights(module: nn.Module) -> str:
+    """One sentence on the weights of a module that are not finite; asked once a run has failed."""
+    bad = [
+        name
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all())
+    ]
+    if not bad:
+        return "All weights are finite, so it comes from an input or from a number type too narrow."
+    more = f" and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
+    return (
+        f"The weights {', '.join(bad[:MAX_NAMED])}{more} hold NaN or infinity: "
+        "fetch their file again, or name another one."
+    )
+
+
+def _all_finite(tensors: list[Tensor]) -> Tensor | None:
+    """A bool on the device: a sum that meets NaN or infinity is not finite itself."""
+    if not tensors:
+        return None
+    sums = [x.sum(dtype=torch.float32) for x in tensors]
+    device = sums[-1].device
+    return torch.stack([x.to(device) for x in sums]).isfinite().all()

@@ -1,0 +1,130 @@
+"""What a rollout's state belongs to: the method's config and its weights."""
+
+import enum
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import Any
+
+from flashdreams.infra.config import config_fields, is_config
+from flashdreams.infra.weights import named_checkpoints
+from flashdreams.runtime.checkpoint import find_local
+
+BEFORE_THE_ROLLOUT = ("text_encoder", "image_encoder", "release_text_encoder")
+"""Fields of a pipeline's config that a running rollout does not depend on."""
+
+HOW_IT_RUNS = frozenset(
+    {
+        *("attention_backend", "fused_kernels", "linear_precision", "kv_cache_dtype"),
+        *("residual_dtype", "use_cuda_graph", "overlap_clean_pass", "max_rollouts", "checkpoint"),
+    }
+)
+"""Fields that choose how a method is computed, not which one: the numerics fingerprint has those
+that change bits, and weights have a hash of their own."""
+
+WHERE_IT_GOES = frozenset(
+    {
+        *("runner_name", "description", "output_dir", "fps", "scale", "device", "save_latents"),
+        *("hash_frames", "snapshot_every", "snapshots_kept", "resume", "step_deadline_s"),
+        *("parallel", "download", "compare_to_truth", "total_blocks"),
+    }
+)
+"""Fields of a runner's config that leave the latents of an AR step as they are."""
+
+HEAD_BYTES = 2**20
+"""The beginning of a weights file that goes into its hash: names, types and shapes."""
+SAMPLES = 64
+SAMPLE_BYTES = 2**16
+"""Blocks, evenly spread over a weights file, that go into its hash."""
+
+
+def describe_config(pipeline: Any) -> dict[str, Any]:
+    """The fields of a pipeline's config that the state of a rollout depends on.
+
+    Args:
+        pipeline: a `StreamInferencePipelineConfig`.
+
+    Returns:
+        Dotted names and JSON values.
+    """
+    return {
+        name: value
+        for name, value in _flatten(pipeline, "")
+        if name.split(".")[0] not in BEFORE_THE_ROLLOUT
+    }
+
+
+def describe_inputs(runner: Any) -> dict[str, Any]:
+    """The fields of a runner's config that say what a rollout shows: seed, prompt, actions.
+
+    Args:
+        runner: a `RunnerConfig`.
+
+    Returns:
+        Names and JSON values.
+    """
+    return {
+        name: _plain(getattr(runner, name))
+        for name in config_fields(runner)
+        if name not in WHERE_IT_GOES and not is_config(getattr(runner, name))
+    }
+
+
+def hash_weights(pipeline: Any) -> dict[str, str]:
+    """A hash for each checkpoint that the state of a rollout depends on, by its field.
+
+    Of each file count its size, its beginning and `SAMPLES` blocks: a checkpoint of many gigabytes
+    takes milliseconds, and weights that were trained further differ in nearly every block.
+    Components without a checkpoint have weights that follow from the config.
+
+    Args:
+        pipeline: a `StreamInferencePipelineConfig` whose files are on this machine.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    found = {}
+    for name, checkpoint in named_checkpoints(pipeline):
+        if name.split(".")[0] in BEFORE_THE_ROLLOUT:
+            continue
+        local = find_local(checkpoint)
+        digest = hashlib.sha256()
+        for path in local.files if local is not None else ():
+            _sample(path, digest)
+        found[name.removesuffix(".checkpoint")] = digest.hexdigest()[:16]
+    return found
+
+
+def _sample(path: Path, digest: Any) -> None:
+    size = path.stat().st_size
+    digest.update(f"{size}\n".encode())
+    with path.open("rb") as file:
+        digest.update(file.read(HEAD_BYTES))
+        for index in range(SAMPLES):
+            file.seek(max(0, size - SAMPLE_BYTES) * index // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+
+
+def _flatten(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    yield prefix.removesuffix(".") or "type", type(config).__name__
+    for name in config_fields(config):
+        value, path = getattr(config, name), f"{prefix}{name}"
+        if name in HOW_IT_RUNS:
+            continue
+        if is_config(value):
+            yield from _flatten(value, f"{path}.")
+        else:
+            yield path, _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, PurePath):
+        return value.as_posix()
+    if hasattr(value, "__qualname__"):
+        return value.__qualname__
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))

@@ -1,0 +1,156 @@
+"""Runs that survive a crash: snapshots in a ring, and going on from the newest whole one."""
+
+import json
+import logging
+import re
+import shutil
+import uuid
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flashdreams.infra.controller import Controller
+from flashdreams.infra.pipeline import StreamInferencePipeline
+from flashdreams.infra.rollout import StreamInferencePipelineCache
+from flashdreams.infra.snapshot import remove_unfinished
+from flashdreams.infra.snapshot_header import SnapshotError, read_header
+from flashdreams.parallel.environment import Launch, OtherRankError, from_rank_zero
+from flashdreams.runtime.files import write_whole
+
+logger = logging.getLogger(__name__)
+
+_SNAPSHOT = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a resumed run stands."""
+
+    cache: StreamInferencePipelineCache
+    turns: int
+    """AR steps that were made."""
+    seed: int
+
+
+class ResumableRun:
+    """The folder ``<output_dir>/resume_<slug>`` of one run and its snapshots.
+
+    A run has a token; snapshots and segments are in a folder of that name. A run that begins anew
+    takes a new token, so it never meets the snapshots of an earlier one; these are deleted when its
+    own first snapshot is whole. All calls are collective; rank zero alone writes.
+    """
+
+    def __init__(
+        self, folder: Path, launch: Launch, *, every: int, kept: int, resume: bool
+    ) -> None:
+        """Find out whether this process goes on with a run.
+
+        Args:
+            folder: as above.
+            launch: who started this process, and how often.
+            every: AR steps between snapshots; 0 saves none.
+            kept: snapshots that stay; the oldest ones go.
+            resume: go on with the run of the folder, whoever began it.
+        """
+        self.folder, self.every, self.kept = folder, every, kept
+        self._launch = launch
+        self.token, self.goes_on = from_rank_zero(lambda: self._find(resume))
+        self.progress: Progress | None = None
+
+    @property
+    def home(self) -> Path:
+        """Folder of this run's snapshots and segments."""
+        return self.folder / self.token
+
+    def resume(
+        self, pipeline: StreamInferencePipeline, controller: Controller | None
+    ) -> Progress | None:
+        """The rollout of the newest snapshot that is whole; None if the run begins anew."""
+        if not self.goes_on:
+            return None
+        for name in from_rank_zero(self._newest_first):
+            path = self.home / name
+            try:
+                cache = pipeline.resume(path, controller=controller)
+                run = from_rank_zero(partial(_run_of, path))
+            except (SnapshotError, OtherRankError) as error:
+                logger.warning("%s An older snapshot is tried.", error)
+                continue
+            self.progress = Progress(cache, run["turns"], run["seed"])
+            return self.progress
+        return None
+
+    def is_due(self, autoregressive_index: int) -> bool:
+        """Whether a snapshot follows after so many AR steps."""
+        return self.every > 0 and autoregressive_index % self.every == 0
+
+    def save(
+        self, pipeline: StreamInferencePipeline, cache: StreamInferencePipelineCache, run: Any
+    ) -> None:
+        """Save a snapshot and delete what the ring no longer keeps; the run goes on if it fails.
+
+        Args:
+            pipeline: of the rollout.
+            cache: between AR steps.
+            run: JSON values for ``Progress``.
+        """
+        path = self.home / f"step-{cache.next_index:08d}"
+        try:
+            from_rank_zero(lambda: self._forget(path))
+            report = pipeline.save(cache, path, run=run)
+            from_rank_zero(self._trim)
+        except (OSError, OtherRankError) as error:
+            logger.warning("No snapshot before AR step %d: %s The run goes on.",
+                           cache.next_index, error)  # fmt: skip
+            return
+        logger.info("snapshot before AR step %d: %s", cache.next_index, report)
+
+    def finish(self) -> None:
+        """The run is over: its snapshots stay, its segments and its mark go. On rank zero."""
+        shutil.rmtree(self.home / "segments", ignore_errors=True)
+        (self.folder / "run.json").unlink(missing_ok=True)
+
+    def _find(self, resume: bool) -> tuple[str, bool]:
+        """The token, and whether the run of that token goes on; on rank zero."""
+        mark = self.folder / "run.json"
+        earlier: dict[str, Any] = {}
+        if mark.is_file():
+            earlier = json.loads(mark.read_bytes())
+        restarted = self._launch.restarts > 0 and earlier.get("run_id") == self._launch.run_id
+        token = str(earlier.get("token", ""))
+        if re.fullmatch("[0-9a-f]{8}", token) and (resume or restarted):
+            remove_unfinished(self.folder / token)
+            return token, True
+        token = uuid.uuid4().hex[:8]
+        if self.every > 0:
+            with write_whole(mark, sync=True) as file:
+                file.write(json.dumps({"token": token, **asdict(self._launch)}).encode())
+        if resume:
+            logger.info("%s has no run to go on with; this one begins anew.", self.folder)
+        return token, False
+
+    def _newest_first(self) -> list[str]:
+        return sorted((p.name for p in self._snapshots()), reverse=True)
+
+    def _snapshots(self) -> list[Path]:
+        found = self.home.iterdir() if self.home.is_dir() else ()
+        return sorted(path for path in found if _SNAPSHOT.fullmatch(path.name))
+
+    def _trim(self) -> None:
+        for path in self._snapshots()[: -self.kept]:
+            self._forget(path)
+        for other in self.folder.iterdir():
+            if other.is_dir() and other != self.home:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def _forget(self, path: Path) -> None:
+        """Delete a snapshot, which loses its name first: half of one never has it."""
+        if path.exists():
+            dying = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+            path.rename(dying)
+            shutil.rmtree(dying, ignore_errors=True)
+
+
+def _run_of(path: Path) -> dict[str, Any]:
+    return dict(read_header(path).run)

@@ -1,0 +1,222 @@
+"""The log of a run: what it was told and the hashes that it reached, so that it can be replayed."""
+
+import base64
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from flashdreams.infra.fingerprint import differences
+from flashdreams.infra.session import Command
+
+LOG_FORMAT = 1
+"""Number of the form of the lines; another one is refused."""
+
+SAMPLES = 256
+"""Values of each latent that the log keeps, evenly spread, to say how far a replay is off."""
+
+BIT_NEUTRAL = ("degrees", "decode")
+"""What two strict runs may differ in and still have the same bits."""
+
+
+class LogError(ValueError):
+    """A log that cannot be replayed."""
+
+
+class ReplayError(ValueError):
+    """A replay that had to reach the hashes of its log and did not."""
+
+
+def command_to_json(command: Command) -> dict[str, Any]:
+    """A command as JSON values; embeddings of a prompt whose text is known are left out."""
+    row: dict[str, Any] = {"kind": command.kind, "values": dict(command.values)}
+    if command.at_frame is not None:
+        row["at_frame"] = command.at_frame
+    if command.tensors and "text" not in command.values:
+        tensors = {name: x.contiguous() for name, x in command.tensors.items()}
+        row["tensors"] = base64.b64encode(save(tensors)).decode()
+    return row
+
+
+def command_from_json(row: Mapping[str, Any]) -> Command:
+    """The inverse of ``command_to_json``."""
+    tensors = load(base64.b64decode(row["tensors"])) if "tensors" in row else {}
+    return Command(
+        kind=row["kind"], at_frame=row.get("at_frame"), values=row["values"], tensors=tensors
+    )
+
+
+def sample_of(latent: Tensor) -> str:
+    """`SAMPLES` values of a latent, float32, in base64."""
+    flat = latent.detach().float().cpu().reshape(-1)
+    places = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat))).long()
+    return base64.b64encode(flat[places].numpy().astype("<f4").tobytes()).decode()
+
+
+def largest_difference(a: str, b: str) -> float | None:
+    """Of two samples; None if they are of latents of different sizes."""
+    x, y = (np.frombuffer(base64.b64decode(text), dtype="<f4") for text in (a, b))
+    return float(np.abs(x - y).max()) if len(x) == len(y) else None
+
+
+class RunLog:
+    """Appends to ``log_<slug>.jsonl``: a header, then a line per turn with commands and per step.
+
+    Lines are handed to the system at once, so a process that is killed leaves them.
+    """
+
+    def __init__(self, path: Path, header: Callable[[], Mapping[str, Any]]) -> None:
+        """Write nothing yet.
+
+        Args:
+            path: the file, replaced at the first line; its directory is made.
+            header: gives the first line's values.
+        """
+        self.path = self.partial_path = path
+        self._header = header
+        self._file: BinaryIO | None = None
+
+    @property
+    def has_lines(self) -> bool:
+        """Whether anything was written."""
+        return self._file is not None
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one line.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("wb")
+            self._write({"format": LOG_FORMAT, **self._header()})
+        self._write(row)
+
+    def resume(self, turns: int) -> None:
+        """Go on after the first turns of the file that is there; what came later is deleted."""
+        kept = []
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            row = json.loads(line) if line.endswith(b"\n") else {"turn": turns}
+            if row.get("turn", row.get("step", -1)) < turns:
+                kept.append(line)
+        self._file = self.path.open("wb")
+        self._file.writelines(kept)
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def finish(self) -> None:
+        """Close the file, which is whole already."""
+        self.close()
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+
+@dataclass
+class Replay:
+    """A log that is replayed, and how the replay compares to it."""
+
+    header: Mapping[str, Any]
+    turns: Mapping[int, list[Command]]
+    """What the session was told, by the number of its turn."""
+    steps: Mapping[int, Mapping[str, Any]]
+    """Hash and sample of each step, by the number of its turn."""
+    compared: int = 0
+    different: list[int] = field(default_factory=list)
+    """Steps with another hash."""
+    largest: float = 0.0
+    """Largest difference of sampled latent values."""
+
+    def compare(self, row: Mapping[str, Any]) -> None:
+        """Hold a step of the replay against the log."""
+        logged = self.steps.get(row["step"])
+        if logged is None:
+            return
+        self.compared += 1
+        if row["latent_sha256"] == logged["latent_sha256"]:
+            return
+        self.different.append(row["step"])
+        found = largest_difference(row["sample"], logged["sample"])
+        self.largest = max(self.largest, float("inf") if found is None else found)
+
+    def verdict(self, header: Mapping[str, Any]) -> str:
+        """One line on what came out.
+
+        Args:
+            header: of the replay's own log.
+
+        Raises:
+            ReplayError: hashes differ that had to be equal: the same method at an equal numerics
+                fingerprint, or both strict.
+        """
+        same = f"replay: {self.compared - len(self.different)} of {self.compared} AR steps have "
+        same += "the hashes of the log"
+        if not self.different:
+            return f"{same}."
+        names = [
+            line
+            for part in ("inputs", "method", "fingerprint")
+            for line in differences(dict(self.header[part]), dict(header[part]))
+        ]
+        strict = self.header["fingerprint"].get("strict") and header["fingerprint"].get("strict")
+        neutral = BIT_NEUTRAL if strict else ()
+        reasons = [name for name in names if name.split(":")[0] not in neutral]
+        first = f"{same}; the first that differs is {self.different[0]}"
+        if self.largest == float("inf"):
+            first += ", whose latents have another size"
+        else:
+            first += f", and the largest difference of sampled latent values is {self.largest:.3g}"
+        if not reasons:
+            raise ReplayError(
+                f"{first}. Method and numerics are those of the log, so the hashes had to be equal."
+            )
+        return f"{first}. The runs differ in {'; '.join(reasons[:5])}."
+
+
+def read_log(path: Path) -> Replay:
+    """Read a log; a last line that was cut off is left out.
+
+    Raises:
+        LogError: it cannot be read, or is none.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        header = rows[0]
+        if header["format"] != LOG_FORMAT:
+            raise LogError(
+                f"{path} has log format {header['format']}; this release reads {LOG_FORMAT}."
+            )
+        turns = {
+            row["turn"]: [command_from_json(command) for command in row["commands"]]
+            for row in rows[1:]
+            if "turn" in row
+        }
+        steps = {row["step"]: row for row in rows[1:] if "step" in row}
+        if not {"config", "fingerprint", "inputs", "method"} <= header.keys():
+            raise LookupError("its first line is not that of a run")
+        for row in steps.values():
+            largest_difference(row["sample"], row["sample"])
+        return Replay(header, turns, steps)
+    except LogError:
+        raise
+    except OSError as error:
+        raise LogError(f"--replay {path} cannot be read: {error.strerror}.") from error
+    except Exception as error:  # safetensors has errors of its own
+        raise LogError(
+            f"--replay {path} is no log of a run ({error}). Runs write log_<slug>.jsonl into "
+            "their output folder."
+        ) from error

@@ -1,0 +1,376 @@
+"""Snapshots: a rollout in a folder of files, saved on some ranks and resumed on others."""
+
+import json
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashdreams.infra.identity import describe_config, hash_weights
+from flashdreams.infra.rollout import (
+    StreamInferencePipelineCache,
+    encode_origin,
+    encode_rollout,
+)
+from flashdreams.infra.snapshot_header import (
+    HEADER_NAME,
+    SnapshotError,
+    SnapshotHeader,
+    StoredSlice,
+    StoredTensor,
+    check_identity,
+    read_header,
+)
+from flashdreams.infra.state import StateEncoder, dtype_of
+from flashdreams.parallel.environment import (
+    OtherRankError,
+    all_ranks_agree,
+    from_rank_zero,
+    group_rank,
+    group_size,
+)
+from flashdreams.parallel.plan import ParallelPlan
+from flashdreams.parallel.state_layout import StateLayout
+from flashdreams.runtime.checkpoint import CheckpointError
+from flashdreams.runtime.files import write_whole
+from flashdreams.runtime.parts import (
+    Entry,
+    PartFile,
+    read_part,
+    sha256_of_file,
+    sync_folder,
+    write_part,
+)
+from flashdreams.runtime.region import (
+    Region,
+    TensorPart,
+    intersect,
+    positions_in,
+    region_shape,
+    select_region,
+)
+
+Parts = dict[str, TensorPart]
+
+
+@dataclass(frozen=True)
+class SnapshotReport:
+    """What was saved."""
+
+    path: Path
+    bytes: int
+    """Of all files together."""
+    seconds: float
+    """From the first tensor to the final name."""
+
+    def __str__(self) -> str:
+        rate = self.bytes / 2**20 / max(self.seconds, 1e-9)
+        return f"{self.bytes / 2**20:.1f} MiB in {self.seconds:.2f} s ({rate:.0f} MiB/s)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotOrigin:
+    """What a snapshot says beside the state; the same on all ranks."""
+
+    name: str
+    config: Mapping[str, Any]
+    weights: Mapping[str, str]
+    fingerprint: dict[str, Any]
+    log: Sequence[Any] = ()
+    run: Mapping[str, Any] | None = None
+    light: bool = False
+
+
+def new_origin(config: Any, fingerprint: dict[str, Any], **beside: Any) -> SnapshotOrigin:
+    """The origin of a rollout of a pipeline.
+
+    Args:
+        config: of the pipeline.
+        fingerprint: of the numerics.
+        beside: ``log``, ``run`` and ``light``.
+    """
+    described, weights = describe_config(config), hash_weights(config)
+    return SnapshotOrigin(
+        name=config.name, config=described, weights=weights, fingerprint=fingerprint, **beside
+    )
+
+
+def save_snapshot(
+    cache: StreamInferencePipelineCache,
+    path: Path,
+    origin: SnapshotOrigin,
+    layout: StateLayout,
+    device: torch.device,
+    plan: ParallelPlan | None,
+) -> SnapshotReport:
+    """Write a rollout into a folder that gets its name when it is whole; a collective call.
+
+    Each rank writes what it holds, one tensor at a time; nothing is gathered.
+
+    Args:
+        cache: between AR steps.
+        path: of the folder; it must not exist.
+        origin: see there.
+        layout: how ranks hold the state.
+        device: where the pipeline runs.
+        plan: of the transformer.
+
+    Raises:
+        ValueError: ``path`` exists.
+        StateError: state of a component that does not declare how it is held.
+        OSError: a file cannot be written; nothing is left of the snapshot.
+        OtherRankError: the same on another rank.
+    """
+    start = time.perf_counter()
+    values, parts = _collect(cache, origin, layout, device, plan)
+    folder = from_rank_zero(lambda: _new_folder(path))
+    try:
+        _together(lambda: _write_own(folder, parts), "could not write its part of the snapshot")
+        return from_rank_zero(lambda: _finish(folder, path, values, origin, start))
+    except BaseException:
+        if group_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _collect(
+    cache: StreamInferencePipelineCache,
+    origin: SnapshotOrigin,
+    layout: StateLayout,
+    device: torch.device,
+    plan: ParallelPlan | None,
+) -> tuple[dict[str, Any], Parts]:
+    """The values of the state, and this rank's parts of its tensors; none of these is read."""
+    parts: Parts = {}
+
+    def nothing(path: str, x: Tensor) -> None:
+        raise AssertionError(f"{path} was gathered")
+
+    encoder = StateEncoder(layout, device, nothing, emit_part=parts.__setitem__)
+    in_branch = replace(encoder, in_branch=True, without_caches=origin.light)
+
+    def of_branch(branch: str) -> StateEncoder:
+        return replace(in_branch, emit_part=lambda path, x: parts.update({f"{branch}/{path}": x}))
+
+    values = encode_rollout(cache, encoder, of_branch, plan)
+    values |= encode_origin(cache, encoder, origin.name, origin.fingerprint)
+    return values, parts
+
+
+def _new_folder(path: Path) -> Path:
+    if path.exists():
+        raise ValueError(f"{path} exists already; give the snapshot another name.")
+    folder = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    folder.mkdir(parents=True)
+    return folder
+
+
+def remove_unfinished(parent: Path) -> None:
+    """Delete what saves that were killed have left in a folder of snapshots."""
+    for folder in parent.glob(".*.tmp") if parent.is_dir() else ():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_own(folder: Path, parts: Parts) -> None:
+    """Write this rank's part and, beside it, what is in it."""
+    if not folder.is_dir():
+        raise OSError(
+            f"rank {group_rank()} does not see {folder}, which rank zero has made: several nodes "
+            "need a folder that all of them share."
+        )
+    owned = {path: part for path, part in parts.items() if part.written is not None}
+    file = folder / f"part-{group_rank():05d}.safetensors"
+    written = write_part(file, [_entry(path, part) for path, part in owned.items()])
+    listed = {
+        path: [
+            list(p.shape),
+            str(p.dtype)[6:],
+            [[r.start, r.stop, r.step] for r in p.written or ()],
+        ]
+        for path, p in owned.items()
+    }
+    with (folder / f"rank-{group_rank():05d}.json").open("w") as index:
+        json.dump({"part": asdict(written), "tensors": listed}, index)
+
+
+def _entry(path: str, part: TensorPart) -> Entry:
+    written = part.written or ()
+
+    def read() -> Tensor:
+        return select_region(part.read(), positions_in(part.region, written))
+
+    return Entry(path, region_shape(written), part.dtype, read)
+
+
+def _finish(
+    folder: Path, path: Path, values: dict[str, Any], origin: SnapshotOrigin, start: float
+) -> SnapshotReport:
+    """Make one header of what the ranks have written, and give the folder its name."""
+    files: list[PartFile] = []
+    tensors: dict[str, StoredTensor] = {}
+    for index in sorted(folder.glob("rank-*.json")):
+        written = json.loads(index.read_bytes())
+        files.append(PartFile(**written["part"]))
+        for name, (shape, dtype, bounds) in written["tensors"].items():
+            found = tensors.get(name, StoredTensor(tuple(shape), dtype, ()))
+            own = StoredSlice(files[-1].file, tuple(range(*bound) for bound in bounds))
+            if own.region not in [other.region for other in found.slices]:
+                tensors[name] = replace(found, slices=(*found.slices, own))
+        index.unlink()
+    header = SnapshotHeader(
+        name=origin.name,
+        config=origin.config,
+        weights=origin.weights,
+        fingerprint=origin.fingerprint,
+        autoregressive_index=values["next_index"],
+        seed=values["seed"],
+        light=origin.light,
+        log=list(origin.log),
+        run=dict(origin.run or {}),
+        values=values,
+        tensors=tensors,
+        parts=tuple(files),
+    )
+    with write_whole(folder / HEADER_NAME, sync=True) as file:
+        file.write(header.to_bytes())
+    sync_folder(folder)
+    folder.rename(path)
+    sync_folder(path.parent)
+    size = sum(entry.stat().st_size for entry in path.iterdir())
+    return SnapshotReport(path, size, time.perf_counter() - start)
+
+
+def open_snapshot(
+    folder: Path, config: Any, check: Callable[[Mapping[str, Any]], None]
+) -> SnapshotHeader:
+    """The header of a snapshot whose files are whole; a collective call.
+
+    The ranks share the work of checking the files.
+
+    Args:
+        folder: of the snapshot, seen by all ranks.
+        config: of the pipeline that shall go on.
+        check: raises for values that cannot be used here; called on rank zero, before the tensors
+            are looked at.
+
+    Raises:
+        SnapshotError: a damaged file, another config or other weights; or what ``check`` raises.
+        OtherRankError: the same on another rank.
+    """
+
+    def checked() -> SnapshotHeader:
+        header = read_header(folder)
+        check_identity(header, describe_config(config), hash_weights(config), folder)
+        with readable_damage(folder):
+            check(header.values)
+        return header
+
+    header = from_rank_zero(checked)
+    own = header.parts[group_rank() :: group_size()]
+    _together(lambda: _verify(folder, own), "found a damaged part")
+    return header
+
+
+def _verify(folder: Path, parts: Sequence[PartFile]) -> None:
+    for part in parts:
+        path = folder / part.file
+        try:
+            size = path.stat().st_size
+            whole = size == part.bytes and sha256_of_file(path) == part.sha256
+        except OSError as error:
+            raise SnapshotError(f"{path} cannot be read: {error.strerror}.") from error
+        if not whole:
+            raise SnapshotError(
+                f"{path} is damaged: it has {size} bytes of {part.bytes}, or another checksum than "
+                f"{HEADER_NAME} names. Use another snapshot."
+            )
+
+
+class SnapshotReader:
+    """Reads regions of the tensors of a snapshot from the mapped files."""
+
+    def __init__(self, folder: Path, header: SnapshotHeader) -> None:
+        self._folder = folder
+        self._tensors = header.tensors
+        self._open: dict[str, dict[str, Tensor]] = {}
+
+    def take(self, path: str, shape: tuple[int, ...], region: Region, dtype: torch.dtype) -> Tensor:
+        """The entries of a region of a tensor, on the CPU.
+
+        Args:
+            path: of the tensor.
+            shape: of the whole tensor, as it is expected.
+            region: the entries that are wanted.
+            dtype: of the tensor, as it is expected.
+
+        Raises:
+            SnapshotError: no such tensor in the snapshot.
+        """
+        stored = self._tensors.get(path)
+        if stored is None or (stored.shape, dtype_of(stored.dtype)) != (shape, dtype):
+            raise SnapshotError(f"The snapshot has no tensor {path} {dtype} {list(shape)}.")
+        out = torch.empty(region_shape(region), dtype=dtype)
+        for piece in stored.slices:
+            shared = intersect(region, piece.region)
+            if shared is not None:
+                theirs = select_region(self._map(piece, path), positions_in(piece.region, shared))
+                select_region(out, positions_in(region, shared)).copy_(theirs)
+        return out
+
+    def _map(self, piece: StoredSlice, path: str) -> Tensor:
+        if piece.file not in self._open:
+            try:
+                self._open[piece.file] = read_part(self._folder / piece.file)
+            except CheckpointError as error:
+                raise SnapshotError(str(error)) from error
+        x = self._open[piece.file].get(path)
+        if x is None or tuple(x.shape) != region_shape(piece.region):
+            raise SnapshotError(f"{self._folder / piece.file} does not hold its part of {path}.")
+        return x
+
+
+def _together(work: Callable[[], None], what: str) -> None:
+    """Do something on every rank; if it fails on one, it fails on all. A collective call."""
+    error: Exception | None = None
+    try:
+        work()
+    except Exception as caught:
+        error = caught
+    agreed = all_ranks_agree(error is None)
+    if error is not None:
+        raise error
+    if not agreed:
+        raise OtherRankError(f"Another rank {what}; its own message says why.")
+
+
+def fill_together(cache: StreamInferencePipelineCache, work: Callable[[], None]) -> None:
+    """Fill a fresh rollout; where that fails on any rank, none has one. A collective call."""
+    try:
+        _together(work, "could not read the snapshot")
+    except BaseException:
+        with suppress(Exception):
+            cache.release()
+        raise
+
+
+@contextmanager
+def readable_damage(folder: Path) -> Iterator[None]:
+    """Turn what values that make no sense lead to into one line.
+
+    Raises:
+        SnapshotError: the line.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError) as error:
+        raise SnapshotError(
+            f"{folder} holds values that make no rollout of this method "
+            f"({type(error).__name__}: {error}). Use another snapshot."
+        ) from error

@@ -1,0 +1,186 @@
+"""The header of a snapshot: what the files of a saved rollout hold, checked before use."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from flashdreams.infra.fingerprint import differences
+from flashdreams.runtime.parts import PartFile
+from flashdreams.runtime.region import Region, intersect, region_shape
+
+SNAPSHOT_FORMAT = 1
+"""Number of the form of the files; another one is refused."""
+
+HEADER_NAME = "snapshot.json"
+_PART_NAME = re.compile(r"part-\d{5}\.safetensors")
+_MAX_DIMS = 16
+
+
+class SnapshotError(ValueError):
+    """A snapshot that is damaged, of another method, or of a newer release; nothing was loaded."""
+
+
+@dataclass(frozen=True)
+class StoredSlice:
+    """The part of a tensor that one file holds, under the tensor's path."""
+
+    file: str
+    region: Region
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the whole model and the slices that make it up."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    slices: tuple[StoredSlice, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotHeader:
+    """Everything that a snapshot says of itself; JSON values but for ``tensors`` and ``parts``."""
+
+    name: str
+    """Of the pipeline."""
+    config: Mapping[str, Any]
+    """From `flashdreams.infra.identity.describe_config`."""
+    weights: Mapping[str, str]
+    """From `flashdreams.infra.identity.hash_weights`."""
+    fingerprint: Mapping[str, Any]
+    """Of the numerics."""
+    autoregressive_index: int
+    """The AR step that comes next."""
+    seed: int | None
+    """Of the noise; None for a noise callable."""
+    light: bool
+    """KV caches are left out, to be computed anew from the clean latents."""
+    log: list[Any] = field(default_factory=list)
+    """Commands of the session, oldest first."""
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """What the program that saved it wants to know again."""
+    values: Mapping[str, Any]
+    """The state's values, as `flashdreams.infra.state.StateEncoder` gives them."""
+    tensors: Mapping[str, StoredTensor]
+    """By path."""
+    parts: tuple[PartFile, ...]
+    """The files."""
+
+    def to_bytes(self) -> bytes:
+        """The header as a file, with its checksum."""
+        content = {
+            "format": SNAPSHOT_FORMAT,
+            **{f.name: getattr(self, f.name) for f in fields(self)},
+        }
+        content["parts"] = [asdict(part) for part in self.parts]
+        content["tensors"] = {
+            path: [list(t.shape), t.dtype, [_slice_to_json(s) for s in t.slices]]
+            for path, t in self.tensors.items()
+        }
+        return _sealed(content)
+
+
+def read_header(folder: Path) -> SnapshotHeader:
+    """The header of a snapshot, when it is whole and fits itself.
+
+    Raises:
+        SnapshotError: it is absent, damaged or of another format.
+    """
+    path = folder / HEADER_NAME
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SnapshotError(
+            f"{folder} is no snapshot: {HEADER_NAME} cannot be read ({error.strerror}). Name a "
+            "folder that pipeline.save has written."
+        ) from error
+    try:
+        content = json.loads(data)["content"]
+        if _sealed(content) != data:
+            raise ValueError("its checksum is another one")
+        if content["format"] != SNAPSHOT_FORMAT:
+            raise _NewerFormatError(content["format"])
+        return _from_json(content)
+    except _NewerFormatError as error:
+        raise SnapshotError(
+            f"{folder} has snapshot format {error}; this release reads format {SNAPSHOT_FORMAT}. "
+            "Load it with the release that saved it."
+        ) from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise SnapshotError(f"{path} is damaged ({error}). Use another snapshot.") from error
+
+
+def check_identity(header: SnapshotHeader, config: Mapping[str, Any], weights: Mapping[str, str],
+                   folder: Path) -> None:  # fmt: skip
+    """Refuse a snapshot of another method or of other weights.
+
+    Raises:
+        SnapshotError: names what differs.
+    """
+    for what, theirs, ours in (
+        ("config", header.config, config),
+        ("weights", header.weights, weights),
+    ):
+        found = differences(dict(theirs), dict(ours))
+        if found:
+            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+            raise SnapshotError(
+                f"{folder} was saved with another {what}: {'; '.join(found[:5])}{more}. "
+                "Load it with the method that saved it."
+            )
+
+
+class _NewerFormatError(Exception):
+    """Another format."""
+
+
+def _sealed(content: Any) -> bytes:
+    """The bytes of a header file; a file of any other bytes is no header."""
+    text = _dump(content)
+    return b'{"content":%b,"sha256":"%b"}\n' % (text, hashlib.sha256(text).hexdigest().encode())
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _slice_to_json(stored: StoredSlice) -> list[Any]:
+    return [stored.file, [[r.start, r.stop, r.step] for r in stored.region]]
+
+
+def _from_json(content: dict[str, Any]) -> SnapshotHeader:
+    parts = tuple(PartFile(**part) for part in content["parts"])
+    for part in parts:
+        if not _PART_NAME.fullmatch(part.file):
+            raise ValueError(f"{part.file!r} is no name of a part")
+    names = {part.file for part in parts}
+    tensors = {path: _tensor(path, entry, names) for path, entry in content["tensors"].items()}
+    plain = {f.name: content[f.name] for f in fields(SnapshotHeader)}
+    return SnapshotHeader(**(plain | {"parts": parts, "tensors": tensors}))
+
+
+def _tensor(path: str, entry: Any, files: set[str]) -> StoredTensor:
+    """A tensor whose slices cover it, each entry once."""
+    shape, dtype, listed = tuple(entry[0]), str(entry[1]), entry[2]
+    slices = []
+    for file, bounds in listed:
+        region = tuple(range(*map(int, bound)) for bound in bounds)
+        inside = all(
+            r.step > 0 and r.start >= 0 and (not r or r[-1] < size)
+            for r, size in zip(region, shape, strict=True)
+        )
+        if not inside or file not in files or len(shape) > _MAX_DIMS:
+            raise ValueError(f"a slice of {path} is not in it")
+        slices.append(StoredSlice(file, region))
+    stored = sum(math.prod(region_shape(s.region)) for s in slices)
+    twice = any(
+        intersect(a.region, b.region) for i, a in enumerate(slices) for b in slices[:i] if shape
+    )
+    if stored != math.prod(shape) or twice:
+        raise ValueError(f"the slices of {path} do not make it up")
+    return StoredTensor(shape, dtype, tuple(slices))

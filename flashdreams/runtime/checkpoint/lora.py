@@ -1,0 +1,280 @@
+"""Low-rank updates of weights (LoRA), in the forms in which people publish them."""
+
+import json
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flashdreams.runtime.checkpoint.config import WRAPPER_MARKERS, CheckpointError, LoRA
+from flashdreams.runtime.checkpoint.keys import KeyMap, describe_mismatch, rename
+from flashdreams.runtime.checkpoint.read import TensorSlice, TensorStore, open_tensors
+from flashdreams.runtime.checkpoint.source import ensure_local
+
+logger = logging.getLogger(__name__)
+
+_PREFIXES = (
+    *("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet."),
+    *("model.", "lora_unet_", "lora_transformer_"),
+)
+_KINDS = {
+    "down": r"\.(?:lora_A|lora_down|lora\.down)(?:\.default)?(?:\.weight)?$",
+    "up": r"\.(?:lora_B|lora_up|lora\.up)(?:\.default)?(?:\.weight)?$",
+    "alpha": r"\.alpha$",
+    "weight": r"\.diff$",
+    "bias": r"\.diff_b$",
+    "modulation": r"\.diff_m$",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What one LoRA adds to one tensor."""
+
+    store: TensorStore
+    scale: float
+    """The LoRA's weight, times alpha / rank for a product of two matrices."""
+    names: tuple[str, ...]
+    """``(up, down)``, whose product is the update, or the one tensor that is."""
+
+    def whole(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """The update of the whole tensor, float32."""
+        read = dict(self.store.read(dict.fromkeys(self.names)))
+        first, *rest = (read[name].to(device).float() for name in self.names)
+        product = first.flatten(1) @ rest[0].flatten(1) if rest else first
+        return self.scale * product.reshape(list(shape))
+
+
+@dataclass
+class _Entry:
+    """The tensors of a file that change one module, by kind; the file's names."""
+
+    names: dict[str, str] = field(default_factory=dict)
+
+
+def resolve_loras(
+    loras: Sequence[LoRA],
+    shapes: Mapping[str, tuple[int, ...]],
+    key_maps: Sequence[KeyMap] = (),
+) -> dict[str, list[Update]]:
+    """Find out what each LoRA adds to which tensor; reads headers and alphas.
+
+    Known are the names of PEFT (``lora_A``, ``lora_B``), kohya (``lora_down``, ``lora_up``,
+    ``alpha``, underscores for dots) and ComfyUI (``diffusion_model.``, ``diff``, ``diff_b``,
+    ``diff_m``). Without an alpha, in the file or in ``adapter_config.json`` beside it, it is the
+    rank.
+
+    Args:
+        loras: in the order in which they are added.
+        shapes: of the model's whole tensors, by name.
+        key_maps: naming schemes beside the module's own.
+
+    Returns:
+        Name of a tensor -> its updates.
+
+    Raises:
+        CheckpointError: a file is absent or damaged, is no LoRA, or does not fit.
+    """
+    updates: dict[str, list[Update]] = {}
+    for lora in loras:
+        source = lora.checkpoint.source
+        try:
+            local = ensure_local(lora.checkpoint)
+            store = open_tensors(local, lora.checkpoint.select)
+            settings = _adapter_settings(local.files[0].parent / "adapter_config.json")
+        except CheckpointError as error:
+            raise CheckpointError(f"LoRA {source}: {error}") from error
+        found = _resolve(lora, store, shapes, key_maps, settings)
+        for name, several in found.items():
+            updates.setdefault(name, []).extend(several)
+        logger.info("LoRA %s: %d tensors, weight %g.", source, len(found), lora.weight)
+    return updates
+
+
+def updated(
+    value: Tensor, updates: Iterable[Update], shape: Sequence[int], part: TensorSlice | None
+) -> Tensor:
+    """A tensor and its updates, summed in float32.
+
+    Updates are computed whole and then cut, so that a weight has the same bits on any number of
+    ranks.
+
+    Args:
+        value: the tensor, or the part of it that a rank holds.
+        updates: of the whole tensor.
+        shape: of the whole tensor.
+        part: what ``value`` is of it.
+    """
+    total = value.float()
+    for update in updates:
+        whole = update.whole(shape, value.device)
+        total = total + (whole if part is None else whole.narrow(part.dim, part.start, part.length))
+    return total
+
+
+def _resolve(
+    lora: LoRA,
+    store: TensorStore,
+    shapes: Mapping[str, tuple[int, ...]],
+    key_maps: Sequence[KeyMap],
+    settings: Mapping[str, object],
+) -> dict[str, list[Update]]:
+    """The updates of one file, by the names of the module."""
+    source = lora.checkpoint.source
+    entries = _entries(lora, store)
+    finder = _Finder(shapes, key_maps)
+    found: dict[str, list[Update]] = {}
+    unknown: list[str] = []
+    misfits: dict[str, str] = {}
+    for path, entry in entries.items():
+        for leaf, names in _leaves(entry, path, source):
+            name = finder.find(path, leaf)
+            if name is None:
+                unknown.append(f"{path}.{leaf}")
+                continue
+            tensors = tuple(store.infos[n].shape for n in names)
+            wrong = _misfit(tensors, shapes[name]) or next(
+                (info.refused for n in names if (info := store.infos[n]).refused), None
+            )
+            if any(len(update.names) == len(names) for update in found.get(name, [])):
+                wrong = f"is changed twice, the second time by {names[0]}"
+            if wrong:
+                misfits[name] = wrong
+                continue
+            scale = _scale(entry, store, settings, tensors[1][0]) if names[1:] else 1.0
+            update = Update(store=store, scale=lora.weight * scale, names=names)
+            found.setdefault(name, []).append(update)
+    if unknown or misfits or not found:
+        listing = describe_mismatch([], unknown, misfits, wanted=sorted(shapes), present=[])
+        listing = listing.replace("unexpected in the file", "without a target in the model")
+        raise CheckpointError(
+            f"LoRA {source} does not fit the model, nothing was loaded\n"
+            f"{listing or '  it changes no tensor'}"
+        )
+    return found
+
+
+def _entries(lora: LoRA, store: TensorStore) -> dict[str, _Entry]:
+    """The tensors of a file by the module path that they belong to, as the file spells it."""
+    ignored = [re.compile(pattern) for pattern in lora.checkpoint.ignore]
+    entries: dict[str, _Entry] = {}
+    strange = []
+    for name in store.infos:
+        if any(pattern.match(name) for pattern in ignored):
+            continue
+        plain = rename(name, tuple((re.escape(part), "") for part in WRAPPER_MARKERS))
+        for kind, pattern in _KINDS.items():
+            path, count = re.subn(pattern, "", plain)
+            if count:
+                entries.setdefault(path, _Entry()).names[kind] = name
+                break
+        else:
+            strange.append(name)
+    if strange:
+        raise CheckpointError(
+            f"LoRA {lora.checkpoint.source}: {len(strange)} tensors are of no known kind: "
+            f"{', '.join(strange[:5])}. Known are lora_A/lora_B, lora_down/lora_up, alpha, diff, "
+            "diff_b, diff_m; DoRA, LoHa and LoKr are not"
+        )
+    return entries
+
+
+def _leaves(entry: _Entry, path: str, source: str) -> Iterable[tuple[str, tuple[str, ...]]]:
+    """The parameters that an entry changes: leaf name and the file's tensors."""
+    names = entry.names
+    if ("up" in names) != ("down" in names):
+        there, absent = ("up", "down") if "up" in names else ("down", "up")
+        raise CheckpointError(
+            f"LoRA {source}: {path} has {names[there]} and no tensor for {absent}: half a pair. "
+            "Download it again"
+        )
+    if set(names) == {"alpha"}:
+        raise CheckpointError(f"LoRA {source}: {path} has an alpha and nothing that it scales")
+    if "up" in names:
+        yield "weight", (names["up"], names["down"])
+    for leaf in ("weight", "bias", "modulation"):
+        if leaf in names:
+            yield leaf, (names[leaf],)
+
+
+def _misfit(tensors: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> str | None:
+    """Say what keeps an update from fitting a tensor of this shape."""
+    if len(tensors) == 1:
+        given = tensors[0]
+        fits = given == shape
+        return None if fits else f"{list(given)} in the file, {list(shape)} in the model"
+    up, down = tensors
+    if len(up) < 2 or len(down) < 2:
+        return f"up {list(up)} and down {list(down)} are no matrices"
+    if up[1] != down[0]:
+        return f"rank {up[1]} in up {list(up)}, rank {down[0]} in down {list(down)}"
+    if math.prod(up[2:]) != 1 or (up[0], *down[1:]) != shape:
+        return f"up {list(up)} by down {list(down)} in the file, {list(shape)} in the model"
+    return None
+
+
+def _scale(entry: _Entry, store: TensorStore, settings: Mapping[str, object], rank: int) -> float:
+    """alpha / rank."""
+    if "alpha" in entry.names:
+        name = entry.names["alpha"]
+        return float(next(value for _, value in store.read({name: None}))) / rank
+    alpha = settings.get("lora_alpha")
+    if not isinstance(alpha, int | float):
+        return 1.0
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _adapter_settings(path: Path) -> Mapping[str, object]:
+    """PEFT's settings beside its weights; empty where there are none.
+
+    Raises:
+        CheckpointError: not JSON, or settings that are not followed here.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON. Download it again") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} should be a JSON object. Download it again")
+    other = [name for name in ("use_dora", "alpha_pattern", "rank_pattern") if settings.get(name)]
+    if other:
+        raise CheckpointError(f"{path} sets {', '.join(other)}, which is not supported")
+    return settings
+
+
+class _Finder:
+    """From the module paths of LoRA files to the names of a model's tensors."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], key_maps: Sequence[KeyMap]) -> None:
+        self.shapes = shapes
+        self.key_maps = key_maps
+        self.by_underscores: dict[str, str] = {}
+        for name in shapes:
+            path = name.rpartition(".")[0]
+            self.by_underscores[path.replace(".", "_")] = path
+
+    def find(self, path: str, leaf: str) -> str | None:
+        """The model's name of ``leaf`` of a module, or None."""
+        for candidate in _without_prefixes(path):
+            spelled = self.by_underscores.get(candidate, candidate)
+            name = f"{spelled}.{leaf}"
+            for names in ((), *(key_map.rename for key_map in self.key_maps)):
+                translated = rename(name, names)
+                if translated in self.shapes:
+                    return translated
+        return None
+
+
+def _without_prefixes(path: str) -> Iterable[str]:
+    """The path as it is, and without one known prefix after the other."""
+    yield path
+    while prefix := next((p for p in _PREFIXES if path.startswith(p)), None):
+        path = path.removeprefix(prefix)
+        yield path

@@ -1,0 +1,122 @@
+"""A video in segments that end at snapshots, joined without encoding anything again."""
+
+import subprocess
+from pathlib import Path
+from types import TracebackType
+
+from torch import Tensor
+
+from flashdreams.runtime.video import VideoWriter
+
+
+class SegmentedVideo:
+    """Writes ``<folder>/<first AR step>.mp4`` one after the other, and joins them at the end.
+
+    Each segment is whole once the next one has begun, so that a run which is killed loses the
+    current one alone. As a context manager it closes at the end, and aborts if the body raises.
+    """
+
+    def __init__(self, path: Path, folder: Path, *, fps: float, scale: int) -> None:
+        """Write nothing yet.
+
+        Args:
+            path: final name of the video, ending in ``.mp4``.
+            folder: of the segments.
+            fps: frames per second.
+            scale: whole factor by which pixels are enlarged.
+        """
+        self.path, self.folder = path, folder
+        self._fps, self._scale = fps, scale
+        self._segment: VideoWriter | None = None
+
+    def begin(self, first: int) -> None:
+        """Begin, or go on, with the frames of an AR step.
+
+        Segments from there on and unfinished ones are deleted.
+        """
+        for file in self.folder.glob("*.mp4") if self.folder.is_dir() else ():
+            if file.name.endswith(".partial.mp4") or int(file.stem) >= first:
+                file.unlink()
+        self._segment = self._new(first)
+
+    def write(self, chunk: Tensor) -> None:
+        """Append a chunk; see `VideoWriter.write`."""
+        if self._segment is None:
+            self.begin(0)
+        assert self._segment is not None
+        self._segment.write(chunk)
+
+    def cut(self, first: int) -> None:
+        """End the segment; the next one begins with an AR step.
+
+        Raises:
+            OSError: the segment could not be written.
+        """
+        if self._segment is not None:
+            self._segment.close()
+        self._segment = self._new(first)
+
+    def close(self) -> None:
+        """End the last segment and make one video of all of them.
+
+        Raises:
+            OSError: a segment or the video could not be written; the segments are left.
+        """
+        if self._segment is not None:
+            self._segment.close()
+        segments = sorted(self.folder.glob("*.mp4"))
+        if segments:
+            join_videos(segments, self.path)
+
+    def abort(self) -> None:
+        """End the segment and leave it under its partial name."""
+        if self._segment is not None:
+            self._segment.abort()
+
+    def __enter__(self) -> "SegmentedVideo":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def _new(self, first: int) -> VideoWriter:
+        path = self.folder / f"{first:08d}.mp4"
+        return VideoWriter(path, fps=self._fps, scale=self._scale)
+
+
+def join_videos(segments: list[Path], path: Path) -> None:
+    """Put videos of one codec, size and rate behind one another; their packets stay as they are.
+
+    Args:
+        segments: the videos, in their order, all in one folder.
+        path: the video, which gets its name when it is whole.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    import imageio_ffmpeg
+
+    folder = segments[0].parent
+    listing, partial = folder / "segments.txt", path.with_name(f"{path.stem}.partial.mp4")
+    listing.write_text("".join(f"file '{segment.name}'\n" for segment in segments))
+    command = [
+        *(imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error"),
+        *("-f", "concat", "-i", str(listing), "-c", "copy", str(partial)),
+    ]
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode != 0:
+        reason = done.stderr.decode(errors="replace").strip().splitlines()
+        raise OSError(
+            f"the video {path} could not be made of its {len(segments)} segments: "
+            f"{reason[0] if reason else 'ffmpeg was stopped from outside'}. They are in {folder}."
+        )
+    listing.unlink()
+    partial.replace(path)

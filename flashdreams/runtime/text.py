@@ -1,0 +1,53 @@
+"""Text from files and into messages: read up to a limit, printed up to a limit."""
+
+import re
+from pathlib import Path
+
+from flashdreams.infra.config import quoted
+
+MAX_MESSAGE_CHARACTERS = 4000
+"""Most characters of one error message."""
+
+_PLAIN_NAME = re.compile(r"[\w./+-]{1,200}", re.ASCII)
+
+
+def read_text(path: Path, most_bytes: int, encoding: str = "utf-8") -> str:
+    """Read a text file that must not be larger than a limit; also a pipe or a device.
+
+    Args:
+        path: the file.
+        most_bytes: the limit; no more than this and one byte is read.
+        encoding: of the file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is larger, or not text; says only which, for the caller to name the file.
+    """
+    with path.open("rb") as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"it is larger than {most_bytes} bytes")
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not UTF-8 text") from error
+
+
+def shown(name: object) -> str:
+    """A name from a file as it is where it is a short plain one, else quoted and cut."""
+    text = str(name) if isinstance(name, (str, int)) else quoted(name)
+    return text if _PLAIN_NAME.fullmatch(text) else quoted(name)
+
+
+def printable(text: str, most: int = MAX_MESSAGE_CHARACTERS) -> str:
+    """Text for a terminal: control characters escaped, and no longer than ``most`` characters.
+
+    Line breaks and the characters of every language are left as they are.
+    """
+    if len(text) > most:
+        half = (most - 60) // 2
+        text = f"{text[:half]} ... ({len(text) - 2 * half} characters left out) ... {text[-half:]}"
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+__all__ = ["MAX_MESSAGE_CHARACTERS", "printable", "quoted", "read_text", "shown"]

@@ -1,0 +1,137 @@
+"""Snapshots of 1, 2, 4 and 1 ranks (float32 1e-5; strict: the same bits)."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from flashdreams.infra import snapshot
+from flashdreams.infra.snapshot_header import read_header
+from flashdreams.parallel.environment import OtherRankError
+from flashdreams.runtime.parts import read_part
+from tests.harness import RankError, run_ranks
+from tests.parallel.pipelines import (
+    begin,
+    build_pipeline,
+    moved_by_files,
+    roll_from_files,
+    stayed,
+)
+from tests.parallel.rollout import relative_error
+from tests.parallel.test_migration import slowly
+
+
+@pytest.mark.parametrize(
+    "case", ["plain", *slowly("relative_rope", "guided", "split_decode", "rotate", "tensor")]
+)
+def test_a_rollout_goes_on_through_files_on_other_ranks(case, tmp_path):
+    for a, b in zip(moved_by_files(case, tmp_path), stayed(case), strict=True):
+        assert relative_error(a, b) <= 1e-5
+
+
+@pytest.mark.parametrize("case", ["relative_rope", *slowly("guided")])
+def test_a_strict_rollout_goes_on_through_files_with_the_same_bits(case, tmp_path):
+    for a, b in zip(moved_by_files(case, tmp_path, True), stayed(case, strict=True), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+CUT = {
+    "plain": "conditional/caches/",
+    "tensor": "conditional/context/pairs",
+    "rotate": "conditional/caches/",
+    "split_decode": "decoder/slots",
+    "guided": "unconditional/caches/",
+}
+
+
+@pytest.mark.parametrize("case", ["plain", *slowly("tensor", "rotate", "split_decode", "guided")])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_each_rank_writes_its_own_and_nothing_twice(case, ranks, tmp_path):
+    run_ranks(roll_from_files, ranks, case, ranks, 0, 2, tmp_path)
+    header = read_header(tmp_path / "2")
+    files = {part.file: read_part(tmp_path / "2" / part.file) for part in header.parts}
+    assert len(files) == ranks
+    alone = tmp_path / "alone"
+    run_ranks(roll_from_files, 1, case, 1, 0, 2, alone)
+    whole = read_part(alone / "2" / "part-00000.safetensors")
+    assert sum(x.nbytes for tensors in files.values() for x in tensors.values()) == sum(
+        x.nbytes for x in whole.values()
+    )
+    cut = [t for path, t in header.tensors.items() if path.startswith(CUT[case])]
+    if not (case == "guided" and ranks == 2):  # there each branch is on one rank, whole
+        assert cut and any(len(t.slices) > 1 for t in cut)
+    assert len({piece.file for t in cut for piece in t.slices}) >= (1 if case == "guided" else 2)
+    assert header.tensors.keys() == whole.keys()
+
+
+def fail_on(rank, folder, kind):
+    pipeline, _ = build_pipeline("plain", 2)
+    cache = begin(pipeline, "plain")
+    own = torch.distributed.get_rank()
+    real = snapshot.write_part
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    if own == rank:
+        snapshot.write_part = full
+    try:
+        pipeline.save(cache, folder / "s")
+        return "saved"
+    except (OSError, OtherRankError) as error:
+        snapshot.write_part = real
+        pipeline.save(cache, folder / "second")  # and the ranks still agree
+        return str(error)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_on_one_rank_ends_the_snapshot_on_all(rank, tmp_path):
+    said = run_ranks(fail_on, 2, rank, tmp_path, "save")
+    assert "No space left" in said[rank] and "Another rank" in said[1 - rank]
+    assert [path.name for path in tmp_path.iterdir()] == ["second"]
+
+
+def resume_there(folder):
+    pipeline, _ = build_pipeline("plain", 2)
+    pipeline.resume(folder)
+
+
+def test_a_part_that_is_damaged_stops_every_rank(tmp_path):
+    run_ranks(roll_from_files, 2, "plain", 2, 0, 1, tmp_path)
+    part = tmp_path / "1" / "part-00001.safetensors"
+    data = bytearray(part.read_bytes())
+    data[-1] ^= 1
+    part.write_bytes(data)
+    with pytest.raises(RankError, match=r"part-00001\.safetensors is damaged|Another rank"):
+        run_ranks(resume_there, 2, tmp_path / "1")
+
+
+def test_nodes_that_do_not_share_the_folder_are_told(tmp_path, monkeypatch):
+    with pytest.raises(RankError, match=r"several nodes need a folder|Another rank"):
+        run_ranks(save_apart, 2, tmp_path)
+
+
+def save_apart(folder):
+    pipeline, _ = build_pipeline("plain", 2)
+    cache = begin(pipeline, "plain")
+    if torch.distributed.get_rank() == 1:
+        made = snapshot.from_rank_zero
+        snapshot.from_rank_zero = lambda fn: made(fn).with_name("elsewhere")
+    pipeline.save(cache, folder / "s")
+
+
+def test_a_header_needs_every_slice(tmp_path):
+    """Negative control: without one rank's slices the snapshot is refused."""
+    run_ranks(roll_from_files, 2, "plain", 2, 0, 1, tmp_path)
+    folder = shutil.copytree(tmp_path / "1", tmp_path / "less")
+    from tests.unit.infra.test_snapshot import rewrite
+
+    def drop(content):
+        path = next(p for p, entry in content["tensors"].items() if len(entry[2]) > 1)
+        content["tensors"][path][2].pop()
+
+    rewrite(folder, drop)
+    with pytest.raises(ValueError, match="do not make it up"):
+        read_header(folder)
+    assert json.loads((tmp_path / "1" / "snapshot.json").read_bytes())["content"]["format"] == 1
