@@ -95,7 +95,6 @@ def error_of(flags: list[str], tmp_path, capsys, slug: str) -> tuple[int, str]:
         (["--image-path", "IMAGE", "--height", "64", "--width", "64"],
          r"the image is 100x50 .*; this run wants 64x64.*--fit-image True"),
         (["--image-path", "LONG"], r"the image is 4000x1 .*no video of that shape.*--fit-image"),
-        (["--image-path", "GREY"], "the image mode is L; it must be RGB"),
         (["--image-path", "/nowhere.png"], "No such file"),
         (["--max-pixels", "1000"], "--max-pixels 1000: must be at least 1024, a frame of 32x32"),
         (["--total-blocks", "2"], "whole video in one AR step; it must be 1"),
@@ -109,7 +108,6 @@ def test_one_line_says_what_is_wrong_before_weights_are_asked_for(
     images = {
         "IMAGE": save_image(tmp_path / "image.png", 100, 50),
         "LONG": save_image(tmp_path / "long.png", 4000, 1),
-        "GREY": save_image(tmp_path / "grey.png", 96, 64, "L"),
     }
     code, line = error_of([str(images.get(f, f)) for f in flags], tmp_path, capsys, slug)
     assert code == 2

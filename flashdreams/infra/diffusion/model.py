@@ -202,8 +202,8 @@ class DiffusionModel(nn.Module):
         leased = self.pool.lease(lambda s: self._begin_in(s, contexts)) if self.pool else None
         conditional, unconditional = leased or tuple(self._new_branch(c) for c in contexts)
         cache = DiffusionCache(conditional, unconditional, noise, batch_size, given)
-        whole = given is not None and given.shape[2] == self.transformer.config.len_t
-        cache.given_steps = int(whole)
+        all_given = given is not None and given.shape[2] == self.transformer.config.len_t
+        cache.given_steps = int(all_given)
         if self.pool is not None and leased is not None:
             cache.give_back = weakref.finalize(cache, self.pool.give_back, leased)
             cache.give_back.atexit = False
@@ -307,12 +307,7 @@ class DiffusionModel(nn.Module):
             noise = self._noise_of_step(autoregressive_index, cache)
             first = autoregressive_index == cache.given_steps
             scheduler = self.first_chunk_scheduler if first else self.scheduler
-            flow = self._flow(cache)
-            latent = (
-                scheduler.sample(flow, noise)
-                if given is None
-                else self._sample_rest(scheduler, flow, noise, given)
-            )
+            latent = sample_rest(scheduler, self._flow(cache), noise, given)
         cache.latent, cache.control, cache.pending = latent, control, True
         self.side.mark()
         return latent
@@ -426,30 +421,6 @@ class DiffusionModel(nn.Module):
             lambda: conditional(latent, timestep), lambda: unconditional(latent, timestep), scale
         )
 
-    def _sample_rest(
-        self,
-        scheduler: Scheduler,
-        flow: Callable[[Tensor, Tensor], Tensor],
-        noise: Callable[[int], Tensor],
-        given: Tensor,
-    ) -> Tensor:
-        """Denoise a chunk whose first latent frames are ``given``, ``[B, C, n, H, W]``.
-
-        The network sees them as they are, with timestep 0. What a schedule makes of their places in
-        between is never read: schedules compute element by element.
-        """
-        count = given.shape[2]
-
-        def stamped(latent: Tensor) -> Tensor:
-            return torch.cat([given, latent[:, :, count:]], dim=2)
-
-        def flow_of_rest(latent: Tensor, timestep: Tensor) -> Tensor:
-            timesteps = timestep.repeat(latent.shape[0], latent.shape[2])
-            timesteps[:, :count] = 0
-            return flow(stamped(latent), timesteps)
-
-        return stamped(scheduler.sample(flow_of_rest, noise))
-
     def _predict_in(self, branch: Any) -> Callable[[Tensor, Tensor], Tensor]:
         predict = self.transformer.predict_flow
         if "cache" in declared_context(predict):
@@ -487,3 +458,29 @@ class DiffusionModel(nn.Module):
                 f"{shape[2]} of them; got {list(sizes)}."
             )
         return image.to(self.transformer.device, torch.float32)
+
+
+def sample_rest(
+    scheduler: Scheduler,
+    flow: Callable[[Tensor, Tensor], Tensor],
+    noise: Callable[[int], Tensor],
+    given: Tensor | None,
+) -> Tensor:
+    """Denoise a chunk whose first latent frames may be ``given``, ``[B, C, n, H, W]``.
+
+    The network sees them as they are, with timestep 0. What a schedule makes of their places in
+    between is never read: schedules compute element by element.
+    """
+    if given is None:
+        return scheduler.sample(flow, noise)
+    count = given.shape[2]
+
+    def stamped(latent: Tensor) -> Tensor:
+        return torch.cat([given, latent[:, :, count:]], dim=2)
+
+    def flow_of_rest(latent: Tensor, timestep: Tensor) -> Tensor:
+        timesteps = timestep.repeat(latent.shape[0], latent.shape[2])
+        timesteps[:, :count] = 0
+        return flow(stamped(latent), timesteps)
+
+    return stamped(scheduler.sample(flow_of_rest, noise))
