@@ -18,6 +18,8 @@ class AttentionCore(nn.Module):
         super().__init__()
         self.scale = head_dim**-0.5
         self.backend = backend
+        self.strict = False
+        """Whether a head must have the same bits whatever the number of heads."""
 
     def new_cache(self, spec: KVCacheSpec, cursor: Cursor) -> KVCache:
         """Storage for one rollout; a wrapper rewrites the spec on the way in."""

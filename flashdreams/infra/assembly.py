@@ -122,14 +122,15 @@ class Assembly(nn.Module):
         parallel = parallel or ParallelConfig()
         transformer = self.diffusion_model.transformer
         sizes = transformer.config
-        planned = transformer.parallel_plan() is not None
+        plan = transformer.parallel_plan()
         streaming = getattr(sizes, "streaming", False)
         degrees = resolve_degrees(
             parallel,
             world_size,
-            num_heads=getattr(sizes, "num_heads", None) if planned else None,
+            num_heads=getattr(sizes, "num_heads", None) if plan is not None else None,
             guided=self.config.diffusion_model.guidance_scale is not None,
             cached_frame_tokens=getattr(sizes, "tokens_per_frame", None) if streaming else None,
+            any_degree=plan is not None and bool(plan.heads),
         )
         return build_mesh(degrees, self.target_device.type, parallel)
 

@@ -55,7 +55,9 @@ def command_from_json(row: Mapping[str, Any]) -> Command:
 def sample_of(latent: Tensor) -> str:
     """`SAMPLES` values of a latent, float32, in base64."""
     flat = latent.detach().float().cpu().reshape(-1)
-    places = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat))).long()
+    places = torch.linspace(
+        0, len(flat) - 1, min(SAMPLES, len(flat)), dtype=torch.float32, device="cpu"
+    ).long()
     return base64.b64encode(flat[places].numpy().astype("<f4").tobytes()).decode()
 
 

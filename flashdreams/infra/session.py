@@ -16,7 +16,7 @@ from flashdreams.infra.pipeline import StreamInferencePipeline
 from flashdreams.infra.rollout import StreamInferencePipelineCache
 from flashdreams.parallel.environment import OtherRankError, group_rank
 from flashdreams.parallel.messages import Message, MessageChannel
-from flashdreams.runtime.actions import parse_actions
+from flashdreams.runtime.actions import KEYS, parse_actions
 
 CommandKind = Literal["prompt", "control", "reset", "save", "fork", "rewind", "end"]
 
@@ -317,19 +317,24 @@ class Session:
             raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**64 - 1.")
 
 
-def key_commands(actions: str) -> list[Command]:
-    """Key presses such as ``"w8 l4 wl6"`` as commands for a `KeyCamera`, one where keys change.
+def key_commands(
+    actions: str, keys: Mapping[str, str] = KEYS, first_frame: int = 1
+) -> list[Command]:
+    """Key presses such as ``"w8 l4 wl6"`` as commands for a controller, one where keys change.
 
     Args:
-        actions: as for `flashdreams.runtime.actions.parse_actions`; the first acts on frame 1.
+        actions: as for `flashdreams.runtime.actions.parse_actions`.
+        keys: likewise.
+        first_frame: pixel frame on which the first acts; a `KeyCamera` stands still in frame 0.
     """
     commands: list[Command] = []
     before: frozenset[str] = frozenset()
-    for frame, keys in enumerate([*parse_actions(actions), frozenset[str]()], start=1):
-        if keys != before:
-            values = {"keys": "".join(sorted(keys))}
+    frames = [*parse_actions(actions, keys), frozenset[str]()]
+    for frame, held in enumerate(frames, start=first_frame):
+        if held != before:
+            values = {"keys": "".join(sorted(held))}
             commands.append(Command(kind="control", at_frame=frame, values=values))
-        before = keys
+        before = held
     return commands
 
 

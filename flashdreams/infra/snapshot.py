@@ -316,7 +316,7 @@ class SnapshotReader:
         stored = self._tensors.get(path)
         if stored is None or (stored.shape, dtype_of(stored.dtype)) != (shape, dtype):
             raise SnapshotError(f"The snapshot has no tensor {path} {dtype} {list(shape)}.")
-        out = torch.empty(region_shape(region), dtype=dtype)
+        out = torch.empty(region_shape(region), dtype=dtype, device="cpu")
         for piece in stored.slices:
             shared = intersect(region, piece.region)
             if shared is not None:

@@ -4,6 +4,7 @@ Shape letters: B batch, L query tokens, N heads, D head dim, P ranks of the wrap
 exchanges carry the new chunk, before it is written to the cache.
 """
 
+import torch
 from torch import Tensor, nn
 
 from flashdreams.attention.cache import KVCache, KVCacheSpec
@@ -184,6 +185,28 @@ class GatherKVAttention(AttentionWrapper):
         send = k.new_empty((2, *k.shape))
         send[0], send[1] = k, v
         return self.layout.trim(self.channel.all_gather(send, dim=2), 2).unbind(0)
+
+
+class GatheredAttention(AttentionWrapper):
+    """Gathers the tokens of all ranks, attends whole on each of them and keeps its own tokens.
+
+    For heads that the ranks do not divide, where queries cannot be split either. The cache is the
+    same as on one rank, and on every rank.
+    """
+
+    def __init__(self, core: AttentionCore | AttentionWrapper, layout: SequenceLayout) -> None:
+        super().__init__(core)
+        self.layout = layout
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Attend; the arguments are ``[B, L/P, N, D]``, and so is the result."""
+        whole = self.layout.gather(torch.stack([q, k, v]), 2).unbind(0)
+        return self.layout.split(self.core(*whole, cache), 1)
+
+    def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
+        """See `AttentionWrapper.write`."""
+        k, v = self.layout.gather(torch.stack([k, v]), 2).unbind(0)
+        self.core.write(k, v, cache)
 
 
 class PaddedAttention(AttentionWrapper):

@@ -88,6 +88,7 @@ def resolve_degrees(
     num_heads: int | None,
     guided: bool = False,
     cached_frame_tokens: int | None = None,
+    any_degree: bool = False,
 ) -> ParallelDegrees:
     """Settle every ``"auto"`` and refuse what cannot work, before any weight is read.
 
@@ -98,6 +99,8 @@ def resolve_degrees(
         guided: whether the model is evaluated twice per denoising step.
         cached_frame_tokens: tokens per latent frame of a streaming model, which keeps a cache; None
             for a bidirectional one.
+        any_degree: take degrees that are asked for, also where they do not divide the heads: the
+            model then computes attention whole on every rank (`ParallelPlan.heads`).
 
     Raises:
         ValueError: impossible degrees; the message names some that would work.
@@ -108,6 +111,8 @@ def resolve_degrees(
         _candidates(world_size, num_heads, guided),
         key=lambda d: (_requests_met(d, config), d.cfg, d.ulysses),
     )
+    if _requests_met(best, config) < 4 and any_degree:
+        best = max(_candidates(world_size, 0, guided), key=lambda d: _requests_met(d, config))
     if _requests_met(best, config) < 4:
         raise ValueError(_explain(config, world_size, num_heads, best))
     if world_size > 1 and cached_frame_tokens is not None:
@@ -116,7 +121,7 @@ def resolve_degrees(
 
 
 def _candidates(world_size: int, num_heads: int | None, guided: bool) -> Iterator[ParallelDegrees]:
-    """Every mesh that the model allows."""
+    """Every mesh that the model allows; 0 heads are divisible by all degrees."""
     for cfg in (1, 2) if guided else (1,):
         for tp in _divisors(world_size):
             for ulysses in _divisors(world_size):
@@ -277,13 +282,15 @@ def local_attention(shape: AttentionShape, mesh: Mesh) -> AttentionShape:
         shape: the call of the whole model.
         mesh: the ranks.
     """
-    ring = mesh.ring.size
+    ring, heads = mesh.ring.size, shape.num_heads
     rotates = mesh.config.ring_method == "rotate" and ring > 1
+    for axis in (mesh.tp, mesh.ulysses):  # what does not divide the heads leaves them whole
+        heads = heads // axis.size if heads % axis.size == 0 else heads
     return replace(
         shape,
         queries=-(-shape.queries // ring),
         keys=-(-shape.keys // ring) if rotates else shape.keys,
-        num_heads=shape.num_heads // (mesh.ulysses.size * mesh.tp.size),
+        num_heads=heads,
         storage="native" if rotates else shape.storage,  # what rotates has been widened
     )
 

@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,13 +13,14 @@ from flashdreams.attention.core import AttentionCore
 from flashdreams.parallel.collectives import Channel
 from flashdreams.parallel.context import (
     AttentionWrapper,
+    GatheredAttention,
     GatherKVAttention,
     HeadShardAttention,
     PaddedAttention,
     UlyssesAttention,
 )
-from flashdreams.parallel.mesh import Mesh
-from flashdreams.parallel.plan import ParallelPlan, glob_pattern
+from flashdreams.parallel.mesh import Axis, Mesh
+from flashdreams.parallel.plan import ParallelPlan, glob_pattern, heads_of
 from flashdreams.parallel.ring import RingAttention
 from flashdreams.parallel.sequence import SequenceLayout
 from flashdreams.parallel.spatial import WidthLayout, split_by_width
@@ -37,6 +39,8 @@ _MARK = "_parallel_report"
 
 _LINEARS: dict[str, Callable[[nn.Linear, Channel, str], ShardedLayer]] = {
     "colwise": ColwiseLinear,
+    "colwise_kv": partial(ColwiseLinear, parts=2),
+    "colwise_qkv": partial(ColwiseLinear, parts=3),
     "colwise_gathered": GatheredColwiseLinear,
     "rowwise": RowwiseLinear,
 }
@@ -90,6 +94,7 @@ def parallelize(module: nn.Module, plan: ParallelPlan | None, mesh: Mesh) -> Par
     if mesh.config.strict:
         unit = make_strict(module, mesh.device_type)
         installed["tiles of fixed size"] = 1
+    matches.leave_whole(plan, mesh.tp.size)
     cut_weights = mesh.tp.size > 1 and bool(plan.tensor)
     if cut_weights:
         slices = _split_weights(module, matches, mesh.channel(mesh.tp))
@@ -100,7 +105,7 @@ def parallelize(module: nn.Module, plan: ParallelPlan | None, mesh: Mesh) -> Par
     if cut_sequence or (mesh.config.strict and plan.split):
         layout = _split_sequence(module, matches, mesh, unit)
         installed["split"], installed["gather"] = len(matches.split), len(matches.gather)
-    for strategy in _wrap_cores(module, matches, layout, cut_weights, mesh):
+    for strategy in _wrap_cores(module, plan, matches, layout, mesh):
         installed[strategy] = installed.get(strategy, 0) + 1
     width_layout = None
     if mesh.decode.size > 1 and plan.spatial and _wants_split_decode(mesh):
@@ -131,6 +136,8 @@ class _Matches:
         self.split = self._find("split", plan.split)
         self.gather = self._find("gather", plan.gather)
         self.attention = list(self._find("attention", dict.fromkeys(plan.attention)))
+        self.cores = self._find("cores", plan.cores)
+        self._find("heads", plan.heads)
         self.spatial = self._find("spatial", plan.spatial)
         self._find("low_precision", dict.fromkeys(plan.low_precision))
         self._refuse_unnamed_linears(module, plan, named)
@@ -140,6 +147,12 @@ class _Matches:
                 "A plan that cuts the sequence needs all of split, gather and attention; got "
                 f"split={plan.split}, gather={plan.gather}, attention={plan.attention}."
             )
+
+    def leave_whole(self, plan: ParallelPlan, degree: int) -> None:
+        """Take out the weights of attention whose heads the tensor parallel ranks do not divide."""
+        for name in list(self.styles):
+            if (heads_of(plan, name) or degree) % degree:
+                del self.styles[name]
 
     def _find(self, field_name: str, globs: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -219,33 +232,47 @@ def _split_sequence(module: nn.Module, matches: _Matches, mesh: Mesh, unit: int)
 
 def _wrap_cores(
     module: nn.Module,
+    plan: ParallelPlan,
     matches: _Matches,
     layout: SequenceLayout | None,
-    heads_cut: bool,
     mesh: Mesh,
 ) -> list[str]:
     """Put the strategies of the mesh around the attention cores; returns their names."""
     use_xfuser = mesh.sequence.size > 1 and mesh.config.context_backend == "xfuser"
     long_context = build_long_context(mesh) if use_xfuser else None
     names = []
-    for name in matches.attention:
-        core = _find_core(module, name)
-        wrapped: AttentionCore | AttentionWrapper
-        if long_context is not None and layout is not None:
+    for name in (*matches.attention, *matches.cores):
+        core, heads, style = _find_core(module, name), heads_of(plan, name), matches.cores.get(name)
+        wrapped: AttentionCore | AttentionWrapper = core
+        if style is None and long_context is not None and layout is not None:
             wrapped = XfuserAttention(core, long_context, layout)
-        else:
-            wrapped = _wrap_core(core, layout, heads_cut, mesh)
+        elif style is None:
+            wrapped = _split_over_sequence(core, layout, heads, mesh)
+        elif style == "all_tokens" and layout is not None:
+            wrapped = _unite_tokens(core, layout, heads, mesh)
+        tp = mesh.tp.size
+        if tp > 1 and plan.tensor and (heads or tp) % tp == 0:
+            wrapped = HeadShardAttention(wrapped, mesh.channel(mesh.tp))
         if isinstance(wrapped, AttentionWrapper):
             _replace(module, name, wrapped)
             names.append(str(wrapped))
     return names
 
 
-def _wrap_core(
-    core: AttentionCore, layout: SequenceLayout | None, heads_cut: bool, mesh: Mesh
+def _split_over_sequence(
+    core: AttentionCore, layout: SequenceLayout | None, heads: int | None, mesh: Mesh
 ) -> AttentionCore | AttentionWrapper:
-    """Put strategies around a core, the innermost axis of heads outermost."""
+    """Put strategies around a core of the sequence, the innermost axis of heads outermost.
+
+    Args:
+        core: to be wrapped.
+        layout: how tokens are cut; None where they are not.
+        heads: of the core where the plan lets it stay whole; None: the degrees divide it.
+        mesh: the ranks.
+    """
     wrapped: AttentionCore | AttentionWrapper = core
+    if layout is not None and mesh.ulysses.size > 1 and not _divides(heads, mesh.ulysses, mesh):
+        return GatheredAttention(core, layout)
     if layout is not None and layout.size == 1:
         wrapped = PaddedAttention(wrapped, layout)
     if layout is not None and mesh.ring.size > 1:
@@ -253,9 +280,26 @@ def _wrap_core(
         wrapped = strategy(wrapped, mesh.channel(mesh.ring), layout)
     if layout is not None and mesh.ulysses.size > 1:
         wrapped = UlyssesAttention(wrapped, mesh.channel(mesh.ulysses), layout)
-    if heads_cut:
-        wrapped = HeadShardAttention(wrapped, mesh.channel(mesh.tp))
     return wrapped
+
+
+def _unite_tokens(
+    core: AttentionCore, layout: SequenceLayout, heads: int | None, mesh: Mesh
+) -> AttentionWrapper:
+    """Let a core see all tokens: those of fewer heads, where the sequence ranks divide these."""
+    if layout.size == 1:
+        return PaddedAttention(core, layout)
+    if layout.interleaved or heads is None or not _divides(heads, mesh.sequence, mesh):
+        return GatheredAttention(core, layout)
+    return UlyssesAttention(core, mesh.channel(mesh.sequence), layout)
+
+
+def _divides(heads: int | None, axis: Axis, mesh: Mesh) -> bool:
+    """Whether the ranks of an axis divide the heads that tensor parallelism leaves to each."""
+    if heads is None:
+        return True
+    own = heads // mesh.tp.size if heads % mesh.tp.size == 0 else heads
+    return own % axis.size == 0
 
 
 def _find_core(module: nn.Module, name: str) -> AttentionCore:

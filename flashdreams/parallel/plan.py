@@ -4,7 +4,10 @@ import re
 from dataclasses import MISSING, Field, dataclass, field
 from typing import Any, Literal, get_args
 
-TensorStyle = Literal["colwise", "colwise_gathered", "rowwise", "norm", "replicated"]
+TensorStyle = Literal[
+    "colwise", "colwise_kv", "colwise_qkv", "colwise_gathered", "rowwise", "norm", "replicated"
+]
+CoreStyle = Literal["all_tokens", "split_queries"]
 SpatialStyle = Literal["halo", "gather_width"]
 RolloutStyle = Literal["heads", "rebuilt"]
 
@@ -68,8 +71,9 @@ class ParallelPlan:
     tensor: dict[str, TensorStyle] = field(default_factory=dict)
     """Linear or norm -> how its weight is split over the ``tp`` axis. ``"colwise_gathered"`` is
     colwise with an output that every rank gets whole, for a result that meets whole tensors: an
-    exchange as large as the output, so for layers that run seldom. ``"replicated"`` says that a
-    linear stays whole on purpose."""
+    exchange as large as the output, so for layers that run seldom. ``"colwise_kv"`` and
+    ``"colwise_qkv"`` are colwise for an output that is two or three parts side by side, of each of
+    which a rank takes its share. ``"replicated"`` says that a linear stays whole on purpose."""
 
     split: dict[str, int] = field(default_factory=dict)
     """Submodule -> dim of its output that is cut over the sequence ranks."""
@@ -79,6 +83,17 @@ class ParallelPlan:
 
     attention: tuple[str, ...] = ()
     """Attention cores whose exchange a context-parallel strategy takes over."""
+
+    cores: dict[str, CoreStyle] = field(default_factory=dict)
+    """Attention cores of another kind -> ``"all_tokens"``: all tokens of the chunk must meet on one
+    rank, as for attention over time at each position: tokens are traded for heads over all sequence
+    ranks, or gathered where these do not divide the heads. ``"split_queries"``: queries are split
+    like the tokens, keys and values are the same on every rank."""
+
+    heads: dict[str, int] = field(default_factory=dict)
+    """Submodule with attention -> its heads, for a model that runs on any number of ranks: what a
+    degree does not divide is computed whole on every rank, the rest is cut as usual. The first is
+    the trunk, whose heads also state of the style ``"heads"`` has. Empty: degrees must divide."""
 
     rollout: dict[str, RolloutStyle] = field(default_factory=dict)
     """Deprecated, read until 0.3: field of the transformer's rollout state -> ``"heads"`` or
@@ -90,6 +105,19 @@ class ParallelPlan:
     spatial: dict[str, SpatialStyle] = field(default_factory=dict)
     """Decoder submodule -> ``"halo"`` (a convolution that needs its neighbours' columns) or
     ``"gather_width"`` (a module that must see the full width)."""
+
+
+def heads_of(plan: ParallelPlan, name: str) -> int | None:
+    """Heads of the attention that a submodule is, or is in; None where the plan names none."""
+    for glob, heads in plan.heads.items():
+        if re.match(glob_pattern(glob).pattern + r"(\.|$)", name):
+            return heads
+    return None
+
+
+def trunk_is_cut(plan: ParallelPlan, degree: int) -> bool:
+    """Whether tensor parallelism of a degree cuts the heads of the trunk."""
+    return bool(plan.tensor) and next(iter(plan.heads.values()), degree) % degree == 0
 
 
 def glob_pattern(glob: str) -> re.Pattern[str]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from flashdreams.parallel.context import share_region
 from flashdreams.parallel.mesh import Mesh
-from flashdreams.parallel.plan import ParallelPlan, StateStyle
+from flashdreams.parallel.plan import ParallelPlan, StateStyle, trunk_is_cut
 from flashdreams.parallel.spatial import WidthLayout
 from flashdreams.runtime.region import Region, TensorPart, whole_region
 
@@ -41,7 +41,9 @@ class StateLayout:
         self.mesh = mesh
         self._width_layout = width_layout
         self._latent_width = latent_width
-        self._heads_are_cut = plan is not None and bool(plan.tensor) and mesh.tp.group is not None
+        self._heads_are_cut = mesh.tp.group is not None and (
+            plan is not None and trunk_is_cut(plan, mesh.tp.size)
+        )
 
     @property
     def splits_width(self) -> bool:

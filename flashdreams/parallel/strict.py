@@ -89,4 +89,5 @@ def make_strict(module: nn.Module, device_type: str) -> int:
     for core in module.modules():
         if isinstance(core, AttentionCore):
             core.backend = TiledAttention(core.backend, rows)
+            core.strict = True
     return rows

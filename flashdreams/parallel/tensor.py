@@ -7,7 +7,7 @@ from flashdreams.parallel.collectives import Channel
 from flashdreams.runtime.checkpoint import TensorSlice
 
 
-def slice_of(size: int, channel: Channel, dim: int, name: str) -> TensorSlice:
+def slice_of(size: int, channel: Channel, dim: int, name: str, parts: int = 1) -> TensorSlice:
     """This rank's part of a dim.
 
     Args:
@@ -15,22 +15,23 @@ def slice_of(size: int, channel: Channel, dim: int, name: str) -> TensorSlice:
         channel: the ranks that share it.
         dim: which one is cut.
         name: how the message calls what is cut.
+        parts: runs of the dim that are cut one by one.
 
     Raises:
         ValueError: the ranks do not divide it.
     """
-    if size % channel.size:
+    if size % (parts * channel.size):
         raise ValueError(
             f"{name} has {size} entries along dim {dim}, not divisible by "
             f"tensor_parallel_degree={channel.size}. Use a divisor of {size}."
         )
-    length = size // channel.size
-    return TensorSlice(dim, channel.rank * length, length, size)
+    length = size // (parts * channel.size)
+    return TensorSlice(dim, channel.rank * length, length, size, parts)
 
 
 def take_slice(parameter: Tensor, part: TensorSlice) -> nn.Parameter:
     """A parameter of its own that holds the part; on meta it holds nothing, as before."""
-    kept = parameter.detach().narrow(part.dim, part.start, part.length).clone()
+    kept = part.of(parameter.detach()).clone()
     return nn.Parameter(kept, requires_grad=parameter.requires_grad)
 
 
@@ -44,12 +45,16 @@ class ShardedLayer(nn.Module):
 
 
 class ColwiseLinear(nn.Linear, ShardedLayer):
-    """A linear layer that computes this rank's output features; exchanges nothing."""
+    """A linear layer that computes this rank's output features; exchanges nothing.
 
-    def __init__(self, linear: nn.Linear, channel: Channel, name: str) -> None:
+    Of an output that is several parts side by side, such as queries, keys and values, it computes
+    this rank's share of each.
+    """
+
+    def __init__(self, linear: nn.Linear, channel: Channel, name: str, parts: int = 1) -> None:
         nn.Module.__init__(self)
-        part = slice_of(linear.out_features, channel, 0, name)
-        self.in_features, self.out_features = linear.in_features, part.length
+        part = slice_of(linear.out_features, channel, 0, name, parts)
+        self.in_features, self.out_features = linear.in_features, part.length * parts
         self.weight = take_slice(linear.weight, part)
         self.slices = {"weight": part}
         self.register_parameter("bias", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,7 @@ class KeyMotion:
                 raise ValueError(f"{name}={value} is not a speed; give a finite number >= 0")
 
 
-def parse_actions(text: str) -> list[frozenset[str]]:
+def parse_actions(text: str, keys: Mapping[str, str] = KEYS) -> list[frozenset[str]]:
     """Read key presses such as ``"w8 l4 wl6 d"``.
 
     Each word, separated by spaces or commas, is one or more keys held together and a number of
@@ -53,6 +53,7 @@ def parse_actions(text: str) -> list[frozenset[str]]:
 
     Args:
         text: the key presses; an empty text gives no frames.
+        keys: those that there are, and what they do.
 
     Returns:
         One set of held keys per pixel frame.
@@ -69,18 +70,18 @@ def parse_actions(text: str) -> list[frozenset[str]]:
             continue
         match = re.fullmatch(r"([a-z]+)(.*)", word.lower())
         if match is None:
-            raise ValueError(f"{quoted(word)} does not begin with a key. {_usage()}")
-        keys, count = match.groups()
-        for key in keys:
-            if key not in KEYS:
-                raise ValueError(f"unknown key {key!r} in {quoted(word)}. {_usage()}")
-        number = _frame_count(word, count)
+            raise ValueError(f"{quoted(word)} does not begin with a key. {_usage(keys)}")
+        held, count = match.groups()
+        for key in held:
+            if key not in keys:
+                raise ValueError(f"unknown key {key!r} in {quoted(word)}. {_usage(keys)}")
+        number = _frame_count(word, count, keys)
         if len(frames) + number > MAX_FRAMES:
             raise ValueError(
                 f"{quoted(word)} brings the actions to {len(frames) + number} frames, "
                 f"at most {MAX_FRAMES} are allowed"
             )
-        frames += [frozenset(keys)] * number
+        frames += [frozenset(held)] * number
     return frames
 
 
@@ -201,7 +202,7 @@ def check_keys(keys: frozenset[str]) -> None:
     """
     unknown = sorted(keys - KEYS.keys())
     if unknown:
-        raise ValueError(f"unknown key {quoted(unknown[0])}. {_usage()}")
+        raise ValueError(f"unknown key {quoted(unknown[0])}. {_usage(KEYS)}")
 
 
 def _yaw(angle_rad: float) -> Tensor:
@@ -214,13 +215,14 @@ def _yaw(angle_rad: float) -> Tensor:
     )
 
 
-def _frame_count(word: str, count: str) -> int:
+def _frame_count(word: str, count: str, keys: Mapping[str, str]) -> int:
     """Number of frames behind the keys of a word."""
     if not count:
         return 1
     if not re.fullmatch(r"[0-9]+", count):
         raise ValueError(
-            f"{quoted(count)} in {quoted(word)} is not a whole number of frames >= 1. {_usage()}"
+            f"{quoted(count)} in {quoted(word)} is not a whole number of frames >= 1. "
+            f"{_usage(keys)}"
         )
     # Longer than any allowed count: refused before int() has to read it.
     number = int(count) if len(count) <= 9 else 10**9
@@ -231,7 +233,9 @@ def _frame_count(word: str, count: str) -> int:
     return number
 
 
-def _usage() -> str:
+def _usage(keys: Mapping[str, str]) -> str:
     """One line that lists the keys."""
-    keys = ", ".join(f"{key} ({what})" for key, what in KEYS.items())
-    return f"Keys: {keys}; a number after them is the frames to hold, as in 'w8 l4 wl6'."
+    listed = ", ".join(f"{key} ({what})" for key, what in keys.items())
+    one, *_, other = keys
+    example = f"{one}8 {other}4 {one}{other}6"
+    return f"Keys: {listed}; a number after them is the frames to hold, as in '{example}'."

@@ -36,7 +36,8 @@ def ambient_calls(source: str) -> Iterator[str]:
         if isinstance(node, ast.Call) and not built:
             owner, _, name = ast.unparse(node.func).rpartition(".")
             given = {keyword.arg for keyword in node.keywords}
-            if owner == "torch" and name in FACTORIES and not {"dtype", "device"} <= given:
+            stated = {"dtype", "device"} <= given or None in given  # None: **options
+            if owner == "torch" and name in FACTORIES and not stated:
                 yield f"line {node.lineno}: {ast.unparse(node)}"
         waiting.extend((child, built) for child in ast.iter_child_nodes(node))
 

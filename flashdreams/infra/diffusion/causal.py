@@ -7,7 +7,7 @@ S key tokens, N heads, D head dim. Tokens run frame by frame, row by row.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,10 @@ from flashdreams.infra.diffusion.causal_state import (
     CausalState,
     Shots,
     StepInputs,
+    checked_condition,
     copy_tensors,
+    graph_key,
+    graph_state,
     same_shapes,
     token_values_to_pixels,
 )
@@ -48,6 +51,9 @@ class CausalTransformer(Transformer):
     """
 
     config: CausalTransformerConfig
+    streams_condition: ClassVar[bool] = False
+    """The condition may come chunk by chunk with the control, see ``step_condition``, and not
+    with ``initialize_cache``."""
 
     def __init__(self, config: CausalTransformerConfig) -> None:
         super().__init__(config)
@@ -122,6 +128,13 @@ class CausalTransformer(Transformer):
             raise ValueError(f"{type(self).__name__} takes no control input.")
         return None
 
+    def step_condition(self, control: Any) -> Tensor | None:
+        """The chunk's ``[B, condition_channels, T, H, W]``, where its control brings it along.
+
+        None: it is read by position from what ``initialize_cache`` was given.
+        """
+        return None
+
     def cache_specs(self, batch_size: int) -> dict[str, KVCacheSpec]:
         """Glob of attention cores -> size of the KV cache of each, for the whole model.
 
@@ -179,7 +192,7 @@ class CausalTransformer(Transformer):
         context = self.project_context(text, image_tokens)
         given = [x for x in (text, image_tokens) if x is not None]
         count = len(given[0]) if given else batch_size or 1
-        condition = self._checked_condition(condition, count)
+        condition = self._rollout_condition(condition, count)
         cursors: dict[tuple[int, int, int], Cursor] = {}
         caches: dict[str, list[KVCache | None]] = {}
         for glob, spec in self.cache_specs(count).items():
@@ -214,7 +227,7 @@ class CausalTransformer(Transformer):
         if (len(given[0]) if given else batch_size or 1) != cache.batch_size:
             return False
         context = self.project_context(text, image_tokens)
-        condition = self._checked_condition(condition, cache.batch_size)
+        condition = self._rollout_condition(condition, cache.batch_size)
         if not same_shapes(cache.context, context):
             return False
         copy_tensors(cache.context, context)
@@ -342,7 +355,7 @@ class CausalTransformer(Transformer):
         """
         if not self.config.use_cuda_graph:
             return self.__call__
-        return GraphedCallable(self.__call__, self.device, key=_graph_key, state_of=_graph_state)
+        return GraphedCallable(self.__call__, self.device, key=graph_key, state_of=graph_state)
 
     def _network_for(
         self, state: CausalState, write_only: bool = False, per_frame: bool = False
@@ -440,10 +453,11 @@ class CausalTransformer(Transformer):
 
     def inputs_at(self, cache: CausalState, frames: Tensor, control: Any) -> StepInputs:
         """Rotations, condition and control of latent frames at the positions ``[T]``."""
-        condition = None
-        if cache.condition is not None:
-            last = cache.condition.shape[2] - 1
-            condition = cache.condition[:, :, to_device(frames.clamp(max=last), self.device)]
+        condition = self.step_condition(control)
+        if condition is not None:
+            condition = checked_condition(condition, self, cache.batch_size)
+        elif self.config.condition_channels:
+            condition = cache.condition_at(frames)
         if leap := self.config.shot_rope_offset * cache.shots.begun:
             frames = frames.double() + leap
         return StepInputs(self.rotations(frames), condition, self.embed_control(control))
@@ -470,25 +484,7 @@ class CausalTransformer(Transformer):
             cache.modulations[value] = computed
         return cache.modulations[value]
 
-    def _checked_condition(self, condition: Tensor | None, batch_size: int) -> Tensor | None:
-        c = self.config
-        if condition is None and c.condition_channels == 0:
+    def _rollout_condition(self, condition: Tensor | None, batch_size: int) -> Tensor | None:
+        if condition is None and (self.config.condition_channels == 0 or self.streams_condition):
             return None
-        wanted = (batch_size, c.condition_channels, c.latent_height, c.latent_width)
-        shape = [] if condition is None else list(condition.shape)
-        if condition is None or (*shape[:2], *shape[3:]) != wanted or shape[2] == 0:
-            raise ValueError(
-                f"The condition must be [{batch_size}, {c.condition_channels}, latent frames, "
-                f"{c.latent_height}, {c.latent_width}]; got {shape or None}. "
-                "A model with condition_channels=0 takes none; others need one, usually an image."
-            )
-        return condition.to(self.device, self.dtype)
-
-
-def _graph_key(inputs: StepInputs, state: CausalState, write_only: bool = False) -> bool | None:
-    """Which of the two graphs of a state; None while a window fills."""
-    return write_only if state.is_steady else None
-
-
-def _graph_state(inputs: StepInputs, state: CausalState, write_only: bool = False) -> CausalState:
-    return state
+        return checked_condition(condition, self, batch_size)

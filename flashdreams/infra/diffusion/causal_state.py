@@ -11,7 +11,9 @@ from torch import Tensor
 
 from flashdreams.attention.cache import KVCache
 from flashdreams.attention.cursor import Cursor
+from flashdreams.infra.diffusion.transformer import Transformer
 from flashdreams.parallel.plan import state
+from flashdreams.runtime.transfer import to_device
 
 MAX_TIMESTEPS = 64
 """Timesteps whose modulations a streaming rollout keeps; schedules have fewer."""
@@ -79,12 +81,58 @@ class CausalState:
         """Whether every window is full, so that all later calls have the same form."""
         return all(cursor.is_full for cursor in self.cursors)
 
+    def condition_at(self, frames: Tensor) -> Tensor:
+        """The rollout's condition of latent frames at the positions ``[T]``.
+
+        Raises:
+            ValueError: there is none, and this AR step came without one.
+        """
+        if self.condition is None:
+            raise ValueError("Neither initialize_cache nor this AR step was given a condition.")
+        last = self.condition.shape[2] - 1
+        return self.condition[:, :, to_device(frames.clamp(max=last), self.condition.device)]
+
     def layers(self) -> Iterator[KVCache]:
         """All KV caches."""
         for caches in self.caches.values():
             for cache in caches:
                 if cache is not None:
                     yield cache
+
+
+def checked_condition(
+    condition: Tensor | None, transformer: Transformer, batch_size: int
+) -> Tensor:
+    """A condition on the device and in the type of a transformer.
+
+    Args:
+        condition: ``[B, condition_channels, F, H, W]``.
+        transformer: its config says what fits.
+        batch_size: B.
+
+    Raises:
+        ValueError: None, or another shape.
+    """
+    c: Any = transformer.config
+    wanted = (batch_size, c.condition_channels, c.latent_height, c.latent_width)
+    shape = [] if condition is None else list(condition.shape)
+    if condition is None or (*shape[:2], *shape[3:]) != wanted or shape[2] == 0:
+        raise ValueError(
+            f"The condition must be [{batch_size}, {c.condition_channels}, latent frames, "
+            f"{c.latent_height}, {c.latent_width}]; got {shape or None}. "
+            "A model with condition_channels=0 takes none; others need one, usually an image."
+        )
+    return to_device(condition, transformer.device).to(transformer.dtype)
+
+
+def graph_key(inputs: StepInputs, state: CausalState, write_only: bool = False) -> bool | None:
+    """Which of the two graphs of a state a call needs; None while a window fills."""
+    return write_only if state.is_steady else None
+
+
+def graph_state(inputs: StepInputs, state: CausalState, write_only: bool = False) -> CausalState:
+    """The state that the graphs of a call belong to."""
+    return state
 
 
 def select_tokens(control: Any, kept: Sequence[int], len_t: int) -> Any:

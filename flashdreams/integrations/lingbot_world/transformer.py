@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashdreams.infra.diffusion.causal_state import CausalState, StepInputs
 from flashdreams.infra.ranges import check_range
 from flashdreams.models.wan.blocks import BlockConfig, WanBlock
 from flashdreams.models.wan.plan import wan_plan
@@ -152,9 +153,9 @@ class LingBotTransformer(WanTransformer):
         camera = embedded + self.c2ws_hidden_states_layer2(F.silu(hidden))
         return [cast(LingBotBlock, block).read_camera(camera) for block in self.blocks]
 
-    def block_controls(self, control: Any) -> Sequence[Any]:
+    def block_controls(self, inputs: StepInputs, state: CausalState) -> Sequence[Any]:
         """Scale and shift of each block."""
-        return control
+        return inputs.control
 
     def add_control(self, x: Tensor, control: Any) -> Tensor:
         """The camera acts in the blocks alone."""

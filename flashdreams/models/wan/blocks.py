@@ -24,8 +24,6 @@ class BlockConfig(Protocol):
     """Width of the token stream."""
     ffn_dim: int
     """Inner width of the feed-forward layers."""
-    image_dim: int | None
-    """Width of image tokens; None without image cross-attention."""
     eps: float
     """Added to variances."""
     fused_kernels: bool
@@ -38,6 +36,10 @@ class BlockConfig(Protocol):
     @property
     def head_dim(self) -> int:
         """Channels of one attention head."""
+
+    @property
+    def image_branch(self) -> bool:
+        """Whether cross-attention sees image tokens beside the text."""
 
 
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
@@ -177,8 +179,11 @@ class CrossAttention(nn.Module):
             self.norm_k_img = RMSNorm(dim, eps)
         self.core = AttentionCore(head_dim)
 
-    def project(self, text: Tensor, image: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values ``[B, S, N, D]`` of the text and, where given, of the image."""
+    def project(self, text: Any, image: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values ``[B, S, N, D]`` of the text and, where given, of the image.
+
+        A model without a prompt gives its image tokens in place of the text.
+        """
         heads = (-1, self.head_dim)
         pairs = [
             (
@@ -216,7 +221,7 @@ class WanBlock(nn.Module):
         self.gated_sum: Callable[..., Tensor] = gated_sum
         self.self_attn = SelfAttention(c.dim, c.head_dim, c.eps)
         self.norm3 = nn.LayerNorm(c.dim, eps=c.eps)
-        self.cross_attn = CrossAttention(c.dim, c.head_dim, c.eps, c.image_dim is not None)
+        self.cross_attn = CrossAttention(c.dim, c.head_dim, c.eps, c.image_branch)
         self.ffn = nn.Sequential(
             nn.Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(c.ffn_dim, c.dim)
         )
@@ -260,13 +265,23 @@ class WanBlock(nn.Module):
         x = self.gated_sum(x, self.self_attn(y, rope, cache), e[2])
         x = self.inject(x, control)
         x = x + self.cross_attn(self.norm3(x).to(self.branch_dtype), context)
+        x = self.inject_late(x, control)
         y = self.modulated_norm(x, e[3], e[4], self.eps, self.branch_dtype)
         return self.gated_sum(x, self.ffn(y), e[5])
 
-    def write(self, x: Tensor, modulation: Tensor, rope: Tensor, cache: KVCache) -> None:
-        """Leave in the cache what ``forward`` leaves there, and compute no more than that.
+    def write(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        rope: Tensor,
+        context: Sequence[tuple[Tensor, Tensor]],
+        cache: KVCache,
+        control: Any,
+    ) -> None:
+        """Leave in the caches what ``forward`` leaves there, and compute no more than that.
 
-        A block that changes its tokens before self-attention overrides this as well.
+        A block that changes its tokens before self-attention, or has caches of its own, overrides
+        this as well. Arguments as for ``forward``.
         """
         shift, scale = modulation[:, :, 0], modulation[:, :, 1]
         y = self.modulated_norm(x, shift, scale, self.eps, self.branch_dtype)
@@ -282,6 +297,10 @@ class WanBlock(nn.Module):
         Returns:
             Like ``x``.
         """
+        return x
+
+    def inject_late(self, x: Tensor, control: Any) -> Tensor:
+        """Hook between cross-attention and feed-forward; as ``inject``."""
         return x
 
 
@@ -348,4 +367,4 @@ class TokenPlaces(nn.Module):
 
     def forward(self, count: int, times: int, device: torch.device) -> Tensor:
         """Place of every token's timestep ``[L]`` among ``count`` ones of ``times`` tokens each."""
-        return torch.arange(count, device=device).repeat_interleave(times)
+        return torch.arange(count, dtype=torch.int64, device=device).repeat_interleave(times)

@@ -61,7 +61,8 @@ class WanTransformerConfig(CausalTransformerConfig):
     freq_dim: int = 256
     """Width of the sinusoidal timestep embedding."""
     text_dim: int = 4096
-    """Width of the text embeddings that come in."""
+    """Width of the text embeddings that come in; 0 for models without a prompt, whose
+    cross-attention sees the image tokens alone."""
     text_len: int = 512
     """Text tokens; shorter prompts are padded with zero rows, which are attended."""
     image_dim: int | None = None
@@ -83,14 +84,21 @@ class WanTransformerConfig(CausalTransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, "ffn_dim", "num_layers", "out_channels", "freq_dim", "text_dim")
+        check_range(self, "ffn_dim", "num_layers", "out_channels", "freq_dim")
         check_range(self, "text_len", "image_dim", "image_len", "control_dim")
-        check_range(self, "eps", least=0)
+        check_range(self, "eps", "text_dim", least=0)
+        if not self.text_dim and self.image_dim is None:
+            raise ValueError("text_dim=0 leaves cross-attention to the image; set image_dim.")
         if self.residual_dtype not in (None, "float32"):
             raise ValueError(
                 f"residual_dtype={self.residual_dtype!r} is unknown; allowed are 'float32', and "
                 f"None, which means dtype={self.dtype!r}."
             )
+
+    @property
+    def image_branch(self) -> bool:
+        """Whether cross-attention sees image tokens beside the text."""
+        return self.image_dim is not None and self.text_dim > 0
 
 
 @dataclass
@@ -115,9 +123,10 @@ class WanTransformer(CausalTransformer):
         self.patch_embedding = nn.Conv3d(channels, c.dim, c.patch_size, stride=c.patch_size)
         self.flatten_tokens = FlattenTokens()
         self.token_places = TokenPlaces()
-        self.text_embedding = nn.Sequential(
-            nn.Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), nn.Linear(c.dim, c.dim)
-        )
+        if c.text_dim:
+            self.text_embedding = nn.Sequential(
+                nn.Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), nn.Linear(c.dim, c.dim)
+            )
         self.time_embedding = nn.Sequential(
             nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim)
         )
@@ -128,12 +137,16 @@ class WanTransformer(CausalTransformer):
             self.control_embedding = nn.Sequential(
                 nn.Linear(c.control_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim)
             )
-        blocks = nn.ModuleList(self.block_class(c) for _ in range(c.num_layers))
+        blocks = nn.ModuleList(self.new_block(index) for index in range(c.num_layers))
         self.blocks: Sequence[WanBlock] = cast(Any, blocks)
         patch_volume = c.patch_size[0] * c.patch_size[1] * c.patch_size[2]
         self.head = Head(c.dim, c.out_channels * patch_volume, c.eps)
         if c.attention_backend != AUTO:
             self.set_attention_backend(c.attention_backend)
+
+    def new_block(self, index: int) -> WanBlock:
+        """The block of a place in the stack; all are of ``block_class``."""
+        return self.block_class(self.config)
 
     @property
     def residual_dtype(self) -> torch.dtype:
@@ -160,7 +173,7 @@ class WanTransformer(CausalTransformer):
     def parallel_plan(self) -> ParallelPlan:
         """Where the network may be cut."""
         c = self.config
-        return wan_plan(image=c.image_dim is not None, control=c.control_dim is not None)
+        return wan_plan(image=c.image_branch, control=c.control_dim is not None)
 
     def cache_specs(self, batch_size: int) -> dict[str, KVCacheSpec]:
         """One KV cache per block."""
@@ -169,11 +182,11 @@ class WanTransformer(CausalTransformer):
     def example_context(self, batch_size: int) -> dict[str, Any]:
         """Zeros for ``initialize_cache``."""
         c = self.config
-        context = {
-            "text": torch.zeros(
-                batch_size, c.text_len, c.text_dim, dtype=torch.float32, device="cpu"
+        context = {}
+        if c.text_dim:
+            context["text"] = torch.zeros(
+                (batch_size, c.text_len, c.text_dim), dtype=torch.float32, device="cpu"
             )
-        }
         if c.image_dim is not None:
             context["image_tokens"] = torch.zeros(
                 batch_size, c.image_len, c.image_dim, dtype=torch.float32, device="cpu"
@@ -183,7 +196,7 @@ class WanTransformer(CausalTransformer):
             context["condition"] = torch.zeros(size, dtype=torch.float32, device="cpu")
         return context
 
-    def example_control(self, batch_size: int) -> Tensor | None:
+    def example_control(self, batch_size: int) -> Any:
         """Zeros ``[B, L, control_dim]``."""
         c = self.config
         if c.control_dim is None:
@@ -210,10 +223,12 @@ class WanTransformer(CausalTransformer):
         if (image_tokens is None) != (c.image_dim is None):
             wanted = "needs" if c.image_dim is not None else "takes no"
             raise ValueError(f"This transformer {wanted} image tokens (image_dim={c.image_dim}).")
-        words = self.embed_text(text)
         image = None
         if image_tokens is not None:
             image = self.img_emb(image_tokens.to(self.device, self.dtype))
+        if text is not None and not c.text_dim:
+            raise ValueError("This transformer takes no text (text_dim=0).")
+        words, image = (self.embed_text(text), image) if c.text_dim else (image, None)
         return WanContext([block.cross_attn.project(words, image) for block in self.blocks])
 
     def embed_text(self, text: Tensor | None) -> Tensor:
@@ -239,8 +254,15 @@ class WanTransformer(CausalTransformer):
             return None
         return self.control_embedding(to_device(control, self.device).to(self.dtype))
 
-    def block_controls(self, control: Any) -> Sequence[Any]:
-        """What each block's ``inject`` gets of an embedded control; here nothing."""
+    def block_controls(self, inputs: StepInputs, state: CausalState) -> Sequence[Any]:
+        """What the hooks of each block get: its part of the control, caches of its own.
+
+        Here nothing.
+
+        Args:
+            inputs: whose ``control`` is what ``embed_control`` returned.
+            state: whose ``caches`` are found by the globs of ``cache_specs``.
+        """
         return [None] * len(self.blocks)
 
     def add_control(self, x: Tensor, control: Any) -> Tensor:
@@ -281,7 +303,7 @@ class WanTransformer(CausalTransformer):
             range(len(self.blocks)),
             state.context.pairs,
             state.caches[SELF_ATTENTION],
-            self.block_controls(inputs.control),
+            self.block_controls(inputs, state),
             strict=True,
         )
         for block, place, context, kv_cache, control in layers:
@@ -289,7 +311,7 @@ class WanTransformer(CausalTransformer):
         block, place, context, kv_cache, control = last
         rows = rows_of(place)
         if write_only and kv_cache is not None:
-            block.write(x, rows, rope, kv_cache)
+            block.write(x, rows, rope, context, kv_cache, control)
             return x.new_empty(0)
         x = block(x, rows, rope, context, kv_cache, control)
         x = self.head(x, rows_of(len(self.blocks)))

@@ -145,8 +145,8 @@ class Middle(nn.ModuleList):
     """What both halves have at the lowest resolution: attention between two residual blocks."""
 
     def __init__(self, channels: int) -> None:
-        before, after = ResidualBlock(channels, channels), ResidualBlock(channels, channels)
-        super().__init__([before, AttentionBlock(channels), after])
+        before, attention = ResidualBlock(channels, channels), AttentionBlock(channels)
+        super().__init__([before, attention, ResidualBlock(channels, channels)])
 
     def forward(self, x: Tensor, carried: CarriedFrames) -> Tensor:
         """Run the three layers over ``[B, C, T, H, W]``; same shape."""

@@ -93,19 +93,17 @@ def load_checkpoint(
     on ``meta``, or one whose device or dtype changes, is replaced by a new one; all others are
     filled in place.
 
-    A module may take part: ``checkpoint_key_maps`` lists the naming schemes that it recognises, and
-    ``checkpoint_slices(shapes)``, given the file's shapes by the module's names, returns slices for
-    tensors that it takes only a part of. FP8 weights are read with their scales.
+    A module may take part: ``checkpoint_key_maps`` lists naming schemes,
+    ``checkpoint_slices(shapes)`` returns slices of tensors that it takes a part of. FP8 weights are
+    read with their scales.
 
     Args:
         module: its state-dict names are the official names of the checkpoint.
         config: where the weights are and how their names are read.
-        device: for all tensors; ``None``: tensors on ``meta`` go to the CPU, others stay.
-            ``"meta"``: compare only, read and assign nothing.
+        device: for all tensors; ``None``: ``meta`` goes to the CPU; ``"meta"``: compare only.
         dtype: for all floating point tensors, or of each by the module's name for it; ``None``:
             each keeps its own.
-        slices: module's tensor name to `TensorSlice`, or a plain ``(dim, start, length)``: the
-            part of the file's tensor that this module's tensor is.
+        slices: tensor name to `TensorSlice` or ``(dim, start, length)``: the part that it takes.
         key_maps: other naming schemes to recognise; ``None``: ``module.checkpoint_key_maps``.
         progress: show a progress bar in bytes.
         loras: merged, in float32, into the tensors that they name; checked before any is read.
@@ -119,8 +117,7 @@ def load_checkpoint(
         key_maps = getattr(module, "checkpoint_key_maps", ())
     store = open_tensors(ensure_local(config), config.select)
     scales, aside = find_scales(store.infos)
-    read_so = aside.union(scales)
-    refuse_scaled({n: i for n, i in store.infos.items() if n not in read_so}, config)
+    refuse_scaled(store.infos, config, {*scales, *aside})
     targets = _collect_targets(module)
     names = (name for name in store.infos if name not in aside)
     wanted = [name for target in targets for name in target.names]
@@ -309,12 +306,13 @@ def _misfit(tensor: Tensor, info: TensorInfo, part: TensorSlice | None) -> str |
     shape = list(info.shape)
     taken = ""
     if part is not None:
-        dim, start, length, size = part
+        dim, start, length, size, parts = part
         whole = shape[dim] if 0 <= dim < len(shape) else -1
-        if start < 0 or length < 0 or start + length > whole or (size or whole) != whole:
+        wrong = whole % parts != 0 or start + length > whole // parts or (size or whole) != whole
+        if start < 0 or length < 0 or wrong:
             of = f"of {size} " if size is not None else ""
             return f"{shape} in the file, no slice [{start}:{start + length}] {of}along dim {dim}"
-        shape[dim] = length
+        shape[dim] = length * parts
         taken = f", {shape} of it wanted,"
     if shape != list(tensor.shape):
         return f"{list(info.shape)} in the file{taken}, {list(tensor.shape)} in the module"

@@ -1,7 +1,7 @@
 """Tensors of a file that mean something only together, such as quantized weights and scales."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from flashdreams.runtime.checkpoint.config import CheckpointConfig, CheckpointError
 from flashdreams.runtime.checkpoint.read import TensorInfo
@@ -11,7 +11,9 @@ _SCALE = re.compile(r"scale(?!_shift)|absmax|quant_map|quant_state|zero_point|qz
 DeepSeek's ``weight_scale_inv``, torchao, GPTQ, AWQ and bitsandbytes."""
 
 
-def refuse_scaled(infos: Mapping[str, TensorInfo], config: CheckpointConfig) -> None:
+def refuse_scaled(
+    infos: Mapping[str, TensorInfo], config: CheckpointConfig, read: Collection[str] = ()
+) -> None:
     """Refuse 8-bit weights that have scales beside them: without these they are other weights.
 
     ``ignore`` does not help, since the weights would be read all the same. 8-bit weights without
@@ -20,10 +22,12 @@ def refuse_scaled(infos: Mapping[str, TensorInfo], config: CheckpointConfig) -> 
     Args:
         infos: all tensors of the file, by the file's names.
         config: where the file is, for the message.
+        read: weights that are read with their scales, and these scales.
 
     Raises:
         CheckpointError: names a weight and its scale.
     """
+    infos = {name: info for name, info in infos.items() if name not in read}
     narrow = {name: info for name, info in infos.items() if info.dtype.itemsize == 1}
     owners = {name.rpartition(".")[0]: name for name in narrow}
     for name in infos:

@@ -50,6 +50,7 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 """Types of tensors by their names in a safetensors file."""
+
 _UNUSABLE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8}
 """Types of the format that hold parts of a quantized tensor, with the bits of a value."""
 
@@ -71,13 +72,26 @@ class TensorInfo(NamedTuple):
 
 
 class TensorSlice(NamedTuple):
-    """Part of a tensor that one process wants: ``length`` entries of ``dim`` from ``start``."""
+    """Part of a tensor that one process wants: ``length`` entries of ``dim`` from ``start``.
+
+    With several ``parts`` the dim is as many equal runs, and so many entries of each are wanted.
+    """
 
     dim: int
     start: int
     length: int
     size: int | None = None
     """Entries of ``dim`` in the whole tensor, to be checked; ``None``: at least start + length."""
+    parts: int = 1
+    """Runs that ``dim`` is made of, such as queries, keys and values; ``start`` and ``length``
+    count within each."""
+
+    def of(self, x: Tensor) -> Tensor:
+        """The part of the whole tensor; a view where there is one run."""
+        if self.parts == 1:
+            return x.narrow(self.dim, self.start, self.length)
+        runs = x.unflatten(self.dim, (self.parts, -1)).narrow(self.dim + 1, self.start, self.length)
+        return runs.flatten(self.dim, self.dim + 1)
 
 
 class TensorStore(Protocol):
@@ -154,7 +168,7 @@ class SafetensorsStore:
             for name in names:
                 part = wanted[name]
                 tensor = _view(mapped, self.infos[name], part)
-                yield name, tensor if part is None else tensor[_index(part)]
+                yield name, tensor if part is None else part.of(tensor)
 
 
 def _view(mapped: mmap.mmap, info: TensorInfo, part: TensorSlice | None) -> Tensor:
@@ -163,7 +177,7 @@ def _view(mapped: mmap.mmap, info: TensorInfo, part: TensorSlice | None) -> Tens
     if count == 0:
         return torch.empty(info.shape, dtype=info.dtype, device="cpu")
     start, length = info.offset, count * info.dtype.itemsize
-    if part is not None and part.dim == 0:
+    if part is not None and part.dim == 0 and part.parts == 1:
         row = length // info.shape[0]
         start, length = start + part.start * row, part.length * row
     if hasattr(mmap, "MADV_WILLNEED") and length > 0:
@@ -198,7 +212,7 @@ class PickleStore:
         for name in sorted(wanted, key=lambda name: self.infos[name].offset):
             part = wanted[name]
             tensor = self._tensors[name]
-            yield name, tensor if part is None else tensor[_index(part)]
+            yield name, tensor if part is None else part.of(tensor)
 
 
 def _refuse_inflated(path: Path, file_bytes: int, name: str, tensor: Tensor) -> None:
@@ -214,10 +228,6 @@ def _refuse_inflated(path: Path, file_bytes: int, name: str, tensor: Tensor) -> 
 def _is_plain(name: object, value: object) -> bool:
     dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
     return dense and isinstance(name, str)
-
-
-def _index(part: TensorSlice) -> tuple[slice, ...]:
-    return (*[slice(None)] * part.dim, slice(part.start, part.start + part.length))
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -283,14 +293,14 @@ def _info(path: Path, base: int, entry: dict) -> tuple[TensorInfo, int]:
     # Checked before they are multiplied: a product of large numbers takes time without end.
     if not all(type(size) is int and 0 <= size < _MAX_SIZE for size in (*shape, start, end)):
         raise ValueError(f"the shape {quoted(shape)} at bytes {quoted([start, end])}")
-    bits = _UNUSABLE_BITS.get(kind) or 8 * SAFETENSORS_DTYPES[kind].itemsize
-    fits = 8 * (end - start) == math.prod(shape) * bits
-    if not fits or math.prod(filter(None, shape)) > _MAX_SIZE:
+    dtype = SAFETENSORS_DTYPES.get(kind, torch.uint8)
+    bits = _UNUSABLE_BITS.get(kind) or 8 * dtype.itemsize
+    if 8 * (end - start) != math.prod(shape) * bits or math.prod(filter(None, shape)) > _MAX_SIZE:
         raise ValueError(f"{end - start} bytes for a tensor of shape {shape} and {kind}")
     refused = f"{kind} in the file, which cannot be read as numbers; use another version"
-    dtype = SAFETENSORS_DTYPES.get(kind, torch.uint8)
-    why = None if kind in SAFETENSORS_DTYPES else refused
-    return TensorInfo(tuple(shape), dtype, path, base + start, why), end - start
+    usable = kind in SAFETENSORS_DTYPES
+    info = TensorInfo(tuple(shape), dtype, path, base + start, None if usable else refused)
+    return info, end - start
 
 
 def _check_names(header: dict) -> None:

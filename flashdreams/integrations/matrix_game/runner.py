@@ -1,0 +1,172 @@
+"""Matrix-Game 2.0 on the command line."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashdreams.infra.controller import Controller
+from flashdreams.infra.pipeline import StreamInferencePipeline
+from flashdreams.infra.runner import Runner, RunnerConfig
+from flashdreams.infra.session import Command, key_commands
+from flashdreams.infra.video_runner import SPATIAL_FACTOR
+from flashdreams.infra.weights import with_downloads
+from flashdreams.runtime.actions import parse_actions
+from flashdreams.runtime.image_file import gradient_image, image_size, load_image
+
+from .controls import KEYS, ActionController, ActionKeys, RecordedActions, Variant, read_actions
+from .encoder import TIME_FACTOR
+from .transformer import MatrixGameTransformerConfig
+
+MAX_STRETCH = 0.05
+"""Difference of aspect ratios up to which an image is cropped without being asked for."""
+
+
+@dataclass(kw_only=True)
+class MatrixGameRunnerConfig(RunnerConfig):
+    """A world that begins with an image and is played with keys and mouse."""
+
+    _target: type["MatrixGameRunner"] = field(default_factory=lambda: MatrixGameRunner)
+
+    variant: Variant = "universal"
+    """Which keys there are, as the weights were trained."""
+    image_path: Path | None = None
+    """The first frame: an RGB image of the video's shape."""
+    fit_image: bool = False
+    """Crop an image of another shape."""
+    test_image: bool = False
+    """Start from a drawn colour gradient if no image is given."""
+    actions: str | None = None
+    """Keys and the pixel frames that they are held for, from frame 0 on: "w20 wl8" walks, then
+    turns too. Afterwards nothing is held."""
+    action_path: Path | None = None
+    """An .npz file of actions instead: keyboard [frames, columns] and, with a mouse, mouse
+    [frames, 2] (pitch and yaw), one row per pixel frame."""
+    total_blocks: int = 50
+    """AR steps; each is one chunk of the video."""
+    fps: int = 12
+    """Frames per second of the video, as the official demo writes it."""
+    download: bool = False
+    """Fetch all weights that are not on this machine."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.actions is not None and self.action_path is not None:
+            raise ValueError("--actions and --action-path exclude one another; give one of them.")
+        keys, sizes = self.keys, self.transformer
+        if (sizes.keyboard_dim, sizes.mouse_dim is not None) != (keys.keyboard_dim, keys.has_mouse):
+            raise ValueError(
+                f"--variant {self.variant} has {keys.keyboard_dim} keyboard columns and "
+                f"{'a' if keys.has_mouse else 'no'} mouse; the transformer has keyboard_dim="
+                f"{sizes.keyboard_dim}, mouse_dim={sizes.mouse_dim}."
+            )
+        for held in parse_actions(self.actions or "", keys.names):
+            keys.check(held)
+
+    @property
+    def keys(self) -> ActionKeys:
+        """The keys of the variant."""
+        return KEYS[self.variant]
+
+    @property
+    def transformer(self) -> MatrixGameTransformerConfig:
+        """Config of the transformer."""
+        found = self.pipeline.diffusion_model.transformer
+        if not isinstance(found, MatrixGameTransformerConfig):
+            raise TypeError(
+                f"{self.runner_name} needs a Matrix-Game transformer, got {type(found).__name__}."
+            )
+        return found
+
+
+class MatrixGameRunner(Runner[MatrixGameRunnerConfig, StreamInferencePipeline]):
+    """Plays key presses, or the actions of a file, into a video."""
+
+    fetch_all = "--download True"
+
+    def __init__(self, config: MatrixGameRunnerConfig) -> None:
+        """Read and check image and actions, then build and load the pipeline.
+
+        Raises:
+            ValueError: input that cannot be used; no weights have been read.
+        """
+        self.recorded = None
+        if config.action_path is not None:
+            self.recorded = read_actions(config.action_path, config.keys)
+            check_length(config, len(self.recorded.keyboard))
+        self.image = read_first_frame(config)
+        if config.download:
+            config = replace(config, pipeline=with_downloads(config.pipeline))
+        super().__init__(config)
+
+    def conditions(self) -> dict[str, Any]:
+        """The image."""
+        return {"image": self.image.to(self.device)}
+
+    def controller(self) -> Controller:
+        """Keys and mouse, or the actions of the file."""
+        if self.recorded is not None:
+            return RecordedActions(self.recorded)
+        return ActionController(self.config.keys)
+
+    def commands(self) -> Sequence[Command]:
+        """The key presses of ``--actions``."""
+        return key_commands(self.config.actions or "", self.config.keys.names, first_frame=0)
+
+
+def check_length(config: MatrixGameRunnerConfig, frames: int) -> None:
+    """Refuse a file of fewer actions than the video has frames.
+
+    Raises:
+        ValueError: says how many AR steps the file suffices for.
+    """
+    len_t = config.transformer.len_t
+    wanted = 1 + TIME_FACTOR * (config.total_blocks * len_t - 1)
+    if frames < wanted:
+        enough = ((frames - 1) // TIME_FACTOR + 1) // len_t
+        advice = f"Type --total-blocks {enough}" if enough else "Give more"
+        raise ValueError(
+            f"--action-path {config.action_path}: {frames} actions, and --total-blocks "
+            f"{config.total_blocks} makes {wanted} frames. {advice}."
+        )
+
+
+def read_first_frame(config: MatrixGameRunnerConfig) -> Tensor:
+    """The first frame ``[1, 3, height, width]`` in [-1, 1].
+
+    As in the official code its centre is cropped to the video's shape and resized with
+    antialiasing; a crop of more than a little has to be asked for.
+
+    Raises:
+        ValueError: there is none, it is no image, or it has another shape.
+    """
+    height = config.transformer.latent_height * SPATIAL_FACTOR
+    width = config.transformer.latent_width * SPATIAL_FACTOR
+    if config.image_path is None:
+        if config.test_image:
+            return gradient_image(height, width)
+        raise ValueError(
+            f"{config.runner_name} begins with an image of {width}x{height} (width x height): name "
+            "it with --image-path FILE, or type --test-image True for a colour gradient."
+        )
+    columns, rows = image_size(config.image_path)
+    stretch = (columns / rows) / (width / height)
+    if not config.fit_image and not 1 / (1 + MAX_STRETCH) <= stretch <= 1 + MAX_STRETCH:
+        raise ValueError(
+            f"--image-path {config.image_path}: the image is {columns}x{rows} (width x height); "
+            f"this run wants the shape of {width}x{height}. Type --fit-image True to crop it."
+        )
+    image = load_image(config.image_path, rows, columns)
+    kept_rows, kept_columns = rows, columns
+    if stretch > 1:
+        kept_columns = max(1, int(rows * width / height))
+    else:
+        kept_rows = max(1, int(columns * height / width))
+    top, left = (rows - kept_rows) // 2, (columns - kept_columns) // 2
+    image = image[:, :, top : top + kept_rows, left : left + kept_columns]
+    if image.shape[2:] == (height, width):
+        return image
+    return F.interpolate(image, (height, width), mode="bilinear", antialias=True).clamp(-1, 1)
