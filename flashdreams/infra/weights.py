@@ -100,11 +100,15 @@ def _refuse_missing(config: NamedPipelineConfig, fetch_all: str | None, encodes_
     ]
     for path, checkpoint in missing.values():
         owner, _, field = path.replace("_", "-").rpartition(".")
-        if field == _LORAS:
+        lora = field == _LORAS
+        if lora:
             lines.append(f"LoRA of --pipeline.{owner}.loras:")
             field = "checkpoint"
         option = f"--pipeline.{owner}.{field}.download"
         description = describe_missing(checkpoint, flag=option).splitlines()
+        if lora:
+            generic = "--...checkpoint.source"
+            description = [x.replace(generic, f"--pipeline.{owner}.loras") for x in description]
         lines += description[:2] if fetch_all else description
     if fetch_all:
         lines.append(f"To let this program fetch all of them: {fetch_all}.")
