@@ -183,12 +183,14 @@ def _list_missing(
     ]
     for path, checkpoint in missing.values():
         owner, _, field = path.rpartition(".")
+        named = "checkpoint.source"
         if field == _LORAS:
-            lines.append(f"LoRA of {option_of(path)}:")
+            named = option_of(path)
+            lines.append(f"LoRA of {named}:")
             path = f"{owner}.checkpoint"
         description = describe_missing(checkpoint, flag=f"{option_of(path)}.download").splitlines()
         kept = description[:2] if fetch_all else description
-        lines += [_with_options(line, path) for line in kept]
+        lines += [_with_options(line.replace("checkpoint.source", named), path) for line in kept]
     if fetch_all:
         lines.append(f"To let this program fetch all of them: {fetch_all}.")
     return lines

@@ -4,10 +4,17 @@ import pytest
 import torch
 
 from flashdreams.infra.config import derive_config
-from flashdreams.integrations.longlive.config import PIPELINE, TINY_PIPELINE, TINY_RUNNER
+from flashdreams.integrations.longlive.config import (
+    PIPELINE,
+    SHOTS_IMAGE_PIPELINE,
+    SHOTS_PIPELINE,
+    TINY_PIPELINE,
+    TINY_RUNNER,
+)
 from flashdreams.models.wan.transformer import SELF_ATTENTION, WanTransformerConfig
-from flashdreams.runtime.checkpoint import CheckpointConfig
+from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load_checkpoint
 from tests.goldens import golden_config, golden_path, load_golden
+from tests.manifests import load_manifest, write_sparse_safetensors
 
 ATOL = 5e-5
 ONE, TWO = "c3_longlive1_tiny", "c3_longlive2_tiny"
@@ -22,7 +29,7 @@ def tiny(pipeline, folder: str, sizes: dict, **overrides):
     fields |= dict(latent_height=4, latent_width=4, **sizes)
     fields["checkpoint"] = CheckpointConfig(source=str(golden_path(folder, "weights.safetensors")))
     transformer = WanTransformerConfig(**{**fields, **overrides})
-    config = derive_config(pipeline, text_encoder=None, decoder=None)
+    config = derive_config(pipeline, text_encoder=None, image_encoder=None, decoder=None)
     config = derive_config(config, diffusion_model=dict(transformer=transformer))
     return config.setup(device="cpu")
 
@@ -90,6 +97,57 @@ def test_another_way_to_switch_is_another_rollout(mistake, least):
     """Negative controls: the traps of the semantics."""
     output, _ = long_live_one(**mistake)
     assert error_of(output, ONE, "rollout_switch_global_sink") > least
+
+
+def load_published(pipeline, manifest: str, folder) -> int:
+    """Compare a literal's transformer with a sparse file of a manifest, strictly."""
+    shipped = pipeline.diffusion_model.transformer
+    with torch.device("meta"):
+        transformer = shipped.setup()
+    named = {f"model.{name}": entry for name, entry in load_manifest(manifest).items()}
+    write_sparse_safetensors(folder / "zeros.safetensors", named)
+    rules = {"strip_prefixes": shipped.checkpoint.strip_prefixes}
+    config = CheckpointConfig(source=str(folder / "zeros.safetensors"), **rules)
+    return load_checkpoint(transformer, config, device="meta").tensors
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "manifest"),
+    [(PIPELINE, "wan21_t2v_1.3B"), (SHOTS_PIPELINE, "wan22_ti2v_5B")],
+    ids=lambda x: getattr(x, "name", x),
+)
+def test_literals_take_exactly_the_published_tensors(pipeline, manifest, tmp_path):
+    assert load_published(pipeline, manifest, tmp_path) == 825
+    with pytest.raises(CheckpointError, match="does not fit"):  # a model of another size
+        load_published(pipeline, "wan21_t2v_14B", tmp_path)
+
+
+def test_literals_are_the_published_ones():
+    one, two = (p.diffusion_model.transformer for p in (PIPELINE, SHOTS_PIPELINE))
+    assert (one.len_t, one.window_size_t + one.sink_size_t, one.sink_size_t) == (3, 12, 3)
+    assert (two.len_t, two.window_size_t + two.sink_size_t, two.sink_size_t) == (8, 32, 8)
+    assert (two.shot_sink_size_t, two.shot_rope_offset) == (8, 8.0)
+    scheduler = SHOTS_PIPELINE.diffusion_model.scheduler.setup()
+    assert scheduler.timesteps.tolist() == [999, 937, 833, 624]
+    expected = torch.tensor([0.9997998, 0.9372655, 0.8330554, 0.6246874])
+    torch.testing.assert_close(scheduler.sigmas, expected, rtol=1e-6, atol=0)
+    assert SHOTS_PIPELINE.diffusion_model.guidance_scale is None
+    with torch.device("meta"):
+        assert two.setup().cache_nbytes(1) == pytest.approx(10.4e9, rel=0.01)
+
+
+def test_an_image_is_held_in_the_first_frame_of_the_first_chunk():
+    inputs = load_golden(TWO, "inputs.safetensors")
+    pipeline = tiny(SHOTS_IMAGE_PIPELINE, TWO, SIZES_TWO, len_t=2, window_size_t=6, sink_size_t=2)
+    cache = pipeline.initialize_cache(
+        text=inputs["prompt_embeds/a"][None],
+        image=inputs["initial_latent"].transpose(1, 2),
+        seed=0,
+    )
+    first = pipeline.generate(0, cache)
+    assert torch.equal(first[:, :, :1], inputs["initial_latent"].transpose(1, 2))
+    pipeline.finalize(0, cache)
+    assert not torch.equal(pipeline.generate(1, cache)[:, :, :1], first[:, :, :1])
 
 
 SIZES_TWO = dict(

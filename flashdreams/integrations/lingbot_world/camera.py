@@ -213,8 +213,8 @@ def clip_poses(poses: Tensor, latent_frames: int) -> Tensor:
     """Relative poses of a whole clip that is known beforehand.
 
     The path is resampled to the latent frames and made relative, and translations are divided by
-    the largest of them. float32 from the resampling on, like the reference, whose rounding shows
-    where the world's origin is far from the camera.
+    the largest of them. float32 from the resampling on, like the reference; positions are counted
+    from the first one before they are rounded, so that an origin far away costs no digits.
 
     Args:
         poses: ``[F, 4, 4]``, one pose per pixel frame.
@@ -225,7 +225,9 @@ def clip_poses(poses: Tensor, latent_frames: int) -> Tensor:
 
     Source: Robbyant/lingbot-world, wan/utils/cam_utils.py and wan/image2video_fast.py.
     """
-    steps = relative_poses(resample_poses(poses, latent_frames).float())
+    path = resample_poses(poses, latent_frames)
+    path[:, :3, 3] -= path[0, :3, 3].clone()
+    steps = relative_poses(path.float())
     largest = steps[:, :3, 3].norm(dim=-1).max()
     if largest > 0:
         steps[:, :3, 3] /= largest

@@ -3,13 +3,18 @@
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.diffusion.scheduler.fm_unipc import FlowUniPCSchedulerConfig
+from flashdreams.infra.pipeline import StreamInferencePipelineConfig
 from flashdreams.infra.runner import RunnerConfig
-from flashdreams.infra.video_runner import TextToVideoRunnerConfig
+from flashdreams.infra.video_runner import ImageToVideoRunnerConfig, TextToVideoRunnerConfig
 from flashdreams.models.wan.config import (
     FOUR_STEP_PIPELINE_1_3B,
     TINY_TEXT_ENCODER,
     TINY_TRANSFORMER,
-    TINY_VAE_DECODER,
+    TINY_VAE22_DECODER,
+    UMT5_TEXT_ENCODER,
+    WAN22_VAE_DECODER,
+    WAN22_VAE_IMAGE_ENCODER,
+    WAN_TRANSFORMER_TI2V_5B,
 )
 from flashdreams.runtime.checkpoint import CheckpointConfig
 
@@ -50,26 +55,62 @@ INFINITY_PIPELINE = derive_config(
 )
 """The same weights with cache-relative RoPE, for rollouts without an end."""
 
-TINY_PIPELINE = derive_config(
-    PIPELINE,
-    name="longlive-tiny-random",
-    text_encoder=TINY_TEXT_ENCODER,
-    scene_cut_prefix="The scene transitions. ",
-    reencode_window=None,
+SHOTS_PIPELINE = StreamInferencePipelineConfig(
+    name="longlive-wan2.2-t2v-5b",
+    text_encoder=UMT5_TEXT_ENCODER,
     diffusion_model=DiffusionModelConfig(
         transformer=derive_config(
+            WAN_TRANSFORMER_TI2V_5B,
+            len_t=8,
+            window_size_t=24,
+            sink_size_t=8,
+            shot_sink_size_t=8,
+            shot_rope_offset=8.0,
+            checkpoint=CheckpointConfig(
+                source="Efficient-Large-Model/LongLive-2.0-5B",
+                file="model_bf16.pt",
+                select=("generator", "generator_ema", "model"),
+                strip_prefixes=("model.",),
+                size_bytes=9_999_575_424,
+            ),
+        ),
+        scheduler=FlowUniPCSchedulerConfig(num_inference_steps=4, shift=5.0),
+    ),
+    decoder=WAN22_VAE_DECODER,
+    scene_cut_prefix="The scene transitions. ",
+)
+"""LongLive 2.0: one prompt per chunk, the first frames of the current shot pinned in the window.
+
+Source: NVlabs/LongLive, pipeline/causal_diffusion_inference.py: local 32, sink 8, chunks of 8.
+"""
+
+SHOTS_IMAGE_PIPELINE = derive_config(
+    SHOTS_PIPELINE,
+    name="longlive-wan2.2-i2v-5b",
+    image_encoder=WAN22_VAE_IMAGE_ENCODER,
+    diffusion_model=dict(first_frames_from_image=True),
+)
+"""The same from an image, which the first latent frame holds (``independent_first_frame``)."""
+
+TINY_PIPELINE = derive_config(
+    SHOTS_PIPELINE,
+    name="longlive-tiny-random",
+    text_encoder=TINY_TEXT_ENCODER,
+    diffusion_model=dict(
+        transformer=derive_config(
             TINY_TRANSFORMER,
+            in_channels=48,
+            out_channels=48,
             len_t=2,
             window_size_t=6,
             sink_size_t=2,
             shot_sink_size_t=2,
             shot_rope_offset=8.0,
-        ),
-        scheduler=FlowUniPCSchedulerConfig(num_inference_steps=4, shift=5.0),
+        )
     ),
-    decoder=TINY_VAE_DECODER,
+    decoder=TINY_VAE22_DECODER,
 )
-"""The form of LongLive 2.0 at toy size with random weights."""
+"""LongLive 2.0 at toy size with random weights."""
 
 RUNNER = TextToVideoRunnerConfig(
     runner_name=PIPELINE.name,
@@ -84,8 +125,24 @@ INFINITY_RUNNER = derive_config(
     pipeline=INFINITY_PIPELINE,
 )
 
+SHOTS_RUNNER = TextToVideoRunnerConfig(
+    runner_name=SHOTS_PIPELINE.name,
+    description="LongLive 2.0 on Wan 2.2 5B: videos of several shots at 704x1280.",
+    pipeline=SHOTS_PIPELINE,
+    total_blocks=16,
+    fps=24,
+)
+
+SHOTS_IMAGE_RUNNER = ImageToVideoRunnerConfig(
+    runner_name=SHOTS_IMAGE_PIPELINE.name,
+    description="LongLive 2.0 on Wan 2.2 5B: several shots that begin with an image.",
+    pipeline=SHOTS_IMAGE_PIPELINE,
+    total_blocks=16,
+    fps=24,
+)
+
 TINY_RUNNER = derive_config(
-    RUNNER,
+    SHOTS_RUNNER,
     runner_name=TINY_PIPELINE.name,
     description="LongLive at toy size with random weights: noise, in seconds.",
     pipeline=TINY_PIPELINE,
@@ -93,5 +150,6 @@ TINY_RUNNER = derive_config(
 )
 
 RUNNER_CONFIGS: dict[str, RunnerConfig] = {
-    runner.runner_name: runner for runner in (RUNNER, INFINITY_RUNNER, TINY_RUNNER)
+    runner.runner_name: runner
+    for runner in (RUNNER, INFINITY_RUNNER, SHOTS_RUNNER, SHOTS_IMAGE_RUNNER, TINY_RUNNER)
 }

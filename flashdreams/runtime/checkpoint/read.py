@@ -50,6 +50,7 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 """Types of tensors by their names in a safetensors file."""
+
 _UNUSABLE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8}
 """Types of the format that hold parts of a quantized tensor, with the bits of a value."""
 

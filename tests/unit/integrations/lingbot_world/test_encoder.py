@@ -5,8 +5,10 @@ import torch
 
 from flashdreams.integrations.lingbot_world.camera import (
     camera_rays,
+    clip_poses,
     pixel_frames,
     relative_poses,
+    resample_poses,
     scale_intrinsics,
     to_tokens,
 )
@@ -104,7 +106,7 @@ def test_act_is_directions_then_keys(mode):
 
 
 def test_a_far_origin_costs_no_more_than_rounding():
-    """Streaming is float64 until the motion is known; offline rounds as the reference does."""
+    """Streaming is float64 until the motion is known, offline until positions are relative."""
     camera = walk().part(slice(0, 9))
     far = camera.poses.clone()
     far[:, :3, 3] += torch.tensor([5000.0, -300.0, 2000.0])
@@ -112,6 +114,11 @@ def test_a_far_origin_costs_no_more_than_rounding():
     encoder = CameraEncoderConfig().setup()
     near = stream(encoder, camera, 1)[0]
     torch.testing.assert_close(stream(encoder, moved, 1)[0], near, rtol=0, atol=ATOL)
+    close, distant = clip_poses(camera.poses, 3), clip_poses(far, 3)
+    torch.testing.assert_close(distant, close, rtol=0, atol=ATOL)
+    rounded = relative_poses(resample_poses(far, 3).float())  # negative control: rounded first
+    rounded[:, :3, 3] /= rounded[:, :3, 3].norm(dim=-1).max()
+    assert (rounded - close).abs().max() > 10 * ATOL
 
 
 @pytest.mark.parametrize(

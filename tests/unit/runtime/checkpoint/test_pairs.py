@@ -15,7 +15,7 @@ FP8, INT8 = torch.float8_e4m3fn, torch.int8
     ("dtype", "scale"),
     [
         (torch.float8_e5m2, "weight_scale_inv"),
-        (FP8, "scales"),
+        (FP8, "weight_scales"),
         (INT8, "scales"),
         (INT8, "weight.absmax"),
     ],
