@@ -1,6 +1,7 @@
 """The runner: one method on the command line, its files and its figures."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,10 @@ from flashdreams.runtime.files import InUseError, open_owned
 from flashdreams.runtime.noise import SEED_LIMIT
 from flashdreams.runtime.video import VideoWriter
 
+MAX_THREADS = 1024
+SMALL_PARAMETERS = 10_000_000
+"""Size of a pipeline below which one CPU thread is faster than two; the toy world has 4 million."""
+
 
 @dataclass(kw_only=True)
 class RunnerConfig(InstantiateConfig):
@@ -59,6 +64,10 @@ class RunnerConfig(InstantiateConfig):
     """Also write all latents, float32, as latents_<slug>.safetensors."""
     hash_frames: bool = False
     """Also put the SHA-256 of each chunk's frames into the stats; that of the latent always is."""
+    threads: int | None = None
+    """CPU threads of PyTorch. None: OMP_NUM_THREADS where that is set; else, on a CPU, one for
+    networks below ten million parameters, for which more are slower, and PyTorch's choice for all
+    others."""
     step_deadline_s: float = 60.0
     """With several ranks, seconds after which a hung AR step ends the run."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -69,6 +78,7 @@ class RunnerConfig(InstantiateConfig):
             check_range(self, "total_blocks", as_flags=True)
         check_range(self, "fps", most=1000, as_flags=True)
         check_range(self, "step_deadline_s", least=0.1, as_flags=True)
+        check_range(self, "threads", most=MAX_THREADS, as_flags=True)
         if not 0 <= self.seed < SEED_LIMIT:
             raise ValueError(f"--seed {self.seed}: must be from 0 to 2**64 - 1.")
 
@@ -113,6 +123,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         require_packages(config.pipeline, fetch_all=self.fetch_all)
         self.pipeline = config.pipeline.setup(device=self.environment.device, load=False)
         self.pipeline.default_seed = config.seed
+        set_threads(config.threads, self.pipeline)
         self.mesh = self.pipeline.build_mesh(self.environment.world_size, config.parallel)
         reports = self.pipeline.parallelize(self.mesh)
         if self.environment.world_size > 1 and self.is_rank_zero:
@@ -253,7 +264,8 @@ class Runner(Generic[ConfigT, PipelineT]):
             files = from_rank_zero(self.recorder.close)
             self.pipeline.check_values()
         if self.is_rank_zero:
-            print("written:", *self._videos, *files, flush=True)
+            with contextlib.suppress(OSError):  # all is written, whether or not anybody reads it
+                print("written:", *self._videos, *files, flush=True)
         self.pipeline.drop_graphs()
         self._resources.close()
         shutdown()
@@ -274,6 +286,16 @@ class Runner(Generic[ConfigT, PipelineT]):
                 Path(self._claim.name).unlink(missing_ok=True)
             self._claim.close()
             self._claim = None
+
+
+def set_threads(threads: int | None, pipeline: StreamInferencePipeline) -> None:
+    """Set the CPU threads of PyTorch as `RunnerConfig.threads` says."""
+    if threads is None:
+        small = sum(p.numel() for p in pipeline.parameters()) < SMALL_PARAMETERS
+        if pipeline.target_device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or not small:
+            return
+        threads = 1
+    torch.set_num_threads(threads)
 
 
 def claim_output(config: RunnerConfig) -> BinaryIO:
