@@ -85,6 +85,9 @@ class CommandLine:
 def entry_point() -> None:
     """Run the process's own command line and exit with its code."""
     raise_on_sigterm(before_end=_say_stopped)
+    # A program that was started without them (>&- 2>&-) works in silence.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     code = main(sys.argv[1:])
     # All is written; whoever is impatient with the interpreter's own end may cut it short.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

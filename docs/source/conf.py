@@ -4,6 +4,7 @@
 made from the code while it builds (``_ext/generated.py``).
 """
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -41,6 +42,8 @@ autodoc_default_options = {
     "show-inheritance": True,
     "ignore-module-all": True,
 }
+# The site needs the extra docs alone; pages on kernels show their Python side.
+autodoc_mock_imports = [] if importlib.util.find_spec("triton") else ["triton"]
 autodoc_typehints = "signature"
 add_module_names = False
 autodoc_typehints_format = "short"

@@ -1,6 +1,7 @@
 """Assembly: what happens to a pipeline once, before its first rollout."""
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,7 @@ from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.fingerprint import fingerprint
 from flashdreams.infra.warm_up import WarmUp, choose_attention, decode_zeros, run_encoders, stats
 from flashdreams.infra.weights import fetch_weights, require_weights, typed_options
-from flashdreams.parallel.environment import group_rank
+from flashdreams.parallel.environment import group_rank, process_count
 from flashdreams.parallel.guidance import build_guidance
 from flashdreams.parallel.mesh import Mesh, ParallelConfig, build_mesh, resolve_degrees
 from flashdreams.parallel.parallelize import ParallelReport, parallelize
@@ -30,6 +31,11 @@ from flashdreams.parallel.state_layout import StateLayout
 from flashdreams.parallel.watchdog import StageGuard, no_guard
 from flashdreams.runtime.compilation import compiled_so_far
 from flashdreams.runtime.grad_mode import without_grad
+
+HEAD_FIELDS = ("num_heads", "num_attention_heads", "n_heads", "heads")
+"""Fields of a transformer's config that may give its attention heads; the first that is there."""
+
+logger = logging.getLogger(__name__)
 
 INIT_SEED = 0
 """Seed of weights that no checkpoint gives, so that every rank draws the same ones."""
@@ -42,6 +48,22 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
+
+
+def count_heads(transformer: Any) -> int | None:
+    """Attention heads of a transformer, by the usual names of its config; None without any."""
+    for name in HEAD_FIELDS:
+        heads = getattr(transformer.config, name, None)
+        if isinstance(heads, int):
+            return heads
+    plan = transformer.parallel_plan()
+    if plan is not None and plan.attention and process_count() > 1:
+        logger.warning(
+            "%s has no field num_heads, so its heads are not cut: no Ulysses, no tensor "
+            "parallelism. Give it one, or a property of that name.",
+            type(transformer.config).__name__,
+        )
+    return None
 
 
 @contextlib.contextmanager
@@ -131,7 +153,7 @@ class Assembly(nn.Module):
         degrees = resolve_degrees(
             parallel,
             world_size,
-            num_heads=getattr(sizes, "num_heads", None) if plan is not None else None,
+            num_heads=count_heads(transformer) if plan is not None else None,
             guided=self.config.diffusion_model.guidance_scale is not None,
             cached_frame_tokens=getattr(sizes, "tokens_per_frame", None) if streaming else None,
             any_degree=plan is not None and bool(plan.units),

@@ -118,16 +118,22 @@ class Component(nn.Module):
 def build_component(config: ComponentConfig | None) -> Any:
     """Set up a component, on the meta device if a checkpoint will give its weights.
 
+    It draws from a generator of its own, whose seed is one number of the current one. So its
+    weights depend neither on whether other components draw any, nor on whether they are there.
+
     Args:
         config: None for a component that the pipeline does not have.
 
     Returns:
         The component, or None.
     """
+    seed = int(torch.randint(2**62, (), device="cpu"))
     if config is None:
         return None
-    with torch.device("cpu" if config.checkpoint is None else "meta"):
-        return config.setup()
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        with torch.device("cpu" if config.checkpoint is None else "meta"):
+            return config.setup()
 
 
 def load_component(

@@ -48,6 +48,18 @@ class InstantiateConfig:
 
     _target: type
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a ``__post_init__`` that leaves out the inherited one, which checks fields."""
+        super().__init_subclass__(**kwargs)
+        own = cls.__dict__.get("__post_init__")
+        code = getattr(own, "__code__", None)
+        inherited = any("__post_init__" in base.__dict__ for base in cls.__mro__[1:])
+        if code is not None and inherited and "__post_init__" not in code.co_names:
+            raise TypeError(
+                f"{cls.__name__}.__post_init__ leaves out the checks that it inherits: begin it "
+                "with super().__post_init__()."
+            )
+
     def __new__(cls, *args: Any, **kwargs: Any) -> "InstantiateConfig":
         """Refuse a keyword that was a field in a former version, and say why it is gone."""
         for name in REMOVED_FIELDS.keys() & kwargs.keys():

@@ -528,9 +528,17 @@ class StreamInferencePipeline(Assembly):
     def _encode(self, input: Any, index: int, cache: StreamInferencePipelineCache) -> Any:
         if self.encoder is None:
             return None
-        if isinstance(self.encoder, StreamingEncoder):
-            return self.encoder(input, autoregressive_index=index, cache=cache.encoder)
-        return self.encoder(input)
+        try:
+            if isinstance(self.encoder, StreamingEncoder):
+                return self.encoder(input, autoregressive_index=index, cache=cache.encoder)
+            return self.encoder(input)
+        except (TypeError, AttributeError) as error:
+            if input is not None:
+                raise
+            raise ValueError(
+                f"AR step {index}: {type(self.encoder).__name__} cannot encode None ({error}). "
+                f"{self.config.name} has an encoder: generate needs input=..., its control input."
+            ) from error
 
     def _decode(
         self, latent: Tensor, index: int, cache: StreamInferencePipelineCache

@@ -1,6 +1,7 @@
 """The runner: one method on the command line, its files and its figures."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -41,6 +42,10 @@ from flashdreams.runtime.segments import SegmentedVideo
 from flashdreams.runtime.trace import Tracer, slowest_rank, write_trace
 from flashdreams.runtime.video import VideoWriter
 
+MAX_THREADS = 1024
+SMALL_PARAMETERS = 10_000_000
+"""Size of a pipeline below which one CPU thread is faster than two; the toy world has 4 million."""
+
 
 @dataclass(kw_only=True)
 class RunnerConfig(InstantiateConfig):
@@ -74,6 +79,10 @@ class RunnerConfig(InstantiateConfig):
     """Snapshots that stay; the oldest ones are deleted."""
     resume: bool = False
     """Go on from the newest whole snapshot of the unfinished run in the output folder."""
+    threads: int | None = None
+    """CPU threads of PyTorch. None: OMP_NUM_THREADS where that is set; else, on a CPU, one for
+    networks below ten million parameters, for which more are slower, and PyTorch's choice for all
+    others."""
     step_deadline_s: float = 60.0
     """With several ranks, seconds after which a hung AR step ends the run."""
     start_deadline_s: float = LOAD_TIMEOUT_S
@@ -92,6 +101,7 @@ class RunnerConfig(InstantiateConfig):
         check_range(self, "snapshot_every", least=0, as_flags=True)
         check_range(self, "snapshots_kept", as_flags=True)
         check_range(self, "step_deadline_s", "start_deadline_s", least=0.1, as_flags=True)
+        check_range(self, "threads", most=MAX_THREADS, as_flags=True)
         if not 0 <= self.seed < SEED_LIMIT:
             raise ValueError(f"--seed {self.seed}: must be from 0 to 2**64 - 1.")
 
@@ -138,6 +148,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         require_packages(config.pipeline, fetch_all=self.fetch_all)
         self.pipeline = config.pipeline.setup(device=self.environment.device, load=False)
         self.pipeline.default_seed = config.seed
+        set_threads(config.threads, self.pipeline)
         self.resumable = ResumableRun(
             config.output_dir / f"resume_{config.runner_name}",
             read_launch(self.environment),
@@ -354,9 +365,10 @@ class Runner(Generic[ConfigT, PipelineT]):
         if self.is_rank_zero:
             if self.recorder.resumable:
                 self.resumable.finish()
-            print("written:", *self._videos, *files, flush=True)
-            if self.recorder.replay is not None:
-                print(self.recorder.replay.verdict(self.recorder.log_header()), flush=True)
+            with contextlib.suppress(OSError):  # all is written, whether or not anybody reads it
+                print("written:", *self._videos, *files, flush=True)
+                if self.recorder.replay is not None:
+                    print(self.recorder.replay.verdict(self.recorder.log_header()), flush=True)
         self.pipeline.drop_graphs()
         self._resources.close()
         shutdown()
@@ -401,6 +413,16 @@ def traced(guard: StageGuard, tracer: Tracer, mesh: Mesh) -> StageGuard:
             yield
 
     return stage
+
+
+def set_threads(threads: int | None, pipeline: StreamInferencePipeline) -> None:
+    """Set the CPU threads of PyTorch as `RunnerConfig.threads` says."""
+    if threads is None:
+        small = sum(p.numel() for p in pipeline.parameters()) < SMALL_PARAMETERS
+        if pipeline.target_device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or not small:
+            return
+        threads = 1
+    torch.set_num_threads(threads)
 
 
 def claim_output(config: RunnerConfig) -> BinaryIO:

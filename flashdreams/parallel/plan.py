@@ -107,6 +107,15 @@ class ParallelPlan:
     """Decoder submodule -> ``"halo"`` (a convolution that needs its neighbours' columns) or
     ``"gather_width"`` (a module that must see the full width)."""
 
+    def __post_init__(self) -> None:
+        for name, kind in (("tensor", TensorStyle), ("spatial", SpatialStyle)):
+            for glob, style in getattr(self, name).items():
+                if style not in get_args(kind):
+                    allowed = ", ".join(map(repr, get_args(kind)))
+                    raise ValueError(
+                        f"The plan's {name} gives {glob!r} the style {style!r}; allowed: {allowed}."
+                    )
+
 
 def units_of(plan: ParallelPlan, name: str) -> int | None:
     """What a degree must divide to cut a submodule; None where the plan does not name it.

@@ -1,5 +1,6 @@
 """The site: it builds without a warning, forgets no family, and its links lead somewhere."""
 
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -24,10 +25,33 @@ def test_site_builds_with_warnings_as_errors(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    for page in (tmp_path / "api").glob("*.html"):
+        assert ">Type<" not in page.read_text(encoding="utf-8"), (
+            f"{page.name}: a field lost its text"
+        )
     gallery = (tmp_path / "models/index.html").read_text(encoding="utf-8")
     for slug in discover():
         if discover().origin(slug).reference.startswith("flashdreams."):
             assert slug in gallery, f"{slug} is missing from the gallery"
+
+
+@pytest.mark.parametrize("what", ["attribute", "data", "property"])
+def test_a_colon_in_the_text_of_a_field_does_not_cost_what_is_before_it(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    napoleon = pytest.importorskip("sphinx.ext.napoleon.docstring", reason="comes with extra docs")
+    for folder in ("docs/source/_ext", "benchmarks"):
+        monkeypatch.syspath_prepend(REPOSITORY / folder)
+    generated = importlib.import_module("generated")
+    text = "Frames in the cache: sink and window."
+
+    def shown(lines: list[str]) -> str:
+        return str(napoleon.GoogleDocstring(lines, what=what, name="x"))
+
+    lines = [text]
+    generated._on_docstring(None, what, "x", None, None, lines)
+    assert text in shown(lines) and ":type:" not in shown(lines)
+    assert ":type: Frames" in shown([text]), "which napoleon does without it"
 
 
 def test_every_shipped_family_has_a_page() -> None:

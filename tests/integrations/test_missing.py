@@ -3,6 +3,8 @@
 import ast
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,13 @@ def test_a_type_that_is_not_known_is_no_damage(
     text = said(capsys, 1, *SMALL, "--pipeline.decoder.checkpoint.source", "odd.safetensors")
     assert "is of type F4X, which is not read here; known: " in text
     assert "damaged" not in text and "Download" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["stdout", "stderr", "both"])
+def test_a_program_without_output_streams_works_in_silence(tmp_path: Path, closed: str) -> None:
+    shut = {"stdout": ">&-", "stderr": "2>&-", "both": ">&- 2>&-"}[closed]
+    command = f"{sys.executable} -m flashdreams.run {' '.join(SMALL)} {shut}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, timeout=300)
+    assert done.returncode == 0
+    assert (tmp_path / "outputs" / "toy-world.mp4").is_file()

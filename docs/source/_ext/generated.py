@@ -4,8 +4,10 @@ A line ``<!-- generated: NAME ARGUMENT -->`` in a page is replaced by what the f
 in ``PARTS`` returns for the argument.
 """
 
+import ast
 import contextlib
 import importlib
+import importlib.util
 import io
 import os
 import pkgutil
@@ -369,11 +371,18 @@ def modules(package: str) -> str:
     parts = []
     for name in names:
         short = name.removeprefix(f"{package}.")
-        summary = (importlib.import_module(name).__doc__ or "").strip().splitlines()[0]
+        summary = (_docstring(name) or name).splitlines()[0]
         if len(names) > 1:
             lines.append(f"| {{py:mod}}`{short} <{name}>` | {summary.replace('``', '`')} |")
         parts.append(f"## {short}\n\n`{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n")
     return "\n".join([*lines, "", *parts])
+
+
+def _docstring(module: str) -> str | None:
+    """Of a module that may import what is not installed, and so is not imported itself."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    return ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
 
 
 def walk(package: str) -> Iterator[str]:
@@ -434,9 +443,12 @@ def _on_source_read(app: Any, page: str, source: list[str]) -> None:
 def _on_docstring(
     app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]
 ) -> None:
-    """Keep napoleon from taking what stands before a colon for the type of a property."""
+    """Keep napoleon from taking what is before a colon for the type of a field.
+
+    It reads the first line that is not empty: an empty comment, which shows nothing.
+    """
     if what in ("attribute", "data", "property"):
-        lines.insert(0, "")
+        lines[:0] = ["..", ""]
 
 
 def setup(app: Any) -> dict[str, bool]:

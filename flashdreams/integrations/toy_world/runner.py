@@ -44,7 +44,7 @@ class ToyWorldRunnerConfig(RunnerConfig):
     """Give the first frame as a picture instead of generating it."""
     compare_to_truth: bool = False
     """Show the rendered truth to the left of the generated frames and record every step's PSNR."""
-    threads: int = 1
+    threads: int | None = 1
     """CPU threads; at this size one is faster than two."""
     scale: int = 6
     """Enlargement of the video by whole pixels."""
@@ -52,7 +52,7 @@ class ToyWorldRunnerConfig(RunnerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_actions(self.actions)
-        check_range(self, "scale", "threads", most=64, as_flags=True)
+        check_range(self, "scale", most=64, as_flags=True)
 
 
 class ToyWorldRunner(Runner[ToyWorldRunnerConfig, StreamInferencePipeline]):
@@ -63,7 +63,6 @@ class ToyWorldRunner(Runner[ToyWorldRunnerConfig, StreamInferencePipeline]):
         self.scene = scene_from_text(self.prompt)[None]
         if config.compare_to_truth or config.start_from_truth:
             check_scene(self.scene)
-        torch.set_num_threads(config.threads)
         super().__init__(config)
 
     def run(self) -> None:

@@ -140,7 +140,7 @@ def random_scene(batch: int, generator: torch.Generator) -> Tensor:
     """
     shape = (batch, NUM_SLOTS)
     return torch.randint(
-        NUM_OPTIONS, shape, generator=generator, device=generator.device, dtype=torch.float32
+        NUM_OPTIONS, shape, generator=generator, device=generator.device, dtype=torch.int64
     )
 
 

@@ -133,3 +133,9 @@ def test_random_scene_repeats_with_its_seed() -> None:
     assert not torch.equal(draws[0], draws[2])
     assert draws[0].dtype == torch.int64
     assert all(len(slot.unique()) == NUM_OPTIONS for slot in draws[0].T)
+
+
+def test_drawn_scenes_are_whole_numbers_that_can_index() -> None:
+    scene = random_scene(50, torch.Generator().manual_seed(0))
+    assert scene.dtype == torch.int64 and scene.shape == (50, NUM_SLOTS)
+    assert set(scene.flatten().tolist()) == set(range(NUM_OPTIONS))
