@@ -1,0 +1,217 @@
+"""Rollouts that are saved, moved between processes, and copied."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flashdreams.infra.assembly import Assembly
+from flashdreams.infra.controller import Controller
+from flashdreams.infra.fingerprint import differences
+from flashdreams.infra.fork import copied_bytes, require_room, timed_forks
+from flashdreams.infra.rollout import (
+    StreamInferencePipelineCache,
+    checked_values,
+    copy_rollout,
+    fill_rollout,
+    from_state,
+    restore_context,
+    save_rollout,
+)
+from flashdreams.infra.snapshot import (
+    SnapshotReader,
+    SnapshotReport,
+    fill_together,
+    new_origin,
+    open_snapshot,
+    readable_damage,
+    save_snapshot,
+)
+from flashdreams.infra.state import FORMAT, RolloutState, StateDecoder, no_whole_tensor
+from flashdreams.parallel.environment import LOAD_TIMEOUT_S, from_rank_zero
+from flashdreams.runtime.grad_mode import without_grad
+from flashdreams.runtime.noise import NoiseFunction, NoiseSource
+
+logger = logging.getLogger(__name__)
+
+
+class SavedRollouts(Assembly):
+    """What of a pipeline saves, loads, clones and forks its rollouts."""
+
+    def new_cache(
+        self, context: dict[str, Any], negative_text: Any, noise: NoiseFunction
+    ) -> StreamInferencePipelineCache:
+        """Fresh state under a context that is encoded already; the pipeline makes it."""
+        raise NotImplementedError
+
+    def check_values(self, cache: StreamInferencePipelineCache | None = None) -> None:
+        """Refuse to go on from values that are NaN or infinite; the pipeline knows them."""
+        raise NotImplementedError
+
+    @without_grad
+    def save_cache(self, cache: StreamInferencePipelineCache) -> RolloutState | None:
+        """See `StreamInferencePipelineCache.state_dict`, which calls this."""
+        with self.guard("export", cache.next_index, LOAD_TIMEOUT_S):
+            self.check_values(cache)
+            self.diffusion_model.side.join()
+            plan = self.diffusion_model.transformer.parallel_plan()
+            return save_rollout(
+                cache, self.layout, self.target_device, plan, self.config.name, self.fingerprint()
+            )
+
+    @without_grad
+    def load_cache(
+        self,
+        state: RolloutState | None,
+        noise: NoiseFunction | None = None,
+        controller: Controller | None = None,
+    ) -> StreamInferencePipelineCache:
+        """Go on with a rollout that ``cache.state_dict()`` has exported; a collective call.
+
+        Where both ranks and numerics fingerprint are those of the export, the frames that follow
+        have the same bits as those of the run that was exported; else differences are logged.
+
+        Args:
+            state: on rank zero the canonical form; elsewhere it is ignored.
+            noise: as in ``initialize_cache``; needed if the rollout was begun with one.
+            controller: the one that steered the rollout; needed if one did.
+
+        Returns:
+            The rollout's state: the next call is ``generate`` for its next AR step.
+
+        Raises:
+            ValueError: a state of another format, pipeline, sink or window, or no ``noise`` or
+                ``controller`` for a rollout that was begun with one.
+        """
+        with self.guard("import", None, LOAD_TIMEOUT_S):
+            values = from_rank_zero(
+                lambda: checked_values(state, self.config.name, noise, controller)
+            )
+            decoder = StateDecoder(self.layout, self.target_device, from_state(state))
+            return self._restore(values, decoder, noise, controller)
+
+    @without_grad
+    def save(
+        self,
+        cache: StreamInferencePipelineCache,
+        path: str | Path,
+        *,
+        light: bool = False,
+        log: Sequence[Any] = (),
+        run: Mapping[str, Any] | None = None,
+    ) -> SnapshotReport:
+        """Write a rollout into a folder, from which ``resume`` goes on; a collective call.
+
+        Each rank writes its own part, one tensor at a time. The folder gets its name when all of it
+        is on the disk.
+
+        Args:
+            cache: between AR steps.
+            path: of the folder; it must not exist. Several nodes need a file system they share.
+            light: leave the KV caches out; ``resume`` computes them anew from the clean latents of
+                the window, which is not what a rollout that has evicted frames had.
+            log: JSON values to keep with it, such as the commands of a session.
+            run: likewise, for the program that saves it.
+
+        Returns:
+            Bytes and seconds.
+
+        Raises:
+            ValueError: ``path`` exists, the rollout is over, or it is between ``generate`` and
+                ``finalize``.
+            StateError: a component's state does not declare how ranks hold it.
+            OSError: a file cannot be written; nothing is left of the snapshot.
+            OtherRankError: that is so on another rank.
+        """
+        cache.require_finalized("snapshot")
+        with self.guard("save", cache.next_index, LOAD_TIMEOUT_S):
+            self.diffusion_model.side.join()
+            origin = new_origin(self.config, self.fingerprint(), log=log, run=run, light=light)
+            plan = self.diffusion_model.transformer.parallel_plan()
+            return save_snapshot(cache, Path(path), origin, self.layout, self.target_device, plan)
+
+    @without_grad
+    def resume(
+        self,
+        path: str | Path,
+        noise: NoiseFunction | None = None,
+        controller: Controller | None = None,
+    ) -> StreamInferencePipelineCache:
+        """Go on with a rollout that ``save`` has written, on any number of ranks; collective.
+
+        At an equal numerics fingerprint, and with ``strict``, the frames that follow have the same
+        bits as those of the run that never stopped; else each difference is logged. Each rank maps
+        the files and reads what it holds. Nothing but numbers is taken from them.
+
+        Args:
+            path: the folder.
+            noise: as in ``initialize_cache``; needed if the rollout was begun with one.
+            controller: the one that steered the rollout; needed if one did.
+
+        Returns:
+            The rollout's state: the next call is ``generate`` for its next AR step.
+
+        Raises:
+            SnapshotError: damaged files, a newer format, another config or other weights; it says
+                which. No rollout was begun.
+            ValueError: no ``noise`` or ``controller`` for a rollout that was begun with one.
+            OtherRankError: the same on another rank.
+        """
+        folder = Path(path)
+
+        def check(values: Mapping[str, Any]) -> None:
+            state = {"format": FORMAT, "values": values, "tensors": {}}
+            checked_values(state, self.config.name, noise, controller)
+
+        with self.guard("resume", None, LOAD_TIMEOUT_S):
+            header = open_snapshot(folder, self.config, check)
+            reader = SnapshotReader(folder, header)
+            place = (self.layout, self.target_device)
+            decoder = StateDecoder(*place, no_whole_tensor, take_part=reader.take)
+            with readable_damage(folder):
+                cache = self._restore(dict(header.values), decoder, noise, controller)
+            if header.light:
+                self.diffusion_model.rebuild_context(cache.diffusion)
+            return cache
+
+    def _restore(
+        self,
+        values: dict[str, Any],
+        decoder: StateDecoder,
+        noise: NoiseFunction | None,
+        controller: Controller | None,
+    ) -> StreamInferencePipelineCache:
+        """A rollout from the values of a canonical form; a collective call."""
+        parts = [self.diffusion_model.transformer, self.encoder, self.decoder]
+        context, negative_text = restore_context(values, decoder, parts)
+        cache = self.new_cache(context, negative_text, noise or NoiseSource(values["seed"]))
+        cache.controller = None if controller is None else controller.new_state()
+        fill_together(cache, lambda: fill_rollout(cache, values, decoder))
+        for line in differences(values["fingerprint"], self.fingerprint()):
+            logger.info("The loaded rollout may go on with other bits: %s.", line)
+        return cache
+
+    @without_grad
+    def clone_cache(
+        self, cache: StreamInferencePipelineCache, noise: NoiseFunction | None = None
+    ) -> StreamInferencePipelineCache:
+        """See `StreamInferencePipelineCache.clone`, which calls this."""
+        with self.guard("clone", cache.next_index, LOAD_TIMEOUT_S):
+            self.diffusion_model.side.join()
+            source = cache.diffusion.noise
+            if noise is None:
+                noise = NoiseSource(source.seed) if isinstance(source, NoiseSource) else source
+            other = self.new_cache(dict(cache.context), cache.negative_text, noise)
+            plan = self.diffusion_model.transformer.parallel_plan()
+            copy_rollout(cache, other, self.layout, self.target_device, plan)
+            return other
+
+    def fork_cache(
+        self, cache: StreamInferencePipelineCache, count: int
+    ) -> list[StreamInferencePipelineCache]:
+        """See `StreamInferencePipelineCache.fork`, which calls this."""
+        self.diffusion_model.side.join()
+        plan = self.diffusion_model.transformer.parallel_plan()
+        each = copied_bytes(cache, self.layout, self.target_device, plan)
+        require_room(count, each, self.target_device)
+        return timed_forks(cache, count, each, self.target_device)[0]
