@@ -443,7 +443,8 @@ def _run(config: Any, debug: bool, replay: Any = None) -> int:
             runner.run()
         except BaseException as error:
             runner.abort()
-            found = runner.explain(error)
+            explain = getattr(runner, "explain", None)  # a runner may be none of ours
+            found = explain(error) if explain is not None else error
             if found is error:
                 raise
             raise found from error
@@ -484,7 +485,7 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
     debug = debug or (unexpected and code == RUN_FAILED and _ranks() > 1)
     if debug:
         trace = "".join(traceback.format_exception(error))
-        say(printable(trace, 100_000).rstrip("\n"), beside=_rank() > 0)
+        say(printable(trace, 100_000).rstrip("\n"), beside=_shares_terminal())
     if unexpected:
         text = f"{type(error).__name__}: {text}".rstrip(": ") + _HINT * (not debug)
     elif isinstance(error, PluginError):
@@ -501,7 +502,7 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
             time.sleep(_PAUSE_S)
         except KeyboardInterrupt:
             return code
-    say(f"{PROGRAM}: error on rank {_rank()}: {text}", beside=True)
+    say(f"{PROGRAM}: error on rank {_rank()}: {text}", beside=_shares_terminal())
     return code
 
 
@@ -532,6 +533,13 @@ def _repeats_another_rank(error: Exception) -> bool:
     from flashdreams.parallel.environment import OtherRankError
 
     return isinstance(error, OtherRankError)
+
+
+def _shares_terminal() -> bool:
+    """Whether rank zero's progress bar may be where this rank prints."""
+    from flashdreams.parallel.environment import started_by_torchrun
+
+    return started_by_torchrun() and _rank() > 0
 
 
 def _ranks() -> int:
