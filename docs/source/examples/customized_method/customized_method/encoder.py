@@ -44,9 +44,10 @@ class MyTextEncoder(Encoder):
         Returns:
             ``[B, text_len, TEXT_DIM]`` float32 in [-1, 1]; rows beyond a prompt's words are zero.
         """
-        embeddings = torch.zeros(len(input), self.config.text_len, TEXT_DIM)
+        size = (len(input), self.config.text_len, TEXT_DIM)
+        embeddings = torch.zeros(size, dtype=torch.float32)
         for prompt, rows in zip(input, embeddings, strict=True):
             for word, row in zip(prompt.lower().split(), rows, strict=False):
                 digest = hashlib.sha256(word.encode()).digest()
-                row.copy_(torch.tensor(list(digest)) / 127.5 - 1)
+                row.copy_(torch.tensor(list(digest), dtype=torch.float32) / 127.5 - 1)
         return embeddings
