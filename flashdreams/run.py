@@ -4,11 +4,8 @@ import contextlib
 import gc
 import io
 import os
-import re
-import shutil
 import signal
 import sys
-import textwrap
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -16,7 +13,7 @@ from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flashdreams import __version__
+import flashdreams
 from flashdreams.infra.config import (
     annotated_types,
     check_slug,
@@ -24,10 +21,10 @@ from flashdreams.infra.config import (
     expand_home,
     field_annotation,
     is_config,
-    removed_field,
 )
 from flashdreams.registry import VARIABLE, PluginError, Registry, discover, is_runner_config
 from flashdreams.runtime.checkpoint import CheckpointError
+from flashdreams.runtime.command_text import one_line, table, terminal_width, whole_paragraphs
 from flashdreams.runtime.termination import (
     IMPORT_DEADLINE_S,
     Terminated,
@@ -207,9 +204,7 @@ def _versions() -> str:
     import platform
     from importlib.metadata import version
 
-    return (
-        f"flashdreams {__version__}, Python {platform.python_version()}, torch {version('torch')}"
-    )
+    return f"flashdreams {flashdreams.__version__}, Python {platform.python_version()}, torch {version('torch')}"
 
 
 def _example(registry: Registry) -> str:
@@ -234,29 +229,13 @@ def _listing(registry: Registry) -> str:
         f"       {PROGRAM} <slug> --help     every field of a slug",
         "",
         "slugs:",
-        *_table(rows or [("(none)", f"install a package that registers some, or set {VARIABLE}")]),
+        *table(rows or [("(none)", f"install a package that registers some, or set {VARIABLE}")]),
         "",
         "options:",
-        *_table(list(_OWN_OPTIONS.items())),
+        *table(list(_OWN_OPTIONS.items())),
     ]
     notes = [message for messages in registry.collisions.values() for message in messages]
     return "\n".join(lines + [f"note: {message}" for message in notes])
-
-
-def _table(rows: list[tuple[str, str]]) -> list[str]:
-    width = min(max(len(name) for name, _ in rows), 40) + 4
-    columns = max(shutil.get_terminal_size().columns, width + 40)
-    lines = []
-    for name, text in rows:
-        text = " ".join(text.split())
-        wrapped = textwrap.wrap(text, columns - width, break_on_hyphens=False) or [""]
-        first = f"  {name}"
-        if len(first) > width - 2:
-            lines.append(first)
-            first = ""
-        lines.append(f"{first:{width}}{wrapped[0]}".rstrip())
-        lines += [" " * width + more for more in wrapped[1:]]
-    return lines
 
 
 def _read_config_file(path: Path, registry: Registry, named: Any) -> Any:
@@ -317,8 +296,8 @@ def _apply_overrides(config: Any, line: CommandLine) -> Any:
     stdout, stderr = sys.stdout if shown else io.StringIO(), io.StringIO()
     try:
         with (
-            _terminal_width(not line.wants_help),
-            _whole_paragraphs() if line.wants_help else contextlib.nullcontext(),
+            terminal_width(not line.wants_help),
+            whole_paragraphs() if line.wants_help else contextlib.nullcontext(),
             contextlib.redirect_stdout(stdout),
             contextlib.redirect_stderr(stderr),
         ):
@@ -328,7 +307,7 @@ def _apply_overrides(config: Any, line: CommandLine) -> Any:
     except SystemExit as exit:
         if exit.code in (None, 0):
             return None
-        raise UsageError(_one_line(stderr.getvalue(), program)) from None
+        raise UsageError(one_line(stderr.getvalue(), program)) from None
     sys.stderr.write(stderr.getvalue())
     return config
 
@@ -355,72 +334,6 @@ def _absent_components(config: Any, prefix: str) -> Iterator[str]:
             named = annotated_types(field_annotation(type(config), name))
             if any(is_dataclass(kind) for kind in named):
                 yield prefix + name
-
-
-@contextlib.contextmanager
-def _terminal_width(wide: bool) -> Iterator[None]:
-    """Keep tyro from breaking flags in two when it lays out an error for a narrow terminal."""
-    before = os.environ.get("COLUMNS")
-    if wide:
-        os.environ["COLUMNS"] = "2000"
-    try:
-        yield
-    finally:
-        if wide and before is None:
-            os.environ.pop("COLUMNS", None)
-        elif wide and before is not None:
-            os.environ["COLUMNS"] = before
-
-
-@contextlib.contextmanager
-def _whole_paragraphs() -> Iterator[None]:
-    """Let a field's help flow into the width of the terminal.
-
-    tyro 1.0.17 keeps the line breaks of an indented docstring. Not needed once it joins its lines.
-    """
-    from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
-
-    registry, asking = ConstructorRegistry(), False
-
-    @registry.struct_rule
-    def join_lines(info: StructTypeInfo) -> Any:
-        nonlocal asking
-        if asking:  # the rules of tyro itself come after this one
-            return None
-        asking = True
-        try:
-            spec = ConstructorRegistry.get_struct_spec(info)
-        finally:
-            asking = False
-        if not isinstance(spec, StructConstructorSpec):  # no struct, or a default that misfits
-            return spec
-        fields = []
-        for field in spec.fields:
-            text = field.helptext() if callable(field.helptext) else field.helptext
-            paragraphs = (" ".join(part.split()) for part in (text or "").split("\n\n"))
-            fields.append(replace(field, helptext="\n\n".join(paragraphs)))
-        return replace(spec, fields=tuple(fields))
-
-    with registry:
-        yield
-
-
-def _one_line(rendered: str, program: str) -> str:
-    """What tyro says in a box, in one line: the problem, the nearest flags, what to type."""
-    blocks = re.split(r"\n *-{5,} *\n", rendered)  # title, problem, more on it, how to get help
-    text = " ".join((blocks[1] if len(blocks) > 1 else rendered).split()).rstrip(".")
-    text = re.sub(r"^Error parsing (?!--)\S+: ", "", text)  # what a config's own check says
-    if text.startswith("Unrecognized options"):
-        for name in re.findall(r"--(?:[\w-]+\.)*([\w-]+)", text):
-            removed = removed_field(name.replace("-", "_"))
-            if removed is not None:
-                return removed
-    nearest = []
-    for block in blocks[2:]:
-        if block.lstrip().startswith("Perhaps you meant"):
-            nearest = re.findall(r"^ *(--[\w.-]+)", block, re.MULTILINE)[:3]
-    hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
-    return f"{text}.{hint} Type {program} --help for every flag."
 
 
 def _run(config: Any, debug: bool, replay: Any = None) -> int:

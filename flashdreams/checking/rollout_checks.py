@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashdreams.checking.report import Note, Problem, describe_error
 from flashdreams.checking.subject import (
+    PLAIN,
     Bench,
     Chunk,
     Subject,
@@ -153,7 +154,7 @@ def check_chunk_split(bench: Bench) -> str:
         return "the decoder keeps no state: every chunk is decoded alone"
     shape = list(bench.transformer.latent_shape(1))
     shape[2] = 4 * max(1, shape[2])
-    latent = torch.randn(shape, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
+    latent = torch.randn(shape, **PLAIN, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
     session = bench.begin()
     context = session.cache.context
     decoded = {}
@@ -279,12 +280,15 @@ def check_bad_input(bench: Bench, base: list[Chunk]) -> str:
     if bench.pipeline.encoder is None:
         session = bench.begin()
         _expect_refusal(
-            lambda: bench.pipeline.generate(0, session.cache, torch.zeros(1)),
+            lambda: bench.pipeline.generate(0, session.cache, torch.zeros(1, **PLAIN)),
             "a control input for a method that takes none",
         )
         return "NaN does not outlive its rollout; unknown context and control are refused"
     unclear = []
-    for value, what in ((object(), "an object()"), (torch.zeros(0, 3), "an empty tensor [0, 3]")):
+    for value, what in (
+        (object(), "an object()"),
+        (torch.zeros(0, 3, **PLAIN), "an empty tensor [0, 3]"),
+    ):
         session = bench.begin()
         text = _refusal(lambda s=session, v=value: bench.pipeline.generate(0, s.cache, v))
         if text is None:
@@ -306,7 +310,7 @@ def _check_nan_stays(bench: Bench, base: list[Chunk]) -> None:
     session = bench.begin()
 
     def noise(index: int, step: int, shape: Any) -> Tensor:
-        return torch.full(tuple(shape), float("nan"))
+        return torch.full(tuple(shape), float("nan"), **PLAIN)
 
     session.cache.diffusion.noise = noise
     with contextlib.suppress(ValueError, FloatingPointError):  # refusing it is fine, too

@@ -21,6 +21,9 @@ from flashdreams.infra.session import Session
 from flashdreams.parallel.mesh import ParallelConfig
 from flashdreams.runtime.checkpoint import CheckpointConfig
 
+PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""Of tensors that a method is given."""
+
 MAX_STEPS = 9
 """AR steps of a checked rollout, at most; as many as fill the window and evict once, if fewer."""
 
@@ -124,7 +127,7 @@ class Bench:
             if name in found:
                 generator = torch.Generator().manual_seed(number)
                 size = (1, *self.subject.text_size)
-                found[name] = torch.randn(size, dtype=torch.float32, generator=generator)
+                found[name] = torch.randn(size, **PLAIN, generator=generator)
         return found
 
     def begin(self, seed: int = 0) -> Session:

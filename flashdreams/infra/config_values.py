@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flashdreams.infra.config import UNRESOLVED, annotated_types, conforms, is_config
+from flashdreams.infra.config import UNRESOLVED, annotated_types, conforms, is_config, quoted
 
 SURPRISES = {
     "int": re.compile(r"[-+]?(0[0-9_]+|0b[01_]+|[0-9_]*_[0-9_]*|[0-9]+(:[0-9]+)+)"),
@@ -48,8 +48,8 @@ def fit(value: Any, text: str | None, annotation: Any) -> Any:
             if _admits(annotation, wanted):
                 return wanted(text)
         raise ValueError(
-            f"{text} without quotes is {value!r} to YAML, which is easily misread: write "
-            f'{value!r}, or "{text}" in quotes for text.'
+            f"{quoted(text)[1:-1]} without quotes is {quoted(value)} to YAML, which is easily misread: "
+            f'write {quoted(value)}, or "{quoted(text)[1:-1]}" in quotes for text.'
         )
     if conforms(value, annotation):
         return value
@@ -102,10 +102,10 @@ def yaml_text(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(yaml_text, value))}]"
+        return f"[{', '.join(map(yaml_text, value))}]" if len(value) < 10 else quoted(value)
     if isinstance(value, Path):
-        return f"!path {value}"
-    return f"the fields of {type(value).__name__}" if is_config(value) else repr(value)
+        return f"!path {quoted(str(value))[1:-1]}"
+    return f"the fields of {type(value).__name__}" if is_config(value) else quoted(value)
 
 
 def _is_surprise(value: Any, text: str) -> bool:

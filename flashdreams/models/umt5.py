@@ -51,6 +51,7 @@ class UMT5TextEncoderConfig(EncoderConfig):
     _target: type["UMT5TextEncoder"] = field(default_factory=lambda: UMT5TextEncoder)
 
     packages: ClassVar[Mapping[str, str]] = TEXT_PACKAGES
+    """What the tokenizer and the clean-up of prompts import."""
 
     text_len: int = 512
     """Rows per prompt; a prompt may have no more tokens, its end mark included."""

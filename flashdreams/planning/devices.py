@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,10 +173,11 @@ def measure_cpu(rows: int = 64, dim: int = 192) -> Device:
         rows: tokens of the products that are timed.
         dim: their width.
     """
-    x, w, b = torch.rand(rows, dim), torch.rand(dim, 4 * dim), torch.rand(4 * dim)
-    q, k = torch.rand(1, 6, rows, 32), torch.rand(1, 6, 9 * rows, 32)
-    image, kernel = torch.rand(1, 32, 32, 48), torch.rand(32, 32, 3, 3)
-    big, one = torch.rand(rows, 4 * dim), torch.rand(16)
+    new = partial(torch.rand, dtype=torch.float32, device="cpu")
+    x, w, b = new(rows, dim), new(dim, 4 * dim), new(4 * dim)
+    q, k = new(1, 6, rows, 32), new(1, 6, 9 * rows, 32)
+    image, kernel = new(1, 32, 32, 48), new(32, 32, 3, 3)
+    big, one = new(rows, 4 * dim), new(16)
     call_s = _seconds(lambda: one.add(one))
     engine_s = _engine_call_s()
 
@@ -221,13 +223,14 @@ def _engine_call_s() -> float:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         network = config.setup()
-        cache = network.initialize_cache(text=torch.zeros(1, 2, 8, dtype=torch.float32))
+        new = partial(torch.zeros, dtype=torch.float32)
+        cache = network.initialize_cache(text=new(1, 2, 8, device="cpu"))
         network.begin_step(0, cache)
-        latent, timestep = torch.zeros(1, 2, 1, 2, 2, dtype=torch.float32), torch.tensor(500.0)
+        latent, timestep = new(1, 2, 1, 2, 2, device="cpu"), new((), device="cpu") + 500.0
         seconds = _seconds(lambda: network.predict_flow(latent, timestep, cache), 0.3)
     with torch.device("meta"):
         network = config.setup()
-    cache = network.initialize_cache(text=torch.zeros(1, 2, 8, device="meta"))
+    cache = network.initialize_cache(text=new(1, 2, 8, device="meta"))
     network.begin_step(0, cache)
     with torch.no_grad():
         network.modulation_of(timestep, cache)

@@ -315,8 +315,8 @@ class Planner:
             cursor.reset(index * transformer.config.len_t)
         control = transformer.example_control(1)
         transformer.begin_step(index, cache, None if control is None else control.to("meta"))
-        latent = torch.empty(transformer.latent_shape(1), device="meta")
-        timestep = torch.tensor(500.0)
+        latent = torch.empty(transformer.latent_shape(1), dtype=torch.float32, device="meta")
+        timestep = torch.tensor(500.0, dtype=torch.float32, device="cpu")
         with torch.no_grad():  # with gradients, nothing is remembered
             transformer.modulation_of(timestep, cache)
         sent = mesh.meter.snapshot()
@@ -348,7 +348,7 @@ class Planner:
             return None, Work(), 0, 0
         decoder = self._on_meta(self.config.decoder, mesh)
         size = (config.in_channels, config.len_t, config.latent_height, config.latent_width)
-        latent = torch.empty(1, *size, device="meta")
+        latent = torch.empty(1, *size, dtype=torch.float32, device="meta")
         if not isinstance(decoder, StreamingDecoder):
             work, peak = count(decoder, lambda: decoder(latent))
             return decoder, work, 0, peak

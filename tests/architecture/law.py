@@ -44,7 +44,7 @@ BASE_PACKAGES = {
 }  # fmt: skip
 """Third parties of the base install; all others are imported where they are needed."""
 
-ENVIRONMENT = ("flashdreams.parallel.environment", "flashdreams.parallel.joining")
+ENVIRONMENT = ("flashdreams.parallel.environment",)
 """Who may read torchrun's variables."""
 
 TORCHRUN_VARIABLES = {

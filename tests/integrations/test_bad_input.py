@@ -174,6 +174,7 @@ def test_an_output_directory_in_which_the_slug_is_being_written(fails: Fails) ->
         assert run.main([*small, *advised[0].split()]) == 0
     assert run.main([*small, "--output-dir", "out"]) == 0
     assert sorted(path.name for path in Path("out").iterdir()) == [
+        "log_toy-world.jsonl",
         "stats_toy-world.json",
         "toy-world.mp4",
     ]

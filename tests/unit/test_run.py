@@ -263,7 +263,7 @@ def test_help_of_a_field_fills_its_lines(
     first, second, _ = help_of_the_field()
     assert first.startswith("Width of what is encoded. A wider one takes")
     assert "choose it no wider than" in second
-    monkeypatch.setattr(run, "_whole_paragraphs", contextlib.nullcontext)
+    monkeypatch.setattr(run, "whole_paragraphs", contextlib.nullcontext)
     assert "choose it no wider than" not in " | ".join(help_of_the_field())
 
 

@@ -186,21 +186,24 @@ def test_a_run_that_hangs_leaves_its_stats(tmp_path: Path) -> None:
     """What `end_now` does, beside a main thread that holds the lock for ever."""
     run = Run(tmp_path)
     run.steps(FakeCache(), 0, 5)
+    for copy in list(run.recorder._copies):
+        copy.result()
+    run.recorder._write_records()
     with run.recorder._lock:
         ending = threading.Thread(target=run.recorder.abort)
         ending.start()
         ending.join(20)
     assert not ending.is_alive()
-    assert len(run.records()) == 4, "the last step's record is complete when the next begins"
+    assert len(run.records()) == 5, "also without the lock, what is complete is written"
     run.recorder.abort()
-    assert len(run.records()) == 5 and run.names() == {"stats_toy.json"}
+    assert len(run.records()) == 5 and run.names() == {"stats_toy.json", "log_toy.jsonl"}
 
 
 def test_an_aborted_run_leaves_all_of_its_steps(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.steps(FakeCache(), 0, 5)
     run.recorder.abort()
-    assert len(run.records()) == 5 and run.names() == {"stats_toy.json"}
+    assert len(run.records()) == 5 and run.names() == {"stats_toy.json", "log_toy.jsonl"}
 
 
 @needs_full_device
