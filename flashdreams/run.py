@@ -204,7 +204,8 @@ def _versions() -> str:
     import platform
     from importlib.metadata import version
 
-    return f"flashdreams {flashdreams.__version__}, Python {platform.python_version()}, torch {version('torch')}"
+    own, python = flashdreams.__version__, platform.python_version()
+    return f"flashdreams {own}, Python {python}, torch {version('torch')}"
 
 
 def _example(registry: Registry) -> str:

@@ -47,9 +47,10 @@ def fit(value: Any, text: str | None, annotation: Any) -> Any:
         for wanted in (str, Path):
             if _admits(annotation, wanted):
                 return wanted(text)
+        word = quoted(text)[1:-1]
         raise ValueError(
-            f"{quoted(text)[1:-1]} without quotes is {quoted(value)} to YAML, which is easily misread: "
-            f'write {quoted(value)}, or "{quoted(text)[1:-1]}" in quotes for text.'
+            f"{word} without quotes is {quoted(value)} to YAML, which is easily misread: write "
+            f'{quoted(value)}, or "{word}" in quotes for text.'
         )
     if conforms(value, annotation):
         return value
