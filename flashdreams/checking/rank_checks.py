@@ -18,6 +18,9 @@ from flashdreams.parallel.plan import ParallelPlan, glob_pattern
 TOLERANCE = 1e-5
 """Largest difference of float32 latents on two ranks, as a share of the largest latent."""
 
+STATE_TOLERANCE = 1e-2
+"""The same for saved state, which a decoder amplifies; a wrong style is far beyond it."""
+
 RANKS = 2
 LIMIT_S = 120.0
 MAX_TRIALS = 12
@@ -291,7 +294,7 @@ def _compare_states(found: RolloutState, expected: RolloutState, way: str) -> No
             continue
         difference = (other.double() - whole.double()).abs().max() if whole.numel() else 0.0
         largest = whole.abs().max() if whole.numel() else 0.0
-        if not float(difference) <= 1e-4 * max(float(largest), 1e-6):
+        if not float(difference) <= STATE_TOLERANCE * max(float(largest), 1e-6):
             raise Problem(
                 f"on {RANKS} ranks ({way}) the saved rollout differs in {name} by "
                 f"{float(difference):.1e}. If ranks hold different values of it, declare the "
