@@ -12,7 +12,7 @@ from flashdreams.runtime.image_colours import as_rgb
 ORIENTATION = 0x0112
 """Exif tag; 5 to 8 mean that rows and columns are exchanged."""
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 """Decoders that a file may reach. Pillow tries 43 formats if none are named, and for a PostScript
 header starts an interpreter."""
 
@@ -24,7 +24,7 @@ def load_image(path: Path, height: int, width: int, *, fit: bool = False) -> Ten
     """Read an image from a file.
 
     Args:
-        path: PNG, JPEG, WebP, BMP, GIF or TIFF in any colours, see `as_rgb`; a camera's turned
+        path: PNG, JPEG, WebP or BMP in any colours, see `as_rgb`; a camera's turned
             image is set upright.
         height: wanted height in pixels.
         width: wanted width in pixels.

@@ -109,7 +109,7 @@ def test_bad_flags_are_refused_before_weights(slug, flags, message, tmp_path, ca
     ("mode", "size", "fit", "message"),
     [
         ("RGB", (640, 640), False, "the image is 640x640 .*shape of 640x352. Type --fit-image"),
-        ("RGBA", (640, 352), False, "image mode is RGBA"),
+        ("RGBA", (640, 352), False, None),
         ("RGB", (640, 352), False, None),
         ("RGB", (1280, 720), False, None),
         ("RGB", (500, 900), True, None),

@@ -307,7 +307,11 @@ class DiffusionModel(nn.Module):
             noise = self._noise_of_step(autoregressive_index, cache)
             first = autoregressive_index == cache.given_steps
             scheduler = self.first_chunk_scheduler if first else self.scheduler
-            latent = sample_rest(scheduler, self._flow(cache), noise, given)
+            flow = self._flow(cache)
+            if given is None:
+                latent = scheduler.sample(flow, noise)
+            else:
+                latent = sample_rest(scheduler, flow, noise, given)
         cache.latent, cache.control, cache.pending = latent, control, True
         self.side.mark()
         return latent
@@ -464,15 +468,13 @@ def sample_rest(
     scheduler: Scheduler,
     flow: Callable[[Tensor, Tensor], Tensor],
     noise: Callable[[int], Tensor],
-    given: Tensor | None,
+    given: Tensor,
 ) -> Tensor:
-    """Denoise a chunk whose first latent frames may be ``given``, ``[B, C, n, H, W]``.
+    """Denoise a chunk whose first latent frames are ``given``, ``[B, C, n, H, W]``.
 
     The network sees them as they are, with timestep 0. What a schedule makes of their places in
     between is never read: schedules compute element by element.
     """
-    if given is None:
-        return scheduler.sample(flow, noise)
     count = given.shape[2]
 
     def stamped(latent: Tensor) -> Tensor:

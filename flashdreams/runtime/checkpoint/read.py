@@ -285,8 +285,14 @@ def _info(path: Path, base: int, entry: dict) -> tuple[TensorInfo, int]:
     """One entry of a header, and its bytes in the file."""
     kind = entry["dtype"]
     if kind not in SAFETENSORS_DTYPES and kind not in _UNUSABLE_BITS:
-        allowed = ", ".join([*SAFETENSORS_DTYPES, *_UNUSABLE_BITS])
-        raise ValueError(f"dtype {quoted(kind)} is none of {allowed}")
+        known = ", ".join([*SAFETENSORS_DTYPES, *_UNUSABLE_BITS])
+        if not isinstance(kind, str) or not kind.isidentifier() or len(kind) > 20:
+            raise ValueError(f"dtype {quoted(kind)} is none of {known}")
+        # No damage, and a new download would not help.
+        raise CheckpointError(
+            f"{path}: a tensor is of type {kind}, which is not read here; known: {known}. Use a "
+            "file of these weights in one of them"
+        )
     shape, (start, end) = entry["shape"], entry["data_offsets"]
     if not isinstance(shape, list) or len(shape) > MAX_DIMS:
         raise ValueError(f"the shape {quoted(shape)} is no list of at most {MAX_DIMS} sizes")

@@ -18,7 +18,7 @@ NETWORKS = {
     "KeepsTable": ("meta build", "table is a plain attribute"),
     "ForgetsBuffer": ("meta build", "table is not filled"),
     "OnTheHost": ("meta build", "scale is on cpu"),
-    "NotFinite": ("shapes and frames", "not finite"),
+    "NotFinite": ("rollout", "not finite"),
     "Random": ("determinism", "never from torch.rand"),
     "Remembers": ("interleaving", "keep it in what initialize_cache returns"),
     "CountsCalls": ("state on modules", "CountsCalls.calls"),
@@ -48,7 +48,7 @@ def test_a_broken_network_fails_on_its_line(name):
         (broken.BytesDecoderConfig(), "shapes and frames", "x / 127.5 - 1"),
         (broken.ChannelsFirstConfig(), "shapes and frames", "frames before channels"),
         (broken.SeamsConfig(), "chunk split", "seams between chunks"),
-        (broken.AveragesConfig(), "bad input", "NaN in its noise"),
+        (broken.AveragesConfig(), "bad input", "decoder.mean hold NaN"),
         (broken.AveragesConfig(), "state on modules", "Averages.mean"),
     ],
 )

@@ -316,8 +316,8 @@ def test_differences_of_the_numerics_are_logged(caplog):
 @pytest.mark.parametrize(
     ("module", "work", "name"),
     [
-        ("pipeline", "save_rollout", "export of AR step 2"),
-        ("pipeline", "checked_values", "import"),
+        ("saved_rollouts", "save_rollout", "export of AR step 2"),
+        ("saved_rollouts", "checked_values", "import"),
         ("conditioning.ContextEncoder", "encode", "initialize"),
         ("conditioning.ContextEncoder", "encode_text", "update_prompt of AR step 2"),
     ],
@@ -337,7 +337,8 @@ def test_moving_or_conditioning_a_rollout_has_a_long_deadline(
         raise InterruptedError
 
     monkeypatch.setattr(f"flashdreams.infra.{module}.{work}", slow)
-    monkeypatch.setattr("flashdreams.infra.pipeline.LOAD_TIMEOUT_S", limit_s)
+    for owner in ("pipeline", "saved_rollouts"):
+        monkeypatch.setattr(f"flashdreams.infra.{owner}.LOAD_TIMEOUT_S", limit_s)
     reports = []
     calls = {
         "save_rollout": cache.state_dict,

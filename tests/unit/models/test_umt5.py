@@ -123,7 +123,11 @@ def test_official_names_become_those_of_transformers() -> None:
 
 
 @pytest.mark.parametrize("name", ["umt5_xxl_encoder_wan", "umt5_xxl_encoder_hf"])
-def test_full_size_loads_the_public_checkpoints_strictly(tmp_path: Path, name: str) -> None:
+def test_full_size_loads_the_public_checkpoints_strictly(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Files of zeros repeat one number, which no real file does.
+    monkeypatch.setattr("flashdreams.runtime.checkpoint.read._refuse_inflated", lambda *_: None)
     with torch.device("meta"):
         encoder = UMT5TextEncoder(UMT5TextEncoderConfig(dtype="bfloat16", tokenizer=NO_TOKENIZER))
     manifest = load_manifest(name)
@@ -209,10 +213,10 @@ def test_missing_packages_say_what_to_install(
 ) -> None:
     encoder = encoder_with_words(tmp_path)
     monkeypatch.setitem(sys.modules, "ftfy", None)
-    with pytest.raises(ImportError, match=r"ftfy.*pip install 'flashdreams\[text\]'"):
+    with pytest.raises(ImportError, match=r"ftfy.*pip install 'transformers"):
         encoder(["day"])
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"transformers.*pip install 'flashdreams\[text\]'"):
+    with pytest.raises(ImportError, match=r"transformers.*pip install 'transformers"):
         UMT5TextEncoder(tiny_config())
 
 

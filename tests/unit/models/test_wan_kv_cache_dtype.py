@@ -9,7 +9,7 @@ from flashdreams.models.wan.transformer import SELF_ATTENTION
 from tests.tiny import TEXT_DIM, tiny_pipeline, tiny_transformer
 
 STEPS = 6
-BOUND = {"int8": 1e-3, "fp8": 3e-3}
+BOUND = {"int8": 3e-3, "fp8": 1e-2}
 """Largest error of the latents over their largest entry: 2.5 times what was measured."""
 
 
@@ -104,7 +104,7 @@ def test_the_estimate_knows_the_storage():
     assert cache_bytes(kv_cache_dtype="int8") * 48 == cache_bytes() * 13  # 12 + 1 bytes for 48
     sizes = dict(window_size_t=2_000_000)
     assert "KV cache 3.1 GB" in memory_estimate(tiny_pipeline(**sizes))
-    assert "KV cache 0.8 GB" in memory_estimate(tiny_pipeline(kv_cache_dtype="int8", **sizes))
+    assert "KV cache 832.0 MB" in memory_estimate(tiny_pipeline(kv_cache_dtype="int8", **sizes))
 
 
 @pytest.mark.parametrize(

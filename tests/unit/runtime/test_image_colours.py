@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flashdreams.runtime.image_colours import as_rgb
 from flashdreams.runtime.image_file import load_image
 
 HEIGHT, WIDTH = 32, 48
@@ -55,28 +56,25 @@ def test_a_transparent_colour_is_not_seen(tmp_path: Path, mode: str) -> None:
     assert not near(saved(image, tmp_path / "in.png"), (255, 255, 255), right), "without it it is"
 
 
-@pytest.mark.parametrize("suffix", ["png", "tiff"])
-def test_sixteen_bits_are_scaled(tmp_path: Path, suffix: str) -> None:
+def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
     ramp = np.tile(np.linspace(0, 65535, WIDTH).astype(np.uint16), (HEIGHT, 1))
-    Image.fromarray(ramp).save(tmp_path / f"in.{suffix}")
-    found = (load_image(tmp_path / f"in.{suffix}", HEIGHT, WIDTH) + 1) * 127.5
+    Image.fromarray(ramp).save(tmp_path / "in.png")
+    found = (load_image(tmp_path / "in.png", HEIGHT, WIDTH) + 1) * 127.5
     expected = torch.from_numpy(ramp.astype(np.float32)) / 257
     assert (found - expected).abs().max() <= 0.51
     wide = np.full((HEIGHT, WIDTH), 70000, np.int32)
-    Image.fromarray(wide).save(tmp_path / "wide.tiff")
     with pytest.raises(ValueError, match="nothing says how bright they are; save it with 8 or 16"):
-        load_image(tmp_path / "wide.tiff", HEIGHT, WIDTH)
+        as_rgb(Image.fromarray(wide))
 
 
 @pytest.mark.parametrize(
     ("mode", "left", "right", "seen", "suffix"),
     [
-        ("P", 0, 1, (RED, GREEN), "gif"),
+        ("P", 0, 1, (RED, GREEN), "png"),
         ("1", 0, 1, ((0,) * 3, (255,) * 3), "png"),
         ("L", 10, 250, ((10,) * 3, (250,) * 3), "png"),
-        ("CMYK", (0, 255, 255, 0), (255, 0, 255, 0), (RED, GREEN), "tiff"),
         ("CMYK", (0, 255, 255, 0), (255, 0, 255, 0), (RED, GREEN), "jpg"),
-        ("YCbCr", (76, 85, 255), (150, 44, 21), (RED, GREEN), "tiff"),
+        ("YCbCr", (76, 85, 255), (150, 44, 21), (RED, GREEN), "jpg"),
     ],
 )
 def test_other_colours_are_read(

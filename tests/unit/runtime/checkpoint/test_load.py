@@ -304,7 +304,7 @@ def test_load_refuses_a_truncated_shard(tmp_path: Path) -> None:
         b"no json",
         b"[1, 2]",
         b'{"x": {"dtype": "F32"}}',
-        b'{"x": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"x": {"dtype": "F 99", "shape": [1], "data_offsets": [0, 4]}}',
         b'{"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 4]}}',
     ],
 )
