@@ -14,8 +14,9 @@ from flashdreams.parallel.spatial import resolve_decode, split_by_width
 from tests.harness import run_ranks
 from tests.parallel.rollout import make_mesh
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
-"""Pixels run from -1 to 1; a bfloat16 decoder rounds every activation to 8 bits."""
+TOLERANCE = {"float32": 2e-5, "bfloat16": 0.05}
+"""Pixels run from -1 to 1. Convolutions of other widths sum in another order: at most 1.4e-5
+was measured in float32; a bfloat16 decoder rounds every activation to 8 bits."""
 
 KINDS = ("wan", "wan22", "taehv")
 CHUNKS = (2, 1)
