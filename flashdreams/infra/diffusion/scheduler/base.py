@@ -29,13 +29,13 @@ class Scheduler(ABC):
     which keep their precision. It holds no rollout state, so rollouts share one scheduler.
 
     Attributes:
-        config: what it was set up from.
         timesteps: ``[S]``, on the CPU, in the type the network receives (float32, or int64 where
             the reference truncates); descending, one per denoising step.
         sigmas: ``[S]`` float32, on the CPU; the noise levels that turn a flow into a clean latent.
     """
 
     config: SchedulerConfig
+    """What it was set up from."""
 
     def __init__(self, config: SchedulerConfig, timesteps: Tensor, sigmas: Tensor) -> None:
         self.config = config
