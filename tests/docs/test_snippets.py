@@ -209,8 +209,13 @@ def test_flags_in_the_text_exist() -> None:
     known = set(OF_OTHER_PROGRAMS)
     for words in ([], *([slug] for slug in discover())):
         known |= set(re.findall(r"--[\w.-]+", engine([*words, "--help"])[1]))
-    for module in ("flashdreams.plan", "flashdreams.check"):
-        known |= set(re.findall(r"--[\w-]+", start(["python", "-m", module, "--help"])[1]))
+    for module in ("plan.py", "check.py"):
+        known |= set(
+            re.findall(
+                r"--[\w-]+",
+                start(["python", str(REPOSITORY / "flashdreams" / module), "--help"])[1],
+            )
+        )
     for script in (REPOSITORY / "benchmarks").glob("*.py"):
         known |= set(re.findall(r'"(--[\w-]+)"', script.read_text(encoding="utf-8")))
     for page in [*pages(), *markdown_files()]:

@@ -1,4 +1,7 @@
-"""All shipped methods and both examples pass ``flashdreams-check``."""
+"""A method of every family and both examples pass ``flashdreams-check``.
+
+The command without a slug checks all; at its toy size a family's other slugs run the same code.
+"""
 
 import sys
 
@@ -13,7 +16,7 @@ METHODS = {
     "customized-method": "customized_method",
     "streaming-method": "streaming_method",
 }
-SHIPPED = sorted(slug for slug in discover() if slug not in METHODS)
+SHIPPED = sorted(slug for slug in discover() if slug.endswith(("-tiny-random", "toy-world")))
 
 
 @pytest.fixture(autouse=True)
