@@ -1,5 +1,6 @@
 """Whether the values of an AR step are finite: computed on the device, read one step late."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -20,14 +21,14 @@ class NotFiniteError(FloatingPointError):
 class FiniteCheck:
     """Looks at the values of one rollout without making the host wait for the device.
 
-    Each AR step queues one sum per tensor and a copy of one flag per stage; the flags are read when
-    the next step begins, when they have long arrived.
+    Each AR step queues one sum per tensor, which is not finite if it meets NaN or infinity, and one
+    copy of all sums; they are read when the next step begins, when they have long arrived.
     """
 
     def __init__(self) -> None:
         self._index = 0
         self._stages: list[str] = []
-        self._flags: Tensor | None = None
+        self._sums: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
 
     def submit(self, autoregressive_index: int, stages: Mapping[str, Any]) -> None:
@@ -38,31 +39,30 @@ class FiniteCheck:
             stages: what each stage made, by its name in the order of the data: tensors of any
                 shape, also in mappings, sequences and dataclasses.
         """
-        flags = {name: _all_finite(list(tensors_in(made))) for name, made in stages.items()}
-        found = {name: flag for name, flag in flags.items() if flag is not None}
-        self._index, self._stages, self._flags, self._arrived = autoregressive_index, [], None, None
+        found = [(name, x) for name, made in stages.items() for x in tensors_in(made)]
+        self._index, self._stages = autoregressive_index, [name for name, _ in found]
+        self._sums, self._arrived = None, None
         if not found:
             return
-        self._stages = list(found)
-        device = next(reversed(found.values())).device
-        self._flags = torch.stack([flag.to(device) for flag in found.values()])
-        if self._flags.is_cuda:
-            self._flags, self._arrived = start_host_copy(self._flags)
+        device = found[-1][1].device
+        self._sums = torch.stack([x.sum(dtype=torch.float32).to(device) for _, x in found])
+        if self._sums.is_cuda:
+            self._sums, self._arrived = start_host_copy(self._sums)
 
     @property
     def is_settled(self) -> bool:
-        """Whether the flags have arrived and all is finite, so that nobody needs to read them."""
+        """Whether the sums have arrived and all is finite, so that nobody needs to read them."""
         arrived = self._arrived is None or self._arrived.query()
-        return self._flags is None or (arrived and bool(self._flags.all()))
+        return self._sums is None or (arrived and all(map(math.isfinite, self._sums.tolist())))
 
     def read(self) -> str | None:
         """What is wrong with the AR step submitted last; None if nothing is. May wait for it."""
-        if self._flags is None:
+        if self._sums is None:
             return None
         if self._arrived is not None:
             self._arrived.synchronize()
-        for name, finite in zip(self._stages, self._flags.tolist(), strict=True):
-            if not finite:
+        for name, total in zip(self._stages, self._sums.tolist(), strict=True):
+            if not math.isfinite(total):
                 return f"AR step {self._index}: stage {name!r} made values that are not finite."
         return None
 
@@ -97,12 +97,3 @@ def name_bad_weights(module: nn.Module) -> str:
         f"The weights {', '.join(bad[:MAX_NAMED])}{more} hold NaN or infinity: "
         "fetch their file again, or name another one."
     )
-
-
-def _all_finite(tensors: list[Tensor]) -> Tensor | None:
-    """A bool on the device: a sum that meets NaN or infinity is not finite itself."""
-    if not tensors:
-        return None
-    sums = [x.sum(dtype=torch.float32) for x in tensors]
-    device = sums[-1].device
-    return torch.stack([x.to(device) for x in sums]).isfinite().all()
