@@ -275,7 +275,8 @@ class Runner(Generic[ConfigT, PipelineT]):
         told = [c for c in self.commands() if first == 0 or (c.at_frame or -1) >= seen]
         for command in told if self.is_rank_zero and replay is None else ():
             session.submit(command)
-        for _ in self.progress(total_blocks, first):
+        # Runners of before 0.2 have a progress of one argument.
+        for _ in self.progress(total_blocks, *([first] if first else [])):
             if replay is not None and self.is_rank_zero:
                 for command in replay.turns.get(session.turns, []):
                     session.submit(command)
