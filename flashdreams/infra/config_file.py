@@ -385,7 +385,7 @@ def _problem(error: BaseException) -> str:
         return f"line {error.problem_mark.line + 1}: {printable(str(error.problem), 300)}"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    return printable(str(error), 300) or type(error).__name__
+    return printable(" ".join(str(error).split()), 300) or type(error).__name__
 
 
 def _collect_value(value: Any, known: KnownTypes) -> None:
