@@ -368,3 +368,33 @@ class TokenPlaces(nn.Module):
     def forward(self, count: int, times: int, device: torch.device) -> Tensor:
         """Place of every token's timestep ``[L]`` among ``count`` ones of ``times`` tokens each."""
         return torch.arange(count, dtype=torch.int64, device=device).repeat_interleave(times)
+
+
+def modulation_rows(network: Any, modulation: Tensor, size: torch.Size) -> Callable[[int], Tensor]:
+    """Modulations ``[B, L or 1, 6, dim]`` of a block; ``[B, L or 1, 2, dim]`` of the head.
+
+    Args:
+        modulation: from ``modulations``.
+        size: T, rows and columns of tokens.
+    """
+    count, blocks = modulation.shape[1], len(network.blocks)
+    if count == 1:
+        rows = modulation.split([6] * blocks + [2], dim=2)
+        return rows.__getitem__
+    frames, tokens = size[0], size.numel()
+    if count not in (frames, tokens):
+        raise ValueError(
+            f"{count} timesteps do not fit a chunk of {tokens} tokens: give 1, {frames} (one "
+            f"per latent frame) or {tokens} (one per token)."
+        )
+    places = network.token_places(count, tokens // count, modulation.device)
+    projected, embedded = modulation.split([6, 1], dim=2)
+
+    def expanded(place: int) -> Tensor:
+        """Of one block at a time: all of them would take 200 times a long clip's tokens."""
+        if place == blocks:
+            return (network.head.modulation.float() + embedded).index_select(1, places)
+        own = network.blocks[place].modulation.float()
+        return (own + projected).index_select(1, places)
+
+    return expanded

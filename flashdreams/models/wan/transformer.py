@@ -5,7 +5,7 @@ S key tokens, N heads, D head dim. Tokens run frame by frame, row by row. Parame
 of the official checkpoints.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -25,6 +25,7 @@ from flashdreams.models.wan.blocks import (
     ImageEmbedding,
     TokenPlaces,
     WanBlock,
+    modulation_rows,
     timestep_embedding,
 )
 from flashdreams.models.wan.fused import check_fused_kernels
@@ -297,7 +298,7 @@ class WanTransformer(CausalTransformer):
         x = self.flatten_tokens(patches).to(self.residual_dtype)
         x = self.add_control(x, inputs.control)
         size, rope = patches.shape[2:], inputs.rotations
-        rows_of = self._rows_of(modulation, size)
+        rows_of = modulation_rows(self, modulation, size)
         *layers, last = zip(
             self.blocks,
             range(len(self.blocks)),
@@ -316,35 +317,6 @@ class WanTransformer(CausalTransformer):
         x = block(x, rows, rope, context, kv_cache, control)
         x = self.head(x, rows_of(len(self.blocks)))
         return self.unpatchify(x, *size).float()
-
-    def _rows_of(self, modulation: Tensor, size: torch.Size) -> Callable[[int], Tensor]:
-        """Modulations ``[B, L or 1, 6, dim]`` of a block; ``[B, L or 1, 2, dim]`` of the head.
-
-        Args:
-            modulation: from ``modulations``.
-            size: T, rows and columns of tokens.
-        """
-        count, blocks = modulation.shape[1], len(self.blocks)
-        if count == 1:
-            rows = modulation.split([6] * blocks + [2], dim=2)
-            return rows.__getitem__
-        frames, tokens = size[0], size.numel()
-        if count not in (frames, tokens):
-            raise ValueError(
-                f"{count} timesteps do not fit a chunk of {tokens} tokens: give 1, {frames} (one "
-                f"per latent frame) or {tokens} (one per token)."
-            )
-        places = self.token_places(count, tokens // count, modulation.device)
-        projected, embedded = modulation.split([6, 1], dim=2)
-
-        def expanded(place: int) -> Tensor:
-            """Of one block at a time: all of them would take 200 times a long clip's tokens."""
-            if place == blocks:
-                return (self.head.modulation.float() + embedded).index_select(1, places)
-            own = self.blocks[place].modulation.float()
-            return (own + projected).index_select(1, places)
-
-        return expanded
 
     def modulations(self, timestep: Tensor) -> Tensor:
         """What timesteps make of the modulation of every block and of the head.
