@@ -5,7 +5,7 @@ same noise. For the toy world: PSNR against the rendered truth and against the f
 every case: error of the latents over all steps, bytes of weights and KV cache, and the time of a
 step as a ratio in pairs: all variants make step i before any makes step i + 1. With
 FLASHDREAMS_GOLDENS_DIR set, the weights, noise and latents of the official code are a case, too;
-its errors are then those against the official latents. On a CPU, products in eight bits are
+its errors are then those against the official latents. On a CPU, products in 8 bits are
 emulated: their error is the true one, their time is not what a GPU would take.
 """
 

@@ -44,7 +44,7 @@ class KVCacheSpec:
     relative_sink: bool = False
     """Keep the sink keys as first rotated too, for cache-relative RoPE."""
     storage: KVStorage = "native"
-    """Keep keys and values in ``dtype``, or in eight bits and a scale per token and head."""
+    """Keep keys and values in ``dtype``, or in 8 bits and a scale per token and head."""
 
     @property
     def capacity_t(self) -> int:

@@ -41,7 +41,7 @@ class AttentionShape:
     """Heads on this rank."""
     head_dim: int
     storage: KVStorage = "native"
-    """How keys beside the chunk's own are stored. In eight bits the call of a whole core is
+    """How keys beside the chunk's own are stored. In 8 bits the call of a whole core is
     measured: the write and the wide copy included."""
 
 

@@ -1,4 +1,4 @@
-"""Keys and values in eight bits."""
+"""Keys and values in 8 bits."""
 
 from typing import Any, Literal
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 KVStorage = Literal["native", "fp8", "int8"]
-"""How cached keys and values are stored: as they are computed, or in eight bits."""
+"""How cached keys and values are stored: as they are computed, or in 8 bits."""
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """The largest value of each eight-bit type; for int8 the range is kept symmetric."""
@@ -18,7 +18,7 @@ LARGEST_EXPONENT = 126
 
 
 class QuantizedTokens:
-    """``[B, tokens, N, D]`` in eight bits, with one scale per token and head.
+    """``[B, tokens, N, D]`` in 8 bits, with one scale per token and head.
 
     Read and written along its tokens like the tensor that it stands for: ``x[:, a:b]`` gives new
     numbers in ``dtype``, assignments and ``index_copy_`` round to what can be stored. Scales are
@@ -37,7 +37,7 @@ class QuantizedTokens:
 
         Args:
             shape: ``(B, tokens, N, D)``.
-            storage: which eight bits.
+            storage: which 8 bits.
             dtype: type of what is read.
             device: where it lies.
         """
@@ -80,7 +80,7 @@ class QuantizedTokens:
 
 
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Round to eight bits with a power of two per row.
+    """Round to 8 bits with a power of two per row.
 
     The power is the least one with which the row fits: ``values * 2 ** exponents`` is closest to
     ``x`` without any entry being cut.

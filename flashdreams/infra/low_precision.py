@@ -1,4 +1,4 @@
-"""Linear layers in eight bits, put in place of those that a plan names."""
+"""Linear layers in 8 bits, put in place of those that a plan names."""
 
 from collections.abc import Callable, Iterator
 from typing import Literal

@@ -16,7 +16,7 @@ class SequenceLayout:
     equal lengths, in whole multiples of ``unit`` tokens. On a single rank, which has no channel,
     nothing is left to do but that padding.
 
-    ``length`` is the true number of tokens in the forward pass that is under way: the first split
+    ``length`` is the true number of tokens in the current forward pass: the first split
     of a pass sets it and the last gather reads it. It is no state of a rollout.
     """
 

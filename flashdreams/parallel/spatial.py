@@ -24,7 +24,7 @@ class WidthLayout:
     """Which latent columns each rank holds: runs whose lengths differ by one at most.
 
     Where there are fewer columns than ranks, every rank decodes all of them and exchanges nothing.
-    ``widths`` belongs to the forward pass that is under way; it is no state of a rollout.
+    ``widths`` belongs to the current forward pass; it is no state of a rollout.
     """
 
     def __init__(self, channel: Channel) -> None:

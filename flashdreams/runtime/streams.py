@@ -19,7 +19,7 @@ class SideStream:
         side.join()             # what the caller queues from here on comes after the work
 
     The state that is handed in is kept until the join: its memory must not go to others while the
-    work is under way. One stream serves one piece of work after the other. Away from CUDA the work
+    work is running. One stream serves one piece of work after the other. Away from CUDA the work
     is done where it stands, and nothing is kept.
     """
 

@@ -50,7 +50,7 @@ class TransformerConfig(ComponentConfig):
 
     linear_precision: LinearPrecision = "native"
     """How the products with the blocks' weights are computed: ``"native"`` in ``dtype``; ``"fp8"``
-    in eight bits with one scale per tensor, ``"fp8_rowwise"`` with one per token and per output
+    in 8 bits with one scale per tensor, ``"fp8_rowwise"`` with one per token and per output
     feature. The weights are rounded once, after loading. Needs a GPU with eight-bit products; a CPU
     gives the same accuracy, slower."""
 

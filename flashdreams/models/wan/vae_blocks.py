@@ -215,7 +215,7 @@ def fold_frames(x: Tensor) -> Tensor:
     """``[B, C, T, H, W]`` to ``[B T, C, H, W]``; a view where the memory layout allows it.
 
     The stride over a single frame has no meaning, but operators guess the memory layout from
-    strides: with the channels moved last for a while it becomes one that they recognise.
+    strides: with the channels temporarily moved last it becomes one that they recognise.
     """
     return x.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
 
