@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from flashdreams_kernels.launch import (
+    CONSUMER,
     FLOAT_TYPES,
     INDEX_TYPES,
     Launch,
     Target,
     ceil_div,
     check_tensor,
+    generation_of,
     named_strides,
     next_power_of_2,
     target_of,
@@ -48,9 +50,6 @@ class TileConfig:
 TileTable = Mapping[tuple[int, int], TileConfig]
 """Tiles by (capability, padded head dim), for 16-bit inputs; see :func:`tile_config`."""
 
-CONSUMER = 86
-"""Stands in a table for the chips with less shared memory: 8.6, 8.9, 12.x."""
-
 TILES: TileTable = {
     (80, 64): TileConfig(128, 64, 4, 3, 2),
     (80, 128): TileConfig(128, 64, 8, 3),
@@ -79,10 +78,7 @@ def tile_config(
         return TileConfig(32, 32, 4, 1) if padded <= 128 else TileConfig(16, 16, 4, 1)
     if padded > 128:
         return TileConfig(64, 32, 8, 2)
-    if target.capability in (86, 89) or target.capability >= 120 or target.capability < 80:
-        return table[CONSUMER, padded]
-    generation = max(c for c, _ in table if c <= target.capability and c != CONSUMER)
-    return table[generation, padded]
+    return table[generation_of(target, table), padded]
 
 
 def choose_num_splits(num_tiles: int, num_blocks: int, num_slots: int) -> int:

@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
@@ -34,6 +34,36 @@ class Target:
 
 INTERPRETER = Target(capability=0, num_processors=1)
 
+CONSUMER = 86
+"""Stands in a table for the chips with less shared memory: 8.6, 8.9, 12.x."""
+
+
+def generation_of(target: Target, table: Iterable[tuple[int, Any]]) -> int:
+    """The entry of a table that serves a GPU: the newest one that is not newer than it.
+
+    Args:
+        target: a GPU.
+        table: keys that begin with a capability, :data:`CONSUMER` among them.
+    """
+    if target.capability in (86, 89) or target.capability >= 120 or target.capability < 80:
+        return CONSUMER
+    return max(c for c, _ in table if c <= target.capability and c != CONSUMER)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A contiguous tensor that a program reads or writes in blocks, by a tensor descriptor."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    """Of a block."""
+
+    def descriptor(self) -> Any:
+        """What Triton takes; made on the host, so that kernels need no memory of their own."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor.from_tensor(self.tensor, list(self.shape))
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -45,7 +75,7 @@ class Launch:
     """Function of that module."""
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    """Tensors, integers and floats, by parameter name; None where a program reads nothing."""
+    """Tensors, blocks, integers and floats, by parameter name; None where nothing is read."""
     constants: dict[str, Any]
     """Compile-time values, by parameter name."""
     num_warps: int = 4
@@ -59,11 +89,15 @@ class Launch:
             ImportError: triton is not installed.
         """
         program = getattr(load_programs(self.module), self.program)[self.grid]
+        arguments = {
+            name: value.descriptor() if isinstance(value, Block) else value
+            for name, value in self.arguments.items()
+        }
         if self.device.type != "cuda":
-            program(**self.arguments, **self.constants, **self.options)
+            program(**arguments, **self.constants, **self.options)
             return
         with torch.cuda.device(self.device):
-            program(**self.arguments, **self.constants, **self.options)
+            program(**arguments, **self.constants, **self.options)
 
     @property
     def options(self) -> dict[str, Any]:
