@@ -64,6 +64,8 @@ class BackendChoice:
 
     name: str
     rows: tuple[MeasuredBackend, ...]
+    tiled: bool = False
+    """Under strict: it is called in tiles, since its bits depend on the number of heads or rows."""
 
     def table(self) -> str:
         """The candidates as aligned lines of text."""
@@ -79,6 +81,7 @@ class BackendChoice:
         return {
             "attention_backend": self.name,
             "attention_backends": [asdict(row) for row in self.rows],
+            **({"attention_tiled": True} if self.tiled else {}),
         }
 
 
@@ -121,13 +124,7 @@ def _measure(
 ) -> BackendChoice:
     q, k, v = draw_inputs(shape, device, dtype)
     call_of, seen = _prepare(shape, q, k, v)
-    places = torch.linspace(
-        0,
-        shape.queries - 1,
-        min(shape.queries, COMPARED_QUERIES),
-        dtype=torch.float32,
-        device="cpu",
-    ).long()
+    places = compared_places(shape.queries)
     expected = reference_attention(q[:, places], *seen, shape.head_dim**-0.5)
     del seen
     bound = ERROR_BOUNDS[dtype]
@@ -210,6 +207,35 @@ def _judge(
     return error, None
 
 
+@torch.no_grad()
+def check_backend(
+    name: str,
+    backend: AttentionBackend,
+    shape: AttentionShape,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> MeasuredBackend:
+    """Whether a backend is right at a shape, without timing it; the verdict is "right" if so.
+
+    Args:
+        name: if it is one of the table's, its reasons to be unusable are asked first.
+        backend: what to call; it may have arguments bound.
+        shape: the call.
+        device: where it is made.
+        dtype: of queries, keys and values.
+    """
+    reason = why_unusable(name, device, dtype, shape.head_dim) if name in BACKENDS else None
+    if reason is not None:
+        return MeasuredBackend(name, None, None, reason)
+    q, k, v = draw_inputs(shape, device, dtype)
+    scale = shape.head_dim**-0.5
+    places = compared_places(shape.queries)
+    expected = reference_attention(q[:, places], k, v, scale)
+    call = partial(backend, q, k, v, scale=scale)
+    error, reason = _judge(call, q, places, expected, ERROR_BOUNDS[dtype])
+    return MeasuredBackend(name, None, error, reason or "right")
+
+
 def draw_inputs(
     shape: AttentionShape, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,6 +257,12 @@ def draw_inputs(
     asked = torch.linspace(0, shape.keys - 1, count, dtype=torch.float32, device="cpu").long()
     q[:, asking] = 3 * k[:, asked]
     return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
+
+
+def compared_places(queries: int) -> Tensor:
+    """The queries that are held against the reference, from the first to the last."""
+    count = min(queries, COMPARED_QUERIES)
+    return torch.linspace(0, queries - 1, count, dtype=torch.float32, device="cpu").long()
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

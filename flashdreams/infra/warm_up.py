@@ -7,13 +7,19 @@ from typing import Any
 
 import torch
 
-from flashdreams.attention.choose import AUTO, BackendChoice, choose_backend
+from flashdreams.attention.choose import AUTO, AttentionShape, BackendChoice, choose_backend
+from flashdreams.attention.invariance import (
+    STRICT_ORDER,
+    choose_invariant_backend,
+    strict_backends,
+)
 from flashdreams.infra.component import declared_context
 from flashdreams.infra.decoder.base import Decoder, StreamingDecoder
 from flashdreams.infra.diffusion.transformer import Transformer
 from flashdreams.infra.encoder.base import Encoder
 from flashdreams.parallel.environment import from_rank_zero
 from flashdreams.parallel.mesh import Mesh, local_attention
+from flashdreams.parallel.strict import set_strict_backend
 from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.compilation import Compilation, compiled_so_far
 from flashdreams.runtime.cuda_graph import GraphedCallable
@@ -79,7 +85,8 @@ def choose_attention(
     """Settle the attention backend of all ranks; a collective call.
 
     "auto" is measured on a GPU. A CPU has one fused kernel, so a measurement would only make runs
-    differ; strict ranks must not depend on the clock; xfuser's attention has no core.
+    differ; strict ranks must not depend on the clock: they take the first backend with the same
+    bits for any number of heads and rows; xfuser's attention has no core.
 
     Returns:
         The choice, without rows where nothing was measured; None without attention cores.
@@ -87,14 +94,27 @@ def choose_attention(
     shape, name = transformer.attention_shape(1), transformer.config.attention_backend
     if shape is None:
         return None
+    if mesh.config.strict and device.type == "cuda":
+        return _choose_strict(transformer, shape, name, device)
     foreign = mesh.config.context_backend == "xfuser" and mesh.sequence.size > 1
-    if name == AUTO and (device.type != "cuda" or mesh.config.strict or foreign):
+    if name == AUTO and (device.type != "cuda" or foreign):
         name = "sdpa"
     if name != AUTO:
         return BackendChoice(name, ())
     local = local_attention(shape, mesh)
     choice = from_rank_zero(lambda: choose_backend(local, device, transformer.dtype))
     transformer.set_attention_backend(choice.name)
+    return choice
+
+
+def _choose_strict(
+    transformer: Transformer, shape: AttentionShape, name: str, device: torch.device
+) -> BackendChoice:
+    """Settle the backend of strict ranks on a GPU, and whether it must be tiled."""
+    candidates = strict_backends(shape, device, STRICT_ORDER if name == AUTO else (name,))
+    dtype = transformer.dtype
+    choice = from_rank_zero(lambda: choose_invariant_backend(shape, device, dtype, candidates))
+    set_strict_backend(transformer, candidates[choice.name], tiled=choice.tiled)
     return choice
 
 

@@ -9,7 +9,15 @@ from torch import nn
 from flashdreams.attention.backends import sdpa
 from flashdreams.parallel.mesh import Mesh, ParallelConfig
 from flashdreams.parallel.parallelize import parallelize
-from flashdreams.parallel.strict import TiledAttention, TiledLinear
+from flashdreams.parallel.strict import (
+    TILE_ROWS,
+    InvariantLinear,
+    TiledAttention,
+    TiledLinear,
+    attention_cores,
+    make_strict,
+    set_strict_backend,
+)
 from tests.harness import run_ranks
 from tests.parallel.rollout import build_model, make_mesh, roll_out
 
@@ -77,3 +85,22 @@ def test_strict_keeps_the_parameters():
     assert list(after) == list(before)
     assert all(after[name] is before[name] for name in before)
     assert "tiles of fixed size" in str(report)
+
+
+def test_strict_on_a_gpu_has_one_call_per_linear_layer_and_pads_nothing(monkeypatch):
+    """Built for a GPU, run on meta: which layers there are, and what may still be fused."""
+    model = build_model()
+    before = dict(model.named_parameters())
+    mesh = Mesh(config=ParallelConfig(strict=True), device_type="cuda")
+    report = parallelize(model, model.parallel_plan(), mesh)
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    assert linears and all(type(m) is InvariantLinear for m in linears)
+    assert all(dict(model.named_parameters())[name] is before[name] for name in before)
+    assert "the same bits for any number of rows" in str(report)
+    assert "split" not in report.installed  # one rank computes its tokens as they are
+    meta = InvariantLinear(nn.Linear(3, 2, device="meta"))
+    assert meta(torch.empty(5, 3, device="meta")).shape == (5, 2)
+    set_strict_backend(model, sdpa, tiled=False)
+    assert all(core.backend is sdpa and core.strict for core in attention_cores(model))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert make_strict(nn.Sequential(nn.Linear(2, 2)), "cuda").unit == TILE_ROWS["cuda"]

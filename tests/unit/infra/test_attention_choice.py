@@ -6,6 +6,7 @@ import torch
 from flashdreams.attention import backends
 from flashdreams.attention.choose import AttentionShape, BackendChoice, MeasuredBackend
 from flashdreams.attention.core import AttentionCore
+from flashdreams.attention.invariance import STRICT_ORDER
 from flashdreams.infra import warm_up
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
@@ -76,12 +77,31 @@ def test_strict_tiles_go_around_a_fixed_name():
         assert core.backend.backend is backends.sdpa_math
 
 
-@pytest.mark.parametrize(("device", "mesh"), [("cpu", Mesh()), ("cuda", STRICT)])
-def test_auto_measures_neither_on_a_cpu_nor_when_strict(asked, device, mesh):
+@pytest.mark.parametrize("mesh", [Mesh(), STRICT])
+def test_auto_measures_nothing_on_a_cpu(asked, mesh):
     transformer = tiny_transformer().setup()
-    choice = warm_up.choose_attention(transformer, mesh, torch.device(device))
+    choice = warm_up.choose_attention(transformer, mesh, torch.device("cpu"))
     assert choice.name == "sdpa" and not asked
     assert all(core.backend is backends.sdpa for core in cores(transformer))
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("name", ["auto", "sdpa_math"])
+def test_strict_on_a_gpu_asks_for_equal_bits_and_measures_nothing(asked, monkeypatch, name, tiled):
+    def choose(shape, device, dtype, candidates):
+        assert shape.num_heads == 2 and (device, dtype) == (CUDA, torch.float32)
+        wanted = STRICT_ORDER if name == "auto" else (name,)
+        assert tuple(candidates) == wanted
+        return BackendChoice(wanted[-1], (), tiled=tiled)
+
+    monkeypatch.setattr(warm_up, "choose_invariant_backend", choose)
+    transformer = tiny_transformer(attention_backend=name).setup()
+    choice = warm_up.choose_attention(transformer, STRICT, CUDA)
+    assert choice.tiled == tiled and not asked
+    chosen = backends.BACKENDS[choice.name]
+    for core in cores(transformer):
+        assert isinstance(core.backend, TiledAttention) == tiled
+        assert (core.backend.backend if tiled else core.backend) is chosen
 
 
 def test_auto_measures_the_real_call_on_a_gpu(asked):
