@@ -134,6 +134,7 @@ def stats(done: WarmUp | None, calls: Sequence[GraphedCallable]) -> dict[str, An
             "captures_after_ready": sum(call.captures for call in calls) - captures,
             "replays": sum(call.replays for call in calls),
             "eager_calls": sum(call.eager_calls for call in calls),
+            **{"off": call.failure for call in calls if call.failure is not None},
         }
     if done is not None and done.compiled.graphs:
         found["torch_compile"] = {

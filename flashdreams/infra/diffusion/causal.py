@@ -362,9 +362,11 @@ class CausalTransformer(Transformer):
     ) -> Callable[..., Tensor]:
         """The graph where one serves this call, else the plain module, as for many timesteps."""
         network = self.network
-        if isinstance(network, GraphedCallable) and (
-            per_frame or not network.serves(state.inputs, state, write_only)
-        ):
+        if not isinstance(network, GraphedCallable):
+            return network
+        if not network.can_capture:  # a CPU
+            return self.__call__
+        if per_frame or not network.serves(state.inputs, state, write_only):
             network.eager_calls += 1
             return self.__call__
         return network

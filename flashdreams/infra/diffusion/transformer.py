@@ -39,9 +39,9 @@ class TransformerConfig(ComponentConfig):
     latent_width: int = 104
     """Latent columns W."""
 
-    use_cuda_graph: bool = False
-    """Replay the network call as CUDA graphs, all captured at warm-up. On a CPU the call is always
-    eager."""
+    use_cuda_graph: bool = True
+    """Replay the network call as CUDA graphs, all captured at warm-up. A network that cannot be
+    captured runs eagerly, which one line says; on a CPU the call is always eager."""
 
     attention_backend: str = "auto"
     """Backend of the attention cores, by name. "auto" measures the candidates on a GPU at warm-up,
@@ -259,6 +259,14 @@ class Transformer(Component):
                 f"attention_backend must stay {AUTO!r}; got {name!r}."
             )
         resolve_backend(name, device, self.dtype, shape.head_dim)
+
+    def resolved_choices(self) -> dict[str, Any]:
+        """What the config left open and this device decided, for the numerics fingerprint.
+
+        Returns:
+            JSON values by the name of the config's field.
+        """
+        return {}
 
     @property
     def needs_warm_up(self) -> bool:
