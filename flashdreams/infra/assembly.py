@@ -292,6 +292,8 @@ class Assembly(nn.Module):
         backend = done.attention.name if done is not None and done.attention is not None else None
         transformer = self.diffusion_model.transformer
         resolved = transformer.resolved_choices()
+        if done is not None and done.attention is not None and done.attention.kv_splits:
+            resolved |= {"attention_kv_splits": done.attention.kv_splits}
         return fingerprint(
             transformer.config, resolved, backend, self.layout.mesh, self.target_device
         )

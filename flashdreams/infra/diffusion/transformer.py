@@ -1,6 +1,6 @@
 """The transformer contract: a network and the rollout state that it reads and writes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -242,6 +242,16 @@ class Transformer(Component):
         for core in self.modules():
             if isinstance(core, AttentionCore):
                 core.backend = backend
+
+    def bind_kv_splits(self, name: str, splits_of: Callable[[AttentionShape], int | None]) -> None:
+        """Fix the KV splits of cores that run a backend by name; others are left alone.
+
+        The default leaves all cores at one split.
+
+        Args:
+            name: the backend that was chosen.
+            splits_of: KV splits of a call of the whole model; None where the backend has none.
+        """
 
     def check_device(self, device: torch.device) -> None:
         """Refuse a ``linear_precision`` or ``attention_backend`` that cannot run there.
