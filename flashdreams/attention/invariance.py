@@ -1,25 +1,21 @@
 """Whether a backend gives a query the same bits whatever else is computed with it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashdreams.attention.backends import BACKENDS, AttentionBackend, why_unusable
+from flashdreams.attention.backends import BACKENDS, AttentionBackend, bind_kv_splits
 from flashdreams.attention.choose import (
     AttentionShape,
     BackendChoice,
     MeasuredBackend,
     check_backend,
     draw_inputs,
+    kv_splits_of,
 )
-
-STRICT_ORDER = ("flash_attn_3", "sdpa_cudnn", "flash_attn", "triton", "sdpa")
-"""Backends in the order in which strict tries them; no clock decides."""
 
 PROMPT_KEYS = 512
 """Keys of cross-attention to a prompt."""
@@ -31,63 +27,45 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers that show all bits of an element of a size."""
 
 
-def strict_backends(
-    shape: AttentionShape, device: torch.device, names: tuple[str, ...] = STRICT_ORDER
-) -> dict[str, AttentionBackend]:
-    """Backends as strict calls them: their KV splits follow from the whole model's shape.
-
-    Args:
-        shape: self-attention of the whole model once the window is full.
-        device: where it runs.
-        names: of :data:`flashdreams.attention.backends.BACKENDS`.
-    """
-    found: dict[str, AttentionBackend] = {name: BACKENDS[name] for name in names}
-    if "triton" in found and why_unusable("triton", device, torch.float32) is None:
-        from flashdreams_kernels.attention import STRICT_NUM_SPLITS, chunk_attention
-
-        kernel: Callable[..., Any] = chunk_attention
-        found["triton"] = partial(kernel, num_splits=STRICT_NUM_SPLITS)
-    return found
-
-
 def choose_invariant_backend(
-    shape: AttentionShape,
-    device: torch.device,
-    dtype: torch.dtype,
-    candidates: Mapping[str, AttentionBackend],
+    shape: AttentionShape, device: torch.device, dtype: torch.dtype, names: Sequence[str]
 ) -> BackendChoice:
-    """The first candidate that is right and invariant; else the first right one, to be tiled.
+    """The first backend that is right and invariant; else the first right one, to be tiled.
 
-    Two processes of any number of ranks come to the same choice, for no clock is asked. Several
-    ranks let rank zero choose and broadcast the result.
+    KV splits follow from the shape. Processes of any number of ranks come to the same choice, for
+    no clock is asked; rank zero's is broadcast.
 
     Args:
         shape: self-attention of the whole model once the window is full.
         device: where it runs.
         dtype: of queries, keys and values.
-        candidates: backends by name, in the order of preference.
+        names: of :data:`flashdreams.attention.backends.BACKENDS`, in the order of preference.
 
     Returns:
         The choice; ``tiled`` says that bits depend on the number of heads or rows.
 
     Raises:
-        ValueError: no candidate is right; the message has the table.
+        ValueError: no backend is right; the message has the table.
     """
     rows: list[MeasuredBackend] = []
     whole, right = "", ""
-    for name, backend in candidates.items():
+    for name in names:
         if whole:
             rows.append(MeasuredBackend(name, None, None, "not needed"))
             continue
+        splits = kv_splits_of(name, shape, device, strict=True)
+        backend = BACKENDS[name] if splits is None else bind_kv_splits(name, splits)
         row = check_backend(name, backend, shape, device, dtype)
         if row.verdict == "right":
             variance = find_variance(backend, shape, device, dtype)
             right = right or name
             whole = name if variance is None else ""
-            row = replace(row, verdict="chosen, same bits" if whole else variance or "")
+            row = replace(row, verdict=variance or "chosen")
         rows.append(row)
-    choice = BackendChoice(whole or right, tuple(rows), tiled=not whole)
-    if not choice.name:
+    chosen = whole or right
+    splits = kv_splits_of(chosen, shape, device, strict=True)
+    choice = BackendChoice(chosen, tuple(rows), splits, tiled=not whole)
+    if not chosen:
         raise ValueError(f"No attention backend is right for {shape} here.\n{choice.table()}")
     return choice
 

@@ -106,8 +106,7 @@ def make_strict(module: nn.Module, device_type: str) -> Strictness:
     """Make every linear layer and every attention core of a module strict, at any world size.
 
     On a GPU linear layers run through one batch-invariant kernel; without Triton, and on a CPU, in
-    tiles of fixed size. Attention runs in tiles until `set_strict_backend` says
-    that it need not.
+    tiles of fixed size. Attention runs in tiles until warm-up has compared bits without them.
     On a CPU this also sets one intra-op thread for the process: the split of a product over
     threads changes its bits.
 
@@ -127,27 +126,16 @@ def make_strict(module: nn.Module, device_type: str) -> Strictness:
             if type(child) is nn.Linear:
                 strict = InvariantLinear(child) if invariant else TiledLinear(child, rows)
                 setattr(parent, name, strict)
-    for core in attention_cores(module):
-        core.backend = TiledAttention(core.backend, rows)
-        core.strict = True
+    tile_attention(module, device_type)
     if invariant:
         return Strictness("linear layers with the same bits for any number of rows", 1)
     return Strictness("tiles of fixed size", rows)
 
 
-def set_strict_backend(module: nn.Module, backend: AttentionBackend, *, tiled: bool) -> None:
-    """Let all attention cores of a strict module on a GPU run a backend.
-
-    Args:
-        module: changed in place.
-        backend: what they call; its KV splits must not depend on this rank's share.
-        tiled: call it with fixed query rows and one head at a time, since its bits depend on
-            their number; else whole.
-    """
-    for core in attention_cores(module):
-        core.backend = TiledAttention(backend, TILE_ROWS["cuda"]) if tiled else backend
-
-
-def attention_cores(module: nn.Module) -> list[AttentionCore]:
-    """All attention cores, also those inside of wrappers."""
-    return [core for core in module.modules() if isinstance(core, AttentionCore)]
+def tile_attention(module: nn.Module, device_type: str) -> None:
+    """Call the backend of every attention core with fixed query rows and one head at a time."""
+    rows = TILE_ROWS.get(device_type, TILE_ROWS["cuda"])
+    for core in module.modules():
+        if isinstance(core, AttentionCore):
+            core.backend = TiledAttention(core.backend, rows)
+            core.strict = True

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from flashdreams.attention.backends import sdpa
+from flashdreams.attention.core import AttentionCore
 from flashdreams.parallel.mesh import Mesh, ParallelConfig
 from flashdreams.parallel.parallelize import parallelize
 from flashdreams.parallel.strict import (
@@ -14,9 +15,7 @@ from flashdreams.parallel.strict import (
     InvariantLinear,
     TiledAttention,
     TiledLinear,
-    attention_cores,
     make_strict,
-    set_strict_backend,
 )
 from tests.harness import run_ranks
 from tests.parallel.rollout import build_model, make_mesh, roll_out
@@ -100,7 +99,7 @@ def test_strict_on_a_gpu_has_one_call_per_linear_layer_and_pads_nothing(monkeypa
     assert "split" not in report.installed  # one rank computes its tokens as they are
     meta = InvariantLinear(nn.Linear(3, 2, device="meta"))
     assert meta(torch.empty(5, 3, device="meta")).shape == (5, 2)
-    set_strict_backend(model, sdpa, tiled=False)
-    assert all(core.backend is sdpa and core.strict for core in attention_cores(model))
+    cores = [m for m in model.modules() if isinstance(m, AttentionCore)]
+    assert cores and all(core.strict and core.backend.rows == TILE_ROWS["cuda"] for core in cores)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert make_strict(nn.Sequential(nn.Linear(2, 2)), "cuda").unit == TILE_ROWS["cuda"]

@@ -26,8 +26,6 @@ class BlockConfig(Protocol):
     """Inner width of the feed-forward layers."""
     eps: float
     """Added to variances."""
-    fused_kernels: bool
-    """Whether Triton kernels are used."""
     dtype: Any
     """Name of the type of the branches."""
     kv_cache_dtype: Any
@@ -227,9 +225,13 @@ class WanBlock(nn.Module):
         )
         self.modulation = new_modulation(6, c.dim)
 
-    def select_implementations(self) -> None:
-        """Choose how the block computes; called once, after ranks have taken their parts of it."""
-        if not self.config.fused_kernels:
+    def select_implementations(self, fused_kernels: bool) -> None:
+        """Choose how the block computes; called once, after ranks have taken their parts of it.
+
+        Args:
+            fused_kernels: whether small operations run as Triton kernels.
+        """
+        if not fused_kernels:
             return
         attention = self.self_attn
         self.modulated_norm, self.gated_sum = fused.modulated_norm, fused.gated_sum

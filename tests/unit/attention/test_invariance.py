@@ -6,15 +6,13 @@ import re
 import pytest
 import torch
 
-from flashdreams.attention.backends import sdpa, sdpa_math
+from flashdreams.attention import backends as table
+from flashdreams.attention import choose as choose_module
+from flashdreams.attention import invariance
+from flashdreams.attention.backends import PREFERENCE, sdpa
 from flashdreams.attention.choose import AttentionShape, draw_inputs
-from flashdreams.attention.invariance import (
-    STRICT_ORDER,
-    choose_invariant_backend,
-    find_variance,
-    same_bits,
-    strict_backends,
-)
+from flashdreams.attention.invariance import choose_invariant_backend, find_variance, same_bits
+from flashdreams.attention.splits import choose_kv_splits
 from flashdreams.parallel.strict import TiledAttention
 
 CPU = torch.device("cpu")
@@ -78,33 +76,57 @@ def test_bits_are_compared_and_not_numbers():
     assert same_bits(zero.bfloat16(), zero.bfloat16())
 
 
-def test_the_first_invariant_one_is_chosen_and_no_clock_is_asked(monkeypatch):
-    monkeypatch.setattr("time.perf_counter", lambda: pytest.fail("a clock was asked"))
-    candidates = {
+@pytest.fixture
+def backends(monkeypatch):
+    """Backends of a table of the test's own."""
+    table = {
         "wrong": lambda q, k, v, *, scale: q,
         "heads": nudged(lambda q: q.shape[2]),
+        "rows": nudged(lambda q: q.shape[1]),
         "tiles": INVARIANT,
         "later": INVARIANT,
     }
-    choice = choose_invariant_backend(SHAPE, CPU, torch.float32, candidates)
-    assert choice.name == "tiles" and not choice.tiled
+    monkeypatch.setattr(invariance, "BACKENDS", table)
+    return table
+
+
+def choose(*names):
+    return choose_invariant_backend(SHAPE, CPU, torch.float32, names)
+
+
+def test_the_first_invariant_one_is_chosen_and_no_clock_is_asked(backends, monkeypatch):
+    monkeypatch.setattr("time.perf_counter", lambda: pytest.fail("a clock was asked"))
+    choice = choose("wrong", "heads", "tiles", "later")
+    assert choice.name == "tiles" and not choice.tiled and str(choice) == "tiles"
     verdicts = {row.name: row.verdict for row in choice.rows}
     assert "wrong: differs" in verdicts["wrong"] and "number of heads" in verdicts["heads"]
     assert verdicts["later"] == "not needed" and "attention_tiled" not in choice.stats()
 
 
-def test_without_an_invariant_one_the_first_right_one_is_tiled():
-    candidates = {"heads": nudged(lambda q: q.shape[2]), "rows": nudged(lambda q: q.shape[1])}
-    choice = choose_invariant_backend(SHAPE, CPU, torch.float32, candidates)
+def test_without_an_invariant_one_the_first_right_one_is_tiled(backends):
+    choice = choose("wrong", "heads", "rows")
     assert choice.name == "heads" and choice.tiled and choice.stats()["attention_tiled"]
+    assert str(choice) == "heads, in tiles"
     with pytest.raises(ValueError, match=r"No attention backend is right (.|\n)*wrong: differs"):
-        choose_invariant_backend(SHAPE, CPU, torch.float32, {"wrong": lambda q, k, v, *, scale: q})
+        choose("wrong")
 
 
-def test_strict_tries_backends_in_a_fixed_order():
-    found = strict_backends(SHAPE, CPU)
-    assert tuple(found) == STRICT_ORDER and found["sdpa"] is sdpa
-    assert strict_backends(SHAPE, CPU, ("sdpa_math",)) == {"sdpa_math": sdpa_math}
-    choice = choose_invariant_backend(SHAPE, CPU, torch.float32, found)
+def test_what_cannot_run_is_passed_over():
+    choice = choose(*PREFERENCE)
     assert choice.name == "sdpa"
     assert "needs a CUDA device" in {row.name: row.verdict for row in choice.rows}["sdpa_cudnn"]
+
+
+def test_a_backend_that_fits_its_splits_to_every_call_gets_a_number(monkeypatch):
+    called = []
+
+    def triton(q, k, v, *, scale, num_splits):
+        called.append(num_splits)
+        return INVARIANT(q, k, v, scale=scale)
+
+    for module in (invariance, table):
+        monkeypatch.setattr(module, "BACKENDS", {"triton": triton})
+    monkeypatch.setattr(choose_module, "why_unusable", lambda *args: None)
+    monkeypatch.setattr(choose_module, "count_processors", lambda device: 7)
+    wanted = choose_kv_splits(30, 90, 6, 1, 7)
+    assert choose("triton").kv_splits == wanted and set(called) == {wanted}

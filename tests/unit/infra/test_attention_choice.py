@@ -6,7 +6,6 @@ import torch
 from flashdreams.attention import backends
 from flashdreams.attention.choose import AttentionShape, BackendChoice, MeasuredBackend
 from flashdreams.attention.core import AttentionCore
-from flashdreams.attention.invariance import STRICT_ORDER
 from flashdreams.infra import warm_up
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
@@ -88,11 +87,10 @@ def test_auto_measures_nothing_on_a_cpu(asked, mesh):
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("name", ["auto", "sdpa_math"])
 def test_strict_on_a_gpu_asks_for_equal_bits_and_measures_nothing(asked, monkeypatch, name, tiled):
-    def choose(shape, device, dtype, candidates):
+    def choose(shape, device, dtype, names):
         assert shape.num_heads == 2 and (device, dtype) == (CUDA, torch.float32)
-        wanted = STRICT_ORDER if name == "auto" else (name,)
-        assert tuple(candidates) == wanted
-        return BackendChoice(wanted[-1], (), tiled=tiled)
+        assert names == (backends.PREFERENCE if name == "auto" else (name,))
+        return BackendChoice(names[-1], (), tiled=tiled)
 
     monkeypatch.setattr(warm_up, "choose_invariant_backend", choose)
     transformer = tiny_transformer(attention_backend=name).setup()
@@ -102,6 +100,17 @@ def test_strict_on_a_gpu_asks_for_equal_bits_and_measures_nothing(asked, monkeyp
     for core in cores(transformer):
         assert isinstance(core.backend, TiledAttention) == tiled
         assert (core.backend.backend if tiled else core.backend) is chosen
+
+
+def test_strict_fixes_the_splits_of_all_cores(asked, monkeypatch):
+    """Two of the four cores have a cache; those of cross-attention are not split."""
+    monkeypatch.setattr(warm_up, "kv_splits_of", lambda name, shape, device, *, strict: 3)
+    choice = BackendChoice("triton", (), 3)
+    monkeypatch.setattr(warm_up, "choose_invariant_backend", lambda *args: choice)
+    transformer = tiny_transformer().setup()
+    assert warm_up.choose_attention(transformer, STRICT, CUDA) is choice
+    splits = [core.backend.keywords["num_splits"] for core in cores(transformer)]
+    assert sorted(splits) == [1, 1, 3, 3]
 
 
 def test_auto_measures_the_real_call_on_a_gpu(asked):
