@@ -1,6 +1,9 @@
 """Strict mode: the same bits on 1, 2, 3 and 4 ranks."""
 
 import hashlib
+import importlib
+import os
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +22,8 @@ from flashdreams.parallel.strict import (
 )
 from tests.harness import run_ranks
 from tests.parallel.rollout import build_model, make_mesh, roll_out
+
+module = importlib.import_module("flashdreams.parallel.parallelize")
 
 # Wide enough that the library's choice of kernels shows in the bits.
 WIDE = {"dim": 192, "ffn_dim": 512, "num_layers": 1, "sink_size_t": 1}
@@ -52,6 +57,26 @@ def digests(world_size):
             digest(default, world_size, "float32", shape) for shape in (FEWEST_TOKENS, FEW_TOKENS)
         ],
     }
+
+
+def digests_as_on_a_gpu(world_size):
+    """Linear layers through the kernel, in Triton's interpreter; no padding, attention in tiles.
+
+    Widths are whole vectors of a CPU, so that its element-wise loops have no ends either.
+    """
+    os.environ["TRITON_INTERPRET"] = "1"
+    with mock.patch.object(module, "make_strict", lambda model, _: make_strict(model, "cuda")):
+        ulysses = ParallelConfig(strict=True)
+        gather = ParallelConfig(strict=True, ulysses_degree=1)
+        return [digest(way, world_size, "float32", FEWEST_TOKENS) for way in (ulysses, gather)]
+
+
+def test_strict_rollouts_through_the_kernel_have_the_same_bits():
+    """Six tokens on four ranks, two of them padded or empty."""
+    pytest.importorskip("triton")
+    (expected,) = run_ranks(digests_as_on_a_gpu, 1, 1)
+    assert expected[0] == expected[1]
+    assert all(found == expected for found in run_ranks(digests_as_on_a_gpu, 4, 4))
 
 
 @pytest.fixture(scope="module")
