@@ -50,11 +50,23 @@ def generation_of(target: Target, table: Iterable[tuple[int, Any]]) -> int:
     return max(c for c, _ in table if c <= target.capability and c != CONSUMER)
 
 
+ALIGNMENT_BYTES = 16
+"""What a tensor descriptor asks of an address and of all strides but the last."""
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether a tensor's address and strides are such that a tensor descriptor can be made."""
+    steps = [step * x.element_size() for step in x.stride()[:-1]]
+    address = 0 if x.is_meta else x.data_ptr()
+    return not any(number % ALIGNMENT_BYTES for number in (address, *steps))
+
+
 @dataclass(frozen=True)
 class Block:
-    """A contiguous tensor that a program reads or writes in blocks, by a tensor descriptor."""
+    """A tensor that a program reads or writes in blocks, by a tensor descriptor."""
 
     tensor: Tensor
+    """Contiguous along its last dim, aligned: see `is_aligned`."""
     shape: tuple[int, ...]
     """Of a block."""
 
@@ -81,6 +93,8 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 2
     device: torch.device = field(default=torch.device("cpu"))
+    max_registers: int | None = None
+    """Per thread, so that more programs fit on a multiprocessor; None leaves it to the compiler."""
 
     def run(self) -> None:
         """Launch on the device of the tensors.
@@ -105,10 +119,12 @@ class Launch:
 
         Fused multiply-add is asked for by name: triton 3.10 switches it off by default.
         """
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
         return {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,
+            **limit,
         }
 
 

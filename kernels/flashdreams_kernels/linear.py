@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flashdreams_kernels.launch import (
+    ALIGNMENT_BYTES,
     CONSUMER,
     FLOAT_TYPES,
     Block,
@@ -24,9 +25,6 @@ from flashdreams_kernels.launch import (
 
 GROUP = 8
 """Rows of tiles that are computed beside each other, so that weights are read from L2."""
-
-ALIGNMENT_BYTES = 16
-"""What a tensor descriptor asks of addresses and of the bytes of a row."""
 
 
 @dataclass(frozen=True)
