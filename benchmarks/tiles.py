@@ -43,7 +43,7 @@ LINEAR = (
     linear.LinearTile(128, 256, 64, 8, 3, descriptors=True),
     linear.LinearTile(128, 256, 64, 8, 4, descriptors=True),
     linear.LinearTile(128, 256, 64, 8, 3, descriptors=True, persistent=True),
-    linear.LinearTile(64, 256, 64, 4, 3, descriptors=True),
+    linear.LinearTile(64, 256, 64, 4, 2, descriptors=True),
     linear.LinearTile(256, 128, 64, 8, 3, descriptors=True, persistent=True),
 )
 """Candidates for ``flashdreams_kernels.linear.LINEAR_TILES``; those of attention are in
