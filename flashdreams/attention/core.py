@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from flashdreams.attention.backends import AttentionBackend, sdpa
+from flashdreams.attention.backends import BACKENDS, AttentionBackend, bind_kv_splits, sdpa
 from flashdreams.attention.cache import KVCache, KVCacheSpec
 from flashdreams.attention.cursor import Cursor
 from flashdreams.runtime.region import Region
@@ -65,3 +65,16 @@ class AttentionCore(nn.Module):
     def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
         """Write the current chunk into the cache and attend to nothing; as in ``forward``."""
         cache.write(k, v)
+
+
+def bind_cores(module: nn.Module, name: str, splits: int) -> None:
+    """Fix the KV splits of the cores in a module that run a backend by name.
+
+    Args:
+        module: a core, or what wraps one; cores with a backend of their own are left alone.
+        name: one of `flashdreams.attention.backends.BACKENDS`.
+        splits: of each call.
+    """
+    for core in module.modules():
+        if isinstance(core, AttentionCore) and core.backend is BACKENDS[name]:
+            core.backend = bind_kv_splits(name, splits)

@@ -74,7 +74,7 @@ def parallelize(module: nn.Module, plan: ParallelPlan | None, mesh: Mesh) -> Par
 
     State-dict names never change; sliced parameters are the only difference. Modules may be on the
     meta device: load them afterwards with the report's ``slices``. Degrees of 1 install nothing,
-    except that ``strict`` tiles the module on one rank too.
+    except that ``strict`` changes the module on one rank too.
 
     Args:
         module: plain, single-device.
@@ -92,8 +92,8 @@ def parallelize(module: nn.Module, plan: ParallelPlan | None, mesh: Mesh) -> Par
     slices: dict[str, TensorSlice] = {}
     unit = 1
     if mesh.config.strict:
-        unit = make_strict(module, mesh.device_type)
-        installed["tiles of fixed size"] = 1
+        strictness = make_strict(module, mesh.device_type)
+        unit, installed[strictness.installed] = strictness.unit, 1
     matches.leave_whole(plan, mesh.tp.size)
     cut_weights = mesh.tp.size > 1 and bool(plan.tensor)
     if cut_weights:
@@ -101,8 +101,8 @@ def parallelize(module: nn.Module, plan: ParallelPlan | None, mesh: Mesh) -> Par
         installed["sliced layer"] = len(matches.styles)
     cut_sequence = mesh.sequence.size > 1 and bool(plan.split)
     layout = None
-    # Strict pads the tokens of one rank too: the ends of long vectors are rounded otherwise.
-    if cut_sequence or (mesh.config.strict and plan.split):
+    # Strict tiles pad the tokens of one rank too: the ends of long vectors are rounded otherwise.
+    if cut_sequence or (unit > 1 and plan.split):
         layout = _split_sequence(module, matches, mesh, unit)
         installed["split"], installed["gather"] = len(matches.split), len(matches.gather)
     for strategy in _wrap_cores(module, plan, matches, layout, mesh):

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashdreams_kernels import adaln, attention, rope_qknorm
-from flashdreams_kernels.launch import Launch, Target, load_programs
+from flashdreams_kernels import adaln, attention, linear, rope_qknorm
+from flashdreams_kernels.launch import Block, Launch, Target, load_programs
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}
 """Multiprocessors by generation (A100, H100 and H200, B200)."""
@@ -101,6 +101,8 @@ def _argument_type(value: Any, fixed: bool) -> tuple[str, bool]:
         return "constexpr", False
     if isinstance(value, Tensor):
         return TYPE_NAMES[value.dtype], True
+    if isinstance(value, Block):
+        return f"tensordesc<{TYPE_NAMES[value.tensor.dtype][1:]}{list(value.shape)}>", False
     if isinstance(value, float):
         return "fp32", False
     if value == 1 and not fixed:
@@ -160,6 +162,23 @@ def real_launches(
     for residual in (tokens, tensor(1, length, dim, dtype=torch.float32)):
         yield adaln.plan_norm_modulate(residual, shift, scale, 1e-6, tokens)
         yield adaln.plan_gate_add(residual, tokens, shift, residual)
+    yield from _linear_launches(target, length, dim)
+
+
+def _linear_launches(target: Target, length: int, dim: int) -> Iterator[Launch]:
+    """The batch-invariant linear layers of a block, bf16, and a small one in float32."""
+    for width, columns, dtype in (
+        (dim, dim, torch.bfloat16),
+        (dim, 6 * dim, torch.bfloat16),
+        (6 * dim, dim, torch.bfloat16),
+        (dim, 64, torch.float32),
+    ):
+        x, weight, bias, out = (
+            torch.empty(shape, dtype=dtype, device="meta")
+            for shape in ((length, width), (columns, width), (columns,), (length, columns))
+        )
+        tile = linear.linear_tile(target, columns, dtype.itemsize)
+        yield linear.plan(x, weight, bias, out, target, tile)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

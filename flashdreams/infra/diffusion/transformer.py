@@ -1,6 +1,6 @@
 """The transformer contract: a network and the rollout state that it reads and writes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -39,14 +39,15 @@ class TransformerConfig(ComponentConfig):
     latent_width: int = 104
     """Latent columns W."""
 
-    use_cuda_graph: bool = False
-    """Replay the network call as CUDA graphs, all captured at warm-up. On a CPU the call is always
-    eager."""
+    use_cuda_graph: bool = True
+    """Replay the network call as CUDA graphs, all captured at warm-up. A network that cannot be
+    captured runs eagerly, which one line says; on a CPU the call is always eager."""
 
     attention_backend: str = "auto"
     """Backend of the attention cores, by name. "auto" measures the candidates on a GPU at warm-up,
     on this rank's share of self-attention over the full window, and keeps the fastest that is
-    right; on a CPU and under --parallel.strict it is "sdpa"."""
+    right; on a CPU it is "sdpa", and under --parallel.strict on a GPU the first of a fixed order
+    that gives the same bits for any number of heads and queries."""
 
     linear_precision: LinearPrecision = "native"
     """How the products with the blocks' weights are computed: ``"native"`` in ``dtype``; ``"fp8"``
@@ -243,6 +244,16 @@ class Transformer(Component):
             if isinstance(core, AttentionCore):
                 core.backend = backend
 
+    def bind_kv_splits(self, name: str, splits_of: Callable[[AttentionShape], int | None]) -> None:
+        """Fix the KV splits of cores that run a backend by name; others are left alone.
+
+        The default leaves all cores at one split.
+
+        Args:
+            name: the backend that was chosen.
+            splits_of: KV splits of a call of the whole model; None where the backend has none.
+        """
+
     def check_device(self, device: torch.device) -> None:
         """Refuse a ``linear_precision`` or ``attention_backend`` that cannot run there.
 
@@ -259,6 +270,14 @@ class Transformer(Component):
                 f"attention_backend must stay {AUTO!r}; got {name!r}."
             )
         resolve_backend(name, device, self.dtype, shape.head_dim)
+
+    def resolved_choices(self) -> dict[str, Any]:
+        """What the config left open and this device decided, for the numerics fingerprint.
+
+        Returns:
+            JSON values by the name of the config's field.
+        """
+        return {}
 
     @property
     def needs_warm_up(self) -> bool:

@@ -55,6 +55,11 @@ def norm_rope_write(
     return qk_norm_rope_write(q, k, v, norm_q.weight, norm_k.weight, rope, norm_q.eps, *where)
 
 
+def can_fuse_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels run on a GPU; never on a CPU, where an interpreter stands in for one."""
+    return device.type == "cuda" and why_unusable("triton", device, dtype) is None
+
+
 def check_fused_kernels(device: torch.device, dtype: torch.dtype) -> None:
     """Refuse the kernels where they cannot run.
 
