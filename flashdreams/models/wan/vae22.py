@@ -26,6 +26,7 @@ from flashdreams.models.wan.vae_blocks import (
     ResidualBlock,
     RMSNorm,
     Upsample,
+    convolve_normed,
 )
 from flashdreams.parallel.plan import ParallelPlan
 
@@ -204,7 +205,7 @@ class WanVAE22DecoderNetwork(nn.Module):
         x = self.middle(self.conv1(z, carried), carried)
         for level in self.upsamples:
             x = level(x, carried)
-        x = self.head["2"](F.silu(self.head["0"](x), inplace=True), carried)
+        x = convolve_normed(self.head["0"], self.head["2"], x, carried)
         carried.position += z.shape[2]
         return unpatch_pixels(x)
 
