@@ -77,25 +77,29 @@ def select_forms(decoder: nn.Module, forms: DecoderForms) -> None:
         forms: the choice.
     """
     for module in decoder.modules():
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         if forms != PLAIN and isinstance(weight, nn.Parameter) and weight.dim() in (4, 5):
             layout = torch.channels_last if weight.dim() == 4 else torch.channels_last_3d
             weight.data = weight.data.contiguous(memory_format=layout)
-        if hasattr(module, "take_form"):
-            module.take_form(forms)
+        take: Any = getattr(module, "take_form", None)
+        if take is not None:
+            take(forms)
 
 
-def tuned(forms: DecoderForms) -> AbstractContextManager[Any]:
-    """Let cuDNN measure within the context, if the forms say so."""
+def tuned(forms: DecoderForms, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Let cuDNN measure within the context, if the forms say so.
+
+    cuDNN's choices are kept by shape and by the flag for TF32. That flag means nothing to 16-bit
+    types; turned over, it keeps measured choices apart from those of other decoders.
+    """
     if not forms.cudnn_benchmark:
         return nullcontext()
     cudnn = torch.backends.cudnn
     return cudnn.flags(
         enabled=cudnn.enabled,
         benchmark=True,
-        benchmark_limit=0,
         deterministic=cudnn.deterministic,
-        allow_tf32=cudnn.allow_tf32,
+        allow_tf32=cudnn.allow_tf32 == (dtype == torch.float32),
     )
 
 
@@ -145,7 +149,7 @@ def place_phases(
         bias: C values, added.
         forms: who does it.
     """
-    count, width, rows, columns = y.shape
+    count, _width, rows, columns = y.shape
     cells = by_pixel(y).unflatten(3, (growth, 2, 2, -1))
     shape = (count, growth, 2 * rows - 2, 2 * columns - 2, cells.shape[-1])
     out = torch.empty(shape, dtype=y.dtype, device=y.device)

@@ -7,7 +7,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -108,28 +108,32 @@ class MemoryBlock(nn.Module):
     def take_form(self, forms: DecoderForms) -> None:
         """See `flashdreams.models.decoder_forms.select_forms`."""
         self.forms = forms
-        self.pair = pair_weight(self.conv["0"].weight, forms)
+        first: Any = self.conv["0"]
+        self.pair = pair_weight(first.weight, forms)
 
     def forward(self, frames: Tensor, batch: int, carried: CarriedFrames) -> Tensor:
         """Continue ``[B n, C, rows, columns]`` from the last frame in ``carried``; same shape."""
         if self.forms != PLAIN:
-            y = self._first(frames, batch, carried)
-            y = activated(self.conv["2"], y, self.forms)
-            return activated(self.conv["4"], y, self.forms, residual=frames)
+            layers: Any = self.conv
+            y = self._first(layers["0"], frames, batch, carried)
+            y = activated(layers["2"], y, self.forms)
+            return activated(layers["4"], y, self.forms, residual=frames)
         both = self._with_previous(frames, batch, carried)
         y = F.relu(self.conv["0"](both), inplace=True)
         y = F.relu(self.conv["2"](y), inplace=True)
         return self.conv["4"](y).add_(frames).relu_()
 
-    def _first(self, frames: Tensor, batch: int, carried: CarriedFrames) -> Tensor:
+    def _first(
+        self, conv: PaddedConv2d, frames: Tensor, batch: int, carried: CarriedFrames
+    ) -> Tensor:
         """The first convolution with its ReLU, in the form that was taken."""
         if self.pair is None:
             both = self._with_previous(frames, batch, carried)
-            return activated(self.conv["0"], both, self.forms)
-        count, channels, *size = frames.shape
+            return activated(conv, both, self.forms)
+        _count, channels, *size = frames.shape
         last = carried.slot(self.slot, (batch, channels, *size), frames)
         form = convolve_halves if self.forms.memory == "halves" else convolve_frame_pairs
-        y = form(self.conv["0"], self.pair, frames, last, self.forms)
+        y = form(conv, self.pair, frames, last, self.forms)
         last.copy_(frames.unflatten(0, (batch, -1))[:, -1])
         return y
 
@@ -212,7 +216,8 @@ class TAEHVDecoderNetwork(nn.ModuleDict):
         self.phases = None
         if forms.upsampling == "phases":
             levels = [(self[grow], self[conv]) for _, grow, conv in self.levels]
-            self.phases = TAEHVPhases(levels, self[self.last], forms)
+            last: Any = self[self.last]
+            self.phases = TAEHVPhases(levels, last, forms)
 
     def forward(self, latent: Tensor, trim: int, carried: CarriedFrames) -> Tensor:
         """Decode ``[B, C, T, H, W]`` to ``[B n, 3 * patch_size^2, rows, columns]``.
@@ -392,7 +397,7 @@ class TAEHVDecoder(StreamingDecoder):
         latent = channels_innermost(latent, self.device, self.dtype)
         parts = []
         count = frames_at_once(config.decode_frames_at_once, self.device, latent.shape[2])
-        with tuned(self.forms):
+        with tuned(self.forms, self.dtype):
             for part in latent.split(count, dim=2):
                 frames = self.decoder(part, config.time_factor - 1, carried).float()
                 if config.patch_size > 1:

@@ -189,10 +189,10 @@ def _add_halo(conv: Any, name: str, layout: WidthLayout) -> None:
     whole: Callable[..., Tensor] = getattr(conv, method)
     upscale = getattr(conv, "upscale", 1)
 
-    def convolve(x: Tensor, **options: Any) -> Tensor:
+    def convolve(x: Tensor, *forms: Any, **options: Any) -> Tensor:
         if not layout.widths:
-            return whole(x, **options)
-        wide = whole(layout.with_halo(x, padding), **options)
+            return whole(x, *forms, **options)
+        wide = whole(layout.with_halo(x, padding), *forms, **options)
         return wide.narrow(-1, padding * upscale, x.shape[-1] * upscale)
 
     setattr(conv, method, convolve)

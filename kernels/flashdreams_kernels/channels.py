@@ -27,7 +27,9 @@ ELEMENTS = 2048
 def norm_silu(
     x: Tensor, gain: Tensor, scale: float, least: float, out: Tensor, bias: Tensor | None = None
 ) -> None:
-    """RMS norm over channels and SiLU in one pass: ``silu((x + bias) / |x + bias| * gain * scale)``.
+    """RMS norm over channels and SiLU in one pass, in float32, rounded once.
+
+    ``silu(y / |y| * gain * scale)`` with ``y = x + bias``.
 
     Args:
         x: ``[B, R, C]``, contiguous.
@@ -42,7 +44,7 @@ def norm_silu(
         TypeError: a dtype that does not fit.
         ImportError: triton is not installed.
     """
-    batch, pixels, width = _shape("x", x, 3)
+    _, pixels, width = _shape("x", x, 3)
     _check("out", out, x.shape, x, dense=False)
     if pixels > 1 and out.stride(1) != width:
         raise ValueError(f"Pixels of out are {out.stride(1)} values apart; they must be {width}.")
@@ -193,7 +195,7 @@ def plan_add(x: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool
 def plan_sum_halves(y: Tensor, last: Tensor, bias: Tensor, out: Tensor) -> Launch:
     """The launch of :func:`sum_halves`; arguments checked."""
     batch, frames, pixels, width = out.shape
-    arguments = {"y": y, "last": last, "bias": bias, "out": out}
+    arguments: dict[str, Any] = {"y": y, "last": last, "bias": bias, "out": out}
     arguments |= {"pixels": pixels, "frames": frames}
     return _plan("sum_halves", y, width, batch * frames * pixels, arguments)
 

@@ -34,8 +34,8 @@ from flashdreams.models.wan.vae_blocks import (
     ResidualBlock,
     RMSNorm,
     Upsample,
-    convolve_normed,
     name_slots,
+    run_head,
 )
 from flashdreams.parallel.plan import ParallelPlan
 
@@ -134,7 +134,7 @@ class WanVAEDecoderNetwork(nn.Module):
         x = self.middle(self.conv1(z, carried), carried)
         for layer in self.upsamples:
             x = layer(x, carried)
-        x = convolve_normed(self.head["0"], self.head["2"], x, carried)
+        x = run_head(self.head, x, carried)
         carried.position += z.shape[2]
         return x
 
@@ -257,7 +257,7 @@ class WanVAEDecoder(StreamingDecoder):
         video = self._new_video(z, carried)
         start = 0
         count = frames_at_once(self.config.decode_frames_at_once, self.device, z.shape[2])
-        with tuned(self.forms):
+        with tuned(self.forms, self.dtype):
             for part in z.split(count, dim=2):
                 frames = self.decoder(self.conv2(part, carried), carried).transpose(1, 2)
                 video[:, start : start + frames.shape[1]] = frames

@@ -26,7 +26,7 @@ from flashdreams.models.wan.vae_blocks import (
     ResidualBlock,
     RMSNorm,
     Upsample,
-    convolve_normed,
+    run_head,
 )
 from flashdreams.parallel.plan import ParallelPlan
 
@@ -205,7 +205,7 @@ class WanVAE22DecoderNetwork(nn.Module):
         x = self.middle(self.conv1(z, carried), carried)
         for level in self.upsamples:
             x = level(x, carried)
-        x = convolve_normed(self.head["0"], self.head["2"], x, carried)
+        x = run_head(self.head, x, carried)
         carried.position += z.shape[2]
         return unpatch_pixels(x)
 

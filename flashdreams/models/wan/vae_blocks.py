@@ -3,6 +3,8 @@
 # Shapes: B batch, C channels, T frames at the layer's own rate, H W rows and columns.
 # Activations are [B, C, T, H, W]; layers that see single frames fold T into the batch.
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -77,8 +79,8 @@ class CausalConv3d(nn.Module):
     def convolve(self, x: Tensor, with_bias: bool = True) -> Tensor:
         """Convolve without left context, with zeros of ``padding`` around every frame."""
         if self.padded is not None:
-            weight, bias = self.padded
-            y = F.conv3d(x, weight, bias if with_bias else None, self.stride, self.padding)
+            weight, padded_bias = self.padded
+            y = F.conv3d(x, weight, padded_bias if with_bias else None, self.stride, self.padding)
             return y[:, : self.weight.shape[0]]
         bias = self.bias if with_bias else None
         if x.device.type == "cpu" and x.dtype == torch.float32 and _ONEDNN:
@@ -125,7 +127,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, carried: CarriedFrames) -> Tensor:
         """Add the residual to ``x``: ``[B, C, T, H, W]`` to ``[B, C', T, H, W]``."""
-        layers = self.residual
+        layers: Any = self.residual
         if layers["2"].forms.pointwise != "plain":
             return self._fused(x, carried)
         shortcut = x if self.shortcut is None else self.shortcut(x, carried)
@@ -135,21 +137,23 @@ class ResidualBlock(nn.Module):
 
     def _fused(self, x: Tensor, carried: CarriedFrames) -> Tensor:
         """The same with biases added by the passes that read the convolutions' results."""
-        first, second = self.residual["2"], self.residual["6"]
+        layers: Any = self.residual
+        first, second = layers["2"], layers["6"]
         bias, shortcut = second.bias, x
-        if self.shortcut is not None:
+        if isinstance(self.shortcut, CausalConv3d):
             shortcut = self.shortcut.convolve(x, with_bias=False)
             bias = bias + self.shortcut.bias
-        y = first.convolve(normed_input(self.residual["0"], first, x, carried), with_bias=False)
-        joined = normed_input(self.residual["3"], second, y, carried, first.bias)
+        y = first.convolve(normed_input(layers["0"], first, x, carried), with_bias=False)
+        joined = normed_input(layers["3"], second, y, carried, first.bias)
         cells = by_pixel(second.convolve(joined, with_bias=False))
         rows, residual = cells.flatten(0, 3), by_pixel(shortcut).flatten(0, 3)
         pointwise_ops(first.forms).add_(rows, bias, residual)
         return cells.movedim(-1, 1)
 
 
-def convolve_normed(norm: RMSNorm, conv: CausalConv3d, x: Tensor, carried: CarriedFrames) -> Tensor:
-    """Norm, SiLU and a causal convolution of ``[B, C, T, H, W]``."""
+def run_head(head: Any, x: Tensor, carried: CarriedFrames) -> Tensor:
+    """Norm, SiLU and causal convolution of ``[B, C, T, H, W]``: ``"0"`` and ``"2"`` of ``head``."""
+    norm, conv = head["0"], head["2"]
     if conv.forms.pointwise == "plain":
         return conv(F.silu(norm(x), inplace=True), carried)
     return conv.convolve(normed_input(norm, conv, x, carried))
