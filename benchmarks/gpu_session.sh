@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Every figure that needs a GPU, in one run of at most eight minutes on one H100 or H200: no weights,
 # no network. Sections come in order of worth. Each has a time limit and writes its files as soon as
-# it ends; what was cut or failed is listed as not measured in the table at the end.
+# it ends; what was cut or failed is listed as not measured in the table at the end, and the exit code
+# is then 1.
 #
 #   bash benchmarks/gpu_session.sh
 #   SECTIONS="headline gpu_tests" REFERENCE=../before REFERENCE_COMMIT=7918d52 bash benchmarks/gpu_session.sh
 #   DRY_RUN=1 bash benchmarks/gpu_session.sh        # every section at a tiny size on the CPU
 #
 # Paths are relative to the checkout.
-# RESULTS           folder of the files (default: benchmarks/results/gpu)
+# RESULTS           folder of the files (default: outputs/gpu_session)
 # OUT               folder that gets the table, the profiles and a pack of all files; optional
 # REFERENCE         checkout of another commit, to be timed in turns with this one; optional, made by
 #                   git archive 7918d52 flashdreams kernels benchmarks | tar x -C REFERENCE
@@ -20,7 +21,7 @@ cd "$(dirname "$0")/.." || exit
 
 ALL="headline gpu_tests lingbot decoders attention kernels strict precision growth peers"
 SECTIONS="${SECTIONS:-$ALL}"
-RESULTS="${RESULTS:-benchmarks/results/gpu}"
+RESULTS="${RESULTS:-outputs/gpu_session}"
 OUT="${OUT:-}"
 REFERENCE="${REFERENCE:-}"
 REFERENCE_COMMIT="${REFERENCE_COMMIT:-unknown}"
@@ -70,7 +71,7 @@ headline() {
 
 gpu_tests() {
     "$PYTHON" -m pytest tests/gpu tests/unit/runtime -m gpu -v -p no:cacheprovider \
-        --timeout 60 --durations 10
+        --timeout 120 --durations 10
 }
 
 lingbot() {
@@ -129,7 +130,7 @@ memory_gib() {
 limit_of() { # seconds of a section
     case "$1" in
         headline) echo 180 ;;
-        gpu_tests) echo 90 ;;
+        gpu_tests) echo 110 ;;
         lingbot) echo 135 ;;
         strict) echo 75 ;;
         precision | peers) echo 60 ;;
@@ -146,6 +147,7 @@ pack() {
     mkdir -p "$OUT"
     tar czf "$OUT/session.tar.gz.part" -C "$RESULTS" . && mv "$OUT/session.tar.gz.part" "$OUT/session.tar.gz"
     cp "$RESULTS"/profile_*.txt "$RESULTS/headline.json" "$RESULTS/summary.md" "$OUT" 2>/dev/null
+    return 0
 }
 
 # One section in a process of its own, so that `timeout` can end it with all that it has started.
@@ -158,6 +160,7 @@ fi
 mkdir -p "$RESULTS"
 rm -f "$RESULTS"/*
 begin=$SECONDS
+missing=0
 for section in $SECTIONS; do
     if [[ " $ALL " != *" $section "* ]]; then
         echo "unknown section $section; there are: $ALL" >&2
@@ -174,6 +177,7 @@ for section in $ALL; do
     ((limit > left)) && limit=$left
     if ((limit < 10)); then
         note "$section" "not measured: no time was left" 0
+        missing=1
         continue
     fi
     echo "== $section, at most $limit s"
@@ -186,9 +190,11 @@ for section in $ALL; do
         124 | 137) state="cut after $limit s" ;;
         *) state="failed: $(tail -n 1 "$RESULTS/$section.log" | cut -c 1-200)" ;;
     esac
+    [[ "$state" != "done" ]] && missing=1
     note "$section" "$state" $((SECONDS - at))
     pack
 done
 echo "== table"
 "$PYTHON" benchmarks/session_table.py "$RESULTS" | tee "$RESULTS/summary.md"
 pack
+exit $missing

@@ -78,9 +78,8 @@ def table(folder: Path) -> str:
         listed = f": {', '.join(tests)}" if outcome in ("failed", "error") else ""
         lines.append(f"- GPU tests, {outcome}: {len(tests)}{listed}")
     for name, state, seconds in order:
-        measured = (
-            "" if state == "done" or (folder / f"{name}.json").exists() else " (not measured)"
-        )
+        known = state == "done" or "not measured" in state or (folder / f"{name}.json").exists()
+        measured = "" if known else " (not measured)"
         lines.append(f"- {name}: {state}, {seconds} s{measured}")
     return "\n".join(lines) + "\n"
 

@@ -257,8 +257,8 @@ class Axis:
 
     @property
     def is_shared(self) -> bool:
-        """Whether the axis has a group, so that what is cut along it communicates."""
-        return self.group is not None
+        """Whether what is cut along the axis communicates: over several ranks, or a test's one."""
+        return self.size > 1 or self.group is not None
 
 
 @dataclass(frozen=True)
