@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# shellcheck disable=SC2329 # sections are called by their names
 # Every figure that needs a GPU, in one run of at most eight minutes on one H100 or H200: no weights,
 # no network. Sections come in order of worth. Each has a time limit and writes its files as soon as
 # it ends; what was cut or failed is listed as not measured in the table at the end, and the exit code

@@ -65,6 +65,9 @@ class Streamer:
         with weights:
             self.subject: Any = rollout.load_subject(spec["slug"], place, **spec["options"])
         self._synchronize()
+        if self.device.type == "cuda":  # weights may have been wider while they were built
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.setup_s = time.perf_counter() - start
         self.cache: Any = None
         self.chunk: Any = None
