@@ -125,8 +125,8 @@ def measure(
             subject = build_subject(case, VARIANTS[name], device)
             latents[name] = roll_latents(subject, steps)
             subjects[name] = subject
-        except (ValueError, RuntimeError) as error:
-            sys.stderr.write(f"{case}: {name} cannot be used here: {error}\n")
+        except (ValueError, RuntimeError) as refused:
+            sys.stderr.write(f"{case}: {name} cannot be used here: {refused}\n")
     exact = latents[EXACT]
     if case == GOLDEN:
         calls = load_file(_golden_folder() / "rollout_full.safetensors")
