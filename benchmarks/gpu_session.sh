@@ -71,8 +71,10 @@ headline() {
 }
 
 gpu_tests() {
+    local workers=()
+    "$PYTHON" -c "import xdist" 2>/dev/null && workers=(-n 3 --dist loadfile)
     "$PYTHON" -m pytest tests/gpu tests/unit/runtime -m gpu -v -p no:cacheprovider \
-        --timeout 120 --durations 10
+        --timeout 120 --durations 10 "${workers[@]}"
 }
 
 lingbot() {

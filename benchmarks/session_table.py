@@ -32,7 +32,13 @@ MORE = {
     "memory_ratio": "memory {:.3f}",
 }
 """Row fields that are worth a word, with their form."""
-OUTCOME = re.compile(r"^(\S+::\S.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", re.MULTILINE)
+OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL"
+OUTCOME = re.compile(
+    rf"^(?:(?P<name>\S+::\S.*?) (?P<outcome>{OUTCOMES})\b"
+    rf"|\[gw\d+\] \[ *\d+%\] (?P<of_worker>{OUTCOMES}) (?P<on_worker>\S+::\S.*?)\s*$)",
+    re.MULTILINE,
+)
+"""A line of ``pytest -v``, by itself or of one of several workers."""
 
 
 def read_section(path: Path) -> Iterator[tuple[str, ...]]:
@@ -58,8 +64,9 @@ def describe(row: Mapping[str, Any]) -> Iterator[str]:
 def tests_of(log: str) -> dict[str, list[str]]:
     """Names of tests by outcome, from the output of ``pytest -v``."""
     found: dict[str, list[str]] = {}
-    for name, outcome in OUTCOME.findall(log):
-        found.setdefault(outcome.lower(), []).append(name)
+    for line in OUTCOME.finditer(log):
+        outcome = line["outcome"] or line["of_worker"]
+        found.setdefault(outcome.lower(), []).append(line["name"] or line["on_worker"])
     return found
 
 

@@ -145,7 +145,7 @@ def steady_steps(figures: Sequence[Figure]) -> str:
         row = found.row
         cells = [f"`{row['case']}`", row["variant"], f"**{row['p50_ms']:.0f}**"]
         cells += [f"x {row['ratio']:.3f}", f"{row['fps']:.1f}", _figure(row["latency_p50_ms"])]
-        cells += [f"{row['peak_gib']:.1f}", f"{row['latent_error_last']:.1e}", place(found)]
+        cells += [f"{row['peak_gib']:.1f}", _figure(row["latent_error_last"], ".1e"), place(found)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -164,8 +164,8 @@ def readme(figures: Sequence[Figure], slugs: Mapping[str, str]) -> str:
     return "\n\n".join([*parts, f"{NOT_MEASURED.capitalize()}: {others}."] if others else parts)
 
 
-def _figure(value: Any) -> str:
-    return f"{value:.0f}" if isinstance(value, int | float) else NOT_MEASURED
+def _figure(value: Any, form: str = ".0f") -> str:
+    return f"{value:{form}}" if isinstance(value, int | float) else str(value)
 
 
 def ratios(figures: Sequence[Figure]) -> str:

@@ -13,6 +13,7 @@ What cannot be measured, or has no time left, is listed with its reason under ``
 
 import argparse
 import json
+import math
 import queue
 import subprocess
 import sys
@@ -40,6 +41,8 @@ FIELDS = (
     "warm_up_s", "latent_error_first", "latent_error_last", "attention", "weights", "commit",
     "ranks",
 )  # fmt: skip
+GRACE_S = 5.0
+"""Beyond the time limit, for the latency of a variant that has had its turns."""
 BUILD_SHARE = 0.6
 """Of the time limit, after which no further variant is warmed up."""
 
@@ -84,7 +87,7 @@ class Streaming:
 
     def __init__(self, name: str, spec: Mapping[str, Any]) -> None:
         self.name = name
-        self.is_ready = False
+        self.is_over = False
         self.facts: dict[str, Any] = {}
         self.times: list[float] = []
         self.host_times: list[float] = []
@@ -172,9 +175,8 @@ class Run:
             self.write()
         for variant in started:
             self._try(variant, self._measure_latency)
-        for variant in started:
-            if self.options.profile is not None and "reference" not in variant.name:
-                self._try(variant, self._profile)
+        for variant in started if self.options.profile is not None else ():
+            self._try(variant, self._profile)
         for variant in started:
             variant.stop()
         self.write()
@@ -198,14 +200,16 @@ class Run:
         return Streaming(name, spec)
 
     def _try(self, variant: Streaming, part: Any) -> None:
-        if variant.name in self.not_measured:
+        """Do one part of a variant's measurement; one that fails or is late does no other part."""
+        if variant.is_over:
             return
         try:
             part(variant)
         except NotMeasuredError as error:
+            variant.is_over = True
+            variant.stop()
             if not variant.times:
                 self.not_measured[variant.name] = str(error)
-                variant.stop()
             sys.stderr.write(f"{variant.name}: {error}\n")
 
     def _warm_up(self, variant: Streaming) -> None:
@@ -227,8 +231,9 @@ class Run:
         variant.facts["peak_gib"] = turn["peak_gib"]
 
     def _measure_latency(self, variant: Streaming) -> None:
-        variant.latencies = variant.ask(self.deadline, "latency", count=self.options.steps)["ms"]
-        variant.facts |= variant.ask(self.deadline, "sha256")
+        late = max(self.deadline, time.monotonic()) + GRACE_S
+        variant.latencies = variant.ask(late, "latency", count=self.options.steps)["ms"]
+        variant.facts |= variant.ask(late, "sha256")
 
     def _profile(self, variant: Streaming) -> None:
         if time.monotonic() < self.deadline:
@@ -278,7 +283,7 @@ class Run:
             report.write(self.report(), self.options.json)
 
 
-def latent_errors(latents: Path, expected: Path) -> dict[str, float]:
+def latent_errors(latents: Path, expected: Path) -> dict[str, Any]:
     """How far a variant's latents are from another's, as a share of the root mean square.
 
     Args:
@@ -287,8 +292,9 @@ def latent_errors(latents: Path, expected: Path) -> dict[str, float]:
     """
     pairs = list(zip(torch.load(latents), torch.load(expected), strict=True))
 
-    def error(a: torch.Tensor, b: torch.Tensor) -> float:
-        return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
+    def error(a: torch.Tensor, b: torch.Tensor) -> float | str:
+        found = float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
+        return found if math.isfinite(found) else "not finite"
 
     return {"latent_error_first": error(*pairs[0]), "latent_error_last": error(*pairs[-1])}
 

@@ -89,10 +89,33 @@ def test_a_variant_that_cannot_run_is_named(script, tmp_path, capsys):
         script("variants").main([SLUG, "--variants", "faster"])
 
 
+def test_a_variant_that_is_late_keeps_what_it_has(script, tmp_path, monkeypatch):
+    variants, path = script("variants"), tmp_path / "variants.json"
+    take_turn, turns = variants.Run._take_turn, []
+
+    def late(run, variant):
+        turns.append(variant.name)
+        if len(turns) == 3:
+            raise variants.NotMeasuredError("the time limit")
+        take_turn(run, variant)
+
+    monkeypatch.setattr(variants.Run, "_take_turn", late)
+    words = [SLUG, "--variants", "default; graphs off", "--repeats", "2", "--steps", "1"]
+    variants.main([*words, "--device", "cpu", "--git-commit", "0" * 40, "--json", str(path)])
+    assert turns == ["default", "graphs off", "graphs off", "default"]
+    rows = {row["variant"]: row for row in json.loads(path.read_text())["rows"]}
+    assert (rows["default"]["repeats"], rows["graphs off"]["repeats"]) == (2, 1)
+    assert rows["graphs off"]["latency_p50_ms"] == "not measured"
+
+
 def test_the_session_table_counts_tests(script):
     log = "tests/a.py::b PASSED [1%]\ntests/a.py::c[x y] FAILED [2%]\nnothing\n"
+    log += "[gw1] [ 99%] PASSED tests/d.py::e \nFAILED tests/a.py::c[x y] - assert False\n"
     found = script("session_table").tests_of(log)
-    assert found == {"passed": ["tests/a.py::b"], "failed": ["tests/a.py::c[x y]"]}
+    assert found == {
+        "passed": ["tests/a.py::b", "tests/d.py::e"],
+        "failed": ["tests/a.py::c[x y]"],
+    }
 
 
 def test_cheap_weights_have_the_moments_of_the_initialisers(script):
