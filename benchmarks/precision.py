@@ -116,10 +116,17 @@ def roll_latents(subject: rollout.Subject, steps: int) -> Tensor:
 def measure(
     case: str, names: Sequence[str], device: torch.device, repeats: int, walks: HeldOut
 ) -> list[dict[str, Any]]:
-    """One row per variant."""
-    subjects = {name: build_subject(case, VARIANTS[name], device) for name in names}
+    """One row per variant that can be used here; the others say why not."""
+    subjects = {EXACT: build_subject(case, VARIANTS[EXACT], device)}
     steps = GOLDEN_STEPS if case == GOLDEN else 2 * subjects[EXACT].steps_to_fill
-    latents = {name: roll_latents(subject, steps) for name, subject in subjects.items()}
+    latents = {EXACT: roll_latents(subjects[EXACT], steps)}
+    for name in names[1:]:
+        try:
+            subject = build_subject(case, VARIANTS[name], device)
+            latents[name] = roll_latents(subject, steps)
+            subjects[name] = subject
+        except (ValueError, RuntimeError) as refused:
+            sys.stderr.write(f"{case}: {name} cannot be used here: {refused}\n")
     exact = latents[EXACT]
     if case == GOLDEN:
         calls = load_file(_golden_folder() / "rollout_full.safetensors")
