@@ -25,7 +25,7 @@ def all_gather(x: Tensor, group: ProcessGroup, dim: int = 0) -> Tensor:
     """
     size = group.size()
     gathered = x.new_empty((size * x.shape[0], *x.shape[1:]))
-    _all_gather_single(gathered, x.contiguous(), group=group)
+    _all_gather_single(_plain(gathered), _plain(x.contiguous()), group=group)
     if dim == 0:
         return gathered
     return gathered.unflatten(0, (size, -1)).movedim(0, dim).flatten(dim, dim + 1)
@@ -42,8 +42,13 @@ def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
         ``[P, ...]``; slice ``p`` came from rank ``p``.
     """
     received = torch.empty_like(x)
-    dist.all_to_all_single(received, x, group=group)
+    dist.all_to_all_single(_plain(received), _plain(x), group=group)
     return received
+
+
+def _plain(x: Tensor) -> Tensor:
+    """The same storage in a type that every library of collectives knows: 8-bit floats as bytes."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:

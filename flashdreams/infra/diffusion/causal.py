@@ -15,6 +15,7 @@ from torch import Tensor
 from flashdreams.attention.cache import KVCache, KVCacheSpec
 from flashdreams.attention.choose import AttentionShape
 from flashdreams.attention.cursor import Cursor
+from flashdreams.attention.fp8 import check_fp8
 from flashdreams.attention.rope import RotaryEmbedding3D, time_rotation
 from flashdreams.infra.diffusion.causal_config import CausalTransformerConfig
 from flashdreams.infra.diffusion.causal_state import (
@@ -27,6 +28,7 @@ from flashdreams.infra.diffusion.causal_state import (
     graph_key,
     graph_state,
     same_shapes,
+    scales_by_glob,
     token_values_to_pixels,
 )
 from flashdreams.infra.diffusion.rewrite import (
@@ -165,7 +167,7 @@ class CausalTransformer(Transformer):
             head_dim=c.head_dim,
             dtype=self.dtype,
             device=self.device,
-            storage=c.kv_cache_dtype,
+            storage=c.kv_storage,
         )
         spec = replace(spec, **changes)
         return replace(spec, relative_sink=c.relative_rope and spec.sink_size_t > 0)
@@ -208,6 +210,7 @@ class CausalTransformer(Transformer):
             cursors[sizes] = Cursor(*sizes)
         return CausalState(
             context=context,
+            scales=scales_by_glob(caches),
             caches=caches,
             cursors=list(cursors.values()),
             condition=condition,
@@ -347,6 +350,12 @@ class CausalTransformer(Transformer):
 
     # Warm-up, graphs and memory.
 
+    def check_device(self, device: torch.device) -> None:
+        """Refuse a ``precision`` that cannot run there, too; see the contract."""
+        super().check_device(device)
+        if self.config.precision == "fp8":
+            check_fp8(device, self.config.head_dim)
+
     @cached_property
     def network(self) -> Callable[..., Tensor]:
         """``forward``; replayed as a CUDA graph in the steady state, if the config asks for it.
@@ -421,7 +430,8 @@ class CausalTransformer(Transformer):
             keys=spec.capacity_t * spec.tokens_per_frame if c.streaming else tokens,
             num_heads=spec.num_heads,
             head_dim=spec.head_dim,
-            storage=spec.storage,
+            # Attention to an fp8 cache is no choice: what is chosen serves cross-attention.
+            storage="native" if spec.storage == "fp8" else spec.storage,
         )
 
     def cache_nbytes(self, batch_size: int) -> int:

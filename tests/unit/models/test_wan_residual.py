@@ -209,7 +209,13 @@ def test_with_float32_throughout_no_bit_changes():
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"kv_cache_dtype": "int8"}, {"relative_rope": True}, {"dtype": "float16"}],
+    [
+        {},
+        {"kv_cache_dtype": "int8"},
+        {"precision": "fp8"},
+        {"relative_rope": True},
+        {"dtype": "float16"},
+    ],
     ids=str,
 )
 def test_a_rollout_errs_less_with_it(changes):
