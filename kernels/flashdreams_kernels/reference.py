@@ -39,6 +39,28 @@ def chunk_attention(
     return out.transpose(1, 2).to(q.dtype), lse
 
 
+def fp8_weights_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    """Attention whose softmax weights are rounded to e4m3, as FP8 kernels do; their sum is not.
+
+    Args:
+        q: ``[B, L, N, D]``.
+        k: ``[B, S, N, D]``.
+        v: like ``k``.
+        scale: factor on the scores.
+
+    Returns:
+        ``[B, L, N, D]`` in the dtype of ``q``.
+
+    Source: FlashAttention-3, arXiv:2407.08608, section 3.3; weights are multiplied by 2**8 before.
+    """
+    queries, keys, values = (x.transpose(1, 2).float() for x in (q, k, v))
+    scores = queries @ keys.transpose(-1, -2) * scale
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    rounded = (weights * 256).to(torch.float8_e4m3fn).float() / 256
+    out = (rounded @ values) / weights.sum(-1, keepdim=True)
+    return out.transpose(1, 2).to(q.dtype)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm over all heads together.
 
