@@ -185,8 +185,8 @@ def ratios(figures: Sequence[Figure]) -> str:
 def precisions(figures: Sequence[Figure]) -> str:
     """Table of what lower precision costs and saves, from the newest report on each device."""
     lines = [
-        "| case | variant | PSNR to the truth, dB | PSNR to float32, dB | latent error "
-        "| weights, MiB | KV cache, MiB | time on a CPU | on a GPU |",
+        "| case | variant | PSNR to the truth, dB | PSNR to float32, dB | error of first latents "
+        "| of last | KV cache, MiB | time on a CPU | on a GPU |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     by_device = {d: _newest([f for f in figures if _is(f, "precision", d)]) for d in DEVICES}
@@ -200,8 +200,8 @@ def precisions(figures: Sequence[Figure]) -> str:
         same = row["latent_error_max"] == 0
         cells.append(_number(row.get("psnr_truth_db"), ".2f"))
         cells.append(_number(None if same else row.get("psnr_float32_db"), ".2f"))
-        cells.append(_number(row["latent_error_max"], ".1e"))
-        cells += [_number(row[f"{name}_mib"], ".3g") for name in ("weights", "kv_cache")]
+        cells += [_number(row[f"latent_error_{end}"], ".1e") for end in ("first", "last")]
+        cells.append(_number(row["kv_cache_mib"], ".3g"))
         for found in by_device.values():
             cells.append(f"x {found[key]['ratio']:.2f}" if key in found else NOT_MEASURED)
         lines.append(f"| {' | '.join(cells)} |")

@@ -43,10 +43,10 @@ def all_gather(x: Tensor, group: ProcessGroup, dim: int = 0) -> Tensor:
         ``x``'s shape with ``dim`` multiplied by ``P``.
     """
     size = group.size()
-    sent = _to_wire(x.contiguous(), group)
+    sent = _plain(_to_wire(x.contiguous(), group))
     received = sent.new_empty((size * x.shape[0], *x.shape[1:]))
     _all_gather_single(received, sent, group=group)
-    gathered = received.to(x.device)
+    gathered = received.to(x.device).view(x.dtype)
     if dim == 0:
         return gathered
     return gathered.unflatten(0, (size, -1)).movedim(0, dim).flatten(dim, dim + 1)
@@ -62,10 +62,15 @@ def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
     Returns:
         ``[P, ...]``; slice ``p`` came from rank ``p``.
     """
-    sent = _to_wire(x, group)
+    sent = _plain(_to_wire(x, group))
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
-    return received.to(x.device)
+    return received.to(x.device).view(x.dtype)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """The same storage in a type that every library of collectives knows: 8-bit floats as bytes."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:

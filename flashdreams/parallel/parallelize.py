@@ -139,7 +139,6 @@ class _Matches:
         self.cores = self._find("cores", plan.cores)
         self._find("units", plan.units)
         self.spatial = self._find("spatial", plan.spatial)
-        self._find("low_precision", dict.fromkeys(plan.low_precision))
         self._refuse_unnamed_linears(module, plan, named)
         parts = (plan.split, plan.gather, plan.attention)
         if any(parts) and not all(parts):

@@ -24,12 +24,16 @@ from flashdreams_kernels.launch import Block, Launch, Target, load_programs
 PROCESSORS = {80: 108, 90: 132, 100: 148}
 """Multiprocessors by generation (A100, H100 and H200, B200)."""
 
+FP8_CAPABILITY = 89
+"""The first GPUs that convert to e4m3."""
+
 TYPE_NAMES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 
 
@@ -157,6 +161,12 @@ def real_launches(
     indices = tensor(length, dtype=torch.int64)
     outputs = (chunk, cache, cache)
     yield rope_qknorm.plan((chunk,) * 3, outputs, weight, weight, table, 1e-6, indices)
+    if capability >= FP8_CAPABILITY:
+        eight = [torch.empty_like(x, dtype=torch.float8_e4m3fn) for x in outputs]
+        scales = tensor(1, 3, num_heads, dtype=torch.float32)
+        for places, stored in ((indices, eight), (None, [eight[0]] * 3)):
+            inputs, to = (chunk,) * 3, (stored[0], stored[1], stored[2])
+            yield rope_qknorm.plan(inputs, to, weight, weight, table, 1e-6, places, scales)
     tokens, vectors = tensor(1, length, dim), tensor(1, 1, 6, dim, dtype=torch.float32)
     shift, scale = vectors[:, :, 0], vectors[:, :, 1]
     for residual in (tokens, tensor(1, length, dim, dtype=torch.float32)):
