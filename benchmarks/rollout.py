@@ -141,7 +141,7 @@ def load_subject(
     place: Environment,
     *,
     backend: str | None = None,
-    use_cuda_graph: bool = False,
+    use_cuda_graph: bool | None = None,
     dtype: str | None = None,
     transformer: Mapping[str, Any] | None = None,
 ) -> Subject:
@@ -151,7 +151,7 @@ def load_subject(
         slug: as on the command line.
         place: the ranks.
         backend: attention backend of every core; None is the config's.
-        use_cuda_graph: replay the network call.
+        use_cuda_graph: replay the network call; None is the config's.
         dtype: of the transformer; None is the config's.
         transformer: more fields of the transformer that are changed.
 
@@ -159,7 +159,9 @@ def load_subject(
         ValueError: an unknown slug or backend, or a method whose control input is not known here.
     """
     runner: Any = discover().resolve(slug)
-    changes: dict[str, Any] = {**(transformer or {}), "use_cuda_graph": use_cuda_graph}
+    changes: dict[str, Any] = dict(transformer or {})
+    if use_cuda_graph is not None:
+        changes["use_cuda_graph"] = use_cuda_graph
     if dtype is not None:
         changes["dtype"] = dtype
     if backend is not None:

@@ -11,11 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashdreams.attention.backends import BACKENDS, AttentionBackend, why_unusable
+from flashdreams.attention.backends import (
+    BACKENDS,
+    PREFERENCE,
+    SPLIT_BACKENDS,
+    AttentionBackend,
+    bind_kv_splits,
+    why_unusable,
+)
 from flashdreams.attention.cache import KVCache, KVCacheSpec
 from flashdreams.attention.core import AttentionCore
 from flashdreams.attention.cursor import Cursor
 from flashdreams.attention.quantized import KVStorage
+from flashdreams.attention.splits import choose_kv_splits, count_processors
 
 ERROR_BOUNDS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest difference to float32 attention over the same values that is accepted, as a share of the
@@ -23,6 +31,10 @@ reference's largest value; some four roundings of the type, and room for TF32.""
 
 COMPARED_QUERIES = 64
 """Queries that are held against the reference, which needs a score for every key."""
+
+CLEARLY_FASTER = 1.03
+"""How much faster a backend must be to be taken before one that `PREFERENCE` names earlier; less
+may be noise, and two starts should choose alike."""
 
 AUTO = "auto"
 """What a config says to have the backend measured."""
@@ -64,6 +76,11 @@ class BackendChoice:
 
     name: str
     rows: tuple[MeasuredBackend, ...]
+    kv_splits: int | None = None
+    """KV splits of self-attention over the full window; None where the backend has no choice."""
+
+    def __str__(self) -> str:
+        return self.name if self.kv_splits is None else f"{self.name}, KV splits {self.kv_splits}"
 
     def table(self) -> str:
         """The candidates as aligned lines of text."""
@@ -76,10 +93,20 @@ class BackendChoice:
 
     def stats(self) -> dict[str, Any]:
         """The choice as JSON values."""
+        splits = {} if self.kv_splits is None else {"attention_kv_splits": self.kv_splits}
         return {
             "attention_backend": self.name,
+            **splits,
             "attention_backends": [asdict(row) for row in self.rows],
         }
+
+
+def kv_splits_of(name: str, shape: AttentionShape, device: torch.device) -> int | None:
+    """KV splits of a backend for a call; None for one that has no choice or chooses by itself."""
+    if name not in SPLIT_BACKENDS:
+        return None
+    sizes = (shape.queries, shape.keys, shape.num_heads, shape.batch_size)
+    return choose_kv_splits(*sizes, count_processors(device))
 
 
 def choose_backend(
@@ -92,7 +119,8 @@ def choose_backend(
 ) -> BackendChoice:
     """Measure the candidates on the real shape and keep the fastest that is right.
 
-    A candidate is right if it stays within :data:`ERROR_BOUNDS` of attention in float32. Several
+    A candidate is right if it stays within :data:`ERROR_BOUNDS` of attention in float32. Of those
+    that are nearly as fast as the fastest, the one that `PREFERENCE` names first is kept. Several
     ranks let rank zero choose and broadcast the name, so that all run the same one.
 
     Args:
@@ -138,6 +166,8 @@ def _measure(
         errors[name] = None
         known = name in BACKENDS and backend is BACKENDS[name]
         reason = why_unusable(name, device, dtype, shape.head_dim) if known else None
+        if known:
+            backend = bind_kv_splits(name, kv_splits_of(name, shape, device) or 1)
         call = call_of(backend)
         if reason is None:
             errors[name], reason = _judge(call, q, places, expected, bound)
@@ -146,20 +176,32 @@ def _measure(
         else:
             reasons[name] = reason
     times = _time_in_turns(calls, device, repeats)
-    fastest = min(times, key=lambda name: times[name]) if times else ""
+    chosen = preferred(times) if times else ""
     rows = tuple(
         MeasuredBackend(
             name,
             times.get(name),
             errors[name],
-            reasons.get(name, "chosen" if name == fastest else "slower"),
+            reasons.get(name, "chosen" if name == chosen else "slower"),
         )
         for name in candidates
     )
-    choice = BackendChoice(fastest, rows)
-    if not fastest:
+    choice = BackendChoice(chosen, rows, kv_splits_of(chosen, shape, device))
+    if not chosen:
         raise ValueError(f"No attention backend is right for {shape} here.\n{choice.table()}")
     return choice
+
+
+def preferred(times: Mapping[str, float]) -> str:
+    """The first in `PREFERENCE` that no other is clearly faster than; names beyond it come last.
+
+    Args:
+        times: milliseconds by name, at least one.
+    """
+    ranks = {name: rank for rank, name in enumerate(PREFERENCE)}
+    limit = CLEARLY_FASTER * min(times.values())
+    near = [name for name, ms in times.items() if ms <= limit]
+    return min(near, key=lambda name: (ranks.get(name, len(ranks)), times[name]))
 
 
 def _prepare(

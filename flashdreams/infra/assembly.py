@@ -294,8 +294,13 @@ class Assembly(nn.Module):
         """What the bits of a rollout depend on beside config, weights and seed, as JSON values."""
         done = self.warmed_up
         backend = done.attention.name if done is not None and done.attention is not None else None
-        config = self.diffusion_model.transformer.config
-        return fingerprint(config, backend, self.layout.mesh, self.target_device)
+        transformer = self.diffusion_model.transformer
+        resolved = transformer.resolved_choices()
+        if done is not None and done.attention is not None and done.attention.kv_splits:
+            resolved |= {"attention_kv_splits": done.attention.kv_splits}
+        return fingerprint(
+            transformer.config, resolved, backend, self.layout.mesh, self.target_device
+        )
 
     def drop_graphs(self) -> None:
         """Free all CUDA graphs; before the process group ends, since they hold its collectives.

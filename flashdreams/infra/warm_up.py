@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flashdreams.attention.choose import AUTO, BackendChoice, choose_backend
+from flashdreams.attention.choose import AUTO, BackendChoice, choose_backend, kv_splits_of
 from flashdreams.infra.component import declared_context
 from flashdreams.infra.decoder.base import Decoder, StreamingDecoder
 from flashdreams.infra.diffusion.transformer import Transformer
@@ -54,7 +54,7 @@ class WarmUp:
         if self.compiled.graphs:
             parts.append(f"{self.compiled.ms / 1e3:.1f} s of it torch.compile")
         if self.attention is not None:
-            parts.append(f"attention {self.attention.name}")
+            parts.append(f"attention {self.attention}")
         return ", ".join(parts)
 
 
@@ -76,8 +76,9 @@ def run_encoders(encoders: Iterable[Any]) -> None:
 def choose_attention(
     transformer: Transformer, mesh: Mesh, device: torch.device
 ) -> BackendChoice | None:
-    """Settle the attention backend of all ranks; a collective call.
+    """Settle the attention backend of all ranks and its KV splits; a collective call.
 
+    Splits follow from the sizes of this rank's calls, under strict from those of the whole model.
     "auto" is measured on a GPU. A CPU has one fused kernel, so a measurement would only make runs
     differ; strict ranks must not depend on the clock; xfuser's attention has no core.
 
@@ -90,11 +91,18 @@ def choose_attention(
     foreign = mesh.config.context_backend == "xfuser" and mesh.sequence.size > 1
     if name == AUTO and (device.type != "cuda" or mesh.config.strict or foreign):
         name = "sdpa"
-    if name != AUTO:
-        return BackendChoice(name, ())
-    local = local_attention(shape, mesh)
-    choice = from_rank_zero(lambda: choose_backend(local, device, transformer.dtype))
-    transformer.set_attention_backend(choice.name)
+    local = shape if mesh.config.strict else local_attention(shape, mesh)
+    if name == AUTO:
+        choice = from_rank_zero(lambda: choose_backend(local, device, transformer.dtype))
+        transformer.set_attention_backend(choice.name)
+    else:
+        choice = BackendChoice(name, (), kv_splits_of(name, local, device))
+    transformer.bind_kv_splits(
+        choice.name,
+        lambda of: kv_splits_of(
+            choice.name, of if mesh.config.strict else local_attention(of, mesh), device
+        ),
+    )
     return choice
 
 
@@ -135,6 +143,9 @@ def stats(done: WarmUp | None, calls: Sequence[GraphedCallable]) -> dict[str, An
             "replays": sum(call.replays for call in calls),
             "eager_calls": sum(call.eager_calls for call in calls),
         }
+        failures = [call.failure for call in calls if call.failure is not None]
+        if failures:
+            found["cuda_graphs"]["off"] = failures[0]
     if done is not None and done.compiled.graphs:
         found["torch_compile"] = {
             "graphs_at_warm_up": done.compiled.graphs,

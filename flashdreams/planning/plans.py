@@ -252,9 +252,10 @@ class Planner:
         work = (network.call * steps + network.clean) * branches + decoded
         caches = network.caches * branches
         everything = network.state * branches + decoder_state
-        graphs = network.activations if getattr(config, "use_cuda_graph", False) else 0
         tokens = getattr(config, "window_size_t", 0)
         on_gpu = self.device.source != "measured now"
+        captures = on_gpu and getattr(config, "use_cuda_graph", False)
+        graphs = network.activations if captures else 0
         return Plan(
             degrees=degrees,
             device=self.device,

@@ -331,14 +331,14 @@ def _text(content: str) -> str:
 
 def graph_status(_: str) -> str:
     """Whether the flag for CUDA graphs does anything yet, read off the code."""
-    flag = "`--pipeline.diffusion-model.transformer.use-cuda-graph True`"
+    flag = "`--pipeline.diffusion-model.transformer.use-cuda-graph False`"
     package = PACKAGE.rglob("*.py")
     users = [f for f in package if "GraphedCallable" in f.read_text() and f.name != "cuda_graph.py"]
     if users:
         return (
-            f"{flag} wraps the network call of a Wan transformer in it. All graphs are captured "
-            "at warm-up; without one, when they are first needed. On a CPU the call stays eager. "
-            "Speed and equality on a GPU: not measured here."
+            "On a GPU the network call of a Wan transformer is wrapped in it. All graphs are "
+            "captured at warm-up; without one, when they are first needed. On a CPU the call stays "
+            f"eager; {flag} makes it eager on a GPU, too."
         )
     return (
         "```{note}\nIn this version no shipped method wraps its network call in it: the field "

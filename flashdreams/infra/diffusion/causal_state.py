@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from flashdreams.attention.cache import KVCache
+from flashdreams.attention.cache import KVCache, KVCacheSpec
+from flashdreams.attention.choose import AttentionShape
 from flashdreams.attention.cursor import Cursor
+from flashdreams.infra.diffusion.causal_config import CausalTransformerConfig
 from flashdreams.infra.diffusion.transformer import Transformer
 from flashdreams.parallel.plan import state
 from flashdreams.runtime.transfer import to_device
@@ -137,6 +139,20 @@ def checked_condition(
             "A model with condition_channels=0 takes none; others need one, usually an image."
         )
     return to_device(condition, transformer.device).to(transformer.dtype)
+
+
+def attention_over(spec: KVCacheSpec, config: CausalTransformerConfig) -> AttentionShape:
+    """The attention call of the whole model over a full cache; over a chunk without streaming."""
+    tokens = config.len_t * spec.tokens_per_frame
+    return AttentionShape(
+        batch_size=spec.batch_size,
+        queries=tokens,
+        keys=spec.capacity_t * spec.tokens_per_frame if config.streaming else tokens,
+        num_heads=spec.num_heads,
+        head_dim=spec.head_dim,
+        # Attention to an fp8 cache is no choice: what is chosen serves cross-attention.
+        storage="native" if spec.storage == "fp8" else spec.storage,
+    )
 
 
 def graph_key(inputs: StepInputs, state: CausalState, write_only: bool = False) -> bool | None:

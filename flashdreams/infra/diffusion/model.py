@@ -260,14 +260,17 @@ class DiffusionModel(nn.Module):
         control = self.transformer.example_control(1)
         # No rank may stop at a difference: the calls of the others contain collectives.
         exact = all([self.transformer.replay_is_exact(branch, control) for branch in states])
-        if all_ranks_agree(exact):
+        failed = any(call.failure is not None for call in captured)  # which said so itself
+        if all_ranks_agree(exact and not failed):
             return
+        reason = "a replay differed from an eager call"
+        if exact and not failed:
+            reason = "a capture failed, or a replay differed from an eager call, on another rank"
         for call in captured:
             call.drop()
-        logger.warning(
-            "CUDA graphs are off: a replay differed from an eager call%s. Runs go on eagerly.",
-            "" if not exact else " on another rank",
-        )
+            call.failure = call.failure or reason
+        if not failed:
+            logger.warning("CUDA graphs are off: %s. Runs go on eagerly.", reason)
 
     def _step_through(self, cache: DiffusionCache) -> int:
         """A rollout of dummy values, up to the point from which all AR steps are alike."""

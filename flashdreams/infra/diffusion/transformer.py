@@ -1,6 +1,6 @@
 """The transformer contract: a network and the rollout state that it reads and writes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,9 +34,9 @@ class TransformerConfig(ComponentConfig):
     latent_width: int = 104
     """Latent columns W."""
 
-    use_cuda_graph: bool = False
-    """Replay the network call as CUDA graphs, all captured at warm-up. On a CPU the call is always
-    eager."""
+    use_cuda_graph: bool = True
+    """Replay the network call as CUDA graphs, all captured at warm-up. A network that cannot be
+    captured runs eagerly, which one line says; on a CPU the call is always eager."""
 
     attention_backend: str = "auto"
     """Backend of the attention cores, by name. "auto" measures the candidates on a GPU at warm-up,
@@ -221,6 +221,16 @@ class Transformer(Component):
             if isinstance(core, AttentionCore):
                 core.backend = backend
 
+    def bind_kv_splits(self, name: str, splits_of: Callable[[AttentionShape], int | None]) -> None:
+        """Fix the KV splits of cores that run a backend by name; others are left alone.
+
+        The default leaves all cores at one split.
+
+        Args:
+            name: the backend that was chosen.
+            splits_of: KV splits of a call of the whole model; None where the backend has none.
+        """
+
     def check_device(self, device: torch.device) -> None:
         """Refuse an ``attention_backend`` that cannot run there.
 
@@ -236,6 +246,14 @@ class Transformer(Component):
                 f"attention_backend must stay {AUTO!r}; got {name!r}."
             )
         resolve_backend(name, device, self.dtype, shape.head_dim)
+
+    def resolved_choices(self) -> dict[str, Any]:
+        """What the config left open and this device decided, for the numerics fingerprint.
+
+        Returns:
+            JSON values by the name of the config's field.
+        """
+        return {}
 
     @property
     def needs_warm_up(self) -> bool:

@@ -76,6 +76,11 @@ def norm_rope_quantize(
     return qk_norm_rope_quantize(q, k, v, *norm, cache.scales[..., 0])
 
 
+def can_fuse_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels run on a GPU; never on a CPU, where an interpreter stands in for one."""
+    return device.type == "cuda" and why_unusable("triton", device, dtype) is None
+
+
 def check_fused_kernels(device: torch.device, dtype: torch.dtype) -> None:
     """Refuse the kernels where they cannot run.
 
