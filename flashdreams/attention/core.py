@@ -21,6 +21,8 @@ class AttentionCore(nn.Module):
         self.backend = backend
         self.strict = False
         """Whether a head must have the same bits whatever the number of heads."""
+        self.kv_splits = 1
+        """Shares of the keys that attention to an fp8 cache computes side by side on a GPU."""
 
     def new_cache(self, spec: KVCacheSpec, cursor: Cursor) -> KVCache:
         """Storage for one rollout; a wrapper rewrites the spec on the way in."""
@@ -83,10 +85,8 @@ class AttentionCore(nn.Module):
         """
         q = q if q.dtype == FP8 else quantize(q, cache.q_scale)
         scales = (cache.q_scale, cache.k.scale, cache.v.scale)
-        # Of how many runs of keys a result is the sum must not depend on the number of ranks.
-        splits = 1 if self.strict else None
         options = {"scale": self.scale, "dtype": cache.spec.dtype, "backend": self.backend}
-        return attend(q, *cache.stored(), scales, **options, num_splits=splits)
+        return attend(q, *cache.stored(), scales, **options, num_splits=self.kv_splits)
 
     def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
         """Write the current chunk into the cache and attend to nothing; as in ``forward``."""
@@ -103,5 +103,8 @@ def bind_cores(module: nn.Module, name: str, splits: int) -> None:
         splits: of each call.
     """
     for core in module.modules():
-        if isinstance(core, AttentionCore) and core.backend is BACKENDS[name]:
+        if not isinstance(core, AttentionCore):
+            continue
+        core.kv_splits = splits
+        if core.backend is BACKENDS[name]:
             core.backend = bind_kv_splits(name, splits)

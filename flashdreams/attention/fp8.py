@@ -3,16 +3,14 @@
 Shape letters: B batch, L query tokens, S key tokens, N heads, D head dim.
 """
 
-import importlib
-import importlib.util
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashdreams.attention.backends import AttentionBackend
+from flashdreams.attention.flash_attention_3 import HINT, load_flash_attn_3
 from flashdreams.attention.quantized import least_exponents, power_of_two
 
 FP8 = torch.float8_e4m3fn
@@ -20,14 +18,8 @@ LARGEST = torch.finfo(FP8).max
 HEADROOM = 8.0
 """How much larger than in the first chunk values may become before they are cut at the largest
 e4m3 number. It costs no accuracy: e4m3 keeps its three bits over 14 powers of two."""
-
-FA3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
-"""Modules with FlashAttention-3, the first that is installed is used."""
-FA3_HINT = "pip install 'flashdreams[gpu]'"
-QUERY_TILE = 128
-"""Queries of one thread block of FlashAttention-3's e4m3 kernel."""
-MAX_SPLITS = 2
-"""Three and four were measured slower on an H200, whatever the last wave."""
+DESCALES = ("q_descale", "k_descale", "v_descale")
+"""Arguments of FlashAttention-3 for the scales, ``[B, N]`` float32."""
 
 
 class ScaledTokens:
@@ -139,7 +131,7 @@ def attend(
     scale: float,
     dtype: torch.dtype,
     backend: AttentionBackend,
-    num_splits: int | None = None,
+    num_splits: int = 1,
 ) -> Tensor:
     """Attention of e4m3 queries to e4m3 keys and values.
 
@@ -154,7 +146,7 @@ def attend(
         scale: factor on the scores, usually ``D ** -0.5``.
         dtype: of the result.
         backend: for dequantized numbers.
-        num_splits: runs of keys on a GPU; None: what fills this GPU best.
+        num_splits: shares of the keys that a GPU computes side by side.
 
     Returns:
         ``[B, L, N, D]`` in ``dtype``.
@@ -165,46 +157,11 @@ def attend(
     if not q.is_cuda:
         wide = [dequantize(x, s, dtype) for x, s in zip((q, k, v), scales, strict=True)]
         return backend(*wide, scale=scale)
-    if num_splits is None:
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-        num_splits = splits_to_fill(q.shape[0] * q.shape[2], q.shape[1], processors)
-    names = ("q_descale", "k_descale", "v_descale")
-    descales = dict(zip(names, scales, strict=True))
-    found = flash_attn_func()(q, k, v, softmax_scale=scale, num_splits=num_splits, **descales)
+    descales = dict(zip(DESCALES, scales, strict=True))
+    function = load_flash_attn_3().flash_attn_func
+    found = function(q, k, v, softmax_scale=scale, num_splits=num_splits, **descales)
     out = found[0] if isinstance(found, tuple) else found
     return out.to(dtype)
-
-
-def splits_to_fill(heads: int, queries: int, processors: int) -> int:
-    """Runs into which keys are split so that the last wave of thread blocks is the fullest.
-
-    More runs cost a pass that merges them, so another one must fill 5 % more.
-
-    Args:
-        heads: batch entries times heads.
-        queries: L.
-        processors: multiprocessors of the GPU, one thread block each.
-    """
-    blocks = heads * -(-queries // QUERY_TILE)
-    best, fullest = 1, 0.0
-    for splits in range(1, MAX_SPLITS + 1):
-        waves = splits * blocks / processors
-        full = waves / -(-splits * blocks // processors)
-        if full > 1.05 * fullest:
-            best, fullest = splits, full
-    return best
-
-
-def flash_attn_func() -> Callable[..., Any]:
-    """FlashAttention-3 of an installed package.
-
-    Raises:
-        ImportError: there is none.
-    """
-    for name in FA3_MODULES:
-        if importlib.util.find_spec(name) is not None:
-            return importlib.import_module(name).flash_attn_func
-    raise ImportError(f"FlashAttention-3 is not installed; {FA3_HINT}")
 
 
 def why_no_fp8(device: torch.device, head_dim: int) -> str | None:
@@ -225,11 +182,11 @@ def why_no_fp8(device: torch.device, head_dim: int) -> str | None:
     if head_dim % 16 or not 64 <= head_dim <= 256:
         return f"FlashAttention-3 takes multiples of 16 from 64 to 256 as head size, not {head_dim}"
     try:
-        parameters = inspect.signature(flash_attn_func()).parameters
+        parameters = inspect.signature(load_flash_attn_3().flash_attn_func).parameters
     except ImportError as error:
         return str(error)
-    if "q_descale" not in parameters:
-        return f"this release of FlashAttention-3 has no e4m3 kernel; {FA3_HINT}"
+    if not {*DESCALES, "num_splits"} <= parameters.keys():
+        return f"this release of FlashAttention-3 has no e4m3 kernel; {HINT}"
     return None
 
 

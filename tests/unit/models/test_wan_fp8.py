@@ -1,9 +1,11 @@
 """Rollouts with precision="fp8" on a CPU, against the same ones in float32."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from flashdreams.attention import fp8
+from flashdreams.attention import flash_attention_3, fp8
 from flashdreams.attention.cache import KVCache, KVCacheSpec
 from flashdreams.attention.core import AttentionCore
 from flashdreams.attention.cursor import Cursor
@@ -220,7 +222,7 @@ def test_what_does_not_go_together_is_refused(change, message):
 )
 def test_a_gpu_that_cannot_is_refused(capability, head_dim, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(fp8, "FA3_MODULES", ())
+    monkeypatch.setattr(flash_attention_3, "MODULES", ())
     with pytest.raises(ValueError, match=message):
         fp8.check_fp8(torch.device("cuda"), head_dim)
     fp8.check_fp8(torch.device("cpu"), head_dim)
@@ -228,15 +230,10 @@ def test_a_gpu_that_cannot_is_refused(capability, head_dim, message, monkeypatch
 
 def test_a_release_without_the_kernel_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(fp8, "flash_attn_func", lambda: lambda q, k, v, softmax_scale: None)
-    with pytest.raises(ValueError, match="no e4m3 kernel"):
-        fp8.check_fp8(torch.device("cuda"), 128)
-    with_kernel = lambda q, k, v, softmax_scale, q_descale, num_splits: None  # noqa: E731
-    monkeypatch.setattr(fp8, "flash_attn_func", lambda: with_kernel)
-    fp8.check_fp8(torch.device("cuda"), 128)
-
-
-def test_splits_fill_the_last_wave():
-    assert fp8.splits_to_fill(heads=12, queries=4680, processors=132) == 2  # 3.36 waves, 6.73
-    assert fp8.splits_to_fill(heads=40, queries=4680, processors=132) == 1  # 11.2 waves
-    assert fp8.splits_to_fill(heads=1, queries=128, processors=132) == 2
+    old = lambda q, k, v, softmax_scale, num_splits: None  # noqa: E731
+    new = lambda q, k, v, q_descale, k_descale, v_descale, num_splits: None  # noqa: E731
+    for function, message in ((old, "no e4m3 kernel"), (new, None)):
+        module = SimpleNamespace(flash_attn_func=function)
+        monkeypatch.setattr(fp8, "load_flash_attn_3", lambda module=module: module)
+        found = fp8.why_no_fp8(torch.device("cuda"), 128)
+        assert (found is None) if message is None else message in found
