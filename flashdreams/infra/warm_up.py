@@ -133,9 +133,19 @@ def _choose_strict(
 
 
 def decode_zeros(
-    decoder: Decoder | None, latent_shape: Sequence[int], device: torch.device
+    decoder: Decoder | None,
+    latent_shape: Sequence[int],
+    device: torch.device,
+    capture: bool = False,
 ) -> None:
-    """Decode two chunks of zeros, since the first one may take a path of its own."""
+    """Decode two chunks of zeros, since the first one may take a path of its own.
+
+    Args:
+        decoder: None does nothing.
+        latent_shape: of a chunk.
+        device: where the pipeline runs.
+        capture: let the decoder capture what it can replay.
+    """
     if decoder is None:
         return
     latent = torch.zeros(tuple(latent_shape), device=device, dtype=torch.float32)
@@ -147,14 +157,21 @@ def decode_zeros(
     cache = decoder.initialize_cache()
     for index in range(2):
         decoder(latent, autoregressive_index=index, cache=cache)
+    if capture:
+        decoder.capture(latent)
 
 
-def stats(done: WarmUp | None, calls: Sequence[GraphedCallable]) -> dict[str, Any]:
+def stats(
+    done: WarmUp | None,
+    calls: Sequence[GraphedCallable],
+    decoder_calls: Sequence[GraphedCallable] = (),
+) -> dict[str, Any]:
     """Figures of warm-up and of what came after it, as JSON values.
 
     Args:
         done: None before warm-up.
-        calls: those that are replayed as graphs.
+        calls: those of the transformer that are replayed as graphs.
+        decoder_calls: those of the decoder, of which none is captured after warm-up.
     """
     found: dict[str, Any] = {}
     if done is not None:
@@ -172,6 +189,13 @@ def stats(done: WarmUp | None, calls: Sequence[GraphedCallable]) -> dict[str, An
         failures = [call.failure for call in calls if call.failure is not None]
         if failures:
             found["cuda_graphs"]["off"] = failures[0]
+    decoder_calls = [call for call in decoder_calls if call.can_capture]
+    if decoder_calls:
+        found["decoder_cuda_graph"] = {
+            "captures": sum(call.captures for call in decoder_calls),
+            "replays": sum(call.replays for call in decoder_calls),
+            "eager_calls": sum(call.eager_calls for call in decoder_calls),
+        }
     if done is not None and done.compiled.graphs:
         found["torch_compile"] = {
             "graphs_at_warm_up": done.compiled.graphs,

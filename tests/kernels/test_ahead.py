@@ -15,6 +15,10 @@ KERNELS = {
     "rope_qknorm.norm_rope",
     "adaln.norm_modulate",
     "adaln.gate_add",
+    "channels.norm_silu",
+    "channels.add",
+    "channels.sum_halves",
+    "channels.spread_phases",
 }
 
 
