@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flashdreams.attention.backends import PREFERENCE
+from flashdreams.attention.backends import BACKENDS, PREFERENCE, bind_kv_splits
 from flashdreams.attention.choose import (
     AUTO,
     AttentionShape,
@@ -15,7 +15,7 @@ from flashdreams.attention.choose import (
     choose_backend,
     kv_splits_of,
 )
-from flashdreams.attention.core import bind_cores
+from flashdreams.attention.core import AttentionCore
 from flashdreams.attention.invariance import choose_invariant_backend
 from flashdreams.infra.component import declared_context
 from flashdreams.infra.decoder.base import Decoder, StreamingDecoder
@@ -126,7 +126,9 @@ def _choose_strict(
     transformer.bind_kv_splits(
         choice.name, lambda of: kv_splits_of(choice.name, of, device, strict=True)
     )
-    bind_cores(transformer, choice.name, 1)  # those without a cache
+    for core in transformer.modules():  # those without a cache have none yet
+        if isinstance(core, AttentionCore) and core.backend is BACKENDS[choice.name]:
+            core.backend = bind_kv_splits(choice.name, 1)
     if choice.tiled:
         tile_attention(transformer, device.type)
     return choice
