@@ -16,7 +16,7 @@ from flashdreams.attention.choose import (
     kv_splits_of,
 )
 from flashdreams.attention.core import AttentionCore
-from flashdreams.attention.invariance import choose_invariant_backend
+from flashdreams.attention.invariance import check_fp8_invariance, choose_invariant_backend
 from flashdreams.infra.component import declared_context
 from flashdreams.infra.decoder.base import Decoder, StreamingDecoder
 from flashdreams.infra.diffusion.transformer import Transformer
@@ -121,6 +121,8 @@ def _choose_strict(
 ) -> BackendChoice:
     """Settle the backend of strict ranks on a GPU, and whether it must be tiled."""
     names, dtype = PREFERENCE if name == AUTO else (name,), transformer.dtype
+    if getattr(transformer.config, "precision", "native") == "fp8":
+        from_rank_zero(lambda: check_fp8_invariance(shape, device, dtype))
     choice = from_rank_zero(lambda: choose_invariant_backend(shape, device, dtype, names))
     transformer.set_attention_backend(choice.name)
     transformer.bind_kv_splits(
