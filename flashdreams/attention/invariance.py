@@ -106,9 +106,10 @@ def find_variance(
 def fp8_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, num_splits: int = 1) -> Tensor:
     """Attention as over an fp8 cache, of what is not yet quantized; see `fp8.attend`."""
     ones = q.new_ones((q.shape[0], q.shape[2]), dtype=torch.float32)
-    stored = [quantize(x, ones) for x in (q, k, v)]
     return attend(
-        *stored,
+        quantize(q, ones),
+        quantize(k, ones),
+        quantize(v, ones),
         (ones, ones, ones),
         scale=scale,
         dtype=q.dtype,
