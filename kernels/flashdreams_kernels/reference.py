@@ -194,3 +194,9 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         Like ``x``.
     """
     return x + (y.float() * gate.float()).to(x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias`` of ``[..., K]`` and ``[N, K]``, in float32, rounded once."""
+    wide = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    return wide.to(x.dtype)

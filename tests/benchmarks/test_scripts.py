@@ -247,7 +247,7 @@ def test_a_report_that_leaves_something_out_is_refused(script):
 
 
 def test_committed_results_are_whole(script):
-    files = sorted((FOLDER / "results").glob("*.json"))
+    files = sorted((FOLDER / "results").rglob("*.json"))
     assert files
     for file in files:
         script("report").check_report(json.loads(file.read_text()))

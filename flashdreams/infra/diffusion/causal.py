@@ -429,9 +429,10 @@ class CausalTransformer(Transformer):
     def bind_kv_splits(self, name: str, splits_of: Callable[[AttentionShape], int | None]) -> None:
         """Of the cores with a cache, by their full window; cross-attention is not split."""
         for glob, spec in self.cache_specs(1).items():
-            splits = splits_of(attention_over(spec, self.config)) or 1
-            for core in self._cores(glob):
-                bind_cores(core, name, splits)
+            splits = splits_of(attention_over(spec, self.config))
+            if splits is not None:
+                for core in self._cores(glob):
+                    bind_cores(core, name, splits)
 
     def cache_nbytes(self, batch_size: int) -> int:
         """Bytes of the KV caches of all layers; 0 for a bidirectional model."""

@@ -41,7 +41,8 @@ class TransformerConfig(ComponentConfig):
     attention_backend: str = "auto"
     """Backend of the attention cores, by name. "auto" measures the candidates on a GPU at warm-up,
     on this rank's share of self-attention over the full window, and keeps the fastest that is
-    right; on a CPU and under --parallel.strict it is "sdpa"."""
+    right; on a CPU it is "sdpa", and under --parallel.strict on a GPU the first of a fixed order
+    that gives the same bits for any number of heads and queries."""
 
     loras: tuple[str, ...] = ()
     """LoRAs to merge into the weights, in float32, while they are loaded: ``SOURCE`` or
