@@ -109,11 +109,19 @@ def sdpa_math(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool
     return out.transpose(1, 2).to(q.dtype), scores.logsumexp(-1)
 
 
-def triton(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool = False) -> Any:
-    """The package's own kernel."""
+def triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    return_lse: bool = False,
+    num_splits: int | None = None,
+) -> Any:
+    """The package's own kernel; without ``num_splits`` it fits the KV splits to the call."""
     from flashdreams_kernels.attention import chunk_attention
 
-    return chunk_attention(q, k, v, scale=scale, return_lse=return_lse)
+    return chunk_attention(q, k, v, scale=scale, return_lse=return_lse, num_splits=num_splits)
 
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool = False) -> Any:
@@ -147,13 +155,16 @@ BACKENDS: Mapping[str, LseBackend] = MappingProxyType(
 PREFERENCE = ("flash_attn_3", "sdpa_cudnn", "flash_attn", "triton", "sdpa")
 """Which of two equally fast backends is taken: the former."""
 
-SPLIT_BACKENDS = frozenset({"flash_attn_3"})
-"""Backends whose ``num_splits`` is bound at set-up."""
+SPLIT_BACKENDS = frozenset({"flash_attn_3", "triton"})
+"""Backends that take ``num_splits``, which is bound at set-up."""
+
+CHOOSES_SPLITS = frozenset({"triton"})
+"""Those of them that fit it to every call where none is bound, which strict does not allow."""
 
 
 def bind_kv_splits(name: str, splits: int) -> LseBackend:
     """A backend with its number of KV splits; one that takes none is returned as it is."""
-    if name in SPLIT_BACKENDS and splits > 1:
+    if name in SPLIT_BACKENDS and (splits > 1 or name in CHOOSES_SPLITS):
         return partial(BACKENDS[name], num_splits=splits)  # type: ignore[call-arg]
     return BACKENDS[name]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flashdreams.attention.backends import (
     BACKENDS,
+    CHOOSES_SPLITS,
     PREFERENCE,
     SPLIT_BACKENDS,
     AttentionBackend,
@@ -78,9 +79,12 @@ class BackendChoice:
     rows: tuple[MeasuredBackend, ...]
     kv_splits: int | None = None
     """KV splits of self-attention over the full window; None where the backend has no choice."""
+    tiled: bool = False
+    """Under strict: it is called in tiles, since its bits depend on the number of heads or rows."""
 
     def __str__(self) -> str:
-        return self.name if self.kv_splits is None else f"{self.name}, KV splits {self.kv_splits}"
+        splits = "" if self.kv_splits is None else f", KV splits {self.kv_splits}"
+        return f"{self.name}{splits}{', in tiles' if self.tiled else ''}"
 
     def table(self) -> str:
         """The candidates as aligned lines of text."""
@@ -98,12 +102,22 @@ class BackendChoice:
             "attention_backend": self.name,
             **splits,
             "attention_backends": [asdict(row) for row in self.rows],
+            **({"attention_tiled": True} if self.tiled else {}),
         }
 
 
-def kv_splits_of(name: str, shape: AttentionShape, device: torch.device) -> int | None:
-    """KV splits of a backend for a call; None for one that has no choice or chooses by itself."""
-    if name not in SPLIT_BACKENDS:
+def kv_splits_of(
+    name: str, shape: AttentionShape, device: torch.device, *, strict: bool = False
+) -> int | None:
+    """KV splits of a backend for a call; None for one that has no choice or chooses by itself.
+
+    Args:
+        name: of the backend.
+        shape: the call; under strict that of the whole model.
+        device: where it is made.
+        strict: whether a backend that would choose by itself, at every call, must not.
+    """
+    if name not in SPLIT_BACKENDS or (name in CHOOSES_SPLITS and not strict):
         return None
     sizes = (shape.queries, shape.keys, shape.num_heads, shape.batch_size)
     return choose_kv_splits(*sizes, count_processors(device))
@@ -149,13 +163,7 @@ def _measure(
 ) -> BackendChoice:
     q, k, v = draw_inputs(shape, device, dtype)
     call_of, seen = _prepare(shape, q, k, v)
-    places = torch.linspace(
-        0,
-        shape.queries - 1,
-        min(shape.queries, COMPARED_QUERIES),
-        dtype=torch.float32,
-        device="cpu",
-    ).long()
+    places = compared_places(shape.queries)
     expected = reference_attention(q[:, places], *seen, shape.head_dim**-0.5)
     del seen
     bound = ERROR_BOUNDS[dtype]
@@ -166,8 +174,9 @@ def _measure(
         errors[name] = None
         known = name in BACKENDS and backend is BACKENDS[name]
         reason = why_unusable(name, device, dtype, shape.head_dim) if known else None
-        if known:
-            backend = bind_kv_splits(name, kv_splits_of(name, shape, device) or 1)
+        splits = kv_splits_of(name, shape, device) if known else None
+        if splits is not None:
+            backend = bind_kv_splits(name, splits)
         call = call_of(backend)
         if reason is None:
             errors[name], reason = _judge(call, q, places, expected, bound)
@@ -252,6 +261,35 @@ def _judge(
     return error, None
 
 
+@torch.no_grad()
+def check_backend(
+    name: str,
+    backend: AttentionBackend,
+    shape: AttentionShape,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> MeasuredBackend:
+    """Whether a backend is right at a shape, without timing it; the verdict is "right" if so.
+
+    Args:
+        name: if it is one of the table's, its reasons to be unusable are asked first.
+        backend: what to call; it may have arguments bound.
+        shape: the call.
+        device: where it is made.
+        dtype: of queries, keys and values.
+    """
+    reason = why_unusable(name, device, dtype, shape.head_dim) if name in BACKENDS else None
+    if reason is not None:
+        return MeasuredBackend(name, None, None, reason)
+    q, k, v = draw_inputs(shape, device, dtype)
+    scale = shape.head_dim**-0.5
+    places = compared_places(shape.queries)
+    expected = reference_attention(q[:, places], k, v, scale)
+    call = partial(backend, q, k, v, scale=scale)
+    error, reason = _judge(call, q, places, expected, ERROR_BOUNDS[dtype])
+    return MeasuredBackend(name, None, error, reason or "right")
+
+
 def draw_inputs(
     shape: AttentionShape, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -273,6 +311,12 @@ def draw_inputs(
     asked = torch.linspace(0, shape.keys - 1, count, dtype=torch.float32, device="cpu").long()
     q[:, asking] = 3 * k[:, asked]
     return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
+
+
+def compared_places(queries: int) -> Tensor:
+    """The queries that are held against the reference, from the first to the last."""
+    count = min(queries, COMPARED_QUERIES)
+    return torch.linspace(0, queries - 1, count, dtype=torch.float32, device="cpu").long()
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

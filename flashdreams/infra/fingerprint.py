@@ -9,7 +9,7 @@ import torch
 
 from flashdreams.parallel.mesh import Mesh
 
-CHOICES = ("fused_kernels", "linear_precision", "kv_cache_dtype", "residual_dtype", "dtype")
+CHOICES = ("fused_kernels", "precision", "kv_cache_dtype", "residual_dtype", "dtype")
 """Fields of a transformer's config that choose how it computes."""
 
 

@@ -258,6 +258,11 @@ def precision(_: str) -> str:
     return figures.precisions(figures.read_reports())
 
 
+def steady_steps(_: str) -> str:
+    """Table of steady AR steps on GPUs, from the committed reports of the benchmarks."""
+    return figures.steady_steps(figures.read_reports())
+
+
 def ratios(_: str) -> str:
     """What the engine adds to a bare loop, whether a long rollout grows, and peers."""
     return figures.ratios(figures.read_reports())
@@ -414,6 +419,7 @@ PARTS: dict[str, Callable[[str], str]] = {
         graph_status,
         toy_quality,
         precision,
+        steady_steps,
         ratios,
         modules,
     )

@@ -61,6 +61,9 @@ class CausalState:
     """What ``project_context`` returned."""
     cursors: list[Cursor] = state("host")
     """One per distinct window, shared by the caches of that window."""
+    scales: dict[str, list[Tensor]] = state("heads")
+    """Glob of ``cache_specs`` -> the scales of its fp8 caches, which are the caches' own tensors:
+    ``[B, 3, N, 1]`` float32, of queries, keys and values. A load needs them before ``caches``."""
     caches: dict[str, list[KVCache | None]] = state("cache")
     """Glob of ``cache_specs`` -> the caches of its cores; None without streaming."""
     condition: Tensor | None = state("rebuilt")
@@ -80,8 +83,10 @@ class CausalState:
 
     @property
     def is_steady(self) -> bool:
-        """Whether every window is full, so that all later calls have the same form."""
-        return all(cursor.is_full for cursor in self.cursors)
+        """Whether every window is full and scales are fixed: all later calls have the same form."""
+        return all(cursor.is_full for cursor in self.cursors) and not (
+            self.scales and self.cursor.start == 0
+        )
 
     def condition_at(self, frames: Tensor) -> Tensor:
         """The rollout's condition of latent frames at the positions ``[T]``.
@@ -100,6 +105,15 @@ class CausalState:
             for cache in caches:
                 if cache is not None:
                     yield cache
+
+
+def scales_by_glob(caches: Mapping[str, Sequence[KVCache | None]]) -> dict[str, list[Tensor]]:
+    """The scales of the fp8 caches, in their order."""
+    found = {
+        glob: [x.scales for x in some if x is not None and x.scales is not None]
+        for glob, some in caches.items()
+    }
+    return {glob: scales for glob, scales in found.items() if scales}
 
 
 def checked_condition(
@@ -136,7 +150,8 @@ def attention_over(spec: KVCacheSpec, config: CausalTransformerConfig) -> Attent
         keys=spec.capacity_t * spec.tokens_per_frame if config.streaming else tokens,
         num_heads=spec.num_heads,
         head_dim=spec.head_dim,
-        storage=spec.storage,
+        # Attention to an fp8 cache is no choice: what is chosen serves cross-attention.
+        storage="native" if spec.storage == "fp8" else spec.storage,
     )
 
 

@@ -175,6 +175,8 @@ class SelfAttention(nn.Module):
             cache: of this block; None attends to ``x`` alone.
         """
         q, k, v = self._project(x)
+        if cache is not None and cache.scales is not None:
+            return self.o(self._attend_fp8(q, k, v, rope, cache).flatten(2))
         if cache is not None and self.writes_fused:
             q = fused.norm_rope_write(q, k, v, self.norm_q, self.norm_k, rope, cache)
             k, v, cache = *cache.visible(), None  # written already: the core attends to these
@@ -182,12 +184,31 @@ class SelfAttention(nn.Module):
             q, k = self.norm_rope(q, k, self.norm_q, self.norm_k, rope)
         return self.o(self.core(q, k, v, cache).flatten(2))
 
+    def _attend_fp8(self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor, cache: KVCache) -> Tensor:
+        """Norm, rotate, quantize and attend; ``[B, L, N, D]`` each.
+
+        While the scales are not fixed the core quantizes. Later it gets e4m3 numbers, so that
+        ranks exchange no more than these.
+        """
+        norms = self.norm_q, self.norm_k
+        if not cache.quantizes_early:
+            return self.core(*self.norm_rope(q, k, *norms, rope), v, cache)
+        if self.writes_fused:
+            q = fused.norm_rope_write(q, k, v, *norms, rope, cache)
+            return self.core.attend_stored(q, cache)
+        if self.norm_rope is fused.norm_rope:
+            return self.core(*fused.norm_rope_quantize(q, k, v, *norms, rope, cache), cache)
+        q, k = self.norm_rope(q, k, *norms, rope)
+        return self.core(*cache.quantize(q, k, v), cache)
+
     def write(self, x: Tensor, rope: Tensor, cache: KVCache) -> None:
         """Leave the keys and values of one chunk in the cache; arguments as in ``forward``."""
         heads = (-1, self.head_dim)
         k, v = self.packed.last(2)(x) if self.packed is not None else (self.k(x), self.v(x))
-        k = apply_rope(self.norm_k(k).unflatten(-1, heads), rope)
-        self.core.write(k, v.unflatten(-1, heads), cache)
+        k, v = apply_rope(self.norm_k(k).unflatten(-1, heads), rope), v.unflatten(-1, heads)
+        if cache.quantizes_early:
+            _, k, v = cache.quantize(None, k, v)
+        self.core.write(k, v, cache)
 
 
 class CrossAttention(nn.Module):

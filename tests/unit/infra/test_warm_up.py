@@ -150,6 +150,7 @@ def test_nothing_is_captured_after_warm_up_whatever_rollouts_do(steps, guided):
     [
         {"relative_rope": True, "sink_size_t": 2, "window_size_t": 3},
         {"kv_cache_dtype": "int8"},
+        {"precision": "fp8"},
         {"condition_channels": 2, "image_dim": 6, "image_len": 3},
     ],
     ids=lambda options: next(iter(options)),

@@ -96,12 +96,12 @@ def test_replays_are_compared_with_eager_passes():
     assert not model.replay_is_exact(cache)
 
 
-@pytest.mark.parametrize("storage", ["native", "int8"])
+@pytest.mark.parametrize("change", [{}, {"kv_cache_dtype": "int8"}, {"precision": "fp8"}], ids=str)
 @torch.no_grad()
-def test_after_a_window_is_written_anew_the_graphs_of_warm_up_still_fit(storage):
+def test_after_a_window_is_written_anew_the_graphs_of_warm_up_still_fit(change):
     """Rewriting must not look like a moved state."""
     torch.manual_seed(0)
-    config = tiny_transformer(use_cuda_graph=True, kv_cache_dtype=storage)
+    config = tiny_transformer(use_cuda_graph=True, **change)
     model = graphed(WanTransformer(config).eval())
     cache = model.initialize_cache(text=torch.randn(1, 4, TEXT_DIM))
     chunks = []
