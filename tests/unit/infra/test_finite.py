@@ -48,6 +48,7 @@ def test_one_value_is_enough(value: float, dtype: torch.dtype) -> None:
     check.submit(4, {"encode": Control(torch.ones(2)), "diffuse": [{"x": large}]})
     assert check.read() == "AR step 4: stage 'diffuse' made values that are not finite."
     assert not check.is_settled
+    check = FiniteCheck()
     check.submit(5, {"encode": Control(torch.tensor([value])), "diffuse": large})
     assert "stage 'encode'" in (check.read() or ""), "the first stage of the data is named"
 
