@@ -56,6 +56,17 @@ def test_the_kernel_attends_to_a_ring_as_the_reference_does(num_splits):
     assert error(swapped, expected) > 0.1  # negative control
 
 
+def test_small_heads_are_padded():
+    draw = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(1, 200, 2, 32, generator=draw, device=CUDA) for _ in range(3))
+    scales = tuple(fp8.scales_of(fp8.head_maxima(x)) for x in (q, k, v))
+    stored = [fp8.quantize(x, s) for x, s in zip((q, k, v), scales, strict=True)]
+    options = dict(scale=32**-0.5, dtype=torch.float32, backend=sdpa_math)
+    read = [fp8.dequantize(x, s, torch.float32) for x, s in zip(stored, scales, strict=True)]
+    expected = reference.fp8_weights_attention(*read, scale=options["scale"])
+    assert error(fp8.attend(*stored, scales, **options), expected) < 2e-2
+
+
 def test_a_gpu_rounds_as_a_cpu_does():
     x = torch.randn(1, 64, 2, 128, device=CUDA) * 40
     scale = torch.tensor([[0.25, 2.0]], device=CUDA)
