@@ -27,6 +27,7 @@ from flashdreams.parallel.environment import group_rank, process_count
 from flashdreams.parallel.guidance import build_guidance
 from flashdreams.parallel.mesh import Mesh, ParallelConfig, build_mesh, resolve_degrees
 from flashdreams.parallel.parallelize import ParallelReport, parallelize
+from flashdreams.parallel.ring import NO_FP8
 from flashdreams.parallel.spatial import resolve_decode
 from flashdreams.parallel.state_layout import StateLayout
 from flashdreams.parallel.watchdog import StageGuard, no_guard
@@ -160,6 +161,9 @@ class Assembly(nn.Module):
             cached_frame_tokens=getattr(sizes, "tokens_per_frame", None) if streaming else None,
             any_degree=plan is not None and bool(plan.units),
         )
+        rotates = degrees.ring > 1 and parallel.ring_method == "rotate"
+        if rotates and getattr(sizes, "precision", "native") == "fp8":
+            raise ValueError(NO_FP8)
         return build_mesh(degrees, self.target_device.type, parallel)
 
     def parallelize(self, mesh: Mesh) -> dict[str, ParallelReport]:
@@ -302,8 +306,13 @@ class Assembly(nn.Module):
         """What the bits of a rollout depend on beside config, weights and seed, as JSON values."""
         done = self.warmed_up
         backend = done.attention.name if done is not None and done.attention is not None else None
-        config = self.diffusion_model.transformer.config
-        return fingerprint(config, backend, self.layout.mesh, self.target_device)
+        transformer = self.diffusion_model.transformer
+        resolved = transformer.resolved_choices()
+        if done is not None and done.attention is not None and done.attention.kv_splits:
+            resolved |= {"attention_kv_splits": done.attention.kv_splits}
+        return fingerprint(
+            transformer.config, resolved, backend, self.layout.mesh, self.target_device
+        )
 
     def drop_graphs(self) -> None:
         """Free all CUDA graphs; before the process group ends, since they hold its collectives.

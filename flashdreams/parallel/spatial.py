@@ -142,9 +142,10 @@ def resolve_decode(
         reason = f"{latent_width} latent columns cannot be split over {ranks} ranks"
     elif mesh.config.strict:
         reason = "strict=True: a convolution over fewer columns has other bits"
-    if request == "split" and ranks > 1 and reason is not None:
+    shared = mesh.decode.is_shared
+    if request == "split" and shared and reason is not None:
         raise ValueError(f"decode='split': {reason}. Use --parallel.decode replicated.")
-    return "split" if reason is None and ranks > 1 else "replicated"
+    return "split" if reason is None and shared else "replicated"
 
 
 def split_by_width(module: nn.Module, spatial: dict[str, str], channel: Channel) -> WidthLayout:
