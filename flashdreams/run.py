@@ -281,7 +281,8 @@ def _read_replay(line: CommandLine, registry: Registry) -> Any:
     if text is None:
         raise UsageError(f"--replay {path}: its config cannot be kept in a file.")
     config = load_config(text, list(registry.values()), str(path))
-    return replace(config, output_dir=config.output_dir / "replay", resume=False)
+    folder = config.output_dir / "replay"
+    return replace(config, output_dir=folder, resume=False, numerics_from=path)
 
 
 def _apply_overrides(config: Any, line: CommandLine) -> Any:

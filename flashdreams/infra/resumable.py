@@ -5,6 +5,8 @@ import logging
 import re
 import shutil
 import uuid
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -85,6 +87,16 @@ class ResumableRun:
                 continue
             self.progress = Progress(cache, run["turns"], run["seed"])
             return self.progress
+        return None
+
+    def choices(self) -> Mapping[str, Any] | None:
+        """Numerics fingerprint of the newest snapshot whose header is whole; None without one."""
+        return from_rank_zero(self._read_choices) if self.goes_on else None
+
+    def _read_choices(self) -> Mapping[str, Any] | None:
+        for name in self._newest_first():
+            with suppress(SnapshotError):
+                return read_header(self.home / name).fingerprint
         return None
 
     def is_due(self, autoregressive_index: int) -> bool:

@@ -20,6 +20,7 @@ from flashdreams.infra.ranges import check_range
 from flashdreams.infra.recorder import RunRecorder
 from flashdreams.infra.resumable import Progress, ResumableRun
 from flashdreams.infra.session import Command, Session, Step
+from flashdreams.infra.stored_choices import read_choices
 from flashdreams.infra.weights import require_packages
 from flashdreams.parallel.environment import (
     LOAD_TIMEOUT_S,
@@ -80,6 +81,10 @@ class RunnerConfig(InstantiateConfig):
     """Snapshots that stay; the oldest ones are deleted."""
     resume: bool = False
     """Go on from the newest whole snapshot of the unfinished run in the output folder."""
+    numerics_from: Path | None = None
+    """A log of a run (log_<slug>.jsonl) or the folder of a snapshot whose attention backend, KV
+    splits and fused kernels are used instead of measuring, where the config leaves them open.
+    --replay and --resume True do so by themselves."""
     threads: int | None = None
     """CPU threads of PyTorch. None: OMP_NUM_THREADS where that is set; else, on a CPU, one for
     networks below ten million parameters, for which more are slower, and PyTorch's choice for all
@@ -165,6 +170,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         reports = self.pipeline.parallelize(self.mesh)
         if self.environment.world_size > 1 and self.is_rank_zero:
             print(f"ranks: {self.mesh.degrees}; transformer: {reports['transformer']}")
+        self._apply_choices()
         self._resources = contextlib.ExitStack()
         self._videos: list[Path] = []
         self._video: SegmentedVideo | None = None
@@ -186,6 +192,17 @@ class Runner(Generic[ConfigT, PipelineT]):
         self.recorder = RunRecorder(config, self.environment, self.mesh, self.pipeline)
         self.recorder.resumable = bool(self.resumable.every or self.resumable.goes_on)
         self.pipeline.observers.append(self.recorder.observe)
+
+    def _apply_choices(self) -> None:
+        """Use the numerics choices of the run that this one goes on with or repeats."""
+        source = self.config.numerics_from
+        if source is None:
+            stored = self.resumable.choices()
+        else:
+            stored = from_rank_zero(lambda: read_choices(source))
+        for line in () if stored is None else self.pipeline.apply_choices(stored):
+            if self.is_rank_zero:
+                print(f"numerics: {line}.", flush=True)
 
     def _build_mesh(self) -> Mesh:
         """The mesh that is asked for; a run that goes on takes one that fits its ranks."""

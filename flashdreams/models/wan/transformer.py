@@ -5,7 +5,7 @@ S key tokens, N heads, D head dim. Tokens run frame by frame, row by row. Parame
 of the official checkpoints.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashdreams.attention.backends import why_unusable
 from flashdreams.attention.cache import KVCacheSpec
 from flashdreams.attention.choose import AUTO
 from flashdreams.infra.diffusion.causal import CausalTransformer
@@ -117,6 +118,8 @@ class WanTransformer(CausalTransformer):
     config: WanTransformerConfig
     block_class: type[WanBlock] = WanBlock
     checkpoint_key_maps = WAN_KEY_MAPS
+    stored_fused_kernels: bool | None = None
+    """Whether the run whose choices are used again had fused kernels."""
 
     def __init__(self, config: WanTransformerConfig) -> None:
         super().__init__(config)
@@ -170,6 +173,8 @@ class WanTransformer(CausalTransformer):
     def uses_fused_kernels(self) -> bool:
         """Whether the blocks run as Triton kernels on the device of the weights."""
         asked = self.config.fused_kernels
+        if asked is None:
+            asked = self.stored_fused_kernels
         return can_fuse_kernels(self.device, self.dtype) if asked is None else asked
 
     def after_load(self) -> None:
@@ -182,6 +187,21 @@ class WanTransformer(CausalTransformer):
     def resolved_choices(self) -> dict[str, Any]:
         """See the contract."""
         return {**super().resolved_choices(), "fused_kernels": self.uses_fused_kernels}
+
+    def apply_choices(self, stored: Mapping[str, Any], device: torch.device) -> list[str]:
+        """Use fused kernels or not as the earlier run did; see the contract."""
+        lines, wanted = super().apply_choices(stored, device), stored.get("fused_kernels")
+        asked = self.config.fused_kernels
+        if not isinstance(wanted, bool) or wanted == asked:
+            return lines
+        if asked is not None:
+            reason: str | None = f"the config asks for {asked}"
+        else:
+            reason = why_unusable("triton", device, self.dtype) if wanted else None
+        if reason is not None:
+            return [*lines, f"fused_kernels {wanted} is not used: {reason}"]
+        self.stored_fused_kernels = wanted
+        return lines
 
     def parallel_plan(self) -> ParallelPlan:
         """Where the network may be cut."""
