@@ -16,6 +16,9 @@ from flashdreams.planning.counts import count
 
 GB, TERA, GIB = 1e9, 1e12, 2**30
 
+COLD_WEIGHTS = 28
+"""Matrices of 0.6 MB whose reading is timed: together more than a core's own caches hold."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
@@ -32,10 +35,15 @@ class Device:
     """Reached by attention within a run."""
     convolution_tflops: float
     """Reached by the convolutions of decoders."""
+    narrow_tflops: float = 0.0
+    """The same where there are few channels; 0 makes no difference between them."""
     bandwidth_gb_s: float
     """Bytes to and from memory per second, in 10^9, reached by a copy."""
     call_us: float = 0.0
     """Least time of a kernel that the host has to launch; hidden on a GPU with enough work."""
+    weights_gb_s: float = 0.0
+    """Bytes of weights that a product of few rows reads per second, in 10^9, where weights come
+    from memory and take time of their own, as on a CPU; 0 does not count them."""
     link_gb_s: float = 0.0
     """Bytes that one device sends to others of its node per second, in 10^9."""
     internode_gb_s: float = 40.0
@@ -177,6 +185,8 @@ def measure_cpu(rows: int = 64, dim: int = 192) -> Device:
     x, w, b = new(rows, dim), new(dim, 4 * dim), new(4 * dim)
     q, k = new(1, 6, rows, 32), new(1, 6, 9 * rows, 32)
     image, kernel = new(1, 32, 32, 48), new(32, 32, 3, 3)
+    narrow, small = new(1, 8, 4, 32, 32), new(8, 8, 3, 3, 3)
+    row, cold = x[:1], [new(dim, 4 * dim) for _ in range(COLD_WEIGHTS)]
     big, one = new(rows, 4 * dim), new(16)
     call_s = _seconds(lambda: one.add(one))
     engine_s = _engine_call_s()
@@ -184,6 +194,7 @@ def measure_cpu(rows: int = 64, dim: int = 192) -> Device:
     def rate(flops: float, call: Callable[[], Any]) -> float:
         return flops / max(_seconds(call) - call_s, 1e-9) / TERA
 
+    cold_s = _seconds(lambda: [torch.addmm(b, row, weights) for weights in cold], 0.2)
     convolution = 2 * image.numel() * 32 * 9
     return Device(
         name=f"this CPU, {torch.get_num_threads()} threads",
@@ -194,6 +205,8 @@ def measure_cpu(rows: int = 64, dim: int = 192) -> Device:
             4 * q.numel() * 9 * rows, lambda: F.scaled_dot_product_attention(q, k, k)
         ),
         convolution_tflops=rate(convolution, lambda: F.conv2d(image, kernel, padding=1)),
+        narrow_tflops=rate(2 * 27 * 8 * 8 * 2 * 30 * 30, lambda: F.conv3d(narrow, small)),
+        weights_gb_s=sum(w.nbytes for w in cold) / max(cold_s - len(cold) * call_s, 1e-9) / GB,
         bandwidth_gb_s=8 * big.numel() / max(_seconds(lambda: big + 1.0) - call_s, 1e-9) / GB,
         call_us=1e6 * engine_s,
         link_gb_s=1.0,
