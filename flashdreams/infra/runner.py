@@ -180,6 +180,8 @@ class Runner(Generic[ConfigT, PipelineT]):
             self.pipeline.guard = watchdog.stage
         self._peers = self._resources.enter_context(PeerWatch(self.environment))
         self.tracer = Tracer(self.environment.rank, keep=config.trace is not None)
+        if config.trace is not None:
+            self.mesh.meter.watch = self.tracer.note_collective
         self.pipeline.guard = traced(self.pipeline.guard, self.tracer, self.mesh)
         limit_s = config.start_deadline_s
         where = self.environment
