@@ -144,7 +144,7 @@ def test_choices_are_read_from_logs_and_snapshots(tmp_path):
 def test_a_file_without_choices_is_refused(tmp_path, text):
     path = tmp_path / "log.jsonl"
     path.write_text(text)
-    with pytest.raises(ValueError, match="--numerics-from .*neither a log"):
+    with pytest.raises(ValueError, match=r"--numerics-from .*neither a log"):
         read_choices(path)
     with pytest.raises(ValueError, match="cannot be read"):
         read_choices(tmp_path / "absent")
