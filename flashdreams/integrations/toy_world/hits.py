@@ -122,7 +122,7 @@ def _floor(
 
 
 def _one_of_four(index: Tensor) -> Tensor:
-    return (index[..., None] == torch.arange(4, device=index.device)).float()
+    return (index[..., None] == torch.arange(4, dtype=torch.int64, device=index.device)).float()
 
 
 def _waves(phase: Tensor, harmonics: tuple[float, ...]) -> Tensor:

@@ -72,7 +72,9 @@ def _shade(scene: Tensor, pose: Tensor, size: tuple[int, int]) -> Tensor:
     wall_depth, wall = _wall(scene, position, ray, rise)
     height_on_wall = EYE_HEIGHT + wall_depth[:, None] * rise
     is_wall = (height_on_wall > 0) & (height_on_wall < WALL_HEIGHT)
-    picture = torch.where(is_wall[:, None], _lit(wall, wall_depth * stretch, sky), picture)
+    picture = torch.where(
+        is_wall[:, None], _lit(wall, (wall_depth * stretch)[:, None, None], sky), picture
+    )
 
     floor_depth = (EYE_HEIGHT / (-rise).clamp_min(1e-4)).expand(-1, width)
     floor = _floor(scene, position, ray, floor_depth)
@@ -83,7 +85,9 @@ def _shade(scene: Tensor, pose: Tensor, size: tuple[int, int]) -> Tensor:
     height_on_pillar = EYE_HEIGHT + pillar_depth[:, None] * rise
     is_pillar = (height_on_pillar > 0) & (height_on_pillar < PILLAR_HEIGHT)
     is_pillar &= (pillar_depth < wall_depth)[:, None]
-    picture = torch.where(is_pillar[:, None], _lit(pillar, pillar_depth * stretch, sky), picture)
+    picture = torch.where(
+        is_pillar[:, None], _lit(pillar, (pillar_depth * stretch)[:, None, None], sky), picture
+    )
     return F.avg_pool2d(picture.clamp(0, 1), SAMPLES).mul_(2).sub_(1)
 
 
@@ -97,10 +101,10 @@ def _step(value: Tensor, edge: float | Tensor, width: float | Tensor) -> Tensor:
 
 
 def _lit(colour: Tensor, distance: Tensor, sky: Tensor) -> Tensor:
-    """A surface ``[B, 3, H, W]`` under the light of the sky and behind the fog."""
-    if distance.ndim == 2 and colour.shape[-2] != 1 and len(distance) == len(colour):
-        distance = distance[:, None]
-    distance = distance[:, None] if distance.ndim == 3 else distance
+    """A surface ``[B, 3, H, W]`` under the light of the sky and behind the fog.
+
+    ``distance`` broadcasts to it.
+    """
     keep = torch.exp(-((distance / FOG_DISTANCE) ** 2))
     light = sky[:, 3, :, None, None] * colour
     return sky[:, 1, :, None, None].lerp(light, keep)
@@ -143,7 +147,7 @@ def _wall(scene: Tensor, position: Tensor, ray: Tensor, rise: Tensor) -> tuple[T
         sideways, position[:, 1] + depth * ray[:, 1], position[:, 0] + depth * ray[:, 0]
     )
     colour = WALL_RGB.to(ray.device)[scene[:, :4].gather(1, index)].movedim(-1, 1)[:, :, None]
-    light = torch.tensor([0.92, 1.03, 1.08, 0.96], device=ray.device)[index]
+    light = ray.new_tensor([0.92, 1.03, 1.08, 0.96])[index]
     corner = 1 - 0.3 * torch.exp(-(HALF_SIZE - along.abs()).clamp_min(0) / 0.5)
     up = EYE_HEIGHT + depth[:, None] * rise  # [B, H, W]
     soft = (0.012 * depth)[:, None]
@@ -166,7 +170,7 @@ def _line(value: Tensor, period: float, width: Tensor) -> Tensor:
 
 def _pillar(scene: Tensor, position: Tensor, ray: Tensor, rise: Tensor) -> tuple[Tensor, Tensor]:
     """Depth ``[B, W]``, huge where there is none, and colour of the nearest pillar."""
-    places = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0], [-1.0, 1.0]], device=ray.device)
+    places = ray.new_tensor([[1, 1], [1, -1], [-1, -1], [-1, 1]])
     offset = position[:, None, :, 0] - places * PILLAR_OFFSET  # [B, 4, 2]
     square = (ray * ray).sum(dim=1, keepdim=True)
     half_b = offset @ ray
