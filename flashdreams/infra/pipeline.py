@@ -205,10 +205,11 @@ class StreamInferencePipeline(SavedRollouts):
 
         Raises:
             ValueError: a step out of order, or an input that no encoder takes.
-            NotFiniteError: the AR step before this one has made NaN or infinite values.
+            NotFiniteError: the AR step before this one has made NaN or infinite values; on a GPU,
+                where nobody waits for them, also the one before that.
         """
         cache.check_order("generate", autoregressive_index)
-        self.check_values(cache)
+        self._refuse_bad_values([cache.finite], wait=False)
         if self.encoder is None and input is not None:
             raise ValueError(f"{self.config.name} has no encoder, so input must be None.")
         timer = cache.timer
@@ -224,8 +225,8 @@ class StreamInferencePipeline(SavedRollouts):
                 chunk = self._decode(latent, autoregressive_index, cache)
         stages = {"encode": control, "diffuse": latent, "decode": chunk}
         cache.finite.submit(autoregressive_index, stages)
-        pending = [check for check in self._unread if not check.is_settled]
-        self._unread = [*(check for check in pending if check is not cache.finite), cache.finite]
+        others = (check for check in self._unread if check is not cache.finite)
+        self._unread = [cache.finite, *(check for check in others if not check.is_settled)]
         cache.next_index += 1
         if chunk is not None:
             for observe in self.observers:
@@ -235,7 +236,7 @@ class StreamInferencePipeline(SavedRollouts):
     def check_values(self, cache: StreamInferencePipelineCache | None = None) -> None:
         """Refuse to go on from values that are NaN or infinite.
 
-        ``generate`` asks this about the AR step before; ask it after the last one. May wait for
+        ``generate`` asks this about the AR steps before; ask it after the last one. May wait for
         that step.
 
         Args:
@@ -246,8 +247,12 @@ class StreamInferencePipeline(SavedRollouts):
         """
         asked = self._unread if cache is None else [cache.finite]
         self._unread = [check for check in self._unread if check not in asked]
-        for found in filter(None, [check.read() for check in asked]):
-            raise NotFiniteError(f"{found} {name_bad_weights(self)}")
+        self._refuse_bad_values(asked, wait=True)
+
+    def _refuse_bad_values(self, checks: Sequence[FiniteCheck], *, wait: bool) -> None:
+        for check in checks:
+            if found := check.read(wait=wait):
+                raise NotFiniteError(f"{found} {name_bad_weights(self)}")
 
     @without_grad
     def update_prompt(

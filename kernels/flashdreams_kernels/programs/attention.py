@@ -39,6 +39,21 @@ def load_keys(
 
 
 @triton.jit
+def load_whole(blocks, pointers, place, columns, dims, SIZES: tl.constexpr):
+    """A tile of keys or values all of which are visible, by a descriptor or by pointers.
+
+    ``place`` is the batch entry, the first key and the head; ``SIZES`` are ``HEAD_DIM``,
+    ``BLOCK_D``, ``BLOCK_S`` and ``IN_BLOCKS``.
+    """
+    if SIZES[3]:
+        at = [place[0].to(tl.int32), place[1], place[2].to(tl.int32) * SIZES[0]]
+        tile = tl.reshape(blocks.load(at), [SIZES[2], SIZES[1]])
+    else:
+        tile = load_keys(pointers, 0, columns, dims, SIZES[0], SIZES[1], False)
+    return tile
+
+
+@triton.jit
 def score(
     q, k, kept, MASK_KEYS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
@@ -103,7 +118,7 @@ def write_attention(
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_heads"])
 def attend(
-    q, k, v, out, lse, visible,
+    q, k, v, k_blocks, v_blocks, out, lse, visible,
     num_queries, num_keys, num_heads, scale_log2,
     q_stride_b, q_stride_l, q_stride_n,
     k_stride_b, k_stride_s, k_stride_n,
@@ -112,12 +127,14 @@ def attend(
     lse_stride_s, lse_stride_b, lse_stride_l, lse_stride_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
     HAS_VISIBLE: tl.constexpr, WRITE_LSE: tl.constexpr, LSE_UNIT: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, IN_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries against one share of the keys.
 
     Grid ``(tiles of queries, splits, B * N)``. ``visible`` points at the number of visible keys;
-    its share of them is worked out here, so that a captured launch fits any number.
+    its share of them is worked out here, so that a captured launch fits any number. With
+    ``IN_BLOCKS`` whole blocks are read through descriptors of ``[B, S, N * D]``; the last one,
+    which a mask keeps from reading beyond the visible keys, never is.
     """
     split = tl.program_id(1)
     batch = (tl.program_id(2) // num_heads).to(tl.int64)
@@ -144,10 +161,12 @@ def attend(
     row_max = tl.full([BLOCK_L], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_L], dtype=tl.float32)
     for start in range(first, whole, BLOCK_S):
+        sizes: tl.constexpr = (HEAD_DIM, BLOCK_D, BLOCK_S, IN_BLOCKS)
+        place = (batch, start, head)
         acc, row_max, row_sum = attend_tile(
             q_tile,
-            load_keys(k + start * k_stride_s + k_tile, 0, columns, dims, HEAD_DIM, BLOCK_D, False),
-            load_keys(v + start * v_stride_s + v_tile, 0, columns, dims, HEAD_DIM, BLOCK_D, False),
+            load_whole(k_blocks, k + start * k_stride_s + k_tile, place, columns, dims, sizes),
+            load_whole(v_blocks, v + start * v_stride_s + v_tile, place, columns, dims, sizes),
             acc, row_max, row_sum, scale_log2, columns, False, UPCAST, PRECISION,
         )  # fmt: skip
     if whole < last:
