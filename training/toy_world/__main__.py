@@ -97,7 +97,8 @@ class Job:
         self.save("encoder", encoder.state_dict())
         decoder = PatchDecoder(self.world.new_decoder_config()).to(self.device)
         start_from_linear(decoder, encoder)
-        fit_decoder(self.world, decoder, encoder, self.seed, decoder_steps, self.batches.pairs)
+        if decoder_steps:
+            fit_decoder(self.world, decoder, encoder, self.seed, decoder_steps, self.batches.pairs)
         self.save("decoder", decoder.state_dict())
 
     def train(self, stage: str, seconds: float, peak: float) -> None:
@@ -138,10 +139,10 @@ def main() -> None:
     parser.add_argument("--world", choices=WORLDS, default="toy-world")
     parser.add_argument("--device", choices=sorted(BATCHES), default="cpu")
     parser.add_argument("--work-dir", type=Path, default=Path("outputs/toy-world-training"))
-    parser.add_argument("--seconds", type=float, default=3600, help="length of frames and video")
+    parser.add_argument("--seconds", type=float, default=3600, help="length of a stage")
     parser.add_argument("--peak", type=float, default=1.0, help="factor on the learning rates")
     parser.add_argument("--clips", type=int, default=60000, help="clips in the pool")
-    parser.add_argument("--decoder-steps", type=int, default=2500)
+    parser.add_argument("--decoder-steps", type=int, default=2500, help="0: linear")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
