@@ -370,6 +370,18 @@ class Runner(Generic[ConfigT, PipelineT]):
                 print("written:", *self._videos, *files, flush=True)
                 if self.recorder.replay is not None:
                     print(self.recorder.replay.verdict(self.recorder.log_header()), flush=True)
+        self._leave()
+
+    def serve(self) -> None:
+        """Record nothing from here on: what follows is no run with a video and stats."""
+        self.pipeline.observers.remove(self.recorder.observe)
+
+    def end_serving(self) -> None:
+        """Give back the output folder and leave the process group; writes no files."""
+        self._give_back_output()
+        self._leave()
+
+    def _leave(self) -> None:
         self.pipeline.drop_graphs()
         self._resources.close()
         shutdown()

@@ -86,7 +86,17 @@ class Figures:
     sessions: int
     queued: int
     device_bytes: int | None
+    """In use on rank zero's device; None on a CPU."""
     host_bytes: int
+    """Resident memory of rank zero's process."""
+    parked: int = 0
+    """Sessions in host memory or on disk."""
+    parked_bytes: int = 0
+    """Host memory of those on rank zero."""
+    steps: int = 0
+    """AR steps of the session, or of all since the start."""
+    places: int = 0
+    """Sessions that may take turns at a time."""
 
 
 class Listener(ABC):
@@ -152,8 +162,14 @@ class Host(ABC):
         """
 
     @abstractmethod
-    def attach(self, session: str, listener: Listener) -> int:
+    def attach(self, session: str, listener: Listener, from_frame: int = 0) -> int:
         """Take up a session with another listener; it leaves its pause or its parking place.
+
+        Args:
+            session: its identifier.
+            listener: hears of it from now on.
+            from_frame: the first pixel frame that the client has not shown. A server that has been
+                restarted counts on from there, if its snapshot is older than that.
 
         Returns:
             Pixel frame of the next picture.
