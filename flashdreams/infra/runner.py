@@ -105,6 +105,14 @@ class RunnerConfig(InstantiateConfig):
         if not 0 <= self.seed < SEED_LIMIT:
             raise ValueError(f"--seed {self.seed}: must be from 0 to 2**64 - 1.")
 
+    def for_serving(self) -> "RunnerConfig":
+        """The config with what live sessions need in place of what a run to a file does.
+
+        Raises:
+            ValueError: something that was asked for cannot be had live.
+        """
+        return replace(self, snapshot_every=0, resume=False)
+
 
 ConfigT = TypeVar("ConfigT", bound=RunnerConfig)
 PipelineT = TypeVar("PipelineT", bound=StreamInferencePipeline)
