@@ -24,8 +24,8 @@ from flashdreams.run import (
 )
 from flashdreams.runtime.termination import Terminated, raise_on_sigterm
 from flashdreams.runtime.text import say
-from flashdreams.serving.interface import Startup, Web, WebOptions
 from flashdreams.serving.limits import ServingLimits
+from flashdreams.serving.web.settings import WebSettings
 
 PROGRAM = "flashdreams-serve"
 PACKAGES = ("fastapi", "uvicorn", "websockets", "pydantic", "av", "prometheus_client")
@@ -43,7 +43,7 @@ class ServeOptions:
     zero serves, and all ranks run the same AR steps.
     """
 
-    web: OmitArgPrefixes[WebOptions] = field(default_factory=WebOptions)
+    web: OmitArgPrefixes[WebSettings] = field(default_factory=WebSettings)
     limits: OmitArgPrefixes[ServingLimits] = field(default_factory=ServingLimits)
 
 
@@ -119,38 +119,30 @@ def _serve(options: ServeOptions, config: Any, debug: bool) -> int:
     from flashdreams.parallel.agent import watch_agent
     from flashdreams.parallel.environment import process_rank
 
-    startup, web = Startup(config.runner_name), None
+    web = None
     try:
         watch_agent()
         if process_rank() == 0:
-            web = _start_web(startup, options.web)
+            from flashdreams.serving.web.server import WebServer
+
+            web = WebServer(options.web)
+            web.start()
             say(f"{PROGRAM}: {web.url} shows how far {config.runner_name} is")
     except KeyboardInterrupt as stop:
         return _stopped(stop)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError) as error:
         return report(error, WRONG_USAGE, debug, program=PROGRAM)
-    code = RUN_FAILED
     try:
-        code = _run(options, config, startup, web, debug)
+        return _load_and_run(options, config, web, debug)
     finally:
-        if code != DONE:
-            startup.enter("failed", "The server's log says what failed.")
         if web is not None:
-            web.close()
-    return code
+            web.stop()
 
 
-def _start_web(startup: Startup, options: WebOptions) -> Web:
-    from flashdreams.serving.web import start_web
-
-    return start_web(startup, options)
-
-
-def _run(options: ServeOptions, config: Any, startup: Startup, web: Web | None, debug: bool) -> int:
+def _load_and_run(options: ServeOptions, config: Any, web: Any, debug: bool) -> int:
     from flashdreams.serving.server import Server
 
     try:
-        startup.enter("loading", "Weights are fetched and read.")
         runner = config.setup()
     except KeyboardInterrupt as stop:
         return _stopped(stop)
@@ -158,17 +150,18 @@ def _run(options: ServeOptions, config: Any, startup: Startup, web: Web | None, 
         return report(error, WRONG_USAGE, debug, program=PROGRAM)
     except Exception as error:
         return report(with_advice(error, config), RUN_FAILED, debug, program=PROGRAM)
+    ready = False
     try:
-        startup.enter("warming", "A first session is tried.")
+        if web is not None:
+            web.phase = "warming"
         server = Server(runner, options.limits)
-        host = server.host
-        drain_on_signals(host.drain if host is not None else lambda: None)
-        if host is not None and web is not None:
-            startup.enter("ready", host=host)
-            places = "1 place" if host.places == 1 else f"{host.places} places"
+        drain_on_signals(server.drain)
+        ready = True
+        if web is not None and server.host is not None:
+            web.serve(server.host)
+            places = "1 place" if server.host.places == 1 else f"{server.host.places} places"
             print(f"READY {web.url} {config.runner_name} on {runner.device}, {places}", flush=True)
         server.run()
-        startup.enter("draining", "The server ends.")
         runner.end_serving()
     except KeyboardInterrupt as stop:
         return _stopped(stop)
@@ -176,7 +169,7 @@ def _run(options: ServeOptions, config: Any, startup: Startup, web: Web | None, 
         runner.abort()
         explained = runner.explain(error)
         failure = explained if isinstance(explained, Exception) else error
-        code = WRONG_USAGE if isinstance(error, ValueError) and startup.host is None else RUN_FAILED
+        code = WRONG_USAGE if isinstance(error, ValueError) and not ready else RUN_FAILED
         return report(with_advice(failure, config), code, debug, program=PROGRAM)
     return DONE
 

@@ -382,7 +382,8 @@ class Runner(Generic[ConfigT, PipelineT]):
 
     def serve(self) -> None:
         """Record nothing from here on: what follows is no run with a video and stats."""
-        self.pipeline.observers.remove(self.recorder.observe)
+        observers = self.pipeline.observers
+        observers[:] = [observe for observe in observers if observe != self.recorder.observe]
 
     def end_serving(self) -> None:
         """Give back the output folder and leave the process group; writes no files."""

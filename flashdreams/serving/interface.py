@@ -4,13 +4,8 @@ The loop runs on the main thread of every rank; the web server runs in a thread 
 of ``Host`` come from the web server's threads. Calls of ``Listener`` come from one thread of the
 host's, in the order in which things happened, and must return at once; ``unshown_seconds`` alone is
 asked by the loop.
-
-Start-up: ``flashdreams-serve`` makes a `Startup`, calls
-``flashdreams.serving.web.start_web(startup, options)``, which returns a `Web` that answers already,
-and then loads and warms up the method. ``startup.host`` is there when its phase is ``"ready"``.
 """
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +14,6 @@ from typing import Any, Literal
 from torch import Tensor
 
 State = Literal["waiting", "running", "paused", "parked", "ended"]
-Phase = Literal["loading", "warming", "ready", "draining", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,46 +226,3 @@ class Host(ABC):
     @abstractmethod
     def drain(self) -> None:
         """Take no more sessions, keep the running ones for a restart, and let the loop return."""
-
-
-@dataclass
-class Startup:
-    """How far a server is; the main thread writes it and the web server's threads read it."""
-
-    model: str
-    """The slug that will be served."""
-    phase: Phase = "loading"
-    detail: str = ""
-    """What is being done, or what has failed, for people."""
-    host: Host | None = None
-    """The loop of turns, from ``"ready"`` on."""
-    since: float = field(default_factory=time.monotonic)
-    """``time.monotonic`` at which the phase began."""
-
-    def enter(self, phase: Phase, detail: str = "", host: Host | None = None) -> None:
-        """Go on to another phase; a host that was named before stays."""
-        self.host, self.detail = host or self.host, detail
-        self.phase, self.since = phase, time.monotonic()
-
-
-@dataclass(frozen=True, kw_only=True)
-class WebOptions:
-    """Where the web side listens; every field is a flag of ``flashdreams-serve``."""
-
-    host: str = "127.0.0.1"
-    """Address to listen on. With another one than this machine's own, a token is required."""
-    port: int = 8000
-    """TCP port; 0 takes a free one."""
-    token: str | None = None
-    """What clients must know; None: nothing."""
-
-
-class Web(ABC):
-    """The web side while it runs, in threads of its own."""
-
-    url: str
-    """Where a browser finds the page, such as ``"http://127.0.0.1:8000/"``."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Say goodbye to all clients and stop; returns when all threads have ended."""

@@ -108,6 +108,11 @@ class Server:
         else:
             self._loop.run()
 
+    def drain(self) -> None:
+        """Let ``run`` return once all sessions are on disk; other ranks follow rank zero."""
+        if self.host is not None:
+            self.host.drain()
+
 
 def streams(pipeline: StreamInferencePipeline) -> bool:
     """Whether a method makes its video chunk by chunk; if not, a session has one chunk."""

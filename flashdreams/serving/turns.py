@@ -1,5 +1,6 @@
 """AR steps: whose turn it is, and how its pictures come to the client."""
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -44,8 +45,11 @@ class Turns:
             Candidate(live.id, _unshown_s(live.listener), live.step_s, live.last_turn)
             for live in lives.values()
         ]
-        choice = choose(candidates, self.host.limits.margin_ms / 1e3)
-        assert choice is not None
+        choice = choose(
+            [c for c in candidates if math.isfinite(c.unshown_s)], self.host.limits.margin_ms / 1e3
+        )
+        if choice is None:
+            return IDLE_S
         live = lives[choice.session]
         return choice.wait_s or partial(self.dispatcher.attempt, live, partial(self._step, live))
 
