@@ -116,7 +116,10 @@ class _Loop(Collector):
         figures, fps = host.figures(), host.offer.fps
         gauge: Callable[..., GaugeMetricFamily] = GaugeMetricFamily
         yield gauge("flashdreams_sessions", "Sessions with a place.", figures.sessions)
+        yield gauge("flashdreams_places", "Sessions that may take turns.", figures.places)
         yield gauge("flashdreams_queue_length", "Sessions that wait.", figures.queued)
+        yield gauge("flashdreams_parked_sessions", "Sessions without a place.", figures.parked)
+        yield gauge("flashdreams_parked_bytes", "Host memory of those.", figures.parked_bytes)
         yield gauge(
             "flashdreams_frames_per_second",
             "Pictures made a second, over the last seconds.",
