@@ -92,6 +92,10 @@ class Metrics:
         """A context that times the encoding of a picture."""
         return self._encode.time()
 
+    def value(self, name: str, **labels: str) -> float:
+        """A counter; 0 before it has counted anything."""
+        return self.registry.get_sample_value(f"flashdreams_{name}_total", labels) or 0.0
+
     def text(self) -> bytes:
         """All figures in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -52,6 +52,8 @@ class WebSettings:
     """Sockets at a time, whether they have a session or not."""
     idle_s: float = 600.0
     """Seconds without a request after which a step-driven session is closed."""
+    reap_s: float = 5.0
+    """Seconds between two looks for such sessions."""
     step_s: float = 120.0
     """Seconds that a request for one AR step may take."""
 
