@@ -35,6 +35,8 @@ export class Figures {
     const { latencies, fps } = this.receipts;
     setText(byId('figure-fps'), fps ? fps.toFixed(1) : '–');
     setText(byId('figure-fps-of'), this.fps ? `of ${round(this.fps)}` : '');
+    setText(byId('pulse-fps'), fps ? fps.toFixed(1) : '–');
+    setText(byId('pulse-photon'), inMs(percentile(latencies, 0.5)));
     setText(byId('figure-p50'), inMs(percentile(latencies, 0.5)));
     setText(byId('figure-p99'), inMs(percentile(latencies, 0.99)));
     const waiting = this.player.waiting;

@@ -42,7 +42,10 @@ export class HeldKeys {
     this.buttons = new Map();
     const rest = new Set(this.letters.keys());
     const groups = CLUSTERS.map((cluster) => [...cluster].filter((key) => rest.delete(key)));
-    const nodes = groups.filter((group) => group.length).map((group) => this.cluster(group, true));
+    // Keys of one row of the keyboard are drawn side by side.
+    const isPlaced = (group) => new Set(group.map((key) => PLACES[key][0])).size > 1;
+    const drawn = groups.filter((group) => group.length);
+    const nodes = drawn.map((group) => this.cluster(group, isPlaced(group)));
     if (rest.size) nodes.push(this.cluster([...rest], false));
     this.pads.replaceChildren(...nodes);
     this.pads.hidden = !nodes.length;
@@ -50,7 +53,7 @@ export class HeldKeys {
 
   cluster(group, placed) {
     const pads = group.map((key) => this.pad(key, placed));
-    return element('div', { class: placed ? 'cluster' : 'cluster row', role: 'group' }, ...pads);
+    return element('div', { class: placed ? 'cluster' : 'cluster row' }, ...pads);
   }
 
   pad(key, placed) {

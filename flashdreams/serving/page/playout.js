@@ -2,15 +2,16 @@
 
 const MAX_LEAD_MS = 250;
 const SLACK_MS = 4;
+const FIRST_WINDOW_MS = 250;
 const WINDOW_MS = 2000;
 
 /**
  * Shows decoded pictures on a canvas.
  *
  * Each picture is due one frame period after the one before. One that is decoded late is shown at
- * once and moves the clock back; when all pictures of two seconds were early, the clock moves
- * forward by what the latest of them had in hand. So the delay follows the jitter of the last
- * seconds, and a steady stream is shown as it comes.
+ * once and moves the clock back; when all pictures of two seconds were early (at the beginning, of
+ * less), the clock moves forward by what the latest of them had in hand. So the delay follows the
+ * jitter of the last seconds, and a steady stream is shown as it comes.
  */
 export class Playout {
   /**
@@ -39,6 +40,7 @@ export class Playout {
     this.period = 1000 / fps;
     this.anchor = null;
     this.leads = [];
+    this.span = FIRST_WINDOW_MS;
     if (!this.running) {
       this.running = true;
       requestAnimationFrame(this.tick);
@@ -84,10 +86,11 @@ export class Playout {
 
   adapt(lead, now) {
     this.leads.push({ lead, now });
-    if (now - this.leads[0].now < WINDOW_MS) return;
+    if (now - this.leads[0].now < this.span) return;
     const inHand = Math.min(...this.leads.map((item) => item.lead)) - SLACK_MS;
-    if (inHand > 0) this.anchor.time -= inHand / 2;
+    if (inHand > 0) this.anchor.time -= inHand;
     this.leads = [];
+    this.span = Math.min(WINDOW_MS, 2 * this.span);
   }
 
   dropFirst() {

@@ -53,11 +53,12 @@ export class Steering {
   }
 
   help(keys, look) {
+    const pointer = matchMedia('(hover: hover)').matches;
     if (!keys && !look) return '';
-    const parts = ['Select the picture'];
-    if (keys) parts.push('hold the keys below, or their arrow keys');
-    if (look) parts.push('click to look with the mouse (Esc ends it), or drag');
-    return `${parts.join(': ').replace(': click', '; click')}.`;
+    if (!pointer) return look ? 'Hold the keys; drag the picture to look around.' : 'Hold the keys to steer.';
+    if (!look) return 'Click the picture, then hold the keys below or the arrow keys.';
+    const hold = keys ? 'hold keys to move; ' : '';
+    return `Click the picture: ${hold}the mouse looks around until Esc. Dragging looks, too.`;
   }
 
   change(values, time) {
