@@ -4,6 +4,7 @@ import { byId, setText } from './dom.js';
 import { download } from './recorder.js';
 
 const HIDDEN_MS = 10_000;
+const SETTLING_MS = 1500;
 
 /** What the buttons do, and what can be done at the moment. */
 export class Actions {
@@ -11,6 +12,7 @@ export class Actions {
   constructor(page) {
     this.page = page;
     this.paused = false;
+    this.settled = 0;
     this.state = 'loading';
     this.commands = [];
     const click = (id, action) => byId(id).addEventListener('click', action);
@@ -18,7 +20,7 @@ export class Actions {
     click('reset', () => page.sendEvent('reset', { type: 'session.reset' }));
     click('record', () => (page.recorder.recording ? this.finishRecording() : this.record()));
     click('fullscreen', () => this.fullScreen());
-    click('stop', () => page.connection.send({ type: 'session.stop' }));
+    click('stop', () => page.connection.stop());
     byId('fullscreen').hidden = !document.fullscreenEnabled;
     document.addEventListener('visibilitychange', () => this.onVisible());
     setInterval(() => this.tellLength(), 500);
@@ -34,8 +36,9 @@ export class Actions {
   onState(state) {
     this.state = state;
     const live = state === 'live';
-    if (live) this.onPaused(false);
-    for (const id of ['pause', 'reset', 'record', 'stop']) byId(id).disabled = !live;
+    if (live) this.showPaused(false);
+    for (const id of ['pause', 'reset', 'record']) byId(id).disabled = !live;
+    byId('stop').disabled = state === 'ended';
     byId('reset').hidden = !this.commands.includes('reset');
     if (this.page.player?.format === 'jpeg') {
       byId('record').disabled = true;
@@ -44,8 +47,13 @@ export class Actions {
     for (const id of ['save', 'fork', 'prompt-apply']) byId(id).disabled = !live;
   }
 
-  /** @param {boolean} paused as the server says */
+  /** @param {boolean} paused as the server says; what was asked for takes a chunk to be true */
   onPaused(paused) {
+    if (performance.now() < this.settled) return;
+    this.showPaused(paused);
+  }
+
+  showPaused(paused) {
     this.paused = paused;
     const button = byId('pause');
     button.setAttribute('aria-pressed', String(paused));
@@ -54,7 +62,8 @@ export class Actions {
 
   pause(paused) {
     if (!this.page.connection.send({ type: 'session.pause', paused })) return;
-    this.onPaused(paused);
+    this.showPaused(paused);
+    this.settled = performance.now() + SETTLING_MS;
     this.page.status.set(paused ? 'paused' : 'ready');
   }
 

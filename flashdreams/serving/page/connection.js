@@ -98,7 +98,13 @@ export class Connection {
     if (FINAL.has(message.code) && isFinal) this.end(message.message);
   }
 
+  /** End the session, or the attempts to begin one. */
+  stop() {
+    if (!this.started || !this.send({ type: 'session.stop' })) this.end('stopped');
+  }
+
   end(reason) {
+    this.attempt = null;
     this.over = true;
     this.listener.onState('ended', reason);
     this.drop();

@@ -142,6 +142,7 @@ class Page {
     setText(byId('model'), config.model);
     this.resize(config);
     if (!start.resumed) this.receipts.begin();
+    else this.receipts.resume(start.first_frame);
     this.memory.remember(start.token);
     this.player.begin({ codec: start.codec, fps: config.fps });
     this.recorder.begin(config.fps);
@@ -159,7 +160,7 @@ class Page {
     if (document.hidden) {
       // Nothing is drawn on a page that is not seen, but what arrived counts as shown.
       this.player.clear();
-      this.receipts.onShown(meta.first_frame + meta.num_frames - 1, performance.now());
+      this.receipts.onUnseen(meta.first_frame + meta.num_frames - 1);
     }
   }
 
@@ -188,9 +189,10 @@ class Page {
     this.figures.onStatus(status);
     const shown = ['live', 'ready', 'paused', 'parked', 'waiting'];
     if (!shown.includes(this.status.state)) return;
-    const running = this.status.state === 'live' ? 'live' : 'ready';
-    this.status.set(status.state === 'running' ? running : status.state);
     this.actions.onPaused(status.state === 'paused');
+    const running = this.status.state === 'live' ? 'live' : 'ready';
+    const state = status.state === 'running' ? running : status.state;
+    if (performance.now() > this.actions.settled) this.status.set(state);
   }
 
   onError(error) {
@@ -200,6 +202,7 @@ class Page {
       this.connection.open();
       return;
     }
+    if (error.code === 'not_ready' || error.code === 'draining') return; // it connects again
     const allowed = error.allowed ? ` Allowed: ${inWords(error.allowed)}.` : '';
     this.status.show(`${error.message}${allowed}`, 'error');
     if (this.kinds.get(error.event_id) === 'prompt') this.prompting.onRefused();

@@ -63,7 +63,8 @@ export class Memory {
 
   /** @returns {number} the first picture that was not shown */
   get fromFrame() {
-    return Math.max(this.lastFrame(), this.session?.frame ?? -1) + 1;
+    const last = this.lastFrame();
+    return (last >= 0 ? last : (this.session?.frame ?? -1)) + 1;
   }
 
   store() {

@@ -42,6 +42,15 @@ export class Receipts {
   }
 
   /**
+   * The session goes on after a loss, maybe with pictures of before.
+   * @param {number} frame the first one that follows
+   */
+  resume(frame) {
+    this.lastFrame = frame - 1;
+    this.awaited = [];
+  }
+
+  /**
    * An event was sent.
    * @param {string} id
    * @param {number} time of the input, as `event.timeStamp`
@@ -81,6 +90,15 @@ export class Receipts {
       this.latencies.push(ms);
     }
     if (this.latencies.length > KEPT) this.latencies.splice(0, this.latencies.length - KEPT);
+  }
+
+  /**
+   * A picture arrived while nobody could see the page: it has its receipt, and no latency.
+   * @param {number} frame
+   */
+  onUnseen(frame) {
+    this.lastFrame = Math.max(this.lastFrame, frame);
+    this.awaited = this.awaited.filter((item) => item.frame > frame);
   }
 
   /** @param {number} count pictures were left out */

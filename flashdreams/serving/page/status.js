@@ -87,7 +87,8 @@ export class StatusLine {
     const known = [...this.messages.children].find((node) => node.firstChild.textContent === text);
     known?.remove();
     const close = element('button', { type: 'button', 'aria-label': 'Close', class: 'close' }, '×');
-    const node = element('div', { class: `message ${kind}` }, element('p', {}, text), close);
+    const role = kind === 'error' ? 'alert' : null;
+    const node = element('div', { class: `message ${kind}`, role }, element('p', {}, text), close);
     close.addEventListener('click', () => node.remove());
     this.messages.append(node);
     while (this.messages.children.length > 3) this.messages.firstChild.remove();
