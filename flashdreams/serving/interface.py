@@ -109,7 +109,9 @@ class Listener(ABC):
     def unshown_seconds(self) -> float:
         """How long the pictures that were handed over and are not yet due will last, in seconds.
 
-        The loop begins an AR step of this session no earlier than needed: see `Host`.
+        The loop begins an AR step of this session no earlier than needed: see `Host`. ``math.inf``
+        begins none: a client that drives a session step by step has not asked for the next chunk.
+        Once it asks, ``Host.pause(session, False)`` makes the loop look again, at once.
         """
 
 

@@ -333,6 +333,7 @@ class Error(_Message):
         "timeout",
         "too_slow",
         "session_failed",
+        "not_ready",
         "draining",
     ]
     request_id: str | None = None
