@@ -1,8 +1,9 @@
 """What the web side and the loop of turns know of each other: plain values and two contracts.
 
 The loop runs on the main thread of every rank; the web server runs in a thread of rank zero. Calls
-of ``Host`` come from the web server's thread; calls of ``Listener`` come from the loop's thread and
-must return at once.
+of ``Host`` come from the web server's threads. Calls of ``Listener`` come from one thread of the
+host's, in the order in which things happened, and must return at once; ``unshown_seconds`` alone is
+asked by the loop.
 """
 
 from abc import ABC, abstractmethod
@@ -79,7 +80,17 @@ class Figures:
     sessions: int
     queued: int
     device_bytes: int | None
+    """In use on rank zero's device; None on a CPU."""
     host_bytes: int
+    """Resident memory of rank zero's process."""
+    parked: int = 0
+    """Sessions in host memory or on disk."""
+    parked_bytes: int = 0
+    """Host memory of those on rank zero."""
+    steps: int = 0
+    """AR steps of the session, or of all since the start."""
+    places: int = 0
+    """Sessions that may take turns at a time."""
 
 
 class Listener(ABC):
@@ -147,8 +158,14 @@ class Host(ABC):
         """
 
     @abstractmethod
-    def attach(self, session: str, listener: Listener) -> int:
+    def attach(self, session: str, listener: Listener, from_frame: int = 0) -> int:
         """Take up a session with another listener; it leaves its pause or its parking place.
+
+        Args:
+            session: its identifier.
+            listener: hears of it from now on.
+            from_frame: the first pixel frame that the client has not shown. A server that has been
+                restarted counts on from there, if its snapshot is older than that.
 
         Returns:
             Pixel frame of the next picture.
@@ -159,7 +176,10 @@ class Host(ABC):
 
     @abstractmethod
     def detach(self, session: str) -> None:
-        """The listener is gone: pause at the next chunk border, park later, and end at last."""
+        """The socket is gone: pause at the next chunk border, park later, and end at last.
+
+        The chunk that is under way still goes to the listener.
+        """
 
     @abstractmethod
     def control(self, session: str, values: Mapping[str, Any], event_id: str | None) -> None:

@@ -20,6 +20,7 @@ LAYERS = (
     "flashdreams.plan",
     "flashdreams.check",
     "flashdreams.run",
+    "flashdreams.serve",
 )
 """From the lowest to the highest: a module imports its own layer and those before it."""
 

@@ -76,6 +76,22 @@ class CameraToVideoRunnerConfig(ImageToVideoRunnerConfig):
         self.motion()
         derive_config(self.camera_encoder, world_scale=self.world_scale)
 
+    def for_serving(self) -> "CameraToVideoRunnerConfig":
+        """The config in streaming mode, steered by keys; see `RunnerConfig.for_serving`.
+
+        Raises:
+            ValueError: a path from a file, which nobody could steer.
+        """
+        for name in ("pose_path", "intrinsic_path", "key_path"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: a live session is steered by its client; leave "
+                    "it away. --intrinsics sets the lens."
+                )
+        actions = self.actions or f"w{pixel_frames(self.transformer.len_t)}"
+        found = replace(self, pose_mode="streaming", actions=actions)
+        return replace(found, snapshot_every=0, resume=False)
+
     @property
     def camera_encoder(self) -> CameraEncoderConfig:
         """Config of the camera encoder."""

@@ -1,0 +1,55 @@
+"""What is due by the clock: pausing, parking, ending and saving what nobody looks at."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from flashdreams.serving.host import LiveHost
+from flashdreams.serving.live import LiveSession
+
+PARK_SOON_S = 3.0
+"""Seconds of pause after which a session is parked if others wait for its place."""
+
+
+@dataclass(frozen=True)
+class Due:
+    """Something that is to be done with a session now."""
+
+    kind: Literal["pause", "park", "end", "snapshot"]
+    live: LiveSession
+    reason: str = ""
+    """Of an end, for people."""
+
+
+def next_upkeep(host: LiveHost, now: float, *, keeps: bool) -> Due | None:
+    """What is due first; the host's lock is held.
+
+    Args:
+        host: with its sessions and limits.
+        now: ``time.monotonic``.
+        keeps: whether sessions can be parked and saved.
+    """
+    limits = host.limits
+    wanted = bool(host.queue) and host.free_places() <= 0
+    for live in host.sessions.values():
+        if live.in_flight:
+            continue
+        if limits.max_session_s is not None and now - live.began > limits.max_session_s:
+            return Due("end", live, f"A session lasts at most {limits.max_session_s:g} s here.")
+        gone_s = 0.0 if live.detached_since is None else now - live.detached_since
+        if gone_s > limits.end_after_s:
+            return Due("end", live, f"Nobody came back within {limits.end_after_s:g} s.")
+        if live.where != "device":
+            continue
+        if not live.reasons and now - live.last_input > limits.pause_after_s:
+            return Due("pause", live)
+        idle_s = 0.0 if live.idle_since is None else now - live.idle_since
+        patience_s = min(PARK_SOON_S, limits.park_after_s) if wanted else limits.park_after_s
+        if keeps and not live.unparkable and live.reasons and idle_s > patience_s:
+            return Due("park", live)
+    if keeps and limits.snapshot_every > 0:
+        for live in host.sessions.values():
+            late = now - live.snapped_at > limits.snapshot_every
+            changed = live.saved_changes != live.changes
+            if late and changed and live.where == "device" and not live.in_flight:
+                return Due("snapshot", live)
+    return None
