@@ -152,7 +152,7 @@ export class Connection {
 export async function wordsOf(reply) {
   try {
     const body = await reply.json();
-    const words = body.message ?? body.detail ?? body.state ?? body.status;
+    const words = body.message ?? body.detail ?? body.phase;
     return typeof words === 'string' ? words : '';
   } catch {
     return '';
