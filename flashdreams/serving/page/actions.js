@@ -68,7 +68,8 @@ export class Actions {
   }
 
   record() {
-    if (!this.page.recorder.start()) this.page.status.show('There is nothing to record yet.');
+    if (!this.page.connection.send({ type: 'session.key' })) return;
+    this.page.recorder.start();
     this.tellLength();
   }
 
@@ -77,7 +78,8 @@ export class Actions {
     const { recorder, status } = this.page;
     if (!recorder.recording) return;
     const when = new Date().toISOString().slice(0, 19).replace(/[T:]/g, '-');
-    download(recorder.stop(), `${status.name}-${when}.mp4`);
+    const file = recorder.stop();
+    if (file) download(file, `${status.name}-${when}.mp4`);
     this.tellLength();
   }
 

@@ -52,7 +52,7 @@ export class Connection {
         const reply = await fetch('readyz', { cache: 'no-store' });
         if (this.attempt !== attempt) return false;
         if (reply.ok) return true;
-        this.listener.onState('loading', await wordsOf(reply));
+        this.listener.onState('loading', await bodyOf(reply));
       } catch {
         if (this.attempt !== attempt) return false;
         wait = this.nextWait();
@@ -93,9 +93,11 @@ export class Connection {
 
   /** An error before the session has begun, or one of the session itself, ends it. */
   failed(message) {
+    const isTaken = message.code === 'unknown_session' && this.started;
+    if (isTaken) this.end(explained(message));
     if (message.code === 'queue_full') this.losses = Math.max(this.losses, 4);
     const isFinal = message.code === 'session_failed' || !this.started;
-    if (FINAL.has(message.code) && isFinal) this.end(message.message);
+    if (FINAL.has(message.code) && isFinal) this.end(explained(message));
   }
 
   /** End the session, or the attempts to begin one. */
@@ -148,13 +150,30 @@ export class Connection {
   }
 }
 
-/** What a reply that is no success says, for people. */
-export async function wordsOf(reply) {
+/**
+ * What an error says, with what would have been allowed.
+ * @param {{message: string, allowed: *}} error
+ * @returns {string}
+ */
+export function explained({ message, allowed }) {
+  return allowed ? `${message} Allowed: ${inWords(allowed)}.` : message;
+}
+
+function inWords(value) {
+  if (Array.isArray(value)) return value.join(', ');
+  if (typeof value !== 'object') return String(value);
+  return Object.entries(value).map(([key, item]) => `${key}: ${inWords(item)}`).join('; ');
+}
+
+/**
+ * The body of a reply that is no success.
+ * @param {Response} reply
+ * @returns {Promise<Object>} empty where it is no JSON object
+ */
+export async function bodyOf(reply) {
   try {
-    const body = await reply.json();
-    const words = body.message ?? body.detail ?? body.phase;
-    return typeof words === 'string' ? words : '';
+    return Object(await reply.json());
   } catch {
-    return '';
+    return {};
   }
 }

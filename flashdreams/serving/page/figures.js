@@ -65,8 +65,9 @@ export class Figures {
   }
 
   stages(chunkMs) {
-    const stages = Object.entries(chunkMs).filter(([, ms]) => ms > 0.005);
-    const total = stages.reduce((sum, [, ms]) => sum + ms, 0);
+    const stages = Object.entries(chunkMs).filter(([name, ms]) => name !== 'total' && ms > 0.005);
+    const sum = stages.reduce((all, [, ms]) => all + ms, 0);
+    const total = chunkMs.total ?? sum;
     setText(byId('figure-chunk'), total ? inMs(total) : '–');
     const key = stages.map(([name]) => name).join();
     if (key !== this.stageNames) {
@@ -79,7 +80,7 @@ export class Figures {
       );
     }
     stages.forEach(([, ms], at) => {
-      byId('stage-bar').children[at].style.flexGrow = String(ms / total);
+      byId('stage-bar').children[at].style.flexGrow = String(ms / sum);
       setText(byId('stage-list').children[at].lastChild, inMs(ms));
     });
   }

@@ -1,7 +1,7 @@
 // The page of a live session: puts its parts together.
 
 import { Actions } from './actions.js';
-import { Connection, wordsOf } from './connection.js';
+import { Connection, bodyOf, explained } from './connection.js';
 import { Steering } from './steering.js';
 import { byId, setText } from './dom.js';
 import { Figures } from './figures.js';
@@ -71,8 +71,9 @@ class Page {
     try {
       const reply = await fetch('v1/models', { cache: 'no-store' });
       if (reply.status === 401 || reply.status === 403) {
-        const words = (await wordsOf(reply)) || 'Open the address that the server printed: it has the token.';
-        this.status.set('ended', words);
+        const { message } = await bodyOf(reply);
+        const how = 'Open the address that the server printed: it has the token.';
+        this.status.set('ended', `${message ?? ''} ${how}`);
         byId('begin').hidden = true;
         return false;
       }
@@ -86,6 +87,7 @@ class Page {
 
   drawOffer(offer) {
     this.offer = offer;
+    if (offer.formats && !offer.formats.includes('m4s')) this.player.useJpeg();
     setText(byId('model'), offer.id ?? offer.model);
     this.resize(offer);
     this.opening.draw(offer);
@@ -196,6 +198,11 @@ class Page {
   }
 
   onError(error) {
+    if (error.allowed?.format?.includes('jpeg') && this.player.useJpeg()) {
+      this.connection.open();
+      return;
+    }
+    if (this.status.state === 'ended') return; // the cover says why
     if (error.code === 'unknown_session') {
       this.memory.forget();
       this.status.show('The session of before has ended; this is a new one.');
@@ -203,8 +210,7 @@ class Page {
       return;
     }
     if (error.code === 'not_ready' || error.code === 'draining') return; // it connects again
-    const allowed = error.allowed ? ` Allowed: ${inWords(error.allowed)}.` : '';
-    this.status.show(`${error.message}${allowed}`, 'error');
+    this.status.show(explained(error), 'error');
     if (this.kinds.get(error.event_id) === 'prompt') this.prompting.onRefused();
   }
 
@@ -236,12 +242,6 @@ class Page {
     const message = { type: 'session.interaction', interaction: { event: { prompt: text } } };
     return this.sendEvent('prompt', message);
   }
-}
-
-function inWords(value) {
-  if (Array.isArray(value)) return value.join(', ');
-  if (typeof value !== 'object') return String(value);
-  return Object.entries(value).map(([key, item]) => `${key}: ${inWords(item)}`).join('; ');
 }
 
 new Page().run();

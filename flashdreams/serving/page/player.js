@@ -46,6 +46,13 @@ export class Player {
     else this.player = new (way === 'jpeg' ? JpegPlayer : CodecPlayer)(this.canvas, listener);
   }
 
+  /** The server has single pictures only. @returns {boolean} whether that is a change */
+  useJpeg() {
+    const isChange = this.way !== 'jpeg';
+    if (isChange) this.use('jpeg');
+    return isChange;
+  }
+
   fallBack(reason) {
     const next = this.ways[this.ways.indexOf(this.way) + 1];
     if (!next) return;

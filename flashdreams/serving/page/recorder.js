@@ -2,9 +2,7 @@
 
 import { moved, parse } from './mp4.js';
 
-const MOST_BYTES_BEFORE = 64 * 2 ** 20;
-
-/** Keeps the fragments since the last key picture, and while it records all of them. */
+/** Records from the next key picture on. */
 export class Recorder {
   constructor() {
     this.begin(16);
@@ -16,8 +14,6 @@ export class Recorder {
    */
   begin(fps) {
     this.fps = fps;
-    this.before = [];
-    this.beforeBytes = 0;
   }
 
   /** @returns {boolean} */
@@ -38,34 +34,23 @@ export class Recorder {
   push(meta, buffer) {
     const { header, fragment } = parse(buffer);
     if (header) this.header = header;
-    if (meta.key) this.begin(this.fps);
-    if (meta.key || this.before.length) {
-      this.before.push(fragment.bytes);
-      this.beforeBytes += fragment.bytes.length;
-      if (this.beforeBytes > MOST_BYTES_BEFORE) this.begin(this.fps);
-    }
-    if (this.parts) this.add(fragment.bytes);
-  }
-
-  add(bytes) {
+    if (!this.parts || !(meta.key || this.count)) return;
+    this.first ??= this.header.bytes.slice();
     const ticks = Math.round(this.header.timescale / this.fps);
-    this.parts.push(moved(bytes, this.count * ticks)); // the file begins at zero, without gaps
+    this.parts.push(moved(fragment.bytes, this.count * ticks)); // from zero on, without gaps
     this.count += 1;
   }
 
-  /** Begin with the last key picture. @returns {boolean} false: there was none yet */
+  /** Begin; the server has to be asked for a key picture. */
   start() {
-    if (!this.header || !this.before.length) return false;
     this.parts = [];
     this.count = 0;
-    this.first = this.header.bytes.slice();
-    for (const bytes of this.before) this.add(bytes);
-    return true;
+    this.first = null;
   }
 
-  /** @returns {Blob} the file */
+  /** @returns {?Blob} the file; null where no picture has come yet */
   stop() {
-    const file = new Blob([this.first, ...this.parts], { type: 'video/mp4' });
+    const file = this.count ? new Blob([this.first, ...this.parts], { type: 'video/mp4' }) : null;
     this.parts = null;
     return file;
   }

@@ -10,6 +10,7 @@ const WORDS = {
   parked: 'Parked',
   waiting: 'Waiting for its turn',
 };
+const PHASES = { warming: 'Warming up', draining: 'Restarting', failed: 'Failed' };
 const ENDS = {
   stopped: 'Stopped.',
   done: 'The video has reached its length.',
@@ -42,9 +43,9 @@ export class StatusLine {
 
   wordsOf(state, detail) {
     if (state === 'loading') {
-      const warming = /warm|captur|compil/i.test(detail ?? '');
-      const words = warming ? 'Warming up' : 'Loading';
-      return [words, detail && !/^(loading|warming( up)?)$/i.test(detail) ? detail : ''];
+      const { phase, message, seconds } = detail ?? {};
+      const so = seconds > 2 ? ` ${Math.round(seconds)} s so far.` : '';
+      return [PHASES[phase] ?? 'Loading', `${message ?? ''}${so}`];
     }
     if (state === 'queued') {
       const ahead = detail - 1;

@@ -125,7 +125,7 @@ def _add_page(app: FastAPI, settings: WebSettings) -> None:
         )
         return answer
 
-    app.mount("/", StaticFiles(directory=PAGE, check_dir=False))
+    app.mount("/page", StaticFiles(directory=PAGE, check_dir=False))
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -45,7 +45,7 @@ class Pump:
             if outlet.behind(unshown):
                 feed.skip()
                 continue
-            key = key or picture.epoch != epoch or outlet.take_purged()
+            key = key or picture.epoch != epoch or outlet.take_purged() or outlet.take_key()
             epoch = picture.epoch
             with self._metrics.encoding():
                 data, is_key = self._encoder.encode(picture.pixels, key=key)
