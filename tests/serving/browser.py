@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import shutil
@@ -27,6 +28,14 @@ new PerformanceObserver((list) => {
   for (const entry of list.getEntries()) window.shifts += entry.value;
 }).observe({type: 'layout-shift', buffered: true});
 """
+
+PICTURE = """() => {
+  const shown = document.querySelector('#stage > :is(canvas, video):not([hidden])');
+  const copy = document.createElement('canvas');
+  [copy.width, copy.height] = [256, 256];
+  copy.getContext('2d').drawImage(shown, 0, 0, 256, 256);
+  return copy.toDataURL('image/png');
+}"""
 
 
 def find_chromium() -> str:
@@ -101,7 +110,7 @@ class Tab:
 
     def figure(self, name: str) -> float:
         """The number of a live figure."""
-        return float(self.text(f"#{name}").split()[0].replace("–", "nan"))
+        return float(self.text(f"#{name}").split()[0].replace("\N{EN DASH}", "nan"))
 
     def focus(self) -> None:
         """Give the stage the focus."""
@@ -120,7 +129,7 @@ class Tab:
 
     def picture(self) -> np.ndarray:
         """What the stage shows: ``[64, 64, 3]``, from 0 to 1."""
-        png = self.page.locator("#stage").screenshot()
+        png = base64.b64decode(self.page.evaluate(PICTURE).partition(",")[2])
         image = Image.open(io.BytesIO(png)).convert("RGB").resize((64, 64), Image.Resampling.BOX)
         return np.asarray(image, dtype=np.float64) / 255
 

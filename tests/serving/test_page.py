@@ -67,7 +67,7 @@ def test_a_prompt_changes_the_world_and_a_bad_one_says_why(tab: Tab) -> None:
     first = tab.picture()
     tab.page.fill("#prompt", "night sky, red floor, red north wall, red east wall, red pillars")
     tab.page.keyboard.press("Enter")
-    tab.page.wait_for_function("document.querySelector('#prompt-help').innerText.match(/chunk/)")
+    tab.page.wait_for_selector("#prompt-help:has-text('Applied in chunk')")
     tab.rest(1500)
     assert difference(first, tab.picture()) > 2 * MOVED
     tab.page.fill("#prompt", "plaid floor")
@@ -165,9 +165,7 @@ def test_figures_are_live(tab: Tab) -> None:
     assert "session" in tab.text("#sharing")
 
 
-def test_nothing_comes_from_outside_and_nothing_complains(
-    tab: Tab, toy_world: LiveServer
-) -> None:
+def test_nothing_comes_from_outside_and_nothing_complains(tab: Tab, toy_world: LiveServer) -> None:
     hosts = {urlsplit(address).netloc for address in tab.requests if address.startswith("http")}
     assert hosts == {f"localhost:{toy_world.port}"}
     assert not tab.complaints

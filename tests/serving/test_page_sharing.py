@@ -23,9 +23,7 @@ def test_two_tabs_run_and_a_third_waits(open_tab: Callable[..., Tab], tmp_path: 
         tabs[0].rest(1000)
         assert difference(first[0], tabs[0].picture()) > MOVED
         assert difference(first[1], tabs[1].picture()) < REST, "the other world rests"
-        tabs[0].page.wait_for_function(
-            "document.querySelector('#sharing').innerText.includes('2 sessions share')"
-        )
+        tabs[0].page.wait_for_selector("#sharing:has-text('2 sessions share')")
         third = open_tab(server.address)
         third.wait("queued")
         assert third.text("#status") == "Queued, position 1"
