@@ -192,14 +192,23 @@ class StartConfig(_Message):
     """The values that a session runs with."""
 
     model: str
+    """The slug that is served."""
     prompt: str | None
+    """None where the model takes none."""
     width: int
+    """Pixels."""
     height: int
+    """Pixels."""
     fps: float
+    """Pictures that are shown a second."""
     seed: int
+    """Of the noise."""
     num_frames: int | None
+    """Pixel frames after which the session is done; None: it goes on until it is stopped."""
     num_inference_steps: int
+    """Denoising steps."""
     guidance_scale: float | None
+    """None: without guidance."""
 
 
 class VideoStart(_Message):

@@ -63,9 +63,13 @@ class Accounts:
         """
         host = self.gate.host
         if host is None:
-            code = "draining" if self.gate.phase == "draining" else "not_ready"
-            raise Denied(Error(message=self.gate.refusal(), code=code))  # type: ignore[arg-type]
+            raise Denied(self.absence())
         return host
+
+    def absence(self) -> Error:
+        """Why there is no loop."""
+        stops = self.gate.phase == "draining"
+        return Error(message=self.gate.words(), code="draining" if stops else "not_ready")
 
     async def open(self, start: SessionStart, feed: Feed) -> Session:
         """Open a session.

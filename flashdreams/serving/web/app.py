@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 import urllib.parse
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -77,7 +78,12 @@ def _add_probes(app: FastAPI, gate: Gate, metrics: Metrics) -> None:
     async def readyz() -> JSONResponse:
         """Whether sessions can be opened, and if not, what the server does."""
         ready = gate.host is not None
-        content = {"ready": ready, "phase": gate.phase}
+        content = {
+            "ready": ready,
+            "phase": gate.phase,
+            "message": gate.words(),
+            "seconds": round(time.monotonic() - gate.since, 1),
+        }
         return JSONResponse(content, 200 if ready else 503)
 
     @app.get("/metrics", tags=["server"], response_class=Response)

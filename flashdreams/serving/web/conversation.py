@@ -136,7 +136,9 @@ class Conversation:
                 before.post(Error(message=text, code="unknown_session"))
                 before.finish()
             try:
-                following = await answered(self.accounts.host().attach, first.token, session.feed)
+                following = await answered(
+                    self.accounts.host().attach, first.token, session.feed, first.from_frame
+                )
             except Denied as denied:
                 session.feed.disconnect(self.outlet)
                 self.accounts.forget_ended()
@@ -183,7 +185,7 @@ class Conversation:
     def _end(self) -> Done | Error | None:
         """What is said when nothing more is to be sent."""
         if self.accounts.gate.phase == "draining":
-            return Error(message=self.accounts.gate.refusal(), code="draining")
+            return self.accounts.absence()
         if self.outlet.failed:
             return Error(message=INTERNAL, code="session_failed")
         end = self.feed.end

@@ -1,18 +1,19 @@
 """What clients are told before there is a loop to serve them, and after."""
 
 import re
+import time
 from typing import Literal, get_args
 
 from flashdreams.serving.interface import Host
 
-Phase = Literal["loading", "warming", "ready", "draining"]
+Phase = Literal["loading", "warming", "ready", "draining", "failed"]
 
 _PATH = re.compile(r"(?<![\w:/])(?:[A-Za-z]:\\|~?/)[^\s,;:'\"()]*[\\/][^\s,;:'\"()]*")
 TEXT_CHARACTERS = 600
 
 
 class Gate:
-    """The loop of turns, once it is there."""
+    """The loop of turns, while it takes sessions."""
 
     def __init__(self, host: Host | None = None) -> None:
         """Begin.
@@ -22,6 +23,8 @@ class Gate:
         """
         self._host = host
         self._phase: Phase = "loading" if host is None else "ready"
+        self.since = time.monotonic()
+        """When the phase began."""
 
     @property
     def phase(self) -> Phase:
@@ -32,7 +35,7 @@ class Gate:
     def phase(self, phase: Phase) -> None:
         if phase not in get_args(Phase):
             raise ValueError(f"Unknown phase {phase!r}; allowed: {', '.join(get_args(Phase))}.")
-        self._phase = phase
+        self._phase, self.since = phase, time.monotonic()
 
     @property
     def host(self) -> Host | None:
@@ -41,13 +44,17 @@ class Gate:
 
     def serve(self, host: Host) -> None:
         """The loop is there."""
-        self._host, self._phase = host, "ready"
+        self._host, self.phase = host, "ready"
 
-    def refusal(self) -> str:
-        """Why there is no loop, for people."""
-        if self._phase == "draining":
-            return "The server is about to stop; sessions go on when it is back. Try again soon."
-        return f"The server is not ready yet: it is {self._phase} the model. Try again soon."
+    def words(self) -> str:
+        """What the server does at present, for people."""
+        return {
+            "loading": "The model is being loaded.",
+            "warming": "The model is being warmed up.",
+            "ready": "Ready.",
+            "draining": "The server stops; sessions go on when it is back.",
+            "failed": "The server has failed; its log says why.",
+        }[self._phase]
 
 
 def for_clients(text: str) -> str:

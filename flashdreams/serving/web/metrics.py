@@ -14,7 +14,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _STAGES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _LATENCIES = (0.02, 0.04, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 5.0)
 _JITTER = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
-_STATES = ("loading", "warming", "ready", "draining")
+_PHASES = ("loading", "warming", "ready", "draining", "failed")
 
 
 class Metrics:
@@ -105,7 +105,7 @@ class _Loop(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         phase = GaugeMetricFamily("flashdreams_phase", "1 for the present phase.", labels=["phase"])
-        for name in _STATES:
+        for name in _PHASES:
             phase.add_metric([name], float(name == self._gate.phase))
         yield phase
         host = self._gate.host

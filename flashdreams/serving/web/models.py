@@ -48,7 +48,7 @@ def add_models(app: FastAPI, gate: Gate) -> None:
         """What this server serves."""
         host = gate.host
         if host is None:
-            raise HTTPException(503, gate.refusal())
+            raise HTTPException(503, gate.words())
         offer = host.offer
         even = offer.width % 2 == offer.height % 2 == 0
         model = Model(

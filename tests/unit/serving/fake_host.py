@@ -92,7 +92,7 @@ class FakeHost(Host):
             self._changed.notify_all()
             return id
 
-    def attach(self, session: str, listener: Listener) -> int:
+    def attach(self, session: str, listener: Listener, from_frame: int = 0) -> int:
         with self._changed:
             found = self._find(session)
             found.listener, found.paused = listener, False
