@@ -55,7 +55,7 @@ class Page {
       const rest = query.size ? `?${query}` : '';
       history.replaceState(null, '', `${location.pathname}${rest}${location.hash}`);
     }
-    const drawn = setTimeout(() => this.reveal(), 800);
+    const drawn = setTimeout(() => this.reveal(), 3000);
     await Promise.all([this.player.prepare(query.get('player')), this.memory.load()]);
     const offer = this.loadOffer().finally(() => (clearTimeout(drawn), this.reveal()));
     if (await offer) this.connection.open();
@@ -87,6 +87,7 @@ class Page {
 
   drawOffer(offer) {
     this.offer = offer;
+    document.body.dataset.offered = '';
     if (offer.formats && !offer.formats.includes('m4s')) this.player.useJpeg();
     setText(byId('model'), offer.id ?? offer.model);
     this.resize(offer);
@@ -143,6 +144,7 @@ class Page {
     const { config } = start;
     setText(byId('model'), config.model);
     this.resize(config);
+    document.body.dataset.offered = '';
     if (!start.resumed) this.receipts.begin();
     else this.receipts.resume(start.first_frame);
     this.memory.remember(start.token);

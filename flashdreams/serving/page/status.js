@@ -4,7 +4,7 @@ import { byId, element, setText } from './dom.js';
 
 const WORDS = {
   connecting: 'Connecting',
-  live: 'Waiting for the first picture',
+  live: 'Starting',
   ready: 'READY',
   paused: 'Paused',
   parked: 'Parked',
