@@ -5,12 +5,17 @@ camera rests the toy world's pictures differ by less than ``REST``, and after ha
 walking by more than ``MOVED``.
 """
 
+import base64
+import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import av
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.serving.browser import Tab, difference
 from tests.serving.live_server import LiveServer
@@ -151,6 +156,52 @@ def test_other_ways_to_show_video(open_tab: OpenTab, toy_world: LiveServer, way:
     assert difference(first, tab.picture()) > MOVED
     assert tab.figure("figure-p50") > 0
     assert not tab.complaints
+
+
+def test_a_new_session_begins_with_what_was_chosen(tab: Tab, tmp_path: Path) -> None:
+    image = np.zeros((48, 96, 3), np.uint8)
+    image[:, :, 0] = 220
+    Image.fromarray(image).save(tmp_path / "red.png")
+    token, first = tab.token(), tab.picture()
+    tab.page.click("summary")
+    tab.page.set_input_files("#first-frame", tmp_path / "red.png")
+    tab.page.wait_for_selector("#first-frame-preview[src]")
+    tab.page.fill("#opening-prompt", "night sky, red floor")
+    tab.page.fill("#seed", "7")
+    messages: list[str] = []
+    tab.page.on("websocket", lambda socket: socket.on("framesent", messages.append))
+    tab.page.click("#opening-form button[type=submit]")
+    tab.page.wait_for_selector("#prompt-help")
+    tab.wait("ready")
+    tab.rest(500)
+    start = json.loads(messages[0])
+    assert start["type"] == "session.start" and start["seed"] == 7
+    assert start["prompt"] == "night sky, red floor" == tab.page.input_value("#prompt")
+    sent = base64.b64decode(start["image_reference"]["image_url"].partition(",")[2])
+    assert Image.open(io.BytesIO(sent)).size == (96, 48), "smaller than the world: not enlarged"
+    assert tab.token() != token
+    assert difference(first, tab.picture()) > MOVED
+
+
+def test_a_tab_that_was_duplicated_begins_a_session_of_its_own(tab: Tab) -> None:
+    with tab.context.expect_page() as opened:
+        tab.page.evaluate("window.open(location.href)")  # takes the session's storage along
+    other = opened.value
+    other.wait_for_selector('#status[data-state="ready"]')
+    script = "JSON.parse(sessionStorage.getItem('flashdreams-session')).token"
+    assert other.evaluate(script) != tab.token()
+    tab.rest(1500)
+    assert tab.text("#status") == "READY"
+
+
+def test_a_page_that_nobody_sees_pauses_its_session(tab: Tab) -> None:
+    show = "Object.defineProperty(document, 'hidden', {value: %s, configurable: true});"
+    tell = "document.dispatchEvent(new Event('visibilitychange'))"
+    tab.page.evaluate(show % "true" + tell)
+    tab.wait("paused", 15_000)
+    tab.page.evaluate(show % "false" + tell)
+    tab.wait("ready")
+    tab.hold("w", 500)
 
 
 def test_figures_are_live(tab: Tab) -> None:

@@ -34,6 +34,19 @@ def test_two_tabs_run_and_a_third_waits(open_tab: Callable[..., Tab], tmp_path: 
         server.stop()
 
 
+def test_the_address_with_the_token_lets_in(open_tab: Callable[..., Tab], tmp_path: Path) -> None:
+    server = LiveServer(["toy-world", "--token", "0123456789abcdef0123456789abcdef"], tmp_path)
+    try:
+        outside = open_tab(server.address)
+        outside.rest(3000)
+        assert "READY" not in outside.page.inner_text("body")
+        tab = open_tab(f"{server.address}?token=0123456789abcdef0123456789abcdef")
+        tab.wait("ready")
+        assert tab.page.url == server.address, "the token is not left in the address"
+    finally:
+        server.stop()
+
+
 def test_a_killed_server_comes_back_with_the_session(
     open_tab: Callable[..., Tab], tmp_path: Path
 ) -> None:

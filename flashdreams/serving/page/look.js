@@ -2,6 +2,7 @@
 
 const DEGREES_PER_PIXEL = 0.15;
 const DEGREES_PER_SECOND = 75;
+const MOST_DEGREES = 180; // at once, after the page was held up
 const EVERY_MS = 33;
 const CLICK_PIXELS = 4;
 const TURNS = {
@@ -123,7 +124,8 @@ export class Look {
       this.turn = this.turn.map((value, axis) => value + TURNS[code][axis] * step);
     }
     this.heldAt = now;
-    const [yaw, pitch] = this.turn.map((value) => Math.round(value * 100) / 100);
+    const bounded = (value) => Math.max(-MOST_DEGREES, Math.min(MOST_DEGREES, value));
+    const [yaw, pitch] = this.turn.map((value) => Math.round(bounded(value) * 100) / 100);
     const since = this.since;
     this.turn = [0, 0];
     this.since = null;

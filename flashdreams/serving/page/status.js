@@ -61,7 +61,7 @@ export class StatusLine {
     const tell = () => {
       const left = Math.max(0, Math.ceil((end - performance.now()) / 1000));
       // Only the cover counts; a line that is read aloud should not change every second.
-      this.say('Reconnecting', left ? `Next try in ${left} s. Nothing is lost.` : 'Trying now.');
+      this.say('Reconnecting', left ? `Next try in ${left} s.` : 'Trying now.');
     };
     tell();
     this.countdown = setInterval(tell, 500);
