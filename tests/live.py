@@ -76,9 +76,13 @@ class Client(Listener):
 class Visit:
     """A client's session."""
 
-    def __init__(self, host, opening: Opening | None = None) -> None:
+    def __init__(self, host, opening: Opening | None = None, session: str | None = None) -> None:
         self.host, self.client = host, Client()
-        self.id = host.open(opening or Opening(), self.client)
+        if session is None:
+            self.id = host.open(opening or Opening(), self.client)
+        else:
+            self.id = session
+            host.attach(session, self.client)
 
     def ask(self, chunks: int) -> torch.Tensor:
         """The next chunks' pictures."""
