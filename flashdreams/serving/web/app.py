@@ -107,10 +107,12 @@ def _add_socket(app: FastAPI, accounts: Accounts, guard: Guard) -> None:
         await socket.accept()
         conversation = Conversation(socket, accounts)
         conversations.add(conversation)
+        accounts.metrics.sockets.set(len(conversations))
         try:
             await conversation.run(guard)
         finally:
             conversations.discard(conversation)
+            accounts.metrics.sockets.set(len(conversations))
 
 
 def _add_page(app: FastAPI, settings: WebSettings) -> None:

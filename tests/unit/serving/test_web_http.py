@@ -164,6 +164,7 @@ def test_metrics_are_of_this_server_alone() -> None:
         assert found["flashdreams_encode_seconds_count",] == 8
         assert found["flashdreams_frame_lateness_seconds_count",] == 8
         assert found["flashdreams_key_to_photon_seconds_count",] == 1
+        assert found["flashdreams_key_to_photon_recent_seconds", "0.99"] == 0.05
         assert found["flashdreams_client_dropped_frames_total",] == 2
         assert found["flashdreams_real_time_fraction",] == 1
         assert found["flashdreams_sessions",] == 0
