@@ -43,9 +43,10 @@ def create_app(host: Host | Gate, settings: WebSettings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        reaper = asyncio.create_task(app.state.steppers.reap())
+        reapers = [asyncio.create_task(each.reap()) for each in (app.state.steppers, accounts)]
         yield
-        reaper.cancel()
+        for reaper in reapers:
+            reaper.cancel()
 
     app = FastAPI(
         title="flashdreams",

@@ -79,6 +79,7 @@ class Feed(Listener):
         self._epoch = 0
         self._hurry = False
         self._position = 0
+        self._alone_since = time.monotonic()
         self._encoding = 0
         self._news: deque[_News] = deque()
         """Of events, for the first picture that leaves from a frame on."""
@@ -275,8 +276,16 @@ class Feed(Listener):
             if self.outlet is not outlet:
                 return False
             self.outlet = None
+            self._alone_since = time.monotonic()
             self._changed.notify_all()
             return True
+
+    def let_go(self) -> None:
+        """Forget pictures that were shown or not, if no socket has come for long."""
+        with self._lock:
+            alone_s = time.monotonic() - self._alone_since
+            if self.outlet is None and alone_s > self.settings.keep_detached_s:
+                self._kept.clear()
 
     def go_back(self, frame: int) -> int | None:
         """Let the pictures from this one on wait again, as far as they are kept.
