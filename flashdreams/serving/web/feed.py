@@ -18,6 +18,8 @@ from flashdreams.serving.web.outlet import Outlet
 from flashdreams.serving.web.playout import Playout
 from flashdreams.serving.web.settings import WebSettings
 
+STALE_PICTURES = 2
+"""So many older pictures may always be shown before the answer to an event."""
 LATENCIES = 512
 """Receipts of key-to-photon times whose percentiles are shown."""
 
@@ -74,6 +76,7 @@ class Feed(Listener):
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._playout = Playout(offer.fps)
+        self._bearable_s = max(settings.stale_s, STALE_PICTURES * self._playout.period)
         self._pending: deque[Picture] = deque()
         self._kept: deque[Picture] = deque()
         self._epoch = 0
@@ -108,7 +111,7 @@ class Feed(Listener):
                 self._epoch = chunk.epoch
                 self._kept.clear()
                 self._forget_pending()
-            elif events.applied and self._delay() > self.settings.stale_s:
+            elif events.applied and self._delay() > self._bearable_s:
                 self._forget_pending()
             self._hurry = False
             stop = chunk.first_frame + len(pixels)
