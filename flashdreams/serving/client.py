@@ -4,6 +4,7 @@ It needs the extra ``serve``: websockets, and PyAV where pictures are decoded.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import time
@@ -115,6 +116,7 @@ class LiveClient:
 
         Raises:
             SessionError: it was refused.
+            ConnectionError: the socket was lost.
             ImportError: the extra is not installed.
             OSError: nobody listens there.
         """
@@ -199,7 +201,12 @@ class LiveClient:
             event_id = message["interaction"]["event_id"]
         if event_id is not None and message["type"] in ("session.control", "session.interaction"):
             self.figures.sent(event_id)
-        await self._socket.send(json.dumps(message))
+        from websockets.exceptions import ConnectionClosed
+
+        try:
+            await self._socket.send(json.dumps(message))
+        except ConnectionClosed as error:
+            raise self._failure or ConnectionError(f"The connection is lost: {error}") from error
 
     async def close(self) -> None:
         """Leave; the session waits for a while for ``resume``."""
@@ -231,8 +238,9 @@ class LiveClient:
         )
         future = asyncio.get_running_loop().create_future()
         self._waiting["start", None] = future
-        await self._socket.send(json.dumps(first))
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._tell())]
+        with contextlib.suppress(ConnectionError):  # why it was closed is still to be read
+            await self.send(first)
         return await future
 
     async def _event(self, message: dict[str, Any]) -> str:

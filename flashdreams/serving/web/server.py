@@ -56,6 +56,7 @@ class WebServer:
 
     @phase.setter
     def phase(self, phase: Phase) -> None:
+        """Say what the server does."""
         self.gate.phase = phase
 
     @property
