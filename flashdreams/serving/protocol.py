@@ -151,6 +151,12 @@ class SessionShown(_Message):
     """Frames that the client left out since its last receipt."""
 
 
+class SessionKey(_Message):
+    """Make the next picture a key picture: decoding can begin there, and so a recording."""
+
+    type: Literal["session.key"]
+
+
 class SessionPing(_Message):
     """Keep the session from being taken for dead."""
 
@@ -172,6 +178,7 @@ ClientMessage = Annotated[
     | SessionReset
     | SessionKeep
     | SessionShown
+    | SessionKey
     | SessionPing
     | SessionStop,
     Field(discriminator="type"),

@@ -12,6 +12,7 @@ from flashdreams.serving.protocol import (
     Done,
     Error,
     Pong,
+    SessionKey,
     SessionPause,
     SessionPing,
     SessionResume,
@@ -292,6 +293,8 @@ class Conversation:
     def _take(self, message: Any, requests: Requests) -> None:
         if isinstance(message, SessionPing):
             self.outlet.post(Pong())
+        elif isinstance(message, SessionKey):
+            self.outlet.ask_for_key()
         elif isinstance(message, SessionShown):
             self.feed.shown(message.frame, message.key_to_photon_ms, message.dropped)
         elif isinstance(message, SessionPause):

@@ -93,6 +93,7 @@ class Outlet:
         self._closed = False
         self.purged = False
         """There was a ``purge`` since ``take_purged``."""
+        self._key_asked = False
         self.failed = False
         """Encoding has failed."""
 
@@ -129,6 +130,15 @@ class Outlet:
         """Whether there was a ``purge`` since the last call."""
         purged, self.purged = self.purged, False
         return purged
+
+    def ask_for_key(self) -> None:
+        """The next picture has to be a key picture."""
+        self._key_asked = True
+
+    def take_key(self) -> bool:
+        """Whether there was an ``ask_for_key`` since the last call."""
+        asked, self._key_asked = self._key_asked, False
+        return asked
 
     def set_running(self) -> None:
         """The session has its place."""

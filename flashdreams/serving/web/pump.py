@@ -45,7 +45,8 @@ class Pump:
             if outlet.behind(unshown):
                 feed.skip()
                 continue
-            key = key or picture.epoch != epoch or outlet.take_purged()
+            purged, asked = outlet.take_purged(), outlet.take_key()  # both, or they come back
+            key = key or purged or asked or picture.epoch != epoch
             epoch = picture.epoch
             with self._metrics.encoding():
                 data, is_key = self._encoder.encode(picture.pixels, key=key)
