@@ -28,6 +28,7 @@ class Served:
     """A server process and the address that it printed."""
 
     def __init__(self, folder: Path, program: list[str]) -> None:
+        folder.mkdir(exist_ok=True)
         self.log = folder / "log"
         words = ["toy-world", "--port", "0", "--output-dir", str(folder), "--max-sessions", "2"]
         paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
@@ -45,7 +46,7 @@ class Served:
     def ready(self, times: int) -> str:
         """Wait for a READY line; returns its address."""
         limit = time.monotonic() + 2 * PATIENCE_S
-        while len(found := re.findall(r"READY (\S+)", self.text)) < times:
+        while len(found := re.findall(r"READY (\S+) ", self.text)) < times:
             assert time.monotonic() < limit and self.process.poll() is None, self.text
             time.sleep(0.1)
         return found[-1]
@@ -129,7 +130,10 @@ def rank_of(server: Served, rank: int) -> int:
         (["toy-world", "--max-sessions", "0"], "--max-sessions 0"),
         (["toy-world", "--host", "0.0.0.0"], "token"),
         (["toy-world", "--replay", "log"], "flashdreams-run --replay"),
-        (["matrix-game-2-tiny-random", "--action-path", "a.npz"], "steered by its client"),
+        (
+            ["matrix-game-2-tiny-random", "--actions", "None", "--action-path", "a.npz"],
+            "steered by its client",
+        ),
         ([], "the first word must name what to run"),
     ],
 )

@@ -79,6 +79,7 @@ def test_runner_with_a_run_alone_is_refused():
     ("slug", "field"), [("lingbot-world", "pose_path"), ("matrix-game-2", "action_path")]
 )
 def test_files_that_steer_are_refused(slug, field, tmp_path):
-    config = replace(discover().resolve(f"{slug}-tiny-random"), **{field: tmp_path / "file"})
+    named = {"actions": None, field: tmp_path / "file"}
+    config = replace(discover().resolve(f"{slug}-tiny-random"), **named)
     with pytest.raises(ValueError, match="steered by its client"):
         config.for_serving()
