@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flashdreams.serving import restart
 from flashdreams.serving.interface import Opening, Refused
 from tests.live import Client, Visit, served, until
 from tests.unit.serving.test_loop import WALK, walk
@@ -176,6 +177,20 @@ def test_prompt_and_image_of_a_session_hold_after_a_restart(runner, folder):
         visit.keys("")
         visit.command("reset")
         assert torch.equal(walk(visit), first)
+
+
+def test_session_of_another_method_is_left_alone(runner, folder, caplog, monkeypatch):
+    with served(runner, state_dir=folder) as server:
+        visit = Visit(server.host)
+        visit.ask(1)
+    monkeypatch.setattr(restart, "describe_config", lambda pipeline: {"name": "another"})
+    with served(runner, state_dir=folder) as server:
+        until(lambda: "was saved with another config" in caplog.text)
+        with pytest.raises(Refused):
+            server.host.attach(visit.id, visit.client)
+    monkeypatch.undo()
+    with served(runner, state_dir=folder) as server:
+        until(lambda: server.host.figures().parked == 1)
 
 
 def test_damaged_session_is_left_out(runner, folder, caplog):
