@@ -209,7 +209,8 @@ def test_flags_in_the_text_exist() -> None:
     known = set(OF_OTHER_PROGRAMS)
     for words in ([], *([slug] for slug in discover())):
         known |= set(re.findall(r"--[\w.-]+", engine([*words, "--help"])[1]))
-    for module in ("plan.py", "check.py"):
+    client = "serving/client_command.py"
+    for module in ("plan.py", "check.py", "serve.py", client):
         known |= set(
             re.findall(
                 r"--[\w-]+",
