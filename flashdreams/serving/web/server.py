@@ -136,8 +136,8 @@ def _config(app: object, settings: WebSettings) -> uvicorn.Config:
 def _listen(settings: WebSettings) -> socket.socket:
     host, port = settings.host.strip("[]"), settings.port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Without the protocol asyncio would not know that it may turn off Nagle's algorithm, which holds
-    # every fourth picture back for 40 ms.
+    # Without the protocol asyncio would not turn off Nagle's algorithm, which holds every picture
+    # after a receipt back for 40 ms.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
