@@ -8,8 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
-from unittest import mock
+from typing import Any
 
 import command
 import report
@@ -17,12 +16,12 @@ import torch
 from flashdreams_kernels import reference
 from flashdreams_kernels.attention import (
     STRICT_NUM_SPLITS,
-    TILES,
     TileConfig,
     chunk_attention,
-    tile_config,
+    new_outputs,
+    plan,
 )
-from flashdreams_kernels.launch import next_power_of_2, target_of
+from flashdreams_kernels.launch import target_of
 from torch import Tensor
 
 from flashdreams.attention.backends import BACKENDS
@@ -32,10 +31,14 @@ COLUMNS = ("case", "variant", "p50_ms", "p95_ms", "p99_ms", "tflops", "error")
 CANDIDATES = [
     TileConfig(128, 128, 8, 2),
     TileConfig(128, 64, 8, 3),
-    TileConfig(128, 64, 8, 4),
-    TileConfig(128, 64, 4, 3),
-    TileConfig(64, 128, 4, 2),
-    TileConfig(64, 64, 4, 3),
+    TileConfig(128, 64, 4, 3, 2),
+    TileConfig(128, 128, 8, 2, descriptors=True),
+    TileConfig(128, 128, 8, 3, descriptors=True),
+    TileConfig(128, 64, 8, 3, descriptors=True),
+    TileConfig(128, 64, 8, 2, 2, descriptors=True, max_registers=128),
+    TileConfig(128, 32, 8, 3, 2, descriptors=True, max_registers=128),
+    TileConfig(64, 128, 4, 2, descriptors=True),
+    TileConfig(64, 64, 4, 2, 2, descriptors=True),
 ]
 """Tiles to sweep with ``--tiles``; the winner goes into the table of the kernel by hand."""
 COMPARED_QUERIES = 256
@@ -83,13 +86,10 @@ def variants(device: torch.device, tiles: bool) -> dict[str, Callable[..., Tenso
 
 def _with_tiles(config: TileConfig, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     """The Triton kernel with one configuration, whatever the table says."""
-    target = target_of(q.device)
-    generation = max(c for c, _ in TILES if c <= target.capability)
-    place = (generation, max(64, next_power_of_2(q.shape[-1])))
-    with mock.patch.dict(TILES, {place: config}):
-        if tile_config(target, q.shape[-1], q.element_size()) != config:
-            raise ValueError(f"the table of tiles does not apply to {q.dtype} on this GPU")
-        return cast(Tensor, chunk_attention(q, k, v, scale=scale))
+    out, lse = new_outputs(q, False)
+    for launch in plan(q, k, v, None, scale, out, lse, 0, target_of(q.device), config):
+        launch.run()
+    return out
 
 
 def measure(

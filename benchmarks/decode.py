@@ -1,18 +1,24 @@
 """Speed of the streaming decoders, the Wan autoencoder and TAEHV, by chunk and by frame.
 
-The decoders take turns chunk by chunk on the same latents; the two of one kind have equal random
+The decoders take turns chunk by chunk on the same latents; those of one kind have equal random
 weights, so their frames must be the same but for rounding; ``max_difference`` is a share of the
-largest value. Their ratio is the median over chunks of the time of a chunk at once to that of one
-latent frame at a time. On a CPU the seconds are those of the processor.
+largest value. ``ratio`` is the median over chunks of the time of a chunk to that of one latent
+frame at a time. ``conv_ms`` is the sum of the convolutions of a chunk in their plain form, each
+timed alone without its bias in the faster memory layout, and ``conv_ratio`` the time of a chunk to
+it. On a CPU the seconds are those of the processor.
 
 ``python benchmarks/decode.py --json out.json`` takes about a minute on a CPU; the published size is
-``--dim 96 --taehv-width 64 --latent-height 60 --latent-width 104``.
+``--dim 96 --taehv-width 64 --latent-height 60 --latent-width 104 --dtype bfloat16``.
 """
 
 import argparse
+import sys
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import command
+import convolutions
 import report
 import rollout
 import torch
@@ -20,25 +26,54 @@ from torch import Tensor
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.decoder.base import StreamingDecoder
+from flashdreams.models.decode_graph import DecodeGraph
+from flashdreams.models.decoder_forms import FAST, PLAIN, forms_for
 from flashdreams.models.taehv import TAEHVDecoderConfig
 from flashdreams.models.wan.vae import WanVAEDecoderConfig
 from flashdreams.parallel.environment import init
 from flashdreams.runtime.stats import sha256_of
 
 COLUMNS = (
-    "case", "variant", "p50_ms", "p95_ms", "p99_ms", "ratio", "fps", "state_bytes",
-    "max_difference",
+    "case", "variant", "p50_ms", "p95_ms", "p99_ms", "ratio", "conv_ms", "conv_ratio", "fps",
+    "state_bytes", "max_difference",
 )  # fmt: skip
-FIELDS = ("ratio", "ratio_quartiles", "fps", "state_bytes", "max_difference", "difference_bound")
+CONV_COLUMNS = (
+    "case", "variant", "calls", "best_ms", "gflop", "tflops",
+    *(f"{layout.replace(', ', ' ')} ms" for layout in convolutions.LAYOUTS),
+)  # fmt: skip
+FIELDS = (
+    "conv_ms",
+    "conv_ratio",
+    "ratio",
+    "ratio_quartiles",
+    "fps",
+    "state_bytes",
+    "max_difference",
+    "difference_bound",
+)
 DIFFERENCE_BOUNDS = {"float32": 1e-2, "bfloat16": 1e-1, "float16": 1e-1}
 """Of frames, as a share of the largest value; in float32 with room for TF32 on a GPU."""
 FRAMEWISE, AT_ONCE = "one frame at a time", "chunk at once"
+FAST_NAME, GRAPH, TUNED = "fast", "fast, graph", "fast, cuDNN tuned"
+CHANGES: dict[str, dict[str, Any]] = {
+    FAST_NAME: {},
+    GRAPH: {},
+    "fast, interpolated": {"upsampling": "interpolate"},
+    "fast, PyTorch between": {"pointwise": "reference"},
+    "fast, stacked memory": {"memory": "stack"},
+    "fast, frame pairs": {"memory": "conv3d"},
+    "fast, 3 channels out": {"head_channels": 1},
+    "fast, 16 channels out": {"head_channels": 16},
+    TUNED: {"cudnn_benchmark": True},
+}
+"""What the fast variants have other than the forms that a GPU takes by default."""
+VARIANTS = (FRAMEWISE, AT_ONCE, *CHANGES)
 WARM_CHUNKS = 2
 """Before the timed ones; the very first has fewer frames than all others."""
 
 
 def build_decoders(
-    options: argparse.Namespace, device: torch.device
+    options: argparse.Namespace, device: torch.device, variants: list[str]
 ) -> dict[tuple[str, str], StreamingDecoder]:
     """Decoders by case and variant."""
     width = options.taehv_width
@@ -50,11 +85,52 @@ def build_decoders(
     }
     decoders = {}
     for case, config in configs.items():
-        for variant, frames in ((FRAMEWISE, 1), (AT_ONCE, None)):
-            torch.manual_seed(0)
-            chosen = derive_config(config, decode_frames_at_once=frames)
-            decoders[case, variant] = chosen.setup().to(device)
+        torch.manual_seed(0)
+        framewise = derive_config(config, decode_frames_at_once=1).setup().to(device)
+        for variant in variants:
+            if "memory" in CHANGES.get(variant, {}) and not case.startswith("TAEHV"):
+                continue
+            decoder = deepcopy(framewise)
+            if variant != FRAMEWISE:
+                decoder.config = derive_config(config, decode_frames_at_once=None)
+            if variant in CHANGES:
+                fast = forms_for(device, decoder.dtype)
+                if fast == PLAIN:  # the data flow of the fast forms, on a CPU
+                    fast = replace(FAST, pointwise="reference")
+                decoder.take_forms(replace(fast, **CHANGES[variant]))
+            decoders[case, variant] = decoder
     return decoders
+
+
+def measure_convolutions(
+    decoders: dict[tuple[str, str], StreamingDecoder],
+    chunk: Tensor,
+    device: torch.device,
+    tune: bool,
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the convolutions of each case, at the shapes of a chunk at once."""
+    found = {}
+    for (case, variant), decoder in decoders.items():
+        if variant == AT_ONCE:
+            cache, latent = decoder.initialize_cache(), chunk.to(device)
+            decoder(latent, 0, cache)
+            calls = convolutions.record(lambda: decoder(latent, 1, cache))  # noqa: B023
+            found[case] = convolutions.measure(calls, decoder.dtype, device, tune=tune)
+    return found
+
+
+def capture(decoder: Any, latent: Tensor) -> Any:
+    """A decoder whose later chunks are replayed as a graph; as it is on a CPU."""
+    graph = DecodeGraph(decoder.decode, decoder.device)
+    graph.capture(latent)
+
+    def call(latent: Tensor, index: int, cache: Any) -> Tensor:
+        cache.begin_chunk(index)
+        video = graph(latent, cache)
+        cache.chunks += 1
+        return video
+
+    return call
 
 
 def measure(
@@ -62,6 +138,7 @@ def measure(
     chunks: list[Tensor],
     device: torch.device,
     difference_bound: float,
+    conv_ms: dict[str, float],
 ) -> list[dict[str, Any]]:
     """One row per decoder.
 
@@ -70,6 +147,7 @@ def measure(
         chunks: latents ``[1, 16, T, H, W]``; the first :data:`WARM_CHUNKS` are not timed.
         device: of the decoders.
         difference_bound: largest difference of two decoders of one kind.
+        conv_ms: of the convolutions alone, by case.
 
     Raises:
         RuntimeError: two decoders of one kind do not put out the same frames.
@@ -78,11 +156,15 @@ def measure(
     times: dict[tuple[str, str], list[float]] = {key: [] for key in decoders}
     differences = dict.fromkeys(decoders, 0.0)
     videos: dict[tuple[str, str], Tensor] = {}
+    calls: dict[tuple[str, str], Any] = dict(decoders)
+    for key, decoder in decoders.items():
+        if key[1] == GRAPH:
+            calls[key] = capture(decoder, chunks[0].to(device))
     for index, chunk in enumerate(chunks):
         latent = chunk.to(device)
         for key in list(decoders) if index % 2 else list(decoders)[::-1]:
             start = rollout.clock_s(device)
-            videos[key] = decoders[key](latent, index, caches[key])
+            videos[key] = calls[key](latent, index, caches[key])
             elapsed_ms = 1e3 * (rollout.clock_s(device) - start)
             if index >= WARM_CHUNKS:
                 times[key].append(elapsed_ms)
@@ -102,6 +184,8 @@ def measure(
                 **timing,
                 "output_sha256": sha256_of(videos[key]),
                 **report.ratio_fields(times[key], times[case, FRAMEWISE]),
+                "conv_ms": conv_ms[case],
+                "conv_ratio": timing["p50_ms"] / conv_ms[case],
                 "fps": 1e3 * videos[key].shape[1] / timing["p50_ms"],
                 "state_bytes": caches[key].num_bytes(),
                 "max_difference": differences[key],
@@ -109,6 +193,21 @@ def measure(
             }
         )
     return rows
+
+
+def chosen_variants(asked: str | None, device: torch.device) -> list[str]:
+    """Names of variants, the two that others are compared with among them.
+
+    Raises:
+        ValueError: a name that there is not.
+    """
+    if asked is None:
+        return [FRAMEWISE, AT_ONCE, *([FAST_NAME, GRAPH] if device.type == "cuda" else [])]
+    names = list(VARIANTS) if asked == "all" else [name.strip() for name in asked.split(";")]
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown:
+        raise ValueError(f"no variant {unknown[0]!r}; there are: {'; '.join(VARIANTS)}; all.")
+    return [name for name in VARIANTS if name in (FRAMEWISE, AT_ONCE, *names)]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -125,25 +224,38 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--len-t", type=command.count, default=3, help="latent frames of a chunk")
     parser.add_argument("--dtype", default="float32", choices=list(DIFFERENCE_BOUNDS))
     parser.add_argument("--threads", type=command.count, default=1, help="CPU threads")
+    parser.add_argument(
+        "--variants",
+        default=None,
+        help=f"names between semicolons, or all; default: by device; known: {'; '.join(VARIANTS)}",
+    )
     options = command.parse(parser, arguments)
     torch.set_num_threads(options.threads)
     device = init(options.device).device
+    variants = chosen_variants(options.variants, device)
     repeats = options.repeats or 20
     size = (1, 16, options.len_t, options.latent_height, options.latent_width)
     generator = torch.Generator().manual_seed(1)
     chunks = [torch.randn(size, generator=generator) for _ in range(WARM_CHUNKS + repeats)]
     with torch.no_grad():
-        decoders = build_decoders(options, device)
-        rows = measure(decoders, chunks, device, DIFFERENCE_BOUNDS[options.dtype])
+        decoders = build_decoders(options, device, variants)
+        alone = measure_convolutions(decoders, chunks[0], device, TUNED in variants)
+        conv_ms = {case: convolutions.total_ms(rows) for case, rows in alone.items()}
+        bound = DIFFERENCE_BOUNDS[options.dtype]
+        rows = measure(decoders, chunks, device, bound, conv_ms)
     config = {
         "dim": options.dim,
         "taehv_width": options.taehv_width,
         "frame": [8 * options.latent_height, 8 * options.latent_width],
         "len_t": options.len_t,
         "dtype": options.dtype,
+        "variants": variants,
         "repeats": repeats,
     }
     found = report.new_report("decode", device, config, rows, options.git_commit, FIELDS)
+    found["convolutions"] = alone
+    for case, parts in alone.items():
+        sys.stdout.write(f"convolutions of {case}, alone\n{report.table(parts, CONV_COLUMNS)}\n")
     report.finish(found, options, COLUMNS)
 
 

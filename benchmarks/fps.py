@@ -170,7 +170,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("slug", help="a method, as on the command line")
     parser.add_argument("--backend", default=None, help="attention backend; default: the method's")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=None)
-    parser.add_argument("--cuda-graph", action="store_true", help="replay the network call")
+    parser.add_argument(
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="replay the network call as CUDA graphs; a CPU is always eager",
+    )
     parser.add_argument("--threads", type=command.count, default=1, help="CPU threads of a rank")
     options = command.parse(parser, arguments, ranks=True)
     torch.set_num_threads(options.threads)
@@ -188,7 +193,8 @@ def main(arguments: list[str] | None = None) -> None:
     repeats = options.repeats or (30 if place.device.type == "cuda" else 100)
     with torch.no_grad():
         row = measure(subject, place.device, repeats, setup_s)
-    graph = "graphs" if options.cuda_graph else "eager"
+    graphs = options.cuda_graph and place.device.type == "cuda"
+    graph = "graphs" if graphs else "eager"
     row["variant"] = f"{options.backend or 'default attention'}, {graph}, {subject.mesh.degrees}"
     row["ranks"] = place.world_size
     if place.is_rank_zero:

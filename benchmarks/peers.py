@@ -21,6 +21,7 @@ import command
 import report
 import rollout
 import torch
+from cheap_weights import cheap_weights
 from torch import Tensor
 
 from flashdreams.infra.component import DTypeName
@@ -58,20 +59,20 @@ def build_peer(sizes: dict[str, int]) -> Any:
     """The public package's transformer, with random weights."""
     from diffusers import WanTransformer3DModel
 
-    torch.manual_seed(0)
-    peer: Any = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=sizes["num_heads"],
-        attention_head_dim=sizes["dim"] // sizes["num_heads"],
-        in_channels=16,
-        out_channels=16,
-        text_dim=sizes["text_dim"],
-        freq_dim=256,
-        ffn_dim=sizes["ffn_dim"],
-        num_layers=sizes["num_layers"],
-        cross_attn_norm=True,
-        eps=1e-6,
-    )
+    with cheap_weights(torch.device("cpu")):
+        peer: Any = WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=sizes["num_heads"],
+            attention_head_dim=sizes["dim"] // sizes["num_heads"],
+            in_channels=16,
+            out_channels=16,
+            text_dim=sizes["text_dim"],
+            freq_dim=256,
+            ffn_dim=sizes["ffn_dim"],
+            num_layers=sizes["num_layers"],
+            cross_attn_norm=True,
+            eps=1e-6,
+        )
     return peer.requires_grad_(False).eval()
 
 

@@ -5,8 +5,9 @@ same noise. For the toy world: PSNR against the rendered truth and against the f
 every case: error of the latents over all steps, bytes of weights and KV cache, and the time of a
 step as a ratio in pairs: all variants make step i before any makes step i + 1. With
 FLASHDREAMS_GOLDENS_DIR set, the weights, noise and latents of the official code are a case, too;
-its errors are then those against the official latents. On a CPU, products in 8 bits are
-emulated: their error is the true one, their time is not what a GPU would take.
+its errors are then those against the official latents. A CPU dequantizes what precision="fp8" keeps
+in e4m3: its error is the true one but for the softmax weights, which the kernel of a GPU rounds as
+well ("softmax too"); its time is not what a GPU would take.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import command
 import report
 import rollout
 import torch
+from flashdreams_kernels import reference
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -40,26 +42,27 @@ EXACT = "float32"
 VARIANTS: dict[str, dict[str, Any]] = {
     EXACT: {},
     "bfloat16": {"dtype": "bfloat16"},
-    "fp8": {"linear_precision": "fp8"},
-    "fp8_rowwise": {"linear_precision": "fp8_rowwise"},
+    "fp8": {"precision": "fp8"},
+    "fp8, softmax too": {"precision": "fp8"},
+    "bfloat16, fp8": {"dtype": "bfloat16", "precision": "fp8"},
     "KV int8": {"kv_cache_dtype": "int8"},
-    "KV fp8": {"kv_cache_dtype": "fp8"},
-    "bfloat16, fp8_rowwise, KV int8": {
-        "dtype": "bfloat16",
-        "linear_precision": "fp8_rowwise",
-        "kv_cache_dtype": "int8",
-    },
+    "bfloat16, KV int8": {"dtype": "bfloat16", "kv_cache_dtype": "int8"},
 }
 """Name -> what it changes of the transformer."""
+SOFTMAX_TOO = ("fp8, softmax too",)
+"""Variants whose attention also rounds the softmax weights to e4m3, as the kernel of a GPU does."""
 TOY_WORLD = "toy-world"
 GOLDEN = "wan-golden"
 GOLDEN_STEPS = 4
 """AR steps that the official rollout has."""
 COLUMNS = (
-    "case", "variant", "psnr_truth_db", "psnr_float32_db", "latent_error_max", "latent_error_rms",
-    "weights_mib", "kv_cache_mib", "p50_ms", "ratio",
+    "case", "variant", "psnr_truth_db", "psnr_float32_db", "latent_error_max", "latent_error_first",
+    "latent_error_last", "kv_cache_mib", "p50_ms", "ratio",
 )  # fmt: skip
-FIELDS = ("latent_error_max", "latent_error_rms", "weights_mib", "kv_cache_mib", "ratio", "steps")
+FIELDS = (
+    *("latent_error_max", "latent_error_first", "latent_error_last"),
+    *("weights_mib", "kv_cache_mib", "ratio", "steps"),
+)
 
 
 def build_subject(case: str, changes: Mapping[str, Any], device: torch.device) -> rollout.Subject:
@@ -104,6 +107,13 @@ def _golden_subject(changes: Mapping[str, Any], device: torch.device) -> rollout
     return rollout.Subject(GOLDEN, pipeline, Mesh(), context, lambda index: None, ())
 
 
+def round_softmax(transformer: torch.nn.Module) -> None:
+    """Let self-attention on a CPU round its softmax weights to e4m3."""
+    for name, core in transformer.named_modules():
+        if name.endswith("self_attn.core"):
+            core.backend = reference.fp8_weights_attention
+
+
 def roll_latents(subject: rollout.Subject, steps: int) -> Tensor:
     """``[B, C, steps * T, H, W]``, the clean latents of a rollout from its beginning."""
     cache, latents = subject.new_rollout(), []
@@ -113,13 +123,42 @@ def roll_latents(subject: rollout.Subject, steps: int) -> Tensor:
     return torch.cat(latents, dim=2)
 
 
+def relative_rms(error: Tensor, exact: Tensor, steps: int, step: int) -> float:
+    """Root mean square of the error of one AR step's latents over that of the latents."""
+    parts = (x.chunk(steps, dim=2)[step].square().mean().sqrt() for x in (error, exact))
+    return float(torch.div(*parts))
+
+
 def measure(
-    case: str, names: Sequence[str], device: torch.device, repeats: int, walks: HeldOut
+    case: str,
+    names: Sequence[str],
+    device: torch.device,
+    repeats: int,
+    walks: HeldOut,
+    steps: int,
 ) -> list[dict[str, Any]]:
-    """One row per variant."""
-    subjects = {name: build_subject(case, VARIANTS[name], device) for name in names}
-    steps = GOLDEN_STEPS if case == GOLDEN else 2 * subjects[EXACT].steps_to_fill
-    latents = {name: roll_latents(subject, steps) for name, subject in subjects.items()}
+    """One row per variant that can be used here; the others say why not.
+
+    Args:
+        case: a slug or `GOLDEN`.
+        names: of the variants, float32 first.
+        device: where it runs.
+        repeats: timed AR steps of each variant.
+        walks: of the toy world.
+        steps: AR steps of a rollout; the golden numbers have their own.
+    """
+    subjects = {EXACT: build_subject(case, VARIANTS[EXACT], device)}
+    steps = GOLDEN_STEPS if case == GOLDEN else steps
+    latents = {EXACT: roll_latents(subjects[EXACT], steps)}
+    for name in names[1:]:
+        try:
+            subject = build_subject(case, VARIANTS[name], device)
+            if name in SOFTMAX_TOO:
+                round_softmax(subject.pipeline.diffusion_model.transformer)
+            latents[name] = roll_latents(subject, steps)
+            subjects[name] = subject
+        except (ValueError, RuntimeError) as refused:
+            sys.stderr.write(f"{case}: {name} cannot be used here: {refused}\n")
     exact = latents[EXACT]
     if case == GOLDEN:
         calls = load_file(_golden_folder() / "rollout_full.safetensors")
@@ -143,7 +182,8 @@ def measure(
             "output_sha256": sha256_of(latents[name]),
             "steps": steps,
             "latent_error_max": float(error.abs().max() / exact.abs().max()),
-            "latent_error_rms": float(error.square().mean().sqrt() / exact.square().mean().sqrt()),
+            "latent_error_first": relative_rms(error, exact, steps, 0),
+            "latent_error_last": relative_rms(error, exact, steps, steps - 1),
             "weights_mib": sum(t.nbytes for t in network.state_dict().values()) / 2**20,
             "kv_cache_mib": network.cache_nbytes(1) / 2**20,
             **report.ratio_fields(times[name], times[EXACT]),
@@ -167,23 +207,31 @@ def main(arguments: list[str] | None = None) -> None:
         "--walks", type=command.count, default=4, help="held-out walks of the toy world"
     )
     parser.add_argument("--seconds", type=command.count, default=10, help="length of a walk")
+    parser.add_argument("--steps", type=command.count, default=50, help="AR steps of a rollout")
     parser.add_argument("--threads", type=command.count, default=1, help="CPU threads")
     options = command.parse(parser, arguments)
     torch.set_num_threads(options.threads)
     device, repeats = init(options.device).device, options.repeats or 50
     walks = draw_held_out(options.walks, options.seconds * FPS)
     names = list(dict.fromkeys([EXACT, *options.variants]))
+    if device.type == "cuda":  # where it is no variant of its own
+        names = [name for name in names if name not in SOFTMAX_TOO]
     cases = list(options.cases)
     if os.environ.get("FLASHDREAMS_GOLDENS_DIR"):
         cases.append(GOLDEN)
     with torch.no_grad():
-        rows = [row for case in cases for row in measure(case, names, device, repeats, walks)]
+        rows = [
+            row
+            for case in cases
+            for row in measure(case, names, device, repeats, walks, options.steps)
+        ]
     config = {
         "cases": cases,
         "variants": {name: VARIANTS[name] for name in names},
         "repeats": repeats,
         "walks": options.walks,
         "seconds": options.seconds,
+        "steps": options.steps,
     }
     found = report.new_report("precision", device, config, rows, options.git_commit, FIELDS)
     report.finish(found, options, COLUMNS)

@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import command
 import report
 import torch
+from cheap_weights import cheap_weights
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,7 +30,7 @@ from flashdreams.integrations.matrix_game.runner import MatrixGameRunnerConfig
 from flashdreams.integrations.toy_world.runner import ToyWorldRunnerConfig, walk
 from flashdreams.parallel import environment
 from flashdreams.parallel.environment import Environment
-from flashdreams.parallel.mesh import Mesh
+from flashdreams.parallel.mesh import Mesh, ParallelConfig
 from flashdreams.registry import discover
 from flashdreams.runtime.checkpoint import find_local
 from flashdreams.runtime.image_file import gradient_image
@@ -141,9 +143,10 @@ def load_subject(
     place: Environment,
     *,
     backend: str | None = None,
-    use_cuda_graph: bool = False,
+    use_cuda_graph: bool | None = None,
     dtype: str | None = None,
     transformer: Mapping[str, Any] | None = None,
+    strict: bool = False,
 ) -> Subject:
     """Build the pipeline of a slug; weights that are not on this machine are drawn.
 
@@ -151,15 +154,18 @@ def load_subject(
         slug: as on the command line.
         place: the ranks.
         backend: attention backend of every core; None is the config's.
-        use_cuda_graph: replay the network call.
+        use_cuda_graph: replay the network call; None is the config's.
         dtype: of the transformer; None is the config's.
         transformer: more fields of the transformer that are changed.
+        strict: give the same bits on any number of ranks.
 
     Raises:
         ValueError: an unknown slug or backend, or a method whose control input is not known here.
     """
     runner: Any = discover().resolve(slug)
-    changes: dict[str, Any] = {**(transformer or {}), "use_cuda_graph": use_cuda_graph}
+    changes: dict[str, Any] = dict(transformer or {})
+    if use_cuda_graph is not None:
+        changes["use_cuda_graph"] = use_cuda_graph
     if dtype is not None:
         changes["dtype"] = dtype
     if backend is not None:
@@ -167,8 +173,9 @@ def load_subject(
     config = derive_config(runner.pipeline, diffusion_model={"transformer": changes})
     config, missing = without_missing_weights(config)
     config, context, steer = _conditions(runner, config)
-    pipeline = config.setup(device=place.device, load=False)
-    mesh = pipeline.build_mesh(place.world_size)
+    with cheap_weights(place.device) if missing else nullcontext():
+        pipeline = config.setup(device=place.device, load=False)
+    mesh = pipeline.build_mesh(place.world_size, ParallelConfig(strict=strict))
     pipeline.parallelize(mesh)
     pipeline.load()
     return Subject(slug, pipeline, mesh, context, steer, missing)

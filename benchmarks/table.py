@@ -1,9 +1,9 @@
 """Tables of measured figures for the README and the site, made from the committed reports alone.
 
 ``python benchmarks/table.py`` prints the README's, ``python benchmarks/table.py --write README.md``
-puts it between the README's two marks; the site takes the others when it is built. Of several
-reports for one cell the fastest, or for a ratio the newest, is taken. What no report has measured
-is "not measured".
+puts it between the README's two marks; the site takes the others when it is built. Figures of GPUs
+come first, and each row of them names its card. Of several reports for one cell the fastest, or for
+a ratio or a GPU's row the newest, is taken. What no report has measured is "not measured".
 """
 
 import argparse
@@ -26,6 +26,8 @@ PACKAGE = "flashdreams.integrations."
 PLAIN = "default attention, eager"
 """What need not be said of a run."""
 AS_CONFIGURED = "as configured"
+AS_IT_IS = "default"
+"""The variant of a method that no flag changes."""
 DEVICES = ("cpu", "cuda")
 
 
@@ -58,13 +60,13 @@ RATIOS = (
 
 
 def read_reports(folder: Path = RESULTS) -> list[Figure]:
-    """Every row of every report in a folder.
+    """Every row of every report in a folder and the folders in it.
 
     Raises:
         ValueError: a report is incomplete, or of code that belongs to no commit.
     """
     found = []
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted(folder.rglob("*.json")):
         read = json.loads(file.read_text(encoding="utf-8"))
         try:
             report.check_report(read)
@@ -90,13 +92,18 @@ def shipped_slugs() -> dict[str, str]:
 def speed(figures: Sequence[Figure], slug: str, device: str) -> str:
     """The fastest committed run of a slug on a kind of device."""
     mine = [f for f in figures if f.row["case"] == slug and _is(f, "fps", device)]
+    mine += [
+        f
+        for f in figures
+        if (f.row["case"], f.row["variant"]) == (slug, AS_IT_IS) and _is(f, "variants", device)
+    ]
     if not mine:
         return NOT_MEASURED
     best = max(mine, key=lambda f: f.row["fps"])
     row = best.row
     how = [f"{row['p50_ms']:.3g} ms per step (p99 {row['p99_ms']:.3g})"]
     variant = row["variant"].rpartition(", ")[0]
-    how += [variant] if variant != PLAIN else []
+    how += [variant] if variant not in (PLAIN, "") else []
     how += ["random weights"] if row["weights"] != AS_CONFIGURED else []
     how += [f"{row['ranks']} ranks"] if row["ranks"] > 1 else []
     return f"**{row['fps']:.3g} frames/s**, {', '.join(how)}; {place(best)}"
@@ -121,6 +128,46 @@ def speeds(figures: Sequence[Figure], slugs: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
+def steady_steps(figures: Sequence[Figure]) -> str:
+    """Table of AR steps on GPUs: variants of a method and other commits, timed in turns."""
+    mine = sorted(
+        (f for f in figures if _is(f, "variants", "cuda")), key=lambda f: f.report["date"]
+    )
+    if not mine:
+        return f"Steady AR steps on a GPU: {NOT_MEASURED}."
+    newest = {(f.row["case"], place(f).rpartition(", ")[0], f.row["variant"]): f for f in mine}
+    lines = [
+        "| method | variant | ms per AR step | time to the default | frames/s | latency, ms | GiB "
+        "| latents differ by | card |",
+        "|---|---|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for found in newest.values():
+        row = found.row
+        cells = [f"`{row['case']}`", row["variant"], f"**{row['p50_ms']:.0f}**"]
+        cells += [f"x {row['ratio']:.3f}", f"{row['fps']:.1f}", _figure(row["latency_p50_ms"])]
+        cells += [f"{row['peak_gib']:.1f}", _figure(row["latent_error_last"], ".1e"), place(found)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def readme(figures: Sequence[Figure], slugs: Mapping[str, str]) -> str:
+    """What the README shows: the GPU table if there is one, then the speed of every slug.
+
+    Beside a GPU table, slugs that nobody has measured share one line.
+    """
+    if not any(_is(f, "variants", "cuda") for f in figures):
+        return speeds(figures, slugs)
+    measured = {f.row["case"] for f in figures if f.report["benchmark"] in ("fps", "variants")}
+    known = {slug: text for slug, text in slugs.items() if slug in measured}
+    others = ", ".join(f"`{slug}`" for slug in slugs if slug not in measured)
+    parts = [steady_steps(figures), speeds(figures, known)]
+    return "\n\n".join([*parts, f"{NOT_MEASURED.capitalize()}: {others}."] if others else parts)
+
+
+def _figure(value: Any, form: str = ".0f") -> str:
+    return f"{value:{form}}" if isinstance(value, int | float) else str(value)
+
+
 def ratios(figures: Sequence[Figure]) -> str:
     """Table of what the engine adds, whether it grows, and how it compares."""
     lines = ["| ratio | of | on a CPU | on a GPU |", "|---|---|---|---|"]
@@ -138,8 +185,8 @@ def ratios(figures: Sequence[Figure]) -> str:
 def precisions(figures: Sequence[Figure]) -> str:
     """Table of what lower precision costs and saves, from the newest report on each device."""
     lines = [
-        "| case | variant | PSNR to the truth, dB | PSNR to float32, dB | latent error "
-        "| weights, MiB | KV cache, MiB | time on a CPU | on a GPU |",
+        "| case | variant | PSNR to the truth, dB | PSNR to float32, dB | error of first latents "
+        "| of last | KV cache, MiB | time on a CPU | on a GPU |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     by_device = {d: _newest([f for f in figures if _is(f, "precision", d)]) for d in DEVICES}
@@ -153,8 +200,8 @@ def precisions(figures: Sequence[Figure]) -> str:
         same = row["latent_error_max"] == 0
         cells.append(_number(row.get("psnr_truth_db"), ".2f"))
         cells.append(_number(None if same else row.get("psnr_float32_db"), ".2f"))
-        cells.append(_number(row["latent_error_max"], ".1e"))
-        cells += [_number(row[f"{name}_mib"], ".3g") for name in ("weights", "kv_cache")]
+        cells += [_number(row[f"latent_error_{end}"], ".1e") for end in ("first", "last")]
+        cells.append(_number(row["kv_cache_mib"], ".3g"))
         for found in by_device.values():
             cells.append(f"x {found[key]['ratio']:.2f}" if key in found else NOT_MEASURED)
         lines.append(f"| {' | '.join(cells)} |")
@@ -198,12 +245,12 @@ def replace_region(text: str, content: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the table of speeds, or write it into a file."""
+    """Print the README's tables, or write them into a file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--write", type=Path, default=None, help="file with the two marks")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the reports")
     options = parser.parse_args(arguments)
-    text = speeds(read_reports(options.results), shipped_slugs())
+    text = readme(read_reports(options.results), shipped_slugs())
     if options.write is None:
         sys.stdout.write(text + "\n")
     else:

@@ -35,8 +35,8 @@ class PlanOptions:
     """Width of the video in pixels; None is the method's own."""
     fps: float | None = None
     """Frames per second that real time asks for; None is the method's own."""
-    precision: Literal["native", "fp8", "fp8_rowwise"] | None = None
-    """How the transformer's linear layers compute; None is the method's own."""
+    precision: Literal["native", "fp8"] | None = None
+    """How attention over the KV cache computes; None is the method's own."""
     window: int | None = None
     """Latent frames of the sliding window; None is the method's own."""
 
@@ -91,7 +91,7 @@ def _changed(runner: Any, options: PlanOptions) -> Any:
             check_size(name, pixels, runner.pipeline.diffusion_model.transformer)
             changes[f"latent_{name}"] = pixels // SPATIAL_FACTOR
     if options.precision is not None:
-        changes["linear_precision"] = options.precision
+        changes["precision"] = options.precision
     if options.window is not None:
         changes["window_size_t"] = options.window
     return derive_config(runner.pipeline, diffusion_model={"transformer": changes})

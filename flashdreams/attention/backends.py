@@ -2,9 +2,9 @@
 
 import difflib
 import importlib.util
-import inspect
 import os
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flashdreams.attention.flash_attention_3 import flash_attn_3, why_flash_attn_3_is_unusable
+
 HALF_TYPES = (torch.bfloat16, torch.float16)
 FLASH_ATTN_HINT = "pip install flash-attn --no-build-isolation"
-FLASH_ATTN_3_HINT = "build the folder hopper/ of github.com/Dao-AILab/flash-attention"
 
 
 class AttentionBackend(Protocol):
@@ -108,11 +109,19 @@ def sdpa_math(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool
     return out.transpose(1, 2).to(q.dtype), scores.logsumexp(-1)
 
 
-def triton(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool = False) -> Any:
-    """The package's own kernel."""
+def triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    return_lse: bool = False,
+    num_splits: int | None = None,
+) -> Any:
+    """The package's own kernel; without ``num_splits`` it fits the KV splits to the call."""
     from flashdreams_kernels.attention import chunk_attention
 
-    return chunk_attention(q, k, v, scale=scale, return_lse=return_lse)
+    return chunk_attention(q, k, v, scale=scale, return_lse=return_lse, num_splits=num_splits)
 
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool = False) -> Any:
@@ -129,25 +138,6 @@ def flash_attn(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: boo
     return (found[0], found[1]) if return_lse else found
 
 
-def flash_attn_3(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool = False) -> Any:
-    """FlashAttention-3 of the package ``flash_attn_interface``, for Hopper.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    try:
-        from flash_attn_interface import flash_attn_func
-    except ImportError as error:
-        raise ImportError(f"FlashAttention-3 is not installed; {FLASH_ATTN_3_HINT}") from error
-    # Early releases always return the sums of exponentials and have no option for them.
-    known = "return_attn_probs" in inspect.signature(flash_attn_func).parameters
-    options = {"return_attn_probs": True} if known and return_lse else {}
-    found = flash_attn_func(q, k, v, softmax_scale=scale, **options)
-    if return_lse:
-        return found[0], found[1]
-    return found[0] if isinstance(found, tuple) else found
-
-
 BACKENDS: Mapping[str, LseBackend] = MappingProxyType(
     {
         "sdpa": sdpa,
@@ -161,6 +151,22 @@ BACKENDS: Mapping[str, LseBackend] = MappingProxyType(
     }
 )
 """Every backend by name."""
+
+PREFERENCE = ("flash_attn_3", "sdpa_cudnn", "flash_attn", "triton", "sdpa")
+"""Which of two equally fast backends is taken: the former."""
+
+SPLIT_BACKENDS = frozenset({"flash_attn_3", "triton"})
+"""Backends that take ``num_splits``, which is bound at set-up."""
+
+CHOOSES_SPLITS = frozenset({"triton"})
+"""Those of them that fit it to every call where none is bound, which strict does not allow."""
+
+
+def bind_kv_splits(name: str, splits: int) -> LseBackend:
+    """A backend with its number of KV splits; one that takes none is returned as it is."""
+    if name in SPLIT_BACKENDS and (splits > 1 or name in CHOOSES_SPLITS):
+        return partial(BACKENDS[name], num_splits=splits)  # type: ignore[call-arg]
+    return BACKENDS[name]
 
 
 def why_unusable(
@@ -182,8 +188,8 @@ def why_unusable(
         return None
     if name == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
         return f"flash-attn is not installed; {FLASH_ATTN_HINT}"
-    if name == "flash_attn_3" and importlib.util.find_spec("flash_attn_interface") is None:
-        return f"FlashAttention-3 is not installed; {FLASH_ATTN_3_HINT}"
+    if name == "flash_attn_3":
+        return why_flash_attn_3_is_unusable(device, dtype, head_dim)
     if device.type != "cuda":
         return f"needs a CUDA device, not {device.type}"
     if name == "sdpa_efficient":
@@ -198,8 +204,6 @@ def why_unusable(
 def _why_too_old(name: str, device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     found = ".".join(map(str, capability))
-    if name == "flash_attn_3" and capability[0] != 9:
-        return f"needs compute capability 9.x, found {found}"
     if capability < (8, 0):
         return f"needs compute capability 8.0, found {found}"
     if name == "sdpa_cudnn" and not torch.backends.cudnn.is_available():

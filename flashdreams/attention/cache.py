@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashdreams.attention.cursor import CacheCursor as _CacheCursor
 from flashdreams.attention.cursor import Cursor, token_slots
+from flashdreams.attention.fp8 import FP8, ScaledTokens, head_maxima, quantize, scales_of
 from flashdreams.attention.quantized import KVStorage, QuantizedTokens
 from flashdreams.attention.rope import apply_rope, time_rotation
 from flashdreams.runtime.region import (
@@ -44,7 +45,8 @@ class KVCacheSpec:
     relative_sink: bool = False
     """Keep the sink keys as first rotated too, for cache-relative RoPE."""
     storage: KVStorage = "native"
-    """Keep keys and values in ``dtype``, or in 8 bits and a scale per token and head."""
+    """Keep keys and values in ``dtype``, in INT8 with a scale per token and head, or in e4m3 with a
+    fixed scale per head. The stored sink keys beside an fp8 cache are in ``dtype``."""
 
     @property
     def capacity_t(self) -> int:
@@ -54,18 +56,31 @@ class KVCacheSpec:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values (stored sink keys included) of one layer."""
-        frames = 2 * self.capacity_t
-        frames += self.sink_size_t if self.relative_sink else 0
         native = self.head_dim * self.dtype.itemsize
-        row = native if self.storage == "native" else self.head_dim + 1
-        return self.batch_size * frames * self.tokens_per_frame * self.num_heads * row
+        row = {"native": native, "int8": self.head_dim + 1, "fp8": self.head_dim}[self.storage]
+        sink = native if self.storage == "fp8" else row
+        frame = 2 * self.capacity_t * row + (self.sink_size_t * sink if self.relative_sink else 0)
+        return self.batch_size * frame * self.tokens_per_frame * self.num_heads
 
     def new_tokens(self, frames: int) -> Tensor | QuantizedTokens:
-        """Zeros ``[B, tokens, N, D]`` for some latent frames, stored as the spec says."""
-        shape = (self.batch_size, frames * self.tokens_per_frame, self.num_heads, self.head_dim)
-        if self.storage == "native":
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
-        return QuantizedTokens(shape, self.storage, self.dtype, self.device)
+        """Zeros ``[B, tokens, N, D]`` for some latent frames; of an fp8 cache for its wide sink."""
+        shape = self._shape(frames)
+        if self.storage == "int8":
+            return QuantizedTokens(shape, self.dtype, self.device)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def new_scaled_tokens(self, scale: Tensor) -> ScaledTokens:
+        """Zeros ``[B, slots, N, D]`` in e4m3 with scales ``[B, N]``, for all latent frames."""
+        values = torch.zeros(self._shape(self.capacity_t), dtype=FP8, device=self.device)
+        return ScaledTokens(values, scale, self.dtype)
+
+    def new_scales(self, ranks: int = 1) -> Tensor:
+        """Zeros ``[B, 3, N * ranks, 1]`` float32, for queries, keys and values of every head."""
+        size = (self.batch_size, 3, self.num_heads * ranks, 1)
+        return torch.zeros(size, dtype=torch.float32, device=self.device)
+
+    def _shape(self, frames: int) -> tuple[int, int, int, int]:
+        return (self.batch_size, frames * self.tokens_per_frame, self.num_heads, self.head_dim)
 
     def with_heads(self, num_heads: int) -> "KVCacheSpec":
         """The same cache for another number of heads."""
@@ -84,13 +99,19 @@ class CacheLayout(Protocol):
     def written_region(self, region: Region) -> Region:
         """Which of these this rank writes to a file; all ranks together write each once."""
 
+    def share_maxima(self, maxima: Tensor) -> Tensor:
+        """Largest values ``[B, 3, N]`` of all queries, keys and values; a collective call."""
+
 
 class KVCache:
     """Keys and values of one layer, ``[B, slots, N, D]``, written in place and never rolled.
 
     Softmax does not care for the order of keys once the rotation is in them, so the ring needs no
-    unwrapping. In an 8-bit cache the frames before the current chunk are quantized; the chunk
+    unwrapping. In an int8 cache the frames before the current chunk are quantized; the chunk
     attends to its own keys and values as they are.
+
+    An fp8 cache has a scale per batch entry and head for queries, keys and values each. Every pass
+    over the first chunk sets them, the clean pass at last; from then on they are fixed.
     """
 
     def __init__(
@@ -101,8 +122,18 @@ class KVCache:
         self.layout = layout
         self.whole_spec = spec
         """The same cache in the whole model; a wrapper of the core puts it here."""
-        self.k = spec.new_tokens(spec.capacity_t)
-        self.v = spec.new_tokens(spec.capacity_t)
+        self.scales: Tensor | None = None
+        """``[B, 3, N, 1]`` float32 of an fp8 cache: scales of queries, keys and values, zero until
+        the first chunk; N counts all heads of the queries that come to the outermost wrapper of the
+        core (without those of other tensor parallel ranks)."""
+        self.k: Any
+        self.v: Any
+        if spec.storage == "fp8":
+            self.scales = spec.new_scales()
+            self.q_scale, k_scale, v_scale = self.scales[..., 0].unbind(1)
+            self.k, self.v = spec.new_scaled_tokens(k_scale), spec.new_scaled_tokens(v_scale)
+        else:
+            self.k, self.v = spec.new_tokens(spec.capacity_t), spec.new_tokens(spec.capacity_t)
         self.sink_tokens = spec.sink_size_t * spec.tokens_per_frame
         self.sink_k = spec.new_tokens(spec.sink_size_t) if spec.relative_sink else None
 
@@ -118,7 +149,7 @@ class KVCache:
             where they are stored in 8 bits.
         """
         slots, visible = self.write(k, v), self.visible()
-        if self.spec.storage != "native":
+        if self.spec.storage == "int8":
             for read, own in zip(visible, (k, v), strict=True):
                 read.index_copy_(1, slots, own)
         return visible
@@ -131,7 +162,67 @@ class KVCache:
             raise ValueError(f"The cache expects {expected} tokens of a chunk, got {k.shape[1]}.")
         self.k.index_copy_(1, slots, k)
         self.v.index_copy_(1, slots, v)
+        if self.spec.storage == "fp8" and self.sink_k is not None and k.dtype != FP8:
+            self._keep_wide_sink(k)
         return slots
+
+    def _keep_wide_sink(self, k: Tensor) -> None:
+        """Store what ``k`` has of the sink before it is quantized."""
+        written = self.cursor.frame_slots_written
+        count = sum(slot < self.spec.sink_size_t for slot in written)
+        if count and self.sink_k is not None:
+            first, tokens = written[0] * self.spec.tokens_per_frame, self.spec.tokens_per_frame
+            self.sink_k[:, first : first + count * tokens] = k[:, : count * tokens]
+
+    @property
+    def quantizes_early(self) -> bool:
+        """Whether the core gets queries, keys and values in e4m3.
+
+        It does where scales are fixed and no sink is written, which is kept in ``dtype``, too.
+        """
+        if self.scales is None or self.cursor.is_rewriting:
+            return False
+        wide_t = self.spec.sink_size_t if self.spec.relative_sink else 0
+        return self.cursor.start >= max(1, wide_t)
+
+    def share_scales(self, ranks: int, rank: int) -> None:
+        """Hold the scales of all ranks' heads, of which this cache's are the ``rank``-th run."""
+        if self.scales is None:
+            return
+        self.scales = self.spec.new_scales(ranks)
+        heads = self.spec.num_heads
+        own = self.scales[:, :, rank * heads : (rank + 1) * heads, 0]
+        self.q_scale, self.k.scale, self.v.scale = own.unbind(1)
+
+    def calibrate(self, q: Tensor | None, k: Tensor, v: Tensor) -> None:
+        """Set the scales from the first chunk, ``[B, L, N, D]`` each; later nothing; collective.
+
+        Args:
+            q: queries; None leaves their scales as they are.
+            k: rotated keys.
+            v: values.
+        """
+        if self.scales is None or self.cursor.start > 0 or self.cursor.is_rewriting:
+            return
+        maxima = torch.stack([head_maxima(x) for x in (k if q is None else q, k, v)], dim=1)
+        if self.layout is not None:
+            maxima = self.layout.share_maxima(maxima)
+        first = 1 if q is None else 0
+        self.scales[:, first:, :, 0] = scales_of(maxima)[:, first:]
+
+    def quantize(self, *qkv: Tensor | None) -> tuple[Any, ...]:
+        """Queries, keys and values ``[B, L, N, D]``, of all heads of ``scales``, in e4m3.
+
+        None stays None.
+        """
+        assert self.scales is not None
+        pairs = zip(qkv, self.scales[..., 0].unbind(1), strict=True)
+        return tuple(None if x is None else quantize(x, scale) for x, scale in pairs)
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """The visible e4m3 numbers of keys and values of an fp8 cache, ``[B, S, N, D]`` views."""
+        length = self.cursor.visible_tokens
+        return self.k.values[:, :length], self.v.values[:, :length]
 
     def visible(self) -> tuple[Tensor, Tensor]:
         """The keys and values that attention reads, ``[B, S, N, D]``, as they are stored."""
@@ -157,8 +248,8 @@ class KVCache:
         """
         start = self.cursor.start if start is None else start
         end = self.cursor.end if end is None else end
-        if self.sink_k is None or start >= self.spec.sink_size_t:
-            return
+        if self.sink_k is None or start >= self.spec.sink_size_t or self.spec.storage == "fp8":
+            return  # an fp8 cache has stored them as they were written
         first = start * self.spec.tokens_per_frame
         last = min(end, self.spec.sink_size_t) * self.spec.tokens_per_frame
         self.sink_k[:, first:last] = self.k[:, first:last]
@@ -197,6 +288,8 @@ class KVCache:
         for mine, theirs in ((self.k, other.k), (self.v, other.v), (self.sink_k, other.sink_k)):
             if mine is not None:
                 mine.copy_(theirs)  # type: ignore[arg-type]
+        if self.scales is not None and other.scales is not None:
+            self.scales.copy_(other.scales)
 
     @property
     def nbytes(self) -> int:
@@ -269,6 +362,11 @@ class KVCache:
             )
         if ("sink_k" in state) != (self.sink_k is not None):
             raise ValueError("The state and this model differ in relative_rope; set it alike.")
+        if self.scales is not None and not bool(self.scales.all()):
+            raise ValueError(
+                "The state has no scales of heads: it was exported with precision='native'. Load "
+                "it with that."
+            )
         tokens = self._tokens_of(self._slots_of(held))
         for name, stored in (("k", self.k), ("v", self.v)):
             stored[:, tokens] = self._own_part(state[name], len(tokens), is_cut)

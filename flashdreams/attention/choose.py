@@ -11,11 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashdreams.attention.backends import BACKENDS, AttentionBackend, why_unusable
+from flashdreams.attention.backends import (
+    BACKENDS,
+    CHOOSES_SPLITS,
+    PREFERENCE,
+    SPLIT_BACKENDS,
+    AttentionBackend,
+    bind_kv_splits,
+    why_unusable,
+)
 from flashdreams.attention.cache import KVCache, KVCacheSpec
 from flashdreams.attention.core import AttentionCore
 from flashdreams.attention.cursor import Cursor
 from flashdreams.attention.quantized import KVStorage
+from flashdreams.attention.splits import choose_kv_splits, count_processors
 
 ERROR_BOUNDS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest difference to float32 attention over the same values that is accepted, as a share of the
@@ -23,6 +32,10 @@ reference's largest value; some four roundings of the type, and room for TF32.""
 
 COMPARED_QUERIES = 64
 """Queries that are held against the reference, which needs a score for every key."""
+
+CLEARLY_FASTER = 1.03
+"""How much faster a backend must be to be taken before one that `PREFERENCE` names earlier; less
+may be noise, and two starts should choose alike."""
 
 AUTO = "auto"
 """What a config says to have the backend measured."""
@@ -64,6 +77,14 @@ class BackendChoice:
 
     name: str
     rows: tuple[MeasuredBackend, ...]
+    kv_splits: int | None = None
+    """KV splits of self-attention over the full window; None where the backend has no choice."""
+    tiled: bool = False
+    """Under strict: it is called in tiles, since its bits depend on the number of heads or rows."""
+
+    def __str__(self) -> str:
+        splits = "" if self.kv_splits is None else f", KV splits {self.kv_splits}"
+        return f"{self.name}{splits}{', in tiles' if self.tiled else ''}"
 
     def table(self) -> str:
         """The candidates as aligned lines of text."""
@@ -76,10 +97,30 @@ class BackendChoice:
 
     def stats(self) -> dict[str, Any]:
         """The choice as JSON values."""
+        splits = {} if self.kv_splits is None else {"attention_kv_splits": self.kv_splits}
         return {
             "attention_backend": self.name,
+            **splits,
             "attention_backends": [asdict(row) for row in self.rows],
+            **({"attention_tiled": True} if self.tiled else {}),
         }
+
+
+def kv_splits_of(
+    name: str, shape: AttentionShape, device: torch.device, *, strict: bool = False
+) -> int | None:
+    """KV splits of a backend for a call; None for one that has no choice or chooses by itself.
+
+    Args:
+        name: of the backend.
+        shape: the call; under strict that of the whole model.
+        device: where it is made.
+        strict: whether a backend that would choose by itself, at every call, must not.
+    """
+    if name not in SPLIT_BACKENDS or (name in CHOOSES_SPLITS and not strict):
+        return None
+    sizes = (shape.queries, shape.keys, shape.num_heads, shape.batch_size)
+    return choose_kv_splits(*sizes, count_processors(device))
 
 
 def choose_backend(
@@ -92,7 +133,8 @@ def choose_backend(
 ) -> BackendChoice:
     """Measure the candidates on the real shape and keep the fastest that is right.
 
-    A candidate is right if it stays within :data:`ERROR_BOUNDS` of attention in float32. Several
+    A candidate is right if it stays within :data:`ERROR_BOUNDS` of attention in float32. Of those
+    that are nearly as fast as the fastest, the one that `PREFERENCE` names first is kept. Several
     ranks let rank zero choose and broadcast the name, so that all run the same one.
 
     Args:
@@ -121,13 +163,7 @@ def _measure(
 ) -> BackendChoice:
     q, k, v = draw_inputs(shape, device, dtype)
     call_of, seen = _prepare(shape, q, k, v)
-    places = torch.linspace(
-        0,
-        shape.queries - 1,
-        min(shape.queries, COMPARED_QUERIES),
-        dtype=torch.float32,
-        device="cpu",
-    ).long()
+    places = compared_places(shape.queries)
     expected = reference_attention(q[:, places], *seen, shape.head_dim**-0.5)
     del seen
     bound = ERROR_BOUNDS[dtype]
@@ -138,6 +174,9 @@ def _measure(
         errors[name] = None
         known = name in BACKENDS and backend is BACKENDS[name]
         reason = why_unusable(name, device, dtype, shape.head_dim) if known else None
+        splits = kv_splits_of(name, shape, device) if known else None
+        if splits is not None:
+            backend = bind_kv_splits(name, splits)
         call = call_of(backend)
         if reason is None:
             errors[name], reason = _judge(call, q, places, expected, bound)
@@ -146,20 +185,32 @@ def _measure(
         else:
             reasons[name] = reason
     times = _time_in_turns(calls, device, repeats)
-    fastest = min(times, key=lambda name: times[name]) if times else ""
+    chosen = preferred(times) if times else ""
     rows = tuple(
         MeasuredBackend(
             name,
             times.get(name),
             errors[name],
-            reasons.get(name, "chosen" if name == fastest else "slower"),
+            reasons.get(name, "chosen" if name == chosen else "slower"),
         )
         for name in candidates
     )
-    choice = BackendChoice(fastest, rows)
-    if not fastest:
+    choice = BackendChoice(chosen, rows, kv_splits_of(chosen, shape, device))
+    if not chosen:
         raise ValueError(f"No attention backend is right for {shape} here.\n{choice.table()}")
     return choice
+
+
+def preferred(times: Mapping[str, float]) -> str:
+    """The first in `PREFERENCE` that no other is clearly faster than; names beyond it come last.
+
+    Args:
+        times: milliseconds by name, at least one.
+    """
+    ranks = {name: rank for rank, name in enumerate(PREFERENCE)}
+    limit = CLEARLY_FASTER * min(times.values())
+    near = [name for name, ms in times.items() if ms <= limit]
+    return min(near, key=lambda name: (ranks.get(name, len(ranks)), times[name]))
 
 
 def _prepare(
@@ -210,6 +261,35 @@ def _judge(
     return error, None
 
 
+@torch.no_grad()
+def check_backend(
+    name: str,
+    backend: AttentionBackend,
+    shape: AttentionShape,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> MeasuredBackend:
+    """Whether a backend is right at a shape, without timing it; the verdict is "right" if so.
+
+    Args:
+        name: if it is one of the table's, its reasons to be unusable are asked first.
+        backend: what to call; it may have arguments bound.
+        shape: the call.
+        device: where it is made.
+        dtype: of queries, keys and values.
+    """
+    reason = why_unusable(name, device, dtype, shape.head_dim) if name in BACKENDS else None
+    if reason is not None:
+        return MeasuredBackend(name, None, None, reason)
+    q, k, v = draw_inputs(shape, device, dtype)
+    scale = shape.head_dim**-0.5
+    places = compared_places(shape.queries)
+    expected = reference_attention(q[:, places], k, v, scale)
+    call = partial(backend, q, k, v, scale=scale)
+    error, reason = _judge(call, q, places, expected, ERROR_BOUNDS[dtype])
+    return MeasuredBackend(name, None, error, reason or "right")
+
+
 def draw_inputs(
     shape: AttentionShape, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,6 +311,12 @@ def draw_inputs(
     asked = torch.linspace(0, shape.keys - 1, count, dtype=torch.float32, device="cpu").long()
     q[:, asking] = 3 * k[:, asked]
     return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
+
+
+def compared_places(queries: int) -> Tensor:
+    """The queries that are held against the reference, from the first to the last."""
+    count = min(queries, COMPARED_QUERIES)
+    return torch.linspace(0, queries - 1, count, dtype=torch.float32, device="cpu").long()
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -2,9 +2,10 @@
 
 from torch import Tensor, nn
 
-from flashdreams.attention.backends import AttentionBackend, sdpa
+from flashdreams.attention.backends import BACKENDS, AttentionBackend, bind_kv_splits, sdpa
 from flashdreams.attention.cache import KVCache, KVCacheSpec
 from flashdreams.attention.cursor import Cursor
+from flashdreams.attention.fp8 import FP8, attend, quantize
 from flashdreams.runtime.region import Region
 
 
@@ -20,6 +21,8 @@ class AttentionCore(nn.Module):
         self.backend = backend
         self.strict = False
         """Whether a head must have the same bits whatever the number of heads."""
+        self.kv_splits = 1
+        """Shares of the keys that attention to an fp8 cache computes side by side on a GPU."""
 
     def new_cache(self, spec: KVCacheSpec, cursor: Cursor) -> KVCache:
         """Storage for one rollout; a wrapper rewrites the spec on the way in."""
@@ -41,6 +44,10 @@ class AttentionCore(nn.Module):
         """Which of these this rank writes to a file; all ranks together write each once."""
         return region
 
+    def share_maxima(self, maxima: Tensor) -> Tensor:
+        """Largest values of all ranks; see `CacheLayout`. A core without wrappers has them all."""
+        return maxima
+
     def shard_cache(self, x: Tensor) -> Tensor:
         """What is cached here of keys or values of the whole model: the inverse."""
         return x
@@ -49,7 +56,7 @@ class AttentionCore(nn.Module):
         """Attend to the cache, the current chunk included; without a cache to ``k`` and ``v``.
 
         Args:
-            q: ``[B, L, N, D]``, rotated.
+            q: ``[B, L, N, D]``, rotated; e4m3 where the cache ``quantizes_early``.
             k: ``[B, L, N, D]``, rotated (``[B, S, N, D]`` without a cache).
             v: like ``k``.
             cache: this layer's keys and values; the chunk's slots are overwritten.
@@ -59,9 +66,45 @@ class AttentionCore(nn.Module):
         """
         if cache is None:
             return self.backend(q, k, v, scale=self.scale)
+        if cache.scales is not None:
+            cache.calibrate(q, k, v)
+            cache.write(k, v)
+            return self.attend_stored(q, cache)
         k, v = cache.update(k, v)
         return self.backend(q, k, v, scale=self.scale)
 
+    def attend_stored(self, q: Tensor, cache: KVCache) -> Tensor:
+        """Attend to an fp8 cache into which the current chunk was written.
+
+        Args:
+            q: ``[B, L, N, D]``, quantized or not.
+            cache: with the chunk's keys and values.
+
+        Returns:
+            ``[B, L, N, D]`` in the type of the cache's spec.
+        """
+        q = q if q.dtype == FP8 else quantize(q, cache.q_scale)
+        scales = (cache.q_scale, cache.k.scale, cache.v.scale)
+        options = {"scale": self.scale, "dtype": cache.spec.dtype, "backend": self.backend}
+        return attend(q, *cache.stored(), scales, **options, num_splits=self.kv_splits)
+
     def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
         """Write the current chunk into the cache and attend to nothing; as in ``forward``."""
+        cache.calibrate(None, k, v)
         cache.write(k, v)
+
+
+def bind_cores(module: nn.Module, name: str, splits: int) -> None:
+    """Fix the KV splits of the cores in a module that run a backend by name.
+
+    Args:
+        module: a core, or what wraps one; cores with a backend of their own are left alone.
+        name: one of `flashdreams.attention.backends.BACKENDS`.
+        splits: of each call.
+    """
+    for core in module.modules():
+        if not isinstance(core, AttentionCore):
+            continue
+        core.kv_splits = splits
+        if core.backend is BACKENDS[name]:
+            core.backend = bind_kv_splits(name, splits)

@@ -51,6 +51,8 @@ class Cursor:
         self.pinned: tuple[int, ...] = ()
         """Latent frames that are not evicted until others are pinned in their place."""
         self.slots: Tensor | None = None
+        self.frame_slots_written: list[int] = []
+        """Slots of the latent frames that are written now, in order."""
         self._slot_buffers: dict[int, Tensor] = {}
         self._rewritten_t: int | None = None
 
@@ -73,6 +75,11 @@ class Cursor:
     def is_full(self) -> bool:
         """Whether attention reads every slot; it is so from some AR step on."""
         return self._rewritten_t is None and len(self.frames) == self.capacity_t
+
+    @property
+    def is_rewriting(self) -> bool:
+        """Whether frames are computed anew, between AR steps."""
+        return self._rewritten_t is not None
 
     @property
     def visible_tokens(self) -> int:
@@ -213,6 +220,7 @@ class Cursor:
         if buffer is not tokens:
             buffer.copy_(tokens)
         self.slots = buffer
+        self.frame_slots_written = list(frame_slots)
 
 
 class CacheCursor(Cursor):

@@ -1,4 +1,4 @@
-"""Keys and values in 8 bits."""
+"""Keys and values in INT8, and powers of two as scales."""
 
 from typing import Any, Literal
 
@@ -6,19 +6,18 @@ import torch
 from torch import Tensor
 
 KVStorage = Literal["native", "fp8", "int8"]
-"""How cached keys and values are stored: as they are computed, or in 8 bits."""
+"""How cached keys and values are stored: as they are computed, in 8 bits with a scale per token and
+head, or in e4m3 with a fixed scale per head (`flashdreams.attention.fp8`)."""
 
-LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
-"""The largest value of each eight-bit type; for int8 the range is kept symmetric."""
-
-DTYPES: dict[Literal["fp8", "int8"], torch.dtype] = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+LARGEST = 127.0
+"""The largest value; the range is kept symmetric."""
 
 LARGEST_EXPONENT = 126
 """Powers of two up to this one, and their inverses, are normal float32 numbers."""
 
 
 class QuantizedTokens:
-    """``[B, tokens, N, D]`` in 8 bits, with one scale per token and head.
+    """``[B, tokens, N, D]`` in INT8, with one scale per token and head.
 
     Read and written along its tokens like the tensor that it stands for: ``x[:, a:b]`` gives new
     numbers in ``dtype``, assignments and ``index_copy_`` round to what can be stored. Scales are
@@ -29,7 +28,6 @@ class QuantizedTokens:
     def __init__(
         self,
         shape: tuple[int, int, int, int],
-        storage: Literal["fp8", "int8"],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -37,12 +35,11 @@ class QuantizedTokens:
 
         Args:
             shape: ``(B, tokens, N, D)``.
-            storage: which 8 bits.
             dtype: type of what is read.
             device: where it lies.
         """
         self.dtype = dtype
-        self.values = torch.zeros(shape, dtype=DTYPES[storage], device=device)
+        self.values = torch.zeros(shape, dtype=torch.int8, device=device)
         self.exponents = torch.zeros((*shape[:3], 1), dtype=torch.int8, device=device)
 
     @property
@@ -69,37 +66,38 @@ class QuantizedTokens:
         return dequantize(self.values[index], self.exponents[index], self.dtype)
 
     def __setitem__(self, index: Any, x: Tensor) -> None:
-        self.values[index], self.exponents[index] = quantize(x, self.values.dtype)
+        self.values[index], self.exponents[index] = quantize(x)
 
     def index_copy_(self, dim: int, index: Tensor, x: Tensor) -> None:
         """Write ``x`` to the places of ``index`` along ``dim``, as `torch.Tensor.index_copy_`."""
-        values, exponents = quantize(x, self.values.dtype)
-        # An eight-bit float has no index_copy_ on every device; its bytes do.
-        self.values.view(torch.int8).index_copy_(dim, index, values.view(torch.int8))
+        values, exponents = quantize(x)
+        self.values.index_copy_(dim, index, values)
         self.exponents.index_copy_(dim, index, exponents)
 
 
-def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Round to 8 bits with a power of two per row.
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round to INT8 with a power of two per row.
 
     The power is the least one with which the row fits: ``values * 2 ** exponents`` is closest to
     ``x`` without any entry being cut.
 
     Args:
         x: ``[..., D]``.
-        dtype: ``torch.int8`` or ``torch.float8_e4m3fn``.
 
     Returns:
-        Values ``[..., D]`` in ``dtype`` and exponents ``[..., 1]`` int8.
+        Values ``[..., D]`` and exponents ``[..., 1]``, both int8.
     """
-    wide, largest = x.float(), LARGEST[dtype]
-    mantissa, exponents = torch.frexp(wide.abs().amax(-1, keepdim=True) / largest)
-    # frexp's mantissa lies in [0.5, 1), so an exact power of two needs one less.
-    exponents = (exponents - (mantissa == 0.5).int()).clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
-    scaled = (wide * power_of_two(-exponents)).clamp(-largest, largest)
-    if dtype == torch.int8:
-        scaled = scaled.round()
-    return scaled.to(dtype), exponents.to(torch.int8)
+    wide = x.float()
+    exponents = least_exponents(wide.abs().amax(-1, keepdim=True) / LARGEST)
+    scaled = (wide * power_of_two(-exponents)).clamp(-LARGEST, LARGEST).round()
+    return scaled.to(torch.int8), exponents.to(torch.int8)
+
+
+def least_exponents(x: Tensor) -> Tensor:
+    """The least exponents, -126 to 126, whose powers of two are not below ``x``, float32."""
+    mantissa, exponents = torch.frexp(x)
+    # frexp's mantissa is in [0.5, 1), so an exact power of two needs one less.
+    return (exponents - (mantissa == 0.5).int()).clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
 
 
 def dequantize(values: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,7 +107,7 @@ def dequantize(values: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
     went past the largest float16 it is cut to that.
 
     Args:
-        values: ``[..., D]``, int8 or float8.
+        values: ``[..., D]`` int8.
         exponents: ``[..., 1]`` int8.
         dtype: of the result.
     """

@@ -163,7 +163,7 @@ def _on_this_machine(config: Any) -> Any:
     wanted = {
         "use_cuda_graph": False,
         "fused_kernels": False,
-        "linear_precision": "native",
+        "precision": "native",
         "kv_cache_dtype": "native",
         "residual_dtype": None,
         "attention_backend": "auto",

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from flashdreams.infra.component import (
     load_component,
 )
 from flashdreams.infra.conditioning import ContextEncoder
+from flashdreams.infra.decoder.base import StreamingDecoder
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.fingerprint import fingerprint
 from flashdreams.infra.warm_up import WarmUp, choose_attention, decode_zeros, run_encoders, stats
@@ -26,10 +27,12 @@ from flashdreams.parallel.environment import group_rank, process_count
 from flashdreams.parallel.guidance import build_guidance
 from flashdreams.parallel.mesh import Mesh, ParallelConfig, build_mesh, resolve_degrees
 from flashdreams.parallel.parallelize import ParallelReport, parallelize
+from flashdreams.parallel.ring import NO_FP8
 from flashdreams.parallel.spatial import resolve_decode
 from flashdreams.parallel.state_layout import StateLayout
 from flashdreams.parallel.watchdog import StageGuard, no_guard
 from flashdreams.runtime.compilation import compiled_so_far
+from flashdreams.runtime.cuda_graph import GraphedCallable
 from flashdreams.runtime.grad_mode import without_grad
 
 HEAD_FIELDS = ("num_heads", "num_attention_heads", "n_heads", "heads")
@@ -158,6 +161,9 @@ class Assembly(nn.Module):
             cached_frame_tokens=getattr(sizes, "tokens_per_frame", None) if streaming else None,
             any_degree=plan is not None and bool(plan.units),
         )
+        rotates = degrees.ring > 1 and parallel.ring_method == "rotate"
+        if rotates and getattr(sizes, "precision", "native") == "fp8":
+            raise ValueError(NO_FP8)
         return build_mesh(degrees, self.target_device.type, parallel)
 
     def parallelize(self, mesh: Mesh) -> dict[str, ParallelReport]:
@@ -261,12 +267,17 @@ class Assembly(nn.Module):
         attention = choose_attention(model.transformer, mesh, self.target_device)
         steps = model.warm_up(self.config.max_rollouts)
         if steps and self.decodes_here:
-            decode_zeros(self.decoder, model.transformer.latent_shape(1), self.target_device)
+            shape = model.transformer.latent_shape(1)
+            graphs = any(call.can_capture for call in model.transformer.graphed_calls())
+            # A decoder that is cut exchanges columns, which stay out of graphs.
+            decode_zeros(
+                self.decoder, shape, self.target_device, graphs and not self.layout.splits_width
+            )
         if self.target_device.type == "cuda":
             torch.cuda.synchronize(self.target_device)
         mesh.meter.rewind(sent)
         calls = model.transformer.graphed_calls()
-        for call in calls:
+        for call in (*calls, *self._decoder_calls()):
             call.reset()
         self.warmed_up = WarmUp(
             ms=1e3 * (time.perf_counter() - start),
@@ -284,14 +295,24 @@ class Assembly(nn.Module):
         Figures of graphs are there only where calls are captured.
         """
         calls = self.diffusion_model.transformer.graphed_calls()
-        return {**stats(self.warmed_up, calls), "fingerprint": self.fingerprint()}
+        found = stats(self.warmed_up, calls, self._decoder_calls())
+        return {**found, "fingerprint": self.fingerprint()}
+
+    def _decoder_calls(self) -> Sequence[GraphedCallable]:
+        """The decoder's calls that are replayed as CUDA graphs."""
+        return self.decoder.graphed_calls() if isinstance(self.decoder, StreamingDecoder) else ()
 
     def fingerprint(self) -> dict[str, Any]:
         """What the bits of a rollout depend on beside config, weights and seed, as JSON values."""
         done = self.warmed_up
         backend = done.attention.name if done is not None and done.attention is not None else None
-        config = self.diffusion_model.transformer.config
-        return fingerprint(config, backend, self.layout.mesh, self.target_device)
+        transformer = self.diffusion_model.transformer
+        resolved = transformer.resolved_choices()
+        if done is not None and done.attention is not None and done.attention.kv_splits:
+            resolved |= {"attention_kv_splits": done.attention.kv_splits}
+        return fingerprint(
+            transformer.config, resolved, backend, self.layout.mesh, self.target_device
+        )
 
     def drop_graphs(self) -> None:
         """Free all CUDA graphs; before the process group ends, since they hold its collectives.
@@ -301,3 +322,5 @@ class Assembly(nn.Module):
         self.diffusion_model.side.join()
         for call in self.diffusion_model.transformer.graphed_calls():
             call.drop()
+        if isinstance(self.decoder, StreamingDecoder):
+            self.decoder.drop_graphs()

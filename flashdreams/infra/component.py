@@ -4,6 +4,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -206,9 +207,23 @@ def nested_components(component: Component) -> list[Component]:
 
 def declared_context(function: Callable[..., Any]) -> frozenset[str]:
     """Names of the keyword context that a component's function declares."""
-    parameters = inspect.signature(function).parameters.values()
+    method = getattr(function, "__func__", None)
+    if method is None:
+        return frozenset(_keyword_names(function))
+    return _names_of_method(method)
+
+
+@lru_cache(maxsize=1024)
+def _names_of_method(method: Callable[..., Any]) -> frozenset[str]:
+    """Of a function of a class, without its first parameter; asked once per AR step."""
+    return frozenset(_keyword_names(method.__get__(object())))
+
+
+def _keyword_names(function: Callable[..., Any]) -> Iterator[str]:
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return frozenset(p.name for p in parameters if p.kind in named)
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in named:
+            yield parameter.name
 
 
 def select_context(function: Callable[..., Any], context: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,8 @@ UNRESOLVED: Any = object()
 REMOVED_FIELDS = {
     "fuse_clean_pass": "measured slower (380 ms against 372 per AR step on an H200)",
     "compile_blocks": "measured slower (379 ms against 372 per AR step on an H200)",
+    "linear_precision": "measured slower (475 ms against 374 per AR step on an H200), and "
+    "precision='fp8' is FP8 attention",
 }
 """Fields of version 0.1 that are gone, and why."""
 

@@ -323,9 +323,11 @@ class _Reader:
                 values[name] = self.read_target(value_node)
                 continue
             if name not in valid:
-                if name in REMOVED_FIELDS and self.read(value_node, f"{prefix}{name}") is False:
-                    self.ignored[name] = None
-                    continue
+                if name in REMOVED_FIELDS:
+                    value = self.read(value_node, f"{prefix}{name}")
+                    if value is False or value == "native":
+                        self.ignored[name] = None
+                        continue
                 what = f"field '{prefix}{shown(name)}' of {kind.__name__}"
                 raise ValueError(self.where(value_node) + unknown_name(str(name), valid, what))
             annotation = field_annotation(kind, name)

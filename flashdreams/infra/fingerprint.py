@@ -1,5 +1,6 @@
 """The numerics fingerprint of a run: what its bits depend on beside config, weights and seed."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -8,17 +9,22 @@ import torch
 
 from flashdreams.parallel.mesh import Mesh
 
-CHOICES = ("fused_kernels", "linear_precision", "kv_cache_dtype", "residual_dtype", "dtype")
+CHOICES = ("fused_kernels", "precision", "kv_cache_dtype", "residual_dtype", "dtype")
 """Fields of a transformer's config that choose how it computes."""
 
 
 def fingerprint(
-    transformer: Any, attention_backend: str | None, mesh: Mesh, device: torch.device
+    transformer: Any,
+    resolved: Mapping[str, Any],
+    attention_backend: str | None,
+    mesh: Mesh,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Everything that may change bits, as JSON values.
 
     Args:
         transformer: config of the transformer.
+        resolved: what it leaves open and the device decides, by field.
         attention_backend: the one that was chosen; None before warm-up or without attention cores.
         mesh: the ranks.
         device: where it runs.
@@ -27,6 +33,7 @@ def fingerprint(
     return {
         "attention_backend": attention_backend,
         **{name: getattr(transformer, name) for name in CHOICES if hasattr(transformer, name)},
+        **resolved,
         "strict": mesh.config.strict,
         "degrees": asdict(mesh.degrees),
         "decode": mesh.config.decode,

@@ -22,12 +22,14 @@ class FiniteCheck:
     """Looks at the values of one rollout without making the host wait for the device.
 
     Each AR step queues one sum per tensor, which is not finite if it meets NaN or infinity, and one
-    copy of all sums; they are read when the next step begins, when they have long arrived.
+    copy of all sums; they are read when the next step begins, when they have long arrived. On a CPU
+    they are there at once.
     """
 
     def __init__(self) -> None:
         self._index = 0
         self._stages: list[str] = []
+        self._totals: list[float | None] = []
         self._sums: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
 
@@ -39,29 +41,38 @@ class FiniteCheck:
             stages: what each stage made, by its name in the order of the data: tensors of any
                 shape, also in mappings, sequences and dataclasses.
         """
-        found = [(name, x) for name, made in stages.items() for x in tensors_in(made)]
-        self._index, self._stages = autoregressive_index, [name for name, _ in found]
-        self._sums, self._arrived = None, None
-        if not found:
-            return
-        device = found[-1][1].device
-        self._sums = torch.stack([x.sum(dtype=torch.float32).to(device) for _, x in found])
-        if self._sums.is_cuda:
-            self._sums, self._arrived = start_host_copy(self._sums)
+        self._index, self._stages = autoregressive_index, []
+        self._totals, self._sums, self._arrived = [], None, None
+        on_gpu: list[Tensor] = []
+        for name, made in stages.items():
+            for x in (made,) if type(made) is Tensor else tensors_in(made):
+                if x.is_floating_point():
+                    total = x.sum(dtype=torch.float32)
+                    self._stages.append(name)
+                    self._totals.append(None if total.is_cuda else total.item())
+                    if total.is_cuda:
+                        on_gpu.append(total)
+        if on_gpu:
+            self._sums, self._arrived = start_host_copy(torch.stack(on_gpu))
 
     @property
     def is_settled(self) -> bool:
         """Whether the sums have arrived and all is finite, so that nobody needs to read them."""
-        arrived = self._arrived is None or self._arrived.query()
-        return self._sums is None or (arrived and all(map(math.isfinite, self._sums.tolist())))
+        if self._arrived is not None and not self._arrived.query():
+            return False
+        return all(map(math.isfinite, self._arrived_totals()))
+
+    def _arrived_totals(self) -> list[float]:
+        arrived = iter([] if self._sums is None else self._sums.tolist())
+        return [next(arrived) if total is None else total for total in self._totals]
 
     def read(self) -> str | None:
         """What is wrong with the AR step submitted last; None if nothing is. May wait for it."""
-        if self._sums is None:
-            return None
         if self._arrived is not None:
             self._arrived.synchronize()
-        for name, total in zip(self._stages, self._sums.tolist(), strict=True):
+        if self.is_settled:
+            return None
+        for name, total in zip(self._stages, self._arrived_totals(), strict=True):
             if not math.isfinite(total):
                 return f"AR step {self._index}: stage {name!r} made values that are not finite."
         return None

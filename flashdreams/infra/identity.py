@@ -16,7 +16,7 @@ BEFORE_THE_ROLLOUT = ("text_encoder", "image_encoder", "release_text_encoder")
 
 HOW_IT_RUNS = frozenset(
     {
-        *("attention_backend", "fused_kernels", "linear_precision", "kv_cache_dtype"),
+        *("attention_backend", "fused_kernels", "precision", "kv_cache_dtype"),
         *("residual_dtype", "use_cuda_graph", "overlap_clean_pass", "max_rollouts", "checkpoint"),
     }
 )

@@ -224,8 +224,8 @@ class StreamInferencePipeline(SavedRollouts):
                 chunk = self._decode(latent, autoregressive_index, cache)
         stages = {"encode": control, "diffuse": latent, "decode": chunk}
         cache.finite.submit(autoregressive_index, stages)
-        pending = [check for check in self._unread if not check.is_settled]
-        self._unread = [*(check for check in pending if check is not cache.finite), cache.finite]
+        others = (check for check in self._unread if check is not cache.finite)
+        self._unread = [cache.finite, *(check for check in others if not check.is_settled)]
         cache.next_index += 1
         if chunk is not None:
             for observe in self.observers:
@@ -246,8 +246,9 @@ class StreamInferencePipeline(SavedRollouts):
         """
         asked = self._unread if cache is None else [cache.finite]
         self._unread = [check for check in self._unread if check not in asked]
-        for found in filter(None, [check.read() for check in asked]):
-            raise NotFiniteError(f"{found} {name_bad_weights(self)}")
+        for check in asked:
+            if found := check.read():
+                raise NotFiniteError(f"{found} {name_bad_weights(self)}")
 
     @without_grad
     def update_prompt(

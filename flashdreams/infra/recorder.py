@@ -239,6 +239,11 @@ class RunRecorder:
                 self.log, {"turn": number, "autoregressive_index": index, "commands": rows}
             )
 
+    @property
+    def stats_path(self) -> Path:
+        """Of the stats, once `close` has written them."""
+        return self._stats.path
+
     def log_header(self) -> dict[str, Any]:
         """The first line of the log."""
         return {

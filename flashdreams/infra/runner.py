@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, ClassVar, Generic, TypeVar
 import torch
 from tqdm import tqdm
 
-from flashdreams.infra.config import InstantiateConfig, check_slug
+from flashdreams.infra.config import InstantiateConfig, check_slug, format_config
 from flashdreams.infra.controller import Controller
 from flashdreams.infra.pipeline import (
     StreamInferencePipeline,
@@ -29,15 +29,16 @@ from flashdreams.parallel.environment import (
     gather_to_rank_zero,
     init,
     read_launch,
-    set_up_logging,
     shutdown,
 )
+from flashdreams.parallel.logs import announced, set_up_logging
 from flashdreams.parallel.mesh import DEGREES, Mesh, ParallelConfig
 from flashdreams.parallel.messages import MessageChannel
 from flashdreams.parallel.peers import PeerWatch
 from flashdreams.parallel.watchdog import StageGuard, Watchdog
 from flashdreams.runtime.files import InUseError, open_owned
 from flashdreams.runtime.noise import SEED_LIMIT
+from flashdreams.runtime.run_report import write_report
 from flashdreams.runtime.segments import SegmentedVideo
 from flashdreams.runtime.trace import Tracer, slowest_rank, write_trace
 from flashdreams.runtime.video import VideoWriter
@@ -90,6 +91,10 @@ class RunnerConfig(InstantiateConfig):
     ranks' meeting (at most 300), in fetching and reading weights, in warm-up."""
     trace: Path | None = None
     """Write a timeline of all ranks, stages and collectives there, .json for ui.perfetto.dev."""
+    report: bool = False
+    """Also write report_<slug>.html: settings, figures, plots, first and last frame."""
+    log_json: bool = False
+    """Write log lines as JSON objects, for programs that collect them."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How several ranks share the work."""
 
@@ -144,7 +149,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         self.environment: Environment = init(
             config.device, meeting_s=min(config.start_deadline_s, MEETING_DEADLINE_S)
         )
-        set_up_logging(self.environment)
+        set_up_logging(self.environment, as_json=config.log_json)
         self._claim = claim_output(config) if self.is_rank_zero else None
         try:
             self._assemble(config)
@@ -179,9 +184,10 @@ class Runner(Generic[ConfigT, PipelineT]):
         self.tracer = Tracer(self.environment.rank, keep=config.trace is not None)
         self.pipeline.guard = traced(self.pipeline.guard, self.tracer, self.mesh)
         limit_s = config.start_deadline_s
-        with self.pipeline.guard("load", None, limit_s):
+        where = self.environment
+        with announced("loading weights", where), self.pipeline.guard("load", None, limit_s):
             self.pipeline.load(self.fetch_all, self.prompt_options())
-        with self.pipeline.guard("warm-up", None, limit_s):
+        with announced("warming up", where), self.pipeline.guard("warm-up", None, limit_s):
             warmed_up = self.pipeline.warm_up()
         if warmed_up.steps and self.is_rank_zero:
             print(f"{warmed_up.measured}ready: {warmed_up}", flush=True)
@@ -370,6 +376,8 @@ class Runner(Generic[ConfigT, PipelineT]):
                 path = self.config.trace
                 from_rank_zero(lambda: write_trace(path, [events for _, events in ranks]))
                 files.append(path)
+            if self.config.report:
+                files += from_rank_zero(self._write_report)
             self.pipeline.check_values()
         if self.is_rank_zero:
             if self.recorder.resumable:
@@ -394,6 +402,13 @@ class Runner(Generic[ConfigT, PipelineT]):
         self.pipeline.drop_graphs()
         self._resources.close()
         shutdown()
+
+    def _write_report(self) -> list[Path]:
+        folder, slug = self.config.output_dir, self.config.runner_name
+        path = folder / f"report_{slug}.html"
+        video = self._videos[0] if self._videos and self._videos[0].is_file() else None
+        write_report(path, self.recorder.stats_path, format_config(self.config), video)
+        return [path]
 
     def explain(self, error: BaseException) -> BaseException:
         """The error to report: that another rank has died, where this one only follows from it."""

@@ -7,13 +7,23 @@ from typing import Any
 
 import torch
 
-from flashdreams.attention.choose import AUTO, BackendChoice, choose_backend
+from flashdreams.attention.backends import PREFERENCE
+from flashdreams.attention.choose import (
+    AUTO,
+    AttentionShape,
+    BackendChoice,
+    choose_backend,
+    kv_splits_of,
+)
+from flashdreams.attention.core import bind_cores
+from flashdreams.attention.invariance import choose_invariant_backend
 from flashdreams.infra.component import declared_context
 from flashdreams.infra.decoder.base import Decoder, StreamingDecoder
 from flashdreams.infra.diffusion.transformer import Transformer
 from flashdreams.infra.encoder.base import Encoder
 from flashdreams.parallel.environment import from_rank_zero
 from flashdreams.parallel.mesh import Mesh, local_attention
+from flashdreams.parallel.strict import tile_attention
 from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.compilation import Compilation, compiled_so_far
 from flashdreams.runtime.cuda_graph import GraphedCallable
@@ -54,7 +64,7 @@ class WarmUp:
         if self.compiled.graphs:
             parts.append(f"{self.compiled.ms / 1e3:.1f} s of it torch.compile")
         if self.attention is not None:
-            parts.append(f"attention {self.attention.name}")
+            parts.append(f"attention {self.attention}")
         return ", ".join(parts)
 
 
@@ -76,10 +86,12 @@ def run_encoders(encoders: Iterable[Any]) -> None:
 def choose_attention(
     transformer: Transformer, mesh: Mesh, device: torch.device
 ) -> BackendChoice | None:
-    """Settle the attention backend of all ranks; a collective call.
+    """Settle the attention backend of all ranks and its KV splits; a collective call.
 
+    Splits follow from the sizes of this rank's calls, under strict from those of the whole model.
     "auto" is measured on a GPU. A CPU has one fused kernel, so a measurement would only make runs
-    differ; strict ranks must not depend on the clock; xfuser's attention has no core.
+    differ; strict ranks must not depend on the clock: they take the first backend with the same
+    bits for any number of heads and rows; xfuser's attention has no core.
 
     Returns:
         The choice, without rows where nothing was measured; None without attention cores.
@@ -87,21 +99,53 @@ def choose_attention(
     shape, name = transformer.attention_shape(1), transformer.config.attention_backend
     if shape is None:
         return None
+    if mesh.config.strict and device.type == "cuda":
+        return _choose_strict(transformer, shape, name, device)
     foreign = mesh.config.context_backend == "xfuser" and mesh.sequence.size > 1
-    if name == AUTO and (device.type != "cuda" or mesh.config.strict or foreign):
+    if name == AUTO and (device.type != "cuda" or foreign):
         name = "sdpa"
-    if name != AUTO:
-        return BackendChoice(name, ())
     local = local_attention(shape, mesh)
-    choice = from_rank_zero(lambda: choose_backend(local, device, transformer.dtype))
+    if name == AUTO:
+        choice = from_rank_zero(lambda: choose_backend(local, device, transformer.dtype))
+        transformer.set_attention_backend(choice.name)
+    else:
+        choice = BackendChoice(name, (), kv_splits_of(name, local, device))
+    transformer.bind_kv_splits(
+        choice.name, lambda of: kv_splits_of(choice.name, local_attention(of, mesh), device)
+    )
+    return choice
+
+
+def _choose_strict(
+    transformer: Transformer, shape: AttentionShape, name: str, device: torch.device
+) -> BackendChoice:
+    """Settle the backend of strict ranks on a GPU, and whether it must be tiled."""
+    names, dtype = PREFERENCE if name == AUTO else (name,), transformer.dtype
+    choice = from_rank_zero(lambda: choose_invariant_backend(shape, device, dtype, names))
     transformer.set_attention_backend(choice.name)
+    transformer.bind_kv_splits(
+        choice.name, lambda of: kv_splits_of(choice.name, of, device, strict=True)
+    )
+    bind_cores(transformer, choice.name, 1)  # those without a cache
+    if choice.tiled:
+        tile_attention(transformer, device.type)
     return choice
 
 
 def decode_zeros(
-    decoder: Decoder | None, latent_shape: Sequence[int], device: torch.device
+    decoder: Decoder | None,
+    latent_shape: Sequence[int],
+    device: torch.device,
+    capture: bool = False,
 ) -> None:
-    """Decode two chunks of zeros, since the first one may take a path of its own."""
+    """Decode two chunks of zeros, since the first one may take a path of its own.
+
+    Args:
+        decoder: None does nothing.
+        latent_shape: of a chunk.
+        device: where the pipeline runs.
+        capture: let the decoder capture what it can replay.
+    """
     if decoder is None:
         return
     latent = torch.zeros(tuple(latent_shape), device=device, dtype=torch.float32)
@@ -113,14 +157,21 @@ def decode_zeros(
     cache = decoder.initialize_cache()
     for index in range(2):
         decoder(latent, autoregressive_index=index, cache=cache)
+    if capture:
+        decoder.capture(latent)
 
 
-def stats(done: WarmUp | None, calls: Sequence[GraphedCallable]) -> dict[str, Any]:
+def stats(
+    done: WarmUp | None,
+    calls: Sequence[GraphedCallable],
+    decoder_calls: Sequence[GraphedCallable] = (),
+) -> dict[str, Any]:
     """Figures of warm-up and of what came after it, as JSON values.
 
     Args:
         done: None before warm-up.
-        calls: those that are replayed as graphs.
+        calls: those of the transformer that are replayed as graphs.
+        decoder_calls: those of the decoder, of which none is captured after warm-up.
     """
     found: dict[str, Any] = {}
     if done is not None:
@@ -134,6 +185,16 @@ def stats(done: WarmUp | None, calls: Sequence[GraphedCallable]) -> dict[str, An
             "captures_after_ready": sum(call.captures for call in calls) - captures,
             "replays": sum(call.replays for call in calls),
             "eager_calls": sum(call.eager_calls for call in calls),
+        }
+        failures = [call.failure for call in calls if call.failure is not None]
+        if failures:
+            found["cuda_graphs"]["off"] = failures[0]
+    decoder_calls = [call for call in decoder_calls if call.can_capture]
+    if decoder_calls:
+        found["decoder_cuda_graph"] = {
+            "captures": sum(call.captures for call in decoder_calls),
+            "replays": sum(call.replays for call in decoder_calls),
+            "eager_calls": sum(call.eager_calls for call in decoder_calls),
         }
     if done is not None and done.compiled.graphs:
         found["torch_compile"] = {

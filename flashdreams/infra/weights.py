@@ -9,8 +9,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from flashdreams.infra.component import Component
 from flashdreams.infra.config import config_fields, derive_config, is_config
-from flashdreams.infra.low_precision import weight_nbytes
 from flashdreams.parallel.environment import first_on_node, from_rank_zero, process_rank
 from flashdreams.runtime.checkpoint import (
     CheckpointConfig,
@@ -231,14 +231,20 @@ def _fetch(checkpoint: CheckpointConfig) -> None:
         raise
 
 
+def weight_nbytes(component: Component) -> int:
+    """Bytes of a component's weights in their storage types; it may be on ``meta``."""
+    named = component.named_parameters()
+    return sum(x.numel() * component.dtype_of(name).itemsize for name, x in named)
+
+
 def memory_estimate(config: NamedPipelineConfig, batch_size: int = 1) -> str:
     """Bytes of the weights and of one rollout's KV cache, in words; from shapes, not measured."""
     with torch.device("meta"):
         transformer = config.diffusion_model.transformer.setup()
     branches = 1 if config.diffusion_model.guidance_scale is None else 2
     cache = transformer.cache_nbytes(batch_size) * branches
-    precision, dtype_of = transformer.config.linear_precision, transformer.dtype_of
-    weights = weight_nbytes(transformer, transformer.parallel_plan(), precision, dtype_of)
+    dtype_of = transformer.dtype_of
+    weights = weight_nbytes(transformer)
     others = [
         checkpoint.size_bytes
         for path, checkpoint in named_checkpoints(config)
@@ -246,7 +252,6 @@ def memory_estimate(config: NamedPipelineConfig, batch_size: int = 1) -> str:
     ]
     dtypes = [transformer.dtype, *(dtype_of(name) for name, _ in transformer.named_parameters())]
     types = [str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes)]
-    types += [] if precision == "native" else ["fp8"]
     return (
         f"Memory, from shapes: transformer {describe_size(weights)} in {' and '.join(types)}, "
         f"KV cache {describe_size(cache)}, other networks {_total(others)}, and activations."

@@ -7,7 +7,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,24 @@ from flashdreams.infra.decoder.base import StreamingDecoder, StreamingDecoderCon
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
 from flashdreams.infra.ranges import check_range
 from flashdreams.models.carried_frames import CarriedFrames, memory_format
+from flashdreams.models.decode_graph import DecodeGraph
+from flashdreams.models.decoder_forms import (
+    PLAIN,
+    DecoderForms,
+    PaddedConv2d,
+    UpsampledConv2d,
+    activated,
+    forms_for,
+    frames_at_once,
+    select_forms,
+    tuned,
+)
+from flashdreams.models.taehv_forms import (
+    TAEHVPhases,
+    convolve_frame_pairs,
+    convolve_halves,
+    pair_weight,
+)
 from flashdreams.models.wan.vae import (
     WAN21_LATENT_MEAN,
     WAN21_LATENT_STD,
@@ -30,6 +48,7 @@ from flashdreams.models.wan.vae import (
 )
 from flashdreams.models.wan.vae_blocks import fold_frames
 from flashdreams.parallel.plan import ParallelPlan
+from flashdreams.runtime.cuda_graph import GraphedCallable
 
 BLOCKS_PER_LEVEL = 3
 """Memory blocks at each resolution."""
@@ -77,19 +96,46 @@ class MemoryBlock(nn.Module):
         super().__init__()
         self.conv = nn.ModuleDict(
             {
-                "0": nn.Conv2d(2 * channels, channels, 3, padding=1),
-                "2": nn.Conv2d(channels, channels, 3, padding=1),
-                "4": nn.Conv2d(channels, channels, 3, padding=1),
+                "0": PaddedConv2d(2 * channels, channels),
+                "2": PaddedConv2d(channels, channels),
+                "4": PaddedConv2d(channels, channels),
             }
         )
         self.slot = ""
+        self.forms = PLAIN
+        self.pair: Tensor | None = None
+
+    def take_form(self, forms: DecoderForms) -> None:
+        """See `flashdreams.models.decoder_forms.select_forms`."""
+        self.forms = forms
+        first: Any = self.conv["0"]
+        self.pair = pair_weight(first.weight, forms)
 
     def forward(self, frames: Tensor, batch: int, carried: CarriedFrames) -> Tensor:
         """Continue ``[B n, C, rows, columns]`` from the last frame in ``carried``; same shape."""
+        if self.forms != PLAIN:
+            layers: Any = self.conv
+            y = self._first(layers["0"], frames, batch, carried)
+            y = activated(layers["2"], y, self.forms)
+            return activated(layers["4"], y, self.forms, residual=frames)
         both = self._with_previous(frames, batch, carried)
         y = F.relu(self.conv["0"](both), inplace=True)
         y = F.relu(self.conv["2"](y), inplace=True)
         return self.conv["4"](y).add_(frames).relu_()
+
+    def _first(
+        self, conv: PaddedConv2d, frames: Tensor, batch: int, carried: CarriedFrames
+    ) -> Tensor:
+        """The first convolution with its ReLU, in the form that was taken."""
+        if self.pair is None:
+            both = self._with_previous(frames, batch, carried)
+            return activated(conv, both, self.forms)
+        _count, channels, *size = frames.shape
+        last = carried.slot(self.slot, (batch, channels, *size), frames)
+        form = convolve_halves if self.forms.memory == "halves" else convolve_frame_pairs
+        y = form(conv, self.pair, frames, last, self.forms)
+        last.copy_(frames.unflatten(0, (batch, -1))[:, -1])
+        return y
 
     def _with_previous(self, frames: Tensor, batch: int, carried: CarriedFrames) -> Tensor:
         """Each frame and the one before it, stacked over channels: ``[B n, 2 C, ...]``."""
@@ -150,7 +196,7 @@ class TAEHVDecoderNetwork(nn.ModuleDict):
         super().__init__()
         widths = config.channels
         self.levels: list[tuple[list[str], str, str]] = []
-        self["1"] = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self["1"] = PaddedConv2d(config.latent_channels, widths[0])
         index = 3
         for level, doubles in enumerate(config.temporal_upsample):
             blocks = [str(index + i) for i in range(BLOCKS_PER_LEVEL)]
@@ -158,11 +204,20 @@ class TAEHVDecoderNetwork(nn.ModuleDict):
                 self[name] = MemoryBlock(widths[level])
             grow, conv = str(index + BLOCKS_PER_LEVEL + 1), str(index + BLOCKS_PER_LEVEL + 2)
             self[grow] = TemporalGrow(widths[level], 2 if doubles else 1)
-            self[conv] = nn.Conv2d(widths[level], widths[level + 1], 3, padding=1, bias=False)
+            self[conv] = UpsampledConv2d(widths[level], widths[level + 1], bias=False)
             self.levels.append((blocks, grow, conv))
             index += BLOCKS_PER_LEVEL + 3
         self.last = str(index + 1)
-        self[self.last] = nn.Conv2d(widths[-1], 3 * config.patch_size**2, 3, padding=1)
+        self[self.last] = PaddedConv2d(widths[-1], 3 * config.patch_size**2)
+        self.phases: TAEHVPhases | None = None
+
+    def take_form(self, forms: DecoderForms) -> None:
+        """See `flashdreams.models.decoder_forms.select_forms`."""
+        self.phases = None
+        if forms.upsampling == "phases":
+            levels = [(self[grow], self[conv]) for _, grow, conv in self.levels]
+            last: Any = self[self.last]
+            self.phases = TAEHVPhases(levels, last, forms)
 
     def forward(self, latent: Tensor, trim: int, carried: CarriedFrames) -> Tensor:
         """Decode ``[B, C, T, H, W]`` to ``[B n, 3 * patch_size^2, rows, columns]``.
@@ -172,6 +227,14 @@ class TAEHVDecoderNetwork(nn.ModuleDict):
         batch = latent.shape[0]
         x = fold_frames(latent)
         x = F.relu(self["1"](torch.tanh(x / 3) * 3), inplace=True)
+        if self.phases is not None:
+            for number, (blocks, _, _) in enumerate(self.levels):
+                for name in blocks:
+                    x = self[name](x, batch, carried)
+                x = self.phases.upsample(number, x)
+            first = trim if carried.position == 0 else 0
+            carried.position += latent.shape[2]
+            return x.unflatten(0, (batch, -1))[:, first:].flatten(0, 1)
         for number, (blocks, grow, conv) in enumerate(self.levels, start=1):
             for name in blocks:
                 x = self[name](x, batch, carried)
@@ -180,7 +243,7 @@ class TAEHVDecoderNetwork(nn.ModuleDict):
             x = self[grow](x)
             if number == len(self.levels) and carried.position == 0:
                 x = x.unflatten(0, (batch, -1))[:, trim:].flatten(0, 1)
-            x = self[conv](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            x = self[conv](x)
         carried.position += latent.shape[2]
         return self[self.last](F.relu(x, inplace=True))
 
@@ -262,8 +325,35 @@ class TAEHVDecoder(StreamingDecoder):
     def __init__(self, config: TAEHVDecoderConfig) -> None:
         super().__init__(config)
         self.decoder = TAEHVDecoderNetwork(config)
+        self.forms = PLAIN
+        self.graph: DecodeGraph | None = None
         name_memory_slots(self)
         self.to(self.dtype)
+
+    def after_load(self) -> None:
+        """Choose the forms of the layers for the device."""
+        super().after_load()
+        self.take_forms(forms_for(self.device, self.dtype))
+
+    def take_forms(self, forms: DecoderForms) -> None:
+        """Compute every layer in the form asked for; the weights are in place."""
+        self.forms, self.graph = forms, None
+        select_forms(self, forms)
+
+    @torch.no_grad()
+    def capture(self, latent: Tensor) -> None:
+        """Replay chunks like this one as a CUDA graph from now on, from the second one on."""
+        self.graph = DecodeGraph(self.decode, self.device)
+        self.graph.capture(latent)
+
+    def graphed_calls(self) -> list[GraphedCallable]:
+        """The call that decodes a chunk, once it was captured."""
+        return [] if self.graph is None else [self.graph.call]
+
+    def drop_graphs(self) -> None:
+        """Free the graph; rollouts go on eagerly."""
+        if self.graph is not None:
+            self.graph.drop()
 
     def initialize_cache(self) -> CarriedFrames:
         """State of a new rollout."""
@@ -291,20 +381,28 @@ class TAEHVDecoder(StreamingDecoder):
         Raises:
             ValueError: wrong shape, or a chunk out of turn.
         """
-        config = self.config
-        check_latent(latent, config.latent_channels)
+        check_latent(latent, self.config.latent_channels)
         carried = self.initialize_cache() if cache is None else cache
         carried.begin_chunk(autoregressive_index)
+        call = self.decode if self.graph is None else self.graph
+        video = call(latent, carried)
+        carried.chunks += 1
+        return video
+
+    def decode(self, latent: Tensor, carried: CarriedFrames) -> Tensor:
+        """The arithmetic of ``forward``, of any chunk after what ``carried`` has seen."""
+        config = self.config
         if config.latents == "raw":
             latent = denormalise(latent, config.latent_mean, config.latent_std)
         latent = channels_innermost(latent, self.device, self.dtype)
         parts = []
-        for part in latent.split(config.decode_frames_at_once or latent.shape[2], dim=2):
-            frames = self.decoder(part, config.time_factor - 1, carried).float()
-            if config.patch_size > 1:
-                frames = F.pixel_shuffle(frames, config.patch_size)
-            parts.append(frames.unflatten(0, (latent.shape[0], -1)))
-        carried.chunks += 1
+        count = frames_at_once(config.decode_frames_at_once, self.device, latent.shape[2])
+        with tuned(self.forms, self.dtype):
+            for part in latent.split(count, dim=2):
+                frames = self.decoder(part, config.time_factor - 1, carried).float()
+                if config.patch_size > 1:
+                    frames = F.pixel_shuffle(frames, config.patch_size)
+                parts.append(frames.unflatten(0, (latent.shape[0], -1)))
         video = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return video.contiguous().clamp_(0, 1).mul_(2).sub_(1)
 

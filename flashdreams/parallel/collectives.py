@@ -1,4 +1,9 @@
-"""Exchanges between ranks as functions of a tensor and a group, and a meter of their bytes."""
+"""Exchanges between ranks as functions of a tensor and a group, and a meter of their bytes.
+
+Gloo takes tensors of a GPU in some collectives only: over a gloo group each of them goes through
+the host. That is slow and cannot be captured in a graph; it lets several ranks share one GPU, which
+NCCL refuses.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +15,20 @@ from torch.distributed import ProcessGroup
 
 # torch 2.13 renames all_gather_into_tensor; drop the second name once 2.12 is out of range.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def needs_host(device: torch.device, group: ProcessGroup) -> bool:
+    """Whether tensors of a device go through the host: those of a GPU, over gloo."""
+    if device.type == "cpu":
+        return False
+    pairs = (pair.partition(":") for pair in dist.get_backend_config(group).split(","))
+    backends = {kind: backend for kind, _, backend in pairs}
+    return backends.get(device.type) == "gloo"
+
+
+def _to_wire(x: Tensor, group: ProcessGroup) -> Tensor:
+    """What is handed to the group for ``x``: itself, or a copy on the host."""
+    return x.cpu() if needs_host(x.device, group) else x
 
 
 def all_gather(x: Tensor, group: ProcessGroup, dim: int = 0) -> Tensor:
@@ -24,8 +43,10 @@ def all_gather(x: Tensor, group: ProcessGroup, dim: int = 0) -> Tensor:
         ``x``'s shape with ``dim`` multiplied by ``P``.
     """
     size = group.size()
-    gathered = x.new_empty((size * x.shape[0], *x.shape[1:]))
-    _all_gather_single(gathered, x.contiguous(), group=group)
+    sent = _plain(_to_wire(x.contiguous(), group))
+    received = sent.new_empty((size * x.shape[0], *x.shape[1:]))
+    _all_gather_single(received, sent, group=group)
+    gathered = received.to(x.device).view(x.dtype)
     if dim == 0:
         return gathered
     return gathered.unflatten(0, (size, -1)).movedim(0, dim).flatten(dim, dim + 1)
@@ -41,9 +62,15 @@ def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
     Returns:
         ``[P, ...]``; slice ``p`` came from rank ``p``.
     """
-    received = torch.empty_like(x)
-    dist.all_to_all_single(received, x, group=group)
-    return received
+    sent = _plain(_to_wire(x, group))
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    return received.to(x.device).view(x.dtype)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """The same storage in a type that every library of collectives knows: 8-bit floats as bytes."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -56,8 +83,9 @@ def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
     Returns:
         Shaped like ``x``, the same values on every rank.
     """
-    dist.all_reduce(x, group=group)
-    return x
+    summed = _to_wire(x, group)
+    dist.all_reduce(summed, group=group)
+    return summed.to(x.device)
 
 
 def start_rotate(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
@@ -71,9 +99,10 @@ def start_rotate(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
     rank, size = group.rank(), group.size()
     following = dist.get_global_rank(group, (rank + 1) % size)
     previous = dist.get_global_rank(group, (rank - 1) % size)
-    received = torch.empty_like(x)
+    sent = _to_wire(x, group)
+    received = torch.empty_like(sent)
     operations = [
-        dist.P2POp(dist.isend, x, following, group),
+        dist.P2POp(dist.isend, sent, following, group),
         dist.P2POp(dist.irecv, received, previous, group),
     ]
     pending = dist.batch_isend_irecv(operations)
@@ -81,7 +110,8 @@ def start_rotate(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
     def finish() -> Tensor:
         for work in pending:
             work.wait()
-        return received
+        operations.clear()  # until here they keep what is sent
+        return received.to(x.device)
 
     return finish
 
@@ -106,12 +136,14 @@ def exchange_edges(
     for side, (edge, neighbour) in enumerate(((left, rank - 1), (right, rank + 1))):
         if 0 <= neighbour <= last:
             peer = dist.get_global_rank(group, neighbour)
-            received[side] = incoming = torch.empty_like(edge)
-            operations.append(dist.P2POp(dist.isend, edge, peer, group))
+            sent = _to_wire(edge, group)
+            received[side] = incoming = torch.empty_like(sent)
+            operations.append(dist.P2POp(dist.isend, sent, peer, group))
             operations.append(dist.P2POp(dist.irecv, incoming, peer, group))
-    for work in dist.batch_isend_irecv(operations):
+    for work in dist.batch_isend_irecv(operations) if operations else ():
         work.wait()
-    return received[0], received[1]
+    before, after = (x if x is None else x.to(left.device) for x in received)
+    return before, after
 
 
 def sent_bytes(collective: str, nbytes: int, size: int) -> int:

@@ -64,6 +64,17 @@ class AttentionWrapper(nn.Module):
         """Which of these this rank writes to a file; all ranks together write each once."""
         return self.core.written_region(region)
 
+    def share_maxima(self, maxima: Tensor) -> Tensor:
+        """Largest values of the heads and tokens of all ranks of this strategy; a collective call.
+
+        Args:
+            maxima: ``[B, 3, N]``, of the queries, keys and values that came to the core.
+
+        Returns:
+            ``[B, 3, N]`` of the heads that come to this wrapper.
+        """
+        return self.core.share_maxima(maxima)
+
     def shard_cache(self, x: Tensor) -> Tensor:
         """This rank's part of cached keys or values: the inverse of ``gather_cache``.
 
@@ -124,6 +135,16 @@ class UlyssesAttention(HeadShardAttention):
         super().__init__(core, channel)
         self.layout = layout
 
+    def new_cache(self, spec: KVCacheSpec, cursor: Cursor) -> KVCache:
+        """A cache for this rank's heads, with the scales of all, which are needed before."""
+        cache = super().new_cache(spec, cursor)
+        cache.share_scales(self.channel.size, self.channel.rank)
+        return cache
+
+    def share_maxima(self, maxima: Tensor) -> Tensor:
+        """Join the heads of all ranks."""
+        return self.channel.all_gather(super().share_maxima(maxima), dim=2)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
         """Attend; the arguments are ``[B, L/P, N, D]``, and so is the result."""
         tokens = q.shape[1]
@@ -169,7 +190,13 @@ class GatherKVAttention(AttentionWrapper):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
         """Attend; the arguments are ``[B, L/P, N, D]``, and so is the result."""
         k, v = self._gather(k, v)
+        if cache is not None and cache.scales is not None and not cache.quantizes_early:
+            q = self.layout.without_padding(q, 1)
         return self.core(q, k, v, cache)
+
+    def share_maxima(self, maxima: Tensor) -> Tensor:
+        """The largest of all ranks: queries are split over them."""
+        return self.channel.all_gather(super().share_maxima(maxima)[None]).amax(0)
 
     def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
         """See `AttentionWrapper.write`; every rank needs all keys and values here, too."""

@@ -1,6 +1,5 @@
 """The process's place among its ranks: torchrun's variables, process group and logging."""
 
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -274,18 +273,6 @@ def all_ranks_agree(holds: bool) -> bool:
     agreed = torch.tensor([int(holds)], dtype=torch.int32, device=_collective_device())
     dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
     return bool(int(agreed))
-
-
-def set_up_logging(environment: Environment, level: int = logging.INFO) -> None:
-    """Let rank zero log from ``level`` on and the others from warnings on, under their number.
-
-    The level is that of this package. Messages of other packages, plug-ins among them, appear from
-    warnings on and bear the rank as well. A program that has set up logging itself keeps its form.
-    """
-    mark = f"[rank {environment.rank}] " if environment.world_size > 1 else ""
-    logging.basicConfig(format=f"{mark}%(levelname)s %(name)s: %(message)s")
-    quiet = max(level, logging.WARNING)
-    logging.getLogger("flashdreams").setLevel(level if environment.is_rank_zero else quiet)
 
 
 def least_of_all_ranks(value: int) -> int:

@@ -252,7 +252,13 @@ class Axis:
     size: int = 1
     rank: int = 0
     group: ProcessGroup | None = None
-    """None where the size is 1."""
+    """None where the size is 1; a test may give a group of one rank, to have all of the parallel
+    path on one device."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether what is cut along the axis communicates: over several ranks, or a test's one."""
+        return self.size > 1 or self.group is not None
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def parallelize(module: nn.Module, plan: ParallelPlan | None, mesh: Mesh) -> Par
 
     State-dict names never change; sliced parameters are the only difference. Modules may be on the
     meta device: load them afterwards with the report's ``slices``. Degrees of 1 install nothing,
-    except that ``strict`` tiles the module on one rank too.
+    except that ``strict`` changes the module on one rank too.
 
     Args:
         module: plain, single-device.
@@ -92,23 +92,23 @@ def parallelize(module: nn.Module, plan: ParallelPlan | None, mesh: Mesh) -> Par
     slices: dict[str, TensorSlice] = {}
     unit = 1
     if mesh.config.strict:
-        unit = make_strict(module, mesh.device_type)
-        installed["tiles of fixed size"] = 1
+        strictness = make_strict(module, mesh.device_type)
+        unit, installed[strictness.installed] = strictness.unit, 1
     matches.leave_whole(plan, mesh.tp.size)
-    cut_weights = mesh.tp.size > 1 and bool(plan.tensor)
+    cut_weights = mesh.tp.is_shared and bool(plan.tensor)
     if cut_weights:
         slices = _split_weights(module, matches, mesh.channel(mesh.tp))
         installed["sliced layer"] = len(matches.styles)
-    cut_sequence = mesh.sequence.size > 1 and bool(plan.split)
+    cut_sequence = mesh.sequence.is_shared and bool(plan.split)
     layout = None
-    # Strict pads the tokens of one rank too: the ends of long vectors are rounded otherwise.
-    if cut_sequence or (mesh.config.strict and plan.split):
+    # Strict tiles pad the tokens of one rank too: the ends of long vectors are rounded otherwise.
+    if cut_sequence or (unit > 1 and plan.split):
         layout = _split_sequence(module, matches, mesh, unit)
         installed["split"], installed["gather"] = len(matches.split), len(matches.gather)
     for strategy in _wrap_cores(module, plan, matches, layout, mesh):
         installed[strategy] = installed.get(strategy, 0) + 1
     width_layout = None
-    if mesh.decode.size > 1 and plan.spatial and _wants_split_decode(mesh):
+    if mesh.decode.is_shared and plan.spatial and _wants_split_decode(mesh):
         width_layout = split_by_width(module, matches.spatial, mesh.channel(mesh.decode))
         installed["halo convolution"] = sum(s == "halo" for s in matches.spatial.values())
     idle = (mesh.sequence.size > 1 and not cut_sequence) or (mesh.tp.size > 1 and not cut_weights)
@@ -139,7 +139,6 @@ class _Matches:
         self.cores = self._find("cores", plan.cores)
         self._find("units", plan.units)
         self.spatial = self._find("spatial", plan.spatial)
-        self._find("low_precision", dict.fromkeys(plan.low_precision))
         self._refuse_unnamed_linears(module, plan, named)
         parts = (plan.split, plan.gather, plan.attention)
         if any(parts) and not all(parts):
@@ -215,8 +214,8 @@ def _split_sequence(module: nn.Module, matches: _Matches, mesh: Mesh, unit: int)
     layout = SequenceLayout(
         mesh.ring,
         mesh.ulysses,
-        mesh.channel(mesh.sequence) if mesh.sequence.size > 1 else None,
-        interleaved=mesh.config.ring_method == "rotate" and mesh.ring.size > 1,
+        mesh.channel(mesh.sequence) if mesh.sequence.is_shared else None,
+        interleaved=mesh.config.ring_method == "rotate" and mesh.ring.is_shared,
         unit=unit,
     )
 
@@ -251,7 +250,7 @@ def _wrap_cores(
         elif style == "all_tokens" and layout is not None:
             wrapped = _unite_tokens(core, layout, heads, mesh)
         tp = mesh.tp.size
-        if tp > 1 and plan.tensor and (heads or tp) % tp == 0:
+        if mesh.tp.is_shared and plan.tensor and (heads or tp) % tp == 0:
             wrapped = HeadShardAttention(wrapped, mesh.channel(mesh.tp))
         if isinstance(wrapped, AttentionWrapper):
             _replace(module, name, wrapped)
@@ -271,14 +270,14 @@ def _split_over_sequence(
         mesh: the ranks.
     """
     wrapped: AttentionCore | AttentionWrapper = core
-    if layout is not None and mesh.ulysses.size > 1 and not _divides(heads, mesh.ulysses, mesh):
+    if layout is not None and mesh.ulysses.is_shared and not _divides(heads, mesh.ulysses, mesh):
         return GatheredAttention(core, layout)
-    if layout is not None and layout.size == 1:
+    if layout is not None and layout.channel is None:
         wrapped = PaddedAttention(wrapped, layout)
-    if layout is not None and mesh.ring.size > 1:
+    if layout is not None and mesh.ring.is_shared:
         strategy = RingAttention if layout.interleaved else GatherKVAttention
         wrapped = strategy(wrapped, mesh.channel(mesh.ring), layout)
-    if layout is not None and mesh.ulysses.size > 1:
+    if layout is not None and mesh.ulysses.is_shared:
         wrapped = UlyssesAttention(wrapped, mesh.channel(mesh.ulysses), layout)
     return wrapped
 
@@ -287,7 +286,7 @@ def _unite_tokens(
     core: AttentionCore, layout: SequenceLayout, heads: int | None, mesh: Mesh
 ) -> AttentionWrapper:
     """Let a core see all tokens: those of fewer heads, where the sequence ranks divide these."""
-    if layout.size == 1:
+    if layout.channel is None:
         return PaddedAttention(core, layout)
     if layout.interleaved or heads is None or not _divides(heads, mesh.sequence, mesh):
         return GatheredAttention(core, layout)

@@ -101,7 +101,7 @@ class ParallelPlan:
     ``"rebuilt"``. Declare the style at the field instead, with `state`."""
 
     low_precision: tuple[str, ...] = ()
-    """Linears whose products may be computed in eight bits where the user asks for it."""
+    """Deprecated, ignored until 0.3: linears whose products could be computed in FP8."""
 
     spatial: dict[str, SpatialStyle] = field(default_factory=dict)
     """Decoder submodule -> ``"halo"`` (a convolution that needs its neighbours' columns) or

@@ -15,6 +15,11 @@ from flashdreams.parallel.context import AttentionWrapper
 from flashdreams.parallel.sequence import SequenceLayout, pad_dim
 from flashdreams.runtime.region import Region
 
+NO_FP8 = (
+    "precision='fp8' cannot be used with ring_method='rotate', whose partial results need wide "
+    "keys. Use --parallel.ring-method gather, or precision='native'."
+)
+
 
 class ShardedCursor:
     """A cursor over this rank's share of every latent frame, read off the model's cursor."""
@@ -91,8 +96,10 @@ class RingAttention(AttentionWrapper):
             cursor: where the rollout stands, shared by all layers.
 
         Raises:
-            ValueError: the ranks do not divide the tokens of a latent frame.
+            ValueError: the ranks do not divide the tokens of a latent frame, or an fp8 cache.
         """
+        if spec.storage == "fp8":
+            raise ValueError(NO_FP8)
         ranks = self.channel.size
         if spec.tokens_per_frame % ranks:
             raise ValueError(

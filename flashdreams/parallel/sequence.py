@@ -107,6 +107,17 @@ class SequenceLayout:
             return x.narrow(dim, 0, self.length)
         return x
 
+    def without_padding(self, x: Tensor, dim: int) -> Tensor:
+        """One ring rank's contiguous tokens with zeros in the place of what padding has become.
+
+        Args:
+            x: ``tokens_per_rank`` times the Ulysses degree tokens along ``dim``.
+            dim: the token dim.
+        """
+        count = x.shape[dim]
+        own = min(max(self.length - self.ring.rank * count, 0), count)
+        return pad_dim(x.narrow(dim, 0, own), dim, count)
+
     def share_of(self, ring_rank: int) -> int:
         """True tokens of a ring rank in the interleaved layout."""
         return len(range(ring_rank, self.length, self.ring.size))

@@ -142,9 +142,10 @@ def resolve_decode(
         reason = f"{latent_width} latent columns cannot be split over {ranks} ranks"
     elif mesh.config.strict:
         reason = "strict=True: a convolution over fewer columns has other bits"
-    if request == "split" and ranks > 1 and reason is not None:
+    shared = mesh.decode.is_shared
+    if request == "split" and shared and reason is not None:
         raise ValueError(f"decode='split': {reason}. Use --parallel.decode replicated.")
-    return "split" if reason is None and ranks > 1 else "replicated"
+    return "split" if reason is None and shared else "replicated"
 
 
 def split_by_width(module: nn.Module, spatial: dict[str, str], channel: Channel) -> WidthLayout:
@@ -176,7 +177,8 @@ def _add_halo(conv: Any, name: str, layout: WidthLayout) -> None:
     """Let a convolution see its neighbours' columns and keep its own columns of the result.
 
     A causal convolution pads in space in its ``convolve``, after its carried frames were put in
-    front; any other one in ``forward``.
+    front, and so does one that upsamples, which says by ``upscale`` how many columns a column
+    becomes; any other one pads in ``forward``.
     """
     kernel, stride, padding = conv.weight.shape[-1], conv.stride[-1], conv.padding[-1]
     if stride != 1 or kernel != 2 * padding + 1:
@@ -185,12 +187,14 @@ def _add_halo(conv: Any, name: str, layout: WidthLayout) -> None:
             f"{padding} over columns; needed are stride 1 and padding (kernel - 1) / 2."
         )
     method = "convolve" if hasattr(conv, "convolve") else "forward"
-    whole: Callable[[Tensor], Tensor] = getattr(conv, method)
+    whole: Callable[..., Tensor] = getattr(conv, method)
+    upscale = getattr(conv, "upscale", 1)
 
-    def convolve(x: Tensor) -> Tensor:
+    def convolve(x: Tensor, *forms: Any, **options: Any) -> Tensor:
         if not layout.widths:
-            return whole(x)
-        return whole(layout.with_halo(x, padding)).narrow(-1, padding, x.shape[-1])
+            return whole(x, *forms, **options)
+        wide = whole(layout.with_halo(x, padding), *forms, **options)
+        return wide.narrow(-1, padding * upscale, x.shape[-1] * upscale)
 
     setattr(conv, method, convolve)
 

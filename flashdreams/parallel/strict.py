@@ -1,11 +1,16 @@
-"""Bit-equal results on any number of ranks: matrix products in tiles of one fixed size.
+"""Bit-equal results on any number of ranks: a token sees the same arithmetic wherever it is.
 
 The bits of a matrix product change with its number of rows, because libraries pick kernels by
-size. Here every product of tokens has the same number of rows, and the sequence is split at the
-borders of these tiles, so that a token sees the same arithmetic wherever it is computed. One rank
-pads its tokens to whole tiles as well: element-wise loops round the end of a vector that their
-registers do not fill in another way than the rest.
+size. On a GPU linear layers run through one kernel that picks nothing by the number of rows, and
+attention through a backend that was shown at set-up to give the same bits whatever the number of
+heads and rows. On a CPU every product of tokens has the same number of rows, and the sequence is
+split at the borders of these tiles. There one rank pads its tokens to whole tiles as well:
+element-wise loops round the end of a vector that their registers do not fill in another way than
+the rest. A GPU computes element by element and norms row by row, which asks for no padding.
 """
+
+import importlib.util
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -66,28 +71,71 @@ class TiledAttention:
         return torch.cat(tiles, dim=1)
 
 
-def make_strict(module: nn.Module, device_type: str) -> int:
-    """Tile every linear layer and every attention core of a module, whatever the world size.
+class InvariantLinear(nn.Linear):
+    """A linear layer on a GPU whose bits per row do not depend on the number of rows.
 
+    One Triton kernel for all rows, where `TiledLinear` calls the library once per tile.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight
+        self.bias = linear.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``[..., in_features]`` to ``[..., out_features]``."""
+        if input.is_meta:  # nothing is computed, and operations are counted by their names
+            return F.linear(input, self.weight, self.bias)
+        from flashdreams_kernels.linear import invariant_linear
+
+        return invariant_linear(input, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Strictness:
+    """How a module was made strict."""
+
+    installed: str
+    """What computes its linear layers, in words."""
+    unit: int
+    """A sequence must be split in multiples of so many tokens."""
+
+
+def make_strict(module: nn.Module, device_type: str) -> Strictness:
+    """Make every linear layer and every attention core of a module strict, at any world size.
+
+    On a GPU linear layers run through one batch-invariant kernel; without Triton, and on a CPU, in
+    tiles of fixed size. Attention runs in tiles until warm-up has compared bits without them.
     On a CPU this also sets one intra-op thread for the process: the split of a product over
     threads changes its bits.
 
+    Whatever fuses linear layers must leave these alone: it may take a layer for which
+    ``type(layer) is nn.Linear`` holds, and no other.
+
     Args:
         module: changed in place; parameters keep their names.
-        device_type: where it will run, for the size of a tile.
-
-    Returns:
-        The rows of a tile: a sequence must be split in multiples of them.
+        device_type: where it will run.
     """
     rows = TILE_ROWS.get(device_type, TILE_ROWS["cuda"])
+    invariant = device_type == "cuda" and importlib.util.find_spec("triton") is not None
     if device_type == "cpu":
         torch.set_num_threads(1)
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                setattr(parent, name, TiledLinear(child, rows))
+                strict = InvariantLinear(child) if invariant else TiledLinear(child, rows)
+                setattr(parent, name, strict)
+    tile_attention(module, device_type)
+    if invariant:
+        return Strictness("linear layers with the same bits for any number of rows", 1)
+    return Strictness("tiles of fixed size", rows)
+
+
+def tile_attention(module: nn.Module, device_type: str) -> None:
+    """Call the backend of every attention core with fixed query rows and one head at a time."""
+    rows = TILE_ROWS.get(device_type, TILE_ROWS["cuda"])
     for core in module.modules():
         if isinstance(core, AttentionCore):
             core.backend = TiledAttention(core.backend, rows)
             core.strict = True
-    return rows

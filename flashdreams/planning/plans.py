@@ -10,8 +10,8 @@ import torch
 from flashdreams.infra.component import select_context
 from flashdreams.infra.decoder.base import Decoder, StreamingDecoder
 from flashdreams.infra.diffusion.causal import CausalTransformer
-from flashdreams.infra.low_precision import weight_nbytes
 from flashdreams.infra.pipeline import StreamInferencePipelineConfig
+from flashdreams.infra.weights import weight_nbytes
 from flashdreams.parallel.dry import DryMesh, dry_mesh
 from flashdreams.parallel.mesh import ParallelConfig, ParallelDegrees, legal_degrees
 from flashdreams.parallel.parallelize import parallelize
@@ -252,15 +252,16 @@ class Planner:
         work = (network.call * steps + network.clean) * branches + decoded
         caches = network.caches * branches
         everything = network.state * branches + decoder_state
-        graphs = network.activations if getattr(config, "use_cuda_graph", False) else 0
         tokens = getattr(config, "window_size_t", 0)
         on_gpu = self.device.source != "measured now"
+        captures = on_gpu and getattr(config, "use_cuda_graph", False)
+        graphs = network.activations if captures else 0
         return Plan(
             degrees=degrees,
             device=self.device,
             memory=Memory(
                 transformer=network.weights,
-                others=self._other_weights + (_weights(decoder) if decoder is not None else 0),
+                others=self._other_weights + (weight_nbytes(decoder) if decoder is not None else 0),
                 kv_cache=caches,
                 state=everything - caches,
                 activations=max(network.activations, decoding),
@@ -336,7 +337,7 @@ class Planner:
         return Network(
             call=call,
             clean=clean,
-            weights=_weights(transformer),
+            weights=weight_nbytes(transformer),
             caches=storages(getattr(cache, "caches", None)),
             state=storages(cache),
             activations=activations,
@@ -378,11 +379,5 @@ class Planner:
             config = getattr(self.config, name)
             if config is not None:
                 with torch.device("meta"):
-                    total += _weights(config.setup())
+                    total += weight_nbytes(config.setup())
         return total
-
-
-def _weights(component: Any) -> int:
-    """Bytes of the weights in their storage types."""
-    precision: Any = getattr(component.config, "linear_precision", "native")
-    return weight_nbytes(component, component.parallel_plan(), precision, component.dtype_of)

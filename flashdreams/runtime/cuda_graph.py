@@ -1,5 +1,6 @@
 """Calls replayed as CUDA graphs."""
 
+import logging
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
@@ -10,6 +11,12 @@ import torch
 from torch import Tensor
 
 Signature = tuple[tuple[torch.Size, torch.dtype], ...]
+
+logger = logging.getLogger(__name__)
+
+
+class CaptureError(RuntimeError):
+    """A call that runs eagerly but cannot be captured, for instance one that waits for the GPU."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,11 @@ class CaptureBackend(Protocol):
     """What captures a call."""
 
     def capture(self, function: Callable[[], Tensor]) -> Captured:
-        """Capture ``function``; its result need not have been computed yet."""
+        """Capture ``function``; its result need not have been computed yet.
+
+        Raises:
+            CaptureError: it runs, but not while it is captured.
+        """
 
     def wait(self) -> None:
         """Wait for all replays, and raise what went wrong in them."""
@@ -66,6 +77,9 @@ class CudaCapture:
 
         Errors in other threads do not break the capture, but no other thread may issue work that
         the captured stream waits for.
+
+        Raises:
+            CaptureError: ``function`` ran before, but could not be captured.
         """
         with torch.cuda.device(self.device):
             if self._stream is None:
@@ -85,22 +99,29 @@ class CudaCapture:
                         graph, pool=pool, stream=stream, capture_error_mode="thread_local"
                     ):
                         output = function()
-                except BaseException:
-                    self._stop_allocating(pool)
+                except BaseException as error:
+                    self._clean_up(pool)
+                    if isinstance(error, Exception):
+                        raise CaptureError(_first_reason(error)) from error
                     raise
                 self._pool = pool
             torch.cuda.current_stream().wait_stream(stream)
         return Captured(graph.replay, output)
 
     @staticmethod
-    def _stop_allocating(pool: Any) -> None:
-        """Take back what a failed capture leaves behind in PyTorch's allocator.
+    def _clean_up(pool: Any) -> None:
+        """Take back what a failed capture leaves behind in PyTorch's allocator and generator.
 
-        It would believe for ever that a capture is running, and refuse the next one. Releases
-        that clean up by themselves say that there is nothing to stop.
+        Both would believe for ever that a capture is running: the allocator would refuse the next
+        one, the generator eager random numbers. Releases that clean up by themselves say that
+        there is nothing to stop.
         """
+        device = torch.cuda.current_device()
         with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch._C._cuda_endAllocateToPool(device, pool)
+        generator = torch.cuda.default_generators[device]
+        with suppress(RuntimeError):
+            generator.graphsafe_set_state(generator.clone_state())
 
     def wait(self) -> None:
         """Wait for the current stream."""
@@ -120,6 +141,9 @@ class GraphedCallable:
     nothing: the chunk's cache slots are overwritten with the same values.
 
     A meter given as ``meter`` counts replays, too.
+
+    A function that runs but cannot be captured, such as one that waits for the GPU, is called
+    eagerly from then on; a warning says why, once, and ``failure`` keeps it.
 
     Life: capture (warm-up) -> :meth:`seal` (from then on a new key raises) -> :meth:`drop`. On a
     CPU the function is simply called.
@@ -152,6 +176,7 @@ class GraphedCallable:
         self.replays = 0
         self.eager_calls = 0
         self.sealed = False
+        self.failure: str | None = None
         if backend is None and device.type == "cuda":
             backend = CudaCapture(device)
         self._backend = backend
@@ -186,7 +211,12 @@ class GraphedCallable:
         graph_key = (id(owner), self.key(*state) if self.key is not None else ())
         graph = self._graphs.get(graph_key)
         if graph is None:
-            graph = self._capture(self._backend, graph_key, state)
+            try:
+                graph = self._capture(self._backend, graph_key, state)
+            except CaptureError as error:
+                self._give_up(error)
+                self.eager_calls += 1
+                return self.function(*arguments)
             self._captured_states[id(owner)] = owner
         else:
             graph.replay()
@@ -197,7 +227,9 @@ class GraphedCallable:
 
     def serves(self, *state: Any) -> bool:
         """Whether a call on this state is captured or replayed, and not eager."""
-        if self._backend is None or (self.key is not None and self.key(*state) is None):
+        if self._backend is None or self.failure is not None:
+            return False
+        if self.key is not None and self.key(*state) is None:
             return False
         if self._states is None:
             return True
@@ -238,6 +270,16 @@ class GraphedCallable:
         self._signature = None
         if self._states is not None:
             self._states = ()
+
+    def _give_up(self, error: CaptureError) -> None:
+        """Call eagerly from now on, and say why."""
+        self.failure = str(error)
+        logger.warning(
+            "CUDA graphs are off, the network runs eagerly: its call cannot be captured (%s). A "
+            "network that waits for the GPU (.item(), .cpu(), printing) is the usual cause.",
+            error,
+        )
+        self.drop()
 
     def _load(self, tensors: Sequence[Tensor]) -> None:
         """Copy the inputs into their static buffers; the first call makes these."""
@@ -302,6 +344,14 @@ def copy_in_place(stored: Tensor | None, new: Tensor) -> Tensor:
     if stored is None or not fits or stored.device != new.device:
         return new
     return stored.copy_(new)
+
+
+def _first_reason(error: BaseException) -> str:
+    """One line of the error that began it: those of ending the capture follow from it."""
+    while isinstance(error.__context__, Exception):
+        error = error.__context__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
 
 
 def _describe(signature: Signature) -> str:

@@ -10,6 +10,8 @@ import torch
 STAGES = ("encode", "diffuse", "decode", "finalize")
 """Stages that every record has a time for; 0.0 where a stage did not run."""
 
+_NO_TIMES = {**{f"{name}_ms": 0.0 for name in STAGES}, "total_ms": 0.0}
+
 MAX_RECORDS = 1024
 """Records that a timer keeps; older ones are dropped, so that memory stays bounded."""
 
@@ -55,9 +57,7 @@ class StageTimer:
                 "Steps follow one another; a second rollout needs a timer of its own."
             )
         self._clock.collect(wait=False)
-        record: dict[str, Any] = {"autoregressive_index": autoregressive_index}
-        record.update((f"{name}_ms", 0.0) for name in STAGES)
-        record["total_ms"] = 0.0
+        record: dict[str, Any] = {"autoregressive_index": autoregressive_index, **_NO_TIMES}
         self.records.append(record)
         del self.records[:-MAX_RECORDS]
         return _Span(self, record, ("total_ms",), is_step=True)

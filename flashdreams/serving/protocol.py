@@ -152,7 +152,7 @@ class SessionShown(_Message):
 
 
 class SessionKey(_Message):
-    """Make the next picture a key picture, at which decoding can begin: a recording starts there."""
+    """Make the next picture a key picture: decoding can begin there, and so a recording."""
 
     type: Literal["session.key"]
 

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashdreams_kernels import adaln, attention, rope_qknorm
-from flashdreams_kernels.launch import Launch, Target, load_programs
+from flashdreams_kernels import adaln, attention, channels, linear, rope_qknorm
+from flashdreams_kernels.launch import Block, Launch, Target, load_programs
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}
 """Multiprocessors by generation (A100, H100 and H200, B200)."""
+
+FP8_CAPABILITY = 89
+"""The first GPUs that convert to e4m3."""
 
 TYPE_NAMES = {
     torch.float32: "*fp32",
@@ -30,6 +33,7 @@ TYPE_NAMES = {
     torch.float16: "*fp16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 
 
@@ -101,6 +105,8 @@ def _argument_type(value: Any, fixed: bool) -> tuple[str, bool]:
         return "constexpr", False
     if isinstance(value, Tensor):
         return TYPE_NAMES[value.dtype], True
+    if isinstance(value, Block):
+        return f"tensordesc<{TYPE_NAMES[value.tensor.dtype][1:]}{list(value.shape)}>", False
     if isinstance(value, float):
         return "fp32", False
     if value == 1 and not fixed:
@@ -155,11 +161,51 @@ def real_launches(
     indices = tensor(length, dtype=torch.int64)
     outputs = (chunk, cache, cache)
     yield rope_qknorm.plan((chunk,) * 3, outputs, weight, weight, table, 1e-6, indices)
+    if capability >= FP8_CAPABILITY:
+        eight = [torch.empty_like(x, dtype=torch.float8_e4m3fn) for x in outputs]
+        scales = tensor(1, 3, num_heads, dtype=torch.float32)
+        for places, stored in ((indices, eight), (None, [eight[0]] * 3)):
+            inputs, to = (chunk,) * 3, (stored[0], stored[1], stored[2])
+            yield rope_qknorm.plan(inputs, to, weight, weight, table, 1e-6, places, scales)
     tokens, vectors = tensor(1, length, dim), tensor(1, 1, 6, dim, dtype=torch.float32)
     shift, scale = vectors[:, :, 0], vectors[:, :, 1]
     for residual in (tokens, tensor(1, length, dim, dtype=torch.float32)):
         yield adaln.plan_norm_modulate(residual, shift, scale, 1e-6, tokens)
         yield adaln.plan_gate_add(residual, tokens, shift, residual)
+    yield from _linear_launches(target, length, dim)
+    yield from _decoder_launches(tensor)
+
+
+def _decoder_launches(tensor: Callable[..., Tensor]) -> Iterator[Launch]:
+    """What the decoders launch at full resolution for 12 frames of 480x832."""
+    frames, pixels = 12, 480 * 832
+    wide, gain, row = tensor(1, frames * pixels, 96), tensor(96), tensor(frames * pixels, 96)
+    for bias in (None, gain):
+        yield channels.plan_norm_silu(wide, gain, 96**0.5, 1e-12, wide, bias)
+        yield channels.plan_add(row, gain, None if bias is None else row, False)
+    small = tensor(1, 6, pixels // 4, 64)
+    halves, last = tensor(1, 6, pixels // 4, 128), tensor(1, pixels // 4, 64)
+    yield channels.plan_sum_halves(halves, last, tensor(64), small)
+    yield channels.plan_add(tensor(6 * pixels // 4, 64), tensor(64), None, True)
+    phases, out = tensor(12, 241, 417, 1, 2, 2, 96), tensor(12, 1, 480, 832, 96)
+    for bias in (None, gain):
+        yield channels.plan_spread_phases(phases, out, bias)
+
+
+def _linear_launches(target: Target, length: int, dim: int) -> Iterator[Launch]:
+    """The batch-invariant linear layers of a block, bf16, and a small one in float32."""
+    for width, columns, dtype in (
+        (dim, dim, torch.bfloat16),
+        (dim, 6 * dim, torch.bfloat16),
+        (6 * dim, dim, torch.bfloat16),
+        (dim, 64, torch.float32),
+    ):
+        x, weight, bias, out = (
+            torch.empty(shape, dtype=dtype, device="meta")
+            for shape in ((length, width), (columns, width), (columns,), (length, columns))
+        )
+        tile = linear.linear_tile(target, columns, dtype.itemsize)
+        yield linear.plan(x, weight, bias, out, target, tile)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

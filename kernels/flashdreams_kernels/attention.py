@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 from flashdreams_kernels.launch import (
+    CONSUMER,
     FLOAT_TYPES,
     INDEX_TYPES,
+    Block,
     Launch,
     Target,
     ceil_div,
     check_tensor,
+    generation_of,
+    is_aligned,
     named_strides,
     next_power_of_2,
     target_of,
@@ -43,13 +47,15 @@ class TileConfig:
     num_stages: int
     per_processor: int = 1
     """Tiles that fit on one multiprocessor at a time."""
+    descriptors: bool = False
+    """Load whole blocks of keys and values through tensor descriptors (TMA), where their layout
+    allows it."""
+    max_registers: int | None = None
+    """Per thread; None leaves it to the compiler."""
 
 
 TileTable = Mapping[tuple[int, int], TileConfig]
 """Tiles by (capability, padded head dim), for 16-bit inputs; see :func:`tile_config`."""
-
-CONSUMER = 86
-"""Stands in a table for the chips with less shared memory: 8.6, 8.9, 12.x."""
 
 TILES: TileTable = {
     (80, 64): TileConfig(128, 64, 4, 3, 2),
@@ -79,10 +85,7 @@ def tile_config(
         return TileConfig(32, 32, 4, 1) if padded <= 128 else TileConfig(16, 16, 4, 1)
     if padded > 128:
         return TileConfig(64, 32, 8, 2)
-    if target.capability in (86, 89) or target.capability >= 120 or target.capability < 80:
-        return table[CONSUMER, padded]
-    generation = max(c for c, _ in table if c <= target.capability and c != CONSUMER)
-    return table[generation, padded]
+    return table[generation_of(target, table), padded]
 
 
 def choose_num_splits(num_tiles: int, num_blocks: int, num_slots: int) -> int:
@@ -244,6 +247,7 @@ def plan(
     lse: Tensor,
     num_splits: int,
     target: Target,
+    tiles: TileConfig | None = None,
 ) -> list[Launch]:
     """The launches of one call: the tiles and, with more than one split, the merge.
 
@@ -257,8 +261,9 @@ def plan(
         lse: ``[B, N, L]`` float32, is written unless it is empty.
         num_splits: 0 chooses it.
         target: what the launches are for.
+        tiles: other tiles than those of the table.
     """
-    tiles = tile_config(target, q.shape[-1], q.element_size())
+    tiles = tiles or tile_config(target, q.shape[-1], q.element_size())
     num_splits = num_splits or splits_for(q, (k.shape[1],), tiles, target)
     attend = partial(_attend_launch, (q, k, v, visible, scale), tiles, target)
     return plan_shares(out, lse, num_splits, attend)
@@ -302,20 +307,32 @@ def _attend_launch(
     constants: dict[str, Any],
 ) -> Launch:
     """Attend to ``len(out)`` shares of the keys; ``out`` is ``[splits, B, L, N, D]``."""
-    q, k, _, visible, _ = inputs
+    q, k, v, visible, _ = inputs
+    in_blocks = tiles.descriptors and has_blocks(k) and has_blocks(v)
+    block = (1, tiles.block_s, q.shape[-1])
     return Launch(
         "attention",
         "attend",
         attend_grid(q, len(out), tiles),
         {
             **attend_arguments(inputs, out, lse, lse_strides),
+            "k_blocks": Block(k.flatten(2), block) if in_blocks else None,
+            "v_blocks": Block(v.flatten(2), block) if in_blocks else None,
             "num_keys": k.shape[1],
         },
-        {**constants, **attend_constants(q, visible, tiles, target)},
+        {**constants, **attend_constants(q, visible, tiles, target), "IN_BLOCKS": in_blocks},
         tiles.num_warps,
         tiles.num_stages,
         q.device,
+        tiles.max_registers,
     )
+
+
+def has_blocks(x: Tensor) -> bool:
+    """Whether keys or values ``[B, S, N, D]`` can be read through a descriptor, head by head."""
+    heads, head_dim = x.shape[2:]
+    beside = heads == 1 or x.stride(2) == head_dim
+    return beside and next_power_of_2(head_dim) == head_dim >= 16 and is_aligned(x)
 
 
 def attend_grid(q: Tensor, num_splits: int, tiles: TileConfig) -> tuple[int, int, int]:

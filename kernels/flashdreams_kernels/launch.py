@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
@@ -34,6 +34,48 @@ class Target:
 
 INTERPRETER = Target(capability=0, num_processors=1)
 
+CONSUMER = 86
+"""Stands in a table for the chips with less shared memory: 8.6, 8.9, 12.x."""
+
+
+def generation_of(target: Target, table: Iterable[tuple[int, Any]]) -> int:
+    """The entry of a table that serves a GPU: the newest one that is not newer than it.
+
+    Args:
+        target: a GPU.
+        table: keys that begin with a capability, :data:`CONSUMER` among them.
+    """
+    if target.capability in (86, 89) or target.capability >= 120 or target.capability < 80:
+        return CONSUMER
+    return max(c for c, _ in table if c <= target.capability and c != CONSUMER)
+
+
+ALIGNMENT_BYTES = 16
+"""What a tensor descriptor asks of an address and of all strides but the last."""
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether a tensor's address and strides are such that a tensor descriptor can be made."""
+    steps = [step * x.element_size() for step in x.stride()[:-1]]
+    address = 0 if x.is_meta else x.data_ptr()
+    return not any(number % ALIGNMENT_BYTES for number in (address, *steps))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A tensor that a program reads or writes in blocks, by a tensor descriptor."""
+
+    tensor: Tensor
+    """Contiguous along its last dim, aligned: see `is_aligned`."""
+    shape: tuple[int, ...]
+    """Of a block."""
+
+    def descriptor(self) -> Any:
+        """What Triton takes; made on the host, so that kernels need no memory of their own."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor.from_tensor(self.tensor, list(self.shape))
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -45,12 +87,14 @@ class Launch:
     """Function of that module."""
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    """Tensors, integers and floats, by parameter name; None where a program reads nothing."""
+    """Tensors, blocks, integers and floats, by parameter name; None where nothing is read."""
     constants: dict[str, Any]
     """Compile-time values, by parameter name."""
     num_warps: int = 4
     num_stages: int = 2
     device: torch.device = field(default=torch.device("cpu"))
+    max_registers: int | None = None
+    """Per thread, so that more programs fit on a multiprocessor; None leaves it to the compiler."""
 
     def run(self) -> None:
         """Launch on the device of the tensors.
@@ -59,11 +103,15 @@ class Launch:
             ImportError: triton is not installed.
         """
         program = getattr(load_programs(self.module), self.program)[self.grid]
+        arguments = {
+            name: value.descriptor() if isinstance(value, Block) else value
+            for name, value in self.arguments.items()
+        }
         if self.device.type != "cuda":
-            program(**self.arguments, **self.constants, **self.options)
+            program(**arguments, **self.constants, **self.options)
             return
         with torch.cuda.device(self.device):
-            program(**self.arguments, **self.constants, **self.options)
+            program(**arguments, **self.constants, **self.options)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -71,10 +119,12 @@ class Launch:
 
         Fused multiply-add is asked for by name: triton 3.10 switches it off by default.
         """
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
         return {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,
+            **limit,
         }
 
 

@@ -39,6 +39,28 @@ def chunk_attention(
     return out.transpose(1, 2).to(q.dtype), lse
 
 
+def fp8_weights_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    """Attention whose softmax weights are rounded to e4m3, as FP8 kernels do; their sum is not.
+
+    Args:
+        q: ``[B, L, N, D]``.
+        k: ``[B, S, N, D]``.
+        v: like ``k``.
+        scale: factor on the scores.
+
+    Returns:
+        ``[B, L, N, D]`` in the dtype of ``q``.
+
+    Source: FlashAttention-3, arXiv:2407.08608, section 3.3; weights are multiplied by 2**8 before.
+    """
+    queries, keys, values = (x.transpose(1, 2).float() for x in (q, k, v))
+    scores = queries @ keys.transpose(-1, -2) * scale
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    rounded = (weights * 256).to(torch.float8_e4m3fn).float() / 256
+    out = (rounded @ values) / weights.sum(-1, keepdim=True)
+    return out.transpose(1, 2).to(q.dtype)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm over all heads together.
 
@@ -81,14 +103,46 @@ def qk_norm_rope(
     )
 
 
+def quantize(x: Tensor, scale: Tensor) -> Tensor:
+    """Round ``x / scale`` to e4m3, to nearest, ties to even; beyond the largest number it is cut.
+
+    Args:
+        x: ``[B, L, N, D]``.
+        scale: ``[B, N]`` float32, powers of two.
+    """
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    scaled = x.float() / scale[:, None, :, None]
+    return scaled.clamp(-largest, largest).to(torch.float8_e4m3fn)
+
+
+def qk_norm_rope_quantize(
+    q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`qk_norm_rope`, then :func:`quantize` with scales ``[B, 3, N]``, the last argument."""
+    *norm, scales = rest
+    q, k = qk_norm_rope(q, k, *norm)
+    of_q, of_k, of_v = (quantize(x, s) for x, s in zip((q, k, v), scales.unbind(1), strict=True))
+    return of_q, of_k, of_v
+
+
+def qk_norm_rope_write_fp8(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    """:func:`qk_norm_rope_quantize`, then :func:`kv_write`; arguments in the kernel's order."""
+    norm, cache, scales = rest[:4], rest[4:7], rest[7]
+    q, k, v = qk_norm_rope_quantize(q, k, v, *norm, scales)
+    kv_write(k, v, *cache)
+    return q
+
+
 def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Write keys and values ``[B, L, N, D]`` into ``slots`` ``[L]`` of caches ``[B, S, N, D]``.
 
     Slots outside the cache are skipped.
     """
     inside = (slots >= 0) & (slots < k_cache.shape[1])
-    k_cache[:, slots[inside]] = k[:, inside]
-    v_cache[:, slots[inside]] = v[:, inside]
+    for cache, x in ((k_cache, k), (v_cache, v)):
+        if cache.dtype == torch.float8_e4m3fn:  # which not every build of PyTorch can index
+            cache, x = cache.view(torch.uint8), x.view(torch.uint8)
+        cache[:, slots[inside]] = x[:, inside]
 
 
 def qk_norm_rope_write(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
@@ -140,3 +194,9 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         Like ``x``.
     """
     return x + (y.float() * gate.float()).to(x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias`` of ``[..., K]`` and ``[N, K]``, in float32, rounded once."""
+    wide = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    return wide.to(x.dtype)

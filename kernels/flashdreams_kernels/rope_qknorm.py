@@ -1,4 +1,5 @@
-"""RMS norm over all heads and rotation of queries and keys, alone or with the cache write.
+"""RMS norm over all heads and rotation of queries and keys, alone or with the cache write, and in
+e4m3 where scales are given.
 
 Shape letters: B batch, L tokens, S slots, N heads, D head dim.
 """
@@ -18,6 +19,8 @@ from flashdreams_kernels.launch import (
     target_of,
     warps_of,
 )
+
+FP8 = torch.float8_e4m3fn
 
 
 @torch.library.custom_op("flashdreams::qk_norm_rope", mutates_args=())
@@ -112,8 +115,110 @@ def _(q: Tensor, *_: Any) -> Tensor:
     return _empty(q)
 
 
-def _empty(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+@torch.library.custom_op("flashdreams::qk_norm_rope_quantize", mutates_args=())
+def qk_norm_rope_quantize(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    table: Tensor,
+    eps: float,
+    scales: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm and rotate queries and keys, and bring them and the values to e4m3, in one launch.
+
+    For keys that travel between ranks before they are written.
+
+    Args:
+        q: as for :func:`qk_norm_rope`.
+        k: as there.
+        v: like ``k``.
+        q_weight: as there.
+        k_weight: as there.
+        table: as there.
+        eps: as there.
+        scales: ``[B, 3, N]`` float32, powers of two from 2**-126 to 2**126: of queries, keys and
+            values. What is larger than 448 times its scale is cut.
+
+    Returns:
+        Queries, keys and values divided by their scales, ``[B, L, N, D]`` e4m3 contiguous.
+
+    Raises:
+        ValueError: shapes, strides or devices that do not fit, or an odd D.
+        TypeError: a dtype that does not fit.
+        ImportError: triton is not installed.
+    """
+    _check(q, k, q_weight, k_weight, table)
+    check_tensor("v", v, k.shape, k)
+    check_scales(scales, q)
+    outputs = (_empty(q, FP8), _empty(q, FP8), _empty(q, FP8))
+    if q.numel():
+        target_of(q.device)
+        plan((q, k, v), outputs, q_weight, k_weight, table, eps, None, scales).run()
+    return outputs
+
+
+@qk_norm_rope_quantize.register_fake
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(q, FP8), _empty(q, FP8), _empty(q, FP8)
+
+
+@torch.library.custom_op("flashdreams::qk_norm_rope_write_fp8", mutates_args=("k_cache", "v_cache"))
+def qk_norm_rope_write_fp8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    table: Tensor,
+    eps: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+) -> Tensor:
+    """:func:`qk_norm_rope_write` into e4m3 caches; the queries are e4m3, too.
+
+    Args:
+        q: as there.
+        k: as there.
+        v: as there.
+        q_weight: as there.
+        k_weight: as there.
+        table: as there.
+        eps: as there.
+        k_cache: ``[B, S, N, D]`` e4m3; is written.
+        v_cache: like ``k_cache``; is written.
+        slots: as there.
+        scales: as for :func:`qk_norm_rope_quantize`.
+
+    Returns:
+        Queries divided by their scales, ``[B, L, N, D]`` e4m3 contiguous.
+
+    Raises:
+        ValueError: shapes, strides or devices that do not fit, or an odd D.
+        TypeError: a dtype that does not fit.
+        ImportError: triton is not installed.
+    """
+    _check(q, k, q_weight, k_weight, table)
+    check_write(k, v, k_cache, v_cache, slots, FP8)
+    check_scales(scales, q)
+    q_out = _empty(q, FP8)
+    if q.numel():
+        target_of(q.device)
+        outputs = (q_out, k_cache, v_cache)
+        plan((q, k, v), outputs, q_weight, k_weight, table, eps, slots, scales).run()
+    return q_out
+
+
+@qk_norm_rope_write_fp8.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return _empty(q, FP8)
+
+
+def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
 
 def _check(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor) -> None:
@@ -141,17 +246,20 @@ def plan(
     table: Tensor,
     eps: float,
     slots: Tensor | None,
+    scales: Tensor | None = None,
 ) -> Launch:
     """The launch of one call.
 
     Args:
-        inputs: queries, keys and values (the last is read only with ``slots``), checked.
+        inputs: queries, keys and values (the last is read only with ``slots`` or ``scales``),
+            checked.
         outputs: where they go: ``[B, L, N, D]``, or caches ``[B, S, N, D]`` for keys and values.
         q_weight: ``[N * D]``.
         k_weight: ``[N * D]``.
         table: ``[L or 1, D/2, 2]``.
         eps: added to the mean square.
         slots: ``[L]``; None writes no cache.
+        scales: ``[B, 3, N]`` for e4m3 outputs; None keeps the dtype.
     """
     q, k, v = inputs
     q_out, k_out, v_out = outputs
@@ -160,7 +268,7 @@ def plan(
     return Launch(
         "rope_qknorm",
         "norm_rope",
-        (batch * length, 2 if slots is None else 3),
+        (batch * length, 2 if slots is None and scales is None else 3),
         {
             "q": q,
             "k": k,
@@ -172,11 +280,13 @@ def plan(
             "k_weight": k_weight,
             "table": table,
             "slots": slots,
+            "scales": scales,
             "eps": eps,
             "num_tokens": length,
             "num_heads": heads,
             "num_slots": k_out.shape[1],
             "table_stride_l": 0 if len(table) == 1 else table.stride(0),
+            **named_strides("scales", "br", (0, 0) if scales is None else scales.stride()[:2]),
             **named_strides("q", "bln", q.stride()[:3]),
             **named_strides("k", "bln", k.stride()[:3]),
             **named_strides("v", "bln", v.stride()[:3]),
@@ -189,14 +299,41 @@ def plan(
             "BLOCK_N": block_n,
             "BLOCK_D": block_d,
             "WRITE_CACHE": slots is not None,
+            "QUANTIZE": scales is not None,
+            "INTERPRETED": q.device.type == "cpu",
         },
         num_warps=warps_of(block_n * block_d),
         device=q.device,
     )
 
 
-def check_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def check_scales(scales: Tensor, q: Tensor) -> None:
+    """Check the scales of e4m3 outputs.
+
+    Raises:
+        ValueError: shapes, strides or devices that do not fit.
+        TypeError: a dtype that does not fit.
+    """
+    check_tensor("scales", scales, (len(q), 3, q.shape[2]), q, (torch.float32,))
+
+
+def check_write(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    cache_dtype: torch.dtype | None = None,
+) -> None:
     """Check the arguments of a cache write.
+
+    Args:
+        k: ``[B, L, N, D]``.
+        v: like ``k``.
+        k_cache: ``[B, S, N, D]``.
+        v_cache: like ``k_cache``.
+        slots: ``[L]``.
+        cache_dtype: of the caches; None: that of ``k``.
 
     Raises:
         ValueError: shapes, strides or devices that do not fit.
@@ -205,6 +342,7 @@ def check_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: T
     check_tensor("k", k, (None, None, None, None), k, FLOAT_TYPES)
     batch, length, heads, head_dim = k.shape
     check_tensor("v", v, k.shape, k)
-    check_tensor("k_cache", k_cache, (batch, None, heads, head_dim), k)
-    check_tensor("v_cache", v_cache, k_cache.shape, k)
+    cache_shape = (batch, None, heads, head_dim)
+    check_tensor("k_cache", k_cache, cache_shape, k, (cache_dtype or k.dtype,))
+    check_tensor("v_cache", v_cache, k_cache.shape, k, (k_cache.dtype,))
     check_tensor("slots", slots, (length,), k, INDEX_TYPES)

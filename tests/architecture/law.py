@@ -41,13 +41,13 @@ METHODS_MAY_USE = (
 
 BASE_PACKAGES = {
     "torch", "numpy", "safetensors", "tyro", "yaml", "mediapy", "imageio_ffmpeg",
-    "huggingface_hub", "tqdm", "PIL",
+    "huggingface_hub", "jinja2", "matplotlib", "tqdm", "PIL",
 }  # fmt: skip
 """Third parties of the base install; all others are imported where they are needed."""
 
 SERVE_PACKAGES = {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"}
-"""Third parties of the extra ``serve`` that make up the web side: its modules are imported only once
-serving is asked for."""
+"""Third parties of the extra ``serve`` that make up the web side, which is imported only once it is
+asked for."""
 
 WEB = ("flashdreams.serving.protocol", "flashdreams.serving.web")
 """Who may import those where it begins."""

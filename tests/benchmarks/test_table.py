@@ -48,7 +48,7 @@ def test_readme_holds_what_the_reports_say(table: ModuleType) -> None:
     """If this fails: python benchmarks/table.py --write README.md."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     written = table.replace_region(
-        readme, table.speeds(table.read_reports(), table.shipped_slugs())
+        readme, table.readme(table.read_reports(), table.shipped_slugs())
     )
     assert written == readme
     assert len(readme.splitlines()) <= 150
@@ -81,6 +81,35 @@ def test_cell_names_the_fastest_run_its_way_device_and_date(
     )
     assert table.speed(figures, "toy-world", "cpu") == "not measured"
     assert table.speed(figures, "lingbot-world-fast", "cuda") == "not measured"
+
+
+def variants_report(ms: float, device: str = "cuda", **row: Any) -> dict[str, Any]:
+    found = fps_report("lingbot-world-fast", 12e3 / ms, device, benchmark="variants")
+    found["rows"][0] |= {
+        "variant": "default", "ratio": 1.0, "latency_p50_ms": 300.0, "peak_gib": 10.0,
+        "latent_error_last": 0.0, "ranks": 1, "p50_ms": ms, **row,
+    }  # fmt: skip
+    return found
+
+
+def test_steps_on_a_gpu_come_first_and_name_their_card(table: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "gpu").mkdir()
+    fp8 = variants_report(270.0, variant="fp8", ratio=0.8, latency_p50_ms="not measured")
+    figures = table.read_reports(write(tmp_path / "gpu", variants_report(340.0), fp8).parent)
+    steps, speeds, others = table.readme(figures, table.shipped_slugs()).split("\n\n")
+    rows = steps.splitlines()[2:]
+    assert all(row.endswith("| NVIDIA H200, 2026-12-01 |") for row in rows)
+    assert "| default | **340** | x 1.000 |" in rows[0] and "| not measured |" in rows[1]
+    (row,) = speeds.splitlines()[2:]
+    assert "frames/s**, 340 ms per step" in row, "a flag makes no method faster"
+    assert others.startswith("Not measured: ") and "`toy-world`" in others
+
+
+def test_without_a_gpu_the_readme_is_the_table_of_slugs(table: ModuleType, tmp_path: Path) -> None:
+    figures = table.read_reports(write(tmp_path, variants_report(340.0, "cpu")))
+    slugs = table.shipped_slugs()
+    assert table.readme(figures, slugs) == table.speeds(figures, slugs)
+    assert table.steady_steps(figures) == "Steady AR steps on a GPU: not measured."
 
 
 def test_newest_ratio_is_shown(table: ModuleType, tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def check_files(snippet: Snippet, words: list[str]) -> None:
     for at, word in enumerate(words):
         if word.startswith(("launch/", "benchmarks/", "docs/source", "tests/")):
             assert (REPOSITORY / word).exists(), f"{snippet.place}: {word} does not exist"
-        if word.startswith("benchmarks/"):
+        if word.startswith("benchmarks/") and word.endswith(".py"):
             _, known = start(["python", str(REPOSITORY / word), "--help"])
             for flag in [w for w in words[at:] if w.startswith("--")]:
                 assert flag in known, f"{snippet.place}: {word} has no {flag}"

@@ -138,12 +138,14 @@ def test_a_failed_capture_leaves_the_next_one_whole() -> None:
 
     call = GraphedCallable(moody, device())
     x = torch.ones(8, device=device())
-    with pytest.raises(RuntimeError):
-        call(x)
+    assert call(x).eq(2).all()
+    assert "not permitted" in call.failure and (call.captures, call.eager_calls) == (0, 1)
     torch.cuda.synchronize()
+    assert torch.rand(8, device=device()).isfinite().all()  # the generator is no longer captured
     ask[0] = False
-    assert call(x).eq(2).all() and call(3 * x).eq(6).all()
-    assert (call.captures, call.replays) == (1, 1)
+    other = GraphedCallable(moody, device())
+    assert other(x).eq(2).all() and other(3 * x).eq(6).all()
+    assert (other.captures, other.replays) == (1, 1)
 
 
 def test_kernels_pass_through_inductor_and_write_in_place() -> None:

@@ -248,7 +248,7 @@ def test_without_weights_the_run_ends_before_anything_is_fetched(tmp_path, capsy
     ("flags", "message"),
     [
         ("attention-backend flash_attn", "'flash_attn' cannot be used here: .*Usable on cpu"),
-        ("linear-precision fp8 --parallel.strict True", "not together with --parallel.strict True"),
+        ("attention-backend triton", "'triton' cannot be used here: needs a CUDA device"),
     ],
 )
 def test_options_are_refused_before_weights_are_asked_for(

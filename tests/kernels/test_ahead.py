@@ -11,9 +11,14 @@ SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 KERNELS = {
     "attention.attend",
     "attention.merge_splits",
+    "linear.linear_pointers",
     "rope_qknorm.norm_rope",
     "adaln.norm_modulate",
     "adaln.gate_add",
+    "channels.norm_silu",
+    "channels.add",
+    "channels.sum_halves",
+    "channels.spread_phases",
 }
 
 

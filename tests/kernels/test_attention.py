@@ -77,6 +77,52 @@ def test_attention_writes_all_of_its_output_and_nothing_else(
     assert all(guarded.intact() for guarded in (*reads, out, lse))
 
 
+BLOCKS = attention.TileConfig(32, 32, 4, 2, descriptors=True)
+
+
+def attend_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, splits: int, tiles=BLOCKS
+) -> tuple[Tensor, bool]:
+    """A call with tiles of its own, and whether it reads through descriptors."""
+    out = torch.full_like(q, torch.nan, memory_format=torch.contiguous_format)
+    target, empty = target_of(q.device), q.new_empty(0, dtype=torch.float32)
+    factor = q.shape[-1] ** -0.5
+    launches = attention.plan(q, k, v, visible, factor, out, empty, splits, target, tiles)
+    for launch in launches:
+        launch.run()
+    return out, launches[0].constants["IN_BLOCKS"]
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("visible", [5, 64, 101, 110])
+def test_attention_in_blocks_reads_what_pointers_read(
+    splits: int, visible: int, device: torch.device
+) -> None:
+    """Also with two batch entries, other strides and poisoned keys behind the visible ones."""
+    q, keys, values = inputs((2, 35, 120, 3, 32), torch.float16, device)
+    k, v = keys[:, 10:], values[:, 10:]
+    k[:, visible:], v[:, visible:] = torch.nan, torch.nan
+    count = torch.tensor(visible, device=device)
+    found, in_blocks = attend_in_blocks(q, k, v, count, splits)
+    expected, _ = reference.chunk_attention(q, k, v, visible=count)
+    assert in_blocks and error(found, expected) < TOLERANCE[torch.float16]
+    wrong, _ = reference.chunk_attention(q, k, v.roll(1, 2), visible=count)
+    assert error(found, wrong) > 0.1
+
+
+def test_attention_takes_pointers_where_no_descriptor_can_be_made(device: torch.device) -> None:
+    q, k, v = inputs((1, 5, 80, 4, 32), torch.float16, device)
+    expected, in_blocks = attend_in_blocks(q[:, :, :2], k[:, :, 1:3], v[:, :, 1:3], None, 2)
+    assert in_blocks  # some heads of more lie beside each other
+    apart = torch.zeros(1, 80, 2, 40, dtype=k.dtype, device=device)[..., :32].copy_(k[:, :, 1:3])
+    shifted = torch.zeros(1, 80, 65, dtype=k.dtype, device=device)[..., 1:].unflatten(-1, (2, 32))
+    for other in (apart, shifted.copy_(k[:, :, 1:3])):
+        found, in_blocks = attend_in_blocks(q[:, :, :2], other, v[:, :, 1:3], None, 2)
+        assert not in_blocks and torch.equal(found, expected)
+    narrow = inputs((1, 5, 80, 2, 24), torch.float16, device)
+    assert not attend_in_blocks(*narrow, None, 1)[1]
+
+
 def test_attention_reads_a_poisoned_key_that_is_visible(device: torch.device) -> None:
     q, k, v = inputs((1, 2, 40, 1, 32), torch.float32, device)
     k[:, 36] = torch.nan

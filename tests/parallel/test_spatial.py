@@ -1,8 +1,11 @@
 """Decoding split by width against the whole decoder."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from flashdreams.models.decoder_forms import FAST
 from flashdreams.models.taehv import TAEHVDecoderConfig
 from flashdreams.models.wan.vae import WanVAEDecoderConfig
 from flashdreams.models.wan.vae22 import WanVAE22DecoderConfig
@@ -34,6 +37,16 @@ def build_decoder(kind, dtype):
     return decoder.requires_grad_(False).eval()
 
 
+def as_it_is(decoder):
+    return decoder
+
+
+def fast(decoder):
+    """The forms of a GPU, their data flow in PyTorch."""
+    decoder.take_forms(replace(FAST, pointwise="reference"))
+    return decoder
+
+
 def decode(decoder, cache, first=0):
     draw = torch.Generator().manual_seed(9)
     channels = 48 if isinstance(decoder.config, WanVAE22DecoderConfig) else 16
@@ -47,10 +60,11 @@ def whole(kind, dtype="float32"):
     return decode(decoder, decoder.initialize_cache())
 
 
-def split(kind, dtype, world_size):
+def split(kind, dtype, world_size, form=as_it_is):
     decoder = build_decoder(kind, dtype)
     mesh = make_mesh(ParallelConfig(), world_size)
     report = parallelize(decoder, decoder.parallel_plan(), mesh)
+    form(decoder)
     cache = decoder.initialize_cache()
     frames = decode(decoder, cache)
     return frames, mesh, report, cache
@@ -106,14 +120,33 @@ def test_split_decode_equals_the_whole(world_size):
                 assert error <= 1e-5 * scale, name
 
 
-def forgotten_halo(kind):
+def fast_cases(world_size):
+    found = {}
+    for kind in KINDS:
+        frames, _, _, cache = split(kind, "float32", world_size, fast)
+        found[kind] = frames, {name: x.shape for name, x in cache.slots.items()}
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_split_decode_in_the_forms_of_a_gpu_equals_the_whole(world_size):
+    for found in run_ranks(fast_cases, world_size, world_size):
+        for kind, (frames, _) in found.items():
+            for chunk, expected in zip(frames, whole(kind), strict=True):
+                error = float((chunk - expected).abs().max())
+                assert chunk.shape == expected.shape
+                assert error <= TOLERANCE["float32"], (kind, error)
+
+
+def forgotten_halo(kind, form=as_it_is):
     collectives.exchange_edges = lambda left, right, group: (None, None)
-    return split(kind, "float32", 2)[0]
+    return split(kind, "float32", 2, form)[0]
 
 
+@pytest.mark.parametrize("form", [as_it_is, fast])
 @pytest.mark.parametrize("kind", ["wan", "wan22"])
-def test_forgotten_halo_is_seen(kind):
-    frames = run_ranks(forgotten_halo, 2, kind)[0]
+def test_forgotten_halo_is_seen(kind, form):
+    frames = run_ranks(forgotten_halo, 2, kind, form)[0]
     expected = whole(kind)
     assert max(float((a - b).abs().max()) for a, b in zip(frames, expected, strict=True)) > 1e-2
 

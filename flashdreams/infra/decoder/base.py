@@ -1,11 +1,13 @@
 """Decoders: what turns latents into frames."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from flashdreams.infra.component import Component, ComponentConfig
+from flashdreams.runtime.cuda_graph import GraphedCallable
 
 
 @dataclass(kw_only=True)
@@ -63,3 +65,19 @@ class StreamingDecoder(Decoder):
             ``[B, F, 3, height, width]`` in [-1, 1].
         """
         return super().forward(latent)
+
+    def capture(self, latent: Tensor) -> None:
+        """Replay chunks like this one as a CUDA graph from now on; by default nothing is captured.
+
+        Called once, at warm-up, where graphs are asked for.
+
+        Args:
+            latent: ``[B, C, T, H, W]``, as ``forward`` will get it.
+        """
+
+    def graphed_calls(self) -> Sequence[GraphedCallable]:
+        """The calls that are replayed as CUDA graphs."""
+        return ()
+
+    def drop_graphs(self) -> None:
+        """Free the graphs; rollouts go on eagerly."""

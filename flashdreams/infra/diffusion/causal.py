@@ -14,7 +14,9 @@ from torch import Tensor
 
 from flashdreams.attention.cache import KVCache, KVCacheSpec
 from flashdreams.attention.choose import AttentionShape
+from flashdreams.attention.core import bind_cores
 from flashdreams.attention.cursor import Cursor
+from flashdreams.attention.fp8 import check_fp8
 from flashdreams.attention.rope import RotaryEmbedding3D, time_rotation
 from flashdreams.infra.diffusion.causal_config import CausalTransformerConfig
 from flashdreams.infra.diffusion.causal_state import (
@@ -22,11 +24,13 @@ from flashdreams.infra.diffusion.causal_state import (
     CausalState,
     Shots,
     StepInputs,
+    attention_over,
     checked_condition,
     copy_tensors,
     graph_key,
     graph_state,
     same_shapes,
+    scales_by_glob,
     token_values_to_pixels,
 )
 from flashdreams.infra.diffusion.rewrite import (
@@ -165,7 +169,7 @@ class CausalTransformer(Transformer):
             head_dim=c.head_dim,
             dtype=self.dtype,
             device=self.device,
-            storage=c.kv_cache_dtype,
+            storage=c.kv_storage,
         )
         spec = replace(spec, **changes)
         return replace(spec, relative_sink=c.relative_rope and spec.sink_size_t > 0)
@@ -208,6 +212,7 @@ class CausalTransformer(Transformer):
             cursors[sizes] = Cursor(*sizes)
         return CausalState(
             context=context,
+            scales=scales_by_glob(caches),
             caches=caches,
             cursors=list(cursors.values()),
             condition=condition,
@@ -347,6 +352,12 @@ class CausalTransformer(Transformer):
 
     # Warm-up, graphs and memory.
 
+    def check_device(self, device: torch.device) -> None:
+        """Refuse a ``precision`` that cannot run there, too; see the contract."""
+        super().check_device(device)
+        if self.config.precision == "fp8":
+            check_fp8(device, self.config.head_dim)
+
     @cached_property
     def network(self) -> Callable[..., Tensor]:
         """``forward``; replayed as a CUDA graph in the steady state, if the config asks for it.
@@ -362,9 +373,11 @@ class CausalTransformer(Transformer):
     ) -> Callable[..., Tensor]:
         """The graph where one serves this call, else the plain module, as for many timesteps."""
         network = self.network
-        if isinstance(network, GraphedCallable) and (
-            per_frame or not network.serves(state.inputs, state, write_only)
-        ):
+        if not isinstance(network, GraphedCallable):
+            return network
+        if not network.can_capture:  # a CPU
+            return self.__call__
+        if per_frame or not network.serves(state.inputs, state, write_only):
             network.eager_calls += 1
             return self.__call__
         return network
@@ -411,18 +424,15 @@ class CausalTransformer(Transformer):
     def attention_shape(self, batch_size: int) -> AttentionShape | None:
         """Self-attention over the full window, of the first cores that ``cache_specs`` names."""
         specs = list(self.cache_specs(batch_size).values())
-        if not specs:
-            return None
-        spec, c = specs[0], self.config
-        tokens = c.len_t * spec.tokens_per_frame
-        return AttentionShape(
-            batch_size=batch_size,
-            queries=tokens,
-            keys=spec.capacity_t * spec.tokens_per_frame if c.streaming else tokens,
-            num_heads=spec.num_heads,
-            head_dim=spec.head_dim,
-            storage=spec.storage,
-        )
+        return attention_over(specs[0], self.config) if specs else None
+
+    def bind_kv_splits(self, name: str, splits_of: Callable[[AttentionShape], int | None]) -> None:
+        """Of the cores with a cache, by their full window; cross-attention is not split."""
+        for glob, spec in self.cache_specs(1).items():
+            splits = splits_of(attention_over(spec, self.config))
+            if splits is not None:
+                for core in self._cores(glob):
+                    bind_cores(core, name, splits)
 
     def cache_nbytes(self, batch_size: int) -> int:
         """Bytes of the KV caches of all layers; 0 for a bidirectional model."""

@@ -7,6 +7,9 @@ from flashdreams.attention.quantized import KVStorage
 from flashdreams.infra.diffusion.transformer import TransformerConfig
 from flashdreams.infra.ranges import check_range
 
+Precision = Literal["native", "fp8"]
+"""What attention over the KV cache is computed from: numbers of ``dtype``, or e4m3."""
+
 
 @dataclass(kw_only=True)
 class CausalTransformerConfig(TransformerConfig):
@@ -41,9 +44,13 @@ class CausalTransformerConfig(TransformerConfig):
     """Latent frames by which positions leap at the beginning of a shot."""
     shot_clean_recache: bool = False
     """Let the clean pass of a shot's first chunk see nothing but the sink before it."""
-    kv_cache_dtype: KVStorage = "native"
-    """How cached keys and values are stored: ``"native"`` is ``dtype``; ``"int8"`` and ``"fp8"``
-    take a byte each, which costs accuracy and the time to dequantize them."""
+    precision: Precision = "native"
+    """``"fp8"``: KV cache and queries are e4m3 with a fixed scale per head, and FlashAttention-3
+    reads them as they are, which is faster and less exact. Needs a Hopper GPU; a CPU dequantizes
+    them, to look at the error."""
+    kv_cache_dtype: Literal["native", "int8"] = "native"
+    """How cached keys and values are stored: ``"native"`` as ``precision`` says; ``"int8"`` takes a
+    byte each, which costs accuracy and the time to dequantize them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,12 +69,12 @@ class CausalTransformerConfig(TransformerConfig):
                 f"len_t={self.len_t} latent frames; use at least {self.len_t}."
             )
         _check_shots(self)
-        allowed = get_args(KVStorage) if self.streaming else ("native",)
-        if self.kv_cache_dtype not in allowed:
-            raise ValueError(
-                f"kv_cache_dtype={self.kv_cache_dtype!r} with streaming={self.streaming}: "
-                f"allowed is {', '.join(map(repr, allowed))}."
-            )
+        _check_precision(self)
+
+    @property
+    def kv_storage(self) -> KVStorage:
+        """How self-attention's keys and values are stored."""
+        return "fp8" if self.precision == "fp8" else self.kv_cache_dtype
 
     @property
     def head_dim(self) -> int:
@@ -85,6 +92,34 @@ class CausalTransformerConfig(TransformerConfig):
         """Tokens of one latent frame."""
         rows, columns = self.token_grid
         return rows * columns
+
+
+def _check_precision(config: CausalTransformerConfig) -> None:
+    if config.kv_cache_dtype == "fp8":
+        raise ValueError(
+            "kv_cache_dtype='fp8' was removed in 0.2: use precision='fp8', whose attention reads "
+            "the cache as it is, or kv_cache_dtype='int8' where that cannot run."
+        )
+    allowed = ("native", "int8") if config.streaming else ("native",)
+    if config.kv_cache_dtype not in allowed:
+        raise ValueError(
+            f"kv_cache_dtype={config.kv_cache_dtype!r} with streaming={config.streaming}: "
+            f"allowed is {', '.join(map(repr, allowed))}."
+        )
+    if config.precision not in get_args(Precision):
+        raise ValueError(
+            f"precision={config.precision!r} is unknown; allowed are 'native' and 'fp8'."
+        )
+    if config.precision == "fp8" and not config.streaming:
+        raise ValueError(
+            "precision='fp8' is for a KV cache, and a model with streaming=False has none. Use "
+            "precision='native'."
+        )
+    if config.precision == "fp8" and config.kv_cache_dtype != "native":
+        raise ValueError(
+            f"precision='fp8' says how keys and values are stored, too; got kv_cache_dtype="
+            f"{config.kv_cache_dtype!r}. Leave that away, or use precision='native'."
+        )
 
 
 def _check_shots(config: CausalTransformerConfig) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from flashdreams.attention.cache import KVCache
+from flashdreams.attention.cache import KVCache, KVCacheSpec
+from flashdreams.attention.choose import AttentionShape
 from flashdreams.attention.cursor import Cursor
+from flashdreams.infra.diffusion.causal_config import CausalTransformerConfig
 from flashdreams.infra.diffusion.transformer import Transformer
 from flashdreams.parallel.plan import state
 from flashdreams.runtime.transfer import to_device
@@ -59,6 +61,9 @@ class CausalState:
     """What ``project_context`` returned."""
     cursors: list[Cursor] = state("host")
     """One per distinct window, shared by the caches of that window."""
+    scales: dict[str, list[Tensor]] = state("heads")
+    """Glob of ``cache_specs`` -> the scales of its fp8 caches, which are the caches' own tensors:
+    ``[B, 3, N, 1]`` float32, of queries, keys and values. A load needs them before ``caches``."""
     caches: dict[str, list[KVCache | None]] = state("cache")
     """Glob of ``cache_specs`` -> the caches of its cores; None without streaming."""
     condition: Tensor | None = state("rebuilt")
@@ -78,8 +83,10 @@ class CausalState:
 
     @property
     def is_steady(self) -> bool:
-        """Whether every window is full, so that all later calls have the same form."""
-        return all(cursor.is_full for cursor in self.cursors)
+        """Whether every window is full and scales are fixed: all later calls have the same form."""
+        return all(cursor.is_full for cursor in self.cursors) and not (
+            self.scales and self.cursor.start == 0
+        )
 
     def condition_at(self, frames: Tensor) -> Tensor:
         """The rollout's condition of latent frames at the positions ``[T]``.
@@ -98,6 +105,15 @@ class CausalState:
             for cache in caches:
                 if cache is not None:
                     yield cache
+
+
+def scales_by_glob(caches: Mapping[str, Sequence[KVCache | None]]) -> dict[str, list[Tensor]]:
+    """The scales of the fp8 caches, in their order."""
+    found = {
+        glob: [x.scales for x in some if x is not None and x.scales is not None]
+        for glob, some in caches.items()
+    }
+    return {glob: scales for glob, scales in found.items() if scales}
 
 
 def checked_condition(
@@ -123,6 +139,20 @@ def checked_condition(
             "A model with condition_channels=0 takes none; others need one, usually an image."
         )
     return to_device(condition, transformer.device).to(transformer.dtype)
+
+
+def attention_over(spec: KVCacheSpec, config: CausalTransformerConfig) -> AttentionShape:
+    """The attention call of the whole model over a full cache; over a chunk without streaming."""
+    tokens = config.len_t * spec.tokens_per_frame
+    return AttentionShape(
+        batch_size=spec.batch_size,
+        queries=tokens,
+        keys=spec.capacity_t * spec.tokens_per_frame if config.streaming else tokens,
+        num_heads=spec.num_heads,
+        head_dim=spec.head_dim,
+        # Attention to an fp8 cache is no choice: what is chosen serves cross-attention.
+        storage="native" if spec.storage == "fp8" else spec.storage,
+    )
 
 
 def graph_key(inputs: StepInputs, state: CausalState, write_only: bool = False) -> bool | None:

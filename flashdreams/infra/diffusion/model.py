@@ -170,8 +170,12 @@ class DiffusionModel(nn.Module):
 
         That holds across rollouts: captured calls share their memory.
         """
-        device = self.transformer.device
-        return SideStream(device if self.may_overlap else torch.device("cpu"))
+        return SideStream(self._device if self.may_overlap else torch.device("cpu"))
+
+    @cached_property
+    def _device(self) -> torch.device:
+        """Of the loaded transformer."""
+        return self.transformer.device
 
     def known_context(self) -> frozenset[str]:
         """Names of the context that a rollout may be given."""
@@ -260,14 +264,17 @@ class DiffusionModel(nn.Module):
         control = self.transformer.example_control(1)
         # No rank may stop at a difference: the calls of the others contain collectives.
         exact = all([self.transformer.replay_is_exact(branch, control) for branch in states])
-        if all_ranks_agree(exact):
+        failed = any(call.failure is not None for call in captured)  # which said so itself
+        if all_ranks_agree(exact and not failed):
             return
+        reason = "a replay differed from an eager call"
+        if exact and not failed:
+            reason = "a capture failed, or a replay differed from an eager call, on another rank"
         for call in captured:
             call.drop()
-        logger.warning(
-            "CUDA graphs are off: a replay differed from an eager call%s. Runs go on eagerly.",
-            "" if not exact else " on another rank",
-        )
+            call.failure = call.failure or reason
+        if not failed:
+            logger.warning("CUDA graphs are off: %s. Runs go on eagerly.", reason)
 
     def _step_through(self, cache: DiffusionCache) -> int:
         """A rollout of dummy values, up to the point from which all AR steps are alike."""
@@ -324,7 +331,7 @@ class DiffusionModel(nn.Module):
         """The clean pass over the chunk that ``generate`` left in ``cache.latent``."""
         if cache.latent is None:
             raise ValueError("There is no chunk to finalize; call generate first.")
-        timestep = self._context_timestep()
+        timestep = self._context_timestep
         for branch in cache.branches:
             self.transformer.update_cache(cache.latent, timestep, branch)
         cache.pending = False
@@ -333,16 +340,17 @@ class DiffusionModel(nn.Module):
 
     def draw_ahead(self, autoregressive_index: int, cache: DiffusionCache) -> None:
         """Draw the first noise of a step, now that all is queued and the host is free."""
-        if self.transformer.device.type == "cuda" and isinstance(cache.noise, NoiseSource):
+        if self._device.type == "cuda" and isinstance(cache.noise, NoiseSource):
             # A callable is asked when its noise is needed.
             shape = self.transformer.latent_shape(cache.batch_size)
             cache.noise.draw_ahead(autoregressive_index, 0, shape)
 
     def _remember(self, chunk: CleanChunk, cache: DiffusionCache) -> None:
         """Note that a chunk is part of the context, and forget those that no longer are."""
-        held = set(self._held_frames(cache))
+        count = chunk.latent.shape[2]
+        held = {frame // count for frame in self._held_frames(cache)}
         chunks = [*cache.history, chunk]
-        cache.history = [c for c in chunks if not held.isdisjoint(self._frames_of(c))]
+        cache.history = [c for c in chunks if c.autoregressive_index in held]
 
     def update_prompt(
         self,
@@ -369,7 +377,7 @@ class DiffusionModel(nn.Module):
         update = self.transformer.update_context
         update(branch, **select_context(update, context))
         if reencode is not None:
-            arguments = (branch, self._held_chunks(cache), self._context_timestep())
+            arguments = (branch, self._held_chunks(cache), self._context_timestep)
             mode = {} if reencode == "chunks" else {"mode": reencode}
             self.transformer.rewrite_context(*arguments, **mode)
         if reencode is not None and pending_index is not None:
@@ -382,7 +390,7 @@ class DiffusionModel(nn.Module):
         chunks = self._held_chunks(cache)
         for branch in cache.branches:
             self.transformer.check_rewrite(branch, "chunks")
-            self.transformer.rewrite_context(branch, chunks, self._context_timestep())
+            self.transformer.rewrite_context(branch, chunks, self._context_timestep)
 
     def _held_chunks(self, cache: DiffusionCache) -> list[ContextChunk]:
         """The clean latents of the frames that the context holds."""
@@ -403,6 +411,7 @@ class DiffusionModel(nn.Module):
                 )
         return chunks
 
+    @cached_property
     def _context_timestep(self) -> Tensor:
         return torch.tensor(
             self.config.context_noise, dtype=self.scheduler.timesteps.dtype, device="cpu"
@@ -435,7 +444,7 @@ class DiffusionModel(nn.Module):
         self, autoregressive_index: int, cache: DiffusionCache
     ) -> Callable[[int], Tensor]:
         shape = self.transformer.latent_shape(cache.batch_size)
-        device = self.transformer.device
+        device = self._device
 
         def noise(denoising_step: int) -> Tensor:
             drawn = cache.noise(autoregressive_index, denoising_step, shape)

@@ -1,8 +1,8 @@
 """The transformer contract: a network and the rollout state that it reads and writes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +11,6 @@ from flashdreams.attention.backends import resolve_backend
 from flashdreams.attention.choose import AUTO, AttentionShape
 from flashdreams.attention.core import AttentionCore
 from flashdreams.infra.component import Component, ComponentConfig
-from flashdreams.infra.low_precision import (
-    LinearPrecision,
-    check_low_precision,
-    lower_precision,
-)
 from flashdreams.infra.ranges import check_range
 from flashdreams.runtime.checkpoint import parse_lora
 from flashdreams.runtime.cuda_graph import GraphedCallable
@@ -39,20 +34,15 @@ class TransformerConfig(ComponentConfig):
     latent_width: int = 104
     """Latent columns W."""
 
-    use_cuda_graph: bool = False
-    """Replay the network call as CUDA graphs, all captured at warm-up. On a CPU the call is always
-    eager."""
+    use_cuda_graph: bool = True
+    """Replay the network call as CUDA graphs, all captured at warm-up. A network that cannot be
+    captured runs eagerly, which one line says; on a CPU the call is always eager."""
 
     attention_backend: str = "auto"
     """Backend of the attention cores, by name. "auto" measures the candidates on a GPU at warm-up,
     on this rank's share of self-attention over the full window, and keeps the fastest that is
-    right; on a CPU and under --parallel.strict it is "sdpa"."""
-
-    linear_precision: LinearPrecision = "native"
-    """How the products with the blocks' weights are computed: ``"native"`` in ``dtype``; ``"fp8"``
-    in 8 bits with one scale per tensor, ``"fp8_rowwise"`` with one per token and per output
-    feature. The weights are rounded once, after loading. Needs a GPU with eight-bit products; a CPU
-    gives the same accuracy, slower."""
+    right; on a CPU it is "sdpa", and under --parallel.strict on a GPU the first of a fixed order
+    that gives the same bits for any number of heads and queries."""
 
     loras: tuple[str, ...] = ()
     """LoRAs to merge into the weights, in float32, while they are loaded: ``SOURCE`` or
@@ -65,11 +55,6 @@ class TransformerConfig(ComponentConfig):
         if self.attention_backend != AUTO:
             resolve_backend(self.attention_backend)
         check_range(self, "in_channels", "len_t", "latent_height", "latent_width")
-        if self.linear_precision not in get_args(LinearPrecision):
-            allowed = ", ".join(map(repr, get_args(LinearPrecision)))
-            raise ValueError(
-                f"linear_precision={self.linear_precision!r} is unknown; allowed is {allowed}."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +80,6 @@ class Transformer(Component):
     """
 
     config: TransformerConfig
-
-    def after_load(self) -> None:
-        """Quantize the weights where the config asks for it."""
-        super().after_load()
-        precision = self.config.linear_precision
-        lower_precision(self, self.parallel_plan(), precision, self.device)
 
     def latent_shape(self, batch_size: int) -> tuple[int, int, int, int, int]:
         """Shape ``(B, C, T, H, W)`` of one chunk of ``batch_size`` rollouts."""
@@ -243,13 +222,22 @@ class Transformer(Component):
             if isinstance(core, AttentionCore):
                 core.backend = backend
 
+    def bind_kv_splits(self, name: str, splits_of: Callable[[AttentionShape], int | None]) -> None:
+        """Fix the KV splits of cores that run a backend by name; others are left alone.
+
+        The default leaves all cores at one split.
+
+        Args:
+            name: the backend that was chosen.
+            splits_of: KV splits of a call of the whole model; None where the backend has none.
+        """
+
     def check_device(self, device: torch.device) -> None:
-        """Refuse a ``linear_precision`` or ``attention_backend`` that cannot run there.
+        """Refuse an ``attention_backend`` that cannot run there.
 
         Raises:
             ValueError: says what is missing, and what would run.
         """
-        check_low_precision(self, self.parallel_plan(), self.config.linear_precision, device)
         name, shape = self.config.attention_backend, self.attention_shape(1)
         if name == AUTO:
             return
@@ -259,6 +247,14 @@ class Transformer(Component):
                 f"attention_backend must stay {AUTO!r}; got {name!r}."
             )
         resolve_backend(name, device, self.dtype, shape.head_dim)
+
+    def resolved_choices(self) -> dict[str, Any]:
+        """What the config left open and this device decided, for the numerics fingerprint.
+
+        Returns:
+            JSON values by the name of the config's field.
+        """
+        return {}
 
     @property
     def needs_warm_up(self) -> bool:

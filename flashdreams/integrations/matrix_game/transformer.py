@@ -161,7 +161,8 @@ class MatrixGameTransformer(WanTransformer):
         All evict in step.
         """
         c, specs = self.config, super().cache_specs(batch_size)
-        sizes = {"num_heads": c.action_heads, "head_dim": c.action_head_dim}
+        sizes: dict[str, Any] = {"num_heads": c.action_heads, "head_dim": c.action_head_dim}
+        sizes["storage"] = c.kv_cache_dtype  # precision is for the large cache
         if c.mouse_dim is not None:
             specs[MOUSE_CACHE] = self.cache_spec(batch_size, **sizes)
         specs[KEYBOARD_CACHE] = self.cache_spec(batch_size, tokens_per_frame=1, **sizes)

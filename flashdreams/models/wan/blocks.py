@@ -5,7 +5,7 @@ checkpoints.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,13 @@ from flashdreams.attention.cache import KVCache
 from flashdreams.attention.core import AttentionCore
 from flashdreams.attention.rope import apply_rope
 from flashdreams.models.wan import fused
+from flashdreams.models.wan.matmuls import (
+    PackedLinears,
+    fuses_gelu,
+    linear_gelu,
+    pack_linears,
+    repack,
+)
 
 
 class BlockConfig(Protocol):
@@ -26,8 +33,6 @@ class BlockConfig(Protocol):
     """Inner width of the feed-forward layers."""
     eps: float
     """Added to variances."""
-    fused_kernels: bool
-    """Whether Triton kernels are used."""
     dtype: Any
     """Name of the type of the branches."""
     kv_cache_dtype: Any
@@ -120,13 +125,18 @@ def norm_rope(
 
 
 class SelfAttention(nn.Module):
-    """Self-attention of the tokens over the sink, the window and themselves."""
+    """Self-attention of the tokens over the sink, the window and themselves.
+
+    Once packed, one matmul computes queries, keys and values; ``q``, ``k`` and ``v`` keep their
+    parameters, as parts of one tensor.
+    """
 
     def __init__(self, dim: int, head_dim: int, eps: float) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.norm_rope: Callable[..., tuple[Tensor, Tensor]] = norm_rope
         self.writes_fused = False
+        self.packed: PackedLinears | None = None
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim)
         self.v = nn.Linear(dim, dim)
@@ -134,6 +144,27 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
         self.core = AttentionCore(head_dim)
+        self.register_load_state_dict_post_hook(repack)
+
+    def pack(self) -> None:
+        """Let one matmul compute queries, keys and values, if their layers are plain."""
+        self.packed = pack_linears((self.q, self.k, self.v))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "SelfAttention":
+        """Move or convert; what is packed is packed where the parameters are then."""
+        super()._apply(*args, **kwargs)
+        repack(self)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        repack(self)  # a copy's parameters are tensors of their own
+
+    def _project(self, x: Tensor) -> list[Tensor]:
+        """Queries, keys and values ``[B, L, N, D]``, views or not."""
+        packed = self.packed
+        projected = packed(x) if packed is not None else (self.q(x), self.k(x), self.v(x))
+        return [y.unflatten(-1, (-1, self.head_dim)) for y in projected]
 
     def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None) -> Tensor:
         """Attend.
@@ -143,7 +174,9 @@ class SelfAttention(nn.Module):
             rope: ``[L, D/2, 2]``.
             cache: of this block; None attends to ``x`` alone.
         """
-        q, k, v = (y(x).unflatten(-1, (-1, self.head_dim)) for y in (self.q, self.k, self.v))
+        q, k, v = self._project(x)
+        if cache is not None and cache.scales is not None:
+            return self.o(self._attend_fp8(q, k, v, rope, cache).flatten(2))
         if cache is not None and self.writes_fused:
             q = fused.norm_rope_write(q, k, v, self.norm_q, self.norm_k, rope, cache)
             k, v, cache = *cache.visible(), None  # written already: the core attends to these
@@ -151,11 +184,31 @@ class SelfAttention(nn.Module):
             q, k = self.norm_rope(q, k, self.norm_q, self.norm_k, rope)
         return self.o(self.core(q, k, v, cache).flatten(2))
 
+    def _attend_fp8(self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor, cache: KVCache) -> Tensor:
+        """Norm, rotate, quantize and attend; ``[B, L, N, D]`` each.
+
+        While the scales are not fixed the core quantizes. Later it gets e4m3 numbers, so that
+        ranks exchange no more than these.
+        """
+        norms = self.norm_q, self.norm_k
+        if not cache.quantizes_early:
+            return self.core(*self.norm_rope(q, k, *norms, rope), v, cache)
+        if self.writes_fused:
+            q = fused.norm_rope_write(q, k, v, *norms, rope, cache)
+            return self.core.attend_stored(q, cache)
+        if self.norm_rope is fused.norm_rope:
+            return self.core(*fused.norm_rope_quantize(q, k, v, *norms, rope, cache), cache)
+        q, k = self.norm_rope(q, k, *norms, rope)
+        return self.core(*cache.quantize(q, k, v), cache)
+
     def write(self, x: Tensor, rope: Tensor, cache: KVCache) -> None:
         """Leave the keys and values of one chunk in the cache; arguments as in ``forward``."""
         heads = (-1, self.head_dim)
-        k = apply_rope(self.norm_k(self.k(x)).unflatten(-1, heads), rope)
-        self.core.write(k, self.v(x).unflatten(-1, heads), cache)
+        k, v = self.packed.last(2)(x) if self.packed is not None else (self.k(x), self.v(x))
+        k, v = apply_rope(self.norm_k(k).unflatten(-1, heads), rope), v.unflatten(-1, heads)
+        if cache.quantizes_early:
+            _, k, v = cache.quantize(None, k, v)
+        self.core.write(k, v, cache)
 
 
 class CrossAttention(nn.Module):
@@ -226,12 +279,19 @@ class WanBlock(nn.Module):
             nn.Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(c.ffn_dim, c.dim)
         )
         self.modulation = new_modulation(6, c.dim)
+        self.fuses_gelu = False
 
-    def select_implementations(self) -> None:
-        """Choose how the block computes; called once, after ranks have taken their parts of it."""
-        if not self.config.fused_kernels:
+    def select_implementations(self, fused_kernels: bool) -> None:
+        """Choose how the block computes; called once, after ranks have taken their parts of it.
+
+        Args:
+            fused_kernels: whether small operations run as Triton kernels.
+        """
+        if not fused_kernels:
             return
         attention = self.self_attn
+        attention.pack()
+        self.fuses_gelu = fuses_gelu(self.ffn[0], self.ffn[1])
         self.modulated_norm, self.gated_sum = fused.modulated_norm, fused.gated_sum
         # Under tensor parallelism the norm contains an all-reduce and stays unfused.
         if isinstance(attention.norm_q, RMSNorm):
@@ -267,7 +327,13 @@ class WanBlock(nn.Module):
         x = x + self.cross_attn(self.norm3(x).to(self.branch_dtype), context)
         x = self.inject_late(x, control)
         y = self.modulated_norm(x, e[3], e[4], self.eps, self.branch_dtype)
-        return self.gated_sum(x, self.ffn(y), e[5])
+        return self.gated_sum(x, self.feed_forward(y), e[5])
+
+    def feed_forward(self, y: Tensor) -> Tensor:
+        """``ffn``, with GELU in the epilogue of its first matmul where that is possible."""
+        if not self.fuses_gelu:
+            return self.ffn(y)
+        return self.ffn[2](linear_gelu(cast(nn.Linear, self.ffn[0]), y))
 
     def write(
         self,

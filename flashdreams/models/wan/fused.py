@@ -4,7 +4,12 @@ from typing import Protocol
 
 import torch
 from flashdreams_kernels.adaln import gate_residual, layer_norm_modulate
-from flashdreams_kernels.rope_qknorm import qk_norm_rope, qk_norm_rope_write
+from flashdreams_kernels.rope_qknorm import (
+    qk_norm_rope,
+    qk_norm_rope_quantize,
+    qk_norm_rope_write,
+    qk_norm_rope_write_fp8,
+)
 from torch import Tensor
 
 from flashdreams.attention.backends import why_unusable
@@ -50,9 +55,30 @@ def norm_rope_write(
     rope: Tensor,
     cache: KVCache,
 ) -> Tensor:
-    """``norm_rope``, and the write of keys and values into the cache; returns the queries."""
-    where = cache.k, cache.v, cache.cursor.slots
-    return qk_norm_rope_write(q, k, v, norm_q.weight, norm_k.weight, rope, norm_q.eps, *where)
+    """``norm_rope``, and the write of keys and values into the cache; returns the queries.
+
+    For an fp8 cache with fixed scales the queries are e4m3, too.
+    """
+    norm = norm_q.weight, norm_k.weight, rope, norm_q.eps
+    slots, scales = cache.cursor.slots, cache.scales
+    if scales is None:
+        return qk_norm_rope_write(q, k, v, *norm, cache.k, cache.v, slots)
+    where = cache.k.values, cache.v.values, slots
+    return qk_norm_rope_write_fp8(q, k, v, *norm, *where, scales[..., 0])
+
+
+def norm_rope_quantize(
+    q: Tensor, k: Tensor, v: Tensor, norm_q: Norm, norm_k: Norm, rope: Tensor, cache: KVCache
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``norm_rope``, and all three in e4m3 by the scales of the cache."""
+    assert cache.scales is not None
+    norm = norm_q.weight, norm_k.weight, rope, norm_q.eps
+    return qk_norm_rope_quantize(q, k, v, *norm, cache.scales[..., 0])
+
+
+def can_fuse_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels run on a GPU; never on a CPU, where an interpreter stands in for one."""
+    return device.type == "cuda" and why_unusable("triton", device, dtype) is None
 
 
 def check_fused_kernels(device: torch.device, dtype: torch.dtype) -> None:

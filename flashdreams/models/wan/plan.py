@@ -31,12 +31,4 @@ def wan_plan(*, image: bool, control: bool) -> ParallelPlan:
         split=split,
         gather={"head": 1},
         attention=("blocks.*.self_attn.core",),
-        low_precision=tuple(
-            f"blocks.*.{name}"
-            for name in (
-                *("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"),
-                *("cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o"),
-                *("ffn.0", "ffn.2"),
-            )
-        ),
     )

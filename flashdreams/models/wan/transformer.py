@@ -28,7 +28,7 @@ from flashdreams.models.wan.blocks import (
     modulation_rows,
     timestep_embedding,
 )
-from flashdreams.models.wan.fused import check_fused_kernels
+from flashdreams.models.wan.fused import can_fuse_kernels, check_fused_kernels
 from flashdreams.models.wan.keys import WAN_KEY_MAPS
 from flashdreams.models.wan.plan import wan_plan
 from flashdreams.parallel.plan import ParallelPlan, glob_pattern, state
@@ -79,9 +79,10 @@ class WanTransformerConfig(CausalTransformerConfig):
     """Type of the sum that runs through the blocks, of the norms and modulations applied to it, of
     the time embedding and of the head, parameters included. None is ``dtype``; "float32" beside a
     16-bit ``dtype`` is the arithmetic of a float32 network under autocast."""
-    fused_kernels: bool = False
+    fused_kernels: bool | None = None
     """Run modulated norms, gated sums, and norm, rotation and cache write of queries and keys as
-    Triton kernels. Needs CUDA (for tests, TRITON_INTERPRET=1)."""
+    Triton kernels. None is yes on a GPU for which Triton is installed, and no elsewhere; True is
+    refused where they cannot run (for tests, TRITON_INTERPRET=1 interprets them on a CPU)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,11 +166,22 @@ class WanTransformer(CausalTransformer):
         if self.config.fused_kernels:
             check_fused_kernels(device, self.dtype)
 
+    @property
+    def uses_fused_kernels(self) -> bool:
+        """Whether the blocks run as Triton kernels on the device of the weights."""
+        asked = self.config.fused_kernels
+        return can_fuse_kernels(self.device, self.dtype) if asked is None else asked
+
     def after_load(self) -> None:
         """Choose how the blocks compute, too; see the contract."""
         super().after_load()
+        fused_kernels = self.uses_fused_kernels
         for block in self.blocks:
-            block.select_implementations()
+            block.select_implementations(fused_kernels)
+
+    def resolved_choices(self) -> dict[str, Any]:
+        """See the contract."""
+        return {**super().resolved_choices(), "fused_kernels": self.uses_fused_kernels}
 
     def parallel_plan(self) -> ParallelPlan:
         """Where the network may be cut."""

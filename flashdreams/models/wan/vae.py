@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,14 @@ from flashdreams.infra.decoder.base import StreamingDecoder, StreamingDecoderCon
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
 from flashdreams.infra.ranges import check_range
 from flashdreams.models.carried_frames import CarriedFrames
+from flashdreams.models.decoder_forms import (
+    PLAIN,
+    DecoderForms,
+    forms_for,
+    frames_at_once,
+    select_forms,
+    tuned,
+)
 from flashdreams.models.wan.keys import VAE_DIFFUSERS_KEYS
 from flashdreams.models.wan.vae_blocks import (
     CausalConv3d,
@@ -27,6 +35,7 @@ from flashdreams.models.wan.vae_blocks import (
     RMSNorm,
     Upsample,
     name_slots,
+    run_head,
 )
 from flashdreams.parallel.plan import ParallelPlan
 
@@ -125,7 +134,7 @@ class WanVAEDecoderNetwork(nn.Module):
         x = self.middle(self.conv1(z, carried), carried)
         for layer in self.upsamples:
             x = layer(x, carried)
-        x = self.head["2"](F.silu(self.head["0"](x), inplace=True), carried)
+        x = run_head(self.head, x, carried)
         carried.position += z.shape[2]
         return x
 
@@ -168,14 +177,15 @@ class WanVAEDecoderConfig(WanVAEConfig, StreamingDecoderConfig):
 
     _target: type["WanVAEDecoder"] = field(default_factory=lambda: WanVAEDecoder)
 
-    decode_frames_at_once: int | None = 1
+    decode_frames_at_once: int | Literal["auto"] | None = "auto"
     """Latent frames per pass of the network. 1: the same bits however latents are cut into chunks;
-    more means fewer calls, which is faster where frames are small, equal up to rounding, and needs
-    memory in proportion. 0 or None: the whole chunk."""
+    more means fewer calls, which is faster on a GPU, equal up to rounding, and needs memory in
+    proportion. 0 or None: the whole chunk. ``auto``: 1 on a CPU, up to 4 on a GPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, "decode_frames_at_once", least=0)
+        if self.decode_frames_at_once != "auto":
+            check_range(self, "decode_frames_at_once", least=0)
 
 
 class WanVAEDecoder(StreamingDecoder):
@@ -189,8 +199,23 @@ class WanVAEDecoder(StreamingDecoder):
         super().__init__(config)
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
         self.decoder = self.network_class(config)
+        self.forms = PLAIN
         name_slots(self)
         self.to(self.dtype)
+
+    def after_load(self) -> None:
+        """Choose the forms of the layers for the device."""
+        super().after_load()
+        self.take_forms(forms_for(self.device, self.dtype))
+
+    def take_forms(self, forms: DecoderForms) -> None:
+        """Compute every layer in the form asked for; the weights are in place.
+
+        No CUDA graph is captured: at this decoder's sizes a kernel runs for a millisecond, so there
+        is nothing to gain, and the graph's pool would hold GiBs of activations.
+        """
+        self.forms = forms
+        select_forms(self, forms)
 
     def initialize_cache(self) -> CarriedFrames:
         """State of a new rollout."""
@@ -221,15 +246,22 @@ class WanVAEDecoder(StreamingDecoder):
         check_latent(latent, self.config.z_dim)
         carried = self.initialize_cache() if cache is None else cache
         carried.begin_chunk(autoregressive_index)
+        video = self.decode(latent, carried)
+        carried.chunks += 1
+        return video
+
+    def decode(self, latent: Tensor, carried: CarriedFrames) -> Tensor:
+        """The arithmetic of ``forward``, of any chunk after what ``carried`` has seen."""
         z = denormalise(latent, self.config.latent_mean, self.config.latent_std)
         z = channels_innermost(z, self.device, self.dtype)
         video = self._new_video(z, carried)
         start = 0
-        for part in z.split(self.config.decode_frames_at_once or z.shape[2], dim=2):
-            frames = self.decoder(self.conv2(part, carried), carried).transpose(1, 2)
-            video[:, start : start + frames.shape[1]] = frames
-            start += frames.shape[1]
-        carried.chunks += 1
+        count = frames_at_once(self.config.decode_frames_at_once, self.device, z.shape[2])
+        with tuned(self.forms, self.dtype):
+            for part in z.split(count, dim=2):
+                frames = self.decoder(self.conv2(part, carried), carried).transpose(1, 2)
+                video[:, start : start + frames.shape[1]] = frames
+                start += frames.shape[1]
         return video.clamp_(-1, 1)
 
     def parallel_plan(self) -> ParallelPlan:

@@ -26,6 +26,7 @@ from flashdreams.models.wan.vae_blocks import (
     ResidualBlock,
     RMSNorm,
     Upsample,
+    run_head,
 )
 from flashdreams.parallel.plan import ParallelPlan
 
@@ -204,7 +205,7 @@ class WanVAE22DecoderNetwork(nn.Module):
         x = self.middle(self.conv1(z, carried), carried)
         for level in self.upsamples:
             x = level(x, carried)
-        x = self.head["2"](F.silu(self.head["0"](x), inplace=True), carried)
+        x = run_head(self.head, x, carried)
         carried.position += z.shape[2]
         return unpatch_pixels(x)
 

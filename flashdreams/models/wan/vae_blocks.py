@@ -3,11 +3,21 @@
 # Shapes: B batch, C channels, T frames at the layer's own rate, H W rows and columns.
 # Activations are [B, C, T, H, W]; layers that see single frames fold T into the batch.
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashdreams.models.carried_frames import CarriedFrames, memory_format
+from flashdreams.models.decoder_forms import (
+    PLAIN,
+    DecoderForms,
+    UpsampledConv2d,
+    by_pixel,
+    padded_channels,
+    pointwise_ops,
+)
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 
@@ -34,6 +44,8 @@ class CausalConv3d(nn.Module):
         self.padding = (0, kernel_size[1] // 2, kernel_size[2] // 2)
         self.carried_frames = kernel_size[0] - time_stride
         self.slot = ""
+        self.forms = PLAIN
+        self.padded: tuple[Tensor, Tensor] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -41,6 +53,14 @@ class CausalConv3d(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         bound = self.weight[0].numel() ** -0.5
         nn.init.uniform_(self.bias, -bound, bound)
+
+    def take_form(self, forms: DecoderForms) -> None:
+        """See `flashdreams.models.decoder_forms.select_forms`."""
+        self.forms, self.padded = forms, None
+        if self.weight.shape[0] % forms.head_channels:
+            weight = padded_channels(self.weight, forms.head_channels)
+            weight = weight.contiguous(memory_format=torch.channels_last_3d)
+            self.padded = weight, padded_channels(self.bias, forms.head_channels)
 
     def forward(self, x: Tensor, carried: CarriedFrames) -> Tensor:
         """Convolve ``[B, C, T, H, W]`` as the continuation of what ``carried`` has seen."""
@@ -56,15 +76,20 @@ class CausalConv3d(nn.Module):
         batch, channels, _, height, width = x.shape
         return carried.slot(self.slot, (batch, channels, self.carried_frames, height, width), x)
 
-    def convolve(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor, with_bias: bool = True) -> Tensor:
         """Convolve without left context, with zeros of ``padding`` around every frame."""
+        if self.padded is not None:
+            weight, padded_bias = self.padded
+            y = F.conv3d(x, weight, padded_bias if with_bias else None, self.stride, self.padding)
+            return y[:, : self.weight.shape[0]]
+        bias = self.bias if with_bias else None
         if x.device.type == "cpu" and x.dtype == torch.float32 and _ONEDNN:
             # torch 2.13 takes its own kernel for float32 below 20480 rows of one clip, which is 2
             # to 14 times slower at 16 to 128 channels; remove this when F.conv3d no longer does.
             return torch.ops.aten.mkldnn_convolution(
-                x, self.weight, self.bias, self.padding, self.stride, (1, 1, 1), 1
+                x, self.weight, bias, self.padding, self.stride, (1, 1, 1), 1
             )
-        return F.conv3d(x, self.weight, self.bias, self.stride, self.padding)
+        return F.conv3d(x, self.weight, bias, self.stride, self.padding)
 
 
 class RMSNorm(nn.Module):
@@ -102,11 +127,69 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, carried: CarriedFrames) -> Tensor:
         """Add the residual to ``x``: ``[B, C, T, H, W]`` to ``[B, C', T, H, W]``."""
-        layers = self.residual
+        layers: Any = self.residual
+        if layers["2"].forms.pointwise != "plain":
+            return self._fused(x, carried)
         shortcut = x if self.shortcut is None else self.shortcut(x, carried)
         x = layers["2"](F.silu(layers["0"](x), inplace=True), carried)
         x = layers["6"](F.silu(layers["3"](x), inplace=True), carried)
         return x.add_(shortcut)
+
+    def _fused(self, x: Tensor, carried: CarriedFrames) -> Tensor:
+        """The same with biases added by the passes that read the convolutions' results."""
+        layers: Any = self.residual
+        first, second = layers["2"], layers["6"]
+        bias, shortcut = second.bias, x
+        if isinstance(self.shortcut, CausalConv3d):
+            shortcut = self.shortcut.convolve(x, with_bias=False)
+            bias = bias + self.shortcut.bias
+        y = first.convolve(normed_input(layers["0"], first, x, carried), with_bias=False)
+        joined = normed_input(layers["3"], second, y, carried, first.bias)
+        cells = by_pixel(second.convolve(joined, with_bias=False))
+        rows, residual = cells.flatten(0, 3), by_pixel(shortcut).flatten(0, 3)
+        pointwise_ops(first.forms).add_(rows, bias, residual)
+        return cells.movedim(-1, 1)
+
+
+def run_head(head: Any, x: Tensor, carried: CarriedFrames) -> Tensor:
+    """Norm, SiLU and causal convolution of ``[B, C, T, H, W]``: ``"0"`` and ``"2"`` of ``head``."""
+    norm, conv = head["0"], head["2"]
+    if conv.forms.pointwise == "plain":
+        return conv(F.silu(norm(x), inplace=True), carried)
+    return conv.convolve(normed_input(norm, conv, x, carried))
+
+
+def normed_input(
+    norm: RMSNorm,
+    conv: CausalConv3d,
+    x: Tensor,
+    carried: CarriedFrames,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Norm and SiLU of ``x + bias``, written behind the carried frames of ``conv``.
+
+    Args:
+        norm: gives the gains.
+        conv: its carried frames are replaced by the last ones of the result.
+        x: ``[B, C, T, H, W]``.
+        carried: this rollout's state.
+        bias: C values; None adds nothing.
+
+    Returns:
+        ``[B, C, carried + T, H, W]``, what ``conv.convolve`` takes.
+    """
+    cells, context = by_pixel(x), conv.reserve(x, carried)
+    batch, frames, *size = cells.shape
+    lead = context.shape[2]
+    joined = torch.empty((batch, lead + frames, *size), dtype=x.dtype, device=x.device)
+    result = joined.movedim(-1, 1)
+    result[:, :, :lead] = context
+    least = max(1e-12, torch.finfo(x.dtype).tiny)
+    rows, out = cells.flatten(1, 3), joined[:, lead:].flatten(1, 3)
+    ops = pointwise_ops(conv.forms)
+    ops.norm_silu(rows, norm.gamma.flatten(), norm.scale, least, out, bias)
+    context.copy_(result[:, :, -lead:])
+    return result
 
 
 class FrameAttention(nn.Module):
@@ -159,7 +242,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, temporal: bool) -> None:
         super().__init__()
-        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, out_channels, 3, padding=1)})
+        self.resample = nn.ModuleDict({"1": UpsampledConv2d(channels, out_channels)})
         self.time_conv: CausalConv3d | None = None
         if temporal:
             self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1))
@@ -169,8 +252,7 @@ class Upsample(nn.Module):
         batch = x.shape[0]
         if self.time_conv is not None:
             x = self._double_frames(self.time_conv, x, carried)
-        frames = F.interpolate(fold_frames(x), scale_factor=2.0, mode="nearest-exact")
-        return unfold_frames(self.resample["1"](frames), batch)
+        return unfold_frames(self.resample["1"](fold_frames(x)), batch)
 
     def _double_frames(self, conv: CausalConv3d, x: Tensor, carried: CarriedFrames) -> Tensor:
         if carried.position > 0:

@@ -106,6 +106,14 @@ class Accounts:
             session = Session(id, feed, config_of(SessionStart(type="session.start"), host.offer))
         return session
 
+    async def reap(self) -> None:
+        """Let go of what nobody comes back for, again and again."""
+        while True:
+            await asyncio.sleep(self.settings.reap_s)
+            self.forget_ended()
+            for session in self.sessions.values():
+                session.feed.let_go()
+
     def forget_ended(self) -> None:
         """Let go of sessions that have ended while nobody was listening."""
         ended = [

@@ -43,9 +43,10 @@ def create_app(host: Host | Gate, settings: WebSettings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        reaper = asyncio.create_task(app.state.steppers.reap())
+        reapers = [asyncio.create_task(each.reap()) for each in (app.state.steppers, accounts)]
         yield
-        reaper.cancel()
+        for reaper in reapers:
+            reaper.cancel()
 
     app = FastAPI(
         title="flashdreams",
@@ -107,10 +108,12 @@ def _add_socket(app: FastAPI, accounts: Accounts, guard: Guard) -> None:
         await socket.accept()
         conversation = Conversation(socket, accounts)
         conversations.add(conversation)
+        accounts.metrics.sockets.set(len(conversations))
         try:
             await conversation.run(guard)
         finally:
             conversations.discard(conversation)
+            accounts.metrics.sockets.set(len(conversations))
 
 
 def _add_page(app: FastAPI, settings: WebSettings) -> None:

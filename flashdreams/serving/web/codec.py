@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from flashdreams.serving.web.fragments import TIMESCALE, avcc_of, avcc_sample, codec_name, fragment
+from flashdreams.serving.fragments import TIMESCALE, avcc_of, avcc_sample, codec_name, fragment
 
 Format = Literal["m4s", "jpeg"]
 EncoderName = Literal["auto", "libx264", "h264_nvenc"]

@@ -18,6 +18,8 @@ from flashdreams.serving.web.outlet import Outlet
 from flashdreams.serving.web.playout import Playout
 from flashdreams.serving.web.settings import WebSettings
 
+STALE_PICTURES = 2
+"""So many older pictures may always be shown before the answer to an event."""
 LATENCIES = 512
 """Receipts of key-to-photon times whose percentiles are shown."""
 
@@ -74,11 +76,13 @@ class Feed(Listener):
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._playout = Playout(offer.fps)
+        self._bearable_s = max(settings.stale_s, STALE_PICTURES * self._playout.period)
         self._pending: deque[Picture] = deque()
         self._kept: deque[Picture] = deque()
         self._epoch = 0
         self._hurry = False
         self._position = 0
+        self._alone_since = time.monotonic()
         self._encoding = 0
         self._news: deque[_News] = deque()
         """Of events, for the first picture that leaves from a frame on."""
@@ -107,7 +111,7 @@ class Feed(Listener):
                 self._epoch = chunk.epoch
                 self._kept.clear()
                 self._forget_pending()
-            elif events.applied and self._delay() > self.settings.stale_s:
+            elif events.applied and self._delay() > self._bearable_s:
                 self._forget_pending()
             self._hurry = False
             stop = chunk.first_frame + len(pixels)
@@ -275,8 +279,16 @@ class Feed(Listener):
             if self.outlet is not outlet:
                 return False
             self.outlet = None
+            self._alone_since = time.monotonic()
             self._changed.notify_all()
             return True
+
+    def let_go(self) -> None:
+        """Forget pictures that were shown or not, if no socket has come for long."""
+        with self._lock:
+            alone_s = time.monotonic() - self._alone_since
+            if self.outlet is None and alone_s > self.settings.keep_detached_s:
+                self._kept.clear()
 
     def go_back(self, frame: int) -> int | None:
         """Let the pictures from this one on wait again, as far as they are kept.

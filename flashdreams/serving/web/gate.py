@@ -33,6 +33,7 @@ class Gate:
 
     @phase.setter
     def phase(self, phase: Phase) -> None:
+        """Say what it does; draining ends all conversations."""
         if phase not in get_args(Phase):
             raise ValueError(f"Unknown phase {phase!r}; allowed: {', '.join(get_args(Phase))}.")
         self._phase, self.since = phase, time.monotonic()

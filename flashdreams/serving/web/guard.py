@@ -114,8 +114,8 @@ class GuardedApp:
             if refusal is not None:
                 await _answer(send, *refusal)
                 return
-            receive = _bounded(receive, self._guard.settings.max_socket_bytes)
-            send = _with_headers(send)
+            request = _Request(receive, send, self._guard.settings.max_socket_bytes)
+            receive, send = request.receive, request.send
         await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
@@ -155,27 +155,27 @@ def _host_name(host: str) -> str:
     return (urllib.parse.urlsplit(f"//{host}").hostname or "") if host else ""
 
 
-def _bounded(receive: Receive, limit: int) -> Receive:
-    size = 0
+class _Request:
+    """The body of a request within its bound, and the headers of its answer."""
 
-    async def bounded() -> MutableMapping[str, Any]:
-        nonlocal size
-        message = await receive()
-        size += len(message.get("body", b""))
-        if size > limit:
-            raise TooLarge(f"At most {limit:,} bytes are taken.")
+    def __init__(self, receive: Receive, send: Send, limit: int) -> None:
+        self._receive, self._send, self._limit = receive, send, limit
+        self._size = 0
+
+    async def receive(self) -> MutableMapping[str, Any]:
+        message = await self._receive()
+        self._size += len(message.get("body", b""))
+        if self._size > self._limit:
+            raise TooLarge(f"At most {self._limit:,} bytes are taken.")
         return message
 
-    return bounded
-
-
-def _with_headers(send: Send) -> Send:
-    async def with_headers(message: MutableMapping[str, Any]) -> None:
+    async def send(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             message["headers"] = [*message.get("headers", []), *_HEADERS]
-        await send(message)
-
-    return with_headers
+            if self._size > self._limit:  # what is still to come is not read
+                message["status"] = 413
+                message["headers"].append((b"connection", b"close"))
+        await self._send(message)
 
 
 async def _answer(send: Send, status: int, text: str) -> None:

@@ -1,9 +1,11 @@
 """What Prometheus is told."""
 
+import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -14,6 +16,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _STAGES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _LATENCIES = (0.02, 0.04, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 5.0)
 _JITTER = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+RECENT = 1024
+"""Key-to-photon times whose quantiles are shown."""
 _PHASES = ("loading", "warming", "ready", "draining", "failed")
 
 
@@ -48,7 +52,9 @@ class Metrics:
             "key_to_photon", "From an event to its first picture, as clients report.", _LATENCIES
         )
         self._client_drops = counter("client_dropped_frames", "Pictures that clients left out.")
-        self.registry.register(_Loop(gate))
+        self._recent: deque[float] = deque(maxlen=RECENT)
+        self.sockets = Gauge("flashdreams_sockets", "Open WebSockets.", registry=self.registry)
+        self.registry.register(_Loop(gate, self._recent))
 
     def chunk(self, stage_ms: Mapping[str, float]) -> None:
         """An AR step has given its pictures."""
@@ -78,6 +84,7 @@ class Metrics:
         """A client has sent a receipt."""
         for milliseconds in latencies_ms:
             self._photons.observe(milliseconds / 1e3)
+        self._recent.extend(milliseconds / 1e3 for milliseconds in latencies_ms)
         self._client_drops.inc(dropped)
 
     def message(self, type: str) -> None:
@@ -92,6 +99,10 @@ class Metrics:
         """A context that times the encoding of a picture."""
         return self._encode.time()
 
+    def value(self, name: str, **labels: str) -> float:
+        """A counter; 0 before it has counted anything."""
+        return self.registry.get_sample_value(f"flashdreams_{name}_total", labels) or 0.0
+
     def text(self) -> bytes:
         """All figures in Prometheus' text format."""
         return generate_latest(self.registry)
@@ -100,10 +111,17 @@ class Metrics:
 class _Loop(Collector):
     """Figures that the loop is asked for when they are read."""
 
-    def __init__(self, gate: Gate) -> None:
-        self._gate = gate
+    def __init__(self, gate: Gate, recent: deque[float]) -> None:
+        self._gate, self._recent = gate, recent
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
+        recent = sorted(self._recent.copy())
+        text = "Of the last key-to-photon times that clients have reported."
+        name = "flashdreams_key_to_photon_recent_seconds"
+        quantiles = GaugeMetricFamily(name, text, labels=["quantile"])
+        for share in (0.5, 0.99) if recent else ():
+            quantiles.add_metric([str(share)], recent[math.ceil(share * len(recent)) - 1])
+        yield quantiles
         phase = GaugeMetricFamily("flashdreams_phase", "1 for the present phase.", labels=["phase"])
         for name in _PHASES:
             phase.add_metric([name], float(name == self._gate.phase))
@@ -116,7 +134,10 @@ class _Loop(Collector):
         figures, fps = host.figures(), host.offer.fps
         gauge: Callable[..., GaugeMetricFamily] = GaugeMetricFamily
         yield gauge("flashdreams_sessions", "Sessions with a place.", figures.sessions)
+        yield gauge("flashdreams_places", "Sessions that may take turns.", figures.places)
         yield gauge("flashdreams_queue_length", "Sessions that wait.", figures.queued)
+        yield gauge("flashdreams_parked_sessions", "Sessions without a place.", figures.parked)
+        yield gauge("flashdreams_parked_bytes", "Host memory of those.", figures.parked_bytes)
         yield gauge(
             "flashdreams_frames_per_second",
             "Pictures made a second, over the last seconds.",

@@ -10,10 +10,13 @@ import uvicorn
 from flashdreams.serving.interface import Host
 from flashdreams.serving.web.app import create_app
 from flashdreams.serving.web.gate import Gate, Phase
+from flashdreams.serving.web.metrics import Metrics
 from flashdreams.serving.web.settings import WebSettings
 
 START_S = 30.0
 STOP_S = 10.0
+LINGER_S = 20
+"""After which the kernel cuts a client that reads nothing, also one that was told so."""
 UNSENT_BYTES = 16 * 2**10
 """What the kernel may hold of a socket beside what is on its way: the rest waits where it can be
 left out."""
@@ -41,12 +44,19 @@ class WebServer:
         self._listening = threading.Event()
 
     @property
+    def metrics(self) -> Metrics:
+        """Of this server."""
+        metrics: Metrics = self._app.state.accounts.metrics
+        return metrics
+
+    @property
     def phase(self) -> Phase:
         """What clients are told while there is no loop: loading or warming."""
         return self.gate.phase
 
     @phase.setter
     def phase(self, phase: Phase) -> None:
+        """Say what the server does."""
         self.gate.phase = phase
 
     @property
@@ -129,8 +139,11 @@ def _listen(settings: WebSettings) -> socket.socket:
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # sockets that are accepted have it too
+        # Sockets that are accepted have these too.
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LINGER_S * 1000)
         listening.bind((host, port))
         listening.listen(128)
     except OSError as error:

@@ -32,7 +32,6 @@ from flashdreams.serving.web.images import image_of
 from flashdreams.serving.web.messages import check_values
 from flashdreams.serving.web.stepper import Ended, Stepper
 
-REAP_S = 5.0
 _STATUS = {
     "bad_message": 422,
     "not_allowed": 422,
@@ -280,7 +279,7 @@ class Steppers:
     async def reap(self) -> None:
         """Close what nobody asks for any more, again and again."""
         while True:
-            await asyncio.sleep(REAP_S)
+            await asyncio.sleep(self.accounts.settings.reap_s)
             host, idle_s = self.accounts.gate.host, self.accounts.settings.idle_s
             now = time.monotonic()
             for id, (stepper, _) in list(self.sessions.items()):

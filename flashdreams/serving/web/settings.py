@@ -36,8 +36,10 @@ class WebSettings:
     """Seconds of pictures that may be sent without a receipt, to clients that send receipts."""
     keep_s: float = 10.0
     """Seconds of pictures without a receipt that are kept for a reconnect."""
-    keep_bytes: int = 128 * 2**20
+    keep_bytes: int = 64 * 2**20
     """Bytes of such pictures of one session."""
+    keep_detached_s: float = 120.0
+    """Seconds without a socket after which these are let go; the session itself may wait longer."""
     stale_s: float = 0.1
     """Older pictures are left out if they would delay the answer to an event for longer."""
     messages_per_s: float = 200.0
@@ -52,6 +54,8 @@ class WebSettings:
     """Sockets at a time, whether they have a session or not."""
     idle_s: float = 600.0
     """Seconds without a request after which a step-driven session is closed."""
+    reap_s: float = 5.0
+    """Seconds between two looks for what is to be let go."""
     step_s: float = 120.0
     """Seconds that a request for one AR step may take."""
 

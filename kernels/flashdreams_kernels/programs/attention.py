@@ -103,7 +103,7 @@ def write_attention(
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_heads"])
 def attend(
-    q, k, v, out, lse, visible,
+    q, k, v, k_blocks, v_blocks, out, lse, visible,
     num_queries, num_keys, num_heads, scale_log2,
     q_stride_b, q_stride_l, q_stride_n,
     k_stride_b, k_stride_s, k_stride_n,
@@ -112,12 +112,14 @@ def attend(
     lse_stride_s, lse_stride_b, lse_stride_l, lse_stride_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
     HAS_VISIBLE: tl.constexpr, WRITE_LSE: tl.constexpr, LSE_UNIT: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, IN_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries against one share of the keys.
 
     Grid ``(tiles of queries, splits, B * N)``. ``visible`` points at the number of visible keys;
-    its share of them is worked out here, so that a captured launch fits any number.
+    its share of them is worked out here, so that a captured launch fits any number. With
+    ``IN_BLOCKS`` whole blocks are read through descriptors of ``[B, S, N * D]``; the last one,
+    which a mask keeps from reading beyond the visible keys, never is.
     """
     split = tl.program_id(1)
     batch = (tl.program_id(2) // num_heads).to(tl.int64)
@@ -144,11 +146,20 @@ def attend(
     row_max = tl.full([BLOCK_L], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_L], dtype=tl.float32)
     for start in range(first, whole, BLOCK_S):
+        if IN_BLOCKS:
+            place = [batch.to(tl.int32), start, head.to(tl.int32) * HEAD_DIM]
+            keys_tile = tl.reshape(k_blocks.load(place), [BLOCK_S, BLOCK_D])
+            values_tile = tl.reshape(v_blocks.load(place), [BLOCK_S, BLOCK_D])
+        else:
+            keys_tile = load_keys(
+                k + start * k_stride_s + k_tile, 0, columns, dims, HEAD_DIM, BLOCK_D, False
+            )
+            values_tile = load_keys(
+                v + start * v_stride_s + v_tile, 0, columns, dims, HEAD_DIM, BLOCK_D, False
+            )
         acc, row_max, row_sum = attend_tile(
-            q_tile,
-            load_keys(k + start * k_stride_s + k_tile, 0, columns, dims, HEAD_DIM, BLOCK_D, False),
-            load_keys(v + start * v_stride_s + v_tile, 0, columns, dims, HEAD_DIM, BLOCK_D, False),
-            acc, row_max, row_sum, scale_log2, columns, False, UPCAST, PRECISION,
+            q_tile, keys_tile, values_tile, acc, row_max, row_sum, scale_log2, columns,
+            False, UPCAST, PRECISION,
         )  # fmt: skip
     if whole < last:
         left = last - whole

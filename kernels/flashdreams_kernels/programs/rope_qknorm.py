@@ -49,10 +49,27 @@ def normalise_and_rotate(
     return rotate(scaled.to(tl.float32), turn, BLOCK_N, BLOCK_D).to(dtype)
 
 
+@triton.jit
+def quantize(values, scales, heads, num_heads, INTERPRETED: tl.constexpr):
+    """``values / scale`` in e4m3, to nearest, ties to even; a power of two as scale per head."""
+    exponents = tl.load(scales + heads, mask=heads < num_heads, other=1.0).to(
+        tl.int32, bitcast=True
+    )
+    inverse = (0x7F000000 - exponents).to(tl.float32, bitcast=True)
+    scaled = values.to(tl.float32) * inverse[:, None]
+    scaled = tl.clamp(scaled, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    if INTERPRETED:  # its own conversion truncates, where a GPU rounds
+        bits = scaled.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+        subnormal = (scaled + 24576.0) - 24576.0  # the unit in the last place is 2 ** -9
+        scaled = tl.where(tl.abs(scaled) < 0.015625, subnormal, bits.to(tl.float32, bitcast=True))
+    return scaled.to(tl.float8e4nv)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_heads", "num_slots"])
 def norm_rope(
-    q, k, v, q_out, k_out, v_out, q_weight, k_weight, table, slots, eps,
-    num_tokens, num_heads, num_slots, table_stride_l,
+    q, k, v, q_out, k_out, v_out, q_weight, k_weight, table, slots, scales, eps,
+    num_tokens, num_heads, num_slots, table_stride_l, scales_stride_b, scales_stride_r,
     q_stride_b, q_stride_l, q_stride_n,
     k_stride_b, k_stride_l, k_stride_n,
     v_stride_b, v_stride_l, v_stride_n,
@@ -60,12 +77,13 @@ def norm_rope(
     k_out_stride_b, k_out_stride_l, k_out_stride_n,
     v_out_stride_b, v_out_stride_l, v_out_stride_n,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    WRITE_CACHE: tl.constexpr,
+    WRITE_CACHE: tl.constexpr, QUANTIZE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One token of q (role 0), of k (role 1) or, with ``WRITE_CACHE``, of v (role 2).
+    """One token of q (role 0), of k (role 1) or of v (role 2).
 
-    Grid ``(B * L, roles)``. With ``WRITE_CACHE`` k and v go to ``slots[token]`` of a cache; a slot
-    outside of it is not written.
+    Grid ``(B * L, roles)``; v has a role with ``WRITE_CACHE`` or ``QUANTIZE``. With ``WRITE_CACHE``
+    k and v go to ``slots[token]`` of a cache; a slot outside of it is not written. With
+    ``QUANTIZE`` all three become e4m3 by ``scales``, ``[B, 3, N]``.
     """
     batch = (tl.program_id(0) // num_tokens).to(tl.int64)
     token = (tl.program_id(0) % num_tokens).to(tl.int64)
@@ -75,12 +93,16 @@ def norm_rope(
     mask = (heads[:, None] < num_heads) & (dims[None, :] < HEAD_DIM)
     width = num_heads * HEAD_DIM
     table += token * table_stride_l
+    if QUANTIZE:
+        scales += batch * scales_stride_b + role * scales_stride_r
     if role == 0:
         q += batch * q_stride_b + token * q_stride_l
         result = normalise_and_rotate(
             q, q_stride_n, q_weight, table, heads, dims, mask, eps, width,
             HEAD_DIM, BLOCK_N, BLOCK_D,
         )  # fmt: skip
+        if QUANTIZE:
+            result = quantize(result, scales, heads, num_heads, INTERPRETED)
         q_out += batch * q_out_stride_b + token * q_out_stride_l
         store_heads(result, q_out, q_out_stride_n, heads, dims, mask)
     else:
@@ -94,10 +116,14 @@ def norm_rope(
                 k, k_stride_n, k_weight, table, heads, dims, mask, eps, width,
                 HEAD_DIM, BLOCK_N, BLOCK_D,
             )  # fmt: skip
+            if QUANTIZE:
+                result = quantize(result, scales, heads, num_heads, INTERPRETED)
             k_out += batch * k_out_stride_b + slot * k_out_stride_l
             store_heads(result, k_out, k_out_stride_n, heads, dims, mask)
-        elif WRITE_CACHE:
+        elif WRITE_CACHE or QUANTIZE:
             v += batch * v_stride_b + token * v_stride_l
             values = load_heads(v, v_stride_n, heads, dims, mask)
+            if QUANTIZE:
+                values = quantize(values, scales, heads, num_heads, INTERPRETED)
             v_out += batch * v_out_stride_b + slot * v_out_stride_l
             store_heads(values, v_out, v_out_stride_n, heads, dims, mask)

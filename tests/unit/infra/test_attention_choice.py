@@ -76,12 +76,41 @@ def test_strict_tiles_go_around_a_fixed_name():
         assert core.backend.backend is backends.sdpa_math
 
 
-@pytest.mark.parametrize(("device", "mesh"), [("cpu", Mesh()), ("cuda", STRICT)])
-def test_auto_measures_neither_on_a_cpu_nor_when_strict(asked, device, mesh):
+@pytest.mark.parametrize("mesh", [Mesh(), STRICT])
+def test_auto_measures_nothing_on_a_cpu(asked, mesh):
     transformer = tiny_transformer().setup()
-    choice = warm_up.choose_attention(transformer, mesh, torch.device(device))
+    choice = warm_up.choose_attention(transformer, mesh, torch.device("cpu"))
     assert choice.name == "sdpa" and not asked
     assert all(core.backend is backends.sdpa for core in cores(transformer))
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("name", ["auto", "sdpa_math"])
+def test_strict_on_a_gpu_asks_for_equal_bits_and_measures_nothing(asked, monkeypatch, name, tiled):
+    def choose(shape, device, dtype, names):
+        assert shape.num_heads == 2 and (device, dtype) == (CUDA, torch.float32)
+        assert names == (backends.PREFERENCE if name == "auto" else (name,))
+        return BackendChoice(names[-1], (), tiled=tiled)
+
+    monkeypatch.setattr(warm_up, "choose_invariant_backend", choose)
+    transformer = tiny_transformer(attention_backend=name).setup()
+    choice = warm_up.choose_attention(transformer, STRICT, CUDA)
+    assert choice.tiled == tiled and not asked
+    chosen = backends.BACKENDS[choice.name]
+    for core in cores(transformer):
+        assert isinstance(core.backend, TiledAttention) == tiled
+        assert (core.backend.backend if tiled else core.backend) is chosen
+
+
+def test_strict_fixes_the_splits_of_all_cores(asked, monkeypatch):
+    """Two of the four cores have a cache; those of cross-attention are not split."""
+    monkeypatch.setattr(warm_up, "kv_splits_of", lambda name, shape, device, *, strict: 3)
+    choice = BackendChoice("triton", (), 3)
+    monkeypatch.setattr(warm_up, "choose_invariant_backend", lambda *args: choice)
+    transformer = tiny_transformer().setup()
+    assert warm_up.choose_attention(transformer, STRICT, CUDA) is choice
+    splits = [core.backend.keywords["num_splits"] for core in cores(transformer)]
+    assert sorted(splits) == [1, 1, 3, 3]
 
 
 def test_auto_measures_the_real_call_on_a_gpu(asked):

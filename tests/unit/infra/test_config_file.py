@@ -274,6 +274,12 @@ def test_a_removed_field_that_is_off_is_ignored_with_a_note(base: RunStandInConf
     text = f"{tag}\nrunner_name: run\ncompile_blocks: false\nspare: null\n"
     assert load_config(text, [base], "run.yaml", notes.append) == base
     assert notes == ["run.yaml: compile_blocks was removed in 0.2 and is ignored, since it is off."]
+    text = text.replace("compile_blocks: false", "linear_precision: native")
+    assert load_config(text, [base], "run.yaml", notes.append) == base
+    assert len(notes) == 2
+    with pytest.raises(ValueError, match="line 3: linear_precision was removed"):
+        load_config(text.replace("native", "fp8"), [base])
+    text = text.replace("linear_precision: native", "compile_blocks: false")
     for value in ("true", "null", "0"):
         with pytest.raises(ValueError, match="line 3: compile_blocks was removed"):
             load_config(text.replace("false", value), [base])
@@ -286,7 +292,11 @@ def test_a_file_of_0_1_is_read() -> None:
     assert type(config) is TextToVideoRunnerConfig
     assert type(transformer.checkpoint) is CheckpointConfig
     assert (config.runner_name, transformer.dim) == ("self-forcing-wan2.1-t2v-1.3b", 1536)
-    assert [note.split()[2] for note in notes] == ["fuse_clean_pass", "compile_blocks"]
+    assert [note.split()[2] for note in notes] == [
+        "linear_precision",
+        "fuse_clean_pass",
+        "compile_blocks",
+    ]
     with pytest.raises(ValueError, match=r"Unknown type .*wan\.runners:TextToVideo"):
         load_config(text.replace("wan.runner:", "wan.runners:"), RUNNER_CONFIGS.values())
 

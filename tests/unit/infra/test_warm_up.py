@@ -85,6 +85,20 @@ def test_a_cpu_has_nothing_to_build():
     }
 
 
+def test_a_network_that_cannot_be_captured_runs_eagerly(caplog):
+    """As one that waits for the GPU: nothing differs but the speed, and one line says why."""
+    pipeline = graphed_pipeline(warm=False)
+    pipeline.diffusion_model.transformer.network._backend.refuse = True
+    with caplog.at_level(logging.WARNING):
+        done = pipeline.warm_up()
+    assert [("cannot be captured" in r.message) for r in caplog.records] == [True]
+    assert done.captures == 0
+    assert "not permitted" in graphs_of(pipeline)["off"]
+    cache = begin(pipeline, 1)
+    assert same([step(pipeline, cache) for _ in range(5)], eager_latents(1, 5))
+    assert graphs_of(pipeline)["replays"] == 0
+
+
 def test_two_graphs_per_storage_are_captured_whatever_the_window():
     assert graphed_pipeline(window_size_t=9).warmed_up.captures == 2
     assert graphed_pipeline(guided=True).warmed_up.captures == 2 * 2
@@ -136,6 +150,7 @@ def test_nothing_is_captured_after_warm_up_whatever_rollouts_do(steps, guided):
     [
         {"relative_rope": True, "sink_size_t": 2, "window_size_t": 3},
         {"kv_cache_dtype": "int8"},
+        {"precision": "fp8"},
         {"condition_channels": 2, "image_dim": 6, "image_len": 3},
     ],
     ids=lambda options: next(iter(options)),

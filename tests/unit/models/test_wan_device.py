@@ -83,7 +83,7 @@ def rollout(watch: Watch, **overrides) -> None:
         {"relative_rope": True},
         {"condition_channels": 3, "kv_cache_dtype": "int8"},
         {"kv_cache_dtype": "int8", "dtype": "bfloat16"},
-        {"kv_cache_dtype": "fp8", "relative_rope": True},
+        {"precision": "fp8", "relative_rope": True},
         {"fused_kernels": True, "dtype": "bfloat16"},
         {"residual_dtype": "float32", "dtype": "bfloat16"},
         {"residual_dtype": "float32", "dtype": "bfloat16", "fused_kernels": True},

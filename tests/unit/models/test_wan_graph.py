@@ -96,12 +96,12 @@ def test_replays_are_compared_with_eager_passes():
     assert not model.replay_is_exact(cache)
 
 
-@pytest.mark.parametrize("storage", ["native", "int8"])
+@pytest.mark.parametrize("change", [{}, {"kv_cache_dtype": "int8"}, {"precision": "fp8"}], ids=str)
 @torch.no_grad()
-def test_after_a_window_is_written_anew_the_graphs_of_warm_up_still_fit(storage):
+def test_after_a_window_is_written_anew_the_graphs_of_warm_up_still_fit(change):
     """Rewriting must not look like a moved state."""
     torch.manual_seed(0)
-    config = tiny_transformer(use_cuda_graph=True, kv_cache_dtype=storage)
+    config = tiny_transformer(use_cuda_graph=True, **change)
     model = graphed(WanTransformer(config).eval())
     cache = model.initialize_cache(text=torch.randn(1, 4, TEXT_DIM))
     chunks = []
@@ -137,6 +137,14 @@ def test_after_a_window_is_written_anew_the_graphs_of_warm_up_still_fit(storage)
 
 @torch.no_grad()
 def test_without_the_flag_nothing_is_captured():
-    model = WanTransformer(tiny_transformer(control_dim=CONTROL_DIM)).eval()
+    model = WanTransformer(tiny_transformer(use_cuda_graph=False, control_dim=CONTROL_DIM)).eval()
     rollout(model, steps=1)
     assert not isinstance(model.network, GraphedCallable)
+
+
+@torch.no_grad()
+def test_a_cpu_calls_the_plain_module_whatever_the_flag():
+    model = WanTransformer(tiny_transformer(control_dim=CONTROL_DIM)).eval()
+    assert model.config.use_cuda_graph
+    rollout(model, steps=4)
+    assert (model.network.captures, model.network.eager_calls) == (0, 0)

@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flashdreams.infra.component import build_component, load_component
-from flashdreams.infra.low_precision import weight_nbytes
-from flashdreams.infra.weights import memory_estimate
+from flashdreams.infra.weights import memory_estimate, weight_nbytes
 from flashdreams.models.wan.blocks import timestep_embedding
 from flashdreams.models.wan.transformer import (
     RESIDUAL_PARAMETERS,
@@ -209,7 +208,13 @@ def test_with_float32_throughout_no_bit_changes():
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"kv_cache_dtype": "int8"}, {"relative_rope": True}, {"dtype": "float16"}],
+    [
+        {},
+        {"kv_cache_dtype": "int8"},
+        {"precision": "fp8"},
+        {"relative_rope": True},
+        {"dtype": "float16"},
+    ],
     ids=str,
 )
 def test_a_rollout_errs_less_with_it(changes):
@@ -253,7 +258,7 @@ def test_what_is_wide_is_read_as_it_stands_in_the_file(overrides, tmp_path):
 
 def test_the_estimate_counts_what_is_wide():
     model = build(**WIDE)
-    counted = weight_nbytes(model, model.parallel_plan(), "native", model.dtype_of)
+    counted = weight_nbytes(model)
     assert counted == sum(p.nbytes for p in model.parameters())
     sizes = dict(dim=1536, num_heads=12, ffn_dim=8960, num_layers=30, **BFLOAT16)
     narrow = memory_estimate(tiny_pipeline(**sizes))

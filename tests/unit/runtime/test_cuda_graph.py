@@ -1,5 +1,6 @@
 """Keys, buffers, errors and counts of graphed calls, with a recorder that runs on a CPU."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from flashdreams.attention.cache import KVCache, KVCacheSpec
 from flashdreams.attention.cursor import Cursor
-from flashdreams.runtime.cuda_graph import Captured, GraphedCallable
+from flashdreams.runtime.cuda_graph import Captured, CaptureError, GraphedCallable
 
 CPU = torch.device("cpu")
 
@@ -53,10 +54,13 @@ class TraceCapture:
 
     def __init__(self) -> None:
         self.fail = False
+        self.refuse = False
         self.waits = 0
 
     def capture(self, function: Callable[[], Tensor]) -> Captured:
         function()
+        if self.refuse:
+            raise CaptureError("operation not permitted when stream is capturing")
         with Tape() as tape:
             result = function()
         output = torch.full_like(result, torch.nan)
@@ -221,6 +225,34 @@ def test_a_graph_whose_first_replay_fails_is_not_kept() -> None:
     backend.fail = False
     assert call(torch.tensor(4.0), layer) == 8
     assert (call.captures, call.replays, backend.waits) == (1, 0, 1)
+
+
+def test_a_call_that_cannot_be_captured_goes_on_eagerly_and_says_so_once(caplog) -> None:
+    backend = TraceCapture()
+    call = GraphedCallable(read_prefix, CPU, backend=backend)
+    layers = [Layer(torch.arange(4.0)), Layer(torch.arange(4.0) + 10)]
+    call(torch.tensor(0.0), layers[0])
+    backend.refuse = True
+    with caplog.at_level(logging.WARNING):
+        found = [call(torch.tensor(1.0), layer).item() for layer in (*layers[::-1], *layers)]
+    assert found == [23, 3, 3, 23]
+    (record,) = caplog.records
+    assert "cannot be captured (operation not permitted" in record.message
+    assert "not permitted" in call.failure
+    assert (call.captures, call.replays, call.eager_calls) == (1, 0, 4)
+    assert not call.serves(layers[0]) and call.can_capture
+
+
+def test_an_error_of_the_function_itself_is_no_failed_capture() -> None:
+    """Negative control: what would fail eagerly too is raised."""
+
+    def broken(x: Tensor, layer: Layer) -> Tensor:
+        raise IndexError("of its own")
+
+    call = graphed(broken)
+    with pytest.raises(IndexError, match="of its own"):
+        call(torch.tensor(0.0), Layer(torch.zeros(4)))
+    assert call.failure is None
 
 
 def test_a_key_of_none_is_called_eagerly_even_when_sealed() -> None:

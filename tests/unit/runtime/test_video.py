@@ -398,6 +398,7 @@ def test_a_program_that_ends_without_closing_keeps_its_frames(tmp_path: Path, en
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_chunks_are_copied_before_they_are_overwritten(tmp_path: Path) -> None:
+    pytest.importorskip("imageio_ffmpeg", reason="writes a video")
     frames = smooth_frames(24)
     chunk = torch.empty(12, 3, 64, 64, device="cuda", dtype=torch.bfloat16)
     with VideoWriter(tmp_path / "clip.mp4", fps=24) as writer:

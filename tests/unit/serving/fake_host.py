@@ -59,10 +59,20 @@ class _Session:
 class FakeHost(Host):
     """Makes chunks in a thread of its own, as the contract says: no earlier than needed."""
 
-    def __init__(self, places: int = 2, queue: int = 1, step_s: float = 0.01, **changed: Any):
+    def __init__(
+        self,
+        places: int = 2,
+        queue: int = 1,
+        step_s: float = 0.01,
+        noise: bool = False,
+        **changed: Any,
+    ):
+        """``noise`` makes pictures that no encoder makes small."""
         self.offer = offer(**changed)
         self.places, self.queue, self.step_s = places, queue, step_s
+        self.noise = noise
         self.sessions: dict[str, _Session] = {}
+        self.openings: list[Opening] = []
         self.calls: list[tuple[Any, ...]] = []
         self.chunks = 0
         self.fail: str | None = None
@@ -88,6 +98,7 @@ class FakeHost(Host):
                 raise RuntimeError("/srv/models/secret.txt is broken")
             id = secrets.token_urlsafe(16)
             self.sessions[id] = _Session(opening, listener)
+            self.openings.append(opening)
             self.calls.append(("open", opening.prompt, opening.seed))
             self._changed.notify_all()
             return id
@@ -224,6 +235,8 @@ class FakeHost(Host):
         count = self.offer.chunk_frames
         first, session.frame = session.frame, session.frame + count
         frames = picture(range(first, first + count), self.offer.height, self.offer.width)
+        if self.noise:
+            frames = torch.randint_like(frames, 256)
         self.chunks += 1
         listener.on_chunk(
             Chunk(

@@ -1,0 +1,354 @@
+"""Steady AR steps of several variants of one method, another commit among them, in turns.
+
+``python benchmarks/variants.py self-forcing-wan2.1-t2v-1.3b-taehv --reference .ref --json
+out.json``. Every variant streams in a process of its own (`streamer.py`) and waits while another
+has its turn, so all see the same device in the same minute. A turn is a few AR steps that nothing
+waits between; ``p50_ms`` is the median over turns of the time of one step, ``latency_p50_ms`` that
+of ``generate`` alone on an idle device. Weights that are not on this machine are one block of
+random numbers, the same for every variant and commit: ``latent_error_*`` compares a variant's
+latents with those of the first variant, over the AR steps that fill the window.
+
+What cannot be measured, or has no time left, is listed with its reason under ``not_measured``.
+"""
+
+import argparse
+import json
+import math
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import command
+import report
+import torch
+
+from flashdreams.parallel.environment import init
+
+HERE = Path(__file__).resolve().parents[1]
+COLUMNS = (
+    "case", "variant", "p50_ms", "latency_p50_ms", "host_ms", "fps", "ratio", "peak_gib",
+    "latent_error_first", "latent_error_last", "attention",
+)  # fmt: skip
+FIELDS = (
+    "fps", "frames_per_step", "latency_p50_ms", "host_ms", "ratio", "peak_gib", "setup_s",
+    "warm_up_s", "latent_error_first", "latent_error_last", "attention", "weights", "commit",
+    "ranks",
+)  # fmt: skip
+GRACE_S = 5.0
+"""Beyond the time limit, for the latency of a variant that has had its turns."""
+BUILD_SHARE = 0.6
+"""Of the time limit, after which no further variant is warmed up."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs from the method as it is."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of `rollout.load_subject`."""
+    is_reference: bool = False
+    """Whether the code is that of the reference commit."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Module names that stand for others."""
+
+
+FA3 = {"flash_attn_interface": "fa3_fwd_interface"}
+VARIANTS = {
+    "default": Variant(),
+    "fp8": Variant({"transformer": {"precision": "fp8"}}),
+    "graphs off": Variant({"use_cuda_graph": False}),
+    "strict": Variant({"strict": True}),
+    "strict, graphs off": Variant({"strict": True, "use_cuda_graph": False}),
+    "triton": Variant({"backend": "triton"}),
+    "cudnn": Variant({"backend": "sdpa_cudnn"}),
+    "reference": Variant(is_reference=True),
+    "reference, all flags": Variant(
+        {"use_cuda_graph": True, "backend": "auto", "transformer": {"fused_kernels": True}},
+        is_reference=True,
+        aliases=FA3,
+    ),
+}
+"""By name; the first of a run is what the others are compared with."""
+
+
+class NotMeasuredError(RuntimeError):
+    """A variant that cannot go on; the message says why."""
+
+
+class Streaming:
+    """A variant's process."""
+
+    def __init__(self, name: str, spec: Mapping[str, Any]) -> None:
+        self.name = name
+        self.is_over = False
+        self.facts: dict[str, Any] = {}
+        self.times: list[float] = []
+        self.host_times: list[float] = []
+        self.latencies: list[float] = []
+        script = Path(__file__).with_name("streamer.py")
+        self._process = subprocess.Popen(
+            [sys.executable, str(script), json.dumps(spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._answers: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._answers.put(line)
+        self._answers.put(None)
+
+    def answer(self, deadline: float) -> dict[str, Any]:
+        """The next answer.
+
+        Args:
+            deadline: of ``time.monotonic()``.
+
+        Raises:
+            NotMeasuredError: it failed, ended, or is late.
+        """
+        try:
+            line = self._answers.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise NotMeasuredError("the time limit") from None
+        found = json.loads(line) if line else {"error": "its process ended"}
+        if "error" in found:
+            raise NotMeasuredError(found["error"])
+        return found
+
+    def ask(self, deadline: float, do: str, **arguments: Any) -> dict[str, Any]:
+        """Give an order and wait for its answer; arguments as for `answer`."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise NotMeasuredError("its process ended") from None
+        return self.answer(deadline)
+
+    def stop(self) -> None:
+        """End the process, also in the middle of something; its memory is free afterwards."""
+        self._process.kill()
+        self._process.wait()
+
+
+class Run:
+    """The variants of one method, and what is known of them so far."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device, folder: str) -> None:
+        self.options = options
+        self.device = device
+        self.folder = Path(folder)
+        self.deadline = time.monotonic() + options.seconds
+        self.started = time.monotonic()
+        self.not_measured: dict[str, str] = {}
+        self.running: list[Streaming] = []
+        self.kernels: dict[str, dict[str, Any]] = {}
+
+    def measure(self) -> None:
+        """All variants: side by side and in turns, or one after the other."""
+        if self.options.one_at_a_time:
+            for name in self.options.variants:
+                self._measure_some([name])
+        else:
+            self._measure_some(self.options.variants)
+
+    def _measure_some(self, names: Sequence[str]) -> None:
+        started = [found for name in names if (found := self._start(name)) is not None]
+        self.running += started
+        for variant in started:
+            self._try(variant, self._warm_up)
+        turns = self.options.repeats
+        for number in range(turns):
+            for variant in started if number % 2 == 0 else started[::-1]:
+                self._try(variant, self._take_turn)
+            self.write()
+        for variant in started:
+            self._try(variant, self._measure_latency)
+        for variant in started if self.options.profile is not None else ():
+            self._try(variant, self._profile)
+        for variant in started:
+            variant.stop()
+        self.write()
+
+    def _start(self, name: str) -> Streaming | None:
+        variant = VARIANTS[name]
+        if variant.is_reference and self.options.reference is None:
+            self.not_measured[name] = "no --reference given"
+            return None
+        if time.monotonic() > self.deadline:
+            self.not_measured[name] = "the time limit"
+            return None
+        tree = self.options.reference if variant.is_reference else HERE
+        spec = {
+            "tree": str(tree),
+            "slug": self.options.slug,
+            "device": self.options.device,
+            "options": dict(variant.options),
+            "aliases": dict(variant.aliases),
+        }
+        return Streaming(name, spec)
+
+    def _try(self, variant: Streaming, part: Any) -> None:
+        """Do one part of a variant's measurement; one that fails or is late does no other part."""
+        if variant.is_over:
+            return
+        try:
+            part(variant)
+        except NotMeasuredError as error:
+            variant.is_over = True
+            variant.stop()
+            if not variant.times:
+                self.not_measured[variant.name] = str(error)
+            sys.stderr.write(f"{variant.name}: {error}\n")
+
+    def _warm_up(self, variant: Streaming) -> None:
+        share = 1.0 if self.options.one_at_a_time else BUILD_SHARE
+        if time.monotonic() > self.started + share * self.options.seconds:
+            raise NotMeasuredError("the time limit")
+        variant.answer(self.deadline)
+        latents = self.folder / f"{len(self.running)}-{variant.name.replace(' ', '-')}.pt"
+        variant.facts = variant.ask(self.deadline, "warm_up", latents=str(latents))
+        variant.facts["latents"] = latents
+        variant.ask(self.deadline, "steps", count=1)
+
+    def _take_turn(self, variant: Streaming) -> None:
+        if time.monotonic() > self.deadline and len(variant.times) > 1:
+            return
+        turn = variant.ask(self.deadline, "steps", count=self.options.steps)
+        variant.times.append(turn["ms"])
+        variant.host_times.append(turn["host_ms"])
+        variant.facts["peak_gib"] = turn["peak_gib"]
+
+    def _measure_latency(self, variant: Streaming) -> None:
+        late = max(self.deadline, time.monotonic()) + GRACE_S
+        variant.latencies = variant.ask(late, "latency", count=self.options.steps)["ms"]
+        variant.facts |= variant.ask(late, "sha256")
+
+    def _profile(self, variant: Streaming) -> None:
+        if time.monotonic() < self.deadline:
+            self.kernels[variant.name] = variant.ask(self.deadline, "profile")
+            self.options.profile.write_text(profile_text(self.kernels, self.options.slug))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per variant that has been timed."""
+        timed = [variant for variant in self.running if variant.times]
+        return [self._row(variant, timed[0]) for variant in timed]
+
+    def _row(self, variant: Streaming, first: Streaming) -> dict[str, Any]:
+        facts, count = variant.facts, min(len(variant.times), len(first.times))
+        times = report.timing_fields(sorted(variant.times))
+        latencies = sorted(variant.latencies)
+        reference = VARIANTS[variant.name].is_reference
+        commit = self.options.reference_commit if reference else self.options.git_commit
+        return {
+            "case": self.options.slug,
+            "variant": variant.name,
+            **times,
+            "output_sha256": facts.get("sha256", "not measured"),
+            "fps": 1e3 * facts["frames_per_step"] / times["p50_ms"],
+            "latency_p50_ms": (report.percentile(latencies, 0.5) if latencies else "not measured"),
+            "host_ms": report.percentile(sorted(variant.host_times), 0.5),
+            **report.ratio_fields(variant.times[:count], first.times[:count]),
+            **latent_errors(facts["latents"], first.facts["latents"]),
+            **{n: facts[n] for n in ("frames_per_step", "peak_gib", "setup_s", "warm_up_s")},
+            **{n: facts[n] for n in ("attention", "weights", "stats")},
+            "commit": commit or report.git_state()[0],
+            "ranks": 1,
+        }
+
+    def report(self) -> dict[str, Any]:
+        """The report as far as it is known."""
+        chosen = {"slug", "variants", "seconds", "repeats", "steps", "one_at_a_time"}
+        config = {name: value for name, value in vars(self.options).items() if name in chosen}
+        rows = self.rows()
+        found = report.new_report(
+            "variants", self.device, config, rows, self.options.git_commit, FIELDS
+        )
+        return found | {"not_measured": self.not_measured}
+
+    def write(self) -> None:
+        """Keep what is known, in case that nothing more becomes known."""
+        if self.options.json is not None and any(variant.times for variant in self.running):
+            report.write(self.report(), self.options.json)
+
+
+def latent_errors(latents: Path, expected: Path) -> dict[str, Any]:
+    """How far a variant's latents are from another's, as a share of the root mean square.
+
+    Args:
+        latents: a list of ``[B, C, T, H, W]``, one for each AR step.
+        expected: likewise.
+    """
+    pairs = list(zip(torch.load(latents), torch.load(expected), strict=True))
+
+    def error(a: torch.Tensor, b: torch.Tensor) -> float | str:
+        found = float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
+        return found if math.isfinite(found) else "not finite"
+
+    return {"latent_error_first": error(*pairs[0]), "latent_error_last": error(*pairs[-1])}
+
+
+def profile_text(kernels: Mapping[str, Mapping[str, Any]], slug: str) -> str:
+    """Kernels of a step by variant, as text."""
+    lines = []
+    for name, found in kernels.items():
+        lines.append(
+            f"{slug}, {name}: one AR step, {found['wall_ms']:.1f} ms under the profiler, "
+            f"{found['busy_ms']:.1f} ms in {found['launches']} kernels"
+        )
+        lines += [f"{ms:10.3f} ms {count:6d}  {key[:150]}" for key, count, ms in found["kernels"]]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("slug", help="a streaming method, as on the command line")
+    parser.add_argument(
+        "--variants", type=_variant_names, default=["default", "graphs off"],
+        help=f"by semicolons, the one to compare with first: {'; '.join(VARIANTS)}",
+    )  # fmt: skip
+    parser.add_argument("--reference", type=Path, default=None, help="checkout of another commit")
+    parser.add_argument("--reference-commit", default="unknown", help="which commit it is")
+    parser.add_argument("--seconds", type=float, default=170.0, help="time limit")
+    parser.add_argument("--steps", type=command.count, default=4, help="AR steps of a turn")
+    parser.add_argument("--one-at-a-time", action="store_true", help="where memory is short")
+    parser.add_argument("--profile", type=command.new_file, default=None, help="text of kernels")
+    options = command.parse(parser, arguments)
+    options.repeats = options.repeats or 6
+    device = init(options.device).device
+    with tempfile.TemporaryDirectory(prefix="variants-") as folder:
+        run = Run(options, device, folder)
+        try:
+            run.measure()
+            for name, reason in run.not_measured.items():
+                sys.stdout.write(f"not measured: {name}: {reason}\n")
+            report.finish(run.report(), options, COLUMNS)
+        finally:
+            for variant in run.running:
+                variant.stop()
+
+
+def _variant_names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(";" if ";" in text else ",")]
+    names = [name for name in names if name]
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown {unknown}; there are: {'; '.join(VARIANTS)}")
+    return list(dict.fromkeys(names))
+
+
+if __name__ == "__main__":
+    command.run(main)

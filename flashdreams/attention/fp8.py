@@ -1,0 +1,201 @@
+"""Attention over e4m3 queries, keys and values with fixed scales per head.
+
+Shape letters: B batch, L query tokens, S key tokens, N heads, D head dim.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashdreams.attention.backends import AttentionBackend
+from flashdreams.attention.flash_attention_3 import HINT, load_flash_attn_3
+from flashdreams.attention.quantized import least_exponents, power_of_two
+
+FP8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FP8).max
+HEADROOM = 8.0
+"""How much larger than in the first chunk values may become before they are cut at the largest
+e4m3 number. It costs no accuracy: e4m3 keeps its three bits over 14 powers of two."""
+DESCALES = ("q_descale", "k_descale", "v_descale")
+"""Arguments of FlashAttention-3 for the scales, ``[B, N]`` float32."""
+
+
+class ScaledTokens:
+    """``[B, tokens, N, D]`` in e4m3, with one fixed scale per batch entry and head.
+
+    Read and written along its tokens like the tensor that it stands for: ``x[:, a:b]`` gives new
+    numbers in ``dtype``, assignments and ``index_copy_`` quantize, or take e4m3 numbers as they
+    are. Scales are powers of two, so that writing what was read changes nothing.
+    """
+
+    def __init__(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        """Name the storage.
+
+        Args:
+            values: ``[B, tokens, N, D]`` e4m3.
+            scale: ``[B, N]`` float32, powers of two; zero while they are not fixed yet.
+            dtype: of what is read.
+        """
+        self.values = values
+        self.scale = scale
+        self.dtype = dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[B, tokens, N, D]``."""
+        return self.values.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.values.device
+
+    def copy_(self, other: "ScaledTokens") -> None:
+        """Take the values of tokens of the same shape; scales are copied by whoever owns them."""
+        self.values.copy_(other.values)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return dequantize(_bytes(self.values)[index].view(FP8), self.scale, self.dtype)
+
+    def __setitem__(self, index: Any, x: Tensor) -> None:
+        _bytes(self.values)[index] = _bytes(self._stored(x))
+
+    def index_copy_(self, dim: int, index: Tensor, x: Tensor) -> None:
+        """Write ``x`` to the places of ``index`` along ``dim``, as `torch.Tensor.index_copy_`."""
+        _bytes(self.values).index_copy_(dim, index, _bytes(self._stored(x)))
+
+    def _stored(self, x: Tensor) -> Tensor:
+        return x if x.dtype == FP8 else quantize(x, self.scale)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """The same storage as integers: indexing of 8-bit floats is not in every build of PyTorch."""
+    return x.view(torch.uint8)
+
+
+def scales_of(maxima: Tensor) -> Tensor:
+    """The power of two with which values of a size are stored, with `HEADROOM`.
+
+    Args:
+        maxima: largest absolute values, float32, any shape.
+
+    Returns:
+        Like ``maxima``; 1 where they are zero.
+    """
+    exponents = least_exponents(maxima * (HEADROOM / LARGEST))
+    return power_of_two(torch.where(maxima > 0, exponents, 0))
+
+
+def head_maxima(x: Tensor) -> Tensor:
+    """Largest absolute value of every head: ``[B, L, N, D]`` to ``[B, N]`` float32."""
+    return x.abs().amax((1, 3)).float()
+
+
+def quantize(x: Tensor, scale: Tensor) -> Tensor:
+    """Round to e4m3, to the nearest, ties to even; what is too large is cut, NaN stays NaN.
+
+    Args:
+        x: ``[B, L, N, D]``.
+        scale: ``[B, N]`` float32, powers of two.
+
+    Returns:
+        ``[B, L, N, D]`` e4m3: ``x / scale``.
+    """
+    scaled = x.float() * scale.reciprocal()[:, None, :, None]
+    return scaled.clamp_(-LARGEST, LARGEST).to(FP8)
+
+
+def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``values * scale`` in ``dtype``; exact but for float16, which holds few powers of two.
+
+    Args:
+        values: ``[B, L, N, D]`` e4m3.
+        scale: ``[B, N]`` float32, powers of two.
+        dtype: of the result.
+    """
+    factor = scale[:, None, :, None]
+    if dtype != torch.float16:
+        return values.to(dtype) * factor.to(dtype)
+    largest = torch.finfo(dtype).max
+    return (values.float() * factor).clamp_(-largest, largest).to(dtype)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scales: tuple[Tensor, Tensor, Tensor],
+    *,
+    scale: float,
+    dtype: torch.dtype,
+    backend: AttentionBackend,
+    num_splits: int = 1,
+) -> Tensor:
+    """Attention of e4m3 queries to e4m3 keys and values.
+
+    A GPU runs FlashAttention-3's e4m3 kernel, which also rounds the softmax weights to e4m3. A CPU
+    dequantizes and runs ``backend``.
+
+    Args:
+        q: ``[B, L, N, D]`` e4m3.
+        k: ``[B, S, N, D]`` e4m3.
+        v: like ``k``.
+        scales: of these, ``[B, N]`` float32 each.
+        scale: factor on the scores, usually ``D ** -0.5``.
+        dtype: of the result.
+        backend: for dequantized numbers.
+        num_splits: shares of the keys that a GPU computes side by side.
+
+    Returns:
+        ``[B, L, N, D]`` in ``dtype``.
+
+    Raises:
+        ImportError: a GPU without FlashAttention-3.
+    """
+    if not q.is_cuda:
+        wide = [dequantize(x, s, dtype) for x, s in zip((q, k, v), scales, strict=True)]
+        return backend(*wide, scale=scale)
+    descales = dict(zip(DESCALES, scales, strict=True))
+    function = load_flash_attn_3().flash_attn_func
+    found = function(q, k, v, softmax_scale=scale, num_splits=num_splits, **descales)
+    out = found[0] if isinstance(found, tuple) else found
+    return out.to(dtype)
+
+
+def why_no_fp8(device: torch.device, head_dim: int) -> str | None:
+    """Why e4m3 attention cannot run on a device; None if it can.
+
+    Args:
+        device: where it shall run.
+        head_dim: channels of a head.
+    """
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"it needs a Hopper GPU, or a CPU to look at its error, not {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] != 9:
+        found = ".".join(map(str, capability))
+        return f"FlashAttention-3 needs compute capability 9.x, found {found}"
+    if head_dim % 16 or not 64 <= head_dim <= 256:
+        return f"FlashAttention-3 takes multiples of 16 from 64 to 256 as head size, not {head_dim}"
+    try:
+        parameters = inspect.signature(load_flash_attn_3().flash_attn_func).parameters
+    except ImportError as error:
+        return str(error)
+    if not {*DESCALES, "num_splits"} <= parameters.keys():
+        return f"this release of FlashAttention-3 has no e4m3 kernel; {HINT}"
+    return None
+
+
+def check_fp8(device: torch.device, head_dim: int) -> None:
+    """Refuse e4m3 attention where it cannot run: another way would give other results.
+
+    Raises:
+        ValueError: says what is missing, and what runs.
+    """
+    reason = why_no_fp8(device, head_dim)
+    if reason is not None:
+        raise ValueError(f"precision='fp8' cannot be used here: {reason}. precision='native' runs.")

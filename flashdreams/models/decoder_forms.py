@@ -1,0 +1,254 @@
+"""The forms in which a decoder computes its layers: the plain one, and faster ones for GPUs."""
+
+# Every form computes the same function; outputs differ by rounding alone. Shapes: N frames of all
+# clips, C channels, H W rows and columns; channels are innermost in memory.
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from flashdreams_kernels import channels, channels_reference
+from torch import Tensor, nn
+
+from flashdreams.attention.backends import why_unusable
+
+
+@dataclass(frozen=True)
+class DecoderForms:
+    """Which form of each kind of layer a decoder takes; the default is the plain one."""
+
+    pointwise: Literal["plain", "reference", "triton"] = "plain"
+    """Norm with SiLU, and sums of bias, residual and ReLU. ``"plain"``: one PyTorch operator each;
+    ``"triton"``: one kernel, which writes the input of a causal convolution right behind its
+    carried frames; ``"reference"``: the same data flow in PyTorch, for machines without Triton."""
+
+    upsampling: Literal["interpolate", "phases"] = "interpolate"
+    """Convolutions after a nearest upsampling. ``"phases"``: four 2x2 convolutions on the small
+    frames, 2.25 times fewer operations and nothing of the large size to read."""
+
+    memory: Literal["stack", "halves", "conv3d"] = "stack"
+    """TAEHV's convolutions over a frame and the one before it. ``"stack"``: over their stacked
+    channels; ``"halves"``: both halves of the weight in one convolution of twice the output
+    channels, summed afterwards; ``"conv3d"``: as a convolution over two frames."""
+
+    head_channels: int = 1
+    """Output channels of the last convolution are padded with zeros to a multiple of this."""
+
+    cudnn_benchmark: bool = False
+    """cuDNN measures its algorithms for each new shape, and does not guess; then bits may differ
+    from process to process."""
+
+
+PLAIN = DecoderForms()
+"""What a CPU computes, and the reference of all tests."""
+
+AT_ONCE_ON_GPU = 4
+"""Latent frames per pass on a GPU: a chunk of most methods, and a bound on activations for clips
+that are decoded whole."""
+
+FAST = DecoderForms(pointwise="triton", upsampling="phases", memory="halves", head_channels=8)
+"""What a GPU computes where Triton runs."""
+
+
+def forms_for(device: torch.device, dtype: torch.dtype) -> DecoderForms:
+    """The forms that a decoder takes unless told otherwise.
+
+    Args:
+        device: of the weights.
+        dtype: of the weights.
+    """
+    if device.type != "cuda":
+        return PLAIN
+    if why_unusable("triton", device, dtype) is not None:
+        return replace(FAST, pointwise="reference")
+    return FAST
+
+
+def select_forms(decoder: nn.Module, forms: DecoderForms) -> None:
+    """Let every layer of a decoder take its form, in place; call again when weights change.
+
+    Layers that have other forms say so by a method ``take_form``. Weights of convolutions are laid
+    out with channels innermost, unless all forms are plain.
+
+    Args:
+        decoder: on its device, with its weights.
+        forms: the choice.
+    """
+    for module in decoder.modules():
+        weight: Any = getattr(module, "weight", None)
+        if forms != PLAIN and isinstance(weight, nn.Parameter) and weight.dim() in (4, 5):
+            layout = torch.channels_last if weight.dim() == 4 else torch.channels_last_3d
+            weight.data = weight.data.contiguous(memory_format=layout)
+        take: Any = getattr(module, "take_form", None)
+        if take is not None:
+            take(forms)
+
+
+def tuned(forms: DecoderForms, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Let cuDNN measure within the context, if the forms say so.
+
+    cuDNN's choices are kept by shape and by the flag for TF32. That flag means nothing to 16-bit
+    types; turned over, it keeps measured choices apart from those of other decoders.
+    """
+    if not forms.cudnn_benchmark:
+        return nullcontext()
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(
+        enabled=cudnn.enabled,
+        benchmark=True,
+        deterministic=cudnn.deterministic,
+        allow_tf32=cudnn.allow_tf32 == (dtype == torch.float32),
+    )
+
+
+def frames_at_once(asked: int | str | None, device: torch.device, frames: int) -> int:
+    """Latent frames per pass of a network.
+
+    Args:
+        asked: ``decode_frames_at_once`` of a config: a number; 0 or None for all; ``"auto"``.
+        device: of the weights.
+        frames: latent frames of the chunk.
+    """
+    if asked == "auto":
+        return AT_ONCE_ON_GPU if device.type == "cuda" else 1
+    return int(asked or frames)
+
+
+def pointwise_ops(forms: DecoderForms) -> Any:
+    """The module that has ``norm_silu``, ``add_``, ``sum_halves`` and ``spread_phases``."""
+    return channels if forms.pointwise == "triton" else channels_reference
+
+
+def phase_weight(weight: Tensor) -> Tensor:
+    """The weight on small frames of a 3x3 convolution after a nearest upsampling by two.
+
+    An output pixel sees three rows, which are copies of two; the taps of equal rows are added.
+
+    Args:
+        weight: ``[C', C, 3, 3]``.
+
+    Returns:
+        ``[2, 2, C', C, 2, 2]`` float32: phase of the row, phase of the column, and the taps.
+    """
+    taps = torch.tensor(
+        [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float32, device=weight.device
+    )  # [phase, row of the small frame, row of the kernel]
+    return torch.einsum("ayk,bxl,oikl->aboiyx", taps, taps, weight.float())
+
+
+def place_phases(
+    y: Tensor, growth: int, bias: Tensor | None = None, forms: DecoderForms = PLAIN
+) -> Tensor:
+    """``[N, growth * 4 C, H + 1, W + 1]`` to ``[N * growth, C, 2 H, 2 W]``.
+
+    Args:
+        y: result of a convolution with ``phase_weight`` and a padding of 1.
+        growth: frames that one frame becomes.
+        bias: C values, added.
+        forms: who does it.
+    """
+    count, _width, rows, columns = y.shape
+    cells = by_pixel(y).unflatten(3, (growth, 2, 2, -1))
+    shape = (count, growth, 2 * rows - 2, 2 * columns - 2, cells.shape[-1])
+    out = torch.empty(shape, dtype=y.dtype, device=y.device)
+    pointwise_ops(forms).spread_phases(cells, out, bias)
+    return out.flatten(0, 1).permute(0, 3, 1, 2)
+
+
+class PaddedConv2d(nn.Conv2d):
+    """A 3x3 convolution with zeros around every frame, whose weight may come in another form.
+
+    ``convolve`` is the one place that pads in space; a split by width replaces it.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it sees whole frames: nothing has replaced ``convolve``."""
+        return "convolve" not in vars(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` to ``[N, C', H, W]``."""
+        return self.convolve(x)
+
+    def convolve(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The same; with a ``weight`` of ``[C'', C, 3, 3]`` that one, and no bias."""
+        bias = self.bias if weight is None else None
+        weight = self.weight if weight is None else weight
+        if x.dim() == 5:
+            return F.conv3d(x, weight, bias, padding=(0, 1, 1))
+        return F.conv2d(x, weight, bias, padding=1)
+
+
+class UpsampledConv2d(PaddedConv2d):
+    """A 3x3 convolution after a nearest upsampling by two: small frames in, large ones out."""
+
+    upscale = 2
+    """Columns out per column in."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, bias=bias)
+        self.forms = PLAIN
+        self.phases: Tensor | None = None
+
+    def take_form(self, forms: DecoderForms) -> None:
+        """See `select_forms`."""
+        self.forms, self.phases = forms, None
+        if forms.upsampling == "phases":
+            self.phases = channels_last(phase_weight(self.weight).flatten(0, 2), self.weight.dtype)
+
+    def convolve(self, x: Tensor, weight: Tensor | None = None, growth: int = 1) -> Tensor:
+        """``[N, C, H, W]`` to ``[N * growth, C', 2 H, 2 W]``; zeros around every large frame.
+
+        Args:
+            x: small frames.
+            weight: on small frames, ``[growth * 4 C', C, 2, 2]``; None takes the layer's own.
+            growth: frames that one frame becomes.
+        """
+        weight = self.phases if weight is None else weight
+        if weight is None:
+            large = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            return F.conv2d(large, self.weight, self.bias, padding=1)
+        return place_phases(F.conv2d(x, weight, padding=1), growth, self.bias, self.forms)
+
+
+def activated(
+    conv: PaddedConv2d,
+    x: Tensor,
+    forms: DecoderForms,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """``relu(conv(x) + residual)``; bias, residual and ReLU in one pass.
+
+    Args:
+        conv: has the bias.
+        x: ``[N, C, H, W]``.
+        forms: who makes the pass.
+        residual: ``[N, C', H, W]``.
+        weight: as in `PaddedConv2d.convolve`.
+    """
+    y = by_pixel(conv.convolve(x, conv.weight if weight is None else weight))
+    rows = None if residual is None else by_pixel(residual).flatten(0, -2)
+    pointwise_ops(forms).add_(y.flatten(0, -2), conv.bias, rows, relu=True)
+    return y.movedim(-1, 1)
+
+
+def by_pixel(x: Tensor) -> Tensor:
+    """``[N, C, ...]`` as contiguous ``[N, ..., C]``; a view where channels are innermost."""
+    return x.movedim(1, -1).contiguous()
+
+
+def channels_last(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight of four dims in ``dtype`` with channels innermost in memory."""
+    return weight.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def padded_channels(weight: Tensor, multiple: int) -> Tensor:
+    """A convolution's weight with zeros after its output channels, up to a multiple."""
+    lacking = -weight.shape[0] % multiple
+    return torch.cat((weight, weight.new_zeros(lacking, *weight.shape[1:])))

@@ -1,0 +1,139 @@
+"""Linear layers of a Wan block in fewer kernels: several of one input in one matmul, GELU inside.
+
+The layers stay what they are: they load, shard, save and move under their own names. Layers with a
+``forward`` of their own, such as those of a strict run or in FP8, are left alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PROBE = -2.75
+"""Where the two forms of GELU differ by 5 %, far more than 16 bits hide."""
+
+
+class PackedLinears:
+    """Linear layers of one input whose weights are rows of one tensor, in one matmul.
+
+    Life: built from layers, whose parameters become views of it; built anew when they have moved.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, sizes: Sequence[int]) -> None:
+        """Refer to packed parameters; see `pack_linears`.
+
+        Args:
+            weight: ``[sum of sizes, in_features]``.
+            bias: ``[sum of sizes]``.
+            sizes: output features of each layer.
+        """
+        self.weight = weight
+        self.bias = bias
+        self.sizes = list(sizes)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Each layer's ``[..., size]`` of ``[..., in_features]``; views of one tensor."""
+        return F.linear(x, self.weight, self.bias).split(self.sizes, -1)
+
+    def last(self, count: int) -> "PackedLinears":
+        """The last layers alone."""
+        rows = sum(self.sizes[-count:])
+        bias = None if self.bias is None else self.bias[-rows:]
+        return PackedLinears(self.weight[-rows:], bias, self.sizes[-count:])
+
+
+@torch.no_grad()
+def pack_linears(layers: Sequence[nn.Module]) -> PackedLinears | None:
+    """Move the parameters of layers into one tensor each, of which they become views.
+
+    Takes no more memory afterwards than before.
+
+    Args:
+        layers: with the same input.
+
+    Returns:
+        What computes all of them at once; None if some layer is not a plain linear one.
+    """
+    if not all(is_plain_linear(layer) for layer in layers):
+        return None
+    linears = cast(Sequence[nn.Linear], layers)
+    kinds = {(x.weight.dtype, x.weight.device, x.in_features, x.bias is None) for x in linears}
+    if len(kinds) > 1:
+        return None
+    weight = _pack([linear.weight for linear in linears])
+    bias = None
+    if linears[0].bias is not None:
+        bias = _pack([linear.bias for linear in linears])
+    return PackedLinears(weight, bias, [len(linear.weight) for linear in linears])
+
+
+def _pack(parameters: Sequence[Tensor]) -> Tensor:
+    packed = torch.cat([parameter.detach() for parameter in parameters])
+    parts = packed.split([len(parameter) for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.data = part
+    return packed
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether a layer computes ``F.linear`` of its own parameters and nothing else is asked of it.
+
+    Slices of tensor parallelism over output features are plain.
+    """
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    own_forward = getattr(type(layer), "forward", None) is nn.Linear.forward
+    return own_forward and "weight" in layer._parameters and not hooked
+
+
+def linear_gelu(layer: nn.Linear, x: Tensor) -> Tensor:
+    """``gelu(layer(x))`` with the tanh form of GELU in the epilogue of the matmul.
+
+    GELU is applied before the result is rounded.
+
+    Args:
+        layer: plain, with a bias; see `fuses_gelu`.
+        x: ``[..., in_features]`` on a GPU.
+
+    Returns:
+        ``[..., out_features]``.
+    """
+    flat = x.flatten(0, -2)
+    out = torch._addmm_activation(layer.bias, flat, layer.weight.t(), use_gelu=True)
+    return out.unflatten(0, x.shape[:-1])
+
+
+@torch.no_grad()
+def fuses_gelu(layer: nn.Module, activation: nn.Module) -> bool:
+    """Whether `linear_gelu` computes ``activation(layer(x))``; tried on one number.
+
+    Args:
+        layer: with its weights, where it runs.
+        activation: what follows it.
+    """
+    plain = is_plain_linear(layer) and layer.bias is not None
+    if not plain or getattr(activation, "approximate", None) != "tanh":
+        return False
+    weight = cast(nn.Linear, layer).weight
+    narrow = weight.dtype in (torch.bfloat16, torch.float16)
+    if weight.device.type != "cuda" or not narrow or not hasattr(torch, "_addmm_activation"):
+        return False
+    return _gives_tanh_gelu(weight)
+
+
+def _gives_tanh_gelu(like: Tensor) -> bool:
+    probe = nn.Linear(16, 16, device=like.device, dtype=like.dtype).requires_grad_(False)
+    probe.weight.zero_()
+    probe.bias.fill_(PROBE)
+    x = torch.zeros(16, 16, device=like.device, dtype=like.dtype)
+    wanted = F.gelu(
+        torch.tensor(PROBE, dtype=torch.float32, device="cpu"), approximate="tanh"
+    ).item()
+    return abs(linear_gelu(probe, x)[0, 0].item() / wanted - 1) < 0.02
+
+
+def repack(module: Any, _: Any = None) -> None:
+    """Pack the projections of a module again, after its parameters were replaced; a hook."""
+    if module.packed is not None:
+        module.pack()

@@ -1,0 +1,225 @@
+"""A linear layer whose bits per row do not depend on the number of rows.
+
+Shape letters: M rows (tokens), N output features, K input features.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashdreams_kernels.launch import (
+    ALIGNMENT_BYTES,
+    CONSUMER,
+    FLOAT_TYPES,
+    Block,
+    Launch,
+    Target,
+    ceil_div,
+    check_tensor,
+    generation_of,
+    target_of,
+)
+
+GROUP = 8
+"""Rows of tiles that are computed beside each other, so that weights are read from L2."""
+
+
+@dataclass(frozen=True)
+class LinearTile:
+    """Tile sizes of the linear program and what the compiler may use for them."""
+
+    block_m: int
+    """Rows of a tile."""
+    block_n: int
+    """Output features of a tile."""
+    block_k: int
+    """Input features of a step."""
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False
+    """Load and store tiles through tensor descriptors (TMA), where addresses allow it."""
+    persistent: bool = False
+    """One program per multiprocessor, which computes many tiles; with descriptors alone."""
+
+
+WIDE = 2048
+"""Output features from which a layer takes the wider tile."""
+
+LinearTable = Mapping[tuple[int, bool], LinearTile]
+"""Tiles by (capability, whether the layer is wide), for 16-bit inputs; see :func:`linear_tile`."""
+
+LINEAR_TILES: LinearTable = {
+    (80, False): LinearTile(128, 128, 32, 4, 4),
+    (80, True): LinearTile(128, 128, 32, 4, 4),
+    (CONSUMER, False): LinearTile(128, 128, 32, 4, 3),
+    (CONSUMER, True): LinearTile(128, 128, 32, 4, 3),
+    (90, False): LinearTile(128, 128, 64, 8, 3, descriptors=True),
+    (90, True): LinearTile(128, 256, 64, 8, 3, descriptors=True, persistent=True),
+    (100, False): LinearTile(128, 128, 64, 4, 4, descriptors=True, persistent=True),
+    (100, True): LinearTile(128, 256, 64, 8, 3, descriptors=True, persistent=True),
+}
+
+FLOAT32_TILE = LinearTile(64, 64, 32, 4, 3)
+"""Float32 is multiplied on the ordinary cores, in full precision."""
+
+INTERPRETER_TILE = LinearTile(32, 32, 32, 1, 1)
+
+
+def linear_tile(
+    target: Target, num_columns: int, itemsize: int, table: LinearTable = LINEAR_TILES
+) -> LinearTile:
+    """Tiles for a machine, a layer and an element size; never for a number of rows.
+
+    Args:
+        target: the machine.
+        num_columns: N, output features of the layer.
+        itemsize: bytes of an element.
+        table: tiles for 16-bit inputs.
+    """
+    if target.interpreted:
+        return INTERPRETER_TILE
+    if itemsize > 2:
+        return FLOAT32_TILE
+    return table[generation_of(target, table), num_columns >= WIDE]
+
+
+def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias``; the bits of a row depend on that row alone.
+
+    The tiles follow from N, the dtype and the GPU, K is summed in one order in float32, and the
+    bias is added before the result is rounded. So one row, padded, split and permuted rows have
+    the same bits. Inference only: no gradient is defined.
+
+    Args:
+        x: ``[..., K]``, bf16, fp16 or fp32. Rows that are not contiguous or aligned are copied.
+        weight: ``[N, K]``, contiguous, like ``x`` in dtype and device.
+        bias: ``[N]``, likewise, or None.
+
+    Returns:
+        ``[..., N]`` contiguous, in the dtype of ``x``.
+
+    Raises:
+        ValueError: shapes, strides or devices that do not fit.
+        TypeError: a dtype that does not fit.
+        ImportError: triton is not installed.
+    """
+    rows = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
+    out = torch.ops.flashdreams.invariant_linear(rows, weight, bias)
+    return out if x.ndim == 2 else out.view(*x.shape[:-1], len(weight))
+
+
+@torch.library.custom_op("flashdreams::invariant_linear", mutates_args=())
+def _invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    check_linear(x, weight, bias)
+    out = x.new_empty(len(x), len(weight))
+    if out.numel():
+        target = target_of(x.device)
+        tile = linear_tile(target, len(weight), x.element_size())
+        plan(x, weight, bias, out, target, tile).run()
+    return out
+
+
+@_invariant_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(len(x), len(weight))
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Check what :func:`invariant_linear` is given, ``x`` as ``[M, K]``.
+
+    Raises:
+        ValueError: shapes, strides or devices that do not fit.
+        TypeError: a dtype that does not fit.
+    """
+    check_tensor("x", x, (None, None), x, FLOAT_TYPES)
+    check_tensor("weight", weight, (None, x.shape[1]), x)
+    if not weight.is_contiguous():
+        raise ValueError(
+            f"weight has strides {list(weight.stride())}; it must be contiguous. Call "
+            "weight.contiguous() once, where it is loaded."
+        )
+    if bias is not None:
+        check_tensor("bias", bias, (len(weight),), x)
+
+
+def plan(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, target: Target, tile: LinearTile
+) -> Launch:
+    """The launch of one call.
+
+    Args:
+        x: ``[M, K]``, checked, like all tensors; see :func:`invariant_linear`.
+        weight: ``[N, K]``.
+        bias: ``[N]`` or None.
+        out: ``[M, N]`` contiguous, is written.
+        target: what the launch is for.
+        tile: sizes of the tiles.
+    """
+    num_rows, width = x.shape
+    num_columns = len(weight)
+    tiles = ceil_div(num_rows, tile.block_m) * ceil_div(num_columns, tile.block_n)
+    arguments: dict[str, Any] = {
+        "bias": bias,
+        "num_rows": num_rows,
+        "num_columns": num_columns,
+        "width": width,
+    }
+    constants = {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP": GROUP,
+        "HAS_BIAS": bias is not None,
+        "UPCAST": target.interpreted and x.dtype != torch.float32,
+    }
+    if tile.descriptors and _whole_vectors(num_columns, width, x.element_size()):
+        programs = min(tiles, target.num_processors) if tile.persistent else tiles
+        return Launch(
+            "linear",
+            "linear_descriptors",
+            (programs,),
+            {
+                "x": Block(_aligned(x), (tile.block_m, tile.block_k)),
+                "weight": Block(_aligned(weight), (tile.block_n, tile.block_k)),
+                "out": Block(out, (tile.block_m, tile.block_n)) if tile.persistent else out,
+                **arguments,
+            },
+            {**constants, "PERSISTENT": tile.persistent},
+            tile.num_warps,
+            tile.num_stages,
+            x.device,
+        )
+    return Launch(
+        "linear",
+        "linear_pointers",
+        (tiles,),
+        {
+            "x": _aligned(x),
+            "weight": _aligned(weight),
+            "out": out,
+            **arguments,
+        },
+        {
+            **constants,
+            "WHOLE_K": width % tile.block_k == 0,
+            "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
+        },
+        tile.num_warps,
+        tile.num_stages,
+        x.device,
+    )
+
+
+def _whole_vectors(num_columns: int, width: int, itemsize: int) -> bool:
+    """Whether rows of the weight and of the result are multiples of what descriptors ask for."""
+    return num_columns * itemsize % ALIGNMENT_BYTES == width * itemsize % ALIGNMENT_BYTES == 0
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``[rows, K]`` contiguous at an aligned address, so that one compiled program serves all."""
+    if x.is_contiguous() and (x.is_meta or x.data_ptr() % ALIGNMENT_BYTES == 0):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,239 @@
+"""Rollouts with precision="fp8" on a CPU, against the same ones in float32."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flashdreams.attention import flash_attention_3, fp8
+from flashdreams.attention.cache import KVCache, KVCacheSpec
+from flashdreams.attention.core import AttentionCore
+from flashdreams.attention.cursor import Cursor
+from flashdreams.attention.rope import apply_rope, time_rotation
+from flashdreams.infra.weights import memory_estimate
+from flashdreams.models.wan.transformer import SELF_ATTENTION
+from flashdreams.runtime.cuda_graph import Captured, GraphedCallable
+from tests.tiny import TEXT_DIM, tiny_pipeline, tiny_transformer
+
+STEPS = 6
+BOUND = 3e-2
+"""Largest error of the latents over their largest entry: twice what was measured."""
+SINK = dict(sink_size_t=2, window_size_t=3, relative_rope=True)
+
+
+def build(precision: str = "fp8", **transformer):
+    pipeline = tiny_pipeline(**{**SINK, "precision": precision, **transformer}).setup(device="cpu")
+    for parameter in pipeline.parameters():  # the default initialisation is too tame to tell
+        if parameter.ndim > 1:
+            parameter.mul_(2)
+    return pipeline
+
+
+def begin(pipeline, seed: int = 3):
+    text = torch.randn(1, 4, TEXT_DIM, generator=torch.Generator().manual_seed(seed))
+    return pipeline.initialize_cache(text=text, seed=seed)
+
+
+def run(pipeline, cache, steps: int = STEPS) -> torch.Tensor:
+    latents = []
+    for index in range(cache.next_index, steps):
+        pipeline.generate(index, cache, 0.1 * index)
+        pipeline.finalize(index, cache)
+        latents.append(cache.latent)
+    return torch.cat(latents, dim=2)
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def layers_of(cache):
+    return cache.diffusion.conditional.caches[SELF_ATTENTION]
+
+
+@pytest.mark.parametrize("changes", [{}, {"relative_rope": False}, {"sink_size_t": 0}], ids=str)
+def test_the_error_of_a_rollout_is_bounded(changes, monkeypatch):
+    changes = {**changes, **({"relative_rope": False} if "sink_size_t" in changes else {})}
+    exact, rounded = build("native", **changes), build(**changes)
+    expected = run(exact, begin(exact))
+    assert 1e-4 < error(run(rounded, begin(rounded)), expected) < BOUND
+    monkeypatch.setattr(fp8, "LARGEST", 2.0**-8)  # negative control: some three bits
+    assert error(run(rounded, begin(rounded)), expected) > BOUND
+
+
+def test_scales_are_fixed_with_the_first_chunk_and_differ_between_rollouts():
+    pipeline = build()
+    cache = begin(pipeline)
+    scales = layers_of(cache)[0].scales
+    assert not scales.any()
+    run(pipeline, cache, 1)
+    fixed = scales.clone()
+    assert fixed.all() and torch.equal(fixed, torch.exp2(fixed.log2().round()))
+    run(pipeline, cache, 4)
+    assert torch.equal(scales, fixed)
+    assert layers_of(cache)[0].k.scale.data_ptr() == scales[:, 1, :, 0].data_ptr()
+
+
+def test_a_rollout_goes_on_with_the_same_bits_after_save_and_after_a_fork():
+    pipeline = build()
+    cache = begin(pipeline)
+    run(pipeline, cache, 4)
+    state = cache.state_dict()
+    name = f"conditional/scales/{SELF_ATTENTION}/0"
+    assert state["tensors"][name].shape == (1, 3, 2, 1)
+    other, fork = pipeline.load_cache(state), cache.clone()
+    expected = run(pipeline, cache)
+    assert torch.equal(run(pipeline, other), expected)
+    assert torch.equal(run(pipeline, fork), expected)
+    state["tensors"][name] *= 2  # negative control
+    assert not torch.equal(run(pipeline, pipeline.load_cache(state)), expected)
+
+
+def test_a_saved_rollout_may_go_on_wide_and_a_wide_one_is_refused():
+    narrow, wide = build(), build("native")
+    cache = begin(narrow)
+    run(narrow, cache, 4)
+    latents = run(wide, wide.load_cache(cache.state_dict()))
+    assert 0 < error(latents, run(narrow, cache)) < BOUND
+    cache = begin(wide)
+    run(wide, cache, 4)
+    with pytest.raises(ValueError, match="no scales of heads"):
+        narrow.load_cache(cache.state_dict())
+
+
+def test_two_rollouts_interleave():
+    pipeline = build()
+    alone = [run(pipeline, begin(pipeline, seed)) for seed in (3, 4)]
+    caches = [begin(pipeline, seed) for seed in (3, 4)]
+    together = [[run(pipeline, cache, i + 1) for cache in caches] for i in range(STEPS)]
+    for expected, parts in zip(alone, zip(*together, strict=True), strict=True):
+        assert torch.equal(torch.cat(parts, dim=2), expected)
+    assert not torch.equal(*alone)
+
+
+@pytest.mark.parametrize("relative_rope", [False, True])
+def test_a_prompt_update_writes_the_window_anew_with_the_same_scales(relative_rope):
+    pipeline = build(relative_rope=relative_rope)
+    changed, kept = begin(pipeline), begin(pipeline)
+    for cache in (changed, kept):
+        run(pipeline, cache, 4)
+    pipeline.update_prompt(changed, torch.ones(1, 4, TEXT_DIM), reencode_window=True)
+    a, b = layers_of(changed)[1], layers_of(kept)[1]
+    assert not torch.equal(a.v.values.float(), b.v.values.float())
+    assert torch.equal(a.scales, b.scales)
+    assert (a.sink_k is not None) == relative_rope
+    assert a.sink_k is None or not torch.equal(a.sink_k, b.sink_k)
+    assert error(run(pipeline, changed), run(pipeline, kept)) > 1e-3
+
+
+def test_the_sink_is_kept_wide_and_quantized_after_rotation():
+    spec = KVCacheSpec(
+        batch_size=1, sink_size_t=1, window_size_t=2, tokens_per_frame=3, num_heads=2, head_dim=8,
+        dtype=torch.float32, device=torch.device("cpu"), relative_sink=True, storage="fp8",
+    )  # fmt: skip
+    cursor, core = Cursor(1, 2, 3), AttentionCore(8)
+    cache = core.new_cache(spec, cursor)
+    chunks = torch.randn(5, 3, 1, 3, 2, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    for q, k, v in chunks:
+        cursor.begin_step(1, spec.device)
+        cache.rotate_sink()
+        core(q, k, v, cache)
+        cache.keep_sink()
+        cursor.advance()
+    sink = chunks[0][1]
+    assert torch.equal(cache.sink_k, sink)
+    rotated = apply_rope(sink, time_rotation(2, 8))
+    expected = fp8.quantize(rotated, cache.k.scale).float()
+    assert torch.equal(cache.k.values[:, :3].float(), expected)
+    twice = apply_rope(fp8.dequantize(fp8.quantize(sink, cache.k.scale), cache.k.scale,
+                                      torch.float32), time_rotation(2, 8))  # fmt: skip
+    assert not torch.equal(fp8.quantize(twice, cache.k.scale).float(), expected)
+
+
+def test_values_beyond_the_headroom_are_cut_and_nan_stays():
+    scale = fp8.scales_of(torch.tensor([[1.0, 0.0, 3.0]]))
+    assert scale.tolist() == [[2.0**-5, 1.0, 2.0**-4]]
+    x = torch.tensor([1.0, 100.0, -1e9, float("nan")]).view(1, 4, 1, 1).expand(1, 4, 3, 1)
+    stored = fp8.quantize(x, scale).float()[0, :, 0, 0]
+    assert stored[:3].tolist() == [32.0, 448.0, -448.0] and stored[3].isnan()
+
+
+class CountingCapture:
+    """Captures by running; counts."""
+
+    def capture(self, function):
+        output = function()
+        return Captured(lambda: output.copy_(function()), output)
+
+    def wait(self):
+        pass
+
+
+@pytest.mark.parametrize("window", [3, 2], ids=["fills", "full at once"])
+def test_the_first_chunk_is_never_captured(window):
+    pipeline = build(sink_size_t=0, window_size_t=window, relative_rope=False, use_cuda_graph=True)
+    transformer = pipeline.diffusion_model.transformer
+    plain = build(sink_size_t=0, window_size_t=window, relative_rope=False)
+    expected = run(plain, begin(plain))
+    cache = begin(pipeline)
+    transformer.network._backend = CountingCapture()
+    assert isinstance(transformer.network, GraphedCallable)
+    run(pipeline, cache, 1)
+    assert transformer.network.captures == 0
+    latents = run(pipeline, cache)
+    assert transformer.network.captures == 2
+    assert torch.equal(latents, expected[:, :, 2:])
+
+
+def test_a_byte_per_number_is_counted_and_allocated():
+    narrow, wide = (tiny_transformer(precision=p).setup() for p in ("fp8", "native"))
+    assert narrow.cache_nbytes(1) * 4 == wide.cache_nbytes(1)  # float32
+    layer = narrow.initialize_cache(torch.zeros(1, 4, TEXT_DIM)).caches[SELF_ATTENTION][0]
+    assert isinstance(layer, KVCache)
+    assert layer.nbytes == layer.k.values.nbytes + layer.v.values.nbytes
+    sizes = dict(window_size_t=2_000_000)
+    assert "KV cache 3.1 GB" in memory_estimate(tiny_pipeline(**sizes))
+    assert "KV cache 768.0 MB" in memory_estimate(tiny_pipeline(precision="fp8", **sizes))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"precision": "fp4"}, "allowed are 'native' and 'fp8'"),
+        ({"precision": "fp8", "streaming": False}, "streaming=False has none"),
+        ({"precision": "fp8", "kv_cache_dtype": "int8"}, "Leave that away"),
+        ({"kv_cache_dtype": "fp8"}, "was removed in 0.2: use precision='fp8'"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_transformer(**change)
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "message"),
+    [
+        ((8, 0), 128, "compute capability 9.x, found 8.0. precision='native' runs"),
+        ((10, 0), 128, "compute capability 9.x, found 10.0"),
+        ((9, 0), 24, "multiples of 16 from 64 to 256 as head size, not 24"),
+        ((9, 0), 128, "FlashAttention-3 is not installed"),
+    ],
+)
+def test_a_gpu_that_cannot_is_refused(capability, head_dim, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(flash_attention_3, "MODULES", ())
+    with pytest.raises(ValueError, match=message):
+        fp8.check_fp8(torch.device("cuda"), head_dim)
+    fp8.check_fp8(torch.device("cpu"), head_dim)
+
+
+def test_a_release_without_the_kernel_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    old = lambda q, k, v, softmax_scale, num_splits: None  # noqa: E731
+    new = lambda q, k, v, q_descale, k_descale, v_descale, num_splits: None  # noqa: E731
+    for function, message in ((old, "no e4m3 kernel"), (new, None)):
+        module = SimpleNamespace(flash_attn_func=function)
+        monkeypatch.setattr(fp8, "load_flash_attn_3", lambda module=module: module)
+        found = fp8.why_no_fp8(torch.device("cuda"), 128)
+        assert (found is None) if message is None else message in found
