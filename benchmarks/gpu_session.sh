@@ -67,7 +67,7 @@ variants() { # NAMES SECONDS ARGUMENTS...
 headline() {
     mapfile -t size < <(sized self-forcing-tiny-random --repeats 2 --steps 1 -- \
         self-forcing-wan2.1-t2v-1.3b-taehv --repeats 6 --steps 4)
-    variants "default; reference; fp8; reference, all flags; graphs off" 165 "${size[@]}"
+    variants "${HEADLINE:-default; reference; fp8; reference, all flags; graphs off}" 165 "${size[@]}"
 }
 
 gpu_tests() {
@@ -84,7 +84,7 @@ lingbot() {
     fi
     mapfile -t size < <(sized lingbot-world-tiny-random --repeats 1 --steps 1 -- \
         lingbot-world-fast-taehv-window15-sink3 --repeats 3 --steps 2)
-    variants "default; fp8" 125 "${size[@]}" --one-at-a-time
+    variants "${LINGBOT:-default; fp8}" 125 "${size[@]}" --one-at-a-time
 }
 
 decoders() {
@@ -162,6 +162,12 @@ fi
 
 mkdir -p "$RESULTS"
 rm -f "$RESULTS"/*
+# Slugs are found through the entry points of an installed package; a bare tree gets some beside it.
+if ! "$PYTHON" -c "from importlib.metadata import distribution; distribution('flashdreams')" 2>/dev/null; then
+    site="$(realpath "$RESULTS")-site"
+    "$PYTHON" benchmarks/announce.py "$site" || exit
+    PYTHONPATH="$PYTHONPATH:$site"
+fi
 begin=$SECONDS
 missing=0
 for section in $SECTIONS; do
