@@ -15,10 +15,12 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -57,8 +59,12 @@ UNPACED_FPS = 1000.0
 CLIENT_S = 120.0
 
 
-def load(slug: str) -> Any:
+def load(slug: str, folder: Path) -> Any:
     """A method, set up as ``flashdreams-serve`` does.
+
+    Args:
+        slug: of the method.
+        folder: for what it writes.
 
     Raises:
         ValueError: it cannot be served.
@@ -67,7 +73,7 @@ def load(slug: str) -> Any:
 
     config: Any = discover().resolve(slug)
     check_served(config)
-    return config.for_serving().setup()
+    return replace(config.for_serving(), output_dir=folder).setup()
 
 
 @contextmanager
@@ -217,17 +223,18 @@ def _between(seconds: list[float]) -> list[float]:
 
 def measure(slug: str, options: argparse.Namespace) -> tuple[torch.device, list[dict[str, Any]]]:
     """All rows."""
-    runner = load(slug)
-    server = Server(runner, ServingLimits(snapshot_every=0.0))
-    loop = threading.Thread(target=server.run, name="loop", daemon=True)
-    loop.start()
-    try:
-        rows = measure_cost(runner, server, options.steps, options.repeats or 3)
-        rows += measure_sessions(server, options.sessions, options.seconds)
-    finally:
-        server.drain()
-        loop.join()
-    return runner.device, rows
+    with tempfile.TemporaryDirectory() as folder:
+        runner = load(slug, Path(folder))
+        server = Server(runner, ServingLimits(snapshot_every=0.0))
+        loop = threading.Thread(target=server.run, name="loop", daemon=True)
+        loop.start()
+        try:
+            rows = measure_cost(runner, server, options.steps, options.repeats or 3)
+            rows += measure_sessions(server, options.sessions, options.seconds)
+        finally:
+            server.drain()
+            loop.join()
+        return runner.device, rows
 
 
 def main(arguments: list[str] | None = None) -> None:
