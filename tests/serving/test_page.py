@@ -169,7 +169,9 @@ def test_a_new_session_begins_with_what_was_chosen(tab: Tab, tmp_path: Path) -> 
     tab.page.fill("#opening-prompt", "night sky, red floor")
     tab.page.fill("#seed", "7")
     messages: list[str] = []
-    tab.page.on("websocket", lambda socket: socket.on("framesent", messages.append))
+    tab.page.on(
+        "websocket", lambda socket: socket.on("framesent", lambda text: messages.append(text))
+    )
     tab.page.click("#opening-form button[type=submit]")
     tab.page.wait_for_selector("#prompt-help")
     tab.wait("ready")
