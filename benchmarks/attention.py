@@ -73,7 +73,7 @@ def variants(device: torch.device, tiles: bool) -> dict[str, Callable[..., Tenso
     """
     found: dict[str, Callable[..., Tensor]] = dict(BACKENDS)
     if device.type == "cuda" and tiles:
-        found = {f"triton {config}": partial(_with_tiles, config) for config in CANDIDATES}
+        found = {f"triton {config}": partial(with_tiles, config) for config in CANDIDATES}
     elif device.type == "cuda":
         kernels: dict[str, Callable[..., Any]] = {
             "triton": chunk_attention,
@@ -84,7 +84,7 @@ def variants(device: torch.device, tiles: bool) -> dict[str, Callable[..., Tenso
     return found
 
 
-def _with_tiles(config: TileConfig, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+def with_tiles(config: TileConfig, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     """The Triton kernel with one configuration, whatever the table says."""
     out, lse = new_outputs(q, False)
     for launch in plan(q, k, v, None, scale, out, lse, 0, target_of(q.device), config):

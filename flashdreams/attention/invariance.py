@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from flashdreams.attention.choose import (
     draw_inputs,
     kv_splits_of,
 )
+from flashdreams.attention.fp8 import attend, quantize
 
 PROMPT_KEYS = 512
 """Keys of cross-attention to a prompt."""
@@ -99,6 +101,41 @@ def find_variance(
             if not same_bits(found, whole[:, places, heads]):
                 return f"bits depend on {what}, with {count} keys"
     return None
+
+
+def fp8_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, num_splits: int = 1) -> Tensor:
+    """Attention as over an fp8 cache, of what is not yet quantized; see `fp8.attend`."""
+    ones = q.new_ones((q.shape[0], q.shape[2]), dtype=torch.float32)
+    return attend(
+        quantize(q, ones),
+        quantize(k, ones),
+        quantize(v, ones),
+        (ones, ones, ones),
+        scale=scale,
+        dtype=q.dtype,
+        backend=BACKENDS["sdpa"],
+        num_splits=num_splits,
+    )
+
+
+def check_fp8_invariance(shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse strict runs over an fp8 cache where its attention has bits of its own on each rank.
+
+    Args:
+        shape: as for `find_variance`.
+        device: a GPU with FP8 attention.
+        dtype: of the rest of the network.
+
+    Raises:
+        ValueError: says what its bits depend on.
+    """
+    splits = kv_splits_of("flash_attn_3", shape, device, strict=True) or 1
+    variance = find_variance(partial(fp8_attention, num_splits=splits), shape, device, dtype)
+    if variance is not None:
+        raise ValueError(
+            f"--parallel.strict True with precision='fp8': FP8 attention is not strict here, its "
+            f"{variance}. Use precision='native'."
+        )
 
 
 def pad_queries(q: Tensor, count: int) -> Tensor:

@@ -59,19 +59,25 @@ class RotaryEmbedding3D(nn.Module):
             ``[T * height * width, D/2, 2]`` float32: cosine and sine of every pair's angle.
         """
         time, rows, columns = self.frequencies
-        shape = (len(frames), height, width, -1)
-        positions = frames.to("cpu", torch.float64)
+        shape = (len(frames), height, width, -1, 2)
         row_positions = torch.arange(height, dtype=torch.float64, device="cpu")
         column_positions = torch.arange(width, dtype=torch.float64, device="cpu")
-        angles = torch.cat(
-            [
-                (positions[:, None] * time)[:, None, None].expand(shape),
-                (row_positions[:, None] * rows)[None, :, None].expand(shape),
-                (column_positions[:, None] * columns)[None, None, :].expand(shape),
-            ],
-            dim=-1,
-        ).flatten(0, 2)
-        return to_device(torch.stack([angles.cos(), angles.sin()], dim=-1).float(), device)
+        # One small table per axis comes from the host, which tokens then share on the device.
+        of_time = to_device(_rotations(frames.to("cpu", torch.float64), time), device)
+        of_rows = to_device(_rotations(row_positions, rows), device)
+        of_columns = to_device(_rotations(column_positions, columns), device)
+        tables = [
+            of_time[:, None, None].expand(shape),
+            of_rows[None, :, None].expand(shape),
+            of_columns[None, None, :].expand(shape),
+        ]
+        return torch.cat(tables, dim=3).flatten(0, 2)
+
+
+def _rotations(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """``[positions, frequencies, 2]`` float32: cosine and sine of each product, a float64 angle."""
+    angles = positions[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
 
 
 def time_rotation(delta: float, head_dim: int, theta: float = 10000.0) -> Tensor:

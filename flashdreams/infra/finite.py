@@ -1,9 +1,10 @@
-"""Whether the values of an AR step are finite: computed on the device, read one step late."""
+"""Whether the values of an AR step are finite: computed on the device, read later."""
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +23,14 @@ class FiniteCheck:
     """Looks at the values of one rollout without making the host wait for the device.
 
     Each AR step queues one sum per tensor, which is not finite if it meets NaN or infinity, and one
-    copy of all sums; they are read when the next step begins, when they have long arrived. On a CPU
-    they are there at once.
+    copy of all sums, which is read when a later step begins: the next one on a CPU; on a GPU the
+    first one that finds it arrived, at the latest the second. So the host need not wait for the
+    decoder before it queues the next step.
     """
 
     def __init__(self) -> None:
-        self._index = 0
-        self._stages: list[str] = []
-        self._totals: list[float | None] = []
-        self._sums: Tensor | None = None
-        self._arrived: torch.cuda.Event | None = None
+        self._failure: str | None = None
+        self._waiting: deque[_Sums] = deque()
 
     def submit(self, autoregressive_index: int, stages: Mapping[str, Any]) -> None:
         """Have the values of an AR step looked at.
@@ -41,41 +40,68 @@ class FiniteCheck:
             stages: what each stage made, by its name in the order of the data: tensors of any
                 shape, also in mappings, sequences and dataclasses.
         """
-        self._index, self._stages = autoregressive_index, []
-        self._totals, self._sums, self._arrived = [], None, None
+        names: list[str] = []
+        totals: list[float | None] = []
         on_gpu: list[Tensor] = []
         for name, made in stages.items():
             for x in (made,) if type(made) is Tensor else tensors_in(made):
                 if x.is_floating_point():
                     total = x.sum(dtype=torch.float32)
-                    self._stages.append(name)
-                    self._totals.append(None if total.is_cuda else total.item())
+                    names.append(name)
+                    totals.append(None if total.is_cuda else total.item())
                     if total.is_cuda:
                         on_gpu.append(total)
-        if on_gpu:
-            self._sums, self._arrived = start_host_copy(torch.stack(on_gpu))
+        copied = start_host_copy(torch.stack(on_gpu)) if on_gpu else None
+        self._waiting.append(_Sums(autoregressive_index, names, totals, copied))
 
     @property
     def is_settled(self) -> bool:
-        """Whether the sums have arrived and all is finite, so that nobody needs to read them."""
-        if self._arrived is not None and not self._arrived.query():
-            return False
-        return all(map(math.isfinite, self._arrived_totals()))
+        """Whether all sums have arrived and all is finite, so that nobody needs to read them."""
+        return self.read(wait=False) is None and not self._waiting
 
-    def _arrived_totals(self) -> list[float]:
-        arrived = iter([] if self._sums is None else self._sums.tolist())
-        return [next(arrived) if total is None else total for total in self._totals]
+    def read(self, *, wait: bool = True) -> str | None:
+        """What is wrong with the AR steps submitted so far; None if nothing is.
 
-    def read(self) -> str | None:
-        """What is wrong with the AR step submitted last; None if nothing is. May wait for it."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        if self.is_settled:
+        Args:
+            wait: for the last step; without it, for the one before alone, if that has not arrived.
+        """
+        while self._failure is None and self._waiting:
+            oldest = self._waiting[0]
+            if not (wait or len(self._waiting) > 1 or oldest.have_arrived):
+                break
+            self._failure = self._waiting.popleft().failure()
+        return self._failure
+
+
+class _Sums(NamedTuple):
+    """One sum per tensor of an AR step."""
+
+    autoregressive_index: int
+    stages: list[str]
+    totals: list[float | None]
+    """None for those that come from a GPU."""
+    copied: tuple[Tensor, torch.cuda.Event] | None
+
+    @property
+    def have_arrived(self) -> bool:
+        return self.copied is None or self.copied[1].query()
+
+    def failure(self) -> str | None:
+        """Waits until they have arrived."""
+        arrived: Iterator[float] = iter(())
+        if self.copied is not None:
+            sums, event = self.copied
+            event.synchronize()
+            arrived = iter(sums.tolist())
+        totals = [next(arrived) if total is None else total for total in self.totals]
+        if math.isfinite(sum(totals)):
             return None
-        for name, total in zip(self._stages, self._arrived_totals(), strict=True):
-            if not math.isfinite(total):
-                return f"AR step {self._index}: stage {name!r} made values that are not finite."
-        return None
+        bad = next(
+            n for n, total in zip(self.stages, totals, strict=True) if not math.isfinite(total)
+        )
+        return (
+            f"AR step {self.autoregressive_index}: stage {bad!r} made values that are not finite."
+        )
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

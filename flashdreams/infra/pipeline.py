@@ -205,10 +205,11 @@ class StreamInferencePipeline(SavedRollouts):
 
         Raises:
             ValueError: a step out of order, or an input that no encoder takes.
-            NotFiniteError: the AR step before this one has made NaN or infinite values.
+            NotFiniteError: the AR step before this one has made NaN or infinite values; on a GPU,
+                where nobody waits for them, also the one before that.
         """
         cache.check_order("generate", autoregressive_index)
-        self.check_values(cache)
+        self._refuse_bad_values([cache.finite], wait=False)
         if self.encoder is None and input is not None:
             raise ValueError(f"{self.config.name} has no encoder, so input must be None.")
         timer = cache.timer
@@ -235,7 +236,7 @@ class StreamInferencePipeline(SavedRollouts):
     def check_values(self, cache: StreamInferencePipelineCache | None = None) -> None:
         """Refuse to go on from values that are NaN or infinite.
 
-        ``generate`` asks this about the AR step before; ask it after the last one. May wait for
+        ``generate`` asks this about the AR steps before; ask it after the last one. May wait for
         that step.
 
         Args:
@@ -246,8 +247,11 @@ class StreamInferencePipeline(SavedRollouts):
         """
         asked = self._unread if cache is None else [cache.finite]
         self._unread = [check for check in self._unread if check not in asked]
-        for check in asked:
-            if found := check.read():
+        self._refuse_bad_values(asked, wait=True)
+
+    def _refuse_bad_values(self, checks: Sequence[FiniteCheck], *, wait: bool) -> None:
+        for check in checks:
+            if found := check.read(wait=wait):
                 raise NotFiniteError(f"{found} {name_bad_weights(self)}")
 
     @without_grad

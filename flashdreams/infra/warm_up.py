@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flashdreams.attention.backends import PREFERENCE
+from flashdreams.attention.backends import BACKENDS, PREFERENCE, bind_kv_splits
 from flashdreams.attention.choose import (
     AUTO,
     AttentionShape,
@@ -15,8 +15,8 @@ from flashdreams.attention.choose import (
     choose_backend,
     kv_splits_of,
 )
-from flashdreams.attention.core import bind_cores
-from flashdreams.attention.invariance import choose_invariant_backend
+from flashdreams.attention.core import AttentionCore
+from flashdreams.attention.invariance import check_fp8_invariance, choose_invariant_backend
 from flashdreams.infra.component import declared_context
 from flashdreams.infra.decoder.base import Decoder, StreamingDecoder
 from flashdreams.infra.diffusion.transformer import Transformer
@@ -121,12 +121,16 @@ def _choose_strict(
 ) -> BackendChoice:
     """Settle the backend of strict ranks on a GPU, and whether it must be tiled."""
     names, dtype = PREFERENCE if name == AUTO else (name,), transformer.dtype
+    if getattr(transformer.config, "precision", "native") == "fp8":
+        from_rank_zero(lambda: check_fp8_invariance(shape, device, dtype))
     choice = from_rank_zero(lambda: choose_invariant_backend(shape, device, dtype, names))
     transformer.set_attention_backend(choice.name)
     transformer.bind_kv_splits(
         choice.name, lambda of: kv_splits_of(choice.name, of, device, strict=True)
     )
-    bind_cores(transformer, choice.name, 1)  # those without a cache
+    for core in transformer.modules():  # those without a cache have none yet
+        if isinstance(core, AttentionCore) and core.backend is BACKENDS[choice.name]:
+            core.backend = bind_kv_splits(choice.name, 1)
     if choice.tiled:
         tile_attention(transformer, device.type)
     return choice

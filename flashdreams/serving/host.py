@@ -265,6 +265,10 @@ class LiveHost(Host):
         """Places that nobody has; the lock is held."""
         return self.places - sum(live.where == "device" for live in self.sessions.values())
 
+    def next_waiting(self) -> LiveSession | None:
+        """Who takes the next free place, clients that have gone apart; the lock is held."""
+        return next((live for live in self.queue if "detached" not in live.reasons), None)
+
     def tell_states(self) -> None:
         """Tell listeners what they do not know yet; the lock is held."""
         free = self.free_places()

@@ -60,8 +60,9 @@ class TurnLoop:
                 return partial(self.keeper.end, live, None, stopped=not live.finished)
             if live.keepings and live.where == "device":
                 return partial(self.keeper.keep, live)
-        if host.queue and host.free_places() > 0:
-            return partial(self.keeper.admit, host.queue[0])
+        following = host.next_waiting()
+        if following is not None and host.free_places() > 0:
+            return partial(self.keeper.admit, following)
         due = next_upkeep(host, time.monotonic(), keeps=self.keeper.keeps)
         return None if due is None else partial(self._maintain, due)
 

@@ -64,4 +64,6 @@ class Prompts:
                 encoded: Any = self.pipeline.encode_prompts([text])
         except ValueError as error:
             raise Refused(str(error)) from error
+        if not bool(torch.isfinite(encoded).all()):
+            raise Refused("This prompt has embeddings that are not finite; choose other words.")
         return encoded.detach().cpu()

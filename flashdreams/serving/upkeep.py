@@ -29,7 +29,7 @@ def next_upkeep(host: LiveHost, now: float, *, keeps: bool) -> Due | None:
         keeps: whether sessions can be parked and saved.
     """
     limits = host.limits
-    wanted = bool(host.queue) and host.free_places() <= 0
+    wanted = host.next_waiting() is not None and host.free_places() <= 0
     for live in host.sessions.values():
         if live.in_flight:
             continue

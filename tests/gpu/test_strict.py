@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from flashdreams.attention.backends import PREFERENCE, bind_kv_splits, usable_backends
 from flashdreams.attention.choose import AttentionShape, kv_splits_of
 from flashdreams.attention.core import AttentionCore
-from flashdreams.attention.invariance import choose_invariant_backend, find_variance, same_bits
+from flashdreams.attention.fp8 import why_no_fp8
+from flashdreams.attention.invariance import (
+    check_fp8_invariance,
+    choose_invariant_backend,
+    find_variance,
+    same_bits,
+)
 from flashdreams.models.wan import blocks, fused
 from flashdreams.parallel.mesh import Mesh, ParallelConfig
 from flashdreams.parallel.strict import InvariantLinear, TiledAttention
@@ -145,6 +151,13 @@ def test_attention_backends_say_what_their_bits_depend_on(record_property):
     choice = choose_invariant_backend(SHAPE, CUDA, torch.bfloat16, PREFERENCE)
     print(choice.table())
     assert not choice.tiled and found[choice.name] is None
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and why_no_fp8(CUDA, 128) is not None, reason="no FP8 attention"
+)
+def test_fp8_attention_gives_a_query_the_same_bits_too():
+    check_fp8_invariance(SHAPE, CUDA, torch.bfloat16)
 
 
 def chunks(strict: bool, use_cuda_graph: bool) -> tuple[list[Tensor], object]:

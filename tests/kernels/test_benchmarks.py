@@ -15,12 +15,14 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A script's module, found as when it is run by path."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for module in ("report", name):
+    for module in ("report", "attention", name):
         monkeypatch.delitem(sys.modules, module, raising=False)
     return importlib.import_module(name)
 
 
-@pytest.mark.parametrize("name,variant", [("kernels", "unfused"), ("attention", "sdpa")])
+@pytest.mark.parametrize(
+    "name,variant", [("kernels", "unfused"), ("attention", "sdpa"), ("tiles", "library")]
+)
 def test_benchmark_writes_a_whole_report(
     name: str, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:

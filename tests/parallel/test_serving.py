@@ -119,3 +119,30 @@ def test_sessions_go_on_at_another_number_of_ranks(tmp_path):
     for frames in found.values():
         for mine, theirs in zip(frames, found[1, 1], strict=True):
             assert torch.equal(mine, theirs)
+
+
+def break_one(host):
+    """A session that is broken on every rank, beside one that is well."""
+    ill, well = Visit(host, Opening(seed=1)), Visit(host, Opening(seed=2))
+    walk(ill, WALK[:2]), walk(well, WALK[:2])
+    host.prompt(ill.id, "night sky, red floor", "break")
+    ill.client.asked = 10
+    host.pause(ill.id, False)
+    ill.client.wait(lambda: ill.client.end is not None)
+    walk(well, WALK[2:])
+    return ill.client.end, len(ill.client.chunks), well.client.frames
+
+
+def serve_broken(folder):
+    """As ``serve``; a prompt that is changed is so large that keys overflow, on all ranks alike."""
+    from flashdreams.serving import prompts
+
+    encode = prompts.Prompts.encode
+    prompts.Prompts.encode = lambda self, text: encode(self, text) * 1e38
+    return serve(folder, break_one, {})
+
+
+def test_values_that_are_not_finite_end_one_session_on_all_ranks(tmp_path):
+    end, chunks, well = run_ranks(serve_broken, 2, str(tmp_path / "broken"))[0]
+    assert end[1] is False and chunks == 2
+    assert len(well) == len(WALK)

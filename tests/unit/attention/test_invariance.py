@@ -11,7 +11,12 @@ from flashdreams.attention import choose as choose_module
 from flashdreams.attention import invariance
 from flashdreams.attention.backends import PREFERENCE, sdpa
 from flashdreams.attention.choose import AttentionShape, draw_inputs
-from flashdreams.attention.invariance import choose_invariant_backend, find_variance, same_bits
+from flashdreams.attention.invariance import (
+    check_fp8_invariance,
+    choose_invariant_backend,
+    find_variance,
+    same_bits,
+)
 from flashdreams.attention.splits import choose_kv_splits
 from flashdreams.parallel.strict import TiledAttention
 
@@ -130,3 +135,14 @@ def test_a_backend_that_fits_its_splits_to_every_call_gets_a_number(monkeypatch)
     monkeypatch.setattr(choose_module, "count_processors", lambda device: 7)
     wanted = choose_kv_splits(30, 90, 6, 1, 7)
     assert choose("triton").kv_splits == wanted and set(called) == {wanted}
+
+
+def test_fp8_attention_is_compared_as_well(monkeypatch):
+    """On a CPU it dequantizes and calls the backend of the table."""
+    for backend, refused in ((INVARIANT, False), (nudged(lambda q: q.shape[2] * 1e4), True)):
+        monkeypatch.setattr(invariance, "BACKENDS", {"sdpa": backend})
+        if not refused:
+            check_fp8_invariance(SHAPE, CPU, torch.float32)
+            continue
+        with pytest.raises(ValueError, match=r"is not strict here, its bits depend on the number"):
+            check_fp8_invariance(SHAPE, CPU, torch.float32)

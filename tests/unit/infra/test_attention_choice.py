@@ -111,6 +111,7 @@ def test_strict_fixes_the_splits_of_all_cores(asked, monkeypatch):
     assert warm_up.choose_attention(transformer, STRICT, CUDA) is choice
     splits = [core.backend.keywords["num_splits"] for core in cores(transformer)]
     assert sorted(splits) == [1, 1, 3, 3]
+    assert sorted(core.kv_splits for core in cores(transformer)) == [1, 1, 3, 3]
 
 
 def test_auto_measures_the_real_call_on_a_gpu(asked):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashdreams.infra.checks import refuse_other_pixels
 from flashdreams.infra.config import derive_config
-from flashdreams.infra.finite import FiniteCheck, NotFiniteError, name_bad_weights
+from flashdreams.infra.finite import FiniteCheck, NotFiniteError, _Sums, name_bad_weights
 from flashdreams.runtime.noise import NoiseSource
 from tests.tiny import TEXT_DIM, tiny_pipeline
 
@@ -48,6 +48,7 @@ def test_one_value_is_enough(value: float, dtype: torch.dtype) -> None:
     check.submit(4, {"encode": Control(torch.ones(2)), "diffuse": [{"x": large}]})
     assert check.read() == "AR step 4: stage 'diffuse' made values that are not finite."
     assert not check.is_settled
+    check = FiniteCheck()
     check.submit(5, {"encode": Control(torch.tensor([value])), "diffuse": large})
     assert "stage 'encode'" in (check.read() or ""), "the first stage of the data is named"
 
@@ -120,3 +121,51 @@ def test_pixels_of_0_to_255_are_refused_and_the_advice_works() -> None:
     refuse_other_pixels("image", torch.full((1, 3, 2, 2), 1.2))  # what bicubic scaling may make
     with pytest.raises(ValueError, match="NaN or infinite"):
         refuse_other_pixels("image", torch.full((1, 3, 2, 2), NAN))
+
+
+class Event:
+    """A copy of sums that is on its way."""
+
+    def __init__(self) -> None:
+        self.passed, self.waited = False, 0
+
+    def query(self) -> bool:
+        return self.passed
+
+    def synchronize(self) -> None:
+        self.waited += not self.passed
+        self.passed = True
+
+
+def submit_on_gpu(check: FiniteCheck, index: int, *values: float) -> Event:
+    """An AR step whose sums are copied from a GPU; beside them one from the host."""
+    event = Event()
+    sums = (torch.tensor(values), event)
+    check._waiting.append(_Sums(index, ["encode", "diffuse"], [None, 1.0], sums))  # type: ignore
+    return event
+
+
+def test_on_a_gpu_the_next_step_does_not_wait_for_the_last_one() -> None:
+    check = FiniteCheck()
+    first = submit_on_gpu(check, 0, 1.0)
+    assert check.read(wait=False) is None and not check.is_settled and not first.waited
+    second = submit_on_gpu(check, 1, 1.0)
+    assert check.read(wait=False) is None
+    assert (first.waited, second.waited) == (1, 0), "two steps are under way at most"
+    second.passed = True
+    assert check.is_settled and not second.waited
+
+
+def test_a_late_sum_is_read_in_the_end_and_stays_wrong() -> None:
+    check = FiniteCheck()
+    bad = submit_on_gpu(check, 3, NAN)
+    assert check.read(wait=False) is None
+    submit_on_gpu(check, 4, 1.0)
+    for _ in range(2):
+        assert check.read(wait=False) == (
+            "AR step 3: stage 'encode' made values that are not finite."
+        )
+    assert bad.waited == 1 and not check.is_settled
+    check = FiniteCheck()
+    submit_on_gpu(check, 5, INF)
+    assert "AR step 5" in (check.read() or ""), "who asks after the last step waits for it"

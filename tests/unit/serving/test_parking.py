@@ -77,6 +77,20 @@ def test_paused_session_gives_its_place_to_one_that_waits(runner, folder, alone)
     assert torch.equal(first.client.frames, alone)
 
 
+def test_client_that_leaves_the_queue_is_passed_over(runner, folder, alone):
+    with served(runner, max_sessions=1, state_dir=folder) as server:
+        first, gone, third = (Visit(server.host, Opening(seed=1)) for _ in range(3))
+        first.ask(1)
+        gone.client.wait(lambda: gone.client.states == [("waiting", 1)])
+        server.host.detach(gone.id)
+        first.close()
+        assert torch.equal(walk(third, WALK[:2]), alone[:2])
+        assert state_of(gone) == "waiting"
+        third.close()
+        assert attach(gone) == 0
+        assert torch.equal(walk(gone), alone)
+
+
 def test_session_whose_client_does_not_come_back_ends(runner, folder):
     with served(runner, park_after_s=0.0, end_after_s=0.3, state_dir=folder) as server:
         visit = Visit(server.host)

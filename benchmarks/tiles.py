@@ -1,0 +1,228 @@
+"""Tile sizes of the Triton kernels: every candidate beside the library, and which one wins.
+
+``python benchmarks/tiles.py --json out.json`` takes half a minute on a GPU, most of it compiling.
+The winners go into the tables of the kernels by hand: nothing is tuned at run time.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import command
+import report
+import torch
+import torch.nn.functional as F
+from attention import CANDIDATES, with_tiles
+from flashdreams_kernels import linear
+from flashdreams_kernels.attention import tile_config
+from flashdreams_kernels.launch import target_of
+from torch import Tensor
+
+from flashdreams.attention.backends import (
+    BACKENDS,
+    AttentionBackend,
+    bind_kv_splits,
+    usable_backends,
+)
+from flashdreams.attention.choose import AttentionShape, kv_splits_of
+from flashdreams.runtime.stats import sha256_of
+
+COLUMNS = ("case", "variant", "p50_ms", "p99_ms", "tflops", "error", "verdict")
+COMPARED = 256
+"""Rows or queries that are checked against float32 and hashed."""
+
+LINEAR = (
+    linear.LinearTile(128, 128, 64, 8, 3),
+    linear.LinearTile(128, 128, 32, 4, 4),
+    linear.LinearTile(128, 128, 64, 8, 3, descriptors=True),
+    linear.LinearTile(128, 128, 64, 4, 3, descriptors=True),
+    linear.LinearTile(128, 128, 64, 8, 4, descriptors=True, persistent=True),
+    linear.LinearTile(128, 128, 128, 8, 2, descriptors=True, persistent=True),
+    linear.LinearTile(128, 256, 64, 8, 3, descriptors=True),
+    linear.LinearTile(128, 256, 64, 8, 4, descriptors=True),
+    linear.LinearTile(128, 256, 64, 8, 3, descriptors=True, persistent=True),
+    linear.LinearTile(64, 256, 64, 4, 2, descriptors=True),
+    linear.LinearTile(256, 128, 64, 8, 3, descriptors=True, persistent=True),
+)
+"""Candidates for ``flashdreams_kernels.linear.LINEAR_TILES``; those of attention are in
+``attention.py`` beside this."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One chunk of one model."""
+
+    length: int
+    windows: tuple[int, ...]
+    """Keys of attention."""
+    num_heads: int
+    head_dim: int
+    layers: tuple[tuple[int, int], ...]
+    """Input and output features."""
+
+
+PRESETS = {
+    "tiny": Sizes(48, (96,), 2, 32, ((64, 128),)),
+    "wan-1.3b": Sizes(
+        4680, (14040, 32760), 12, 128, ((1536, 1536), (1536, 4608), (1536, 8960), (8960, 1536))
+    ),
+    "wan-14b": Sizes(
+        4680, (14040, 32760), 40, 128, ((5120, 5120), (5120, 15360), (5120, 13824), (13824, 5120))
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call, in the library and with every candidate."""
+
+    name: str
+    flops: int
+    expected: Tensor
+    """The first rows of the result, from float32."""
+    library: Mapping[str, Callable[[], Tensor]]
+    candidates: Mapping[str, Callable[[], Tensor]]
+    current: str
+    """The candidate that the table of the kernel has."""
+
+
+def attention_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """Attention of a chunk over each window."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(tokens: int) -> Tensor:
+        shape = (1, tokens, sizes.num_heads, sizes.head_dim)
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    names = [n for n in usable_backends(device, dtype, sizes.head_dim) if n not in EXCLUDED]
+    for keys in sizes.windows:
+        q, k, v = normal(sizes.length), normal(keys), normal(keys)
+        scale = sizes.head_dim**-0.5
+        expected = BACKENDS["sdpa_math"](q[:, :COMPARED].float(), k.float(), v.float(), scale=scale)
+
+        on_gpu = device.type == "cuda"
+        yield Case(
+            f"attention {sizes.length} x {keys}",
+            4 * sizes.length * keys * sizes.num_heads * sizes.head_dim,
+            expected[0],
+            {n: partial(_bound(n, q, k), q, k, v, scale=scale) for n in names},
+            {str(c): partial(with_tiles, c, q, k, v, scale=scale) for c in CANDIDATES if on_gpu},
+            str(tile_config(target_of(device), sizes.head_dim, 2)) if on_gpu else "",
+        )
+
+
+def _bound(name: str, q: Tensor, k: Tensor) -> AttentionBackend:
+    """A backend with the KV splits that it gets at set-up."""
+    batch, queries, heads, head_dim = q.shape
+    shape = AttentionShape(
+        batch_size=batch, queries=queries, keys=k.shape[1], num_heads=heads, head_dim=head_dim
+    )
+    return bind_kv_splits(name, kv_splits_of(name, shape, q.device) or 1)
+
+
+EXCLUDED = ("triton", "sdpa", "sdpa_math", "sdpa_efficient")
+"""No yardsticks: our own backend, and those that another name covers or that are slow."""
+
+
+def linear_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """The linear layers of a block."""
+    generator = torch.Generator().manual_seed(0)
+    on_gpu = device.type == "cuda"
+    for width, columns in sizes.layers:
+        x, weight, bias = (
+            torch.randn(shape, generator=generator).to(device, dtype) / factor
+            for shape, factor in (
+                ((sizes.length, width), 1),
+                ((columns, width), width**0.5),
+                ((columns,), 1),
+            )
+        )
+
+        yield Case(
+            f"linear {width} -> {columns}",
+            2 * sizes.length * width * columns,
+            F.linear(x[:COMPARED].float(), weight.float(), bias.float()),
+            {"library": partial(F.linear, x, weight, bias)},
+            {str(c): partial(multiply, c, x, weight, bias) for c in LINEAR if on_gpu},
+            str(linear.linear_tile(target_of(device), columns, 2)) if on_gpu else "",
+        )
+
+
+def multiply(tile: linear.LinearTile, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The batch-invariant linear layer with one tile, whatever the table says."""
+    out = x.new_empty(len(x), len(weight))
+    linear.plan(x, weight, bias, out, target_of(x.device), tile).run()
+    return out
+
+
+def measure(case: Case, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """One row per variant; those that cannot run here say why on stderr."""
+    rows = []
+    for name, call in {**case.library, **case.candidates}.items():
+        try:
+            out = call()
+            times = report.time_calls(call, device, repeats)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:160]
+            sys.stderr.write(f"{case.name}, {name}: cannot be used here: {reason}\n")
+            continue
+        timing = report.timing_fields(times)
+        first = out.reshape(-1, *case.expected.shape[1:])[: len(case.expected)]
+        difference = (first.float() - case.expected).abs().max() / case.expected.abs().max()
+        rows.append(
+            {
+                "case": case.name,
+                "variant": name,
+                **timing,
+                "tflops": case.flops / timing["p50_ms"] / 1e9,
+                "error": difference.item(),
+                "output_sha256": sha256_of(first),
+                "verdict": "in the table" if name == case.current else "",
+            }
+        )
+    ours = [row for row in rows if row["variant"] in case.candidates]
+    if ours:
+        best = min(ours, key=lambda row: row["p50_ms"])
+        best["verdict"] = " and ".join(filter(None, ["wins", best["verdict"]]))
+    return rows
+
+
+def measure_all(
+    sizes: Sizes, dtype: torch.dtype, device: torch.device, repeats: int, alone: bool
+) -> list[dict[str, Any]]:
+    """The rows of all cases.
+
+    Args:
+        sizes: of the model.
+        dtype: of all tensors.
+        device: where they run.
+        repeats: timed calls of each variant.
+        alone: linear layers alone.
+    """
+    cases = [linear_cases] if alone else [attention_cases, linear_cases]
+    return [
+        row
+        for build in cases
+        for case in build(sizes, dtype, device)
+        for row in measure(case, device, repeats)
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and report."""
+    command.run_over_sizes(
+        "tiles",
+        __doc__,
+        arguments,
+        presets=PRESETS,
+        gpu_repeats=30,
+        switch=("linear", "linear layers alone"),
+        measure=measure_all,
+        columns=COLUMNS,
+    )
+
+
+if __name__ == "__main__":
+    command.run(main)
