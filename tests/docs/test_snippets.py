@@ -213,7 +213,8 @@ def test_flags_in_the_text_exist() -> None:
     with contextlib.redirect_stdout(said):
         assert serve.main(["--help"]) == 0
     known |= set(re.findall(r"--[\w-]+", said.getvalue()))
-    for module in ("plan.py", "check.py"):
+    client = "serving/client_command.py"
+    for module in ("plan.py", "check.py", client):
         known |= set(
             re.findall(
                 r"--[\w-]+",

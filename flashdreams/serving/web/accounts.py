@@ -115,13 +115,8 @@ class Accounts:
                 session.feed.let_go()
 
     def forget_ended(self) -> None:
-        """Let go of sessions that have ended while nobody was listening."""
-        ended = [
-            id
-            for id, session in self.sessions.items()
-            if session.feed.end is not None and session.feed.outlet is None
-        ]
-        for id in ended:
+        """Let go of sessions that have ended and whose last pictures nobody comes for."""
+        for id in [id for id, session in self.sessions.items() if session.feed.abandoned]:
             del self.sessions[id]
 
     def forget(self, session: Session) -> None:

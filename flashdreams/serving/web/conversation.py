@@ -8,6 +8,7 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from flashdreams.serving.interface import Refused
 from flashdreams.serving.protocol import (
     Done,
     Error,
@@ -130,26 +131,32 @@ class Conversation:
             return
         session = await self.accounts.find(first.token)
         async with session.lock:
-            before = session.feed.connect(self.outlet)
-            if before is not None:
+            before = session.feed.outlet
+            if before is not None:  # told before its thread notices
                 text = "The session was taken up by another connection."
                 before.post(Error(message=text, code="unknown_session"))
+            session.feed.connect(self.outlet)
+            if before is not None:
                 before.finish()
-            try:
-                following = await answered(
-                    self.accounts.host().attach, first.token, session.feed, first.from_frame
-                )
-            except Denied as denied:
-                session.feed.disconnect(self.outlet)
-                self.accounts.forget_ended()
-                if denied.error.code == "not_allowed":
-                    denied.error.code = "unknown_session"
-                raise
+            following = await self._attach(session, first.from_frame)
             kept = session.feed.go_back(first.from_frame)
             self.resumed_at = following if kept is None else kept
             self.session = self.accounts.sessions[session.id] = session
         if session.feed.state not in ("waiting", "parked"):
             self.outlet.set_running()
+
+    async def _attach(self, session: Session, from_frame: int) -> int:
+        """Have the loop go on; one that has made all its pictures may still have some here."""
+        if session.feed.end is not None:
+            return from_frame
+        host = self.accounts.host()
+        try:
+            return await answered(host.attach, session.id, session.feed, from_frame)
+        except Denied as denied:
+            session.feed.disconnect(self.outlet)
+            if denied.error.code == "not_allowed":
+                denied.error.code = "unknown_session"
+            raise
 
     async def _carry_on(self, writer: asyncio.Task[None]) -> Done | Error | None:
         """Until the session or the socket ends.
@@ -219,7 +226,8 @@ class Conversation:
             text = for_clients(str(error))
             allowed = {"format": ["jpeg"]}
             raise Denied(Error(message=text, code="not_allowed", allowed=allowed)) from error
-        self.feed.saved = list(await answered(host.saved, session.id))
+        if self.feed.end is None:
+            self.feed.saved = list(await answered(host.saved, session.id))
         self.outlet.post(
             VideoStart(
                 request_id=self.request_id,
@@ -239,7 +247,8 @@ class Conversation:
         Pump(self.feed, self.outlet, encoder, self.metrics)
         while True:
             await asyncio.sleep(STATUS_S)
-            self.outlet.post(await asyncio.to_thread(self._status))
+            with contextlib.suppress(Refused):  # it has just ended
+                self.outlet.post(await asyncio.to_thread(self._status))
 
     def _status(self) -> Status:
         assert self.session is not None
@@ -298,7 +307,7 @@ class Conversation:
         elif isinstance(message, SessionShown):
             self.feed.shown(message.frame, message.key_to_photon_ms, message.dropped)
         elif isinstance(message, SessionPause):
-            requests.host.pause(requests.session, message.paused)
+            requests.pause(message.paused)
         elif isinstance(message, FIRST):
             raise Denied(Error(message="The session has begun already.", code="bad_message"))
         else:
@@ -314,10 +323,9 @@ class Conversation:
         session, host = self.session, self.accounts.gate.host
         if session is None or not session.feed.disconnect(self.outlet):
             return
-        ended = session.feed.end is not None
-        if ended or isinstance(last, Done):
+        if last is not None and (session.feed.end is not None or isinstance(last, Done)):
             self.accounts.forget(session)
-        if ended or host is None:
+        if session.feed.end is not None or host is None:
             return
         if isinstance(last, Done) or not (self.begun or self.resumed_at is not None):
             host.close(session.id)

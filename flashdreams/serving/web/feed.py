@@ -255,18 +255,13 @@ class Feed(Listener):
 
     # ------------------------------------------------------------ the event loop's thread
 
-    def connect(self, outlet: Outlet) -> Outlet | None:
-        """Give the session's pictures to a socket.
-
-        Returns:
-            The one that has had them so far.
-        """
+    def connect(self, outlet: Outlet) -> None:
+        """Give the session's pictures to a socket; another one gets no more of them."""
         with self._changed:
-            before, self.outlet = self.outlet, outlet
+            self.outlet = outlet
             self._changed.notify_all()
         if self.state == "running":
             outlet.set_running()
-        return before
 
     def disconnect(self, outlet: Outlet) -> bool:
         """A socket is gone.
@@ -283,11 +278,22 @@ class Feed(Listener):
             self._changed.notify_all()
             return True
 
+    @property
+    def alone(self) -> bool:
+        """No socket has come for long."""
+        alone_s = time.monotonic() - self._alone_since
+        return self.outlet is None and alone_s > self.settings.keep_detached_s
+
+    @property
+    def abandoned(self) -> bool:
+        """The session has ended, and nobody will hear of it."""
+        nothing = self.end is not None and not (self._pending or self._kept)
+        return self.end is not None and self.outlet is None and (self.alone or nothing)
+
     def let_go(self) -> None:
-        """Forget pictures that were shown or not, if no socket has come for long."""
+        """Forget pictures that were sent and may be asked for again, if nobody does for long."""
         with self._lock:
-            alone_s = time.monotonic() - self._alone_since
-            if self.outlet is None and alone_s > self.settings.keep_detached_s:
+            if self.alone:
                 self._kept.clear()
 
     def go_back(self, frame: int) -> int | None:

@@ -10,6 +10,8 @@ from flashdreams.serving.web.settings import WebSettings, is_loopback
 
 OPEN_PATHS = ("/healthz", "/readyz")
 """Probes: what they say is no secret."""
+UPLOAD_PATHS = ("/v1/sessions",)
+"""Whose bodies may hold an image."""
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"cache-control", b"no-cache"),
@@ -114,7 +116,7 @@ class GuardedApp:
             if refusal is not None:
                 await _answer(send, *refusal)
                 return
-            request = _Request(receive, send, self._guard.settings.max_socket_bytes)
+            request = _Request(receive, send, self._limit(scope))
             receive, send = request.receive, request.send
         await self._app(scope, receive, send)
 
@@ -130,9 +132,14 @@ class GuardedApp:
             length = int(headers_of(scope).get("content-length", "0"))
         except ValueError:
             return 400, "Content-Length is no number."
-        if length > guard.settings.max_socket_bytes:
-            return 413, f"At most {guard.settings.max_socket_bytes:,} bytes are taken."
+        if length > self._limit(scope):
+            return 413, f"At most {self._limit(scope):,} bytes are taken."
         return None
+
+    def _limit(self, scope: Scope) -> int:
+        settings = self._guard.settings
+        with_image = scope["path"] in UPLOAD_PATHS
+        return settings.max_socket_bytes if with_image else settings.max_message_bytes
 
 
 class TooLarge(Exception):

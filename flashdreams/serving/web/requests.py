@@ -17,6 +17,7 @@ from flashdreams.serving.protocol import (
 from flashdreams.serving.web.accounts import INTERNAL, Denied
 from flashdreams.serving.web.events import Part
 from flashdreams.serving.web.feed import Feed
+from flashdreams.serving.web.gate import for_clients
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,17 @@ class Requests:
         self._slow: asyncio.Queue[Callable[[], Coroutine[Any, Any, None]]] = asyncio.Queue(
             MAX_SLOW_REQUESTS
         )
+
+    def pause(self, paused: bool) -> None:
+        """Stop at the next chunk border, or go on.
+
+        Raises:
+            Denied: the session has ended.
+        """
+        try:
+            self.host.pause(self.session, paused)
+        except Refused as error:
+            raise Denied(_failed(None, for_clients(str(error)))) from error
 
     def take(
         self, message: SessionControl | SessionInteraction | SessionReset | SessionKeep

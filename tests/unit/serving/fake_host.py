@@ -155,6 +155,8 @@ class FakeHost(Host):
         return list(self._find(session).saved)
 
     def figures(self, session: str | None = None) -> Figures:
+        if session is not None:
+            self._find(session)
         alive = [s for s in self.sessions.values() if not s.ended]
         return Figures(
             state="running",

@@ -224,6 +224,38 @@ def test_pictures_with_a_receipt_are_not_sent_again() -> None:
             assert again.until("video.start")["first_frame"] > last
 
 
+def test_a_session_that_is_complete_is_taken_up_for_its_last_pictures() -> None:
+    host = FakeHost(chunk_frames=8)
+    with web(host) as server:
+        with PlainClient(server) as client:
+            token = client.start(num_frames=16)["token"]
+            client.pictures(9)
+            eventually(lambda: all(session.ended for session in host.sessions.values()))
+        with PlainClient(server) as again:
+            again.send("session.resume", token=token, from_frame=9)
+            assert again.until("session.done")["stopped"] is False
+            frames = [m["first_frame"] for m in again.of_type("video.chunk_metadata")]
+            assert frames == list(range(9, 16))
+            assert again.close_code() == 1000
+        with PlainClient(server) as late:
+            late.send("session.resume", token=token)
+            assert late.until("error")["code"] == "unknown_session"
+
+
+def test_figures_of_a_session_that_has_ended_end_no_socket() -> None:
+    with web(FakeHost(fps=5.0)) as server, PlainClient(server) as client:
+        client.start(num_frames=8)
+        assert client.until("session.done")["chunks"] == 8
+        client.socket.close()
+    with web(FakeHost(fps=5.0)) as server, PlainClient(server) as client:
+        client.start(num_frames=8)
+        client.pictures(5)
+        client.send("session.pause")
+        client.send("session.pause", paused=False)
+        assert client.until("session.done")["chunks"] == 8
+        assert {e["code"] for e in client.of_type("error")} <= {"interaction_failed"}
+
+
 def test_a_second_socket_takes_the_session_over() -> None:
     host = FakeHost()
     with web(host) as server, PlainClient(server) as first, PlainClient(server) as second:

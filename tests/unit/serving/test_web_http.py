@@ -2,6 +2,7 @@
 
 import io
 import json
+import socket
 
 import httpx
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from flashdreams.serving.protocol import schema
-from flashdreams.serving.web.server import WebServer
+from flashdreams.serving.web.server import WebServer, _listen
 from flashdreams.serving.web.settings import WebSettings
 from tests.unit.serving.fake_host import FakeHost, picture
 from tests.unit.serving.plain_client import PATIENCE_S, PlainClient, shown_frames, web
@@ -188,6 +189,24 @@ def test_the_openapi_document_names_all_paths_and_the_schema_is_published() -> N
         )
         assert http.get("v1/schema").json() == schema()
         assert http.get("docs").status_code == http.get("redoc").status_code == 404, "no CDN"
+
+
+def test_sockets_send_small_messages_at_once() -> None:
+    """Nagle's algorithm would hold every picture after a receipt back for 40 ms."""
+    listening = _listen(WebSettings(port=0))
+    with listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert accepted.proto == socket.IPPROTO_TCP, "as asyncio asks"
+
+
+def test_bodies_without_an_image_are_small() -> None:
+    with web(FakeHost()) as server, client_of(server) as http:
+        session = create(http)
+        body = {"prompt": "x" * 100_000}
+        assert http.post(f"{session}/prompt", json=body).status_code == 413
+        assert http.post("v1/sessions", json=body).status_code == 422, "the prompt is too long"
 
 
 def test_an_address_that_is_taken_is_refused() -> None:
