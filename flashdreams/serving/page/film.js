@@ -120,6 +120,8 @@ export class FilmPlayer {
 
   clear() {}
 
+  hurry() {} // the element has a buffer of its own; `follow` keeps it short
+
   stop() {
     this.running = false;
     this.video.pause();

@@ -30,7 +30,7 @@ class Page {
     this.figures = new Figures(this.receipts, this.player);
     this.memory = new Memory(() => this.receipts.lastFrame);
     this.steering = new Steering({
-      onValues: (values, time) => this.sendEvent('control', { type: 'session.control', values }, time),
+      onValues: (values, time) => this.sendControl(values, time),
       onSet: (values) => this.memory.keep(values),
     });
     this.prompting = new Prompting((text) => this.sendPrompt(text));
@@ -176,6 +176,10 @@ class Page {
   onApplied(message) {
     this.receipts.onApplied(message);
     this.figures.onApplied(message);
+    // A view that turns stays smooth; whatever else somebody did is answered at once.
+    if (message.event_ids.some((id) => this.kinds.has(id) && this.kinds.get(id) !== 'look')) {
+      this.player.hurry(message.first_frame);
+    }
     if (message.event_ids.some((id) => this.kinds.get(id) === 'prompt')) {
       this.prompting.onApplied(message.generation_chunk_index);
     }
@@ -238,6 +242,11 @@ class Page {
     const sent = this.connection.send(message);
     if (sent && time !== null) this.receipts.onSent(id, time);
     return sent;
+  }
+
+  sendControl(values, time) {
+    const kind = 'look' in values ? 'look' : 'control';
+    return this.sendEvent(kind, { type: 'session.control', values }, time);
   }
 
   sendPrompt(text) {

@@ -72,6 +72,10 @@ export class CodecPlayer {
     else this.playout.push(picture, picture.timestamp);
   }
 
+  hurry(frame) {
+    this.playout.hurry(frame);
+  }
+
   get waiting() {
     return this.playout.waiting + (this.decoder?.decodeQueueSize ?? 0);
   }
@@ -113,6 +117,10 @@ export class JpegPlayer {
       else if (meta.epoch < this.epoch) value.close();
       else this.playout.push(value, meta.first_frame);
     });
+  }
+
+  hurry(frame) {
+    this.playout.hurry(frame);
   }
 
   get waiting() {

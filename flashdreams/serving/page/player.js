@@ -91,6 +91,14 @@ export class Player {
     }
   }
 
+  /**
+   * Show a picture as soon as it is decoded, since it answers to a key.
+   * @param {number} frame
+   */
+  hurry(frame) {
+    this.player.hurry(frame);
+  }
+
   /** Throw away what is not yet shown. */
   clear() {
     this.player.clear();

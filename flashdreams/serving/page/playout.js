@@ -1,17 +1,19 @@
 // When a decoded picture is shown: at the video's own pace, as early as the network's jitter allows.
 
+import { percentile } from './receipts.js';
+
 const MAX_LEAD_MS = 250;
-const SLACK_MS = 4;
+const LATE_SHARE = 0.2;
 const FIRST_WINDOW_MS = 250;
-const WINDOW_MS = 2000;
+const WINDOW_MS = 1000;
 
 /**
  * Shows decoded pictures on a canvas.
  *
- * Each picture is due one frame period after the one before. One that is decoded late is shown at
- * once and moves the clock back; when all pictures of two seconds were early (at the beginning, of
- * less), the clock moves forward by what the latest of them had in hand. So the delay follows the
- * jitter of the last seconds, and a steady stream is shown as it comes.
+ * Each picture is due one frame period after the one before; one that is decoded late is shown at
+ * once. Every second (at the beginning, sooner) the clock moves so that one picture of five would
+ * have been late. So the delay follows the jitter without waiting for its rare peaks, and a steady
+ * stream is shown as it comes. A stream that is a whole frame late moves the clock at once.
  */
 export class Playout {
   /**
@@ -39,6 +41,7 @@ export class Playout {
     this.clear();
     this.period = 1000 / fps;
     this.anchor = null;
+    this.urgent = null;
     this.leads = [];
     this.span = FIRST_WINDOW_MS;
     if (!this.running) {
@@ -60,6 +63,14 @@ export class Playout {
     this.clear();
   }
 
+  /**
+   * A picture answers to a key: it is shown as soon as it is decoded, and nothing older after it.
+   * @param {number} frame
+   */
+  hurry(frame) {
+    this.urgent = frame;
+  }
+
   /** @returns {number} decoded pictures that wait for their time */
   get waiting() {
     return this.queue.length;
@@ -72,10 +83,16 @@ export class Playout {
    */
   push(picture, frame) {
     const now = performance.now();
+    if (this.urgent !== null && frame >= this.urgent) {
+      this.urgent = null;
+      this.clear();
+      this.anchor = null;
+    }
     if (!this.anchor || Math.abs(this.due(frame) - now) > 1000) this.anchor = { frame, time: now };
     const lead = this.due(frame) - now;
-    if (lead < 0 || lead > MAX_LEAD_MS) this.anchor.time -= lead;
-    this.adapt(Math.max(lead, 0), now);
+    const isFar = lead < -this.period || lead > MAX_LEAD_MS;
+    if (isFar) this.anchor.time -= lead;
+    this.adapt(isFar ? 0 : lead, now);
     this.queue.push({ picture, frame });
     if (this.queue.length > 2 + MAX_LEAD_MS / this.period) this.dropFirst();
   }
@@ -87,8 +104,7 @@ export class Playout {
   adapt(lead, now) {
     this.leads.push({ lead, now });
     if (now - this.leads[0].now < this.span) return;
-    const inHand = Math.min(...this.leads.map((item) => item.lead)) - SLACK_MS;
-    if (inHand > 0) this.anchor.time -= inHand;
+    this.anchor.time -= percentile(this.leads.map((item) => item.lead), LATE_SHARE);
     this.leads = [];
     this.span = Math.min(WINDOW_MS, 2 * this.span);
   }
