@@ -104,6 +104,21 @@ def test_session_whose_client_does_not_come_back_ends(runner, folder):
         assert not (folder / visit.id).exists()
 
 
+def test_only_so_many_sessions_are_kept_for_clients_that_are_gone(runner, folder):
+    with served(runner, park_after_s=0.0, max_kept=2, state_dir=folder) as server:
+        visits = []
+        for _ in range(3):
+            visits.append(Visit(server.host))
+            visits[-1].ask(1)
+            server.host.detach(visits[-1].id)
+            visits[-1].client.wait(lambda: state_of(visits[-1]) == "parked")
+        visits[0].client.wait(lambda: visits[0].client.end is not None)
+        assert "longest ago" in visits[0].client.end[0]
+        assert [visit.client.end for visit in visits[1:]] == [None, None]
+        attach(visits[1])
+        visits[1].ask(1)
+
+
 def test_session_without_input_pauses_and_goes_on_with_a_key(runner, folder):
     with served(runner, pause_after_s=0.3, state_dir=folder) as server:
         visit = Visit(server.host)
