@@ -31,7 +31,6 @@ class TurnLoop:
 
     def run(self) -> None:
         """Go on until the host is told to drain; then all is on disk and all ranks return."""
-        self.keeper.take_over()
         while not self.host.draining:
             self.run_once()
         self._await_deliveries()

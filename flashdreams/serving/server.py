@@ -90,16 +90,14 @@ class Server:
                 parked.nbytes for parked in list(self.engine.parked.values())
             )
             dispatcher = Dispatcher(self.host, self.engine)
-            self._loop = TurnLoop(
+            keeper = Keeper(
                 dispatcher,
-                Keeper(
-                    dispatcher,
-                    SessionFolder(folder, pipeline.config),
-                    self.trial.rollout_bytes,
-                    keeps=self.trial.keeps and streams(pipeline),
-                ),
-                Turns(dispatcher, streams=streams(pipeline)),
+                SessionFolder(folder, pipeline.config),
+                self.trial.rollout_bytes,
+                keeps=self.trial.keeps and streams(pipeline),
             )
+            keeper.take_over()  # before a client can ask for its session
+            self._loop = TurnLoop(dispatcher, keeper, Turns(dispatcher, streams=streams(pipeline)))
 
     def run(self) -> None:
         """Serve until the host is told to drain; a collective call."""
