@@ -15,10 +15,12 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -57,8 +59,12 @@ UNPACED_FPS = 1000.0
 CLIENT_S = 120.0
 
 
-def load(slug: str) -> Any:
+def load(slug: str, folder: Path) -> Any:
     """A method, set up as ``flashdreams-serve`` does.
+
+    Args:
+        slug: of the method.
+        folder: for what it writes.
 
     Raises:
         ValueError: it cannot be served.
@@ -67,7 +73,7 @@ def load(slug: str) -> Any:
 
     config: Any = discover().resolve(slug)
     check_served(config)
-    return config.for_serving().setup()
+    return replace(config.for_serving(), output_dir=folder).setup()
 
 
 @contextmanager
@@ -146,16 +152,15 @@ def measure_cost(runner: Any, server: Server, steps: int, rounds: int) -> list[d
     times: dict[str, list[float]] = {"bare loop": [], "served": []}
     processor_ms: dict[str, list[float]] = {"bare loop": [], "served": []}
     shas: dict[str, str] = {}
-    sides: dict[str, Callable[[], tuple[list[float], torch.Tensor]]] = {
+    sides: dict[str, Callable[[], tuple[list[float], list[float], torch.Tensor]]] = {
         "bare loop": lambda: bare_steps(runner, server, steps),
         "served": lambda: served_steps(server, steps),
     }
     for number in range(rounds):
         for name in list(sides)[:: 1 if number % 2 else -1]:
-            begin = time.process_time()
-            found, frames = sides[name]()
-            processor_ms[name].append(1e3 * (time.process_time() - begin) / steps)
+            found, processor, frames = sides[name]()
             times[name] += found[len(found) // 5 :]
+            processor_ms[name] += processor[len(found) // 5 :]
             shas[name] = sha256_of(frames)
     if shas["bare loop"] != shas["served"]:
         raise RuntimeError("The bare loop and the server do not put out the same frames.")
@@ -170,7 +175,7 @@ def measure_cost(runner: Any, server: Server, steps: int, rounds: int) -> list[d
             "fps": server.host.offer.chunk_frames * 1e3 / statistics.median(found),  # type: ignore[union-attr]
             "dropped": 0,
             "output_sha256": shas[name],
-            "processor_ms": statistics.median(processor_ms[name]),
+            "processor_ms": statistics.fmean(processor_ms[name]),
             "cost_ms": cost if name == "served" else 0.0,
             "bar_ms": bar,
             "within_bar": name != "served" or cost <= bar,
@@ -179,8 +184,10 @@ def measure_cost(runner: Any, server: Server, steps: int, rounds: int) -> list[d
     ]
 
 
-def bare_steps(runner: Any, server: Server, steps: int) -> tuple[list[float], torch.Tensor]:
-    """Milliseconds of AR steps without a server, and the last chunk's frames."""
+def bare_steps(
+    runner: Any, server: Server, steps: int
+) -> tuple[list[float], list[float], torch.Tensor]:
+    """AR steps without a server: milliseconds of clock and processor, and the last frames."""
     session = Session(
         runner.pipeline,
         server.engine.conditions,
@@ -188,40 +195,46 @@ def bare_steps(runner: Any, server: Server, steps: int) -> tuple[list[float], to
         controller=runner.controller(),
         channel=MessageChannel(runner.environment.store),
     )
-    times, frames = [], torch.empty(0, device="cpu", dtype=torch.uint8)
+    at, processor = [time.monotonic()], [time.process_time()]
+    frames = torch.empty(0, device="cpu", dtype=torch.uint8)
     for _ in range(steps):
-        begin = time.perf_counter()
         chunk = session.step().chunk
         assert chunk is not None
         frames = to_pixels(chunk).cpu()
-        times.append(1e3 * (time.perf_counter() - begin))
+        at.append(time.monotonic())
+        processor.append(time.process_time())
     session.release()
-    return times, frames
+    return _between(at), _between(processor), frames
 
 
-def served_steps(server: Server, steps: int) -> tuple[list[float], torch.Tensor]:
-    """Milliseconds between chunks with one reading client, and the last chunk's frames."""
+def served_steps(server: Server, steps: int) -> tuple[list[float], list[float], torch.Tensor]:
+    """The same from chunk to chunk, with one reading client."""
     assert server.host is not None
     with served(server, UNPACED_FPS) as (web, host):
         frames = steps * server.host.offer.chunk_frames
         figures_of(visit(web, "--num-frames", str(frames), "--seconds", str(CLIENT_S)))
         at = [chunk.finished_at for chunk in host.chunks]
-        return [1e3 * (b - a) for a, b in pairwise(at)], host.chunks[-1].frames
+        return _between(at), _between(host.processor_s), host.chunks[-1].frames
+
+
+def _between(seconds: list[float]) -> list[float]:
+    return [1e3 * (after - before) for before, after in pairwise(seconds)]
 
 
 def measure(slug: str, options: argparse.Namespace) -> tuple[torch.device, list[dict[str, Any]]]:
     """All rows."""
-    runner = load(slug)
-    server = Server(runner, ServingLimits(snapshot_every=0.0))
-    loop = threading.Thread(target=server.run, name="loop", daemon=True)
-    loop.start()
-    try:
-        rows = measure_cost(runner, server, options.steps, options.repeats or 3)
-        rows += measure_sessions(server, options.sessions, options.seconds)
-    finally:
-        server.drain()
-        loop.join()
-    return runner.device, rows
+    with tempfile.TemporaryDirectory() as folder:
+        runner = load(slug, Path(folder))
+        server = Server(runner, ServingLimits(snapshot_every=0.0))
+        loop = threading.Thread(target=server.run, name="loop", daemon=True)
+        loop.start()
+        try:
+            rows = measure_cost(runner, server, options.steps, options.repeats or 3)
+            rows += measure_sessions(server, options.sessions, options.seconds)
+        finally:
+            server.drain()
+            loop.join()
+        return runner.device, rows
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """A host that notes the chunks of its sessions on their way to the web side."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,11 +21,13 @@ class TappedHost(Host):
         self._host = host
         self.offer = host.offer if fps is None else replace(host.offer, fps=fps)
         self.chunks: list[Chunk] = []
+        self.processor_s: list[float] = []
+        """Time of the processor in this process when each of them came, of all threads."""
 
     def open(self, opening: Opening, listener: Listener) -> str:
         """See the contract."""
-        self.chunks = []
-        return self._host.open(opening, _Tap(listener, self.chunks))
+        self.chunks, self.processor_s = [], []
+        return self._host.open(opening, _Tap(listener, self.chunks, self.processor_s))
 
     def attach(self, session: str, listener: Listener, from_frame: int = 0) -> int:
         """See the contract."""
@@ -70,14 +73,15 @@ class TappedHost(Host):
 
 
 class _Tap(Listener):
-    def __init__(self, listener: Listener, chunks: list[Chunk]) -> None:
-        self._listener, self._chunks = listener, chunks
+    def __init__(self, listener: Listener, chunks: list[Chunk], processor_s: list[float]) -> None:
+        self._listener, self._chunks, self._processor_s = listener, chunks, processor_s
 
     def on_state(self, state: State, position: int = 0) -> None:
         self._listener.on_state(state, position)
 
     def on_chunk(self, chunk: Chunk) -> None:
         self._chunks.append(chunk)
+        self._processor_s.append(time.process_time())
         self._listener.on_chunk(chunk)
 
     def on_kept(self, command: str, name: str | None, event_id: str | None) -> None:

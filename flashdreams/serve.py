@@ -155,7 +155,13 @@ def _load_and_run(options: ServeOptions, config: Any, web: Any, debug: bool) -> 
         if web is not None:
             web.phase = "warming"
         server = Server(runner, options.limits)
-        drain_on_signals(server.drain)
+
+        def drain() -> None:
+            if web is not None:
+                web.phase = "draining"
+            server.drain()
+
+        drain_on_signals(drain)
         ready = True
         if web is not None and server.host is not None:
             web.serve(server.host)

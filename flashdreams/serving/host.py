@@ -79,6 +79,8 @@ class LiveHost(Host):
 
     def open(self, opening: Opening, listener: Listener) -> str:
         """See the contract."""
+        if opening.num_frames is not None and opening.num_frames < 1:
+            raise Refused(f"num_frames={opening.num_frames} must be at least 1.")
         tensors = self._tensors_of(opening)
         live = LiveSession(
             id=secrets.token_urlsafe(24),

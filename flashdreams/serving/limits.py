@@ -26,6 +26,9 @@ class ServingLimits:
     its place is free; 3 if others wait for one."""
     end_after_s: float = 1800.0
     """Seconds without a client after which a session ends; it is kept that long for its client."""
+    max_kept: int = 64
+    """Sessions without a client that are kept; of more, the one whose client has been gone for the
+    longest ends."""
     parked_gib: float = 8.0
     """Most host memory for parked sessions, on each rank. Further ones are parked on disk, in
     ``--state-dir``."""
@@ -44,7 +47,7 @@ class ServingLimits:
 
     def __post_init__(self) -> None:
         check_range(self, "max_sessions", "max_forks", "max_saves", as_flags=True)
-        check_range(self, "max_waiting", least=0, as_flags=True)
+        check_range(self, "max_waiting", "max_kept", least=0, as_flags=True)
         check_range(self, "max_session_s", least=1, as_flags=True)
         for name in ("pause_after_s", "park_after_s", "end_after_s", "parked_gib",
                      "snapshot_every", "margin_ms"):  # fmt: skip

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from flashdreams.infra.identity import describe_config, hash_weights
 from flashdreams.infra.snapshot import remove_unfinished
-from flashdreams.infra.snapshot_header import SnapshotError, read_header
+from flashdreams.infra.snapshot_header import SnapshotError, check_identity, read_header
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +44,18 @@ class SessionFolder:
     On rank zero. A session's name is its token, so nobody else may list the folder.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, pipeline: Any) -> None:
         """Make the folder.
+
+        Args:
+            root: the folder.
+            pipeline: config of the one that serves; snapshots of others are left alone.
 
         Raises:
             OSError: it cannot be made.
         """
         self.root = root
+        self._pipeline = pipeline
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def snapshot_path(self, session: str, number: int) -> Path:
@@ -76,8 +82,12 @@ class SessionFolder:
         self._remove(self.root / session)
 
     def find(self) -> list[Kept]:
-        """The sessions that can be gone on with; what is damaged is said and left."""
+        """The sessions that can be gone on with.
+
+        What is damaged, or of another method, is said and stays as it is.
+        """
         remove_unfinished(self.root)
+        self._identity = describe_config(self._pipeline), hash_weights(self._pipeline)
         found = []
         for folder in sorted(self.root.iterdir()):
             if _SESSION.fullmatch(folder.name) and folder.is_dir():
@@ -90,9 +100,11 @@ class SessionFolder:
     def _read(self, folder: Path) -> Kept | None:
         names = [path.name for path in folder.iterdir() if _SNAPSHOT.fullmatch(path.name)]
         saves = folder / "saves"
-        for name in sorted(names, reverse=True):
+        for name in sorted(names, reverse=True):  # the newest first
             try:
-                run = dict(read_header(folder / name).run)
+                header = read_header(folder / name)
+                check_identity(header, *self._identity, folder / name)
+                run = dict(header.run)
                 if run["session"] != folder.name:
                     raise SnapshotError("it is of another session")
                 return Kept(

@@ -94,7 +94,7 @@ class Server:
                 dispatcher,
                 Keeper(
                     dispatcher,
-                    SessionFolder(folder),
+                    SessionFolder(folder, pipeline.config),
                     self.trial.rollout_bytes,
                     keeps=self.trial.keeps and streams(pipeline),
                 ),

@@ -1,5 +1,6 @@
 """AR steps: whose turn it is, and how its pictures come to the client."""
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -18,6 +19,8 @@ MAX_IN_FLIGHT = 2
 """AR steps that the device may have before it: one that runs and one behind it."""
 IDLE_S = 0.25
 """How long nobody wants a turn, before it is asked again."""
+
+logger = logging.getLogger(__name__)
 
 
 class Turns:
@@ -118,7 +121,12 @@ class Turns:
 
 
 def _unshown_s(listener: Listener | None) -> float:
-    return 0.0 if listener is None else max(0.0, listener.unshown_seconds())
+    """How long a client's pictures last; a listener that fails to say it gets no more."""
+    try:
+        return 0.0 if listener is None else max(0.0, listener.unshown_seconds())
+    except Exception:
+        logger.exception("A listener failed; its session stands still.")
+        return math.inf
 
 
 def _stage_ms(session: Session) -> dict[str, float]:

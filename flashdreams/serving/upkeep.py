@@ -1,11 +1,14 @@
 """What is due by the clock: pausing, parking, ending and saving what nobody looks at."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from flashdreams.serving.host import LiveHost
 from flashdreams.serving.live import LiveSession
 
+QUEUED_S = 30.0
+"""Seconds for which a client that has gone keeps its position in the queue."""
 PARK_SOON_S = 3.0
 """Seconds of pause after which a session is parked if others wait for its place."""
 
@@ -29,6 +32,10 @@ def next_upkeep(host: LiveHost, now: float, *, keeps: bool) -> Due | None:
         keeps: whether sessions can be parked and saved.
     """
     limits = host.limits
+    gone = [live for live in host.sessions.values() if live.detached_since is not None]
+    if len(gone) > limits.max_kept:
+        oldest = min(gone, key=lambda live: live.detached_since or 0.0)
+        return Due("end", oldest, "Too many sessions are kept; this one was left the longest ago.")
     wanted = host.next_waiting() is not None and host.free_places() <= 0
     for live in host.sessions.values():
         if live.in_flight:
@@ -36,8 +43,9 @@ def next_upkeep(host: LiveHost, now: float, *, keeps: bool) -> Due | None:
         if limits.max_session_s is not None and now - live.began > limits.max_session_s:
             return Due("end", live, f"A session lasts at most {limits.max_session_s:g} s here.")
         gone_s = 0.0 if live.detached_since is None else now - live.detached_since
-        if gone_s > limits.end_after_s:
-            return Due("end", live, f"Nobody came back within {limits.end_after_s:g} s.")
+        most_s = min(limits.end_after_s, QUEUED_S if live.where == "nowhere" else math.inf)
+        if gone_s > most_s:
+            return Due("end", live, f"Nobody came back within {most_s:g} s.")
         if live.where != "device":
             continue
         if not live.reasons and now - live.last_input > limits.pause_after_s:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -50,10 +51,17 @@ class Accounts:
         self.conversations: set[Any] = set()
         """Of the sockets that are open."""
 
-    def finish_all(self) -> None:
-        """Let all sockets end behind what waits for them."""
+    async def finish_all(self, patience_s: float) -> None:
+        """Let all sockets end behind what waits for them.
+
+        Args:
+            patience_s: after which those that are still open are left to themselves.
+        """
         for conversation in self.conversations:
             conversation.outlet.finish()
+        end = time.monotonic() + patience_s
+        while self.conversations and time.monotonic() < end:
+            await asyncio.sleep(0.01)
 
     def host(self) -> Host:
         """The loop.

@@ -97,7 +97,10 @@ class H264Encoder(Encoder):
         """
         if width % 2 or height % 2:
             raise ValueError(f"H.264 needs even sizes; {width}x{height} is served as JPEG only.")
+        from av.video.reformatter import VideoReformatter
+
         self.fps = fps
+        self._to_yuv = VideoReformatter()
         self._stream, self.init = _open(width, height, fps, name)
         self.codec = codec_name(avcc_of(self.init))
         self._encoded = 0
@@ -110,7 +113,7 @@ class H264Encoder(Encoder):
         from av.video.reformatter import Colorspace
 
         frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-        frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+        frame = self._to_yuv.reformat(frame, format="yuv420p", dst_colorspace=Colorspace.ITU709)
         frame.pts, frame.time_base = self._time(self._encoded), Fraction(1, TIMESCALE)
         frame.pict_type = PictureType.I if key or not self._encoded else PictureType.NONE
         packets = self._stream.encode(frame)

@@ -196,12 +196,30 @@ class Outlet:
             if item is None:
                 return
             try:
-                await asyncio.wait_for(self._send(item), self._slow_s)
-            except (TimeoutError, asyncio.TimeoutError) as error:
-                raise TooSlow from error
+                await self._send_in_time(item)
             finally:
                 if isinstance(item, _Picture):
                     self._left += 1
+
+    async def _send_in_time(self, item: str | _Picture) -> None:
+        """As ``wait_for`` does it, but without a task for each item."""
+        task, late = asyncio.current_task(), False
+        assert task is not None
+
+        def cut() -> None:
+            nonlocal late
+            late = True
+            task.cancel()
+
+        timer = self._loop.call_later(self._slow_s, cut)
+        try:
+            await self._send(item)
+        except asyncio.CancelledError as error:
+            if late:
+                raise TooSlow from error
+            raise
+        finally:
+            timer.cancel()
 
     async def _send(self, item: str | _Picture) -> None:
         if isinstance(item, str):

@@ -1,6 +1,8 @@
 """A web server in a thread of its own."""
 
 import asyncio
+import concurrent.futures
+import contextlib
 import logging
 import socket
 import threading
@@ -15,6 +17,7 @@ from flashdreams.serving.web.settings import WebSettings
 
 START_S = 30.0
 STOP_S = 10.0
+GOODBYE_S = 2.0
 LINGER_S = 20
 """After which the kernel cuts a client that reads nothing, also one that was told so."""
 UNSENT_BYTES = 16 * 2**10
@@ -93,7 +96,9 @@ class WebServer:
         if self._thread is None:
             return
         if self._loop is not None and self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._app.state.accounts.finish_all)
+            goodbye = self._app.state.accounts.finish_all(GOODBYE_S)
+            with contextlib.suppress(TimeoutError, concurrent.futures.TimeoutError):
+                asyncio.run_coroutine_threadsafe(goodbye, self._loop).result(2 * GOODBYE_S)
         self._server.should_exit = True
         self._thread.join(STOP_S)
         if self._thread.is_alive():

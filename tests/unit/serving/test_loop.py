@@ -253,6 +253,15 @@ def test_listener_that_fails_harms_nobody(runner, folder, caplog):
         assert len(well.ask(3)) == 3
 
 
+def test_listener_that_cannot_say_what_it_has_harms_nobody(runner, folder, caplog):
+    with served(runner, state_dir=folder) as server:
+        ill, well = Visit(server.host), Visit(server.host)
+        ill.client.unshown_seconds = lambda: 1 / 0
+        assert len(well.ask(3)) == 3
+        until(lambda: "stands still" in caplog.text)
+        assert ill.client.chunks == []
+
+
 def test_figures_of_server_and_session(runner, folder):
     with served(runner, state_dir=folder) as server:
         visit = Visit(server.host)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flashdreams.serving import restart
 from flashdreams.serving.interface import Opening, Refused
 from tests.live import Client, Visit, served, until
 from tests.unit.serving.test_loop import WALK, walk
@@ -103,6 +104,21 @@ def test_session_whose_client_does_not_come_back_ends(runner, folder):
         assert not (folder / visit.id).exists()
 
 
+def test_only_so_many_sessions_are_kept_for_clients_that_are_gone(runner, folder):
+    with served(runner, park_after_s=0.0, max_kept=2, state_dir=folder) as server:
+        visits = []
+        for _ in range(3):
+            visits.append(Visit(server.host))
+            visits[-1].ask(1)
+            server.host.detach(visits[-1].id)
+            visits[-1].client.wait(lambda: state_of(visits[-1]) == "parked")
+        visits[0].client.wait(lambda: visits[0].client.end is not None)
+        assert "longest ago" in visits[0].client.end[0]
+        assert [visit.client.end for visit in visits[1:]] == [None, None]
+        attach(visits[1])
+        visits[1].ask(1)
+
+
 def test_session_without_input_pauses_and_goes_on_with_a_key(runner, folder):
     with served(runner, pause_after_s=0.3, state_dir=folder) as server:
         visit = Visit(server.host)
@@ -176,6 +192,20 @@ def test_prompt_and_image_of_a_session_hold_after_a_restart(runner, folder):
         visit.keys("")
         visit.command("reset")
         assert torch.equal(walk(visit), first)
+
+
+def test_session_of_another_method_is_left_alone(runner, folder, caplog, monkeypatch):
+    with served(runner, state_dir=folder) as server:
+        visit = Visit(server.host)
+        visit.ask(1)
+    monkeypatch.setattr(restart, "describe_config", lambda pipeline: {"name": "another"})
+    with served(runner, state_dir=folder) as server:
+        until(lambda: "was saved with another config" in caplog.text)
+        with pytest.raises(Refused):
+            server.host.attach(visit.id, visit.client)
+    monkeypatch.undo()
+    with served(runner, state_dir=folder) as server:
+        until(lambda: server.host.figures().parked == 1)
 
 
 def test_damaged_session_is_left_out(runner, folder, caplog):

@@ -289,3 +289,27 @@ def test_a_feed_keeps_pictures_within_its_bounds() -> None:
 
     assert asyncio.run(run(keep_s=5.0)) == 50
     assert asyncio.run(run(keep_bytes=10 * 8 * 8 * 3)) == 10
+
+
+def test_news_of_events_go_with_the_next_picture_that_leaves() -> None:
+    """Also where all pictures of their own chunk were left out."""
+
+    async def run() -> list[str | bytes]:
+        socket = FakeSocket()
+        feed, outlet = new_feed(), new_outlet(socket)
+        feed.connect(outlet)
+        ids = feed.accept("e", {"control": None})
+        assert ids is not None
+        feed.on_chunk(chunk(0, 4, applied=(ids["control"],)))
+        feed.on_chunk(chunk(4, 4, epoch=1))
+        picture = feed.take(outlet)
+        assert picture is not None and picture.frame == 4
+        outlet.take_purged()
+        assert feed.send(picture, b"x", True, outlet)
+        outlet.finish()
+        await outlet.run()
+        return socket.sent
+
+    applied, metadata, data = asyncio.run(run())
+    assert '"event_ids":["e"]' in str(applied) and '"first_frame":4' in str(applied)
+    assert '"started_event_ids":["e"]' in str(metadata) and data == b"x"
