@@ -23,9 +23,12 @@ INSTALL = (
 )
 READY_MS = 60_000
 COUNT_SHIFTS = """
-window.shifts = 0;
+window.shifts = [];
 new PerformanceObserver((list) => {
-  for (const entry of list.getEntries()) window.shifts += entry.value;
+  for (const {value, startTime, sources} of list.getEntries()) {
+    const names = sources.map(({node}) => node?.id || node?.className || node?.nodeName);
+    window.shifts.push([value, Math.round(startTime), names.join(' ')]);
+  }
 }).observe({type: 'layout-shift', buffered: true});
 """
 

@@ -240,7 +240,11 @@ def test_the_address_works_from_the_first_load_on(browser, tmp_path: Path) -> No
     try:
         tab = Tab(browser, server.address)
         assert tab.text("#status") in ("Loading", "Warming up", "Connecting")
+        tab.shot("loading", tmp_path)
         tab.wait("ready")
+        tab.rest(1500)
+        shifts = tab.page.evaluate("window.shifts")
+        assert sum(value for value, *_ in shifts) < 0.02, shifts
         tab.close()
     finally:
         server.stop()
