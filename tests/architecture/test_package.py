@@ -21,7 +21,7 @@ from flashdreams.registry import GROUP
 from tests.architecture.law import BASE_PACKAGES
 from tests.architecture.sources import PACKAGES, ROOT, SOURCE_ROOTS, imports_of, python_files
 
-MAX_WEIGHTS_MB = 10
+MAX_WEIGHTS_MB = 20
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,13 @@ def test_the_wheel_holds_the_weights_and_the_type_marker(wheel: zipfile.ZipFile)
     assert _files(wheel, "py.typed") == _in_source("py.typed")
     assert {"flashdreams/py.typed", "flashdreams_kernels/py.typed"} <= set(wheel.namelist())
     assert _files(wheel, "README.md") == _in_source("README.md")
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_page(wheel: zipfile.ZipFile) -> None:
+    for pattern in ("*.html", "*.css", "*.js", "*.svg"):
+        assert _files(wheel, pattern[1:]) == _in_source(pattern)
+    assert "flashdreams/serving/page/index.html" in wheel.namelist()
 
 
 @pytest.mark.slow
