@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Generic, TypeVar
 
@@ -21,6 +21,7 @@ from flashdreams.infra.recorder import RunRecorder
 from flashdreams.infra.resumable import Progress, ResumableRun
 from flashdreams.infra.session import Command, Session, Step
 from flashdreams.infra.stored_choices import read_choices
+from flashdreams.infra.traced_stages import traced
 from flashdreams.infra.weights import require_packages
 from flashdreams.parallel.environment import (
     LOAD_TIMEOUT_S,
@@ -36,7 +37,7 @@ from flashdreams.parallel.logs import announced, set_up_logging
 from flashdreams.parallel.mesh import DEGREES, Mesh, ParallelConfig
 from flashdreams.parallel.messages import MessageChannel
 from flashdreams.parallel.peers import PeerWatch
-from flashdreams.parallel.watchdog import StageGuard, Watchdog
+from flashdreams.parallel.watchdog import Watchdog
 from flashdreams.runtime.files import InUseError, open_owned
 from flashdreams.runtime.noise import SEED_LIMIT
 from flashdreams.runtime.run_report import write_report
@@ -188,8 +189,6 @@ class Runner(Generic[ConfigT, PipelineT]):
             self.pipeline.guard = watchdog.stage
         self._peers = self._resources.enter_context(PeerWatch(self.environment))
         self.tracer = Tracer(self.environment.rank, keep=config.trace is not None)
-        if config.trace is not None:
-            self.mesh.meter.watch = self.tracer.note_collective
         self.pipeline.guard = traced(self.pipeline.guard, self.tracer, self.mesh)
         limit_s = config.start_deadline_s
         where = self.environment
@@ -449,26 +448,6 @@ class Runner(Generic[ConfigT, PipelineT]):
                 Path(self._claim.name).unlink(missing_ok=True)
             self._claim.close()
             self._claim = None
-
-
-def traced(guard: StageGuard, tracer: Tracer, mesh: Mesh) -> StageGuard:
-    """A guard that also notes how long each stage took, and what it sent.
-
-    Args:
-        guard: watches the stages.
-        tracer: takes the spans.
-        mesh: whose collectives are counted.
-    """
-
-    def sent() -> dict[str, Any]:
-        return {name: asdict(traffic) for name, traffic in mesh.meter.counts.items()}
-
-    @contextlib.contextmanager
-    def stage(name: str, index: int | None, limit_s: float | None = None, /) -> Iterator[None]:
-        with tracer.span(name, index, sent), guard(name, index, limit_s):
-            yield
-
-    return stage
 
 
 def set_threads(threads: int | None, pipeline: StreamInferencePipeline) -> None:
