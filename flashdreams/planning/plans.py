@@ -137,14 +137,18 @@ class Plan:
         return self.ms.largest
 
 
-def predict_ms(work: Work, degrees: ParallelDegrees, device: Device) -> Milliseconds:
+def predict_ms(
+    work: Work, degrees: ParallelDegrees, device: Device, fused: bool = False
+) -> Milliseconds:
     """Time of some work on one rank.
 
     Args:
         work: of the rank.
         degrees: which exchanges leave a node: those of the outer axes, in larger worlds.
         device: its rates.
+        fused: whether fused kernels run, of which `count` sees the single operations.
     """
+    moved_bytes = work.other_bytes * (device.fused_share if fused else 1.0)
     collectives = 0.0
     for name, traffic in work.traffic.items():
         outer = name.split(".")[0] in ("ring", "sequence", "cfg", "decode")
@@ -155,7 +159,7 @@ def predict_ms(work: Work, degrees: ParallelDegrees, device: Device) -> Millisec
         gemm=1e3 * work.gemm_flops / (device.gemm_tflops * TERA),
         attention=1e3 * work.attention_flops / (device.attention_tflops * TERA),
         convolution=1e3 * work.convolution_flops / (device.convolution_tflops * TERA),
-        memory=1e3 * work.other_bytes / (device.bandwidth_gb_s * GB),
+        memory=1e3 * moved_bytes / (device.bandwidth_gb_s * GB),
         calls=1e-3 * work.calls * device.call_us,
         collectives=1e3 * collectives,
     )
@@ -256,6 +260,7 @@ class Planner:
         on_gpu = self.device.source != "measured now"
         captures = on_gpu and getattr(config, "use_cuda_graph", False)
         graphs = network.activations if captures else 0
+        fused = on_gpu and getattr(config, "fused_kernels", False) is not False
         return Plan(
             degrees=degrees,
             device=self.device,
@@ -269,7 +274,7 @@ class Planner:
                 reserve=int(RESERVE_GIB * GIB) if on_gpu else 0,
             ),
             work=work,
-            ms=predict_ms(work, degrees, self.device),
+            ms=predict_ms(work, degrees, self.device, fused),
             frames=self._frames(config, decoder),
             fps=self.fps,
             window_t=tokens + getattr(config, "sink_size_t", 0),
