@@ -11,6 +11,7 @@ from typing import Any
 import command
 import report
 import torch
+import torch.nn.functional as F
 from flashdreams_kernels import adaln, reference, rope_qknorm
 from torch import Tensor
 
@@ -80,6 +81,9 @@ def build_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[
 
     full = (q, k, v, *weights, table, EPS, *caches, slots)
     modulation = (x, vectors[0], vectors[1], EPS)
+    # A float32 residual beside 16-bit branches, and what LingBot-World's camera does to it.
+    wide, rows = x.float(), (vectors[3][0, 0], vectors[4][0, 0])
+    scale, shift = normal(1, sizes.length, sizes.dim), normal(1, sizes.length, sizes.dim)
     return [
         Case(
             "qk_norm_rope",
@@ -104,6 +108,24 @@ def build_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[
             lambda: reference.gate_residual(x, y, vectors[2]),
             lambda: adaln.gate_residual(x, y, vectors[2]),
             3 * chunk_bytes,
+        ),
+        Case(
+            "gate_residual, scaled and shifted",
+            lambda: torch.addcmul(shift, torch.addcmul(wide, y, vectors[2]), scale),
+            lambda: adaln.gate_residual(wide, y, vectors[2], scale, shift),
+            2 * wide.nbytes + 3 * chunk_bytes,
+        ),
+        Case(
+            "branch added to float32",
+            lambda: wide + y,
+            lambda: adaln.gate_residual(wide, y),
+            2 * wide.nbytes + chunk_bytes,
+        ),
+        Case(
+            "layer_norm_affine of float32",
+            lambda: F.layer_norm(wide, (sizes.dim,), *rows, EPS).to(dtype),
+            lambda: adaln.layer_norm_affine(wide, *rows, EPS, dtype),
+            wide.nbytes + chunk_bytes,
         ),
     ]
 

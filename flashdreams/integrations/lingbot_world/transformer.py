@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flashdreams.infra.diffusion.causal_state import CausalState, StepInputs
 from flashdreams.infra.ranges import check_range
+from flashdreams.models.wan import fused
 from flashdreams.models.wan.blocks import BlockConfig, WanBlock
 from flashdreams.models.wan.plan import wan_plan
 from flashdreams.models.wan.transformer import WanTransformer, WanTransformerConfig
@@ -68,6 +69,12 @@ class LingBotBlock(WanBlock):
         """
         hidden = self.cam_injector_layer2(F.silu(self.cam_injector_layer1(camera))) + camera
         return 1 + self.cam_scale_layer(hidden), self.cam_shift_layer(hidden)
+
+    def sum_and_inject(self, x: Tensor, y: Tensor, gate: Tensor, control: Any) -> Tensor:
+        """In one kernel where fused kernels run."""
+        if self.gated_sum is not fused.gated_sum:
+            return super().sum_and_inject(x, y, gate, control)
+        return fused.gated_sum_affine(x, y, gate, *control)
 
     def inject(self, x: Tensor, control: Sequence[Tensor]) -> Tensor:
         """Scale and shift the tokens ``[B, L, dim]``."""

@@ -1,6 +1,7 @@
 """The camera branch of the transformer; float32."""
 
 from collections import Counter
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from flashdreams.integrations.lingbot_world.config import (
     TRANSFORMER,
 )
 from flashdreams.integrations.lingbot_world.transformer import LingBotBlock, LingBotTransformer
+from flashdreams.models.wan import fused
+from tests.kernels.conftest import switch_to_interpreter
 from tests.manifests import load_manifest
 
 ATOL = 1e-5
@@ -194,3 +197,31 @@ def test_bfloat16_stays_near_float32():
     wide, narrow = rollout(), rollout(residual_dtype=None)
     assert wide.abs().max() < 0.02 * exact.abs().max()
     assert 0 < wide.norm() < 0.9 * narrow.norm()
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [({}, 1e-5), ({"dtype": "bfloat16", "residual_dtype": "float32"}, 2e-2)],
+)
+def test_fused_kernels_take_the_camera_in(changes, tolerance, monkeypatch):
+    """Interpreted. Largest difference as a share of the largest latent; bf16 is truncated there."""
+    pytest.importorskip("triton")
+    plain, given = build(**changes), inputs(build().config)
+    plain.cast()
+    (expected,) = roll_out(plain, given, 1)[-1:]
+    model = build(fused_kernels=True, **changes)
+    model.cast()
+    model.after_load()
+    switch_to_interpreter(monkeypatch)
+    kernel = MagicMock(wraps=fused.gate_residual)
+    monkeypatch.setattr(fused, "gate_residual", kernel)
+    (result,) = roll_out(model, given, 1)[-1:]
+    with_camera = [call for call in kernel.call_args_list if len(call.args) == 5]
+    blocks = STEPS * (2 * model.config.num_layers - 1)  # the clean pass ends within the last block
+    assert len(with_camera) == blocks
+    bound = tolerance * expected.abs().max()
+    assert (result - expected).abs().max() < bound
+    for block in model.blocks:
+        block.cam_shift_layer.bias.add_(1.0)
+    (moved,) = roll_out(model, given, 1)[-1:]
+    assert (moved - expected).abs().max() > bound
