@@ -94,6 +94,20 @@ def test_weights_that_are_not_here_are_drawn(script):
     assert "diffusion_model.transformer" in missing
 
 
+def test_serving(script, tmp_path):
+    path = tmp_path / "serving.json"
+    words = ["toy-world", "--steps", "10", "--repeats", "1", "--sessions", "1", "2"]
+    script("serving").main([*words, "--seconds", "2", "--json", str(path), *COMMIT])
+    rows = read_report(path)["rows"]
+    assert [row["variant"] for row in rows] == [
+        *("bare loop", "served", "key to photon", "jitter", "key to photon", "jitter")
+    ]
+    bare, served, *live = rows
+    assert bare["output_sha256"] == served["output_sha256"] and served["bar_ms"] == 2.0
+    assert served["cost_ms"] == pytest.approx(served["p50_ms"] - bare["p50_ms"], abs=5)
+    assert all(row["repeats"] > 0 and row["fps"] > 1 for row in live)
+
+
 @pytest.mark.parametrize("slug", ["self-forcing-tiny-random", "causal-forcing-tiny-random"])
 def test_overhead(script, tmp_path, slug):
     path = tmp_path / "overhead.json"
