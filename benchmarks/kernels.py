@@ -81,9 +81,6 @@ def build_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[
 
     full = (q, k, v, *weights, table, EPS, *caches, slots)
     modulation = (x, vectors[0], vectors[1], EPS)
-    # A float32 residual beside 16-bit branches, and what LingBot-World's camera does to it.
-    wide, rows = x.float(), (vectors[3][0, 0], vectors[4][0, 0])
-    scale, shift = normal(1, sizes.length, sizes.dim), normal(1, sizes.length, sizes.dim)
     return [
         Case(
             "qk_norm_rope",
@@ -109,23 +106,43 @@ def build_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[
             lambda: adaln.gate_residual(x, y, vectors[2]),
             3 * chunk_bytes,
         ),
+        *residual_cases(x, y, vectors, normal(*x.shape), normal(*x.shape)),
+    ]
+
+
+def residual_cases(
+    x: Tensor, y: Tensor, vectors: tuple[Tensor, ...], scale: Tensor, shift: Tensor
+) -> list[Case]:
+    """What follows a branch where the residual is float32 beside 16-bit branches.
+
+    Args:
+        x: ``[B, L, dim]``, whose float32 copy is the residual.
+        y: ``[B, L, dim]``, the branch.
+        vectors: ``[1, 1, dim]`` each, float32: gate, weight and bias are the third to fifth.
+        scale: ``[B, L, dim]``; what LingBot-World's camera does to the sum.
+        shift: like ``scale``.
+    """
+    wide, gate = x.float(), vectors[2]
+    rows = vectors[3][0, 0], vectors[4][0, 0]
+    dim = x.shape[-1:]
+    return [
         Case(
             "gate_residual, scaled and shifted",
-            lambda: torch.addcmul(shift, torch.addcmul(wide, y, vectors[2]), scale),
-            lambda: adaln.gate_residual(wide, y, vectors[2], scale, shift),
-            2 * wide.nbytes + 3 * chunk_bytes,
+            lambda: torch.addcmul(shift, torch.addcmul(wide, y, gate), scale),
+            lambda: adaln.gate_residual(wide, y, gate, scale, shift),
+            2 * wide.nbytes + 3 * y.nbytes,
         ),
         Case(
             "branch added to float32",
             lambda: wide + y,
             lambda: adaln.gate_residual(wide, y),
-            2 * wide.nbytes + chunk_bytes,
+            2 * wide.nbytes + y.nbytes,
         ),
         Case(
             "layer_norm_affine of float32",
-            lambda: F.layer_norm(wide, (sizes.dim,), *rows, EPS).to(dtype),
-            lambda: adaln.layer_norm_affine(wide, *rows, EPS, dtype),
-            wide.nbytes + chunk_bytes,
+            lambda: F.layer_norm(wide, dim, *rows, EPS).to(y.dtype),
+            lambda: adaln.layer_norm_affine(wide, *rows, EPS, y.dtype),
+            wide.nbytes + y.nbytes,
         ),
     ]
 

@@ -199,6 +199,7 @@ def test_bfloat16_stays_near_float32():
     assert 0 < wide.norm() < 0.9 * narrow.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "tolerance"),
     [({}, 1e-5), ({"dtype": "bfloat16", "residual_dtype": "float32"}, 2e-2)],
