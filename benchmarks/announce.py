@@ -1,11 +1,10 @@
 """Entry points of this checkout for a Python in which it is not installed.
 
-``python benchmarks/announce.py FOLDER`` writes ``flashdreams-0.dist-info`` there; with the folder and
-the checkout on ``PYTHONPATH`` the shipped slugs are found. Needs Python 3.11.
+``python benchmarks/announce.py FOLDER`` writes ``flashdreams-0.dist-info`` there; with the folder
+and the checkout on ``PYTHONPATH`` the shipped slugs are found. Needs Python 3.11.
 """
 
 import sys
-import tomllib
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
@@ -13,6 +12,8 @@ PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 def announce(folder: Path) -> None:
     """Write the metadata of a distribution that has nothing but entry points."""
+    import tomllib
+
     groups = tomllib.loads(PROJECT.read_text())["project"]["entry-points"]
     info = folder / "flashdreams-0.dist-info"
     info.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,9 @@ LAYOUTS = ("contiguous", "channels last", "channels last, tuned")
 """Memory layouts; ``tuned`` lets cuDNN measure its algorithms first."""
 
 
+PER_TAP = "as three 2-D ms"
+
+
 @dataclass(frozen=True)
 class Convolution:
     """One convolution; padding in time is none, the carried frames are a part of the input."""
@@ -37,6 +40,15 @@ class Convolution:
     def gflop(self) -> float:
         """Billions of additions and multiplications."""
         return 2e-9 * math.prod(self.output) * math.prod(self.weight[1:])
+
+    def frame_by_frame(self) -> "Convolution | None":
+        """One of the three 2-D convolutions whose sum this one is; None where there are none."""
+        batch, channels, _, *size = self.input
+        if len(self.input) != 5 or self.weight[2:] != (3, 3, 3) or batch > 1:
+            return None
+        frames = self.output[2]
+        shapes = (frames, channels, *size), (*self.weight[:2], 3, 3)
+        return Convolution(*shapes, self.stride[1:], self.padding[1:])
 
     def __str__(self) -> str:
         return f"{'x'.join(map(str, self.input))} * {'x'.join(map(str, self.weight))}"
@@ -81,12 +93,15 @@ def measure(
 
     Returns:
         One row per convolution: milliseconds of one call in each layout, the number of calls, and
-        teraflops per second in the best layout.
+        teraflops per second in the best layout; for 3-D ones the time of three 2-D ones beside it,
+        whose sum they are.
     """
     rows = []
     for conv, count in found.items():
         times = {layout: _time(conv, layout, dtype, device) for layout in LAYOUTS[: 2 + tune]}
+        how = LAYOUTS[1], dtype, device
         best = min(times.values())
+        per_tap = conv.frame_by_frame()
         rows.append(
             {
                 "case": str(conv),
@@ -96,6 +111,7 @@ def measure(
                 "gflop": conv.gflop,
                 "tflops": conv.gflop / best,
                 **{f"{layout.replace(', ', ' ')} ms": ms for layout, ms in times.items()},
+                **({} if per_tap is None else {PER_TAP: 3 * _time(per_tap, *how)}),
             }
         )
     return rows

@@ -39,7 +39,7 @@ COLUMNS = (
 )  # fmt: skip
 CONV_COLUMNS = (
     "case", "variant", "calls", "best_ms", "gflop", "tflops",
-    *(f"{layout.replace(', ', ' ')} ms" for layout in convolutions.LAYOUTS),
+    *(f"{layout.replace(', ', ' ')} ms" for layout in convolutions.LAYOUTS), convolutions.PER_TAP,
 )  # fmt: skip
 FIELDS = (
     "conv_ms",

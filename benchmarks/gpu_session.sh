@@ -66,14 +66,15 @@ variants() { # NAMES SECONDS ARGUMENTS...
 
 headline() {
     mapfile -t size < <(sized self-forcing-tiny-random --repeats 2 --steps 1 -- \
-        self-forcing-wan2.1-t2v-1.3b-taehv --repeats 6 --steps 4)
-    variants "default; reference; fp8; reference, all flags; graphs off" 165 "${size[@]}"
+        self-forcing-wan2.1-t2v-1.3b-taehv --repeats "${REPEATS:-6}" --steps 4)
+    variants "${HEADLINE:-default; reference; fp8; reference, all flags; graphs off}" 165 "${size[@]}"
 }
 
 gpu_tests() {
     local workers=()
     "$PYTHON" -c "import xdist" 2>/dev/null && workers=(-n 3 --dist loadfile)
-    "$PYTHON" -m pytest tests/gpu tests/unit/runtime -m gpu -v -p no:cacheprovider \
+    read -ra chosen <<<"${GPU_TESTS:-tests/gpu tests/unit/runtime}"
+    "$PYTHON" -m pytest "${chosen[@]}" -m gpu -v -p no:cacheprovider \
         --timeout 120 --durations 10 "${workers[@]}"
 }
 
@@ -83,8 +84,8 @@ lingbot() {
         return 3
     fi
     mapfile -t size < <(sized lingbot-world-tiny-random --repeats 1 --steps 1 -- \
-        lingbot-world-fast-taehv-window15-sink3 --repeats 3 --steps 2)
-    variants "default; fp8" 125 "${size[@]}" --one-at-a-time
+        lingbot-world-fast-taehv-window15-sink3 --repeats "${REPEATS:-3}" --steps 2)
+    variants "${LINGBOT:-default; fp8}" 125 "${size[@]}" --one-at-a-time
 }
 
 decoders() {
@@ -177,10 +178,9 @@ for section in $SECTIONS; do
     fi
 done
 for section in $ALL; do
-    if [[ " $SECTIONS " != *" $section "* ]]; then
-        note "$section" "not asked for" 0
-        continue
-    fi
+    [[ " $SECTIONS " == *" $section "* ]] || note "$section" "not asked for" 0
+done
+for section in $SECTIONS; do
     left=$((TOTAL_S - SECONDS + begin))
     limit=$(limit_of "$section")
     ((limit > left)) && limit=$left

@@ -118,8 +118,20 @@ def main(argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except Exception as error:
-        return _report(error, WRONG_USAGE, debug, same_everywhere=True)
+        return report(error, WRONG_USAGE, debug, same_everywhere=True)
     return DONE if config is None else _run(config, debug, line.replay)
+
+
+def read_config(argv: Sequence[str]) -> Any:
+    """The config that a command line names; None if it only asked for something to be printed.
+
+    Args:
+        argv: the words after the program's name, as for `main`.
+
+    Raises:
+        ValueError: it cannot be carried out as typed; also other errors of configs and plug-ins.
+    """
+    return _resolve(_split(argv))
 
 
 def _split(argv: Sequence[str]) -> CommandLine:
@@ -349,9 +361,9 @@ def _run(config: Any, debug: bool, replay: Any = None) -> int:
     except KeyboardInterrupt as stop:
         return _stopped(stop)
     except (ValueError, TypeError) as error:
-        return _report(error, WRONG_USAGE, debug)
+        return report(error, WRONG_USAGE, debug)
     except Exception as error:
-        return _report(_with_advice(error, config), RUN_FAILED, debug)
+        return report(with_advice(error, config), RUN_FAILED, debug)
     try:
         try:
             runner.run()
@@ -366,20 +378,26 @@ def _run(config: Any, debug: bool, replay: Any = None) -> int:
     except KeyboardInterrupt as stop:
         return _stopped(stop)
     except Exception as error:
-        return _report(_with_advice(error, config), RUN_FAILED, debug)
+        return report(with_advice(error, config), RUN_FAILED, debug)
     return DONE
 
 
-def _with_advice(error: Exception, config: Any) -> Exception:
+def with_advice(error: Exception, config: Any) -> Exception:
     """Where memory ran out, what was needed and what would fit."""
     if not isinstance(error, RuntimeError | MemoryError):
         return error
-    from flashdreams.planning.shortage import with_advice
+    from flashdreams.planning.shortage import with_advice as advised
 
-    return with_advice(error, config)
+    return advised(error, config)
 
 
-def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = False) -> int:
+def report(
+    error: Exception,
+    code: int,
+    debug: bool,
+    same_everywhere: bool = False,
+    program: str = PROGRAM,
+) -> int:
     """Say in one line what went wrong, and give the exit code for it.
 
     Files that have to be fetched are a list, one to a line.
@@ -406,7 +424,7 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
         text += _HINT * (not debug)
     text = printable(text)
     if _rank() == 0:
-        say(f"{PROGRAM}: error: {text}")
+        say(f"{program}: error: {text}")
         return code
     if same_everywhere:
         return code
@@ -416,7 +434,7 @@ def _report(error: Exception, code: int, debug: bool, same_everywhere: bool = Fa
             time.sleep(_PAUSE_S)
         except KeyboardInterrupt:
             return code
-    say(f"{PROGRAM}: error on rank {_rank()}: {text}", beside=_shares_terminal())
+    say(f"{program}: error on rank {_rank()}: {text}", beside=_shares_terminal())
     return code
 
 

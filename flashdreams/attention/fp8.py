@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashdreams.attention.backends import AttentionBackend
@@ -20,6 +21,8 @@ HEADROOM = 8.0
 e4m3 number. It costs no accuracy: e4m3 keeps its three bits over 14 powers of two."""
 DESCALES = ("q_descale", "k_descale", "v_descale")
 """Arguments of FlashAttention-3 for the scales, ``[B, N]`` float32."""
+LEAST_HEAD_DIM = 64
+"""Of FlashAttention-3; smaller heads are padded."""
 
 
 class ScaledTokens:
@@ -154,14 +157,38 @@ def attend(
     Raises:
         ImportError: a GPU without FlashAttention-3.
     """
-    if not q.is_cuda:
-        wide = [dequantize(x, s, dtype) for x, s in zip((q, k, v), scales, strict=True)]
-        return backend(*wide, scale=scale)
+    if q.is_cuda:
+        return call_flash_attn_3(q, k, v, scales, scale, num_splits).to(dtype)
+    wide = [dequantize(x, s, dtype) for x, s in zip((q, k, v), scales, strict=True)]
+    return backend(*wide, scale=scale)
+
+
+def call_flash_attn_3(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scales: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+    num_splits: int,
+) -> Tensor:
+    """FlashAttention-3's e4m3 kernel; arguments as for `attend`, the result in its own type.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    head_dim = q.shape[-1]
+    if head_dim < LEAST_HEAD_DIM:  # of models that are too small for their speed to matter
+        q, k, v = (_padded(x) for x in (q, k, v))
     descales = dict(zip(DESCALES, scales, strict=True))
     function = load_flash_attn_3().flash_attn_func
     found = function(q, k, v, softmax_scale=scale, num_splits=num_splits, **descales)
     out = found[0] if isinstance(found, tuple) else found
-    return out.to(dtype)
+    return out[..., :head_dim]
+
+
+def _padded(x: Tensor) -> Tensor:
+    """Numbers ``[..., D]`` in e4m3 with zeros up to the least head size of the kernel."""
+    return F.pad(_bytes(x), (0, LEAST_HEAD_DIM - x.shape[-1])).view(FP8)
 
 
 def why_no_fp8(device: torch.device, head_dim: int) -> str | None:
@@ -179,8 +206,8 @@ def why_no_fp8(device: torch.device, head_dim: int) -> str | None:
     if capability[0] != 9:
         found = ".".join(map(str, capability))
         return f"FlashAttention-3 needs compute capability 9.x, found {found}"
-    if head_dim % 16 or not 64 <= head_dim <= 256:
-        return f"FlashAttention-3 takes multiples of 16 from 64 to 256 as head size, not {head_dim}"
+    if head_dim > 256 or (head_dim > LEAST_HEAD_DIM and head_dim % 16):
+        return f"FlashAttention-3 takes multiples of 16 up to 256 as head size, not {head_dim}"
     try:
         parameters = inspect.signature(load_flash_attn_3().flash_attn_func).parameters
     except ImportError as error:

@@ -1,5 +1,6 @@
 """Controllers: what steers a rollout, and the control input that it leads to."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashdreams.infra.camera_events import (
+    CAMERA_SCHEMA,
+    FASTER,
+    LOOK_SCHEMA,
+    bounded,
+    check_camera,
+    check_look,
+    pitched,
+    turn_of,
+    turned,
+)
 from flashdreams.parallel.plan import state
 from flashdreams.runtime.actions import KEYS, KeyMotion, check_keys, move
 
@@ -62,19 +74,32 @@ class Controller(ABC):
 
 @dataclass
 class CameraState:
-    """Where a camera is that keys steer, and which keys are held."""
+    """Where a camera is, and what moves it."""
 
     pose: Tensor = state("whole")
-    """``[4, 4]`` float64 on the CPU, camera-to-world, of the last pixel frame."""
+    """``[4, 4]`` float64 on the CPU, camera-to-world, of the last pixel frame; upright."""
     held: str = state("host", default="")
     """The held keys, one letter each."""
+    pitch: float = state("host", default=0.0)
+    """Radians that it looks up."""
+    velocity: list[float] = state("host", default_factory=list)
+    """x, y, z, yaw and pitch per pixel frame, in the camera's upright axes; empty: none."""
+    target: list[float] = state("host", default_factory=list)
+    """x, y, z, yaw and pitch in the axes of the start pose; empty: none."""
+    frames_left: int = state("host", default=0)
+    """Pixel frames until the target is reached."""
 
 
 class KeyCamera(Controller):
     """A camera that held keys move and turn, one pixel frame at a time.
 
     Frame 0 shows the start pose; every later frame follows one frame of held keys. An event
-    ``{"keys": "wl"}`` says which keys are held from its frame on.
+    ``{"keys": "wl"}`` says which keys are held from its frame on. ``{"look": [yaw, pitch]}``, in
+    degrees to the right and up, is what a pointer moved since the last event: it is spread over the
+    rest of the chunk. ``{"camera": {"mode": ..., ...}}`` gives it a velocity or a target, as
+    `flashdreams.infra.camera_events` describes. An event may have several of these. The camera
+    stays upright, pitch apart, and pointer and camera events are no more than
+    `flashdreams.infra.camera_events.FASTER` times faster than keys.
     """
 
     def __init__(
@@ -83,6 +108,7 @@ class KeyCamera(Controller):
         to_input: Callable[[Tensor, Sequence[frozenset[str]]], Any],
         start: Tensor | None = None,
         collide: Callable[[Tensor], Tensor] | None = None,
+        max_pitch: float = 0.0,
     ) -> None:
         """Prepare.
 
@@ -92,6 +118,7 @@ class KeyCamera(Controller):
                 input.
             start: ``[4, 4]`` pose of frame 0; None is the identity.
             collide: maps a position ``[3]`` float64 to the nearest allowed one; None allows all.
+            max_pitch: degrees that the camera may look up and down; 0: it cannot.
         """
         self.motion = motion
         self.to_input = to_input
@@ -101,6 +128,7 @@ class KeyCamera(Controller):
             else start.double().cpu()
         )
         self.collide = collide
+        self.max_pitch = math.radians(max_pitch)
 
     def accepts(self) -> dict[str, Any]:
         """See the contract."""
@@ -108,35 +136,100 @@ class KeyCamera(Controller):
             "type": "object",
             "properties": {
                 "keys": {
+                    "title": "Keys",
                     "type": "string",
                     "pattern": f"^[{''.join(KEYS)}]*$",
                     "description": ", ".join(f"{key}: {what}" for key, what in KEYS.items()),
-                }
+                    "x-keys": dict(KEYS),
+                },
+                "look": LOOK_SCHEMA,
+                "camera": CAMERA_SCHEMA,
             },
-            "required": ["keys"],
+            "minProperties": 1,
             "additionalProperties": False,
         }
 
     def check(self, values: Mapping[str, Any]) -> None:
         """See the contract."""
-        keys = values.get("keys")
-        if set(values) != {"keys"} or not isinstance(keys, str):
-            raise ValueError(f'A camera takes {{"keys": "wl"}}, the held keys; got {values!r}.')
+        keys = values.get("keys", "")
+        if not values or not {"keys", "look", "camera"} >= values.keys():
+            raise ValueError(
+                f'A camera takes {{"keys": "wl"}}, the held keys, "look" and "camera"; '
+                f"got {values!r}."
+            )
+        if not isinstance(keys, str):
+            raise ValueError(f'keys: must be the held keys, such as "wl"; got {keys!r}.')
         check_keys(frozenset(keys))
+        if "look" in values:
+            check_look(values["look"])
+        if "camera" in values:
+            check_camera(values["camera"])
 
     def new_state(self) -> CameraState:
         """The start pose, no key held."""
         return CameraState(self.start.clone())
 
     def advance(self, state: CameraState, events: Sequence[Event], frames: range) -> Any:
-        """Follow the held keys over the frames of a chunk; see the contract."""
-        changes = {max(event.frame, 0): event.values["keys"] for event in events}
-        poses, held = [], []
+        """Follow what was told over the frames of a chunk; see the contract."""
+        poses, held, waiting = [], [], list(events)
+        yaw, pitch = 0.0, 0.0
         for offset, frame in enumerate(frames):
-            state.held = changes.get(offset, state.held)
+            while waiting and waiting[0].frame <= offset:
+                look = self._take(state, waiting.pop(0).values, len(frames))
+                yaw, pitch = yaw + look[0], pitch + look[1]
             keys = frozenset(state.held) if frame > 0 else frozenset()
             if keys:
                 state.pose = move(state.pose, keys, self.motion, self.collide)
-            poses.append(state.pose)
+            if frame > 0:
+                left = len(frames) - offset
+                self._turn(state, yaw / left, pitch / left)
+                yaw, pitch = yaw - yaw / left, pitch - pitch / left
+                self._follow(state)
+            poses.append(pitched(state.pose, state.pitch))
             held.append(keys)
         return self.to_input(torch.stack(poses), held)
+
+    def _take(
+        self, state: CameraState, values: Mapping[str, Any], frames: int
+    ) -> tuple[float, float]:
+        """Note an event; returns the yaw and pitch of its pointer."""
+        state.held = values.get("keys", state.held)
+        if "camera" in values:
+            event = check_camera(values["camera"])
+            told = [*event.translation, event.yaw, event.pitch]
+            state.velocity, state.target = ([], told) if event.is_target else (told, [])
+            state.frames_left = max(1, event.chunks * frames)
+        return check_look(values["look"]) if "look" in values else (0.0, 0.0)
+
+    def _turn(self, state: CameraState, yaw: float, pitch: float) -> None:
+        most = FASTER * self.motion.turn_per_frame_rad
+        if yaw:
+            state.pose = turned(state.pose, bounded(yaw, most))
+        if pitch:
+            state.pitch = bounded(state.pitch + bounded(pitch, most), self.max_pitch)
+
+    def _follow(self, state: CameraState) -> None:
+        """One frame of the camera's velocity, or towards its target."""
+        if state.velocity:
+            step = torch.tensor(state.velocity[:3], dtype=torch.float64, device="cpu")
+            self._shift(state, state.pose[:3, :3] @ step)
+            self._turn(state, *state.velocity[3:])
+        if not state.target:
+            return
+        place = torch.tensor([*state.target[:3], 1.0], dtype=torch.float64, device="cpu")
+        self._shift(state, ((self.start @ place)[:3] - state.pose[:3, 3]) / state.frames_left)
+        yaw = turn_of(self.start) + state.target[3] - turn_of(state.pose)
+        yaw = (yaw + math.pi) % (2 * math.pi) - math.pi  # the shorter way
+        pitch = state.target[4] - state.pitch
+        self._turn(state, yaw / state.frames_left, pitch / state.frames_left)
+        state.frames_left -= 1
+        if state.frames_left == 0:
+            state.target = []
+
+    def _shift(self, state: CameraState, step: Tensor) -> None:
+        most, length = FASTER * self.motion.move_per_frame, float(step.norm())
+        if length == 0.0:
+            return
+        position = state.pose[:3, 3] + step * min(1.0, most / length)
+        state.pose = state.pose.clone()
+        state.pose[:3, 3] = position if self.collide is None else self.collide(position)

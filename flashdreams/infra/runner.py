@@ -110,6 +110,14 @@ class RunnerConfig(InstantiateConfig):
         if not 0 <= self.seed < SEED_LIMIT:
             raise ValueError(f"--seed {self.seed}: must be from 0 to 2**64 - 1.")
 
+    def for_serving(self) -> "RunnerConfig":
+        """The config with what live sessions need in place of what a run to a file does.
+
+        Raises:
+            ValueError: something that was asked for cannot be had live.
+        """
+        return replace(self, snapshot_every=0, resume=False)
+
 
 ConfigT = TypeVar("ConfigT", bound=RunnerConfig)
 PipelineT = TypeVar("PipelineT", bound=StreamInferencePipeline)
@@ -378,6 +386,19 @@ class Runner(Generic[ConfigT, PipelineT]):
                 print("written:", *self._videos, *files, flush=True)
                 if self.recorder.replay is not None:
                     print(self.recorder.replay.verdict(self.recorder.log_header()), flush=True)
+        self._leave()
+
+    def serve(self) -> None:
+        """Record nothing from here on: what follows is no run with a video and stats."""
+        observers = self.pipeline.observers
+        observers[:] = [observe for observe in observers if observe != self.recorder.observe]
+
+    def end_serving(self) -> None:
+        """Give back the output folder and leave the process group; writes no files."""
+        self._give_back_output()
+        self._leave()
+
+    def _leave(self) -> None:
         self.pipeline.drop_graphs()
         self._resources.close()
         shutdown()

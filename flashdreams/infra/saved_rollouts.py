@@ -9,6 +9,7 @@ from flashdreams.infra.assembly import Assembly
 from flashdreams.infra.controller import Controller
 from flashdreams.infra.fingerprint import differences
 from flashdreams.infra.fork import copied_bytes, require_room, timed_forks
+from flashdreams.infra.parked import ParkedRollout, park_parts
 from flashdreams.infra.rollout import (
     StreamInferencePipelineCache,
     checked_values,
@@ -19,8 +20,10 @@ from flashdreams.infra.rollout import (
     save_rollout,
 )
 from flashdreams.infra.snapshot import (
+    SnapshotOrigin,
     SnapshotReader,
     SnapshotReport,
+    collect_parts,
     fill_together,
     new_origin,
     open_snapshot,
@@ -173,6 +176,54 @@ class SavedRollouts(Assembly):
             if header.light:
                 self.diffusion_model.rebuild_context(cache.diffusion)
             return cache
+
+    @without_grad
+    def park(self, cache: StreamInferencePipelineCache) -> ParkedRollout:
+        """Copy a rollout into host memory, each rank its own part; a collective call.
+
+        Args:
+            cache: between AR steps; it stays as it is, to be released by the caller.
+
+        Raises:
+            ValueError: the rollout is over, or between ``generate`` and ``finalize``.
+            StateError: a component's state does not declare how ranks hold it.
+        """
+        cache.require_finalized("parking")
+        with self.guard("park", cache.next_index, LOAD_TIMEOUT_S):
+            self.diffusion_model.side.join()
+            origin = SnapshotOrigin(
+                name=self.config.name, config={}, weights={}, fingerprint=self.fingerprint()
+            )
+            plan = self.diffusion_model.transformer.parallel_plan()
+            place = (self.layout, self.target_device)
+            values, parts = collect_parts(cache, origin, *place, plan)
+            return park_parts(values, parts, self.target_device)
+
+    @without_grad
+    def unpark(
+        self,
+        parked: ParkedRollout,
+        noise: NoiseFunction | None = None,
+        controller: Controller | None = None,
+    ) -> StreamInferencePipelineCache:
+        """Bring a parked rollout back to the device, with the same bits; a collective call.
+
+        Args:
+            parked: from ``park``, by this very process.
+            noise: as for ``resume``.
+            controller: likewise.
+
+        Raises:
+            ValueError: no ``noise`` or ``controller`` for a rollout that was begun with one.
+        """
+        with self.guard("unpark", None, LOAD_TIMEOUT_S):
+            values = dict(parked.values)
+            state = {"format": FORMAT, "values": values, "tensors": {}}
+            checked_values(state, self.config.name, noise, controller)
+            decoder = StateDecoder(
+                self.layout, self.target_device, no_whole_tensor, take_part=parked.take
+            )
+            return self._restore(values, decoder, noise, controller)
 
     def _restore(
         self,

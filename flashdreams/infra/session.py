@@ -194,13 +194,18 @@ class Session:
             self._waiting.append(command)
         return True
 
-    def step(self) -> Step:
+    def step(self, turn: Turn | None = None) -> Step:
         """One AR step: apply what is due, generate a chunk and finalize it; a collective call.
+
+        Args:
+            turn: rank zero's ``next_turn()``, of which all ranks know already; None: rank zero
+                tells them.
 
         Raises:
             SessionEnded: an ``"end"`` is due, or was before; nothing is generated.
         """
-        turn = Turn.from_message(self._channel.exchange(self._next_turn().to_message()))
+        if turn is None:
+            turn = Turn.from_message(self._channel.exchange(self.next_turn().to_message()))
         if self.on_turn is not None:
             self.on_turn(self.turns, turn)
         events = self._apply(turn)
@@ -219,8 +224,8 @@ class Session:
         cache.controller = None if self.controller is None else self.controller.new_state()
         return cache
 
-    def _next_turn(self) -> Turn:
-        """What is due before the next AR step; on other ranks than zero it is never looked at."""
+    def next_turn(self) -> Turn:
+        """Take out what is due before the next AR step; no command on other ranks than zero."""
         index = self.cache.next_index
         if group_rank() != 0:
             return Turn(self.name, index)
@@ -245,14 +250,12 @@ class Session:
             if command.kind == "end":
                 self.ended = True
             elif command.kind == "reset":
-                self.seed = command.values.get("seed", self.seed)
-                self.cache.release()
-                self.cache = self._begin(self.seed)
+                self.reset(command.values.get("seed"))
                 events.clear()
             elif command.kind in ("save", "fork"):
-                self._keep(command.kind, command.values["name"])
+                self._try_to_keep(command.kind, command.values["name"])
             elif command.kind == "rewind":
-                self._rewind(command.values["name"])
+                self.rewind(command.values["name"])
                 events.clear()
             elif command.kind == "prompt":
                 cut = self.pipeline.begins_shot(command.values.get("text"))
@@ -266,20 +269,44 @@ class Session:
             raise SessionEnded(f"Session {self.name!r} has ended.")
         return sorted(events, key=lambda event: event.frame)
 
-    def _keep(self, kind: CommandKind, name: str) -> None:
-        """Keep the state under a name. Where there is no room for it the session goes on."""
-        try:
-            if kind == "fork":
-                kept = self.cache.fork(1)[0]
-                if name in self.forks:
-                    self.forks[name].release()
-                self.forks[name] = kept
-            elif self.folder is not None:
-                self.pipeline.save(self.cache, self.folder / name)
-        except (OSError, ValueError, OtherRankError) as error:
-            logger.warning("%s: %s of %r: %s The session goes on.", self.name, kind, name, error)
+    def reset(self, seed: int | None = None) -> None:
+        """Begin the rollout again, between AR steps; a collective call.
 
-    def _rewind(self, name: str) -> None:
+        Args:
+            seed: of the noise; None is the session's own.
+        """
+        self.seed = self.seed if seed is None else seed
+        self.cache.release()
+        self.cache = self._begin(self.seed)
+
+    def keep(self, kind: CommandKind, name: str) -> None:
+        """Keep the state under a name, between AR steps; a collective call.
+
+        Args:
+            kind: ``"fork"``: on the device, in place of an earlier fork of that name; ``"save"``:
+                in the session's folder.
+            name: of what is kept.
+
+        Raises:
+            ValueError: memory is short, or a snapshot of that name exists.
+            OSError: the snapshot cannot be written.
+            OtherRankError: that is so on another rank.
+        """
+        if kind == "fork":
+            kept = self.cache.fork(1)[0]
+            if name in self.forks:
+                self.forks[name].release()
+            self.forks[name] = kept
+        elif self.folder is not None:
+            self.pipeline.save(self.cache, self.folder / name)
+
+    def rewind(self, name: str) -> None:
+        """Go on from what was kept under a name, between AR steps; a collective call.
+
+        Raises:
+            ValueError: nothing was, or memory is short.
+            SnapshotError: the snapshot of that name is damaged; the session stays as it is.
+        """
         if name in self.forks:
             earlier = self.forks[name].fork(1)[0]
         elif self.folder is not None:
@@ -288,6 +315,21 @@ class Session:
             raise ValueError(f"Session {self.name!r} has kept nothing under {name!r}.")
         self.cache.release()
         self.cache = earlier
+
+    def release(self) -> None:
+        """Free the memory of the rollout and of its forks; the session is over."""
+        with self._lock:
+            self._closed = self.ended = True
+        for cache in (self.cache, *self.forks.values()):
+            cache.release()
+        self.forks.clear()
+
+    def _try_to_keep(self, kind: CommandKind, name: str) -> None:
+        """Keep the state under a name. Where there is no room for it the session goes on."""
+        try:
+            self.keep(kind, name)
+        except (OSError, ValueError, OtherRankError) as error:
+            logger.warning("%s: %s of %r: %s The session goes on.", self.name, kind, name, error)
 
     def _refuse(self, command: Command) -> None:
         values = command.values

@@ -129,7 +129,7 @@ def save_snapshot(
         OtherRankError: the same on another rank.
     """
     start = time.perf_counter()
-    values, parts = _collect(cache, origin, layout, device, plan)
+    values, parts = collect_parts(cache, origin, layout, device, plan)
     folder = from_rank_zero(lambda: _new_folder(path))
     try:
         _together(lambda: _write_own(folder, parts), "could not write its part of the snapshot")
@@ -140,14 +140,17 @@ def save_snapshot(
         raise
 
 
-def _collect(
+def collect_parts(
     cache: StreamInferencePipelineCache,
     origin: SnapshotOrigin,
     layout: StateLayout,
     device: torch.device,
     plan: ParallelPlan | None,
 ) -> tuple[dict[str, Any], Parts]:
-    """The values of the state, and this rank's parts of its tensors; none of these is read."""
+    """The values of the state, and this rank's parts of its tensors; none of these is read.
+
+    Arguments as for `save_snapshot`.
+    """
     parts: Parts = {}
 
     def nothing(path: str, x: Tensor) -> None:

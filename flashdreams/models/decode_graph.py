@@ -1,6 +1,5 @@
 """Decoding of the steady state replayed as a CUDA graph."""
 
-import logging
 import weakref
 from collections.abc import Callable
 
@@ -9,8 +8,6 @@ from torch import Tensor
 
 from flashdreams.models.carried_frames import CarriedFrames
 from flashdreams.runtime.cuda_graph import CaptureBackend, GraphedCallable
-
-logger = logging.getLogger(__name__)
 
 Decode = Callable[[Tensor, CarriedFrames], Tensor]
 """Latents of a chunk and the carried frames, which it updates in place, to frames."""
@@ -51,18 +48,15 @@ class DecodeGraph:
             latent: on the device, in the type in which latents will come.
 
         Returns:
-            Whether there is a graph now. Where the capture fails, calls stay eager and it is said
-            once why.
+            Whether there is a graph now. Where the capture fails, calls stay eager, and a warning
+            says why.
         """
         if not self.call.can_capture:
             return False
         own = CarriedFrames()
         self.decode(latent, own)
-        try:
-            self.call(latent, own)
-        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
-            self.call.seal(())
-            logger.warning("The decoder runs without a CUDA graph: %s", error)
+        self.call(latent, own)
+        if self.call.failure is not None:
             return False
         self.call.seal([own])
         self._own, self._latent = own, (latent.shape, latent.dtype)

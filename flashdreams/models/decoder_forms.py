@@ -66,6 +66,7 @@ def forms_for(device: torch.device, dtype: torch.dtype) -> DecoderForms:
     return FAST
 
 
+@torch.no_grad()
 def select_forms(decoder: nn.Module, forms: DecoderForms) -> None:
     """Let every layer of a decoder take its form, in place; call again when weights change.
 

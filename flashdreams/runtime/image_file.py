@@ -44,7 +44,7 @@ def load_image(path: Path, height: int, width: int, *, fit: bool = False) -> Ten
                 f"this run wants {width}x{height}. Type --fit-image True to scale and crop it, or "
                 "give --height and --width."
             )
-        image = _cover(image, height, width)
+        image = cover(image, height, width)
     return to_pixels(image)
 
 
@@ -119,8 +119,8 @@ def gradient_image(height: int, width: int) -> Tensor:
     return torch.stack([rows, columns, -rows * columns])[None]
 
 
-def _cover(image: Any, height: int, width: int) -> Any:
-    """Cut away what stands out of the size's shape, evenly, and scale the rest to it."""
+def cover(image: Any, height: int, width: int) -> Any:
+    """Scale an image of Pillow to cover a size, and cut away evenly what is outside."""
     from PIL import Image
 
     scale = min(image.width / width, image.height / height)

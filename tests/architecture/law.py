@@ -20,6 +20,7 @@ LAYERS = (
     "flashdreams.plan",
     "flashdreams.check",
     "flashdreams.run",
+    "flashdreams.serve",
 )
 """From the lowest to the highest: a module imports its own layer and those before it."""
 
@@ -43,6 +44,13 @@ BASE_PACKAGES = {
     "huggingface_hub", "jinja2", "matplotlib", "tqdm", "PIL",
 }  # fmt: skip
 """Third parties of the base install; all others are imported where they are needed."""
+
+SERVE_PACKAGES = {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"}
+"""Third parties of the extra ``serve`` that make up the web side, which is imported only once it is
+asked for."""
+
+WEB = ("flashdreams.serving.protocol", "flashdreams.serving.web")
+"""Who may import those where it begins."""
 
 ENVIRONMENT = ("flashdreams.parallel.environment",)
 """Who may read torchrun's variables."""
@@ -90,6 +98,8 @@ def _judge_third_party(module: str, item: Import) -> str | None:
         return "torch.distributed belongs to flashdreams.parallel"
     in_programs = is_below(module, "flashdreams_kernels.programs")
     base = BASE_PACKAGES | ({"triton"} if in_programs else set())
+    if is_below(module, *WEB):
+        base = base | SERVE_PACKAGES
     if not item.lazy and item.name.split(".")[0] not in base:
         return "an optional package is imported inside the function that needs it"
     return None

@@ -84,6 +84,13 @@ def test_the_wheel_holds_the_weights_and_the_type_marker(wheel: zipfile.ZipFile)
 
 
 @pytest.mark.slow
+def test_the_wheel_holds_the_page(wheel: zipfile.ZipFile) -> None:
+    for pattern in ("*.html", "*.css", "*.js", "*.svg"):
+        assert _files(wheel, pattern[1:]) == _in_source(pattern)
+    assert "flashdreams/serving/page/index.html" in wheel.namelist()
+
+
+@pytest.mark.slow
 def test_the_wheel_registers_the_command_and_the_shipped_runners(wheel: zipfile.ZipFile) -> None:
     (file,) = _files(wheel, ".dist-info/entry_points.txt")
     points = configparser.ConfigParser(delimiters="=")

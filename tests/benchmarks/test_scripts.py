@@ -1,5 +1,6 @@
 """Every benchmark runs at a tiny size, and its report says all that it must."""
 
+import copy
 import importlib
 import json
 import os
@@ -93,6 +94,20 @@ def test_weights_that_are_not_here_are_drawn(script):
     assert "diffusion_model.transformer" in missing
 
 
+def test_serving(script, tmp_path):
+    path = tmp_path / "serving.json"
+    words = ["toy-world", "--steps", "10", "--repeats", "1", "--sessions", "1", "2"]
+    script("serving").main([*words, "--seconds", "2", "--json", str(path), *COMMIT])
+    rows = read_report(path)["rows"]
+    assert [row["variant"] for row in rows] == [
+        *("bare loop", "served", "key to photon", "jitter", "key to photon", "jitter")
+    ]
+    bare, served, *live = rows
+    assert bare["output_sha256"] == served["output_sha256"] and served["bar_ms"] == 2.0
+    assert served["cost_ms"] == pytest.approx(served["p50_ms"] - bare["p50_ms"], abs=5)
+    assert all(row["repeats"] > 0 and row["fps"] > 1 for row in live)
+
+
 @pytest.mark.parametrize("slug", ["self-forcing-tiny-random", "causal-forcing-tiny-random"])
 def test_overhead(script, tmp_path, slug):
     path = tmp_path / "overhead.json"
@@ -177,9 +192,9 @@ def test_attention(script, tmp_path):
     assert {"sdpa", "sdpa_math"} <= {row["variant"] for row in read_report(path)["rows"]}
 
 
-def decode(script, path: Path) -> list[dict]:
+def decode(script, path: Path, *words: str) -> list[dict]:
     sizes = ["--dim", "8", "--taehv-width", "8", "--latent-height", "4", "--latent-width", "4"]
-    script("decode").main([*sizes, "--repeats", "2", "--json", str(path), *COMMIT])
+    script("decode").main([*sizes, "--repeats", "2", *words, "--json", str(path), *COMMIT])
     return read_report(path)["rows"]
 
 
@@ -192,10 +207,31 @@ def test_decode(script, tmp_path):
         assert at_once["max_difference"] < 1e-5 < at_once["difference_bound"], "float32"
         assert at_once["fps"] == pytest.approx(12e3 / at_once["p50_ms"])
         assert at_once["state_bytes"] == framewise["state_bytes"] > 0
+        assert at_once["conv_ratio"] == at_once["p50_ms"] / at_once["conv_ms"]
+
+
+def test_decode_times_every_variant_and_the_convolutions_alone(script, tmp_path):
+    path = tmp_path / "decode.json"
+    rows = decode(script, path, "--variants", "all", "--repeats", "1")
+    variants = script("decode").VARIANTS
+    assert [row["variant"] for row in rows if row["case"].startswith("TAEHV")] == list(variants)
+    assert all(0 < row["max_difference"] < 1e-5 for row in rows if row["variant"] != variants[0])
+    found = json.loads(path.read_text())["convolutions"]
+    for case, parts in found.items():
+        conv_ms = {row["conv_ms"] for row in rows if row["case"] == case}
+        assert conv_ms == {sum(part["calls"] * part["best_ms"] for part in parts)}
+        assert sum(part["calls"] for part in parts) == (39 if case.startswith("Wan") else 35)
+    with pytest.raises(ValueError, match="no variant 'quick'; there are: one frame at a time; "):
+        decode(script, path, "--variants", "quick")
 
 
 def test_decode_refuses_decoders_of_other_weights(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "manual_seed", lambda seed: torch.default_generator)
+    def other_weights(decoder):
+        copied = copy.deepcopy(decoder)
+        next(copied.parameters()).data.add_(torch.rand(()))
+        return copied
+
+    monkeypatch.setattr(script("decode"), "deepcopy", other_weights)
     with pytest.raises(RuntimeError, match="chunk at once: the outputs differ"):
         decode(script, tmp_path / "decode.json")
     assert not (tmp_path / "decode.json").exists()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from flashdreams import run
+from flashdreams import run, serve
 from flashdreams.registry import discover
 from tests.docs.snippets import (
     REPOSITORY,
@@ -209,7 +209,12 @@ def test_flags_in_the_text_exist() -> None:
     known = set(OF_OTHER_PROGRAMS)
     for words in ([], *([slug] for slug in discover())):
         known |= set(re.findall(r"--[\w.-]+", engine([*words, "--help"])[1]))
-    for module in ("plan.py", "check.py"):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert serve.main(["--help"]) == 0
+    known |= set(re.findall(r"--[\w-]+", said.getvalue()))
+    client = "serving/client_command.py"
+    for module in ("plan.py", "check.py", client):
         known |= set(
             re.findall(
                 r"--[\w-]+",

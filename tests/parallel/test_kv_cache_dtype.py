@@ -41,13 +41,13 @@ def test_a_cache_in_eight_bits_is_the_same_on_two_ranks():
     assert relative_error(exact, alone) > 3 * ROUNDED_ELSEWHERE
 
 
-def go_on(storage: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def go_on(storage: dict, case: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The last latent of a rollout, of one that was saved before it, and of one saved damaged."""
     change = dict(transformer=dict(**storage, sink_size_t=2, relative_rope=True))
-    pipeline, _ = build_pipeline("plain", 2, diffusion_model=change)
-    cache = begin(pipeline, "plain")
+    pipeline, _ = build_pipeline(case, 2, diffusion_model=change)
+    cache = begin(pipeline, case)
     for index in range(4):
-        pipeline.generate(index, cache, control("plain", index))
+        pipeline.generate(index, cache, control(case, index))
         pipeline.finalize(index, cache)
     state = cache.state_dict()
     rollouts = [cache, pipeline.load_cache(state)]
@@ -55,13 +55,21 @@ def go_on(storage: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         state["tensors"]["conditional/caches/blocks.*.self_attn.core/0/v"] *= -1
     rollouts.append(pipeline.load_cache(state))
     for rollout in rollouts:
-        pipeline.generate(4, rollout, control("plain", 4))
+        pipeline.generate(4, rollout, control(case, 4))
     return tuple(rollout.latent for rollout in rollouts)
 
 
-@pytest.mark.parametrize("change", [{"kv_cache_dtype": "int8"}, {"precision": "fp8"}], ids=str)
-def test_a_saved_rollout_goes_on_with_the_same_bits_on_two_ranks(change):
-    for stayed, loaded, damaged in run_ranks(go_on, 2, change):
+@pytest.mark.parametrize(
+    ("change", "case"),
+    [
+        ({"kv_cache_dtype": "int8"}, "plain"),
+        ({"precision": "fp8"}, "plain"),
+        ({"precision": "fp8"}, "tensor"),
+    ],
+    ids=str,
+)
+def test_a_saved_rollout_goes_on_with_the_same_bits_on_two_ranks(change, case):
+    for stayed, loaded, damaged in run_ranks(go_on, 2, change, case):
         assert torch.equal(stayed, loaded)
         assert not torch.equal(stayed, damaged)
 

@@ -33,6 +33,8 @@ from .inset import draw_inset
 KEY_ORDER = ("w", "a", "s", "d")
 """Order of the key channels: forward, left, back, right.
 Source: Robbyant/lingbot-world, wan/utils/vis_utils.py, extract_translation_wasd."""
+MAX_PITCH = 60.0
+"""Degrees that a pointer may tilt the camera up and down."""
 MAX_STRETCH = 0.05
 """Difference of aspect ratios up to which an image is stretched without being asked for."""
 
@@ -82,6 +84,22 @@ class CameraToVideoRunnerConfig(ImageToVideoRunnerConfig):
     def has_camera(self) -> bool:
         """Whether a path is followed; the clip variant can do without."""
         return True
+
+    def for_serving(self) -> "CameraToVideoRunnerConfig":
+        """The config in streaming mode, steered by keys; see `RunnerConfig.for_serving`.
+
+        Raises:
+            ValueError: a path from a file, which nobody could steer.
+        """
+        for name in ("pose_path", "intrinsic_path", "key_path"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: a live session is steered by its client; leave "
+                    "it away. --intrinsics sets the lens."
+                )
+        actions = self.actions or f"w{pixel_frames(self.transformer.len_t)}"
+        found = replace(self, pose_mode="streaming", actions=actions)
+        return replace(found, snapshot_every=0, resume=False)
 
     @property
     def camera_encoder(self) -> CameraEncoderConfig:
@@ -185,7 +203,8 @@ class CameraToVideoRunner(ImageToVideoRunner):
         if cfg.pose_path is not None or cfg.intrinsic_path is not None:
             return PathFollower(self.path)
         keyed = cfg.camera_encoder.control_type == "act"
-        return KeyCamera(cfg.motion(), partial(camera_path, cfg.intrinsics, keyed))
+        to_input = partial(camera_path, cfg.intrinsics, keyed)
+        return KeyCamera(cfg.motion(), to_input, max_pitch=MAX_PITCH)
 
     def commands(self) -> list[Command]:
         """The key presses of ``--actions``, for a camera that is steered by keys."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashdreams.infra.camera_events import LOOK_SCHEMA, bounded, check_look
 from flashdreams.infra.controller import Controller, Event
 from flashdreams.parallel.plan import state
 
@@ -19,6 +20,10 @@ from .encoder import Actions, check_columns
 Variant = Literal["universal", "gta_drive", "temple_run"]
 TURN = 0.1
 """Turn per pixel frame of a camera key, as in the official demo."""
+TURN_DEGREES = 1.5
+"""Degrees of pointer motion per pixel frame that turn as fast as a camera key; a matter of feel."""
+MAX_POINTER_TURN = 3 * TURN
+"""Turn per pixel frame that pointer motion leads to at most."""
 MAX_FILE_BYTES = 16 * 2**20
 """Most bytes that an action file may unpack to: more than a day of play."""
 
@@ -113,7 +118,8 @@ class ActionController(Controller):
 
     An event ``{"keys": "wl"}`` says which keys are held from its frame on. ``{"mouse": [pitch,
     yaw]}`` turns the view by so much in every frame from its own to the end of the chunk: a pointer
-    that rests sends nothing. An event may have both.
+    that rests sends nothing. ``{"look": [yaw, pitch]}`` is the same in degrees since the last
+    event, spread over the rest of the chunk. An event may have several of these.
     """
 
     def __init__(self, keys: ActionKeys) -> None:
@@ -124,13 +130,17 @@ class ActionController(Controller):
         names = self.keys.names
         properties: dict[str, Any] = {
             "keys": {
+                "title": "Keys",
                 "type": "string",
                 "pattern": f"^[{''.join(names)}]*$",
                 "description": ", ".join(f"{key}: {what}" for key, what in names.items()),
+                "x-keys": dict(names),
             }
         }
         if self.keys.has_mouse:
+            properties["look"] = LOOK_SCHEMA
             properties["mouse"] = {
+                "title": "Mouse",
                 "type": "array",
                 "items": {"type": "number", "minimum": -1, "maximum": 1},
                 "minItems": 2,
@@ -146,7 +156,7 @@ class ActionController(Controller):
 
     def check(self, values: Mapping[str, Any]) -> None:
         """See the contract."""
-        known = {"keys", "mouse"} if self.keys.has_mouse else {"keys"}
+        known = {"keys", "mouse", "look"} if self.keys.has_mouse else {"keys"}
         keys, mouse = values.get("keys", ""), values.get("mouse", [0, 0])
         if not values or not known.issuperset(values) or not isinstance(keys, str):
             example = ', {"mouse": [0, 0.1]}' if self.keys.has_mouse else " (there is no mouse)"
@@ -155,6 +165,8 @@ class ActionController(Controller):
         numbers = isinstance(mouse, list | tuple) and len(mouse) == 2
         if not numbers or not all(_is_turn(x) for x in mouse):
             raise ValueError(f"mouse: must be [pitch, yaw], both from -1 to 1; got {mouse!r}.")
+        if "look" in values:
+            check_look(values["look"])
 
     def new_state(self) -> HeldKeys:
         """No key is held."""
@@ -163,19 +175,35 @@ class ActionController(Controller):
     def advance(self, state: HeldKeys, events: Sequence[Event], frames: range) -> Actions:
         """The actions of a chunk; see the contract."""
         pitch, yaw = 0.0, 0.0
+        look = (0.0, 0.0)
         keyboard, mouse, waiting = [], [], list(events)
         for offset in range(len(frames)):
             while waiting and waiting[0].frame <= offset:
                 values = waiting.pop(0).values
                 state.keys = values.get("keys", state.keys)
                 pitch, yaw = values.get("mouse", (pitch, yaw))
+                if "look" in values:
+                    more = pointer_turn(values["look"], len(frames) - offset)
+                    look = (look[0] + more[0], look[1] + more[1])
             held = set(state.keys)
             keyboard.append(self.keys.row(held))
             turn = self.keys.turn(held)
-            mouse.append([turn[0] + pitch, turn[1] + yaw])
+            pointer = [bounded(part, MAX_POINTER_TURN) for part in look]
+            mouse.append([turn[0] + pitch + pointer[0], turn[1] + yaw + pointer[1]])
         keys = torch.tensor(keyboard, dtype=torch.float32, device="cpu")
         turns = torch.tensor(mouse, dtype=torch.float32, device="cpu")
         return Actions(keys, turns if self.keys.has_mouse else None)
+
+
+def pointer_turn(look: Sequence[float], frames: int) -> tuple[float, float]:
+    """Pitch and yaw per pixel frame of pointer motion.
+
+    Args:
+        look: degrees to the right and up.
+        frames: over which they are spread.
+    """
+    yaw, pitch = (TURN * degrees / TURN_DEGREES / frames for degrees in look)
+    return pitch, yaw
 
 
 class RecordedActions(Controller):

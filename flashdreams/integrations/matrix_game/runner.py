@@ -71,6 +71,18 @@ class MatrixGameRunnerConfig(RunnerConfig):
         for held in parse_actions(self.actions or "", keys.names):
             keys.check(held)
 
+    def for_serving(self) -> "MatrixGameRunnerConfig":
+        """The config, steered by keys and mouse; see `RunnerConfig.for_serving`.
+
+        Raises:
+            ValueError: actions from a file, which nobody could steer.
+        """
+        if self.action_path is not None:
+            raise ValueError(
+                "--action-path: a live session is steered by its client; leave it away."
+            )
+        return replace(self, snapshot_every=0, resume=False)
+
     @property
     def keys(self) -> ActionKeys:
         """The keys of the variant."""

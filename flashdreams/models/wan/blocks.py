@@ -72,10 +72,13 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
+        self.rounds_once = False
+        """Whether 16-bit results are rounded after the gain alone, in one kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dim of ``x``, ``[..., dim]``, and keep its dtype."""
-        if x.dtype == torch.float32:  # the same bits, without an operation of its own for the gain
+        # In float32 the bits are the same, without an operation of its own for the gain.
+        if x.dtype == torch.float32 or self.rounds_once:
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
@@ -293,7 +296,9 @@ class WanBlock(nn.Module):
         attention.pack()
         self.fuses_gelu = fuses_gelu(self.ffn[0], self.ffn[1])
         self.modulated_norm, self.gated_sum = fused.modulated_norm, fused.gated_sum
-        # Under tensor parallelism the norm contains an all-reduce and stays unfused.
+        # Under tensor parallelism a norm contains an all-reduce and stays unfused.
+        if isinstance(self.cross_attn.norm_q, RMSNorm):
+            self.cross_attn.norm_q.rounds_once = True
         if isinstance(attention.norm_q, RMSNorm):
             attention.norm_rope = fused.norm_rope
             # The write can join in where the core would write these very keys as they are.

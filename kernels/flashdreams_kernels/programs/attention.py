@@ -39,6 +39,21 @@ def load_keys(
 
 
 @triton.jit
+def load_whole(blocks, pointers, place, columns, dims, SIZES: tl.constexpr):
+    """A tile of keys or values all of which are visible, by a descriptor or by pointers.
+
+    ``place`` is the batch entry, the first key and the head; ``SIZES`` are ``HEAD_DIM``,
+    ``BLOCK_D``, ``BLOCK_S`` and ``IN_BLOCKS``.
+    """
+    if SIZES[3]:
+        at = [place[0].to(tl.int32), place[1], place[2].to(tl.int32) * SIZES[0]]
+        tile = tl.reshape(blocks.load(at), [SIZES[2], SIZES[1]])
+    else:
+        tile = load_keys(pointers, 0, columns, dims, SIZES[0], SIZES[1], False)
+    return tile
+
+
+@triton.jit
 def score(
     q, k, kept, MASK_KEYS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
@@ -146,20 +161,13 @@ def attend(
     row_max = tl.full([BLOCK_L], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_L], dtype=tl.float32)
     for start in range(first, whole, BLOCK_S):
-        if IN_BLOCKS:
-            place = [batch.to(tl.int32), start, head.to(tl.int32) * HEAD_DIM]
-            keys_tile = tl.reshape(k_blocks.load(place), [BLOCK_S, BLOCK_D])
-            values_tile = tl.reshape(v_blocks.load(place), [BLOCK_S, BLOCK_D])
-        else:
-            keys_tile = load_keys(
-                k + start * k_stride_s + k_tile, 0, columns, dims, HEAD_DIM, BLOCK_D, False
-            )
-            values_tile = load_keys(
-                v + start * v_stride_s + v_tile, 0, columns, dims, HEAD_DIM, BLOCK_D, False
-            )
+        sizes: tl.constexpr = (HEAD_DIM, BLOCK_D, BLOCK_S, IN_BLOCKS)
+        place = (batch, start, head)
         acc, row_max, row_sum = attend_tile(
-            q_tile, keys_tile, values_tile, acc, row_max, row_sum, scale_log2, columns,
-            False, UPCAST, PRECISION,
+            q_tile,
+            load_whole(k_blocks, k + start * k_stride_s + k_tile, place, columns, dims, sizes),
+            load_whole(v_blocks, v + start * v_stride_s + v_tile, place, columns, dims, sizes),
+            acc, row_max, row_sum, scale_log2, columns, False, UPCAST, PRECISION,
         )  # fmt: skip
     if whole < last:
         left = last - whole

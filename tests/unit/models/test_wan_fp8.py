@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flashdreams.attention import flash_attention_3, fp8
+from flashdreams.attention.backends import sdpa
 from flashdreams.attention.cache import KVCache, KVCacheSpec
 from flashdreams.attention.core import AttentionCore
 from flashdreams.attention.cursor import Cursor
@@ -216,7 +217,7 @@ def test_what_does_not_go_together_is_refused(change, message):
     [
         ((8, 0), 128, "compute capability 9.x, found 8.0. precision='native' runs"),
         ((10, 0), 128, "compute capability 9.x, found 10.0"),
-        ((9, 0), 24, "multiples of 16 from 64 to 256 as head size, not 24"),
+        ((9, 0), 72, "multiples of 16 up to 256 as head size, not 72"),
         ((9, 0), 128, "FlashAttention-3 is not installed"),
     ],
 )
@@ -237,3 +238,27 @@ def test_a_release_without_the_kernel_is_refused(monkeypatch):
         monkeypatch.setattr(fp8, "load_flash_attn_3", lambda module=module: module)
         found = fp8.why_no_fp8(torch.device("cuda"), 128)
         assert (found is None) if message is None else message in found
+
+
+def test_the_kernel_gets_the_ring_as_it_is_with_its_scales(monkeypatch):
+    """A stand-in that computes what the kernel would."""
+    calls = []
+
+    def attention(q, k, v, *, softmax_scale, num_splits, q_descale, k_descale, v_descale):
+        calls.append((q, k, v, num_splits))
+        scales = (q_descale, k_descale, v_descale)
+        wide = [fp8.dequantize(x, s, torch.float32) for x, s in zip((q, k, v), scales, strict=True)]
+        return sdpa(*wide, scale=softmax_scale).bfloat16(), None
+
+    module = SimpleNamespace(flash_attn_func=attention)
+    monkeypatch.setattr(fp8, "load_flash_attn_3", lambda: module)
+    for head_dim in (64, 32):
+        q, k, v = torch.randn(3, 2, 5, 3, head_dim, generator=torch.Generator().manual_seed(0))
+        scales = tuple(fp8.scales_of(fp8.head_maxima(x)) for x in (q, k, v))
+        q, k, v = (fp8.quantize(x, s) for x, s in zip((q, k, v), scales, strict=True))
+        found = fp8.call_flash_attn_3(q, k, v, scales, head_dim**-0.5, 2)
+        options = dict(scale=head_dim**-0.5, dtype=torch.float32, backend=sdpa)
+        expected = fp8.attend(q, k, v, scales, **options)
+        assert found.shape == expected.shape and error(found, expected) < 5e-3  # bfloat16
+        assert all(x.shape[-1] == 64 for x in calls[-1][:3]) and calls[-1][3] == 2
+    assert error(fp8.attend(q, k, v, scales[::-1], **options), expected) > 0.1

@@ -1,0 +1,208 @@
+"""Live sessions: ``flashdreams-serve <slug>``, also ``python -m flashdreams.serve <slug>``."""
+
+import gc
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from types import FrameType
+from typing import Any
+
+import tyro
+from tyro.conf import OmitArgPrefixes
+
+from flashdreams.run import (
+    DONE,
+    RUN_FAILED,
+    WRONG_USAGE,
+    UsageError,
+    read_config,
+    report,
+    with_advice,
+)
+from flashdreams.runtime.termination import Terminated, raise_on_sigterm
+from flashdreams.runtime.text import say
+from flashdreams.serving.limits import ServingLimits
+from flashdreams.serving.web.settings import WebSettings
+
+PROGRAM = "flashdreams-serve"
+PACKAGES = ("fastapi", "uvicorn", "websockets", "pydantic", "av", "prometheus_client")
+"""What the extra ``serve`` brings."""
+DRAIN_S = 25.0
+"""Time to write all sessions to disk when the process is asked to end; Kubernetes waits for 30."""
+
+
+@dataclass(kw_only=True)
+class ServeOptions:
+    """Serve a method live: flashdreams-serve SLUG [the flags of flashdreams-run SLUG] and these.
+
+    Sizes, steps and guidance are those that the server was started with. Type flashdreams-run SLUG
+    --help for the flags of a method and flashdreams-run --help for the slugs. Under torchrun rank
+    zero serves, and all ranks run the same AR steps.
+    """
+
+    web: OmitArgPrefixes[WebSettings] = field(default_factory=WebSettings)
+    limits: OmitArgPrefixes[ServingLimits] = field(default_factory=ServingLimits)
+
+
+def entry_point() -> None:
+    """Run the process's own command line and exit with its code."""
+    raise_on_sigterm(grace_s=DRAIN_S)
+    code = main(sys.argv[1:])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    gc.freeze()
+    sys.exit(code)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Carry out one command line.
+
+    Args:
+        argv: the words after the program's name.
+
+    Returns:
+        The exit code: 0 drained, 1 what was started failed, 2 the command line, the config or the
+        installation is wrong and nothing was started, 130 interrupted and 143 terminated before
+        anything was served. Errors are one line on stderr.
+    """
+    debug = "--debug" in argv
+    try:
+        read = read_command_line([word for word in argv if word != "--debug"])
+    except KeyboardInterrupt as stop:
+        return _stopped(stop)
+    except SystemExit as exit:  # of tyro: --help, or an error that it has printed
+        return DONE if exit.code in (None, 0) else WRONG_USAGE
+    except Exception as error:
+        return report(error, WRONG_USAGE, debug, same_everywhere=True, program=PROGRAM)
+    return DONE if read is None else _serve(*read, debug)
+
+
+def read_command_line(argv: Sequence[str]) -> tuple[ServeOptions, Any] | None:
+    """The options of the server and the config of the method that it serves.
+
+    Args:
+        argv: the words after the program's name.
+
+    Returns:
+        None if the command line only asked for something to be printed.
+
+    Raises:
+        ValueError: it cannot be carried out as typed, or the method cannot be served.
+        ImportError: the extra is not installed.
+    """
+    options, rest = tyro.cli(ServeOptions, args=list(argv), prog=PROGRAM, return_unknown_args=True)
+    replays = [word for word in rest if word.partition("=")[0] == "--replay"]
+    if replays:
+        raise UsageError("--replay makes a file: use flashdreams-run --replay FILE.")
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"{', '.join(missing)} not installed; a server needs: pip install 'flashdreams[serve]'"
+        )
+    config = read_config(rest)
+    if config is None:
+        return None
+    from flashdreams.serving.server import check_served
+
+    check_served(config)
+    config = config.for_serving()
+    places = options.limits.max_sessions or 1
+    pipeline = replace(config.pipeline, max_rollouts=max(config.pipeline.max_rollouts, places))
+    return options, replace(config, pipeline=pipeline)
+
+
+def _serve(options: ServeOptions, config: Any, debug: bool) -> int:
+    """Start the web side, load the method and give turns until the process is asked to end."""
+    from flashdreams.parallel.agent import watch_agent
+    from flashdreams.parallel.environment import process_rank
+
+    web = None
+    try:
+        watch_agent()
+        if process_rank() == 0:
+            from flashdreams.serving.web.server import WebServer
+
+            web = WebServer(options.web)
+            web.start()
+            say(f"{PROGRAM}: {web.url} shows how far {config.runner_name} is")
+    except KeyboardInterrupt as stop:
+        return _stopped(stop)
+    except (ValueError, TypeError) as error:
+        return report(error, WRONG_USAGE, debug, program=PROGRAM)
+    try:
+        return _load_and_run(options, config, web, debug)
+    finally:
+        if web is not None:
+            web.stop()
+
+
+def _load_and_run(options: ServeOptions, config: Any, web: Any, debug: bool) -> int:
+    from flashdreams.serving.server import Server
+
+    try:
+        runner = config.setup()
+    except KeyboardInterrupt as stop:
+        return _stopped(stop)
+    except (ValueError, TypeError) as error:
+        return report(error, WRONG_USAGE, debug, program=PROGRAM)
+    except Exception as error:
+        return report(with_advice(error, config), RUN_FAILED, debug, program=PROGRAM)
+    ready = False
+    try:
+        if web is not None:
+            web.phase = "warming"
+        server = Server(runner, options.limits)
+
+        def drain() -> None:
+            if web is not None:
+                web.phase = "draining"
+            server.drain()
+
+        drain_on_signals(drain)
+        ready = True
+        if web is not None and server.host is not None:
+            web.serve(server.host)
+            places = "1 place" if server.host.places == 1 else f"{server.host.places} places"
+            print(f"READY {web.url} {config.runner_name} on {runner.device}, {places}", flush=True)
+        server.run()
+        runner.end_serving()
+    except KeyboardInterrupt as stop:
+        return _stopped(stop)
+    except Exception as error:
+        runner.abort()
+        explained = runner.explain(error)
+        failure = explained if isinstance(explained, Exception) else error
+        code = WRONG_USAGE if isinstance(error, ValueError) and not ready else RUN_FAILED
+        return report(with_advice(failure, config), code, debug, program=PROGRAM)
+    return DONE
+
+
+def drain_on_signals(drain: Callable[[], None]) -> None:
+    """Let the first SIGTERM, SIGINT or SIGHUP drain the server, and the second SIGINT end it.
+
+    Args:
+        drain: returns at once; on other ranks than zero it does nothing, for these follow.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        drain()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if os.name == "posix" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
+        signal.signal(number, handle)
+
+
+def _stopped(stop: KeyboardInterrupt) -> int:
+    code = stop.exit_code if isinstance(stop, Terminated) else 130
+    say(f"{PROGRAM}: {'interrupted' if code == 130 else 'terminated'}")
+    return code
+
+
+if __name__ == "__main__":
+    entry_point()

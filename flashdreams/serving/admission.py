@@ -1,0 +1,137 @@
+"""What a session takes, measured by one that nobody sees, and how many fit."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flashdreams.infra.controller import Controller
+from flashdreams.infra.fork import copied_bytes
+from flashdreams.infra.pipeline import StreamInferencePipeline
+from flashdreams.infra.session import Session
+from flashdreams.infra.state import StateError
+from flashdreams.parallel.environment import least_of_all_ranks
+from flashdreams.parallel.messages import MessageChannel
+from flashdreams.runtime.stats import free_bytes
+
+DERIVED_SESSIONS = 8
+"""Most sessions that a server takes by itself: each makes all of them slower."""
+RESERVE = 0.05
+"""Share of the free memory that is left alone."""
+MOST_STEPS = 24
+"""AR steps of the trial, at most."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one session has taken on this rank."""
+
+    rollout_bytes: int
+    """Of its state."""
+    step_bytes: int
+    """That an AR step takes and gives back: shared by all sessions, which take turns."""
+    step_s: float
+    """Of the last AR step, its pictures on the device."""
+    first_frames: int
+    chunk_frames: int
+    """Pixel frames of the first chunk and of the last one."""
+    height: int
+    width: int
+    keeps: bool
+    """Whether its state can be saved, forked and parked."""
+
+
+def try_session(
+    pipeline: StreamInferencePipeline,
+    conditions: Mapping[str, Any],
+    controller: Controller | None,
+    channel: MessageChannel,
+) -> Trial:
+    """Run a session until all its AR steps are alike, and measure it; a collective call.
+
+    Args:
+        pipeline: loaded and warmed up.
+        conditions: that sessions begin with.
+        controller: that steers them.
+        channel: to the other ranks.
+
+    Raises:
+        TypeError: the method makes no pictures.
+    """
+    device, transformer = pipeline.target_device, pipeline.diffusion_model.transformer
+    before = _allocated(device)
+    session = Session(pipeline, conditions, controller=controller, channel=channel, name="trial")
+    held = _allocated(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    streams = getattr(transformer.config, "streaming", True)
+    steps = min(MOST_STEPS, max(3, transformer.warm_up_steps + 1)) if streams else 1
+    sizes: list[int] = []
+    shape: tuple[int, ...] = ()
+    for _ in range(steps):
+        start = time.perf_counter()
+        step = session.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        step_s = time.perf_counter() - start
+        sizes.append(len(step.frames))
+        shape = shape if step.chunk is None else tuple(step.chunk.shape)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    keeps, state = True, 0
+    try:
+        plan = transformer.parallel_plan()
+        state = copied_bytes(session.cache, pipeline.layout, device, plan)
+    except StateError:
+        keeps = False
+    session.release()
+    if shape and (len(shape) != 5 or shape[2] != 3):
+        raise TypeError(
+            f"a served method makes pictures [1, F, 3, height, width]; this one makes {list(shape)}"
+        )
+    return Trial(
+        rollout_bytes=max(held - before, state),
+        step_bytes=max(0, peak - held),
+        step_s=step_s,
+        first_frames=sizes[0],
+        chunk_frames=sizes[-1],
+        height=shape[3] if shape else 0,
+        width=shape[4] if shape else 0,
+        keeps=keeps,
+    )
+
+
+def count_places(trial: Trial, device: torch.device, max_sessions: int | None, pooled: int) -> int:
+    """How many sessions may live on the device at a time; a collective call.
+
+    Args:
+        trial: of one session.
+        device: that holds them.
+        max_sessions: asked for; None: as many as fit, at most `DERIVED_SESSIONS`.
+        pooled: sessions whose state is allocated already.
+
+    Raises:
+        ValueError: fewer fit than are asked for.
+    """
+    free = free_bytes(device)
+    fits = DERIVED_SESSIONS if max_sessions is None else max_sessions
+    if free is not None:
+        room = int(free * (1 - RESERVE)) - trial.step_bytes
+        fits = min(fits, pooled + max(0, room) // max(1, trial.rollout_bytes))
+    fits = least_of_all_ranks(fits)
+    if fits < (max_sessions or 1):
+        gib = 2**30
+        raise ValueError(
+            f"--max-sessions {max_sessions or 1}: a session takes {trial.rollout_bytes / gib:.2f} "
+            f"GiB and an AR step {trial.step_bytes / gib:.2f} GiB more; {(free or 0) / gib:.2f} "
+            f"GiB are free on {device}: {fits} fit. Ask for fewer, or for a smaller window."
+        )
+    return fits
+
+
+def _allocated(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    return torch.cuda.memory_allocated(device)

@@ -1,0 +1,365 @@
+"""A client of live sessions: ``flashdreams-client``, and `LiveClient` for programs.
+
+It needs the extra ``serve``: websockets, and PyAV where pictures are decoded.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import time
+import urllib.parse
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flashdreams.serving.client_figures import ClientFigures
+from flashdreams.serving.pictures import PictureDecoder
+
+RECEIPT_S = 0.25
+"""Between two receipts."""
+PING_S = 15.0
+MAX_PICTURES = 256
+"""Pictures that wait for who asks for them; the oldest are left out."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """One picture."""
+
+    frame: int
+    """Counted from the beginning of the session's video."""
+    epoch: int
+    """Raised by reset and rewind."""
+    step: int
+    """The AR step that made it."""
+    data: bytes
+    """As it came: a fragment of MP4, or a JPEG file."""
+    pixels: np.ndarray | None
+    """``[height, width, 3]`` uint8, RGB; None if it was not decoded."""
+    at: float
+    """``time.monotonic`` of its arrival."""
+
+
+class SessionError(Exception):
+    """The server has refused or ended a session; ``code`` is of the protocol's error message."""
+
+    def __init__(self, message: Mapping[str, Any]) -> None:
+        super().__init__(f"{message['code']}: {message['message']}")
+        self.code: str = message["code"]
+        self.message = dict(message)
+
+
+class LiveClient:
+    """One session::
+
+        async with LiveClient("http://127.0.0.1:8000") as client:
+            await client.start(prompt="a forest")
+            await client.control({"keys": "w"})
+            async for picture in client.pictures():
+                ...
+
+    Receipts and pings are sent by themselves. A lost socket is taken up again with ``resume``.
+    """
+
+    def __init__(self, url: str, token: str | None = None, *, decode: bool = True) -> None:
+        """Prepare; nothing is connected.
+
+        Args:
+            url: of the page.
+            token: where the server asks for one; a ``?token=`` of the address is found as well.
+            decode: whether pictures are decoded; if not, ``pixels`` is None.
+        """
+        parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
+        query = urllib.parse.parse_qs(parts.query)
+        self.token = token or next(iter(query.get("token", [])), None)
+        scheme = "wss" if parts.scheme in ("https", "wss") else "ws"
+        self.address = f"{scheme}://{parts.netloc}/v1/realtime/video"
+        self.begin: dict[str, Any] = {}
+        """The newest ``video.start``."""
+        self.done: dict[str, Any] | None = None
+        """``session.done``, once it has come."""
+        self.status: dict[str, Any] = {}
+        """The newest ``session.status``."""
+        self.errors: list[dict[str, Any]] = []
+        """Error messages that did not end the session."""
+        self.figures = ClientFigures()
+        self.binary = bytearray()
+        """All binary frames since the last ``video.start``, if ``keep`` was asked for."""
+        self._decode = decode
+        self._keep = False
+        self._socket: Any = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._pictures: asyncio.Queue[Received | None] = asyncio.Queue()
+        self._waiting: dict[tuple[str, str | None], asyncio.Future[dict[str, Any]]] = {}
+        self._failure: Exception | None = None
+        self._shown = -1
+
+    async def __aenter__(self) -> "LiveClient":
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def start(self, *, keep: bool = False, **fields: Any) -> dict[str, Any]:
+        """Begin a session.
+
+        Args:
+            keep: keep all binary frames in ``binary``, for a recording.
+            fields: of ``session.start``, such as prompt, seed, num_frames, format.
+
+        Returns:
+            ``video.start``; a client that has to wait for a place waits here.
+
+        Raises:
+            SessionError: it was refused.
+            ConnectionError: the socket was lost.
+            ImportError: the extra is not installed.
+            OSError: nobody listens there.
+        """
+        self._keep = keep
+        return await self._open({"type": "session.start", **_given(fields)})
+
+    async def resume(self) -> dict[str, Any]:
+        """Take the session up again, from the first picture that did not arrive.
+
+        Raises:
+            SessionError: the server does not have it any more.
+        """
+        await self.close()
+        first = {"type": "session.resume", "token": self.begin["token"]}
+        fields = {"from_frame": self._shown + 1, "format": self.begin["format"]}
+        return await self._open({**first, **fields})
+
+    async def pictures(self) -> AsyncIterator[Received]:
+        """Pictures as they come, until the session is over.
+
+        Raises:
+            SessionError: it has failed.
+            ConnectionError: the socket was lost.
+        """
+        while (picture := await self._pictures.get()) is not None:
+            yield picture
+        if self._failure is not None:
+            raise self._failure
+
+    async def control(self, values: Mapping[str, Any]) -> str:
+        """Hand values to the controller.
+
+        Returns:
+            The identifier of the event; ``figures`` measures until its first picture.
+        """
+        return await self._event({"type": "session.control", "values": dict(values)})
+
+    async def prompt(self, text: str) -> str:
+        """Change the prompt; see ``control``."""
+        return await self._interaction({"prompt": text})
+
+    async def camera(
+        self,
+        mode: str,
+        translation: tuple[float, float, float],
+        rotation: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 1.0),
+    ) -> str:
+        """Move the camera; see ``CameraMotion`` of the protocol, and ``control``."""
+        data = {"translation": list(translation), "rotation": list(rotation)}
+        camera = {"mode": mode, "data": data}
+        return await self._interaction({"multi_modal_data": {"camera": camera}})
+
+    async def keep(self, command: str, name: str | None = None, **fields: Any) -> dict[str, Any]:
+        """``"save"``, ``"fork"``, ``"rewind"`` to a name, or ``"reset"``.
+
+        Returns:
+            ``session.kept``, once it was carried out.
+
+        Raises:
+            SessionError: it was refused.
+        """
+        event_id = uuid.uuid4().hex
+        message = {"type": f"session.{command}", "event_id": event_id, **_given(fields)}
+        return await self._answer("kept", event_id, message | _given({"name": name}))
+
+    async def pause(self, paused: bool = True) -> None:
+        """Stop at the next chunk border, or go on."""
+        await self.send({"type": "session.pause", "paused": paused})
+
+    async def stop(self) -> dict[str, Any]:
+        """End the session.
+
+        Returns:
+            ``session.done``.
+        """
+        return await self._answer("done", None, {"type": "session.stop"})
+
+    async def send(self, message: Mapping[str, Any]) -> None:
+        """Send any message of the protocol; an ``event_id`` in it is measured."""
+        event_id = message.get("event_id")
+        if message["type"] == "session.interaction":
+            event_id = message["interaction"]["event_id"]
+        if event_id is not None and message["type"] in ("session.control", "session.interaction"):
+            self.figures.sent(event_id)
+        from websockets.exceptions import ConnectionClosed
+
+        try:
+            await self._socket.send(json.dumps(message))
+        except ConnectionClosed as error:
+            raise self._failure or ConnectionError(f"The connection is lost: {error}") from error
+
+    async def close(self) -> None:
+        """Leave; the session waits for a while for ``resume``."""
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        if self._socket is not None:
+            await self._socket.close()
+            self._socket = None
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def drop(self) -> None:
+        """Lose the socket without a word, as a broken network would."""
+        self._socket.transport.abort()
+        await self.close()
+
+    async def _open(self, first: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            from websockets.asyncio.client import connect
+        except ImportError as error:
+            raise ImportError("A client needs: pip install 'flashdreams[serve]'") from error
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        self._failure, self._pictures = None, asyncio.Queue()
+        self._waiting.clear()
+        self.binary.clear()
+        self.figures.reconnected()
+        self._socket = await connect(
+            self.address, additional_headers=headers, max_size=None, compression=None
+        )
+        future = asyncio.get_running_loop().create_future()
+        self._waiting["start", None] = future
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._tell())]
+        with contextlib.suppress(ConnectionError):  # why it was closed is still to be read
+            await self.send(first)
+        return await future
+
+    async def _event(self, message: dict[str, Any]) -> str:
+        event_id = uuid.uuid4().hex
+        await self.send({**message, "event_id": event_id})
+        return event_id
+
+    async def _interaction(self, event: dict[str, Any]) -> str:
+        event_id = uuid.uuid4().hex
+        interaction = {"event_id": event_id, "event": event}
+        await self.send({"type": "session.interaction", "interaction": interaction})
+        return event_id
+
+    async def _answer(
+        self, kind: str, event_id: str | None, message: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        future = asyncio.get_running_loop().create_future()
+        self._waiting[kind, event_id] = future
+        await self.send(message)
+        return await future
+
+    async def _read(self) -> None:
+        from websockets.exceptions import ConnectionClosed
+
+        decoder: PictureDecoder | None = None
+        try:
+            while self.done is None:
+                message = json.loads(await self._socket.recv())
+                if message["type"] == "video.start":
+                    decoder = PictureDecoder(message["format"]) if self._decode else None
+                    self.figures.begin(message["config"]["fps"])
+                if message["type"] == "video.chunk_metadata":
+                    self._take_picture(message, await self._socket.recv(), decoder)
+                else:
+                    self._take(message)
+        except ConnectionClosed as error:
+            self._fail(self._failure or ConnectionError(f"The connection was lost: {error}"))
+        except SessionError as error:
+            self._fail(error)
+        except Exception as error:
+            self._fail(error)
+            raise
+        self._pictures.put_nowait(None)
+
+    def _take_picture(
+        self, message: Mapping[str, Any], data: bytes, decoder: PictureDecoder | None
+    ) -> None:
+        at, frame = time.monotonic(), message["first_frame"]
+        pixels = None if decoder is None else decoder.decode(data)
+        if self._keep:
+            self.binary += data
+        self._shown = max(self._shown, frame)
+        if self.figures.first_sha256 is None:
+            seen = data if pixels is None else pixels.tobytes()
+            self.figures.first_sha256 = hashlib.sha256(seen).hexdigest()
+        self.figures.arrived(frame, message["epoch"], at, time.monotonic())
+        picture = Received(
+            frame, message["epoch"], message["generation_chunk_index"], data, pixels, at
+        )
+        if self._pictures.qsize() >= MAX_PICTURES:
+            self._pictures.get_nowait()
+        self._pictures.put_nowait(picture)
+
+    def _take(self, message: dict[str, Any]) -> None:
+        kind = message["type"]
+        if kind == "video.start":
+            self.begin = message
+            self._resolve("start", None, message)
+        elif kind == "session.interaction.applied":
+            self.figures.applied(message["event_ids"], message["first_frame"])
+        elif kind == "session.kept":
+            self._resolve("kept", message["event_id"], message)
+        elif kind == "session.status":
+            self.status = message
+        elif kind == "session.done":
+            self.done = message
+            self._resolve("done", None, message)
+        elif kind == "error":
+            self._take_error(message)
+
+    def _take_error(self, message: dict[str, Any]) -> None:
+        error, event_id = SessionError(message), message.get("event_id")
+        if event_id is not None:
+            self.figures.forget(event_id)
+            future = self._waiting.pop(("kept", event_id), None)
+            if future is not None and not future.done():
+                future.set_exception(error)
+                return
+        self.errors.append(message)
+        if message["code"] in ("interaction_failed", "bad_message") and self.begin:
+            return
+        self._failure = error
+        raise error
+
+    def _resolve(self, kind: str, event_id: str | None, message: dict[str, Any]) -> None:
+        future = self._waiting.pop((kind, event_id), None)
+        if future is not None and not future.done():
+            future.set_result(message)
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = error
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(error)
+        self._waiting.clear()
+
+    async def _tell(self) -> None:
+        """Send receipts, and pings."""
+        told, pinged = -1, time.monotonic()
+        while True:
+            await asyncio.sleep(RECEIPT_S)
+            if self._shown > told:
+                told = self._shown
+                receipt = {"frame": told, **self.figures.receipt()}
+                await self.send({"type": "session.shown", **receipt})
+            if time.monotonic() - pinged > PING_S:
+                pinged = time.monotonic()
+                await self.send({"type": "session.ping"})
+
+
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}

@@ -1,0 +1,99 @@
+"""Giving orders: rank zero tells all ranks; what goes wrong stays with one session if it may."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flashdreams.infra.finite import NotFiniteError
+from flashdreams.infra.snapshot_header import SnapshotError
+from flashdreams.parallel.environment import group_size
+from flashdreams.serving.engine import SessionEngine, fails_alike
+from flashdreams.serving.host import LiveHost
+from flashdreams.serving.live import LiveSession
+from flashdreams.serving.orders import Order
+
+RESTS_AFTER_S = 1.0
+"""Idle time after which the other ranks are told to wait outside of collectives."""
+
+logger = logging.getLogger(__name__)
+
+
+class OrderError(Exception):
+    """An order could not be carried out on any rank; the message is for the client."""
+
+
+class Dispatcher:
+    """Tells all ranks what to do, one thing after the other; on rank zero's main thread."""
+
+    def __init__(self, host: LiveHost, engine: SessionEngine) -> None:
+        """Prepare.
+
+        Args:
+            host: what clients ask for.
+            engine: of this rank.
+        """
+        self.host = host
+        self.engine = engine
+        self._resting = True
+        self._active = time.monotonic()
+
+    def tell(self, order: Order) -> Any:
+        """Have an order carried out; a collective call.
+
+        Returns:
+            As `SessionEngine.carry_out`.
+
+        Raises:
+            OrderError: it failed alike on all ranks, or there is but this one.
+        """
+        self._resting, self._active = False, time.monotonic()
+        try:
+            return self.engine.tell(order)
+        except Exception as error:
+            if group_size() > 1 and not fails_alike(order, error):
+                raise
+            logger.warning("%s of a session failed: %s", order.kind, error, exc_info=_odd(error))
+            raise OrderError(for_people(error)) from error
+
+    def attempt(self, live: LiveSession, task: Callable[[], Any]) -> bool:
+        """Do something for a session, which ends if it fails.
+
+        Returns:
+            Whether it was done.
+        """
+        try:
+            task()
+            return True
+        except OrderError as error:
+            if isinstance(error.__cause__, torch.cuda.OutOfMemoryError):
+                torch.cuda.empty_cache()
+            with self.host.lock:
+                live.failed = str(error)
+            return False
+
+    def rest(self) -> None:
+        """Let the other ranks wait outside of collectives, if nothing has happened for a while."""
+        if not self._resting and time.monotonic() - self._active > RESTS_AFTER_S:
+            self.tell(Order(kind="rest"))
+            self._resting = True
+
+
+def for_people(error: BaseException) -> str:
+    """What a client may know of an error: no path, no traceback."""
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return "The device has no memory left for this session."
+    if isinstance(error, NotFiniteError):
+        return str(error)
+    if isinstance(error, SnapshotError):
+        return "The snapshot is damaged, or was made by another method."
+    if isinstance(error, OSError):
+        return f"A file of the server failed: {error.strerror}."
+    return f"It failed ({type(error).__name__}); the server's log says why."
+
+
+def _odd(error: BaseException) -> bool:
+    """Whether the log wants a traceback."""
+    return not isinstance(error, ValueError | OSError | ArithmeticError | MemoryError)

@@ -1,0 +1,202 @@
+"""The sessions of a server on one rank, and the orders that all ranks carry out together."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flashdreams.infra.controller import Controller
+from flashdreams.infra.finite import NotFiniteError
+from flashdreams.infra.parked import ParkedRollout
+from flashdreams.infra.pipeline import StreamInferencePipeline
+from flashdreams.infra.run_log import command_to_json
+from flashdreams.infra.session import Session, Step
+from flashdreams.parallel.environment import OtherRankError
+from flashdreams.parallel.messages import MessageChannel
+from flashdreams.serving.orders import Order
+
+MAX_LOGGED = 1024
+"""Commands of a session that are kept for its snapshots; the last ones."""
+
+
+def fails_alike(order: Order, error: BaseException) -> bool:
+    """Whether an order has failed on all ranks if it has failed on this one with that error."""
+    kinds = ("open", "resume", "save", "fork", "rewind", "snapshot", "park", "unpark")
+    return order.kind in kinds and isinstance(error, OSError | ValueError | OtherRankError)
+
+
+@dataclass
+class ParkedSession:
+    """A session whose rollout is in host memory; forks and all else are with it."""
+
+    session: Session
+    rollout: ParkedRollout
+    forks: dict[str, ParkedRollout]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory on this rank."""
+        return self.rollout.nbytes + sum(fork.nbytes for fork in self.forks.values())
+
+
+class SessionEngine:
+    """Carries out orders; every rank has one, and holds the same sessions.
+
+    It decides nothing: rank zero does, and tells all ranks with `tell`; the others `follow`.
+    """
+
+    def __init__(
+        self,
+        pipeline: StreamInferencePipeline,
+        conditions: Mapping[str, Any],
+        new_controller: Callable[[], Controller | None],
+        channel: MessageChannel,
+        folder: Path,
+        default_seed: int = 0,
+    ) -> None:
+        """Prepare; a collective call is not made.
+
+        Args:
+            pipeline: loaded and warmed up.
+            conditions: of sessions that bring none of their own, the same on all ranks.
+            new_controller: of a session; None steers nothing.
+            channel: to the other ranks.
+            folder: of all that sessions keep on disk.
+            default_seed: of sessions that bring none.
+        """
+        self.pipeline = pipeline
+        self.conditions = dict(conditions)
+        self.new_controller = new_controller
+        self.folder = folder
+        self.default_seed = default_seed
+        self.live: dict[str, Session] = {}
+        """On the device."""
+        self.parked: dict[str, ParkedSession] = {}
+        """In host memory."""
+        self._channel = channel
+        self._idle = True
+
+    def tell(self, order: Order) -> Any:
+        """Have all ranks carry out an order; on rank zero.
+
+        Returns:
+            What ``carry_out`` returned here.
+        """
+        return self.carry_out(self._exchange(order))
+
+    def session(self, name: str) -> Session | None:
+        """A session that is on the device or in host memory; None: there is none of that name."""
+        parked = self.parked.get(name)
+        return self.live.get(name) or (None if parked is None else parked.session)
+
+    def follow(self) -> None:
+        """Carry out rank zero's orders until it says stop; on all other ranks."""
+        while (order := self._exchange(None)).kind != "stop":
+            try:
+                self.carry_out(order)
+            except Exception as error:
+                if not fails_alike(order, error):
+                    raise
+
+    def carry_out(self, order: Order) -> Any:
+        """Do what an order says; a collective call.
+
+        Returns:
+            The `Step` of a ``"step"``; else None.
+        """
+        if order.kind in ("rest", "stop"):
+            return None
+        return getattr(self, f"_{order.kind}")(order)
+
+    def _exchange(self, order: Order | None) -> Order:
+        message = None if order is None else order.to_message()
+        told = Order.from_message(self._channel.exchange(message, idle=self._idle))
+        self._idle = told.kind == "rest"
+        return told
+
+    def _open(self, order: Order) -> None:
+        self.live[order.session] = self._new_session(order)
+
+    def _resume(self, order: Order) -> None:
+        controller = self.new_controller()
+        folder = Path(order.values["folder"])
+        cache = self.pipeline.resume(folder, controller=controller)
+        self.live[order.session] = self._new_session(order, controller=controller, cache=cache)
+
+    def _new_session(self, order: Order, **going_on: Any) -> Session:
+        own: dict[str, Tensor] = {
+            name: x.to(self.pipeline.target_device) for name, x in order.tensors.items()
+        }
+        return Session(
+            self.pipeline,
+            {**self.conditions, **own},
+            seed=order.values.get("seed", self.default_seed),
+            channel=self._channel,
+            name=order.session,
+            folder=self.saves_of(order.session),
+            **({"controller": self.new_controller()} | going_on),
+        )
+
+    def saves_of(self, session: str) -> Path:
+        """Folder of the snapshots that a session was told to keep."""
+        return self.folder / session / "saves"
+
+    def _step(self, order: Order) -> Step:
+        session = self.live[order.session]
+        step = session.step(order.turn())
+        del session.log[:-MAX_LOGGED]
+        return step
+
+    def _save(self, order: Order) -> None:
+        self.live[order.session].keep("save", order.values["name"])
+
+    def _fork(self, order: Order) -> None:
+        self.live[order.session].keep("fork", order.values["name"])
+
+    def _rewind(self, order: Order) -> None:
+        self.live[order.session].rewind(order.values["name"])
+
+    def _reset(self, order: Order) -> None:
+        self.live[order.session].reset(order.values.get("seed"))
+
+    def _snapshot(self, order: Order) -> None:
+        session = self.live[order.session]
+        self.pipeline.save(
+            session.cache,
+            Path(order.values["folder"]),
+            log=[[index, command_to_json(command)] for index, command in session.log],
+            run=order.values["run"],
+        )
+
+    def _park(self, order: Order) -> None:
+        session = self.live[order.session]
+        rollout = self.pipeline.park(session.cache)
+        forks = {name: self.pipeline.park(fork) for name, fork in session.forks.items()}
+        self.parked[order.session] = ParkedSession(session, rollout, forks)
+        del self.live[order.session]
+        for cache in (session.cache, *session.forks.values()):
+            cache.release()
+        session.forks.clear()
+
+    def _unpark(self, order: Order) -> None:
+        parked = self.parked[order.session]
+        session, controller = parked.session, parked.session.controller
+        session.cache = self.pipeline.unpark(parked.rollout, controller=controller)
+        for name, fork in parked.forks.items():
+            session.forks[name] = self.pipeline.unpark(fork, controller=controller)
+        self.live[order.session] = session
+        del self.parked[order.session]
+
+    def _close(self, order: Order) -> None:
+        self.parked.pop(order.session, None)
+        session = self.live.pop(order.session, None)
+        if session is None:
+            return
+        for cache in (session.cache, *session.forks.values()):
+            try:
+                self.pipeline.check_values(cache)
+            except NotFiniteError:  # why it is closed, as rank zero knows
+                continue
+        session.release()

@@ -1,0 +1,110 @@
+"""Fragmented MP4 with one picture per fragment, and what is read of it.
+
+The first boxes of a file are written by PyAV. The fragments are written here, since a muxer writes
+a fragment when it sees the picture after it, which would delay every picture by one.
+
+Source: ISO/IEC 14496-12 (``moof``, ``mdat``) and 14496-15 (``avcC``).
+"""
+
+import re
+import struct
+from collections.abc import Iterator
+
+TIMESCALE = 90_000
+"""Units of time in a second."""
+
+_START_CODE = re.compile(rb"\x00{2,3}\x01")
+_BASE_IS_MOOF, _HAS_TFHD_FLAGS = 0x020000, 0x000020
+_HAS_OFFSET, _HAS_DURATION, _HAS_SIZE = 0x000001, 0x000100, 0x000200
+_KEY, _NOT_KEY = 0x02000000, 0x01010000
+"""Sample flags: depends on no other picture; depends on others and is no point to begin at."""
+
+
+def avcc_sample(annex_b: bytes) -> bytes:
+    """NAL units behind start codes as NAL units behind their lengths, as MP4 holds them."""
+    units = (unit for unit in _START_CODE.split(annex_b) if unit)
+    return b"".join(struct.pack(">I", len(unit)) + unit for unit in units)
+
+
+def fragment(sample: bytes, *, number: int, time: int, duration: int, key: bool) -> bytes:
+    """One picture as ``moof`` and ``mdat``.
+
+    Args:
+        sample: of the only track, as in ``mdat``.
+        number: of the fragment, counted from 1.
+        time: of the picture, in units of the track.
+        duration: in the same units.
+        key: whether decoding can begin here.
+    """
+    flags = _KEY if key else _NOT_KEY
+    header = _full_box(b"mfhd", 0, 0, struct.pack(">I", number))
+    track = _full_box(b"tfhd", 0, _BASE_IS_MOOF | _HAS_TFHD_FLAGS, struct.pack(">II", 1, flags))
+    decode_time = _full_box(b"tfdt", 1, 0, struct.pack(">Q", time))
+    present = _HAS_OFFSET | _HAS_DURATION | _HAS_SIZE
+
+    def run(offset: int) -> bytes:
+        return _full_box(
+            b"trun", 0, present, struct.pack(">IIII", 1, offset, duration, len(sample))
+        )
+
+    def moof(offset: int) -> bytes:
+        return _box(b"moof", header + _box(b"traf", track + decode_time + run(offset)))
+
+    return moof(len(moof(0)) + 8) + _box(b"mdat", sample)
+
+
+def boxes(data: bytes, start: int = 0, end: int | None = None) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, begin and end of the content of each box.
+
+    Raises:
+        ValueError: the bytes are cut or are no boxes.
+    """
+    end = len(data) if end is None else end
+    while start < end:
+        if end - start < 8:
+            raise ValueError(f"{end - start} bytes are too few for a box of MP4.")
+        size, kind = struct.unpack_from(">I4s", data, start)
+        if not 8 <= size <= end - start:
+            raise ValueError(f"A box {kind!r} of MP4 says {size} bytes of {end - start}.")
+        yield kind, start + 8, start + size
+        start += size
+
+
+def find_box(data: bytes, *path: bytes) -> bytes:
+    """Content of the first box of a path, such as ``b"moov", b"trak"``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    start, end = 0, len(data)
+    for wanted in path:
+        found = next((place for kind, *place in boxes(data, start, end) if kind == wanted), None)
+        if found is None:
+            raise ValueError(f"No box {wanted!r} in the MP4.")
+        start, end = found
+    return data[start:end]
+
+
+def avcc_of(init: bytes) -> bytes:
+    """Content of ``avcC``, what a decoder has to know beforehand, of ``ftyp`` and ``moov``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    entry = find_box(init, b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd")
+    (size,) = struct.unpack_from(">I", entry, 8)  # behind version, flags and number of entries
+    visual = entry[16 + 78 : 8 + size]  # behind the fields of a VisualSampleEntry
+    return find_box(visual, b"avcC")
+
+
+def codec_name(avcc: bytes) -> str:
+    """As browsers name it, such as ``avc1.42c01f``."""
+    return f"avc1.{avcc[1:4].hex()}"
+
+
+def _box(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I4s", 8 + len(content), kind) + content
+
+
+def _full_box(kind: bytes, version: int, flags: int, content: bytes) -> bytes:
+    return _box(kind, struct.pack(">I", version << 24 | flags) + content)

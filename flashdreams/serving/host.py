@@ -1,0 +1,324 @@
+"""The host of live sessions, as the web side sees it: what it is asked from any thread."""
+
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashdreams.infra.controller import Controller
+from flashdreams.infra.session import Command, Session
+from flashdreams.serving.delivery import Delivery
+from flashdreams.serving.interface import (
+    Figures,
+    Full,
+    Host,
+    Listener,
+    Offer,
+    Opening,
+    Refused,
+)
+from flashdreams.serving.limits import ServingLimits
+from flashdreams.serving.live import Keeping, LiveSession
+from flashdreams.serving.memory import resident_bytes
+from flashdreams.serving.prompts import Prompts
+
+MAX_EVENTS = 256
+"""Events of a session that may wait for its next chunk."""
+MAX_KEEPINGS = 16
+"""Saves, forks, rewinds and resets of a session that may wait."""
+_NAME = re.compile(r"[\w-]{1,64}")
+
+
+class LiveHost(Host):
+    """Takes what clients ask for and leaves it to the `TurnLoop`; on rank zero.
+
+    The lock guards all sessions. Listeners are never called while it is held.
+    """
+
+    def __init__(
+        self,
+        offer: Offer,
+        limits: ServingLimits,
+        places: int,
+        prompts: Prompts,
+        controller: Controller | None,
+        device: torch.device,
+    ) -> None:
+        """Prepare; nothing runs yet.
+
+        Args:
+            offer: what is served.
+            limits: of the server.
+            places: sessions that take turns on the device.
+            prompts: encodes them.
+            controller: checks events; None takes none.
+            device: of rank zero.
+        """
+        self.offer = offer
+        self.limits = limits
+        self.places = places
+        self.prompts = prompts
+        self.controller = controller
+        self.device = device
+        self.lock = threading.Condition()
+        self.sessions: dict[str, LiveSession] = {}
+        self.queue: list[LiveSession] = []
+        """Who wants a place, the next one first."""
+        self.draining = False
+        self.delivery = Delivery()
+        self.steps = 0
+        """AR steps of all sessions."""
+        self.engine_of: Callable[[str], Session | None] = lambda session: None
+        """The session of an identifier, on the device or parked in host memory."""
+        self.parked_bytes: Callable[[], int] = lambda: 0
+
+    def open(self, opening: Opening, listener: Listener) -> str:
+        """See the contract."""
+        if opening.num_frames is not None and opening.num_frames < 1:
+            raise Refused(f"num_frames={opening.num_frames} must be at least 1.")
+        tensors = self._tensors_of(opening)
+        live = LiveSession(
+            id=secrets.token_urlsafe(24),
+            prompt=opening.prompt,
+            seed=self.offer.seed if opening.seed is None else opening.seed,
+            num_frames=opening.num_frames,
+            tensors=tensors,
+            listener=listener,
+        )
+        with self.lock:
+            self._refuse_draining()
+            if len(self.queue) >= self.free_places() + self.limits.max_waiting:
+                raise Full(
+                    f"All {self.places} places and {self.limits.max_waiting} places to wait are "
+                    "taken; try again later."
+                )
+            self.sessions[live.id] = live
+            self.queue.append(live)
+            self.tell_states()
+            self.lock.notify_all()
+        return live.id
+
+    def _tensors_of(self, opening: Opening) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        if opening.prompt is not None and opening.prompt != self.offer.prompt:
+            found["text"] = self.prompts.encode(opening.prompt)
+        if opening.image is not None:
+            shape = (1, 3, self.offer.height, self.offer.width)
+            if not self.offer.takes_image:
+                raise Refused(f"{self.offer.model} begins with words; it takes no image.")
+            if tuple(opening.image.shape) != shape:
+                raise Refused(f"The image must be {list(shape)}; got {list(opening.image.shape)}.")
+            if not bool(((opening.image >= -1) & (opening.image <= 1)).all()):
+                raise Refused("The image must have values from -1 to 1.")
+            found["image"] = opening.image.to("cpu", torch.float32)
+        return found
+
+    def attach(self, session: str, listener: Listener, from_frame: int = 0) -> int:
+        """See the contract."""
+        with self.lock:
+            self._refuse_draining()
+            live = self._find(session)
+            live.listener, live.told = listener, None
+            live.detached_since = None
+            live.last_input = time.monotonic()
+            if live.where == "disk":
+                live.next_frame = max(live.next_frame, from_frame)
+            self._wake(live, "client", "detached", "idle")
+            return live.next_frame
+
+    def detach(self, session: str) -> None:
+        """See the contract."""
+        with self.lock:
+            live = self.sessions.get(session)
+            if live is None:
+                return
+            live.detached_since = time.monotonic()
+            self._pause(live, "detached")
+
+    def control(self, session: str, values: Mapping[str, Any], event_id: str | None) -> None:
+        """See the contract."""
+        if self.controller is None:
+            raise Refused(f"{self.offer.model} has nothing to control.")
+        try:
+            self.controller.check(values)
+        except ValueError as error:
+            raise Refused(str(error)) from error
+        self._submit(session, Command(kind="control", id=event_id or "", values=dict(values)))
+
+    def prompt(self, session: str, text: str, event_id: str | None) -> None:
+        """See the contract."""
+        if not self.offer.prompts_change:
+            raise Refused(f"The prompt of {self.offer.model} cannot change while it runs.")
+        with self.lock:
+            self._find(session)
+        encoded = self.prompts.encode(text)
+        command = Command(
+            kind="prompt", id=event_id or "", values={"text": text}, tensors={"text": encoded}
+        )
+        self._submit(session, command)
+
+    def _submit(self, session: str, command: Command) -> None:
+        with self.lock:
+            live = self._find(session)
+            if live.events >= MAX_EVENTS:
+                raise Refused(f"{MAX_EVENTS} events wait for the next chunk; send fewer.")
+            held = self.engine_of(session)
+            try:
+                if held is None:
+                    live.commands.append(command)
+                else:
+                    held.submit(command)
+            except ValueError as error:
+                raise Refused(str(error)) from error
+            live.events += 1
+            self._note_input(live)
+
+    def command(
+        self, session: str, kind: str, event_id: str | None, values: Mapping[str, Any]
+    ) -> None:
+        """See the contract."""
+        if kind not in self.offer.commands:
+            offered = ", ".join(self.offer.commands) or "none"
+            raise Refused(f"{self.offer.model} has no {kind!r}; commands: {offered}.")
+        seed = values.get("seed")
+        whole = isinstance(seed, int) and not isinstance(seed, bool)
+        if kind == "reset" and seed is not None and not (whole and 0 <= seed < 2**64):
+            raise Refused(f"seed={seed!r} must be a whole number from 0 to 2**64 - 1.")
+        with self.lock:
+            live = self._find(session)
+            if len(live.keepings) >= MAX_KEEPINGS:
+                raise Refused(f"{MAX_KEEPINGS} commands wait; send fewer.")
+            if kind != "reset":
+                self._check_name(live, kind, values.get("name"))
+            live.keepings.append(Keeping(kind, event_id, dict(values)))  # type: ignore[arg-type]
+            self._note_input(live)
+
+    def _check_name(self, live: LiveSession, kind: str, name: Any) -> None:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise Refused(f"A {kind} needs a name of 1 to 64 letters, digits, - and _.")
+        saves = [*live.saves, *(k.name for k in live.keepings if k.kind == "save")]
+        forks = [*live.forks, *(k.name for k in live.keepings if k.kind == "fork")]
+        if kind == "rewind" and name not in saves + forks:
+            there = ", ".join(live.forks + live.saves) or "nothing"
+            raise Refused(f"Nothing is kept under {name!r}; there is {there}.")
+        if kind != "rewind" and name in (saves if kind == "save" else saves + forks):
+            raise Refused(f"{name!r} is taken; name another one.")
+        if kind == "save" and len(saves) >= self.limits.max_saves:
+            raise Refused(f"A session keeps at most {self.limits.max_saves} snapshots.")
+        if kind == "fork" and len(forks) >= self.limits.max_forks:
+            raise Refused(f"A session keeps at most {self.limits.max_forks} forks.")
+
+    def pause(self, session: str, paused: bool) -> None:
+        """See the contract."""
+        with self.lock:
+            live = self._find(session)
+            live.last_input = time.monotonic()
+            if paused:
+                self._pause(live, "client")
+            else:
+                self._wake(live, "client", "idle")
+
+    def close(self, session: str) -> None:
+        """See the contract."""
+        with self.lock:
+            live = self.sessions.get(session)
+            if live is not None:
+                live.closing = True
+                self.lock.notify_all()
+
+    def saved(self, session: str) -> list[str]:
+        """See the contract."""
+        with self.lock:
+            live = self._find(session)
+            return [*live.forks, *live.saves]
+
+    def figures(self, session: str | None = None) -> Figures:
+        """See the contract."""
+        cuda, now = self.device.type == "cuda", time.monotonic()
+        with self.lock:
+            asked = [self._find(session)] if session else list(self.sessions.values())
+            lives = list(self.sessions.values())
+            last = max(asked, key=lambda live: live.last_turn, default=None)
+            return Figures(
+                state=last.state if session and last is not None else "running",
+                frames_per_second=sum(live.frames_per_second(now) for live in asked),
+                chunk_ms=dict(last.stage_ms) if last is not None else {},
+                sessions=sum(live.where == "device" for live in lives),
+                queued=len(self.queue),
+                device_bytes=torch.cuda.memory_allocated(self.device) if cuda else None,
+                host_bytes=resident_bytes(),
+                parked=sum(live.where in ("host", "disk") for live in lives),
+                parked_bytes=self.parked_bytes(),
+                steps=last.chunks if session and last is not None else self.steps,
+                places=self.places,
+            )
+
+    def drain(self) -> None:
+        """See the contract."""
+        # Also called by the handler of a signal, on the thread that may hold the lock.
+        self.draining = True
+
+    def free_places(self) -> int:
+        """Places that nobody has; the lock is held."""
+        return self.places - sum(live.where == "device" for live in self.sessions.values())
+
+    def next_waiting(self) -> LiveSession | None:
+        """Who takes the next free place, clients that have gone apart; the lock is held."""
+        return next((live for live in self.queue if "detached" not in live.reasons), None)
+
+    def tell_states(self) -> None:
+        """Tell listeners what they do not know yet; the lock is held."""
+        free = self.free_places()
+        for live in list(self.sessions.values()):
+            position = 0
+            if live.waits:
+                place = self.queue.index(live)
+                if place < free:
+                    continue  # it begins at once
+                position = place - max(0, free) + 1
+            news = (live.state, position)
+            if live.listener is not None and live.told != news:
+                live.told = news
+                self.delivery.call(live.listener.on_state, *news)
+
+    def _find(self, session: str) -> LiveSession:
+        live = self.sessions.get(session)
+        if live is None or live.closing:
+            raise Refused("There is no such session, or it has ended; begin a new one.")
+        return live
+
+    def _refuse_draining(self) -> None:
+        if self.draining:
+            raise Refused("The server takes no more sessions: it is about to restart.")
+
+    def _note_input(self, live: LiveSession) -> None:
+        live.last_input = time.monotonic()
+        if "idle" in live.reasons:
+            self._wake(live, "idle")
+        self.lock.notify_all()
+
+    def _pause(self, live: LiveSession, reason: Any) -> None:
+        live.pause(reason, time.monotonic())
+        self.tell_states()
+        self.lock.notify_all()
+
+    def _wake(self, live: LiveSession, *reasons: Any) -> None:
+        live.go_on(*reasons)
+        if not live.reasons and live.where in ("host", "disk") and not live.waits:
+            self.wait_again(live)
+        self.tell_states()
+        self.lock.notify_all()
+
+    def wait_again(self, live: LiveSession) -> None:
+        """Let a parked session wait for a place; the lock is held.
+
+        Whoever had one before comes before those who had none yet.
+        """
+        live.waits = True
+        ahead = sum(other.where != "nowhere" for other in self.queue)
+        self.queue.insert(ahead, live)

@@ -1,0 +1,208 @@
+"""What happens to sessions between AR steps: saves, forks, places, parking, snapshots, the end."""
+
+import logging
+import time
+from typing import Any
+
+from flashdreams.serving.dispatch import Dispatcher, OrderError
+from flashdreams.serving.live import Keeping, LiveSession
+from flashdreams.serving.orders import Order
+from flashdreams.serving.restart import Kept, SessionFolder
+
+RESTARTING = "The server restarts; take up the session again with its token."
+STOPPING = "The server stops; begin another session later."
+
+logger = logging.getLogger(__name__)
+
+
+class Keeper:
+    """Gives sessions places and takes them, and keeps them on disk; on rank zero's main thread."""
+
+    def __init__(
+        self, dispatcher: Dispatcher, folder: SessionFolder, rollout_bytes: int, *, keeps: bool
+    ) -> None:
+        """Prepare.
+
+        Args:
+            dispatcher: gives the orders.
+            folder: of snapshots.
+            rollout_bytes: of one session, as a trial has measured.
+            keeps: whether the state of sessions can be saved and parked.
+        """
+        self.host, self.engine = dispatcher.host, dispatcher.engine
+        self.dispatcher, self.folder, self.keeps = dispatcher, folder, keeps
+        self.rollout_bytes = rollout_bytes
+
+    def take_over(self) -> None:
+        """Offer the sessions that an earlier process has left to their clients."""
+        for kept in self.folder.find() if self.keeps else []:
+            live = _from_disk(kept)
+            with self.host.lock:
+                self.host.sessions[live.id] = live
+
+    def admit(self, live: LiveSession) -> None:
+        """Give a session the place that is free."""
+        with self.host.lock:
+            if live.closing or live not in self.host.queue:
+                return
+            self.host.queue.remove(live)
+            live.waits = False
+        if not self.dispatcher.attempt(live, lambda: self._begin(live)):
+            return
+        with self.host.lock:
+            live.where = "device"
+            live.last_turn = live.snapped_at = time.monotonic()
+            live.idle_since = live.last_turn if live.reasons else None
+            commands, live.commands = live.commands, []
+            for command in commands:
+                self.engine.live[live.id].submit(command)
+            self.host.tell_states()
+
+    def _begin(self, live: LiveSession) -> None:
+        values: dict[str, Any] = {"seed": live.seed}
+        if live.where == "host":
+            self.dispatcher.tell(Order(kind="unpark", session=live.id))
+            return
+        kind: Any = "open" if live.where == "nowhere" else "resume"
+        if kind == "resume":
+            values["folder"] = str(live.snapshot)
+        self.dispatcher.tell(Order(kind=kind, session=live.id, values=values, tensors=live.tensors))
+        if kind == "open" and self.keeps:
+            self.folder.keep_opening(live.id, live.tensors)
+
+    def keep(self, live: LiveSession) -> None:
+        """Carry out the oldest save, fork, rewind or reset of a session."""
+        with self.host.lock:
+            if not live.keepings:
+                return
+            keeping = live.keepings.popleft()
+        values: dict[str, Any] = {}
+        if keeping.name is not None:
+            values["name"] = keeping.name
+        if keeping.values.get("seed") is not None:
+            values["seed"] = keeping.values["seed"]
+        try:
+            self.dispatcher.tell(Order(kind=keeping.kind, session=live.id, values=values))
+        except OrderError as error:
+            if live.listener is not None:
+                text = f"No {keeping.kind}: {error} The session goes on."
+                self.host.delivery.call(live.listener.on_refused, keeping.event_id, text)
+            return
+        with self.host.lock:
+            self._note(live, keeping)
+        if live.listener is not None:
+            told = (keeping.kind, keeping.name, keeping.event_id)
+            self.host.delivery.call(live.listener.on_kept, *told)
+
+    def _note(self, live: LiveSession, keeping: Keeping) -> None:
+        if keeping.kind in ("save", "fork"):
+            (live.saves if keeping.kind == "save" else live.forks).append(keeping.name or "")
+            return
+        live.epoch += 1
+        live.changes += 1
+        live.owes_step = True
+
+    def snapshot(self, live: LiveSession) -> bool:
+        """Write a session to disk, in place of its older snapshot.
+
+        Returns:
+            Whether it is there. If not the log says why, and the session goes on.
+        """
+        with self.host.lock:
+            live.snapped_at = time.monotonic()
+            live.snapshots += 1
+            changes, run = live.changes, live.to_json()
+        path = self.folder.snapshot_path(live.id, live.snapshots)
+        values = {"folder": str(path), "run": run}
+        try:
+            self.dispatcher.tell(Order(kind="snapshot", session=live.id, values=values))
+        except OrderError:
+            return False
+        with self.host.lock:
+            live.snapshot, live.saved_changes = path, changes
+        self.folder.forget_older(path)
+        return True
+
+    def park(self, live: LiveSession) -> None:
+        """Free the place of a session that nobody looks at; on disk where memory is short."""
+        limits, forks = self.host.limits, self.engine.live[live.id].forks
+        more = self.rollout_bytes * (1 + len(forks))
+        to_disk = self.host.parked_bytes() + more > limits.parked_gib * 2**30
+        stale = live.snapshot is None or live.saved_changes != live.changes
+        if stale and (to_disk or limits.snapshot_every > 0):
+            stale = not self.snapshot(live)
+        if to_disk and stale:
+            live.unparkable = True
+            return
+        kind: Any = "close" if to_disk else "park"
+        if not self.dispatcher.attempt(
+            live, lambda: self.dispatcher.tell(Order(kind=kind, session=live.id))
+        ):
+            return
+        with self.host.lock:
+            live.where = "disk" if to_disk else "host"
+            if to_disk:
+                live.forks.clear()
+            if not live.reasons:  # it was taken up in the meantime
+                self.host.wait_again(live)
+            self.host.tell_states()
+
+    def end(self, live: LiveSession, error: str | None, stopped: bool) -> None:
+        """End a session for good; nothing of it is kept."""
+        self._leave(live)
+        self.folder.forget(live.id)
+        if live.listener is not None:
+            self.host.delivery.call(live.listener.on_end, error, stopped)
+
+    def _leave(self, live: LiveSession) -> None:
+        with self.host.lock:
+            if live in self.host.queue:
+                self.host.queue.remove(live)
+            live.where, live.waits = "gone", False
+            self.host.sessions.pop(live.id, None)
+            self.host.tell_states()
+        if live.id in self.engine.live or live.id in self.engine.parked:
+            self.dispatcher.tell(Order(kind="close", session=live.id))
+
+    def drain(self) -> None:
+        """Write every session to disk for the next process, and let all ranks return."""
+        lives = sorted(self.host.sessions.values(), key=lambda live: live.where != "device")
+        for live in lives:
+            stale = live.snapshot is None or live.saved_changes != live.changes
+            kept = self.keeps and live.where in ("device", "host", "disk")
+            if kept and stale and live.where == "host":
+                self.dispatcher.tell(Order(kind="unpark", session=live.id))
+            if kept and stale and live.failed is None and not live.closing:
+                kept = self.snapshot(live)
+            self._leave(live)
+            if not kept or live.closing or live.failed is not None:
+                self.folder.forget(live.id)
+                kept = False
+            if live.listener is not None:
+                text = live.failed or (RESTARTING if kept else STOPPING)
+                self.host.delivery.call(live.listener.on_end, text, live.closing)
+        self.dispatcher.tell(Order(kind="stop"))
+
+
+def _from_disk(kept: Kept) -> LiveSession:
+    run, now = kept.run, time.monotonic()
+    live = LiveSession(
+        id=kept.session,
+        prompt=run["prompt"],
+        seed=run["seed"],
+        num_frames=run["num_frames"],
+        tensors=kept.tensors,
+        listener=None,
+        where="disk",
+        snapshot=kept.snapshot,
+        waits=False,
+        next_frame=run["next_frame"],
+        epoch=run["epoch"] + 1,
+        chunks=run["chunks"],
+        snapshots=kept.number,
+        saves=kept.saves,
+        saved_changes=0,
+        detached_since=now,
+    )
+    live.pause("detached", now)
+    return live

@@ -1,0 +1,156 @@
+"""What rank zero knows of a session beside its rollout: its client, its place and its figures."""
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from flashdreams.infra.session import Command
+from flashdreams.serving.interface import Listener, State
+
+Where = Literal["nowhere", "device", "host", "disk", "gone"]
+Reason = Literal["client", "detached", "idle"]
+
+RATE_S = 5.0
+"""Seconds over which frames per second are counted."""
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """A ``save``, ``fork``, ``rewind`` or ``reset`` that waits for the next chunk border."""
+
+    kind: Literal["save", "fork", "rewind", "reset"]
+    event_id: str | None
+    values: Mapping[str, Any]
+
+    @property
+    def name(self) -> str | None:
+        """Of what is kept."""
+        return self.values.get("name")
+
+
+@dataclass(eq=False)
+class LiveSession:
+    """A session from its opening to its end. The host's lock guards all of it."""
+
+    id: str
+    """Also the resume token: nobody can guess it."""
+    prompt: str | None
+    """Its own; None: the server's."""
+    seed: int
+    num_frames: int | None
+    tensors: dict[str, Tensor]
+    """``text`` and ``image`` that it brought, on the CPU."""
+    listener: Listener | None
+    where: Where = "nowhere"
+    snapshot: Path | None = None
+    """The newest from which it can go on."""
+    reasons: set[Reason] = field(default_factory=set)
+    """Why it is paused; empty: it runs, once it has a place."""
+    closing: bool = False
+    """Its client has ended it."""
+    finished: bool = False
+    """It has all the frames that it was begun for."""
+    unparkable: bool = False
+    """Its place could not be freed."""
+    waits: bool = True
+    """It is in the queue."""
+    told: tuple[State, int] | None = None
+    """State and position that the listener knows."""
+    commands: list[Command] = field(default_factory=list)
+    """Controls and prompts that came before it had a place."""
+    events: int = 0
+    """Controls and prompts since the last chunk began."""
+    failed: str | None = None
+    """Why it has to end, for people."""
+    keepings: deque[Keeping] = field(default_factory=deque)
+    owes_step: bool = False
+    """It makes one chunk although it is paused: it shows something else now."""
+    next_frame: int = 0
+    """Pixel frame of the next picture, counted over resets and rewinds."""
+    epoch: int = 0
+    chunks: int = 0
+    """That were made."""
+    changes: int = 0
+    """AR steps, resets and rewinds."""
+    saved_changes: int = -1
+    """``changes`` of the newest snapshot."""
+    snapshots: int = 0
+    forks: list[str] = field(default_factory=list)
+    saves: list[str] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+    last_input: float = field(default_factory=time.monotonic)
+    idle_since: float | None = None
+    """Since when it is paused; None: it is not."""
+    detached_since: float | None = None
+    snapped_at: float = field(default_factory=time.monotonic)
+    last_turn: float = 0.0
+    step_s: float = 0.0
+    """What an AR step takes, smoothed."""
+    in_flight: int = 0
+    """Chunks that are not on the host yet."""
+    stage_ms: dict[str, float] = field(default_factory=dict)
+    recent: deque[tuple[float, int]] = field(default_factory=deque)
+    """(time, frames) of the last chunks."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether it wants turns now."""
+        if self.where != "device" or self.in_flight or self.closing or self.finished:
+            return False
+        return not self.reasons or self.owes_step
+
+    @property
+    def state(self) -> State:
+        """As its listener and the figures say it."""
+        if self.where == "gone":
+            return "ended"
+        if self.where == "device":
+            return "paused" if self.reasons else "running"
+        return "waiting" if self.waits else "parked"
+
+    def pause(self, reason: Reason, now: float) -> None:
+        """Make no more chunks, for one more reason."""
+        self.reasons.add(reason)
+        if self.idle_since is None:
+            self.idle_since = now
+
+    def go_on(self, *reasons: Reason) -> None:
+        """Take back reasons to be paused."""
+        self.reasons.difference_update(reasons)
+        if not self.reasons:
+            self.idle_since = None
+
+    def note_step(self, taken_s: float, now: float, frames: int) -> None:
+        """Take the time of an AR step whose pictures have arrived on the host."""
+        self.step_s = taken_s if self.step_s == 0.0 else 0.75 * self.step_s + 0.25 * taken_s
+        self.recent.append((now, frames))
+        self._forget(now)
+
+    def frames_per_second(self, now: float) -> float:
+        """Generated over the last seconds."""
+        self._forget(now)
+        if len(self.recent) < 2:
+            return 0.0
+        span = max(now, self.recent[-1][0]) - self.recent[0][0]
+        return sum(frames for _, frames in list(self.recent)[1:]) / span if span > 0 else 0.0
+
+    def _forget(self, now: float) -> None:
+        while self.recent and self.recent[0][0] < now - RATE_S:
+            self.recent.popleft()
+
+    def to_json(self) -> dict[str, Any]:
+        """What a restarted server has to know beside the rollout."""
+        return {
+            "session": self.id,
+            "prompt": self.prompt,
+            "seed": self.seed,
+            "num_frames": self.num_frames,
+            "next_frame": self.next_frame,
+            "epoch": self.epoch,
+            "chunks": self.chunks,
+        }

@@ -1,0 +1,97 @@
+"""The loop of turns: on rank zero's main thread it decides what all ranks do next."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from flashdreams.serving.dispatch import Dispatcher
+from flashdreams.serving.keeper import Keeper
+from flashdreams.serving.turns import IDLE_S, Turns
+from flashdreams.serving.upkeep import Due, next_upkeep
+
+
+class TurnLoop:
+    """Does one thing at a time, on all ranks.
+
+    First what sessions ask for between AR steps, then who comes and goes, then the AR step of the
+    session that is about to run dry. Where nothing is due it waits to be woken.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, keeper: Keeper, turns: Turns) -> None:
+        """Prepare.
+
+        Args:
+            dispatcher: gives the orders.
+            keeper: of what comes between AR steps.
+            turns: the AR steps.
+        """
+        self.host = dispatcher.host
+        self.dispatcher, self.keeper, self.turns = dispatcher, keeper, turns
+
+    def run(self) -> None:
+        """Go on until the host is told to drain; then all is on disk and all ranks return."""
+        while not self.host.draining:
+            self.run_once()
+        self._await_deliveries()
+        self.keeper.drain()
+        self.host.delivery.close()
+
+    def run_once(self) -> None:
+        """Do the next thing, or wait until there may be one."""
+        with self.host.lock:
+            task = self._between_steps()
+        following = task or self.turns.next()
+        if isinstance(following, float):
+            self._wait(following)
+        else:
+            following()
+
+    def _between_steps(self) -> Callable[[], Any] | None:
+        """What comes before the next AR step; the lock is held."""
+        host = self.host
+        for live in host.sessions.values():
+            if live.in_flight:
+                continue
+            if live.failed is not None:
+                return partial(self.keeper.end, live, live.failed, stopped=False)
+            if live.closing or live.finished:
+                return partial(self.keeper.end, live, None, stopped=not live.finished)
+            if live.keepings and live.where == "device":
+                return partial(self.keeper.keep, live)
+        following = host.next_waiting()
+        if following is not None and host.free_places() > 0:
+            return partial(self.keeper.admit, following)
+        due = next_upkeep(host, time.monotonic(), keeps=self.keeper.keeps)
+        return None if due is None else partial(self._maintain, due)
+
+    def _maintain(self, due: Due) -> None:
+        if due.kind == "pause":
+            with self.host.lock:
+                due.live.pause("idle", time.monotonic())
+                self.host.tell_states()
+        elif due.kind == "park":
+            self.keeper.park(due.live)
+        elif due.kind == "snapshot":
+            self.keeper.snapshot(due.live)
+        else:
+            self.keeper.end(due.live, due.reason, stopped=False)
+
+    def _wait(self, seconds: float) -> None:
+        host = self.host
+        with host.lock:
+            idle = not any(live.runs or live.in_flight for live in host.sessions.values())
+        if idle:
+            self.dispatcher.rest()
+        with host.lock:
+            if host.draining or self._between_steps() is not None:
+                return
+            if idle and any(live.runs for live in host.sessions.values()):
+                return
+            host.lock.wait(min(seconds, IDLE_S))
+
+    def _await_deliveries(self) -> None:
+        with self.host.lock:
+            self.host.lock.wait_for(
+                lambda: not any(live.in_flight for live in self.host.sessions.values()), 30.0
+            )

@@ -1,0 +1,69 @@
+"""Prompts of a server: encoded on arrival, in the thread that brings them, and remembered."""
+
+import threading
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashdreams.infra.pipeline import StreamInferencePipeline
+from flashdreams.serving.interface import Refused
+
+REMEMBERED = 64
+"""Prompts whose embeddings are kept."""
+MAX_CHARACTERS = 20_000
+"""Longest prompt."""
+
+
+class Prompts:
+    """Encodes prompts on rank zero, one at a time, outside of AR steps."""
+
+    def __init__(self, pipeline: StreamInferencePipeline) -> None:
+        """Prepare; on rank zero.
+
+        Args:
+            pipeline: loaded.
+        """
+        self.pipeline = pipeline
+        self._known: OrderedDict[str, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def change(self) -> bool:
+        """Whether prompts may differ from the server's own."""
+        released = self.pipeline.config.release_text_encoder
+        return self.pipeline.text_encoder is not None and not released
+
+    def encode(self, text: str) -> Tensor:
+        """Embeddings ``[1, S, text_dim]`` on the CPU.
+
+        Raises:
+            Refused: there is no text encoder, or it does not take this prompt.
+        """
+        if not self.change:
+            raise Refused(
+                "Prompts cannot change here: the server runs without its text encoder, or released "
+                "it. Begin without a prompt."
+            )
+        if not text.strip() or len(text) > MAX_CHARACTERS:
+            raise Refused(
+                f"A prompt has from 1 to {MAX_CHARACTERS} characters; got {len(text.strip())}."
+            )
+        with self._lock:
+            if text not in self._known:
+                self._known[text] = self._encode(text)
+                while len(self._known) > REMEMBERED:
+                    self._known.popitem(last=False)
+            self._known.move_to_end(text)
+            return self._known[text]
+
+    def _encode(self, text: str) -> Tensor:
+        try:
+            with torch.no_grad():
+                encoded: Any = self.pipeline.encode_prompts([text])
+        except ValueError as error:
+            raise Refused(str(error)) from error
+        if not bool(torch.isfinite(encoded).all()):
+            raise Refused("This prompt has embeddings that are not finite; choose other words.")
+        return encoded.detach().cpu()

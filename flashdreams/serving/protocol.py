@@ -1,0 +1,376 @@
+"""Messages of a live session over a WebSocket, field by field.
+
+``session.start``, ``session.interaction``, ``session.ping``, ``session.stop`` and what answers them
+are those that clients of ``/v1/realtime/video`` speak already; the others are this server's own.
+Every ``video.chunk_metadata`` is followed at once by one binary frame of ``byte_length`` bytes.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+Name = Annotated[str, Field(pattern=r"^[\w-]{1,64}$")]
+EventId = Annotated[str, Field(min_length=1, max_length=128)]
+Text = Annotated[str, Field(max_length=20_000)]
+
+
+class _Message(BaseModel):
+    """Unknown fields are let through: clients of later versions may send more."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+# ---------------------------------------------------------------- client to server
+
+
+class ImageReference(_Message):
+    """The first frame."""
+
+    image_url: str
+    """``data:image/...;base64,...``; an ``https`` address only where the server allows it."""
+
+
+class SessionStart(_Message):
+    """Begin a session. What is absent or None takes the server's value."""
+
+    type: Literal["session.start"]
+    model: str | None = None
+    """The slug that is served."""
+    prompt: Text | None = None
+    format: Literal["m4s", "jpeg"] = "m4s"
+    """``"m4s"``: fragmented MP4 with H.264. ``"jpeg"``: one picture a binary frame."""
+    width: int | None = None
+    height: int | None = None
+    fps: float | None = None
+    num_frames: Annotated[int, Field(ge=1)] | None = None
+    """Pixel frames after which the session is done; None goes on until it is stopped."""
+    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    extra_params: dict[str, Any] = {}
+    image_reference: ImageReference | None = None
+
+
+class SessionResume(_Message):
+    """Take up a session whose socket was lost."""
+
+    type: Literal["session.resume"]
+    token: str
+    """From ``video.start``."""
+    from_frame: Annotated[int, Field(ge=0)] = 0
+    """The first pixel frame that was not shown; what is kept is sent from there on."""
+    format: Literal["m4s", "jpeg"] = "m4s"
+
+
+class CameraData(_Message):
+    """A motion or a pose."""
+
+    translation: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    rotation: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 1.0)
+    """Quaternion x, y, z, w."""
+
+
+class CameraMotion(_Message):
+    """A camera in metres and unit quaternions: +x right, +y up, +z forward."""
+
+    mode: Literal["velocity", "target"]
+    """``"velocity"`` holds a motion per frame until replaced; ``"target"`` moves to a pose."""
+    data: CameraData
+
+
+class MultiModalData(_Message):
+    """What an event carries beside text."""
+
+    camera: CameraMotion | None = None
+
+
+class InteractionEvent(_Message):
+    """A change of the prompt, of the camera, or of both."""
+
+    prompt: Text | None = None
+    multi_modal_data: MultiModalData | None = None
+
+
+class Interaction(_Message):
+    """An event with its identifier."""
+
+    event_id: EventId
+    event: InteractionEvent
+    transition_chunks: Annotated[int, Field(ge=0, le=64)] | None = None
+    """Chunks over which a ``"target"`` is reached; None is one."""
+
+
+class SessionInteraction(_Message):
+    """Change the prompt or the camera."""
+
+    type: Literal["session.interaction"]
+    request_id: str | None = None
+    interaction: Interaction
+
+
+class SessionControl(_Message):
+    """What the controller accepts: held keys, pointer motion, sliders."""
+
+    type: Literal["session.control"]
+    event_id: EventId | None = None
+    values: dict[str, Any]
+    """As ``controls`` of ``video.start`` describes."""
+
+
+class SessionPause(_Message):
+    """Stop or go on at the next chunk border."""
+
+    type: Literal["session.pause"]
+    paused: bool = True
+
+
+class SessionReset(_Message):
+    """Begin the rollout again."""
+
+    type: Literal["session.reset"]
+    event_id: EventId | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+
+
+class SessionKeep(_Message):
+    """Keep the state under a name: ``save`` on disk, ``fork`` on the device; or go back to it."""
+
+    type: Literal["session.save", "session.fork", "session.rewind"]
+    event_id: EventId | None = None
+    name: Name
+
+
+class SessionShown(_Message):
+    """A receipt: frames up to this one were shown."""
+
+    type: Literal["session.shown"]
+    frame: Annotated[int, Field(ge=0)]
+    key_to_photon_ms: list[Annotated[float, Field(ge=0, le=600_000)]] = Field([], max_length=64)
+    """From an input event to the display of the first frame of the chunk that it acted in."""
+    dropped: Annotated[int, Field(ge=0)] = 0
+    """Frames that the client left out since its last receipt."""
+
+
+class SessionKey(_Message):
+    """Make the next picture a key picture: decoding can begin there, and so a recording."""
+
+    type: Literal["session.key"]
+
+
+class SessionPing(_Message):
+    """Keep the session from being taken for dead."""
+
+    type: Literal["session.ping"]
+
+
+class SessionStop(_Message):
+    """End the session."""
+
+    type: Literal["session.stop"]
+
+
+ClientMessage = Annotated[
+    SessionStart
+    | SessionResume
+    | SessionInteraction
+    | SessionControl
+    | SessionPause
+    | SessionReset
+    | SessionKeep
+    | SessionShown
+    | SessionKey
+    | SessionPing
+    | SessionStop,
+    Field(discriminator="type"),
+]
+"""Whatever a client may send."""
+
+# ---------------------------------------------------------------- server to client
+
+
+class StartConfig(_Message):
+    """The values that a session runs with."""
+
+    model: str
+    """The slug that is served."""
+    prompt: str | None
+    """None where the model takes none."""
+    width: int
+    """Pixels."""
+    height: int
+    """Pixels."""
+    fps: float
+    """Pictures that are shown a second."""
+    seed: int
+    """Of the noise."""
+    num_frames: int | None
+    """Pixel frames after which the session is done; None: it goes on until it is stopped."""
+    num_inference_steps: int
+    """Denoising steps."""
+    guidance_scale: float | None
+    """None: without guidance."""
+
+
+class VideoStart(_Message):
+    """The session has begun, or goes on."""
+
+    type: Literal["video.start"] = "video.start"
+    request_id: str
+    format: Literal["m4s", "jpeg"]
+    config: StartConfig
+    token: str
+    """For ``session.resume``."""
+    resumed: bool = False
+    first_frame: int = 0
+    """Pixel frame of the first picture that follows."""
+    codec: str | None = None
+    """As browsers name it, such as ``"avc1.42c01f"``; None for pictures."""
+    controls: dict[str, Any] | None
+    """JSON Schema of ``values`` of ``session.control``; None: nothing is controlled."""
+    prompts_change: bool
+    """Whether ``session.interaction`` may carry a prompt."""
+    commands: list[str]
+    """The messages for keeping and resetting that this session takes."""
+    saved: list[str] = []
+    """Names that ``session.rewind`` takes."""
+
+
+class VideoQueued(_Message):
+    """All places are taken; the session begins when one is free."""
+
+    type: Literal["video.queued"] = "video.queued"
+    request_id: str
+    position: int
+    """1 is next."""
+
+
+class VideoChunk(_Message):
+    """What the next binary frame holds."""
+
+    type: Literal["video.chunk_metadata"] = "video.chunk_metadata"
+    request_id: str
+    kind: Literal["media"] = "media"
+    transport_chunk_index: int
+    """Counts the binary frames of this socket."""
+    generation_chunk_index: int
+    """The AR step that made it."""
+    num_frames: int
+    byte_length: int
+    started_event_ids: list[str] = []
+    active_event_ids: list[str] = []
+    completed_event_ids: list[str] = []
+    first_frame: int
+    """Pixel frame of the first picture in it, counted from the beginning of the session's video."""
+    key: bool = True
+    """Whether decoding can begin here."""
+    epoch: int = 0
+    """Raised by reset and rewind: nothing of an earlier epoch is worth showing any more."""
+
+
+class Queued(_Message):
+    """An event was accepted and not yet applied."""
+
+    type: Literal["session.interaction.queued"] = "session.interaction.queued"
+    request_id: str
+    event_id: str
+
+
+class Applied(_Message):
+    """Events act from this chunk on."""
+
+    type: Literal["session.interaction.applied"] = "session.interaction.applied"
+    request_id: str
+    event_ids: list[str]
+    generation_chunk_index: int
+    first_frame: int
+
+
+class Kept(_Message):
+    """A ``save``, ``fork``, ``rewind`` or ``reset`` was carried out."""
+
+    type: Literal["session.kept"] = "session.kept"
+    request_id: str
+    event_id: str | None
+    command: Literal["save", "fork", "rewind", "reset"]
+    name: str | None
+    saved: list[str]
+
+
+class Status(_Message):
+    """Figures, about once a second."""
+
+    type: Literal["session.status"] = "session.status"
+    request_id: str
+    state: Literal["running", "paused", "parked", "waiting"]
+    frames_per_second: float
+    """Generated over the last seconds."""
+    chunk_ms: dict[str, float]
+    """Milliseconds of the last chunk by stage."""
+    key_to_photon_p50_ms: float | None
+    key_to_photon_p99_ms: float | None
+    unshown_frames: int
+    """Sent and not yet receipted."""
+    sessions: int
+    """That share the device."""
+    queued: int
+    device_bytes: int | None
+    """In use on the device; None on a CPU."""
+    host_bytes: int
+
+
+class Pong(_Message):
+    """Answers a ping."""
+
+    type: Literal["session.pong"] = "session.pong"
+
+
+class Done(_Message):
+    """The session is over."""
+
+    type: Literal["session.done"] = "session.done"
+    request_id: str
+    chunks: int
+    stopped: bool
+    """Whether it was stopped, rather than having reached ``num_frames``."""
+
+
+class Error(_Message):
+    """Something failed; unless the socket closes, the stream goes on."""
+
+    type: Literal["error"] = "error"
+    message: str
+    code: Literal[
+        "bad_message",
+        "unauthorized",
+        "not_allowed",
+        "interaction_failed",
+        "queue_full",
+        "unknown_session",
+        "timeout",
+        "too_slow",
+        "session_failed",
+        "not_ready",
+        "draining",
+    ]
+    request_id: str | None = None
+    event_id: str | None = None
+    allowed: Any = None
+    """The values that would have been taken."""
+
+
+ServerMessage = Annotated[
+    VideoStart | VideoQueued | VideoChunk | Queued | Applied | Kept | Status | Pong | Done | Error,
+    Field(discriminator="type"),
+]
+"""Whatever the server may send as text."""
+
+CLIENT_MESSAGE: TypeAdapter[Any] = TypeAdapter(ClientMessage)
+SERVER_MESSAGE: TypeAdapter[Any] = TypeAdapter(ServerMessage)
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of all messages of both directions."""
+    return {
+        "client": CLIENT_MESSAGE.json_schema(),
+        "server": SERVER_MESSAGE.json_schema(mode="serialization"),
+    }

@@ -1,0 +1,76 @@
+"""Control logs: what a user did in a live session, and when."""
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashdreams.serving.client import LiveClient
+
+
+@dataclass(frozen=True)
+class Logged:
+    """One message of a control log."""
+
+    at: float
+    """Seconds after the first picture."""
+    message: Mapping[str, Any]
+    """Of the protocol; events get identifiers of their own."""
+
+
+def read_log(path: Path) -> list[Logged]:
+    """Read a control log: JSON lines such as ``{"t": 1.5, "keys": "w"}``.
+
+    A line with ``"type"`` is a message of the protocol; of any other, all but ``"t"`` are the
+    values of a ``session.control``.
+
+    Raises:
+        ValueError: a line is none of these; names it.
+        OSError: the file cannot be read.
+    """
+    return [
+        parse_line(line, f"{path}, line {number}")
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1)
+        if line.strip()
+    ]
+
+
+def parse_line(line: str, place: str) -> Logged:
+    """One line of a control log.
+
+    Args:
+        line: JSON.
+        place: of the line, for an error.
+
+    Raises:
+        ValueError: it is no such line.
+    """
+    try:
+        fields = json.loads(line)
+        at = float(fields.pop("t"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{place}: wanted JSON such as {{"t": 1.5, "keys": "w"}}.') from error
+    if not 0 <= at < float("inf"):
+        raise ValueError(f'{place}: "t" is in seconds after the first picture; got {at}.')
+    if "type" not in fields:
+        fields = {"type": "session.control", "values": fields}
+    return Logged(at, fields)
+
+
+async def replay(client: LiveClient, log: Sequence[Logged], begin: float) -> None:
+    """Send the messages of a log when they are due.
+
+    Args:
+        client: of a session that has begun.
+        log: in any order.
+        begin: ``time.monotonic`` of the first picture.
+    """
+    for number, logged in enumerate(sorted(log, key=lambda logged: logged.at)):
+        await asyncio.sleep(max(0.0, begin + logged.at - time.monotonic()))
+        message = dict(logged.message)
+        if message["type"] == "session.control":
+            message["event_id"] = f"log-{number}"
+        await client.send(message)

@@ -1,0 +1,132 @@
+"""What a server keeps of its sessions on disk, so that another process goes on with them."""
+
+import logging
+import re
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flashdreams.infra.identity import describe_config, hash_weights
+from flashdreams.infra.snapshot import remove_unfinished
+from flashdreams.infra.snapshot_header import SnapshotError, check_identity, read_header
+
+logger = logging.getLogger(__name__)
+
+_SESSION = re.compile(r"[\w-]{16,64}")
+_SNAPSHOT = re.compile(r"state-(\d{8})")
+_OPENING = "opening.safetensors"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A session that an earlier process has left."""
+
+    session: str
+    snapshot: Path
+    """The newest that is whole."""
+    number: int
+    """Of the snapshot."""
+    run: dict[str, Any]
+    """From `flashdreams.serving.live.LiveSession.to_json`."""
+    tensors: dict[str, Tensor]
+    """That the session began with."""
+    saves: list[str]
+    """Names of its own snapshots."""
+
+
+class SessionFolder:
+    """``<state_dir>/<session>``: its newest snapshot ``state-<n>``, what it began with, ``saves``.
+
+    On rank zero. A session's name is its token, so nobody else may list the folder.
+    """
+
+    def __init__(self, root: Path, pipeline: Any) -> None:
+        """Make the folder.
+
+        Args:
+            root: the folder.
+            pipeline: config of the one that serves; snapshots of others are left alone.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        self.root = root
+        self._pipeline = pipeline
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def snapshot_path(self, session: str, number: int) -> Path:
+        """Where a snapshot goes."""
+        return self.root / session / f"state-{number:08d}"
+
+    def keep_opening(self, session: str, tensors: dict[str, Tensor]) -> None:
+        """Write what a session began with, for a reset after a restart."""
+        if tensors:
+            from safetensors.torch import save_file
+
+            folder = self.root / session
+            folder.mkdir(exist_ok=True, mode=0o700)
+            save_file({n: x.contiguous() for n, x in tensors.items()}, folder / _OPENING)
+
+    def forget_older(self, newest: Path) -> None:
+        """Delete the snapshots of a session but its newest."""
+        for path in newest.parent.iterdir():
+            if _SNAPSHOT.fullmatch(path.name) and path != newest:
+                self._remove(path)
+
+    def forget(self, session: str) -> None:
+        """Delete all that is kept of a session."""
+        self._remove(self.root / session)
+
+    def find(self) -> list[Kept]:
+        """The sessions that can be gone on with.
+
+        What is damaged, or of another method, is said and stays as it is.
+        """
+        remove_unfinished(self.root)
+        self._identity = describe_config(self._pipeline), hash_weights(self._pipeline)
+        found = []
+        for folder in sorted(self.root.iterdir()):
+            if _SESSION.fullmatch(folder.name) and folder.is_dir():
+                remove_unfinished(folder)
+                remove_unfinished(folder / "saves")
+                kept = self._read(folder)
+                found += [] if kept is None else [kept]
+        return found
+
+    def _read(self, folder: Path) -> Kept | None:
+        names = [path.name for path in folder.iterdir() if _SNAPSHOT.fullmatch(path.name)]
+        saves = folder / "saves"
+        for name in sorted(names, reverse=True):  # the newest first
+            try:
+                header = read_header(folder / name)
+                check_identity(header, *self._identity, folder / name)
+                run = dict(header.run)
+                if run["session"] != folder.name:
+                    raise SnapshotError("it is of another session")
+                return Kept(
+                    session=folder.name,
+                    snapshot=folder / name,
+                    number=int(name.removeprefix("state-")),
+                    run=run,
+                    tensors=_read_opening(folder / _OPENING),
+                    saves=sorted(p.name for p in saves.iterdir()) if saves.is_dir() else [],
+                )
+            except (SnapshotError, OSError, LookupError) as error:
+                logger.warning("A session cannot be gone on with: %s", error)
+        return None
+
+    def _remove(self, path: Path) -> None:
+        if path.exists():
+            dying = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+            path.rename(dying)
+            shutil.rmtree(dying, ignore_errors=True)
+
+
+def _read_opening(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path) if path.is_file() else {}

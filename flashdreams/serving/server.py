@@ -1,0 +1,170 @@
+"""A method that is served, assembled on every rank from its runner."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from flashdreams.infra.controller import Controller
+from flashdreams.infra.diffusion.transformer import Transformer
+from flashdreams.infra.pipeline import StreamInferencePipeline
+from flashdreams.infra.runner import Runner
+from flashdreams.parallel.messages import MessageChannel
+from flashdreams.serving.admission import Trial, count_places, try_session
+from flashdreams.serving.dispatch import Dispatcher
+from flashdreams.serving.engine import SessionEngine
+from flashdreams.serving.host import LiveHost
+from flashdreams.serving.interface import Offer
+from flashdreams.serving.keeper import Keeper
+from flashdreams.serving.limits import ServingLimits
+from flashdreams.serving.loop import TurnLoop
+from flashdreams.serving.prompts import Prompts
+from flashdreams.serving.restart import SessionFolder
+from flashdreams.serving.turns import Turns
+
+
+def check_served(config: Any) -> None:
+    """Refuse a method that cannot be served; asked before anything is loaded.
+
+    Raises:
+        ValueError: says what its runner lacks.
+    """
+    kind, name = getattr(config, "_target", None), getattr(config, "runner_name", "it")
+    if not isinstance(kind, type) or not issubclass(kind, Runner):
+        raise ValueError(f"{name}: a served method has a runner made of flashdreams' Runner.")
+    own_run = kind.run is not Runner.run
+    if own_run and kind.conditions is Runner.conditions and kind.controller is Runner.controller:
+        raise ValueError(
+            f"{name} cannot be served: {kind.__name__} defines run() alone, which nobody can "
+            "steer. Give it conditions(), which returns the keywords of "
+            "pipeline.initialize_cache, and controller(), which returns a Controller or None."
+        )
+
+
+class Server:
+    """The sessions of one method on this rank; on rank zero with their host.
+
+    ``host`` is for the web side; it is None on other ranks.
+    """
+
+    def __init__(self, runner: Runner[Any, Any], limits: ServingLimits) -> None:
+        """Try a session and prepare for others; a collective call.
+
+        Args:
+            runner: set up; its recorder is taken off.
+            limits: of the server.
+
+        Raises:
+            ValueError: there is no room for the sessions that are asked for, or the method needs a
+                control input and its runner has no controller.
+            OSError: the folder of snapshots cannot be made.
+        """
+        self.runner = runner
+        runner.serve()
+        pipeline, config = runner.pipeline, runner.config
+        controller = runner.controller()
+        if pipeline.encoder is not None and controller is None:
+            raise ValueError(
+                f"{config.runner_name} cannot be served as it is set: its AR steps need a control "
+                f"input, and {type(runner).__name__}.controller() returns None."
+            )
+        own = runner.conditions()
+        conditions = encode_texts(pipeline, own)
+        channel = MessageChannel(runner.environment.store)
+        self.trial = try_session(pipeline, conditions, controller, channel)
+        pool = pipeline.diffusion_model.pool
+        places = count_places(
+            self.trial, pipeline.target_device, limits.max_sessions, pool.size if pool else 0
+        )
+        folder = limits.state_dir or config.output_dir / f"serve_{config.runner_name}"
+        self.engine = SessionEngine(
+            pipeline, conditions, runner.controller, channel, folder, config.seed
+        )
+        self.host: LiveHost | None = None
+        if runner.is_rank_zero:
+            prompts = Prompts(pipeline)
+            offer = make_offer(runner, own, self.trial, prompts.change, controller)
+            self.host = LiveHost(offer, limits, places, prompts, controller, pipeline.target_device)
+            self.host.engine_of = self.engine.session
+            self.host.parked_bytes = lambda: sum(
+                parked.nbytes for parked in list(self.engine.parked.values())
+            )
+            dispatcher = Dispatcher(self.host, self.engine)
+            keeper = Keeper(
+                dispatcher,
+                SessionFolder(folder, pipeline.config),
+                self.trial.rollout_bytes,
+                keeps=self.trial.keeps and streams(pipeline),
+            )
+            keeper.take_over()  # before a client can ask for its session
+            self._loop = TurnLoop(dispatcher, keeper, Turns(dispatcher, streams=streams(pipeline)))
+
+    def run(self) -> None:
+        """Serve until the host is told to drain; a collective call."""
+        if self.host is None:
+            self.engine.follow()
+        else:
+            self._loop.run()
+
+    def drain(self) -> None:
+        """Let ``run`` return once all sessions are on disk; other ranks follow rank zero."""
+        if self.host is not None:
+            self.host.drain()
+
+
+def streams(pipeline: StreamInferencePipeline) -> bool:
+    """Whether a method makes its video chunk by chunk; if not, a session has one chunk."""
+    return bool(getattr(pipeline.diffusion_model.transformer.config, "streaming", True))
+
+
+def encode_texts(
+    pipeline: StreamInferencePipeline, conditions: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Conditions whose prompts are embeddings, so that no session encodes them; collective."""
+    encoder = pipeline.context_encoder
+    found = dict(conditions)
+    for name in ("text", "negative_text"):
+        if found.get(name) is not None:
+            found[name] = encoder.encode_text(found[name])
+    return found
+
+
+def make_offer(
+    runner: Runner[Any, Any],
+    conditions: Mapping[str, Any],
+    trial: Trial,
+    prompts_change: bool,
+    controller: Controller | None,
+) -> Offer:
+    """What is served.
+
+    Args:
+        runner: of the method.
+        conditions: that its sessions begin with, before encoding.
+        trial: of one session.
+        prompts_change: whether other prompts can be encoded.
+        controller: of its sessions.
+    """
+    pipeline, config = runner.pipeline, runner.config
+    model = pipeline.diffusion_model
+    text = conditions.get("text")
+    prompt = None if text is None or isinstance(text, Tensor) else text[0]
+    updates = type(model.transformer).update_context is not Transformer.update_context
+    going_on = streams(pipeline)
+    kept = ("save", "fork", "rewind") if trial.keeps else ()
+    has_image_encoder = pipeline.image_encoder is not None and model.config.begins_with_image
+    return Offer(
+        model=config.runner_name,
+        width=trial.width,
+        height=trial.height,
+        fps=float(config.fps),
+        seed=config.seed,
+        prompt=prompt,
+        num_inference_steps=len(model.scheduler.timesteps),
+        guidance_scale=model.config.guidance_scale,
+        controls=None if controller is None else controller.accepts(),
+        prompts_change=prompts_change and updates and text is not None and going_on,
+        takes_image="image" in conditions or has_image_encoder,
+        commands=(*kept, "reset") if going_on else (),
+        chunk_frames=trial.chunk_frames,
+    )

@@ -1,0 +1,139 @@
+"""AR steps: whose turn it is, and how its pictures come to the client."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from flashdreams.infra.session import Session, Step
+from flashdreams.serving.delivery import Pictures
+from flashdreams.serving.dispatch import Dispatcher
+from flashdreams.serving.interface import Chunk, Listener
+from flashdreams.serving.live import LiveSession
+from flashdreams.serving.orders import Order
+from flashdreams.serving.schedule import Candidate, choose
+
+MAX_IN_FLIGHT = 2
+"""AR steps that the device may have before it: one that runs and one behind it."""
+IDLE_S = 0.25
+"""How long nobody wants a turn, before it is asked again."""
+
+logger = logging.getLogger(__name__)
+
+
+class Turns:
+    """Gives the next turn to the session that is about to run dry; on rank zero's main thread."""
+
+    def __init__(self, dispatcher: Dispatcher, *, streams: bool) -> None:
+        """Prepare.
+
+        Args:
+            dispatcher: gives the orders.
+            streams: whether sessions go on after their first chunk.
+        """
+        self.dispatcher, self.host = dispatcher, dispatcher.host
+        self._streams = streams
+        self._delivered_at = 0.0
+
+    def next(self) -> Callable[[], Any] | float:
+        """The AR step that is due, or for how many seconds none is."""
+        with self.host.lock:
+            lives = {live.id: live for live in self.host.sessions.values() if live.runs}
+            in_flight = sum(live.in_flight for live in self.host.sessions.values())
+        if not lives or in_flight >= MAX_IN_FLIGHT:
+            return IDLE_S
+        candidates = [
+            Candidate(live.id, _unshown_s(live.listener), live.step_s, live.last_turn)
+            for live in lives.values()
+        ]
+        choice = choose(
+            [c for c in candidates if math.isfinite(c.unshown_s)], self.host.limits.margin_ms / 1e3
+        )
+        if choice is None:
+            return IDLE_S
+        live = lives[choice.session]
+        return choice.wait_s or partial(self.dispatcher.attempt, live, partial(self._step, live))
+
+    def _step(self, live: LiveSession) -> None:
+        session = self.dispatcher.engine.live[live.id]
+        with self.host.lock:
+            turn = session.next_turn()
+            live.events = 0
+            live.last_turn = began = time.monotonic()
+        step = self.dispatcher.tell(Order.of_turn(turn))
+        applied = tuple(command.id for command in turn.commands if command.id)
+        self._send(live, session, step, applied, began)
+
+    def _send(
+        self,
+        live: LiveSession,
+        session: Session,
+        step: Step,
+        applied: tuple[str, ...],
+        began: float,
+    ) -> None:
+        """Have the pictures of a step delivered."""
+        assert step.chunk is not None, "rank zero decodes"
+        pictures, frames = Pictures(step.chunk), step.chunk.shape[1]
+        with self.host.lock:
+            live.stage_ms = _stage_ms(session)
+            if live.num_frames is not None:
+                frames = min(frames, live.num_frames - live.next_frame)
+            described: dict[str, Any] = {
+                "session": live.id,
+                "index": step.autoregressive_index,
+                "epoch": live.epoch,
+                "first_frame": live.next_frame,
+                "applied": applied,
+                "stage_ms": dict(live.stage_ms),
+            }
+            live.next_frame += frames
+            live.chunks += 1
+            live.changes += 1
+            live.in_flight += 1
+            live.owes_step = False
+            live.finished = not self._streams or live.next_frame == live.num_frames
+            self.host.steps += 1
+            listener = live.listener
+
+        def deliver() -> None:
+            pixels, error = pictures.wait()[:frames], step.cache.finite.read()
+            now = time.monotonic()
+            try:
+                if listener is not None and error is None:
+                    listener.on_chunk(Chunk(frames=pixels, finished_at=now, **described))
+            finally:
+                self._note_arrival(live, began, now, frames, error)
+
+        self.host.delivery.call(deliver)
+
+    def _note_arrival(
+        self, live: LiveSession, began: float, now: float, frames: int, error: str | None
+    ) -> None:
+        with self.host.lock:
+            live.in_flight -= 1
+            live.failed = live.failed or error
+            live.note_step(now - max(began, self._delivered_at), now, frames)
+            self._delivered_at = now
+            self.host.lock.notify_all()
+
+
+def _unshown_s(listener: Listener | None) -> float:
+    """How long a client's pictures last; a listener that fails to say it gets no more."""
+    try:
+        return 0.0 if listener is None else max(0.0, listener.unshown_seconds())
+    except Exception:
+        logger.exception("A listener failed; its session stands still.")
+        return math.inf
+
+
+def _stage_ms(session: Session) -> dict[str, float]:
+    """Times of the last AR step that has all of them."""
+    timer = session.cache.timer
+    for record in reversed(timer.records[-3:]):
+        if timer.has_all_times(record):
+            ending = "_ms"
+            return {k.removesuffix(ending): v for k, v in record.items() if k.endswith(ending)}
+    return {}

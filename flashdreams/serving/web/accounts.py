@@ -1,0 +1,208 @@
+"""The sessions that the web side knows of, and what opens them."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from flashdreams.serving.interface import Full, Host, Offer, Opening, Refused
+from flashdreams.serving.protocol import Error, ImageReference, SessionStart, StartConfig
+from flashdreams.serving.web.feed import Feed
+from flashdreams.serving.web.gate import Gate, for_clients
+from flashdreams.serving.web.images import image_of
+from flashdreams.serving.web.metrics import Metrics
+from flashdreams.serving.web.settings import WebSettings
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+INTERNAL = "Something failed in the server; its log says what."
+
+
+class Denied(Exception):
+    """A request that is answered by an error message."""
+
+    def __init__(self, error: Error) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+@dataclass
+class Session:
+    """One session, as the web side knows it."""
+
+    id: str
+    feed: Feed
+    config: StartConfig
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a socket takes it up, or a request steps it."""
+
+
+class Accounts:
+    """All sessions of a server; belongs to the event loop's thread."""
+
+    def __init__(self, gate: Gate, settings: WebSettings, metrics: Metrics) -> None:
+        """Begin without sessions."""
+        self.gate, self.settings, self.metrics = gate, settings, metrics
+        self.sessions: dict[str, Session] = {}
+        self.conversations: set[Any] = set()
+        """Of the sockets that are open."""
+
+    async def finish_all(self, patience_s: float) -> None:
+        """Let all sockets end behind what waits for them.
+
+        Args:
+            patience_s: after which those that are still open are left to themselves.
+        """
+        for conversation in self.conversations:
+            conversation.outlet.finish()
+        end = time.monotonic() + patience_s
+        while self.conversations and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+
+    def host(self) -> Host:
+        """The loop.
+
+        Raises:
+            Denied: there is none yet, or not any more.
+        """
+        host = self.gate.host
+        if host is None:
+            raise Denied(self.absence())
+        return host
+
+    def absence(self) -> Error:
+        """Why there is no loop."""
+        stops = self.gate.phase == "draining"
+        return Error(message=self.gate.words(), code="draining" if stops else "not_ready")
+
+    async def open(self, start: SessionStart, feed: Feed) -> Session:
+        """Open a session.
+
+        Raises:
+            Denied: it is not served like that, or there is no place.
+        """
+        host = self.host()
+        check_allowed(start, host.offer)
+        image = start.image_reference
+        opening = Opening(
+            prompt=start.prompt,
+            seed=start.seed,
+            num_frames=start.num_frames,
+            image=None if image is None else await self._image(image, host.offer),
+        )
+        feed.num_frames = start.num_frames
+        id = await answered(host.open, opening, feed)
+        self.forget_ended()
+        self.sessions[id] = session = Session(id, feed, config_of(start, host.offer))
+        return session
+
+    async def find(self, id: str) -> Session:
+        """A session by its token; one that a server before this one had gets a new feed.
+
+        Raises:
+            Denied: there is none.
+        """
+        host = self.host()
+        self.forget_ended()
+        session = self.sessions.get(id)
+        if session is None:
+            feed = Feed(host.offer, self.settings, self.metrics)
+            session = Session(id, feed, config_of(SessionStart(type="session.start"), host.offer))
+        return session
+
+    async def reap(self) -> None:
+        """Let go of what nobody comes back for, again and again."""
+        while True:
+            await asyncio.sleep(self.settings.reap_s)
+            self.forget_ended()
+            for session in self.sessions.values():
+                session.feed.let_go()
+
+    def forget_ended(self) -> None:
+        """Let go of sessions that have ended and whose last pictures nobody comes for."""
+        for id in [id for id, session in self.sessions.items() if session.feed.abandoned]:
+            del self.sessions[id]
+
+    def forget(self, session: Session) -> None:
+        """Let go of a session."""
+        self.sessions.pop(session.id, None)
+
+    async def _image(self, reference: ImageReference, offer: Offer) -> Any:
+        return await answered(image_of, reference.image_url, offer, self.settings)
+
+
+async def answered(function: Callable[..., T], *arguments: Any) -> T:
+    """Call what may take its time, in a thread.
+
+    Raises:
+        Denied: it was refused, or has failed.
+    """
+    return await denying(asyncio.to_thread(function, *arguments))
+
+
+async def denying(call: Awaitable[T]) -> T:
+    """Await a call of the loop.
+
+    Raises:
+        Denied: it was refused, or has failed.
+    """
+    try:
+        return await call
+    except Full as error:
+        raise Denied(Error(message=for_clients(str(error)), code="queue_full")) from error
+    except Refused as error:
+        raise Denied(Error(message=for_clients(str(error)), code="not_allowed")) from error
+    except Exception as error:
+        logger.exception("a client's request has failed")
+        raise Denied(Error(message=INTERNAL, code="session_failed")) from error
+
+
+def check_allowed(start: SessionStart, offer: Offer) -> None:
+    """Refuse values that this server does not serve.
+
+    Raises:
+        Denied: with all the values that would have been taken.
+    """
+    allowed = {
+        "model": offer.model,
+        "width": offer.width,
+        "height": offer.height,
+        "fps": offer.fps,
+        "num_inference_steps": offer.num_inference_steps,
+        "guidance_scale": offer.guidance_scale,
+    }
+    wrong = {
+        name: wanted
+        for name, value in allowed.items()
+        if (wanted := getattr(start, name)) is not None and wanted != value
+    }
+    if wrong:
+        asked = ", ".join(f"{name}={wanted!r}" for name, wanted in wrong.items())
+        served = ", ".join(f"{name}={allowed[name]!r}" for name in wrong)
+        raise Denied(
+            Error(
+                message=f"Not served here: {asked}. This server has {served}; leave out what does "
+                "not matter.",
+                code="not_allowed",
+                allowed=allowed,
+            )
+        )
+
+
+def config_of(start: SessionStart, offer: Offer) -> StartConfig:
+    """The values that a session runs with."""
+    return StartConfig(
+        model=offer.model,
+        prompt=offer.prompt if start.prompt is None else start.prompt,
+        width=offer.width,
+        height=offer.height,
+        fps=offer.fps,
+        seed=offer.seed if start.seed is None else start.seed,
+        num_frames=start.num_frames,
+        num_inference_steps=offer.num_inference_steps,
+        guidance_scale=offer.guidance_scale,
+    )

@@ -1,0 +1,148 @@
+"""The ASGI application: page, WebSocket, HTTP."""
+
+import asyncio
+import contextlib
+import logging
+import time
+import urllib.parse
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, WebSocket
+from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response
+from fastapi.staticfiles import StaticFiles
+
+import flashdreams
+from flashdreams.serving.interface import Host
+from flashdreams.serving.protocol import schema
+from flashdreams.serving.web.accounts import INTERNAL, Accounts
+from flashdreams.serving.web.conversation import Conversation
+from flashdreams.serving.web.gate import Gate
+from flashdreams.serving.web.guard import Guard, GuardedApp, TooLarge, cookie_name
+from flashdreams.serving.web.metrics import CONTENT_TYPE, Metrics
+from flashdreams.serving.web.models import add_models
+from flashdreams.serving.web.sessions import add_sessions
+from flashdreams.serving.web.settings import WebSettings
+
+PAGE = Path(__file__).resolve().parents[1] / "page"
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(host: Host | Gate, settings: WebSettings) -> FastAPI:
+    """The application of one server.
+
+    Args:
+        host: the loop of turns, or the gate behind which it will be.
+        settings: addresses and limits.
+    """
+    gate = host if isinstance(host, Gate) else Gate(host)
+    metrics, guard = Metrics(gate), Guard(settings)
+    accounts = Accounts(gate, settings, metrics)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        reapers = [asyncio.create_task(each.reap()) for each in (app.state.steppers, accounts)]
+        yield
+        for reaper in reapers:
+            reaper.cancel()
+
+    app = FastAPI(
+        title="flashdreams",
+        version=flashdreams.__version__,
+        description="Live sessions of an autoregressive video model. The messages of "
+        "`WS /v1/realtime/video` are described by `/v1/schema`.",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.state.accounts = accounts
+    app.state.guard = guard
+    app.add_middleware(GuardedApp, guard=guard)
+    _add_probes(app, gate, metrics)
+    add_models(app, gate)
+    app.state.steppers = add_sessions(app, accounts)
+    _add_socket(app, accounts, guard)
+    _add_page(app, settings)
+    _add_errors(app)
+    return app
+
+
+def _add_probes(app: FastAPI, gate: Gate, metrics: Metrics) -> None:
+    @app.get("/healthz", tags=["server"])
+    async def healthz() -> dict[str, str]:
+        """The web side answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", tags=["server"], responses={503: {"description": "Not ready."}})
+    async def readyz() -> JSONResponse:
+        """Whether sessions can be opened, and if not, what the server does."""
+        ready = gate.host is not None
+        content = {
+            "ready": ready,
+            "phase": gate.phase,
+            "message": gate.words(),
+            "seconds": round(time.monotonic() - gate.since, 1),
+        }
+        return JSONResponse(content, 200 if ready else 503)
+
+    @app.get("/metrics", tags=["server"], response_class=Response)
+    async def figures() -> Response:
+        """Figures in Prometheus' text format."""
+        return Response(await asyncio.to_thread(metrics.text), media_type=CONTENT_TYPE)
+
+    @app.get("/v1/schema", tags=["server"])
+    async def messages() -> dict[str, Any]:
+        """JSON Schema of the messages of ``WS /v1/realtime/video``, of both directions."""
+        return schema()
+
+
+def _add_socket(app: FastAPI, accounts: Accounts, guard: Guard) -> None:
+    @app.websocket("/v1/realtime/video")
+    async def realtime_video(socket: WebSocket) -> None:
+        conversations = accounts.conversations
+        if len(conversations) >= accounts.settings.max_sockets:
+            await socket.close(1013)
+            return
+        await socket.accept()
+        conversation = Conversation(socket, accounts)
+        conversations.add(conversation)
+        accounts.metrics.sockets.set(len(conversations))
+        try:
+            await conversation.run(guard)
+        finally:
+            conversations.discard(conversation)
+            accounts.metrics.sockets.set(len(conversations))
+
+
+def _add_page(app: FastAPI, settings: WebSettings) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page(request: Request) -> Response:
+        token = request.query_params.get("token")
+        if token is None or not settings.token:
+            return FileResponse(PAGE / "index.html")
+        # the guard knows the token to be right; it leaves the address line and the history
+        rest = [item for item in request.query_params.multi_items() if item[0] != "token"]
+        answer = RedirectResponse(f"/?{urllib.parse.urlencode(rest)}" if rest else "/", 303)
+        answer.set_cookie(
+            cookie_name(request.scope),
+            urllib.parse.quote(token, safe=""),
+            httponly=True,
+            samesite="strict",
+            secure=request.url.scheme == "https",
+        )
+        return answer
+
+    app.mount("/page", StaticFiles(directory=PAGE, check_dir=False))
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(TooLarge)
+    async def too_large(request: Request, error: TooLarge) -> JSONResponse:
+        return JSONResponse({"code": "too_large", "message": str(error)}, 413)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        logger.error("a request has failed", exc_info=error)
+        return JSONResponse({"code": "session_failed", "message": INTERNAL}, 500)

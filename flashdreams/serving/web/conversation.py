@@ -1,0 +1,353 @@
+"""One WebSocket of ``/v1/realtime/video``, from its first message to its last."""
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from typing import Any
+
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from flashdreams.serving.interface import Refused
+from flashdreams.serving.protocol import (
+    Done,
+    Error,
+    Pong,
+    SessionKey,
+    SessionPause,
+    SessionPing,
+    SessionResume,
+    SessionShown,
+    SessionStart,
+    SessionStop,
+    Status,
+    VideoStart,
+)
+from flashdreams.serving.web.accounts import (
+    INTERNAL,
+    Accounts,
+    Denied,
+    Session,
+    answered,
+)
+from flashdreams.serving.web.codec import new_encoder
+from flashdreams.serving.web.feed import Feed
+from flashdreams.serving.web.gate import for_clients
+from flashdreams.serving.web.guard import Guard, TokenBucket
+from flashdreams.serving.web.messages import FIRST, read_message
+from flashdreams.serving.web.outlet import Outlet, TooSlow
+from flashdreams.serving.web.pump import Pump
+from flashdreams.serving.web.requests import Requests
+
+logger = logging.getLogger(__name__)
+
+STATUS_S = 1.0
+FLUSH_S = 2.0
+"""For the last messages of a socket."""
+_CLOSE_CODES = {"unauthorized": 1008, "draining": 1012, "not_ready": 1013, "queue_full": 1013}
+NORMAL, POLICY, INTERNAL_ERROR = 1000, 1008, 1011
+
+
+class Conversation:
+    """Reads what a client sends, and sees to it that its session ends or waits when it is gone."""
+
+    def __init__(self, socket: WebSocket, accounts: Accounts) -> None:
+        """Begin, with an accepted socket."""
+        self.socket, self.accounts = socket, accounts
+        self.settings, self.metrics = accounts.settings, accounts.metrics
+        self.request_id = f"video-{uuid.uuid4().hex}"
+        self.format: Any = "m4s"
+        self.session: Session | None = None
+        self.begun = False
+        self.resumed_at: int | None = None
+        self.outlet = Outlet(
+            socket,
+            self.request_id,
+            self.metrics,
+            waiting_pictures=self.settings.waiting_pictures,
+            slow_s=self.settings.slow_s,
+        )
+        self._bucket = TokenBucket(self.settings.messages_per_s)
+
+    @property
+    def feed(self) -> Feed:
+        """Of the session."""
+        assert self.session is not None
+        return self.session.feed
+
+    async def run(self, guard: Guard) -> None:
+        """Carry it through; returns when the socket is closed."""
+        writer = asyncio.create_task(self.outlet.run())
+        last: Done | Error | None = None
+        try:
+            if not guard.knows_token(self.socket.scope):
+                raise Denied(Error(message="A token is required.", code="unauthorized"))
+            await self._open(await self._first())
+            last = await self._carry_on(writer)
+        except Denied as denied:
+            last = denied.error
+        except WebSocketDisconnect:
+            pass
+        except Exception:
+            logger.exception("a conversation has failed")
+            last = Error(message=INTERNAL, code="session_failed")
+        finally:
+            self._leave(last)
+        await self._close(last, writer)
+
+    async def _first(self) -> SessionStart | SessionResume:
+        try:
+            text = await asyncio.wait_for(self._receive(first=True), self.settings.start_s)
+        except (TimeoutError, asyncio.TimeoutError):
+            text = f"session.start has to come within {self.settings.start_s:g} s."
+            raise Denied(Error(message=text, code="timeout")) from None
+        large = len(text) > self.settings.max_message_bytes
+        message = await asyncio.to_thread(read_message, text) if large else read_message(text)
+        self.metrics.message(message.type)
+        if not isinstance(message, FIRST):
+            text = f"The first message is session.start or session.resume, not {message.type}."
+            raise Denied(Error(message=text, code="bad_message"))
+        return message
+
+    async def _receive(self, first: bool = False) -> str:
+        message = await self.socket.receive()
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message.get("code") or 1005)
+        text = message.get("text")
+        if text is None:
+            raise Denied(Error(message="Messages are JSON in text frames.", code="bad_message"))
+        limit = self.settings.max_socket_bytes if first else self.settings.max_message_bytes
+        if len(text) > limit:
+            raise Denied(Error(message=f"At most {limit:,} bytes a message.", code="bad_message"))
+        return text
+
+    async def _open(self, first: SessionStart | SessionResume) -> None:
+        self.format = first.format
+        if isinstance(first, SessionStart):
+            host = self.accounts.host()
+            feed = Feed(host.offer, self.settings, self.metrics)
+            feed.connect(self.outlet)
+            self.session = await self.accounts.open(first, feed)
+            return
+        session = await self.accounts.find(first.token)
+        async with session.lock:
+            before = session.feed.outlet
+            if before is not None:  # told before its thread notices
+                text = "The session was taken up by another connection."
+                before.post(Error(message=text, code="unknown_session"))
+            session.feed.connect(self.outlet)
+            if before is not None:
+                before.finish()
+            following = await self._attach(session, first.from_frame)
+            kept = session.feed.go_back(first.from_frame)
+            self.resumed_at = following if kept is None else kept
+            self.session = self.accounts.sessions[session.id] = session
+        if session.feed.state not in ("waiting", "parked"):
+            self.outlet.set_running()
+
+    async def _attach(self, session: Session, from_frame: int) -> int:
+        """Have the loop go on; one that has made all its pictures may still have some here."""
+        if session.feed.end is not None:
+            return from_frame
+        host = self.accounts.host()
+        try:
+            return await answered(host.attach, session.id, session.feed, from_frame)
+        except Denied as denied:
+            session.feed.disconnect(self.outlet)
+            if denied.error.code == "not_allowed":
+                denied.error.code = "unknown_session"
+            raise
+
+    async def _carry_on(self, writer: asyncio.Task[None]) -> Done | Error | None:
+        """Until the session or the socket ends.
+
+        Returns:
+            The last message; None: nobody will read it.
+        """
+        assert self.session is not None
+        requests = Requests(self.accounts.host(), self.session.id, self.feed)
+        reader = asyncio.create_task(self._read(requests))
+        others = [asyncio.create_task(self._begin()), asyncio.create_task(requests.work())]
+        tasks = {writer, reader, *others}
+        try:
+            while not writer.done() and not reader.done():
+                done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done & set(others):
+                    task.result()
+        finally:
+            for task in (reader, *others):
+                task.cancel()
+            await asyncio.gather(reader, *others, return_exceptions=True)
+        if reader.done() and not reader.cancelled():
+            return reader.result()
+        try:
+            writer.result()
+        except TooSlow:
+            text = f"Nothing was read for {self.settings.slow_s:g} s."
+            return Error(message=text, code="too_slow")
+        except (WebSocketDisconnect, RuntimeError, OSError):
+            return None
+        return self._end()
+
+    def _end(self) -> Done | Error | None:
+        """What is said when nothing more is to be sent."""
+        if self.accounts.gate.phase == "draining":
+            return self.accounts.absence()
+        if self.outlet.failed:
+            return Error(message=INTERNAL, code="session_failed")
+        end = self.feed.end
+        if self.feed.outlet is not self.outlet or end is None:
+            return None
+        if end.error is not None:
+            return Error(message=end.error, code="session_failed")
+        return self._done(end.stopped)
+
+    def _done(self, stopped: bool) -> Done:
+        return Done(request_id=self.request_id, chunks=self.outlet.sent_chunks, stopped=stopped)
+
+    async def _begin(self) -> None:
+        """Wait for the session's place, send ``video.start``, start the pictures, tell figures."""
+        await self.outlet.running.wait()
+        session, offer, host = self.session, self.feed.offer, self.accounts.host()
+        assert session is not None
+        if self.feed.end is not None and self.feed.end.error is not None:
+            self.outlet.finish()
+            return
+        try:
+            encoder = await asyncio.to_thread(
+                new_encoder,
+                self.format,
+                offer.width,
+                offer.height,
+                offer.fps,
+                self.settings.encoder,
+            )
+        except ValueError as error:
+            text = for_clients(str(error))
+            allowed = {"format": ["jpeg"]}
+            raise Denied(Error(message=text, code="not_allowed", allowed=allowed)) from error
+        if self.feed.end is None:
+            self.feed.saved = list(await answered(host.saved, session.id))
+        self.outlet.post(
+            VideoStart(
+                request_id=self.request_id,
+                format=self.format,
+                config=session.config,
+                token=session.id,
+                resumed=self.resumed_at is not None,
+                first_frame=self.resumed_at or 0,
+                codec=encoder.codec,
+                controls=None if offer.controls is None else dict(offer.controls),
+                prompts_change=offer.prompts_change,
+                commands=list(offer.commands),
+                saved=self.feed.saved,
+            )
+        )
+        self.begun = True
+        Pump(self.feed, self.outlet, encoder, self.metrics)
+        while True:
+            await asyncio.sleep(STATUS_S)
+            with contextlib.suppress(Refused):  # it has just ended
+                self.outlet.post(await asyncio.to_thread(self._status))
+
+    def _status(self) -> Status:
+        assert self.session is not None
+        figures = self.accounts.host().figures(self.session.id)
+        state = figures.state if figures.state != "ended" else "paused"
+        return Status(
+            request_id=self.request_id,
+            state=state,
+            frames_per_second=figures.frames_per_second,
+            chunk_ms=dict(figures.chunk_ms),
+            key_to_photon_p50_ms=self.feed.latency_ms(0.50),
+            key_to_photon_p99_ms=self.feed.latency_ms(0.99),
+            unshown_frames=self.outlet.unshown,
+            sessions=figures.sessions,
+            queued=figures.queued,
+            device_bytes=figures.device_bytes,
+            host_bytes=figures.host_bytes,
+        )
+
+    async def _read(self, requests: Requests) -> Done | Error | None:
+        """Until the client stops, is gone, or does what it may not."""
+        flooding = 0.0
+        while True:
+            try:
+                text = await asyncio.wait_for(self._receive(), self.settings.stall_s)
+                message = read_message(text)
+            except (TimeoutError, asyncio.TimeoutError):
+                text = f"Nothing was heard for {self.settings.stall_s:g} s; send session.ping."
+                return Error(message=text, code="timeout")
+            except WebSocketDisconnect:
+                return None
+            except Denied as denied:
+                self._refuse(denied.error)
+            else:
+                self.metrics.message(message.type)
+                if isinstance(message, SessionStop):
+                    return self._done(stopped=True)
+                try:
+                    self._take(message, requests)
+                except Denied as denied:
+                    self._refuse(denied.error)
+            wait = self._bucket.take()
+            flooding = flooding + wait if wait else 0.0
+            if flooding > self.settings.flood_s:
+                text = f"More than {self.settings.messages_per_s:g} messages a second."
+                return Error(message=text, code="bad_message")
+            await asyncio.sleep(wait)
+            while self.outlet.crowded:
+                await asyncio.sleep(0.1)
+
+    def _take(self, message: Any, requests: Requests) -> None:
+        if isinstance(message, SessionPing):
+            self.outlet.post(Pong())
+        elif isinstance(message, SessionKey):
+            self.outlet.ask_for_key()
+        elif isinstance(message, SessionShown):
+            self.feed.shown(message.frame, message.key_to_photon_ms, message.dropped)
+        elif isinstance(message, SessionPause):
+            requests.pause(message.paused)
+        elif isinstance(message, FIRST):
+            raise Denied(Error(message="The session has begun already.", code="bad_message"))
+        else:
+            requests.take(message)
+
+    def _refuse(self, error: Error) -> None:
+        self.metrics.refused(error.code)
+        error.request_id = self.request_id
+        self.outlet.post(error)
+
+    def _leave(self, last: Done | Error | None) -> None:
+        """The socket is gone: the session waits for another one, or ends."""
+        session, host = self.session, self.accounts.gate.host
+        if session is None or not session.feed.disconnect(self.outlet):
+            return
+        if last is not None and (session.feed.end is not None or isinstance(last, Done)):
+            self.accounts.forget(session)
+        if session.feed.end is not None or host is None:
+            return
+        if isinstance(last, Done) or not (self.begun or self.resumed_at is not None):
+            host.close(session.id)
+        else:
+            host.detach(session.id)
+
+    async def _close(self, last: Done | Error | None, writer: asyncio.Task[None]) -> None:
+        self.outlet.close()
+        code = NORMAL
+        if isinstance(last, Error):
+            self.metrics.refused(last.code)
+            last.request_id = self.request_id
+            code = _CLOSE_CODES.get(last.code, POLICY)
+            code = INTERNAL_ERROR if last.code == "session_failed" else code
+        _, late = await asyncio.wait({writer}, timeout=FLUSH_S)
+        if late:
+            writer.cancel()
+        await asyncio.gather(writer, return_exceptions=True)
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self._say_last(last, code), FLUSH_S)
+
+    async def _say_last(self, last: Done | Error | None, code: int) -> None:
+        if last is not None:
+            await self.socket.send_text(last.model_dump_json())
+        await self.socket.close(code)

@@ -1,0 +1,193 @@
+"""Who may connect, and how much they may send."""
+
+import hmac
+import time
+import urllib.parse
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any
+
+from flashdreams.serving.web.settings import WebSettings, is_loopback
+
+OPEN_PATHS = ("/healthz", "/readyz")
+"""Probes: what they say is no secret."""
+UPLOAD_PATHS = ("/v1/sessions",)
+"""Whose bodies may hold an image."""
+_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"cache-control", b"no-cache"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (
+        b"content-security-policy",
+        b"default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
+        b"worker-src 'self' blob:; object-src 'none'; base-uri 'none'; form-action 'self'; "
+        b"frame-ancestors 'none'",
+    ),
+)
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class TokenBucket:
+    """Allows ``rate`` a second in the long run and twice that in one second."""
+
+    def __init__(self, rate: float, now: Callable[[], float] = time.monotonic) -> None:
+        """Begin full."""
+        self.rate, self._now = rate, now
+        self._tokens, self._at = 2 * rate, now()
+
+    def take(self) -> float:
+        """Take one.
+
+        Returns:
+            Seconds to wait before it may be used; 0 if there was one.
+        """
+        now = self._now()
+        self._tokens = min(2 * self.rate, self._tokens + (now - self._at) * self.rate)
+        self._at = now
+        self._tokens -= 1
+        return max(0.0, -self._tokens / self.rate)
+
+
+class Guard:
+    """Decides on requests by their headers."""
+
+    def __init__(self, settings: WebSettings) -> None:
+        """Begin."""
+        self.settings = settings
+
+    def knows_token(self, scope: Scope) -> bool:
+        """Whether a request carries the token: in its query, as bearer, or in a cookie."""
+        wanted = self.settings.token
+        if not wanted:
+            return True
+        headers = headers_of(scope)
+        found = urllib.parse.parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            found.append(bearer.strip())
+        for cookie in headers.get("cookie", "").split(";"):
+            name, _, value = cookie.strip().partition("=")
+            if name == cookie_name(scope):
+                found.append(urllib.parse.unquote(value))
+        same = [hmac.compare_digest(text.encode(), wanted.encode()) for text in found]
+        return any(same)
+
+    def allows_host(self, scope: Scope) -> bool:
+        """Whether it asks for a name that this server has.
+
+        A loopback server without a token answers to no others: a page of a stranger whose name was
+        made to point here would be let in.
+        """
+        if self.settings.token or not is_loopback(self.settings.host):
+            return True
+        name = _host_name(headers_of(scope).get("host", ""))
+        return is_loopback(name) or name in self.settings.allowed_hosts
+
+    def allows_origin(self, scope: Scope) -> bool:
+        """Whether the page that asks is of this server, or an allowed one; programs have none."""
+        headers = headers_of(scope)
+        origin = headers.get("origin")
+        if origin is None or origin in self.settings.allowed_origins:
+            return True
+        own = headers.get("host", "").lower()
+        return bool(own) and urllib.parse.urlsplit(origin).netloc.lower() == own
+
+
+class GuardedApp:
+    """An ASGI application behind a `Guard`; also bounds the bodies of requests."""
+
+    def __init__(self, app: App, guard: Guard) -> None:
+        """Wrap."""
+        self._app, self._guard = app, guard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse a request, or hand it on."""
+        if scope["type"] == "websocket":
+            if not self._guard.allows_host(scope) or not self._guard.allows_origin(scope):
+                await receive()
+                await send({"type": "websocket.close", "code": 1008})
+                return
+        elif scope["type"] == "http":
+            refusal = self._refusal(scope)
+            if refusal is not None:
+                await _answer(send, *refusal)
+                return
+            request = _Request(receive, send, self._limit(scope))
+            receive, send = request.receive, request.send
+        await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
+        guard = self._guard
+        if not guard.allows_host(scope):
+            return 421, "This server is not known under that name."
+        if scope["method"] not in ("GET", "HEAD") and not guard.allows_origin(scope):
+            return 403, "Pages of other origins may not use this server."
+        if scope["path"] not in OPEN_PATHS and not guard.knows_token(scope):
+            return 401, "A token is required: ?token=..., or Authorization: Bearer ..."
+        try:
+            length = int(headers_of(scope).get("content-length", "0"))
+        except ValueError:
+            return 400, "Content-Length is no number."
+        if length > self._limit(scope):
+            return 413, f"At most {self._limit(scope):,} bytes are taken."
+        return None
+
+    def _limit(self, scope: Scope) -> int:
+        settings = self._guard.settings
+        with_image = scope["path"] in UPLOAD_PATHS
+        return settings.max_socket_bytes if with_image else settings.max_message_bytes
+
+
+class TooLarge(Exception):
+    """The body of a request has more bytes than are taken."""
+
+
+def headers_of(scope: Scope) -> Mapping[str, str]:
+    """Headers of a request by lower-case name; of several, the last."""
+    return {
+        key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]
+    }
+
+
+def cookie_name(scope: Scope) -> str:
+    """Of the cookie with the token; cookies do not tell ports apart, so their names do."""
+    return f"flashdreams_token_{(scope.get('server') or ('', 0))[1]}"
+
+
+def _host_name(host: str) -> str:
+    return (urllib.parse.urlsplit(f"//{host}").hostname or "") if host else ""
+
+
+class _Request:
+    """The body of a request within its bound, and the headers of its answer."""
+
+    def __init__(self, receive: Receive, send: Send, limit: int) -> None:
+        self._receive, self._send, self._limit = receive, send, limit
+        self._size = 0
+
+    async def receive(self) -> MutableMapping[str, Any]:
+        message = await self._receive()
+        self._size += len(message.get("body", b""))
+        if self._size > self._limit:
+            raise TooLarge(f"At most {self._limit:,} bytes are taken.")
+        return message
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", []), *_HEADERS]
+            if self._size > self._limit:  # what is still to come is not read
+                message["status"] = 413
+                message["headers"].append((b"connection", b"close"))
+        await self._send(message)
+
+
+async def _answer(send: Send, status: int, text: str) -> None:
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": text.encode()})

@@ -1,0 +1,55 @@
+"""What a client sends, read and checked."""
+
+import math
+from typing import Any
+
+from pydantic import ValidationError
+
+from flashdreams.serving.protocol import CLIENT_MESSAGE, Error, SessionResume, SessionStart
+from flashdreams.serving.web.accounts import Denied
+
+MAX_DEPTH = 8
+FORMATS = ["m4s", "jpeg"]
+FIRST = (SessionStart, SessionResume)
+
+
+def read_message(text: str) -> Any:
+    """A message of `flashdreams.serving.protocol`.
+
+    Raises:
+        Denied: it is none; says which field is wrong.
+    """
+    try:
+        message = CLIENT_MESSAGE.validate_json(text)
+        if hasattr(message, "values"):
+            check_values(message.values)
+        return message
+    except ValidationError as error:
+        raise Denied(_explained(error)) from None
+
+
+def check_values(values: Any, depth: int = 0) -> None:
+    """Refuse numbers that are none and values that are nested deep.
+
+    Raises:
+        Denied: says what is wrong.
+    """
+    if isinstance(values, float) and not math.isfinite(values):
+        raise Denied(Error(message="A value is NaN or infinite.", code="bad_message"))
+    if isinstance(values, dict | list):
+        if depth >= MAX_DEPTH:
+            text = f"Values are nested more than {MAX_DEPTH} deep."
+            raise Denied(Error(message=text, code="bad_message"))
+        for value in values.values() if isinstance(values, dict) else values:
+            check_values(value, depth + 1)
+
+
+def _explained(error: ValidationError) -> Error:
+    details = error.errors(include_url=False, include_context=False)
+    first = details[0]
+    place = ".".join(str(part) for part in first["loc"])
+    shown = repr(first.get("input"))[:80]
+    text = f"{place}: {first['msg']}; got {shown}" if place else first["msg"]
+    if first["loc"][-1:] == ("format",):
+        return Error(message=text, code="not_allowed", allowed={"format": FORMATS})
+    return Error(message=f"No message that is known here. {text}", code="bad_message")

@@ -1,0 +1,153 @@
+"""What Prometheus is told."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from flashdreams.serving.interface import Host
+from flashdreams.serving.web.gate import Gate
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_STAGES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_LATENCIES = (0.02, 0.04, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 5.0)
+_JITTER = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+RECENT = 1024
+"""Key-to-photon times whose quantiles are shown."""
+_PHASES = ("loading", "warming", "ready", "draining", "failed")
+
+
+class Metrics:
+    """Counters of one server, in a registry of their own."""
+
+    def __init__(self, gate: Gate) -> None:
+        """Begin at zero."""
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"flashdreams_{name}", text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: Any, *labels: str) -> Histogram:
+            name = f"flashdreams_{name}_seconds"
+            return Histogram(name, text, labels, registry=self.registry, buckets=buckets)
+
+        self._steps = counter("ar_steps", "AR steps whose pictures have arrived.")
+        self._frames = counter("frames", "Pictures by what became of them.", "fate")
+        self._bytes = counter("media_bytes", "Bytes of pictures that were sent.")
+        self._messages = counter("messages", "Messages of clients.", "type")
+        self._refused = counter("errors", "Error messages to clients.", "code")
+        self._stages = histogram("stage", "Time of an AR step by stage.", _STAGES, "stage")
+        self._encode = histogram("encode", "Time to encode a picture.", _JITTER)
+        self._late = histogram(
+            "frame_lateness", "From when a picture was due to when it was sent.", _JITTER
+        )
+        self._answers = histogram(
+            "control_to_send", "From an event's arrival to its first picture sent.", _LATENCIES
+        )
+        self._photons = histogram(
+            "key_to_photon", "From an event to its first picture, as clients report.", _LATENCIES
+        )
+        self._client_drops = counter("client_dropped_frames", "Pictures that clients left out.")
+        self._recent: deque[float] = deque(maxlen=RECENT)
+        self.sockets = Gauge("flashdreams_sockets", "Open WebSockets.", registry=self.registry)
+        self.registry.register(_Loop(gate, self._recent))
+
+    def chunk(self, stage_ms: Mapping[str, float]) -> None:
+        """An AR step has given its pictures."""
+        self._steps.inc()
+        for stage, milliseconds in stage_ms.items():
+            self._stages.labels(stage).observe(milliseconds / 1e3)
+
+    def sent(self, size: int, late_s: float) -> None:
+        """A picture was sent."""
+        self._frames.labels("sent").inc()
+        self._bytes.inc(size)
+        self._late.observe(max(0.0, late_s))
+
+    def dropped(self, count: int) -> None:
+        """Pictures were left out for a slow client."""
+        self._frames.labels("dropped").inc(count)
+
+    def stale(self, count: int) -> None:
+        """Pictures were left out since a reset, rewind or event has made them old."""
+        self._frames.labels("stale").inc(count)
+
+    def answered(self, seconds: float) -> None:
+        """The first picture that answers an event was sent."""
+        self._answers.observe(seconds)
+
+    def shown(self, latencies_ms: list[float], dropped: int) -> None:
+        """A client has sent a receipt."""
+        for milliseconds in latencies_ms:
+            self._photons.observe(milliseconds / 1e3)
+        self._recent.extend(milliseconds / 1e3 for milliseconds in latencies_ms)
+        self._client_drops.inc(dropped)
+
+    def message(self, type: str) -> None:
+        """A client has sent a message of a known type."""
+        self._messages.labels(type).inc()
+
+    def refused(self, code: str) -> None:
+        """A client was sent an error."""
+        self._refused.labels(code).inc()
+
+    def encoding(self) -> Any:
+        """A context that times the encoding of a picture."""
+        return self._encode.time()
+
+    def value(self, name: str, **labels: str) -> float:
+        """A counter; 0 before it has counted anything."""
+        return self.registry.get_sample_value(f"flashdreams_{name}_total", labels) or 0.0
+
+    def text(self) -> bytes:
+        """All figures in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class _Loop(Collector):
+    """Figures that the loop is asked for when they are read."""
+
+    def __init__(self, gate: Gate, recent: deque[float]) -> None:
+        self._gate, self._recent = gate, recent
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        recent = sorted(self._recent.copy())
+        text = "Of the last key-to-photon times that clients have reported."
+        name = "flashdreams_key_to_photon_recent_seconds"
+        quantiles = GaugeMetricFamily(name, text, labels=["quantile"])
+        for share in (0.5, 0.99) if recent else ():
+            quantiles.add_metric([str(share)], recent[math.ceil(share * len(recent)) - 1])
+        yield quantiles
+        phase = GaugeMetricFamily("flashdreams_phase", "1 for the present phase.", labels=["phase"])
+        for name in _PHASES:
+            phase.add_metric([name], float(name == self._gate.phase))
+        yield phase
+        host = self._gate.host
+        if host is not None:
+            yield from self._gauges(host)
+
+    def _gauges(self, host: Host) -> Iterator[GaugeMetricFamily]:
+        figures, fps = host.figures(), host.offer.fps
+        gauge: Callable[..., GaugeMetricFamily] = GaugeMetricFamily
+        yield gauge("flashdreams_sessions", "Sessions with a place.", figures.sessions)
+        yield gauge("flashdreams_places", "Sessions that may take turns.", figures.places)
+        yield gauge("flashdreams_queue_length", "Sessions that wait.", figures.queued)
+        yield gauge("flashdreams_parked_sessions", "Sessions without a place.", figures.parked)
+        yield gauge("flashdreams_parked_bytes", "Host memory of those.", figures.parked_bytes)
+        yield gauge(
+            "flashdreams_frames_per_second",
+            "Pictures made a second, over the last seconds.",
+            figures.frames_per_second,
+        )
+        yield gauge(
+            "flashdreams_real_time_fraction",
+            "Pictures made a second, as a fraction of those that are shown a second.",
+            figures.frames_per_second / fps,
+        )
+        yield gauge("flashdreams_host_bytes", "Memory of the process.", figures.host_bytes)
+        if figures.device_bytes is not None:
+            yield gauge("flashdreams_device_bytes", "Memory of the device.", figures.device_bytes)

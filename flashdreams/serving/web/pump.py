@@ -1,0 +1,53 @@
+"""The thread that encodes a session's pictures when they are due."""
+
+import logging
+import threading
+
+from flashdreams.serving.web.codec import Encoder
+from flashdreams.serving.web.feed import Feed
+from flashdreams.serving.web.metrics import Metrics
+from flashdreams.serving.web.outlet import Outlet
+
+logger = logging.getLogger(__name__)
+
+
+class Pump:
+    """Takes pictures from a feed, encodes them and hands them to one socket.
+
+    A picture that a slow client cannot take is left out before it is encoded, so that those after
+    it still refer to pictures that the client has.
+    """
+
+    def __init__(self, feed: Feed, outlet: Outlet, encoder: Encoder, metrics: Metrics) -> None:
+        """Start the thread; it ends when the socket is no longer the session's or no more comes."""
+        self._feed, self._outlet, self._encoder, self._metrics = feed, outlet, encoder, metrics
+        outlet.encoder = encoder
+        self._thread = threading.Thread(target=self._run, name="flashdreams-encoder", daemon=True)
+        self._thread.start()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the thread, once the socket has left the feed."""
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        try:
+            self._pump()
+        except Exception:
+            logger.exception("encoding for one client has failed")
+            self._outlet.failed = True
+        self._outlet.finish()
+
+    def _pump(self) -> None:
+        feed, outlet = self._feed, self._outlet
+        unshown = round(feed.settings.unshown_s * feed.offer.fps)
+        epoch, key = None, True
+        while (picture := feed.take(outlet)) is not None:
+            if outlet.behind(unshown):
+                feed.skip()
+                continue
+            purged, asked = outlet.take_purged(), outlet.take_key()  # both, or they come back
+            key = key or purged or asked or picture.epoch != epoch
+            epoch = picture.epoch
+            with self._metrics.encoding():
+                data, is_key = self._encoder.encode(picture.pixels, key=key)
+            key = not feed.send(picture, data, is_key, outlet)

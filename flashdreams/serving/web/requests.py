@@ -1,0 +1,168 @@
+"""What clients ask of a running session: controls, prompts, commands."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from flashdreams.serving.interface import Host, Refused
+from flashdreams.serving.protocol import (
+    Error,
+    Queued,
+    SessionControl,
+    SessionInteraction,
+    SessionKeep,
+    SessionReset,
+)
+from flashdreams.serving.web.accounts import INTERNAL, Denied
+from flashdreams.serving.web.events import Part
+from flashdreams.serving.web.feed import Feed
+from flashdreams.serving.web.gate import for_clients
+
+logger = logging.getLogger(__name__)
+
+MAX_SLOW_REQUESTS = 32
+"""Prompts and commands of one client that wait."""
+
+
+class Requests:
+    """Hands the events of one client to the loop.
+
+    Controls go at once. Prompts and commands may take their time: they wait in a line of their own,
+    so that keys and pings pass them.
+    """
+
+    def __init__(self, host: Host, session: str, feed: Feed) -> None:
+        """Begin, on the event loop's thread."""
+        self.host, self.session, self.feed = host, session, feed
+        self._slow: asyncio.Queue[Callable[[], Coroutine[Any, Any, None]]] = asyncio.Queue(
+            MAX_SLOW_REQUESTS
+        )
+
+    def pause(self, paused: bool) -> None:
+        """Stop at the next chunk border, or go on.
+
+        Raises:
+            Denied: the session has ended.
+        """
+        try:
+            self.host.pause(self.session, paused)
+        except Refused as error:
+            raise Denied(_failed(None, for_clients(str(error)))) from error
+
+    def take(
+        self, message: SessionControl | SessionInteraction | SessionReset | SessionKeep
+    ) -> None:
+        """Carry out a message, or let it wait for its turn; what comes of it the client is told.
+
+        Raises:
+            Denied: nothing can come of it.
+        """
+        if isinstance(message, SessionControl):
+            self.control(message.event_id, message.values)
+        elif isinstance(message, SessionInteraction):
+            self.interaction(message)
+        else:
+            self.command(message)
+
+    def control(self, event_id: str | None, values: Any) -> None:
+        """See `take`."""
+        if self.feed.offer.controls is None:
+            raise Denied(_failed(event_id, "Nothing is controlled in this session."))
+        ids = self._accept(event_id, {"control": None})
+        if ids is not None:
+            self._tell_loop(ids["control"], self.host.control, values)
+
+    def interaction(self, message: SessionInteraction) -> None:
+        """See `take`."""
+        interaction, offer = message.interaction, self.feed.offer
+        event_id, prompt = interaction.event_id, interaction.event.prompt
+        media = interaction.event.multi_modal_data
+        camera = None if media is None else media.camera
+        known = (offer.controls or {}).get("properties", {})
+        if prompt is None and camera is None:
+            raise Denied(_failed(event_id, "The event changes neither prompt nor camera."))
+        if prompt is not None and not offer.prompts_change:
+            raise Denied(_failed(event_id, "Prompts cannot change in this session."))
+        if camera is not None and "camera" not in known:
+            text = (
+                f"There is no camera here; session.control takes {', '.join(known) or 'nothing'}."
+            )
+            raise Denied(_failed(event_id, text))
+        chunks = interaction.transition_chunks or 1
+        parts: dict[Part, int | None] = {}
+        if camera is not None:
+            parts["camera"] = chunks if camera.mode == "target" else None
+        if prompt is not None:
+            parts["prompt"] = chunks
+        ids = self._accept(event_id, parts)
+        if ids is None:
+            return
+        if camera is not None:
+            values = {
+                "mode": camera.mode,
+                "translation": list(camera.data.translation),
+                "rotation": list(camera.data.rotation),
+                "transition_chunks": chunks,
+            }
+            self._tell_loop(ids["camera"], self.host.control, {"camera": values})
+        if prompt is not None:
+            self._later(ids["prompt"], self.host.prompt, prompt)
+
+    def command(self, message: SessionReset | SessionKeep) -> None:
+        """See `take`."""
+        kind = message.type.removeprefix("session.")
+        if kind not in self.feed.offer.commands:
+            takes = ", ".join(self.feed.offer.commands) or "none"
+            text = f"There is no {kind} in this session; commands are: {takes}."
+            raise Denied(_failed(message.event_id, text))
+        values: dict[str, Any] = {}
+        if isinstance(message, SessionKeep):
+            values["name"] = message.name
+        elif message.seed is not None:
+            values["seed"] = message.seed
+        ids = self._accept(message.event_id, {"command": None})
+        if ids is None:
+            return
+        if kind in ("reset", "rewind"):
+            self.feed.hurry()
+        host, event = self.host, ids["command"]
+
+        def command(session: str, values: Any, event_id: str) -> None:
+            host.command(session, kind, event_id, values)
+
+        self._later(event, command, values)
+
+    def _accept(self, event_id: str | None, parts: dict[Part, int | None]) -> Any:
+        ids = self.feed.accept(event_id, parts)
+        outlet = self.feed.outlet
+        if event_id is not None and outlet is not None:
+            outlet.post(Queued(request_id=outlet.request_id, event_id=event_id))
+        return ids
+
+    def _tell_loop(self, event: str, function: Callable[..., None], *values: Any) -> None:
+        try:
+            function(self.session, *values, event)
+        except Refused as error:
+            self.feed.on_refused(event, str(error))
+        except Exception:
+            logger.exception("an event has failed")
+            self.feed.on_refused(event, INTERNAL)
+
+    def _later(self, event: str, function: Callable[..., None], *values: Any) -> None:
+        async def call() -> None:
+            await asyncio.to_thread(self._tell_loop, event, function, *values)
+
+        try:
+            self._slow.put_nowait(call)
+        except asyncio.QueueFull:
+            self.feed.on_refused(event, f"More than {MAX_SLOW_REQUESTS} requests wait already.")
+
+    async def work(self) -> None:
+        """Carry out, one after the other, what takes its time."""
+        while True:
+            await (await self._slow.get())()
+
+
+def _failed(event_id: str | None, text: str) -> Error:
+    return Error(message=text, code="interaction_failed", event_id=event_id)

@@ -1,0 +1,162 @@
+"""A web server in a thread of its own."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import socket
+import threading
+
+import uvicorn
+
+from flashdreams.serving.interface import Host
+from flashdreams.serving.web.app import create_app
+from flashdreams.serving.web.gate import Gate, Phase
+from flashdreams.serving.web.metrics import Metrics
+from flashdreams.serving.web.settings import WebSettings
+
+START_S = 30.0
+STOP_S = 10.0
+GOODBYE_S = 2.0
+LINGER_S = 20
+"""After which the kernel cuts a client that reads nothing, also one that was told so."""
+UNSENT_BYTES = 16 * 2**10
+"""What the kernel may hold of a socket beside what is on its way: the rest waits where it can be
+left out."""
+
+logger = logging.getLogger(__name__)
+
+
+class WebServer:
+    """Serves page, WebSocket and HTTP; begins before the model is there.
+
+    ``start``, ``serve`` and ``stop`` belong to one thread, the loop's.
+    """
+
+    def __init__(self, settings: WebSettings) -> None:
+        """Begin, not listening."""
+        self.settings = settings
+        self.gate = Gate()
+        self.port = settings.port
+        """The one taken, once it listens."""
+        self._app = create_app(self.gate, settings)
+        self._server = uvicorn.Server(_config(self._app, settings))
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._failure: BaseException | None = None
+        self._listening = threading.Event()
+
+    @property
+    def metrics(self) -> Metrics:
+        """Of this server."""
+        metrics: Metrics = self._app.state.accounts.metrics
+        return metrics
+
+    @property
+    def phase(self) -> Phase:
+        """What clients are told while there is no loop: loading or warming."""
+        return self.gate.phase
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        """Say what the server does."""
+        self.gate.phase = phase
+
+    @property
+    def url(self) -> str:
+        """Of the page, for people; without the token."""
+        host = self.settings.host
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+        if ":" in host and not host.startswith("["):
+            host = f"[{host}]"
+        return f"http://{host}:{self.port}/"
+
+    def start(self) -> None:
+        """Listen, in a thread; returns once connections are taken.
+
+        Raises:
+            ValueError: the address cannot be listened on.
+        """
+        listening = _listen(self.settings)
+        self.port = listening.getsockname()[1]
+        self._thread = threading.Thread(
+            target=self._run, args=(listening,), name="flashdreams-web", daemon=True
+        )
+        self._thread.start()
+        if not self._listening.wait(START_S) or self._failure is not None:
+            raise RuntimeError("The web server has not started.") from self._failure
+
+    def serve(self, host: Host) -> None:
+        """The loop is there: sessions are taken."""
+        self.gate.serve(host)
+
+    def stop(self) -> None:
+        """Tell all clients that the server stops, close their sockets and end the thread."""
+        self.gate.phase = "draining"
+        if self._thread is None:
+            return
+        if self._loop is not None and self._thread.is_alive():
+            goodbye = self._app.state.accounts.finish_all(GOODBYE_S)
+            with contextlib.suppress(TimeoutError, concurrent.futures.TimeoutError):
+                asyncio.run_coroutine_threadsafe(goodbye, self._loop).result(2 * GOODBYE_S)
+        self._server.should_exit = True
+        self._thread.join(STOP_S)
+        if self._thread.is_alive():
+            self._server.force_exit = True
+            self._thread.join(STOP_S)
+
+    def _run(self, listening: socket.socket) -> None:
+        try:
+            asyncio.run(self._serve(listening))
+        except BaseException as error:
+            self._failure = error
+            logger.exception("the web server has ended")
+        finally:
+            listening.close()
+            self._listening.set()
+
+    async def _serve(self, listening: socket.socket) -> None:
+        self._loop = asyncio.get_running_loop()
+        server = asyncio.create_task(self._server.serve(sockets=[listening]))
+        while not self._server.started and not server.done():
+            await asyncio.sleep(0.01)
+        self._listening.set()
+        await server
+
+
+def _config(app: object, settings: WebSettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        log_config=None,
+        access_log=False,  # addresses may hold tokens
+        log_level="warning",
+        ws="websockets-sansio",
+        ws_max_size=settings.max_socket_bytes,
+        ws_per_message_deflate=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+
+
+def _listen(settings: WebSettings) -> socket.socket:
+    host, port = settings.host.strip("[]"), settings.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Without the protocol asyncio would not turn off Nagle's algorithm, which holds every picture
+    # after a receipt back for 40 ms.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Sockets that are accepted have these too.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LINGER_S * 1000)
+        listening.bind((host, port))
+        listening.listen(128)
+    except OSError as error:
+        listening.close()
+        raise ValueError(
+            f"--host {host} --port {port}: {error.strerror or error}. --port 0 takes a free port."
+        ) from error
+    return listening

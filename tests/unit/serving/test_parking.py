@@ -1,0 +1,224 @@
+"""Sessions that nobody looks at: parked in host memory or on disk, and back; frames bit by bit."""
+
+import pytest
+import torch
+
+from flashdreams.serving import restart
+from flashdreams.serving.interface import Opening, Refused
+from tests.live import Client, Visit, served, until
+from tests.unit.serving.test_loop import WALK, walk
+
+
+@pytest.fixture(scope="module")
+def alone(runner, tmp_path_factory):
+    with served(runner, state_dir=tmp_path_factory.mktemp("alone")) as server:
+        return walk(Visit(server.host, Opening(seed=1)))
+
+
+def state_of(visit):
+    return visit.client.states[-1][0]
+
+
+def attach(visit):
+    """Take up a session again with the same client."""
+    return visit.host.attach(visit.id, visit.client)
+
+
+@pytest.mark.parametrize("parked_gib", [1.0, 0.0], ids=["in host memory", "on disk"])
+def test_detached_session_is_parked_and_goes_on_where_it_was(runner, folder, alone, parked_gib):
+    limits = {"park_after_s": 0.0, "parked_gib": parked_gib, "state_dir": folder}
+    with served(runner, **limits) as server:
+        visit = Visit(server.host, Opening(seed=1))
+        walk(visit, WALK[:2])
+        visit.command("fork", name="here")
+        server.host.detach(visit.id)
+        visit.client.wait(lambda: state_of(visit) == "parked")
+        figures = server.host.figures()
+        assert (figures.sessions, figures.parked) == (0, 1)
+        assert (figures.parked_bytes > 2**18) == (parked_gib > 0)
+        visit.keys("wl")  # while it is parked
+        assert attach(visit) == 2
+        visit.client.wait(lambda: state_of(visit) == "running")
+        visit.ask(1)
+        walk(visit, WALK[3:])
+        assert server.host.figures().parked_bytes == 0
+        assert server.host.saved(visit.id) == (["here"] if parked_gib else [])
+    assert torch.equal(visit.client.frames, alone)
+
+
+def test_fork_survives_parking(runner, folder, alone):
+    with served(runner, park_after_s=0.0, state_dir=folder) as server:
+        visit = Visit(server.host, Opening(seed=1))
+        walk(visit, WALK[:2])
+        visit.command("fork", name="here")
+        visit.ask(3)
+        server.host.pause(visit.id, True)
+        visit.client.wait(lambda: state_of(visit) == "parked")
+        server.host.pause(visit.id, False)
+        visit.command("rewind", name="here")
+        assert torch.equal(walk(visit, WALK[2:]), alone[2:])
+
+
+def test_paused_session_gives_its_place_to_one_that_waits(runner, folder, alone):
+    with served(runner, max_sessions=1, park_after_s=0.2, state_dir=folder) as server:
+        first = Visit(server.host, Opening(seed=1))
+        walk(first, WALK[:2])
+        second = Visit(server.host)
+        second.client.wait(lambda: second.client.states == [("waiting", 1)])
+        server.host.detach(first.id)
+        assert len(second.ask(2)) == 2
+        assert state_of(first) == "parked"
+        attach(first)
+        first.client.wait(lambda: first.client.states[-1] == ("waiting", 1))
+        third = Visit(server.host)
+        third.client.wait(lambda: third.client.states[-1:] == [("waiting", 2)])
+        second.close()
+        walk(first, WALK[2:])
+        third.close()
+    assert torch.equal(first.client.frames, alone)
+
+
+def test_client_that_leaves_the_queue_is_passed_over(runner, folder, alone):
+    with served(runner, max_sessions=1, state_dir=folder) as server:
+        first, gone, third = (Visit(server.host, Opening(seed=1)) for _ in range(3))
+        first.ask(1)
+        gone.client.wait(lambda: gone.client.states == [("waiting", 1)])
+        server.host.detach(gone.id)
+        first.close()
+        assert torch.equal(walk(third, WALK[:2]), alone[:2])
+        assert state_of(gone) == "waiting"
+        third.close()
+        assert attach(gone) == 0
+        assert torch.equal(walk(gone), alone)
+
+
+def test_session_whose_client_does_not_come_back_ends(runner, folder):
+    with served(runner, park_after_s=0.0, end_after_s=0.3, state_dir=folder) as server:
+        visit = Visit(server.host)
+        visit.ask(1)
+        server.host.detach(visit.id)
+        visit.client.wait(lambda: visit.client.end is not None)
+        assert "Nobody came back" in visit.client.end[0]
+        with pytest.raises(Refused):
+            server.host.attach(visit.id, Client())
+        assert not (folder / visit.id).exists()
+
+
+def test_only_so_many_sessions_are_kept_for_clients_that_are_gone(runner, folder):
+    with served(runner, park_after_s=0.0, max_kept=2, state_dir=folder) as server:
+        visits = []
+        for _ in range(3):
+            visits.append(Visit(server.host))
+            visits[-1].ask(1)
+            server.host.detach(visits[-1].id)
+            visits[-1].client.wait(lambda: state_of(visits[-1]) == "parked")
+        visits[0].client.wait(lambda: visits[0].client.end is not None)
+        assert "longest ago" in visits[0].client.end[0]
+        assert [visit.client.end for visit in visits[1:]] == [None, None]
+        attach(visits[1])
+        visits[1].ask(1)
+
+
+def test_session_without_input_pauses_and_goes_on_with_a_key(runner, folder):
+    with served(runner, pause_after_s=0.3, state_dir=folder) as server:
+        visit = Visit(server.host)
+        visit.ask(1)
+        visit.client.wait(lambda: state_of(visit) == "paused")
+        visit.keys("w")
+        visit.client.wait(lambda: state_of(visit) == "running")
+
+
+def test_session_lasts_no_longer_than_allowed(runner, folder):
+    with served(runner, max_session_s=1.0, state_dir=folder) as server:
+        visit = Visit(server.host)
+        visit.ask(1)
+        visit.client.wait(lambda: visit.client.end is not None)
+        assert "at most 1 s" in visit.client.end[0]
+
+
+def test_restarted_server_goes_on_with_all_sessions(runner, folder, alone):
+    with served(runner, state_dir=folder, park_after_s=0.0) as server:
+        live, parked = (Visit(server.host, Opening(seed=1)) for _ in range(2))
+        waiting = Visit(server.host)
+        walk(live, WALK[:2]), walk(parked, WALK[:3])
+        live.command("save", name="two")
+        server.host.detach(parked.id)
+        parked.client.wait(lambda: state_of(parked) == "parked")
+        waiting.close()
+        gone = Visit(server.host)
+        gone.ask(1)
+        gone.close()
+    for visit in (live, parked):
+        assert "take up the session again" in visit.client.end[0]
+    with served(runner, state_dir=folder) as server:
+        until(lambda: server.host.figures().parked == 2)
+        for visit, steps in ((live, 2), (parked, 3)):
+            visit.host, visit.client.end = server.host, None
+            assert attach(visit) == steps
+            assert torch.equal(walk(visit, WALK[steps:]), alone[steps:])
+        live.command("rewind", name="two")
+        assert torch.equal(walk(live, WALK[2:]), alone[2:])
+        live.command("reset")
+        live.keys("")
+        assert len(live.ask(1)) == 1
+        with pytest.raises(Refused):
+            server.host.attach(gone.id, Client())
+
+
+def test_restarted_server_counts_on_from_what_the_client_has_seen(runner, folder, alone):
+    with served(runner, state_dir=folder, snapshot_every=0.05) as server:
+        visit = Visit(server.host, Opening(seed=1))
+        walk(visit, WALK[:2])
+        until(lambda: (folder / visit.id).is_dir() and any((folder / visit.id).iterdir()))
+    with served(runner, state_dir=folder) as server:
+        until(lambda: server.host.figures().parked == 1)
+        visit.host = server.host
+        assert server.host.attach(visit.id, visit.client, from_frame=7) == 7
+        assert torch.equal(walk(visit, WALK[2:]), alone[2:])
+        assert visit.client.chunks[-1].first_frame == 9
+        assert visit.client.chunks[-1].epoch == 1
+
+
+def test_prompt_and_image_of_a_session_hold_after_a_restart(runner, folder):
+    image = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64).contiguous()
+    opening = Opening(seed=3, image=image, prompt="night sky, red floor")
+    with served(runner, state_dir=folder) as server:
+        visit = Visit(server.host, opening)
+        first = walk(visit)
+    with served(runner, state_dir=folder) as server:
+        until(lambda: server.host.figures().parked == 1)
+        visit.host = server.host
+        attach(visit)
+        visit.keys("")
+        visit.command("reset")
+        assert torch.equal(walk(visit), first)
+
+
+def test_session_of_another_method_is_left_alone(runner, folder, caplog, monkeypatch):
+    with served(runner, state_dir=folder) as server:
+        visit = Visit(server.host)
+        visit.ask(1)
+    monkeypatch.setattr(restart, "describe_config", lambda pipeline: {"name": "another"})
+    with served(runner, state_dir=folder) as server:
+        until(lambda: "was saved with another config" in caplog.text)
+        with pytest.raises(Refused):
+            server.host.attach(visit.id, visit.client)
+    monkeypatch.undo()
+    with served(runner, state_dir=folder) as server:
+        until(lambda: server.host.figures().parked == 1)
+
+
+def test_damaged_session_is_left_out(runner, folder, caplog):
+    with served(runner, state_dir=folder) as server:
+        good, bad = Visit(server.host), Visit(server.host)
+        good.ask(1), bad.ask(1)
+    header = next((folder / bad.id).glob("state-*")) / "snapshot.json"
+    header.write_bytes(header.read_bytes()[:-9])
+    with served(runner, state_dir=folder) as server:
+        until(lambda: server.host.figures().parked == 1)
+        with pytest.raises(Refused):
+            server.host.attach(bad.id, bad.client)
+        good.host = server.host
+        attach(good)
+        good.ask(1)
+    assert "damaged" in caplog.text
