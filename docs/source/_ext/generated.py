@@ -364,9 +364,11 @@ def backends(_: str) -> str:
 def toy_quality(_: str) -> str:
     """The table of figures in the README of the toy world."""
     text = (PACKAGE / "integrations/toy_world/README.md").read_text(encoding="utf-8")
-    section = text.partition("## How good it is")[2].partition("\n## ")[0]
-    table = [line for line in section.splitlines() if line.startswith("|")]
-    return "\n".join(table).replace("| |", "| PSNR in dB |", 1) or "Not measured yet."
+    tables = []
+    for title in ("## How good it is", "## The courtyard"):
+        section = text.partition(title)[2].partition("\n## ")[0]
+        tables.append("\n".join(line for line in section.splitlines() if line.startswith("|")))
+    return "\n\n".join(tables).replace("| |", "| toy-world |", 1)
 
 
 def modules(package: str) -> str:
