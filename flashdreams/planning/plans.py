@@ -10,6 +10,7 @@ import torch
 from flashdreams.infra.component import select_context
 from flashdreams.infra.decoder.base import Decoder, StreamingDecoder
 from flashdreams.infra.diffusion.causal import CausalTransformer
+from flashdreams.infra.diffusion.experts import NoiseExperts
 from flashdreams.infra.pipeline import StreamInferencePipelineConfig
 from flashdreams.infra.weights import weight_nbytes
 from flashdreams.parallel.dry import DryMesh, dry_mesh
@@ -300,7 +301,7 @@ class Planner:
     def _run_network(self, config: Any, mesh: DryMesh) -> "Network":
         """Run a denoising step and a clean pass with a full window on the meta device."""
         transformer = self._on_meta(config, mesh)
-        if not isinstance(transformer, CausalTransformer):
+        if not isinstance(transformer, CausalTransformer | NoiseExperts):
             raise ValueError(
                 f"{type(transformer).__name__} is no CausalTransformer: the planner does not know "
                 "how to run it on the meta device. Measure it: python benchmarks/fps.py <slug>."
@@ -314,7 +315,7 @@ class Planner:
         context = {name: x.to("meta") for name, x in context.items()}
         transformer.config = replace(transformer.config, use_cuda_graph=False)
         make = transformer.initialize_cache
-        cache = make(**select_context(make, context))
+        cache: Any = make(**select_context(make, context))
         streaming = transformer.config.streaming
         index = STEADY_CHUNKS if streaming else 0
         for cursor in cache.cursors:
@@ -359,13 +360,14 @@ class Planner:
             work, peak = count(decoder, lambda: decoder(latent))
             return decoder, work, 0, peak
         cache = decoder.initialize_cache()
-        if config.streaming:
+        index = 1 if config.streaming else 0
+        if index:
             with torch.no_grad():
                 decoder(latent, autoregressive_index=0, cache=cache)
         sent = mesh.meter.snapshot()
         work, peak = count(
             decoder,
-            lambda: decoder(latent, autoregressive_index=1, cache=cache),
+            lambda: decoder(latent, autoregressive_index=index, cache=cache),
             cache,
             lambda: mesh.meter.since(sent),
         )

@@ -7,9 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flashdreams.infra.config import derive_config
+from flashdreams.infra.config import config_fields, derive_config
 from flashdreams.integrations.lingbot_world.config import (
-    ACT_TRANSFORMER,
     PIPELINE,
     TAEHV_PIPELINE,
     TINY_PIPELINE,
@@ -17,6 +16,7 @@ from flashdreams.integrations.lingbot_world.config import (
 )
 from flashdreams.integrations.lingbot_world.transformer import LingBotBlock, LingBotTransformer
 from flashdreams.models.wan import fused
+from flashdreams.models.wan.transformer import WanTransformer, WanTransformerConfig
 from tests.kernels.conftest import switch_to_interpreter
 from tests.manifests import load_manifest
 
@@ -76,16 +76,15 @@ def roll_out(model, given, passes: int = 4) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("config", "name"),
-    [(TRANSFORMER, "lingbot_world_fast"), (ACT_TRANSFORMER, "lingbot_world_act")],
+    ("channels", "name"), [(6, "lingbot_world_fast"), (7, "lingbot_world_act")]
 )
-def test_parameters_are_exactly_those_of_the_manifest(config, name):
+def test_parameters_are_exactly_those_of_the_manifest(channels, name):
     with torch.device("meta"):
-        model = config.setup()
+        model = derive_config(TRANSFORMER, camera_channels=channels).setup()
     expected = {key: shape for key, (shape, _) in load_manifest(name).items()}
     assert {key: tuple(p.shape) for key, p in model.state_dict().items()} == expected
     size = 4 * sum(p.numel() for p in model.parameters())
-    assert config.checkpoint.size_bytes == size
+    assert (TRANSFORMER.checkpoint.size_bytes == size) == (channels == 6)
 
 
 def test_the_two_variants_differ():
@@ -153,6 +152,39 @@ def test_a_camera_that_does_not_fit_is_refused(camera):
     cache = model.initialize_cache(given["text"], condition=given["condition"])
     with pytest.raises(ValueError, match=r"must be \[B, latent frames \* 28, 1536\]"):
         model.begin_step(0, cache, camera)
+
+
+BIDIRECTIONAL = dict(streaming=False, len_t=6, window_size_t=6, sink_size_t=0)
+
+
+def test_bidirectional_blocks_read_the_camera_in_every_pass():
+    """The same numbers as with scales and shifts that are kept; only the memory differs."""
+    model = build(**BIDIRECTIONAL)
+    given = inputs(model.config)
+    cache = model.initialize_cache(given["text"], condition=given["condition"])
+    model.begin_step(0, cache, given["cameras"][0])
+    x, timestep = given["noise"][0], torch.tensor(900)
+    found = model.predict_flow(x, timestep, cache)
+    assert cache.inputs.control.shape == (1, 6 * 28, 48)
+    kept = [block.read_camera(cache.inputs.control) for block in model.blocks]
+    model.block_controls = lambda *_: kept
+    assert torch.equal(model.predict_flow(x, timestep, cache), found)
+    model.block_controls = lambda *_: kept[::-1]  # negative control
+    assert (model.predict_flow(x, timestep, cache) - found).abs().max() > 10 * ATOL
+
+
+def test_without_a_camera_a_bidirectional_model_is_wans():
+    model = build(**BIDIRECTIONAL)
+    values = {name: getattr(model.config, name) for name in config_fields(WanTransformerConfig)}
+    wan = WanTransformer(WanTransformerConfig(**values)).requires_grad_(False).eval()
+    wan.load_state_dict(model.state_dict(), strict=False)
+    given, flows = inputs(model.config), []
+    for network, camera in ((model, None), (wan, None), (model, given["cameras"][0])):
+        cache = network.initialize_cache(given["text"], condition=given["condition"])
+        network.begin_step(0, cache, camera)
+        flows.append(network.predict_flow(given["noise"][0], torch.tensor(900), cache))
+    assert torch.equal(flows[0], flows[1])
+    assert (flows[2] - flows[1]).abs().max() > 10 * ATOL  # negative control
 
 
 def test_wans_own_control_is_refused():
