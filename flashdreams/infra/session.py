@@ -241,7 +241,7 @@ class Session:
                 if command.kind == "reset":
                     # What came before it was meant for frames that are not made any more; what
                     # comes after it counts from the new beginning.
-                    self._waiting = [other for other in self._waiting if other.kind == "end"]
+                    self._waiting.clear()
                     stop = self.pipeline.pixel_frames(0).stop
         return Turn(self.name, index, tuple(due))
 

@@ -263,6 +263,11 @@ def steady_steps(_: str) -> str:
     return figures.steady_steps(figures.read_reports())
 
 
+def attention_rates(_: str) -> str:
+    """Table of the rate of each attention backend, from the committed reports of the benchmarks."""
+    return figures.attention_rates(figures.read_reports())
+
+
 def ratios(_: str) -> str:
     """What the engine adds to a bare loop, whether a long rollout grows, and peers."""
     return figures.ratios(figures.read_reports())
@@ -422,6 +427,7 @@ PARTS: dict[str, Callable[[str], str]] = {
         toy_quality,
         precision,
         steady_steps,
+        attention_rates,
         ratios,
         modules,
     )

@@ -41,10 +41,12 @@ def test_commands_of_the_old_rollout_go_with_it(pipeline, commands, expected):
     session.release()
 
 
-def test_an_end_stays(pipeline):
+def test_an_end_after_a_reset_counts_from_the_new_beginning(pipeline):
     session = new_session(pipeline)
+    session.submit(Command(kind="reset", at_frame=LATER))
     session.submit(Command(kind="end", at_frame=LATER))
-    session.submit(Command(kind="reset"))
     with pytest.raises(SessionEnded):
         levels(session, 20)
-    assert session.turns > 1
+    frames = [pipeline.pixel_frames(index) for index in range(20)]
+    before = next(i for i, chunk in enumerate(frames) if LATER < chunk.stop)
+    assert session.turns == 2 * before
