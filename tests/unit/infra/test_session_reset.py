@@ -48,5 +48,5 @@ def test_an_end_after_a_reset_counts_from_the_new_beginning(pipeline):
     with pytest.raises(SessionEnded):
         levels(session, 20)
     frames = [pipeline.pixel_frames(index) for index in range(20)]
-    before = next(i for i, chunk in enumerate(frames) if LATER < chunk.stop)
+    before = next(i for i, chunk in enumerate(frames) if chunk.stop > LATER)
     assert session.turns == 2 * before
