@@ -41,22 +41,22 @@ def flags_of(config: Any, prefix: str = "--") -> Iterator[str]:
             yield from flags_of(value, f"{name}.")
 
 
-def flags_of_parsers(source: str) -> Iterator[str]:
-    """Options that the other commands, such as flashdreams-plan, add to their parsers."""
+def flags_of_commands(source: str) -> Iterator[str]:
+    """Options that the fields of a command's settings, such as flashdreams-plan's, become."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
-            for word in node.args:
-                if isinstance(word, ast.Constant) and str(word.value).startswith("--"):
-                    yield word.value
+        if isinstance(node, ast.ClassDef):
+            for item in node.body:
+                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                    yield "--" + item.target.id.replace("_", "-")
 
 
 @pytest.fixture(scope="module")
 def known() -> set[str]:
     own = {text.split()[0] for text in _OWN_OPTIONS}
     of_slugs = {flag for config in discover().values() for flag in flags_of(config)}
-    sources = (file.read_text("utf-8") for file in python_files(ROOT / "flashdreams"))
-    of_parsers = {flag for source in sources for flag in flags_of_parsers(source)}
-    return own | of_slugs | of_parsers | OF_OTHER_PROGRAMS
+    commands = [*(ROOT / "flashdreams").glob("*.py"), *python_files(ROOT / "flashdreams/serving")]
+    of_commands = {flag for file in commands for flag in flags_of_commands(file.read_text("utf-8"))}
+    return own | of_slugs | of_commands | OF_OTHER_PROGRAMS
 
 
 def is_known(flag: str, known: set[str]) -> bool:
@@ -82,5 +82,5 @@ def test_an_option_that_nobody_has_is_noticed(known: set[str]) -> None:
     found = list(flags_in_errors(source))
     assert found == ["--output-dir", "--output-folder"]
     assert [is_known(flag, known) for flag in found] == [True, False]
-    assert list(flags_of_parsers('parser.add_argument("--port", "-p")')) == ["--port"]
+    assert list(flags_of_commands("class A:\n    http_port: int = 1")) == ["--http-port"]
     assert is_known("--parallel.", known) and not is_known("--parallels.", known)
