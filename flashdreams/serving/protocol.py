@@ -1,8 +1,9 @@
-"""Messages of a live session over a WebSocket, field by field.
+"""Messages of a live session over a WebSocket or a data channel, field by field.
 
 ``session.start``, ``session.interaction``, ``session.ping``, ``session.stop`` and what answers them
 are those that clients of ``/v1/realtime/video`` speak already; the others are this server's own.
-Every ``video.chunk_metadata`` is followed at once by one binary frame of ``byte_length`` bytes.
+Every ``video.chunk_metadata`` is followed at once by one binary frame of ``byte_length`` bytes;
+over WebRTC the picture is on the media track instead.
 """
 
 from typing import Annotated, Any, Literal
@@ -216,7 +217,8 @@ class VideoStart(_Message):
 
     type: Literal["video.start"] = "video.start"
     request_id: str
-    format: Literal["m4s", "jpeg"]
+    format: Literal["m4s", "jpeg", "webrtc"]
+    """``"webrtc"``: the pictures are on the media track of the peer connection."""
     config: StartConfig
     token: str
     """For ``session.resume``."""
@@ -245,17 +247,18 @@ class VideoQueued(_Message):
 
 
 class VideoChunk(_Message):
-    """What the next binary frame holds."""
+    """What the next binary frame, or the next picture of a media track, holds."""
 
     type: Literal["video.chunk_metadata"] = "video.chunk_metadata"
     request_id: str
     kind: Literal["media"] = "media"
     transport_chunk_index: int
-    """Counts the binary frames of this socket."""
+    """Counts the pictures of this connection."""
     generation_chunk_index: int
     """The AR step that made it."""
     num_frames: int
     byte_length: int
+    """Of the binary frame; 0 over WebRTC."""
     started_event_ids: list[str] = []
     active_event_ids: list[str] = []
     completed_event_ids: list[str] = []
@@ -265,6 +268,8 @@ class VideoChunk(_Message):
     """Whether decoding can begin here."""
     epoch: int = 0
     """Raised by reset and rewind: nothing of an earlier epoch is worth showing any more."""
+    media_timestamp: int | None = None
+    """Over WebRTC: the picture's RTP timestamp less that of the connection's first picture."""
 
 
 class Queued(_Message):

@@ -1,9 +1,10 @@
 """The sessions that the web side knows of, and what opens them."""
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -49,7 +50,23 @@ class Accounts:
         self.gate, self.settings, self.metrics = gate, settings, metrics
         self.sessions: dict[str, Session] = {}
         self.conversations: set[Any] = set()
-        """Of the sockets that are open."""
+        """Of the connections that are open."""
+
+    @property
+    def full(self) -> bool:
+        """No more connections are taken."""
+        return len(self.conversations) >= self.settings.max_sockets
+
+    @contextlib.contextmanager
+    def counted(self, conversation: Any) -> Iterator[None]:
+        """Count a conversation while it lasts."""
+        self.conversations.add(conversation)
+        self.metrics.sockets.set(len(self.conversations))
+        try:
+            yield
+        finally:
+            self.conversations.discard(conversation)
+            self.metrics.sockets.set(len(self.conversations))
 
     async def finish_all(self, patience_s: float) -> None:
         """Let all sockets end behind what waits for them.

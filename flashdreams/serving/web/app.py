@@ -22,8 +22,10 @@ from flashdreams.serving.web.gate import Gate
 from flashdreams.serving.web.guard import Guard, GuardedApp, TooLarge, cookie_name
 from flashdreams.serving.web.metrics import CONTENT_TYPE, Metrics
 from flashdreams.serving.web.models import add_models
+from flashdreams.serving.web.rtc import add_peers
 from flashdreams.serving.web.sessions import add_sessions
 from flashdreams.serving.web.settings import WebSettings
+from flashdreams.serving.web.transport import SocketTransport
 
 PAGE = Path(__file__).resolve().parents[1] / "page"
 
@@ -52,7 +54,7 @@ def create_app(host: Host | Gate, settings: WebSettings) -> FastAPI:
         title="flashdreams",
         version=flashdreams.__version__,
         description="Live sessions of an autoregressive video model. The messages of "
-        "`WS /v1/realtime/video` are described by `/v1/schema`.",
+        "`WS /v1/realtime/video` and of data channels are described by `/v1/schema`.",
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
@@ -64,6 +66,7 @@ def create_app(host: Host | Gate, settings: WebSettings) -> FastAPI:
     add_models(app, gate)
     app.state.steppers = add_sessions(app, accounts)
     _add_socket(app, accounts, guard)
+    add_peers(app, accounts, guard)
     _add_page(app, settings)
     _add_errors(app)
     return app
@@ -101,19 +104,13 @@ def _add_probes(app: FastAPI, gate: Gate, metrics: Metrics) -> None:
 def _add_socket(app: FastAPI, accounts: Accounts, guard: Guard) -> None:
     @app.websocket("/v1/realtime/video")
     async def realtime_video(socket: WebSocket) -> None:
-        conversations = accounts.conversations
-        if len(conversations) >= accounts.settings.max_sockets:
+        if accounts.full:
             await socket.close(1013)
             return
         await socket.accept()
-        conversation = Conversation(socket, accounts)
-        conversations.add(conversation)
-        accounts.metrics.sockets.set(len(conversations))
-        try:
+        conversation = Conversation(SocketTransport(socket), accounts)
+        with accounts.counted(conversation):
             await conversation.run(guard)
-        finally:
-            conversations.discard(conversation)
-            accounts.metrics.sockets.set(len(conversations))
 
 
 def _add_page(app: FastAPI, settings: WebSettings) -> None:

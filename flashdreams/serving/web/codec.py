@@ -11,7 +11,7 @@ import torch
 
 from flashdreams.serving.fragments import TIMESCALE, avcc_of, avcc_sample, codec_name, fragment
 
-Format = Literal["m4s", "jpeg"]
+Format = Literal["m4s", "jpeg", "webrtc"]
 EncoderName = Literal["auto", "libx264", "h264_nvenc"]
 
 NO_KEYS = 2**30
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class Encoder(ABC):
-    """Encodes the pictures of one socket, in order, and wraps them for it."""
+    """Encodes the pictures of one client, in order, and wraps them for its transport."""
 
     format: Format
     codec: str | None
@@ -49,8 +49,8 @@ class Encoder(ABC):
         """
 
     @abstractmethod
-    def wrap(self, picture: bytes, *, key: bool) -> bytes:
-        """What a client gets for a picture of ``encode``; those that are left out are not wrapped.
+    def wrap(self, picture: bytes, *, key: bool) -> Any:
+        """What a transport gets for a picture of ``encode``; those left out are not wrapped.
 
         May be called in another thread than ``encode``.
         """
@@ -73,6 +73,50 @@ class JpegEncoder(Encoder):
     def wrap(self, picture: bytes, *, key: bool) -> bytes:
         """The file itself."""
         return picture
+
+
+class PlanesEncoder(Encoder):
+    """Pictures for a media track, which encodes by itself: no more than their planes, as YUV 4:2:0.
+
+    The colours are those of BT.601, which receivers of WebRTC assume.
+    """
+
+    format: Format = "webrtc"
+    codec = None
+
+    def __init__(self, width: int, height: int) -> None:
+        """Begin.
+
+        Args:
+            width: in pixels, even.
+            height: in pixels, even.
+
+        Raises:
+            ValueError: an odd size.
+        """
+        if width % 2 or height % 2:
+            text = f"WebRTC needs even sizes; {width}x{height} is served over WebSockets only."
+            raise ValueError(text)
+        from av.video.reformatter import VideoReformatter
+
+        self._to_yuv = VideoReformatter()
+        self._shape = (height * 3 // 2, width)
+
+    def encode(self, pixels: np.ndarray, *, key: bool) -> tuple[bytes, bool]:
+        """See the contract; the receiver itself asks the track for key pictures."""
+        import av
+        from av.video.reformatter import Colorspace
+
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        frame = self._to_yuv.reformat(frame, format="yuv420p", dst_colorspace=Colorspace.ITU601)
+        return frame.to_ndarray().tobytes(), False
+
+    def wrap(self, picture: bytes, *, key: bool) -> Any:
+        """A ``VideoFrame`` of PyAV."""
+        import av
+
+        planes = np.frombuffer(picture, np.uint8).reshape(self._shape)
+        return av.VideoFrame.from_ndarray(planes, format="yuv420p")
 
 
 class H264Encoder(Encoder):
@@ -136,11 +180,13 @@ class H264Encoder(Encoder):
 def new_encoder(
     format: Format, width: int, height: int, fps: float, name: EncoderName = "auto"
 ) -> Encoder:
-    """An encoder for one socket.
+    """An encoder for one client.
 
     Raises:
         ValueError: it cannot encode pictures of this size, or is not there.
     """
+    if format == "webrtc":
+        return PlanesEncoder(width, height)
     return JpegEncoder() if format == "jpeg" else H264Encoder(width, height, fps, name)
 
 

@@ -1,12 +1,10 @@
-"""One WebSocket of ``/v1/realtime/video``, from its first message to its last."""
+"""The conversation with one client, from its first message to its last."""
 
 import asyncio
 import contextlib
 import logging
 import uuid
 from typing import Any
-
-from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from flashdreams.serving.interface import Refused
 from flashdreams.serving.protocol import (
@@ -38,6 +36,7 @@ from flashdreams.serving.web.messages import FIRST, read_message
 from flashdreams.serving.web.outlet import Outlet, TooSlow
 from flashdreams.serving.web.pump import Pump
 from flashdreams.serving.web.requests import Requests
+from flashdreams.serving.web.transport import Gone, Transport
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +50,14 @@ NORMAL, POLICY, INTERNAL_ERROR = 1000, 1008, 1011
 class Conversation:
     """Reads what a client sends, and sees to it that its session ends or waits when it is gone."""
 
-    def __init__(self, socket: WebSocket, accounts: Accounts) -> None:
-        """Begin, with an accepted socket."""
-        self.socket, self.accounts = socket, accounts
+    def __init__(self, transport: Transport, accounts: Accounts) -> None:
+        """Begin.
+
+        Args:
+            transport: an accepted WebSocket, or a peer connection that is being made.
+            accounts: of the server.
+        """
+        self.transport, self.accounts = transport, accounts
         self.settings, self.metrics = accounts.settings, accounts.metrics
         self.request_id = f"video-{uuid.uuid4().hex}"
         self.format: Any = "m4s"
@@ -61,7 +65,7 @@ class Conversation:
         self.begun = False
         self.resumed_at: int | None = None
         self.outlet = Outlet(
-            socket,
+            transport,
             self.request_id,
             self.metrics,
             waiting_pictures=self.settings.waiting_pictures,
@@ -80,13 +84,13 @@ class Conversation:
         writer = asyncio.create_task(self.outlet.run())
         last: Done | Error | None = None
         try:
-            if not guard.knows_token(self.socket.scope):
+            if not guard.knows_token(self.transport.scope):
                 raise Denied(Error(message="A token is required.", code="unauthorized"))
             await self._open(await self._first())
             last = await self._carry_on(writer)
         except Denied as denied:
             last = denied.error
-        except WebSocketDisconnect:
+        except Gone:
             pass
         except Exception:
             logger.exception("a conversation has failed")
@@ -110,11 +114,8 @@ class Conversation:
         return message
 
     async def _receive(self, first: bool = False) -> str:
-        message = await self.socket.receive()
-        if message["type"] == "websocket.disconnect":
-            raise WebSocketDisconnect(message.get("code") or 1005)
-        text = message.get("text")
-        if text is None:
+        text = await self.transport.receive()
+        if isinstance(text, bytes):
             raise Denied(Error(message="Messages are JSON in text frames.", code="bad_message"))
         limit = self.settings.max_socket_bytes if first else self.settings.max_message_bytes
         if len(text) > limit:
@@ -122,7 +123,7 @@ class Conversation:
         return text
 
     async def _open(self, first: SessionStart | SessionResume) -> None:
-        self.format = first.format
+        self.format = self.transport.format or first.format
         if isinstance(first, SessionStart):
             host = self.accounts.host()
             feed = Feed(host.offer, self.settings, self.metrics)
@@ -185,7 +186,7 @@ class Conversation:
         except TooSlow:
             text = f"Nothing was read for {self.settings.slow_s:g} s."
             return Error(message=text, code="too_slow")
-        except (WebSocketDisconnect, RuntimeError, OSError):
+        except OSError:  # it is gone
             return None
         return self._end()
 
@@ -278,7 +279,7 @@ class Conversation:
             except (TimeoutError, asyncio.TimeoutError):
                 text = f"Nothing was heard for {self.settings.stall_s:g} s; send session.ping."
                 return Error(message=text, code="timeout")
-            except WebSocketDisconnect:
+            except Gone:
                 return None
             except Denied as denied:
                 self._refuse(denied.error)
@@ -349,5 +350,5 @@ class Conversation:
 
     async def _say_last(self, last: Done | Error | None, code: int) -> None:
         if last is not None:
-            await self.socket.send_text(last.model_dump_json())
-        await self.socket.close(code)
+            await self.transport.send_text(last.model_dump_json())
+        await self.transport.close(code)

@@ -37,7 +37,7 @@ class Metrics:
 
         self._steps = counter("ar_steps", "AR steps whose pictures have arrived.")
         self._frames = counter("frames", "Pictures by what became of them.", "fate")
-        self._bytes = counter("media_bytes", "Bytes of pictures that were sent.")
+        self._bytes = counter("media_bytes", "Bytes of pictures sent over WebSockets.")
         self._messages = counter("messages", "Messages of clients.", "type")
         self._refused = counter("errors", "Error messages to clients.", "code")
         self._stages = histogram("stage", "Time of an AR step by stage.", _STAGES, "stage")
@@ -53,7 +53,9 @@ class Metrics:
         )
         self._client_drops = counter("client_dropped_frames", "Pictures that clients left out.")
         self._recent: deque[float] = deque(maxlen=RECENT)
-        self.sockets = Gauge("flashdreams_sockets", "Open WebSockets.", registry=self.registry)
+        self.sockets = Gauge(
+            "flashdreams_sockets", "Open WebSockets and peer connections.", registry=self.registry
+        )
         self.registry.register(_Loop(gate, self._recent))
 
     def chunk(self, stage_ms: Mapping[str, float]) -> None:

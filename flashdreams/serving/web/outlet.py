@@ -20,13 +20,18 @@ TRICKLE_S = 0.5
 
 
 class Socket(Protocol):
-    """What is used of an accepted WebSocket."""
+    """What takes messages and pictures."""
 
     def send_text(self, data: str) -> Awaitable[None]:
-        """Send a text frame; returns when it can take the next one."""
+        """Send a message; returns when it can take the next one."""
 
-    def send_bytes(self, data: bytes) -> Awaitable[None]:
-        """Send a binary frame; returns when it can take the next one."""
+    def send_picture(self, message: VideoChunk, picture: Any) -> Awaitable[None]:
+        """Send a picture behind its metadata; returns when it can take the next one.
+
+        Args:
+            message: the metadata; what depends on the transport is set here.
+            picture: of ``Encoder.wrap``.
+        """
 
 
 class TooSlow(Exception):
@@ -76,7 +81,7 @@ class Outlet:
         self.encoder: Encoder | None = None
         """Set before the first picture."""
         self.sent_chunks = 0
-        """Binary frames so far."""
+        """Pictures so far."""
         self.running = asyncio.Event()
         """The session has its place."""
         self._socket = socket
@@ -227,17 +232,15 @@ class Outlet:
             return
         encoder, message = self.encoder, item.message
         assert encoder is not None
-        data = encoder.wrap(item.data, key=message.key)
+        picture = encoder.wrap(item.data, key=message.key)
         message.transport_chunk_index = self.sent_chunks
-        message.byte_length = len(data)
-        await self._socket.send_text(message.model_dump_json())
-        await self._socket.send_bytes(data)
+        await self._socket.send_picture(message, picture)
         self.sent_chunks += 1
         now = time.monotonic()
         self._unshown.append(_Sent(message.first_frame, now))
         if len(self._unshown) > MAX_TEXTS:
             self._unshown.popleft()
-        self._metrics.sent(len(data), now - item.due_late_s)
+        self._metrics.sent(message.byte_length, now - item.due_late_s)
         for accepted_at in item.accepted_at:
             self._metrics.answered(now - accepted_at)
 

@@ -1,8 +1,15 @@
 """Limits and addresses of the web side."""
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from typing import Literal
+
+ICE_SERVER = re.compile(
+    r"(?P<scheme>stun(?=:[^@]+$)|turns?(?=:.+@))"
+    r":((?P<user>[^:@]+):(?P<password>[^@]+)@)?(?P<address>[\w.-]+(:\d{1,5})?(\?transport=(udp|tcp))?)"
+)
+"""A STUN server, or a TURN server with its credentials."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +31,8 @@ class WebSettings:
     """Hosts from which ``image_url`` may be fetched by https; empty: ``data:`` only."""
     encoder: Literal["auto", "libx264", "h264_nvenc"] = "auto"
     """H.264 encoder; auto tries NVENC where CUDA is, and libx264 otherwise."""
+    ice_servers: tuple[str, ...] = ()
+    """For WebRTC beyond one network: ``stun:HOST:PORT``, ``turn:USER:PASSWORD@HOST:PORT``."""
     start_s: float = 10.0
     """Seconds within which a socket has to send its first message."""
     stall_s: float = 60.0
@@ -60,6 +69,12 @@ class WebSettings:
     """Seconds that a request for one AR step may take."""
 
     def __post_init__(self) -> None:
+        for server in self.ice_servers:
+            if not ICE_SERVER.fullmatch(server):
+                raise ValueError(
+                    f"--ice-servers {server.rpartition('@')[2]} is no ICE server; allowed: "
+                    "stun:HOST:PORT, turn:USER:PASSWORD@HOST:PORT, turns:USER:PASSWORD@HOST:PORT."
+                )
         if not 0 <= self.port <= 65535:
             raise ValueError(
                 f"--port {self.port} is no TCP port; allowed: 1 to 65535, and 0 for a free one."

@@ -161,8 +161,9 @@ class FakeSocket:
         await self.open.wait()
         self.sent.append(data)
 
-    async def send_bytes(self, data: bytes) -> None:
-        self.sent.append(data)
+    async def send_picture(self, message: VideoChunk, picture: bytes) -> None:
+        await self.send_text(message.model_dump_json())
+        self.sent.append(picture)
 
 
 def new_outlet(socket: FakeSocket, slow_s: float = 5.0) -> Outlet:

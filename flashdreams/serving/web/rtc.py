@@ -1,0 +1,95 @@
+"""``POST /v1/realtime/webrtc``: live sessions over WebRTC."""
+
+import asyncio
+from typing import Any, Literal
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from flashdreams.serving.web.accounts import Accounts
+from flashdreams.serving.web.conversation import Conversation
+from flashdreams.serving.web.guard import Guard
+from flashdreams.serving.web.peer import Peer
+
+NOT_INSTALLED = "WebRTC is not installed here: pip install 'flashdreams[webrtc]'"
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    400: {"description": "No offer that can be answered."},
+    501: {"description": "aiortc is not installed."},
+    503: {"description": "Not now."},
+}
+
+
+class PeerOffer(BaseModel):
+    """What a client's ``RTCPeerConnection`` offers once it has gathered its candidates."""
+
+    sdp: str
+    type: Literal["offer"]
+
+
+class PeerAnswer(BaseModel):
+    """What it takes as its remote description."""
+
+    sdp: str
+    type: Literal["answer"] = "answer"
+
+
+class Peers:
+    """The peer connections of a server; belongs to the event loop's thread."""
+
+    def __init__(self, accounts: Accounts, guard: Guard) -> None:
+        """Begin without any."""
+        self.accounts, self.guard = accounts, guard
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def answer(self, peer: Peer, sdp: str) -> str:
+        """Answer an offer, and carry on with its session in a task.
+
+        Raises:
+            ValueError: it cannot be answered.
+        """
+        answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(self._carry_on(peer, sdp, answer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await answer
+
+    async def _carry_on(self, peer: Peer, sdp: str, answer: asyncio.Future[str]) -> None:
+        conversation = Conversation(peer, self.accounts)
+        with self.accounts.counted(conversation):
+            try:
+                text = await peer.answer(sdp)
+                if not answer.cancelled():
+                    answer.set_result(text)
+                    await conversation.run(self.guard)
+            except ValueError as error:
+                if not answer.done():
+                    answer.set_exception(error)
+            finally:
+                answer.cancel()
+                await peer.hang_up()
+
+
+def add_peers(app: FastAPI, accounts: Accounts, guard: Guard) -> None:
+    """Add the route."""
+    peers = Peers(accounts, guard)
+
+    @app.post("/v1/realtime/webrtc", tags=["live sessions"], responses=_RESPONSES)
+    async def realtime_webrtc(request: Request, offer: PeerOffer) -> PeerAnswer:
+        """Open a peer connection; its data channel speaks as ``WS /v1/realtime/video`` does."""
+        accounts.host()
+        if accounts.full:
+            text = f"All {accounts.settings.max_sockets} connections are taken."
+            return _refusal(503, "queue_full", text)
+        try:
+            peer = Peer(request.scope, accounts.settings)
+        except ImportError:
+            return _refusal(501, "not_installed", NOT_INSTALLED)
+        try:
+            return PeerAnswer(sdp=await peers.answer(peer, offer.sdp))
+        except ValueError as error:
+            return _refusal(400, "bad_message", str(error))
+
+
+def _refusal(status: int, code: str, message: str) -> Any:
+    return JSONResponse({"code": code, "message": message}, status)

@@ -1,0 +1,83 @@
+"""What carries the messages and pictures of one client."""
+
+from collections.abc import Awaitable, MutableMapping
+from typing import Any, Protocol
+
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from flashdreams.serving.protocol import VideoChunk
+from flashdreams.serving.web.codec import Format
+from flashdreams.serving.web.outlet import Socket
+
+
+class Gone(OSError):
+    """The connection is closed or lost."""
+
+
+class Transport(Socket, Protocol):
+    """An open connection to one client."""
+
+    format: Format | None
+    """Of all its pictures; None: the client chooses."""
+
+    @property
+    def scope(self) -> MutableMapping[str, Any]:
+        """Of the request that has opened it, as ASGI has it."""
+
+    async def receive(self) -> str | bytes:
+        """The client's next message.
+
+        Raises:
+            Gone: there will be none.
+        """
+
+    async def close(self, code: int) -> None:
+        """Close it behind what was sent.
+
+        Args:
+            code: of WebSockets; others have no place for it.
+        """
+
+
+class SocketTransport:
+    """An accepted WebSocket; a picture is a binary frame behind its metadata."""
+
+    format: Format | None = None
+
+    def __init__(self, socket: WebSocket) -> None:
+        """Wrap."""
+        self._socket = socket
+
+    @property
+    def scope(self) -> MutableMapping[str, Any]:
+        """See the contract."""
+        return self._socket.scope
+
+    async def receive(self) -> str | bytes:
+        """See the contract."""
+        message = await self._socket.receive()
+        if message["type"] == "websocket.disconnect":
+            raise Gone("The WebSocket is closed.")
+        text = message.get("text")
+        return message.get("bytes") or b"" if text is None else text
+
+    async def send_text(self, data: str) -> None:
+        """See the contract."""
+        await _sent(self._socket.send_text(data))
+
+    async def send_picture(self, message: VideoChunk, picture: Any) -> None:
+        """See the contract; ``picture`` is bytes."""
+        message.byte_length = len(picture)
+        await self.send_text(message.model_dump_json())
+        await _sent(self._socket.send_bytes(picture))
+
+    async def close(self, code: int) -> None:
+        """See the contract."""
+        await self._socket.close(code)
+
+
+async def _sent(call: Awaitable[None]) -> None:
+    try:
+        await call
+    except (WebSocketDisconnect, RuntimeError) as error:
+        raise Gone("The WebSocket is closed.") from error
