@@ -181,6 +181,7 @@ def test_the_openapi_document_names_all_paths_and_the_schema_is_published() -> N
         below = "/v1/sessions/{id}"
         assert set(document["paths"]) == {
             *("/healthz", "/readyz", "/metrics", "/v1/models", "/v1/schema", "/v1/sessions"),
+            "/v1/realtime/webrtc",
             *(below, f"{below}/step", f"{below}/control", f"{below}/prompt", f"{below}/snapshot"),
             *(f"{below}/fork", f"{below}/rewind", f"{below}/reset"),
         }
