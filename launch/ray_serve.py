@@ -12,6 +12,9 @@ of one node; sessions of a replica that is taken away, or dies, go on at another
 
 import argparse
 import math
+import signal
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -157,18 +160,26 @@ def read_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--token", help="what clients have to know")
     parser.add_argument("--allowed-origins", nargs="*", default=[])
-    parser.add_argument("words", nargs="*", help="for every flashdreams-serve, after --")
-    options = parser.parse_args(argv)
-    options.words = [options.slug, *options.words]
+    typed = sys.argv[1:] if argv is None else list(argv)
+    end = typed.index("--") if "--" in typed else len(typed)
+    options = parser.parse_args(typed[:end])
+    options.words = [options.slug, *typed[end + 1 :]]  # after --: for every flashdreams-serve
     return options
 
 
 def main() -> None:
-    """Begin, on the cluster that ``RAY_ADDRESS`` names or on this machine, and stay."""
-    options = read_options()
+    """Begin, on the cluster that ``RAY_ADDRESS`` names or on this machine; SIGTERM ends it all."""
+    options, stop = read_options(), threading.Event()
     application = build(options)  # what is wrong is said before anything is started
     serve.start(http_options={"host": options.host, "port": options.port})
-    serve.run(application, name=APPLICATION, blocking=True)
+    serve.run(application, name=APPLICATION)
+    for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
+        signal.signal(number, lambda number, frame: stop.set())
+    print(f"READY http://{options.host}:{options.port}/ {options.slug}", flush=True)
+    while not stop.wait(1.0):  # a wait without end would keep signals
+        continue
+    serve.shutdown()
+    ray.shutdown()
 
 
 if __name__ == "__main__":
