@@ -138,5 +138,3 @@ def test_session_comes_back_to_its_server_and_goes_on_at_another(tmp_path):
         except BaseException:
             print(log.read_text()[-8000:])
             raise
-        # the process that was killed is replaced
-        until(lambda: number(url, "servers") == 2, START_S)

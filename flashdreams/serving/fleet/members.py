@@ -106,6 +106,13 @@ class Fleet:
         self.health[name].sessions += 1  # until it is asked again
         return self.members[name]
 
+    def has_place(self, but: str) -> bool:
+        """Whether a server beside this one could begin a session at once."""
+        return any(
+            health.ready and name != but and health.sessions + health.queued < health.places
+            for name, health in self.health.items()
+        )
+
     def total(self, field: str) -> int:
         """Of all servers that are ready."""
         return sum(getattr(health, field) for health in self.health.values() if health.ready)

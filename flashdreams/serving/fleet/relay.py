@@ -20,6 +20,8 @@ from flashdreams.serving.web.welcome import keep_token
 
 REFRESH_S = 1.0
 """Between two looks at the servers."""
+MAX_SERVERS = 64
+"""Servers that a socket tries, or waits at, before it is refused."""
 WAITING_PICTURES = 2
 """Messages of a server that wait here for a client; the others wait where they can be left out."""
 _SESSION_PATH = re.compile(r"v1/sessions/([^/]+)")
@@ -135,7 +137,7 @@ async def _relay_socket(socket: WebSocket, fleet: Fleet, guard: Guard) -> None:
     except WebSocketDisconnect:
         return
     token = _token_of(first)
-    for _ in range(max(1, len(fleet.members))):
+    for _ in range(MAX_SERVERS):
         member = await fleet.of_session(token) if token else fleet.least_loaded()
         if member is None:
             break
@@ -148,9 +150,11 @@ async def _converse(socket: WebSocket, fleet: Fleet, member: Member, first: str)
     """Pass messages on in both directions until one side has gone.
 
     Returns:
-        False: the server cannot be reached, and has heard nothing.
+        False: another server is better, since this one cannot be reached, or has the client wait
+        while others have places.
     """
     from websockets.asyncio.client import connect
+    from websockets.exceptions import ConnectionClosed
 
     try:
         upstream = await connect(
@@ -166,15 +170,27 @@ async def _converse(socket: WebSocket, fleet: Fleet, member: Member, first: str)
         return False
     async with upstream:
         await upstream.send(first)
+        waits = asyncio.Event()
+        moves = asyncio.create_task(_await_place(fleet, member, waits))
         tasks = [
             asyncio.create_task(_upwards(socket, upstream)),
-            asyncio.create_task(_downwards(socket, upstream)),
+            asyncio.create_task(_downwards(socket, upstream, waits)),
         ]
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
+        await asyncio.wait([*tasks, moves], return_when=asyncio.FIRST_COMPLETED)
+        moved = moves.done() and waits.is_set() and not any(task.done() for task in tasks)
+        for task in (*tasks, moves):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    return True
+        await asyncio.gather(*tasks, moves, return_exceptions=True)
+        if moved:
+            with contextlib.suppress(ConnectionClosed):
+                await upstream.send('{"type": "session.stop"}')
+    return not moved
+
+
+async def _await_place(fleet: Fleet, member: Member, waits: asyncio.Event) -> None:
+    """Until a client that waits at this server would have a place at another one."""
+    while not (waits.is_set() and fleet.has_place(member.name)):
+        await asyncio.sleep(REFRESH_S / 2)
 
 
 async def _upwards(socket: WebSocket, upstream: Any) -> None:
@@ -190,14 +206,22 @@ async def _upwards(socket: WebSocket, upstream: Any) -> None:
             await upstream.send(message["bytes"] if data is None else data)
 
 
-async def _downwards(socket: WebSocket, upstream: Any) -> None:
-    """What the server sends, and why it ends."""
+async def _downwards(socket: WebSocket, upstream: Any, waits: asyncio.Event) -> None:
+    """What the server sends, and why it ends; ``waits`` is set while it has no place."""
     from websockets.exceptions import ConnectionClosed
 
+    begun = False
     with contextlib.suppress(WebSocketDisconnect, RuntimeError):
         try:
             while True:
                 data = await upstream.recv()
+                if not begun and isinstance(data, str):
+                    type = json.loads(data)["type"]
+                    begun = type == "video.start"
+                    if type == "video.queued":
+                        waits.set()
+                    elif begun:
+                        waits.clear()
                 await (socket.send_text(data) if isinstance(data, str) else socket.send_bytes(data))
         except ConnectionClosed as closed:
             if closed.rcvd is None:
