@@ -20,7 +20,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
-ALL="headline gpu_tests lingbot decoders attention kernels strict precision growth peers"
+ALL="headline gpu_tests lingbot decoders attention kernels strict precision growth peers tiles"
 SECTIONS="${SECTIONS:-$ALL}"
 RESULTS="${RESULTS:-outputs/gpu_session}"
 OUT="${OUT:-}"
@@ -127,6 +127,11 @@ peers() {
     bench peers "${size[@]}"
 }
 
+tiles() {
+    mapfile -t size < <(sized --preset tiny --repeats 1 -- --preset wan-1.3b --repeats 10)
+    bench tiles "${size[@]}"
+}
+
 memory_gib() {
     nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | awk '{print int($1/1024); exit}'
 }
@@ -137,7 +142,7 @@ limit_of() { # seconds of a section
         gpu_tests) echo 110 ;;
         lingbot) echo 135 ;;
         strict) echo 75 ;;
-        precision | peers) echo 60 ;;
+        precision | peers | tiles) echo 60 ;;
         *) echo 40 ;;
     esac
 }

@@ -11,6 +11,7 @@ from typing import Any
 import command
 import report
 import torch
+import torch.nn.functional as F
 from flashdreams_kernels import adaln, reference, rope_qknorm
 from torch import Tensor
 
@@ -104,6 +105,44 @@ def build_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[
             lambda: reference.gate_residual(x, y, vectors[2]),
             lambda: adaln.gate_residual(x, y, vectors[2]),
             3 * chunk_bytes,
+        ),
+        *residual_cases(x, y, vectors, normal(*x.shape), normal(*x.shape)),
+    ]
+
+
+def residual_cases(
+    x: Tensor, y: Tensor, vectors: tuple[Tensor, ...], scale: Tensor, shift: Tensor
+) -> list[Case]:
+    """What follows a branch where the residual is float32 beside 16-bit branches.
+
+    Args:
+        x: ``[B, L, dim]``, whose float32 copy is the residual.
+        y: ``[B, L, dim]``, the branch.
+        vectors: ``[1, 1, dim]`` each, float32: gate, weight and bias are the third to fifth.
+        scale: ``[B, L, dim]``; what LingBot-World's camera does to the sum.
+        shift: like ``scale``.
+    """
+    wide, gate = x.float(), vectors[2]
+    rows = vectors[3][0, 0], vectors[4][0, 0]
+    dim = x.shape[-1:]
+    return [
+        Case(
+            "gate_residual, scaled and shifted",
+            lambda: torch.addcmul(shift, torch.addcmul(wide, y, gate), scale),
+            lambda: adaln.gate_residual(wide, y, gate, scale, shift),
+            2 * wide.nbytes + 3 * y.nbytes,
+        ),
+        Case(
+            "branch added to float32",
+            lambda: wide + y,
+            lambda: adaln.gate_residual(wide, y),
+            2 * wide.nbytes + y.nbytes,
+        ),
+        Case(
+            "layer_norm_affine of float32",
+            lambda: F.layer_norm(wide, dim, *rows, EPS).to(y.dtype),
+            lambda: adaln.layer_norm_affine(wide, *rows, EPS, y.dtype),
+            wide.nbytes + y.nbytes,
         ),
     ]
 

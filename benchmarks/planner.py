@@ -2,14 +2,18 @@
 
 ``python benchmarks/planner.py`` measures the toy world and a tiny Wan model. The error of a time is
 ``predicted / measured - 1``; memory is that of weights and rollout state, counted in tensors.
+``python benchmarks/planner.py --committed`` measures nothing: it holds the predictions against the
+committed reports of steady steps on GPUs.
 """
 
 import argparse
+import sys
 from typing import Any
 
 import command
 import report
 import rollout
+import table
 import torch
 
 from flashdreams.infra.config import derive_config
@@ -62,11 +66,34 @@ def compare(slug: str, place: Environment, device: Any, repeats: int) -> dict[st
     }
 
 
+def against_reports(figures: list[table.Figure]) -> str:
+    """Prediction and error for each method whose default step was timed on a GPU of the table."""
+    lines = []
+    for found in figures:
+        row, name = found.row, found.report["device"]["name"]
+        kinds = [d for n, d in DEVICES.items() if n.split("-")[0] in name]
+        wanted = (found.report["benchmark"], row["variant"]) == ("variants", table.AS_IT_IS)
+        if not (wanted and kinds):
+            continue
+        config = derive_config(discover().resolve(row["case"]).pipeline)  # type: ignore[attr-defined]
+        (plan,) = Planner(config, kinds[0]).plans(1)
+        error = plan.ms.total / row["p50_ms"] - 1
+        lines.append(
+            f"{row['case']}, {table.place(found)}, commit {row['commit'][:7]}: predicted "
+            f"{plan.ms.total:.0f} ms, measured {row['p50_ms']:.0f} ms, error {error:+.1%}"
+        )
+    return "\n".join(lines) or f"Steady steps on a GPU: {table.NOT_MEASURED}."
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure and compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("slugs", nargs="*", default=list(SLUGS))
+    parser.add_argument("--committed", action="store_true", help="compare with the reports instead")
     options = command.parse(parser, arguments)
+    if options.committed:
+        sys.stdout.write(against_reports(table.read_reports()) + "\n")
+        return
     torch.set_num_threads(1)
     place = Environment(0, 0, 1, torch.device(options.device))
     _, device = this_machine(DEVICES)

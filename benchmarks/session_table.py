@@ -30,6 +30,7 @@ MORE = {
     "speedup": "{:.2f}x",
     "max_difference": "difference {:.1e}",
     "memory_ratio": "memory {:.3f}",
+    "verdict": "{}",
 }
 """Row fields that are worth a word, with their form."""
 OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL"
@@ -57,7 +58,7 @@ def describe(row: Mapping[str, Any]) -> Iterator[str]:
     """What else a row says."""
     for name, form in MORE.items():
         value = row.get(name)
-        if value is not None and (form.endswith("{}") or isinstance(value, int | float)):
+        if value not in (None, "") and (form.endswith("{}") or isinstance(value, int | float)):
             yield form.format(value)
 
 

@@ -56,6 +56,10 @@ RATIOS = (
         "peers", "diffusers", "ratio", "time of `diffusers`, which has no KV cache, to this package"
     ),
     Ratio("decode", "chunk at once", "ratio", "time of a chunk decoded at once to frame by frame"),
+    Ratio(
+        "decode", "fast, graph", "ratio", "time of a chunk as a GPU decodes it to frame by frame"
+    ),
+    Ratio("decode", "fast, graph", "conv_ratio", "the same to its convolutions alone"),
 )
 
 
@@ -101,7 +105,7 @@ def speed(figures: Sequence[Figure], slug: str, device: str) -> str:
         return NOT_MEASURED
     best = max(mine, key=lambda f: f.row["fps"])
     row = best.row
-    how = [f"{row['p50_ms']:.3g} ms per step (p99 {row['p99_ms']:.3g})"]
+    how = [f"{_short(row['p50_ms'])} ms per step (p99 {_short(row['p99_ms'])})"]
     variant = row["variant"].rpartition(", ")[0]
     how += [variant] if variant not in (PLAIN, "") else []
     how += ["random weights"] if row["weights"] != AS_CONFIGURED else []
@@ -138,16 +142,34 @@ def steady_steps(figures: Sequence[Figure]) -> str:
     newest = {(f.row["case"], place(f).rpartition(", ")[0], f.row["variant"]): f for f in mine}
     lines = [
         "| method | variant | ms per AR step | time to the default | frames/s | latency, ms | GiB "
-        "| latents differ by | card |",
-        "|---|---|--:|--:|--:|--:|--:|--:|---|",
+        "| latents differ by | commit | card |",
+        "|---|---|--:|--:|--:|--:|--:|--:|---|---|",
     ]
     for found in newest.values():
         row = found.row
         cells = [f"`{row['case']}`", row["variant"], f"**{row['p50_ms']:.0f}**"]
         cells += [f"x {row['ratio']:.3f}", f"{row['fps']:.1f}", _figure(row["latency_p50_ms"])]
-        cells += [f"{row['peak_gib']:.1f}", _figure(row["latent_error_last"], ".1e"), place(found)]
+        cells += [f"{row['peak_gib']:.1f}", _figure(row["latent_error_last"], ".1e")]
+        cells += [row["commit"][:7], place(found)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def attention_rates(figures: Sequence[Figure]) -> str:
+    """Table of the FLOP rate of every attention backend by window, from the newest GPU report."""
+    mine = [f for f in figures if _is(f, "attention", "cuda")]
+    if not mine:
+        return f"Rates of the backends on a GPU: {NOT_MEASURED}."
+    newest = max(mine, key=lambda f: f.report["date"])
+    rows = newest.report["rows"]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    rates = {(row["case"], row["variant"]): f"{row['tflops']:.0f}" for row in rows}
+    lines = [f"| backend | {' | '.join(cases)} |", f"|---|{'--:|' * len(cases)}"]
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        cells = [rates.get((case, name), NOT_MEASURED) for case in cases]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    where = f"{place(newest)}, commit {newest.report['git_commit'][:7]}"
+    return "\n".join([*lines, "", f"10^12 operations per second by visible frames; {where}."])
 
 
 def readme(figures: Sequence[Figure], slugs: Mapping[str, str]) -> str:
@@ -162,6 +184,10 @@ def readme(figures: Sequence[Figure], slugs: Mapping[str, str]) -> str:
     others = ", ".join(f"`{slug}`" for slug in slugs if slug not in measured)
     parts = [steady_steps(figures), speeds(figures, known)]
     return "\n\n".join([*parts, f"{NOT_MEASURED.capitalize()}: {others}."] if others else parts)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _figure(value: Any, form: str = ".0f") -> str:

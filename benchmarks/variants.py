@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import queue
+import re
 import subprocess
 import sys
 import tempfile
@@ -307,9 +308,24 @@ def profile_text(kernels: Mapping[str, Mapping[str, Any]], slug: str) -> str:
             f"{slug}, {name}: one AR step, {found['wall_ms']:.1f} ms under the profiler, "
             f"{found['busy_ms']:.1f} ms in {found['launches']} kernels"
         )
-        lines += [f"{ms:10.3f} ms {count:6d}  {key[:150]}" for key, count, ms in found["kernels"]]
+        lines += [
+            f"{ms:10.3f} ms {count:6d}  {kernel_name(key)}" for key, count, ms in found["kernels"]
+        ]
         lines.append("")
     return "\n".join(lines)
+
+
+def kernel_name(symbol: str) -> str:
+    """A kernel's symbol without what C++ templates add, at most 80 characters."""
+    if "FlashAttnFwd" in symbol:
+        return "FlashAttention-3" + ", merge of KV splits" * ("FlashAttnFwdCombine" in symbol)
+    convolution = re.match(r"(sm\d+)_xmma_fprop_implicit_gemm_.*?_(tilesize\w+?)_", symbol)
+    if convolution:
+        return f"cuDNN convolution, {convolution[1]}, {convolution[2]}"
+    name = re.sub(r"^void |at::native::|\(anonymous namespace\)::|cutlass::|c10::", "", symbol)
+    inner = re.match(r"\w*elementwise_kernel<(?:\d+, )*(?:gpu_kernel_impl(?:_nocast)?<)?(.*)", name)
+    name = inner[1] if inner else name
+    return re.split(r"\(|, std::array", name)[0][:80]
 
 
 def main(arguments: list[str] | None = None) -> None:

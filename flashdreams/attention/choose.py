@@ -37,6 +37,9 @@ CLEARLY_FASTER = 1.03
 """How much faster a backend must be to be taken before one that `PREFERENCE` names earlier; less
 may be noise, and two starts should choose alike."""
 
+WRITES_SCORES = "sdpa_math"
+"""Backend that holds every score in memory, gigabytes at full size: on a GPU it is not measured."""
+
 AUTO = "auto"
 """What a config says to have the backend measured."""
 
@@ -174,6 +177,8 @@ def _measure(
         errors[name] = None
         known = name in BACKENDS and backend is BACKENDS[name]
         reason = why_unusable(name, device, dtype, shape.head_dim) if known else None
+        if known and name == WRITES_SCORES and device.type == "cuda":
+            reason = "not measured: it writes out every score; name it to have it"
         splits = kv_splits_of(name, shape, device) if known else None
         if splits is not None:
             backend = bind_kv_splits(name, splits)
@@ -328,13 +333,18 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor
 def _time_in_turns(
     calls: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int
 ) -> dict[str, float]:
-    """Median milliseconds of each call; they have been called once before."""
+    """Median milliseconds of each call; they have been called once before.
+
+    On CUDA an untimed call goes before the timed one: while the device is busy with it the host
+    launches the other, whose launch is then no part of its time.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
             if device.type == "cuda":
                 begin = torch.cuda.Event(enable_timing=True)
                 end = torch.cuda.Event(enable_timing=True)
+                call()
                 begin.record(torch.cuda.current_stream(device))
                 call()
                 end.record(torch.cuda.current_stream(device))

@@ -154,7 +154,8 @@ def _small_transformer(config: Any) -> Any:
 
 
 def _without_checkpoint(config: Any, changes: dict[str, Any]) -> Any:
-    return derive_config(config, **changes, checkpoint=None)
+    names = [n for n in config_fields(config) if isinstance(getattr(config, n), CheckpointConfig)]
+    return derive_config(config, **{**dict.fromkeys(names), **changes, "checkpoint": None})
 
 
 def _on_this_machine(config: Any) -> Any:

@@ -94,6 +94,11 @@ class Component(nn.Module):
         """Where this component may be cut; None means that every rank runs it whole."""
         return None
 
+    @property
+    def loads_parts(self) -> bool:
+        """Whether the components inside load their weights themselves, from their own configs."""
+        return self.config.checkpoint is None
+
     def init_buffers(self) -> None:
         """Fill the non-persistent buffers after a build on the meta device."""
 
@@ -142,7 +147,7 @@ def load_component(
 ) -> None:
     """Load one component and bring it to its device and type.
 
-    One without a checkpoint may be made of others that have theirs.
+    One that ``loads_parts`` may be made of others that have checkpoints.
 
     Args:
         component: on the meta device where it names a checkpoint.
@@ -153,11 +158,11 @@ def load_component(
         CheckpointError: weights are missing or do not fit; see ``load_checkpoint``.
     """
     checkpoint = component.config.checkpoint
-    parts = [] if checkpoint is not None else nested_components(component)
-    for part in parts:
-        load_component(part, device)
+    parts = nested_components(component) if component.loads_parts else {}
+    for name, part in parts.items():
+        load_component(part, device, slices_of_part(name, slices))
     loras = component_loras(component)
-    if checkpoint is not None:
+    if checkpoint is not None and not component.loads_parts:
         dtype_of = component.dtype_of
         try:
             load_checkpoint(
@@ -193,16 +198,29 @@ def check_loras(component: Component, slices: Mapping[str, Any] | None = None) -
         load_checkpoint(component, checkpoint, device="meta", slices=slices, loras=loras)
 
 
-def nested_components(component: Component) -> list[Component]:
-    """The components that a component is directly made of."""
-    found: list[Component] = []
-    waiting = list(component.children())
-    for module in waiting:
+def nested_components(component: Component) -> dict[str, Component]:
+    """The components that a component is directly made of, by their dotted names in it."""
+    found: dict[str, Component] = {}
+    waiting: list[tuple[str, nn.Module]] = list(component.named_children())
+    for name, module in waiting:
         if isinstance(module, Component):
-            found.append(module)
+            found[name] = module
         else:
-            waiting.extend(module.children())
+            waiting.extend((f"{name}.{leaf}", child) for leaf, child in module.named_children())
     return found
+
+
+def slices_of_part(name: str, slices: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The slices of a component inside another, from those of the whole.
+
+    Args:
+        name: of the part.
+        slices: by parameter of the whole.
+    """
+    if slices is None:
+        return None
+    start = f"{name}."
+    return {n.removeprefix(start): part for n, part in slices.items() if n.startswith(start)}
 
 
 def declared_context(function: Callable[..., Any]) -> frozenset[str]:

@@ -34,6 +34,9 @@ class Device:
     """Reached by the convolutions of decoders."""
     bandwidth_gb_s: float
     """Bytes to and from memory per second, in 10^9, reached by a copy."""
+    fused_share: float = 1.0
+    """Of the bytes that the operations between matmuls read and write one by one, the share that
+    still moves where fused kernels run."""
     call_us: float = 0.0
     """Least time of a kernel that the host has to launch; hidden on a GPU with enough work."""
     link_gb_s: float = 0.0
@@ -48,12 +51,16 @@ class Device:
 
 
 H200_REACHED = (
-    "reached rates: measured on one H200 on 2026-11-26 (matrix products 85 ms and attention 233 ms "
-    "of a Self-Forcing step, copies 4.26 TB/s)"
+    "reached rates: measured on one H200 on 2026-11-26 (of a Self-Forcing step matmuls take 85 to "
+    "87 ms, attention 210 to 216 ms, small operations 21 ms; convolutions of TAEHV alone 4.0 ms; "
+    "copies 4.26 TB/s)"
 )
+FUSED_SHARE = 0.25
+"""Measured with Self-Forcing 1.3B; LingBot-World 14B had 0.47, because its camera branch and the
+sum after cross-attention were not fused."""
 ASSUMED = (
     "reached rates: ASSUMED, the share of the data sheet that an H200 reaches (70 % of the "
-    "products, 62 % of attention, 89 % of the bandwidth); not measured"
+    "products, 66 % of attention, 39 % of convolutions, 89 % of the bandwidth); not measured"
 )
 
 
@@ -70,9 +77,10 @@ def _assumed(
         memory_gib=memory_gib,
         peak_tflops=peak_tflops,
         gemm_tflops=0.70 * peak_tflops,
-        attention_tflops=0.62 * peak_tflops,
-        convolution_tflops=0.10 * peak_tflops,
+        attention_tflops=0.66 * peak_tflops,
+        convolution_tflops=0.39 * peak_tflops,
         bandwidth_gb_s=0.89 * memory_gb_s,
+        fused_share=FUSED_SHARE,
         link_gb_s=0.7 * link_gb_s,
         source=f"{sheet}; {ASSUMED}",
     )
@@ -86,9 +94,10 @@ DEVICES: dict[str, Device] = {
             memory_gib=139.8,
             peak_tflops=989,
             gemm_tflops=690,
-            attention_tflops=614,
-            convolution_tflops=100,
+            attention_tflops=655,
+            convolution_tflops=390,
             bandwidth_gb_s=4260,
+            fused_share=FUSED_SHARE,
             link_gb_s=315,
             source=f"NVIDIA H200 data sheet (SXM); {H200_REACHED}; links assumed: 70 % of 450 GB/s",
         ),

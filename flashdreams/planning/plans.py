@@ -10,6 +10,7 @@ import torch
 from flashdreams.infra.component import select_context
 from flashdreams.infra.decoder.base import Decoder, StreamingDecoder
 from flashdreams.infra.diffusion.causal import CausalTransformer
+from flashdreams.infra.diffusion.experts import NoiseExperts
 from flashdreams.infra.pipeline import StreamInferencePipelineConfig
 from flashdreams.infra.weights import weight_nbytes
 from flashdreams.parallel.dry import DryMesh, dry_mesh
@@ -137,14 +138,18 @@ class Plan:
         return self.ms.largest
 
 
-def predict_ms(work: Work, degrees: ParallelDegrees, device: Device) -> Milliseconds:
+def predict_ms(
+    work: Work, degrees: ParallelDegrees, device: Device, fused: bool = False
+) -> Milliseconds:
     """Time of some work on one rank.
 
     Args:
         work: of the rank.
         degrees: which exchanges leave a node: those of the outer axes, in larger worlds.
         device: its rates.
+        fused: whether fused kernels run, of which `count` sees the single operations.
     """
+    moved_bytes = work.other_bytes * (device.fused_share if fused else 1.0)
     collectives = 0.0
     for name, traffic in work.traffic.items():
         outer = name.split(".")[0] in ("ring", "sequence", "cfg", "decode")
@@ -155,7 +160,7 @@ def predict_ms(work: Work, degrees: ParallelDegrees, device: Device) -> Millisec
         gemm=1e3 * work.gemm_flops / (device.gemm_tflops * TERA),
         attention=1e3 * work.attention_flops / (device.attention_tflops * TERA),
         convolution=1e3 * work.convolution_flops / (device.convolution_tflops * TERA),
-        memory=1e3 * work.other_bytes / (device.bandwidth_gb_s * GB),
+        memory=1e3 * moved_bytes / (device.bandwidth_gb_s * GB),
         calls=1e-3 * work.calls * device.call_us,
         collectives=1e3 * collectives,
     )
@@ -256,6 +261,7 @@ class Planner:
         on_gpu = self.device.source != "measured now"
         captures = on_gpu and getattr(config, "use_cuda_graph", False)
         graphs = network.activations if captures else 0
+        fused = on_gpu and getattr(config, "fused_kernels", False) is not False
         return Plan(
             degrees=degrees,
             device=self.device,
@@ -269,7 +275,7 @@ class Planner:
                 reserve=int(RESERVE_GIB * GIB) if on_gpu else 0,
             ),
             work=work,
-            ms=predict_ms(work, degrees, self.device),
+            ms=predict_ms(work, degrees, self.device, fused),
             frames=self._frames(config, decoder),
             fps=self.fps,
             window_t=tokens + getattr(config, "sink_size_t", 0),
@@ -295,7 +301,7 @@ class Planner:
     def _run_network(self, config: Any, mesh: DryMesh) -> "Network":
         """Run a denoising step and a clean pass with a full window on the meta device."""
         transformer = self._on_meta(config, mesh)
-        if not isinstance(transformer, CausalTransformer):
+        if not isinstance(transformer, CausalTransformer | NoiseExperts):
             raise ValueError(
                 f"{type(transformer).__name__} is no CausalTransformer: the planner does not know "
                 "how to run it on the meta device. Measure it: python benchmarks/fps.py <slug>."
@@ -309,7 +315,7 @@ class Planner:
         context = {name: x.to("meta") for name, x in context.items()}
         transformer.config = replace(transformer.config, use_cuda_graph=False)
         make = transformer.initialize_cache
-        cache = make(**select_context(make, context))
+        cache: Any = make(**select_context(make, context))
         streaming = transformer.config.streaming
         index = STEADY_CHUNKS if streaming else 0
         for cursor in cache.cursors:
@@ -354,13 +360,14 @@ class Planner:
             work, peak = count(decoder, lambda: decoder(latent))
             return decoder, work, 0, peak
         cache = decoder.initialize_cache()
-        if config.streaming:
+        index = 1 if config.streaming else 0
+        if index:
             with torch.no_grad():
                 decoder(latent, autoregressive_index=0, cache=cache)
         sent = mesh.meter.snapshot()
         work, peak = count(
             decoder,
-            lambda: decoder(latent, autoregressive_index=1, cache=cache),
+            lambda: decoder(latent, autoregressive_index=index, cache=cache),
             cache,
             lambda: mesh.meter.since(sent),
         )

@@ -1,4 +1,4 @@
-"""Modulated layer norm, and gated residual.
+"""Layer norm with gain and offset, and sums of a branch with the residual.
 
 Shape letters: B batch, L tokens.
 """
@@ -44,13 +44,7 @@ def layer_norm_modulate(
     Source: adaLN of DiT, arXiv:2212.09748, section 3.2.
     """
     _check(x, {"shift": shift, "scale": scale})
-    if dtype is not None and dtype not in FLOAT_TYPES:
-        raise TypeError(f"dtype is {dtype}; allowed here: {', '.join(map(str, FLOAT_TYPES))}.")
-    out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
-    if x.numel():
-        target_of(x.device)
-        plan_norm_modulate(x, shift, scale, eps, out).run()
-    return out
+    return _normed(x, shift, scale, eps, dtype, 1.0)
 
 
 @layer_norm_modulate.register_fake
@@ -60,34 +54,99 @@ def _(
     return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
 
+@torch.library.custom_op("flashdreams::layer_norm_affine", mutates_args=())
+def layer_norm_affine(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``layer_norm(x) * weight + bias`` with float32 statistics, rounded once to ``dtype``.
+
+    Args:
+        x: as for :func:`layer_norm_modulate`.
+        weight: ``[dim]``, bf16, fp16 or fp32.
+        bias: like ``weight``.
+        eps: added to the variance.
+        dtype: of the result, bf16, fp16 or fp32; None means that of ``x``.
+
+    Returns:
+        ``[B, L, dim]``, contiguous.
+
+    Raises:
+        ValueError, TypeError, ImportError: as for :func:`layer_norm_modulate`.
+    """
+    _check(x, {})
+    for name, tensor in {"weight": weight, "bias": bias}.items():
+        check_tensor(name, tensor, (x.shape[-1],), x, FLOAT_TYPES)
+    return _normed(x, bias[None, None], weight[None, None], eps, dtype, 0.0)
+
+
+@layer_norm_affine.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+
+
+def _normed(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype | None, added: float
+) -> Tensor:
+    if dtype is not None and dtype not in FLOAT_TYPES:
+        raise TypeError(f"dtype is {dtype}; allowed here: {', '.join(map(str, FLOAT_TYPES))}.")
+    out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+    if x.numel():
+        target_of(x.device)
+        plan_norm_modulate(x, shift, scale, eps, out, added).run()
+    return out
+
+
 @torch.library.custom_op("flashdreams::gate_residual", mutates_args=())
-def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """``x + y * gate`` in one pass; the product is rounded to the dtype of ``x`` before the sum.
+def gate_residual(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """``(x + y * gate) * scale + shift`` in one pass over memory.
+
+    The product ``y * gate`` and the sum are rounded to the dtype of ``x``, as PyTorch's operations
+    would.
 
     Args:
         x: ``[B, L, dim]``, bf16, fp16 or fp32; any strides with contiguous last dim, as for all.
         y: ``[B, L, dim]``, bf16, fp16 or fp32; the branch that is gated.
-        gate: ``[B, L or 1, dim]``, bf16, fp16 or fp32.
+        gate: ``[B or 1, L or 1, dim]``, bf16, fp16 or fp32; None adds ``y`` as it is.
+        scale: like ``gate``; None leaves the sum as it is.
+        shift: like ``gate``; given if and only if ``scale`` is.
 
     Returns:
         Like ``x``, contiguous.
 
     Raises:
-        ValueError: shapes, strides or devices that do not fit.
+        ValueError: shapes, strides or devices that do not fit, or ``scale`` without ``shift``.
         TypeError: a dtype that does not fit.
         ImportError: triton is not installed.
     """
-    _check(x, {"gate": gate})
+    given = {"gate": gate, "scale": scale, "shift": shift}
+    if (scale is None) != (shift is None):
+        alone = "shift" if scale is None else "scale"
+        raise ValueError(f"{alone} is given alone; give scale and shift, or neither.")
+    _check(x, {name: tensor for name, tensor in given.items() if tensor is not None})
     check_tensor("y", y, x.shape, x, FLOAT_TYPES)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
         target_of(x.device)
-        plan_gate_add(x, y, gate, out).run()
+        plan_gate_add(x, y, gate, out, scale, shift).run()
     return out
 
 
 @gate_residual.register_fake
-def _(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+def _(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -98,15 +157,23 @@ def _check(x: Tensor, modulation: dict[str, Tensor]) -> None:
         raise ValueError(f"dim={width} is wider than {MAX_WIDTH}, the most one program holds.")
     for name, tensor in modulation.items():
         tokens = 1 if tensor.ndim == 3 and tensor.shape[1] == 1 else length
-        check_tensor(name, tensor, (batch, tokens, width), x, FLOAT_TYPES)
+        clips = 1 if tensor.ndim == 3 and tensor.shape[0] == 1 else batch
+        check_tensor(name, tensor, (clips, tokens, width), x, FLOAT_TYPES)
 
 
-def _broadcast_strides(x: Tensor) -> tuple[int, int]:
-    return x.stride(0), 0 if x.shape[1] == 1 else x.stride(1)
+def _broadcast_strides(x: Tensor | None) -> tuple[int, int]:
+    if x is None:
+        return 0, 0
+    return 0 if x.shape[0] == 1 else x.stride(0), 0 if x.shape[1] == 1 else x.stride(1)
 
 
-def plan_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out: Tensor) -> Launch:
-    """The launch of :func:`layer_norm_modulate` into ``out``; arguments checked."""
+def plan_norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, out: Tensor, added: float = 1.0
+) -> Launch:
+    """The launch of :func:`layer_norm_modulate` into ``out``; arguments checked.
+
+    ``added`` is what is added to ``scale``: 0 for :func:`layer_norm_affine`.
+    """
     batch, length, width = x.shape
     block = next_power_of_2(width)
     return Launch(
@@ -124,13 +191,20 @@ def plan_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out:
             **named_strides("shift", "bl", _broadcast_strides(shift)),
             **named_strides("scale", "bl", _broadcast_strides(scale)),
         },
-        {"WIDTH": width, "BLOCK": block},
+        {"ADDED": added, "WIDTH": width, "BLOCK": block},
         num_warps=warps_of(block),
         device=x.device,
     )
 
 
-def plan_gate_add(x: Tensor, y: Tensor, gate: Tensor, out: Tensor) -> Launch:
+def plan_gate_add(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    out: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Launch:
     """The launch of :func:`gate_residual` into ``out``; arguments checked."""
     batch, length, width = x.shape
     block = next_power_of_2(width)
@@ -142,11 +216,15 @@ def plan_gate_add(x: Tensor, y: Tensor, gate: Tensor, out: Tensor) -> Launch:
             "x": x,
             "y": y,
             "gate": gate,
+            "scale": scale,
+            "shift": shift,
             "out": out,
             "num_tokens": length,
             **named_strides("x", "bl", x.stride()[:2]),
             **named_strides("y", "bl", y.stride()[:2]),
             **named_strides("gate", "bl", _broadcast_strides(gate)),
+            **named_strides("scale", "bl", _broadcast_strides(scale)),
+            **named_strides("shift", "bl", _broadcast_strides(shift)),
         },
         {"WIDTH": width, "BLOCK": block},
         num_warps=warps_of(block),

@@ -172,6 +172,8 @@ def real_launches(
     for residual in (tokens, tensor(1, length, dim, dtype=torch.float32)):
         yield adaln.plan_norm_modulate(residual, shift, scale, 1e-6, tokens)
         yield adaln.plan_gate_add(residual, tokens, shift, residual)
+        yield adaln.plan_gate_add(residual, tokens, None, residual)
+        yield adaln.plan_gate_add(residual, tokens, shift, residual, tokens, tokens)
     yield from _linear_launches(target, length, dim)
     yield from _decoder_launches(tensor)
 

@@ -182,18 +182,37 @@ def layer_norm_modulate(
     return (normed * (1 + scale.float()) + shift.float()).to(dtype or x.dtype)
 
 
-def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """``x + y * gate``, the product computed in float32 and rounded before the sum.
+def layer_norm_affine(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``layer_norm(x) * weight + bias`` in float32, ``[B, L, dim]`` and ``[dim]``, rounded once."""
+    wide = F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps)
+    return wide.to(dtype or x.dtype)
+
+
+def gate_residual(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """``(x + y * gate) * scale + shift``, the product and the sum rounded to the dtype of ``x``.
 
     Args:
         x: ``[B, L, dim]``.
         y: ``[B, L, dim]``.
-        gate: ``[B, L or 1, dim]``.
+        gate: ``[B or 1, L or 1, dim]``; None is 1.
+        scale: like ``gate``; None, with ``shift``, leaves the sum as it is.
+        shift: like ``gate``.
 
     Returns:
         Like ``x``.
     """
-    return x + (y.float() * gate.float()).to(x.dtype)
+    total = x + (y if gate is None else y.float() * gate.float()).to(x.dtype)
+    if scale is None or shift is None:
+        return total
+    return (total.float() * scale.float() + shift.float()).to(x.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from flashdreams.registry import GROUP
 from tests.architecture.law import BASE_PACKAGES
 from tests.architecture.sources import PACKAGES, ROOT, SOURCE_ROOTS, imports_of, python_files
 
-MAX_WEIGHTS_MB = 10
+MAX_WEIGHTS_MB = 20
 
 
 @pytest.fixture(scope="module")

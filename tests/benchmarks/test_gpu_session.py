@@ -108,6 +108,24 @@ def test_a_variant_that_is_late_keeps_what_it_has(script, tmp_path, monkeypatch)
     assert rows["graphs off"]["latency_p50_ms"] == "not measured"
 
 
+@pytest.mark.parametrize(
+    ("symbol", "name"),
+    [
+        ("void cutlass::device_kernel<flash::FlashAttnFwdSm90<flash::Mainloop<2> > >(x)",
+         "FlashAttention-3"),
+        ("void cutlass::device_kernel<flash::FlashAttnFwdCombine<cute::tuple<cute::C<8> > > >(x)",
+         "FlashAttention-3, merge of KV splits"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwc_tilesize256x64x32_warpgroup_x",
+         "cuDNN convolution, sm90, tilesize256x64x32"),
+        ("void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<float>, "
+         "std::array<char*, 3ul> >(int)", "CUDAFunctor_add<float>"),
+        ("norm_rope", "norm_rope"),
+    ],
+)  # fmt: skip
+def test_a_profile_has_short_names(script, symbol, name):
+    assert script("variants").kernel_name(symbol) == name
+
+
 def test_the_session_table_counts_tests(script):
     log = "tests/a.py::b PASSED [1%]\ntests/a.py::c[x y] FAILED [2%]\nnothing\n"
     log += "[gw1] [ 99%] PASSED tests/d.py::e \nFAILED tests/a.py::c[x y] - assert False\n"

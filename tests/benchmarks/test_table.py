@@ -66,7 +66,7 @@ def test_writing_puts_new_figures_between_the_marks(table: ModuleType, tmp_path:
 
 def test_every_slug_with_trained_weights_has_a_row(table: ModuleType) -> None:
     rows = table.speeds([], table.shipped_slugs()).splitlines()[2:]
-    assert len(rows) == 28 and all(row.count("| not measured |") == 1 for row in rows)
+    assert len(rows) == 29 and all(row.count("| not measured |") == 1 for row in rows)
     assert not any("random" in row for row in rows)
 
 
@@ -87,7 +87,7 @@ def variants_report(ms: float, device: str = "cuda", **row: Any) -> dict[str, An
     found = fps_report("lingbot-world-fast", 12e3 / ms, device, benchmark="variants")
     found["rows"][0] |= {
         "variant": "default", "ratio": 1.0, "latency_p50_ms": 300.0, "peak_gib": 10.0,
-        "latent_error_last": 0.0, "ranks": 1, "p50_ms": ms, **row,
+        "latent_error_last": 0.0, "ranks": 1, "p50_ms": ms, "commit": "0" * 40, **row,
     }  # fmt: skip
     return found
 
@@ -98,10 +98,13 @@ def test_steps_on_a_gpu_come_first_and_name_their_card(table: ModuleType, tmp_pa
     figures = table.read_reports(write(tmp_path / "gpu", variants_report(340.0), fp8).parent)
     steps, speeds, others = table.readme(figures, table.shipped_slugs()).split("\n\n")
     rows = steps.splitlines()[2:]
-    assert all(row.endswith("| NVIDIA H200, 2026-12-01 |") for row in rows)
+    assert all(row.endswith("| 0000000 | NVIDIA H200, 2026-12-01 |") for row in rows)
     assert "| default | **340** | x 1.000 |" in rows[0] and "| not measured |" in rows[1]
     (row,) = speeds.splitlines()[2:]
     assert "frames/s**, 340 ms per step" in row, "a flag makes no method faster"
+    (tmp_path / "slow").mkdir()
+    slow = table.read_reports(write(tmp_path / "slow", variants_report(1712.0)))
+    assert "1712 ms per step" in table.speed(slow, "lingbot-world-fast", "cuda")
     assert others.startswith("Not measured: ") and "`toy-world`" in others
 
 
@@ -110,6 +113,25 @@ def test_without_a_gpu_the_readme_is_the_table_of_slugs(table: ModuleType, tmp_p
     slugs = table.shipped_slugs()
     assert table.readme(figures, slugs) == table.speeds(figures, slugs)
     assert table.steady_steps(figures) == "Steady AR steps on a GPU: not measured."
+
+
+def test_rates_of_attention_are_those_of_the_newest_report(
+    table: ModuleType, tmp_path: Path
+) -> None:
+    def attention(rate: float, day: int, device: str = "cuda") -> dict[str, Any]:
+        found = fps_report("3 frames", 20.0, device, benchmark="attention")
+        found["rows"][0] |= {"variant": "sdpa", "tflops": rate}
+        found["rows"].append(found["rows"][0] | {"case": "6 frames", "variant": "triton"})
+        return found | {"date": f"2026-12-0{day}T10:00:00+00:00"}
+
+    figures = table.read_reports(write(tmp_path, attention(500.0, 2), attention(400.0, 1)))
+    rows = table.attention_rates(figures).splitlines()
+    assert rows[2:4] == ["| sdpa | 500 | not measured |", "| triton | not measured | 500 |"]
+    assert rows[-1].endswith("NVIDIA H200, 2026-12-02, commit 0000000.")
+    only_cpu = table.read_reports(
+        write(tmp_path, attention(1.0, 3, "cpu"), attention(1.0, 3, "cpu"))
+    )
+    assert "not measured" in table.attention_rates(only_cpu)
 
 
 def test_newest_ratio_is_shown(table: ModuleType, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def write_published_method(folder: Path) -> None:
 
 
 def register(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Make the ``customized_method`` that lies in a folder the one that this process runs."""
+    """Make the ``customized_method`` of a folder the one that this process runs."""
     for name in [n for n in sys.modules if n.split(".")[0] == "customized_method"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(folder)

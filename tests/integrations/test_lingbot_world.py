@@ -18,7 +18,6 @@ from flashdreams.infra.config import derive_config
 from flashdreams.infra.weights import memory_estimate
 from flashdreams.integrations.lingbot_world.camera import clip_poses, pixel_frames
 from flashdreams.integrations.lingbot_world.config import (
-    ACT_TRANSFORMER,
     PIPELINE,
     RUNNER_CONFIGS,
     TAEHV_PIPELINE,
@@ -76,7 +75,8 @@ def walk(actions: str) -> CameraPath:
 
 
 def test_every_slug_of_the_issue_is_registered():
-    slugs = ["lingbot-world-fast", "lingbot-world-fast-taehv-window15-sink3", SLUG]
+    slugs = ["lingbot-world-fast", "lingbot-world-fast-taehv-window15-sink3", "lingbot-world-base"]
+    slugs += [SLUG, "lingbot-world-base-tiny-random"]
     assert list(RUNNER_CONFIGS) == slugs
     found = discover()
     for slug in slugs:
@@ -336,7 +336,7 @@ def test_a_checkpoint_of_the_other_variant_is_refused(tmp_path):
         load_checkpoint(model, config, device="meta")
     assert "[5120, 1792] in the file, [5120, 1536] in the module" in str(caught.value)
     with torch.device("meta"):
-        other = ACT_TRANSFORMER.setup()
+        other = derive_config(TRANSFORMER, camera_channels=7).setup()
     assert load_checkpoint(other, config, device="meta").tensors == 1421
 
 
@@ -387,6 +387,10 @@ BAD_FILES = [
     (save("intrinsics.npy", lambda k: k[:-1]), "20 rows of intrinsics for 21 poses"),
     (save("intrinsics.npy", set_entry((2, 1), -1.0)), "focal lengths of frame 2 .* positive"),
     (save("intrinsics.npy", lambda k: k.ravel()), r"--intrinsic-path .*\[frames, 4\]"),
+    (save("intrinsics.npy", set_entry((2, slice(0, 2)), 3.63)),
+     "frame 2, 3.63 and 3.63, are a view of 179 degrees; at most 150 .* fx of at least 112 and fy"),
+    (save("intrinsics.npy", lambda k: k / np.float32([832, 480, 832, 480])),
+     "are a view of 180 degrees.*not in fractions of it"),
     (replace_by("poses.npy", b"not an array"), "--pose-path .*no .npy file of numbers"),
     (replace_by("poses.npy", b""), "--pose-path .*no .npy file of numbers"),
     (lambda folder: (folder / "poses.npy").unlink(), "--pose-path .* cannot be read: No such file"),
@@ -426,6 +430,7 @@ def test_bad_files_are_refused_before_weights(spoil, message, tmp_path, capsys, 
         (["--actions", "w8"], "begins with an image"),
         (["--actions", "w7"], "8 poses are fewer than one chunk"),
         (["--actions", "w8", "--intrinsics", "0", "1", "1", "1"], "--intrinsics: the focal"),
+        (["--actions", "w8", "--intrinsics", "112", "64", "9", "9"], "are a view of 150 degrees"),
         ([], "give --pose-path FILE, or type key presses"),
     ],
 )

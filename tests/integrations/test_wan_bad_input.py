@@ -257,8 +257,8 @@ def test_options_are_refused_before_weights_are_asked_for(
     """Negative control: without them it is the weights that are missing."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     slug = "self-forcing-wan2.1-t2v-1.3b"
-    wish = f"--pipeline.diffusion-model.transformer.{flags}".split()
-    code, line = error_of([slug, *wish], tmp_path, capsys)
+    options = f"--pipeline.diffusion-model.transformer.{flags}".split()
+    code, line = error_of([slug, *options], tmp_path, capsys)
     assert code == 2
     assert re.search(message, line), line
     code, line = error_of([slug], tmp_path, capsys)

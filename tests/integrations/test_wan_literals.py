@@ -10,8 +10,8 @@ import torch
 from flashdreams.infra.component import Component, nested_components
 from flashdreams.infra.weights import named_checkpoints, require_weights, with_downloads
 from flashdreams.integrations.causal_forcing.config import RUNNER_CONFIGS as CAUSAL_FORCING
-from flashdreams.integrations.lingbot_world.config import ACT_TRANSFORMER
 from flashdreams.integrations.lingbot_world.config import RUNNER_CONFIGS as LINGBOT
+from flashdreams.integrations.longlive.config import RUNNER_CONFIGS as LONGLIVE
 from flashdreams.integrations.self_forcing.config import RUNNER_CONFIGS as SELF_FORCING
 from flashdreams.integrations.wan21.config import RUNNER_CONFIGS as WAN21
 from flashdreams.integrations.wan22.config import RUNNER_CONFIGS as WAN22
@@ -30,6 +30,8 @@ MANIFESTS = {
     "framewise/causal_forcing.pt": "causal_forcing_framewise",
     "causal-forcing++/framewise-2step.pt": "causal_forcing_pp_framewise_2step",
     "causal-forcing++/framewise-1step.pt": "causal_forcing_pp_framewise_1step",
+    "models/longlive_base.pt": "wan21_t2v_1.3B",
+    "model_bf16.pt": "wan22_ti2v_5B",
     "Wan2.1_VAE.pth": "wan21_vae",
     "Wan2.2_VAE.pth": "wan22_vae",
     "taew2_1.pth": "taew2_1",
@@ -39,6 +41,8 @@ MANIFESTS = {
     "Wan-AI/Wan2.1-T2V-14B": "wan21_t2v_14B",
     "Wan-AI/Wan2.1-I2V-14B-480P": "wan21_i2v_14B_480P",
     "Wan-AI/Wan2.2-TI2V-5B": "wan22_ti2v_5B",
+    "robbyant/lingbot-world-base-cam": "lingbot_world_base_cam",
+    "robbyant/lingbot-world-fast": "lingbot_world_fast",
 }
 
 
@@ -59,9 +63,10 @@ def on_meta(config) -> Component:
 
 def loadable(component: Component):
     """The component itself or, where it has no file of its own, those that it is made of."""
-    if component.config.checkpoint is not None:
+    if not component.loads_parts:
         return [component]
-    return [part for nested in nested_components(component) for part in loadable(nested)]
+    parts = nested_components(component).values()
+    return [part for nested in parts for part in loadable(nested)]
 
 
 def load_sparse(component: Component, folder) -> int:
@@ -202,20 +207,22 @@ def test_wan22_timesteps_are_the_published_ones():
 
 
 UNPINNED = {
+    "Efficient-Large-Model/LongLive-1.3B",
+    "Efficient-Large-Model/LongLive-2.0-5B",
     "Wan-AI/Wan2.2-TI2V-5B",
-    "robbyant/lingbot-world-base-act",
+    "robbyant/lingbot-world-base-cam",
     "robbyant/lingbot-world-fast",
 }
 """Repositories that are read at their branch: no commit of theirs is known."""
 
 
 def shipped_checkpoints() -> dict[str, CheckpointConfig]:
-    """Every public file that a slug or a transformer without one names, by its place."""
-    pipelines = {slug: config.pipeline for slug, config in {**LITERALS, **LINGBOT}.items()}
+    """Every public weights file that a slug names, by its place; LoRAs state no size."""
     return {
         f"{slug}: {path}": checkpoint
-        for slug, config in (pipelines | {"act": ACT_TRANSFORMER}).items()
-        for path, checkpoint in named_checkpoints(config)
+        for slug, config in {**LITERALS, **LINGBOT, **LONGLIVE}.items()
+        for path, checkpoint in named_checkpoints(config.pipeline)
+        if not path.endswith("loras")
     }
 
 
@@ -236,6 +243,7 @@ def test_every_file_states_its_commit_and_size():
 
 
 STORED_ITEMSIZE = {
+    "model_bf16.pt": 2,
     "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth": 4,
     "taew2_1.pth": 2,
     "taew2_2.pth": 2,

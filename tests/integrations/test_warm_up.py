@@ -81,7 +81,7 @@ def test_recorded_calls_give_the_bits_of_eager_ones(slug, tmp_path, monkeypatch,
 
 
 def test_a_run_that_fails_leaves_graphs_alone(tmp_path, monkeypatch):
-    """Other ranks may hang in an exchange: only the end of a good run takes anything down."""
+    """Other ranks may wait in a collective: only the end of a good run takes anything down."""
     monkeypatch.setattr(causal, "GraphedCallable", Recorded)
     dropped = []
     monkeypatch.setattr(StreamInferencePipeline, "drop_graphs", lambda self: dropped.append(self))

@@ -1,4 +1,4 @@
-"""Modulated layer norm and gated residual against their references."""
+"""Layer norms and sums with the residual against their references."""
 
 import pytest
 import torch
@@ -52,6 +52,53 @@ def test_gate_equals_reference(case: str, device: torch.device) -> None:
     assert error(result, reference.gate_residual(x, y, time[:, :, 5])) > 0.1
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_affine_sum_equals_reference(case: str, device: torch.device) -> None:
+    x, y, time = inputs(*CASES[case], device)
+    gate, scale, shift = (time[:, :, i] for i in (4, 5, 1))
+    result = adaln.gate_residual(x, y, gate, scale, shift)
+    assert result.dtype == x.dtype and result.is_contiguous()
+    expected = reference.gate_residual(x, y, gate, scale, shift)
+    assert error(result, expected) < TOLERANCE[x.dtype]
+    assert error(result, reference.gate_residual(x, y, gate, shift, scale)) > 0.1
+    plain = adaln.gate_residual(x, y)
+    assert error(plain, x.float() + y.float()) < TOLERANCE[x.dtype]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_affine_norm_equals_reference(case: str, device: torch.device) -> None:
+    x, y, _ = inputs(*CASES[case], device)
+    weight, bias = 2 + y[0, 0], x[0, 0].float()
+    result = adaln.layer_norm_affine(x, weight, bias, EPS)
+    assert result.dtype == x.dtype and result.is_contiguous()
+    expected = reference.layer_norm_affine(x, weight, bias, EPS)
+    assert error(result, expected) < TOLERANCE[x.dtype]
+    assert error(result, reference.layer_norm_affine(x, weight + 1, bias, EPS)) > 0.1 or (
+        x.shape[-1] == 1  # the norm of one value is 0, whatever its gain
+    )
+    ordinary = torch.nn.functional.layer_norm(x.float(), x.shape[-1:], weight.float(), bias, EPS)
+    assert error(expected, ordinary) < TOLERANCE[x.dtype]
+
+
+def test_a_wide_residual_meets_a_camera_of_sixteen_bits_that_all_clips_share(
+    device: torch.device,
+) -> None:
+    """As in LingBot-World: residual and gate float32, branch, scale and shift bf16."""
+    x, y, time = inputs((2, 3, 96), True, torch.float32, device)
+    half = torch.bfloat16
+    gate, scale, shift = time[:, :1, 0], time[:1, :, 1].to(half), time[:1, :, 2].to(half)
+    result = adaln.gate_residual(x, y.to(half), gate, scale, shift)
+    assert result.dtype == torch.float32
+    blocks = torch.addcmul(shift, torch.addcmul(x, y.to(half), gate), scale)
+    assert error(result, blocks) < TOLERANCE[torch.float32]
+    assert error(result[1:], blocks[:1]) > 0.1
+    added = adaln.gate_residual(x, y.to(half))
+    assert torch.equal(added, x + y.to(half))
+    normed = adaln.layer_norm_affine(x, time[0, 0, 0], time[0, 0, 1], EPS, half)
+    ordinary = torch.nn.functional.layer_norm(x, (96,), time[0, 0, 0], time[0, 0, 1], EPS)
+    assert normed.dtype == half and error(normed, ordinary) < TOLERANCE[half]
+
+
 def test_a_float32_residual_takes_and_gives_branches_of_sixteen_bits(device: torch.device) -> None:
     x, y, time = inputs((2, 3, 96), True, torch.float32, device)
     shift, scale, gate = (time[:, :, i] for i in range(3))
@@ -84,13 +131,18 @@ def test_modulation_and_gate_write_all_of_their_output_and_nothing_else(
     x, y, time = inputs((2, 3, 33), True, torch.float32, device)
     shift, scale, gate = (time[:, :, i].contiguous() for i in range(3))
     reads = [Guarded.around(tensor) for tensor in (x, y, shift, scale, gate)]
-    writes = [Guarded((2, 3, 33), torch.float32, device) for _ in range(2)]
+    writes = [Guarded((2, 3, 33), torch.float32, device) for _ in range(4)]
     gx, gy, gshift, gscale, ggate = (guarded.tensor for guarded in reads)
     adaln.plan_norm_modulate(gx, gshift, gscale, EPS, writes[0].tensor).run()
     adaln.plan_gate_add(gx, gy, ggate, writes[1].tensor).run()
+    adaln.plan_gate_add(gx, gy, ggate, writes[2].tensor, gscale, gshift).run()
+    adaln.plan_gate_add(gx, gy, None, writes[3].tensor).run()
     modulated = reference.layer_norm_modulate(x, shift, scale, EPS)
     assert error(writes[0].tensor, modulated) < TOLERANCE[torch.float32]
     assert error(writes[1].tensor, reference.gate_residual(x, y, gate)) < 1e-6
+    affine = reference.gate_residual(x, y, gate, scale, shift)
+    assert error(writes[2].tensor, affine) < 1e-6
+    assert torch.equal(writes[3].tensor, x + y)
     assert all(guarded.intact() for guarded in (*reads, *writes))
 
 
@@ -128,6 +180,10 @@ def test_modulation_and_gate_keep_their_schema(device: torch.device) -> None:
         torch.library.opcheck(ops.layer_norm_modulate, arguments, test_utils=checks)
     for branch in (y, y.to(half)):
         torch.library.opcheck(ops.gate_residual, (x, branch, shift), test_utils=checks)
+        whole = (x, branch, shift, scale, shift)
+        torch.library.opcheck(ops.gate_residual, whole, test_utils=checks)
+    rows = shift[0, 0].clone(), scale[0, 0].clone()
+    torch.library.opcheck(ops.layer_norm_affine, (x, *rows, EPS, half), test_utils=checks)
 
 
 def test_modulation_and_gate_name_what_does_not_fit(device: torch.device) -> None:
@@ -140,6 +196,10 @@ def test_modulation_and_gate_name_what_does_not_fit(device: torch.device) -> Non
         adaln.gate_residual(x[..., :16].clone(), y[..., :16].clone(), time[:, :, 0, ::2])
     with pytest.raises(TypeError, match=r"dtype is torch\.int8; allowed here: "):
         adaln.layer_norm_modulate(x, time[:, :, 0], time[:, :, 1], EPS, torch.int8)
+    with pytest.raises(ValueError, match="scale is given alone; give scale and shift"):
+        adaln.gate_residual(x, y, None, time[:, :, 0])
+    with pytest.raises(ValueError, match=r"weight must be \[32\], got \[31\]"):
+        adaln.layer_norm_affine(x, time[0, 0, 0, 1:], time[0, 0, 0], EPS)
     with pytest.raises(TypeError, match=r"y is torch\.float64; allowed here: "):
         adaln.gate_residual(x, y.double(), time[:, :, 0])
     with pytest.raises(ValueError, match="dim=20000 is wider than 16384"):

@@ -40,7 +40,7 @@ def test_rollouts_equal_one_rank(world_size):
 
 
 def forgotten_exchanges():
-    """Replace each exchange by one that keeps this rank's own data."""
+    """Replace each collective by one that keeps this rank's own data."""
     ulysses = make_mesh(ParallelConfig(), 2)
     gather = make_mesh(ParallelConfig(ulysses_degree=1), 2)
     true_all_gather = collectives.all_gather

@@ -116,7 +116,7 @@ def roll_fp8_on_ranks(parallel: ParallelConfig, world_size: int):
     ids=["ulysses", "gather", "tensor"],
 )
 def test_ranks_fuse_what_they_hold_whole(parallel, with_norm):
-    """Ranks that share the heads exchange sums inside the norm, which stays unfused there.
+    """Ranks that share the heads reduce sums inside the norm, which stays unfused there.
 
     No rank writes in the same launch: keys and values travel first, or are not rotated there.
     """

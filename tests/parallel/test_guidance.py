@@ -13,7 +13,7 @@ from tests.parallel.rollout import build_model, relative_error
 
 @torch.no_grad()
 def guided_rollout(mesh):
-    """Each rank advances the caches of its own halves alone."""
+    """Each rank advances the caches of its own branches alone."""
     model = build_model(sink_size_t=1)
     parallelize(model, model.parallel_plan(), mesh)
     guidance = build_guidance(mesh)

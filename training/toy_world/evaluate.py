@@ -14,9 +14,7 @@ from torch import Tensor
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.pipeline import StreamInferencePipeline
-from flashdreams.integrations.toy_world.config import TOY_WORLD_PIPELINE
 from flashdreams.integrations.toy_world.metrics import psnr_db
-from flashdreams.integrations.toy_world.render import render
 from flashdreams.integrations.toy_world.scene import (
     FLOOR_SLOT,
     HIDDEN,
@@ -26,6 +24,7 @@ from flashdreams.integrations.toy_world.scene import (
 )
 from flashdreams.integrations.toy_world.world import pose_to_camera
 from training.toy_world.walks import random_rollout
+from training.toy_world.worlds import WORLDS, World
 
 FPS = 16
 EVALUATION_SEED = 20_000
@@ -40,12 +39,19 @@ class HeldOut:
     truth: Tensor
 
 
-def draw_held_out(walks: int, frames: int, seed: int = EVALUATION_SEED) -> HeldOut:
-    """Draw scenes and walks and render what they show."""
+def draw_held_out(
+    walks: int,
+    frames: int,
+    seed: int = EVALUATION_SEED,
+    world: World = WORLDS["toy-world"],
+    device: str | torch.device = "cpu",
+) -> HeldOut:
+    """Draw scenes and walks and render what they show; the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     scene = random_scene(walks, generator)
     pose = random_rollout(walks, frames, generator)
-    truth = render(scene.repeat_interleave(frames, 0), pose.flatten(0, 1))
+    scene, pose = scene.to(device), pose.to(device)
+    truth = world.draw(scene.repeat_interleave(frames, 0), pose.flatten(0, 1), world.size)
     return HeldOut(scene, pose, truth.unflatten(0, (walks, frames)))
 
 
@@ -70,7 +76,7 @@ def self_rollout(
     Returns:
         ``[B, F, 3, h, w]``; latents ``[B, C, F, h / 8, w / 8]`` from a pipeline without a decoder.
     """
-    text = [scene_to_text(scene) for scene in prompt]
+    text = [scene_to_text(scene) for scene in prompt.cpu()]
     cameras = pose_to_camera(walks.pose).float()
     cache = pipeline.initialize_cache(text=text, image=image, seed=seed)
     frames = []
@@ -128,6 +134,7 @@ def contact_sheet(model: Tensor, truth: Tensor, columns: int = 8, scale: int = 2
 def main() -> None:
     """Evaluate the shipped weights."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--world", choices=WORLDS, default="toy-world")
     parser.add_argument("--walks", type=int, default=32)
     parser.add_argument("--seconds", type=int, default=20)
     parser.add_argument("--steps", type=float, nargs="+", default=[1000.0])
@@ -135,16 +142,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     scheduler = dict(denoising_timesteps=tuple(args.steps))
-    config = derive_config(TOY_WORLD_PIPELINE, diffusion_model=dict(scheduler=scheduler))
+    world = WORLDS[args.world]
+    config = derive_config(world.pipeline, diffusion_model=dict(scheduler=scheduler))
     pipeline = config.setup()
-    walks = draw_held_out(args.walks, args.seconds * FPS)
+    walks = draw_held_out(args.walks, args.seconds * FPS, world=world)
     print(json.dumps(evaluate(pipeline, walks), indent=2))
-    shown = draw_held_out(3, args.seconds * FPS, EVALUATION_SEED + 1)
+    shown = draw_held_out(3, args.seconds * FPS, EVALUATION_SEED + 1, world)
     sheet = contact_sheet(self_rollout(pipeline, shown, shown.scene), shown.truth)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     import mediapy
 
-    mediapy.write_image(args.output_dir / "toy-world-truth-over-model.png", sheet.numpy())
+    mediapy.write_image(args.output_dir / f"{args.world}-truth-over-model.png", sheet.numpy())
 
 
 if __name__ == "__main__":

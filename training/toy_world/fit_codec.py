@@ -8,33 +8,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashdreams.integrations.toy_world.codec import (
-    LATENT_CHANNELS,
     PATCH,
     PatchDecoder,
     PatchEncoder,
-    PatchEncoderConfig,
 )
-from flashdreams.integrations.toy_world.render import render
 from flashdreams.integrations.toy_world.scene import random_scene
 from training.toy_world.walks import random_rollout
+from training.toy_world.worlds import World
 
 log = logging.getLogger(__name__)
 
 
-def fit_encoder(seed: int, frames: int = 4096) -> PatchEncoder:
+def fit_encoder(
+    world: World, seed: int, frames: int = 4096, device: str | torch.device = "cpu"
+) -> PatchEncoder:
     """Principal components of the patches of random frames."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     clip = 4
     scene = random_scene(frames // clip, generator).repeat_interleave(clip, 0)
-    pictures = render(scene, random_rollout(frames // clip, clip, generator).flatten(0, 1))
+    pose = random_rollout(frames // clip, clip, generator).flatten(0, 1)
+    pictures = world.draw(scene, pose, world.size)
     patches = F.pixel_unshuffle(pictures, PATCH).permute(0, 2, 3, 1).flatten(0, 2).double()
-    encoder = PatchEncoder(PatchEncoderConfig())
+    encoder = PatchEncoder(world.new_encoder_config()).to(device)
+    channels = encoder.config.channels
     mean = patches.mean(0)
     values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
     encoder.mean.copy_(mean)
-    encoder.basis.copy_(vectors.flip(1)[:, :LATENT_CHANNELS].T)
-    encoder.std.copy_(values.flip(0)[:LATENT_CHANNELS].sqrt())
-    kept = values.flip(0)[:LATENT_CHANNELS].sum() / values.sum()
+    encoder.basis.copy_(vectors.flip(1)[:, :channels].T)
+    encoder.std.copy_(values.flip(0)[:channels].sqrt())
+    kept = values.flip(0)[:channels].sum() / values.sum()
     log.info("linear codec: %.2f %% of the variance, %.2f dB", 100 * kept, _psnr(patches, encoder))
     return encoder
 
@@ -57,10 +59,16 @@ def start_from_linear(decoder: PatchDecoder, encoder: PatchEncoder) -> None:
 
 
 def fit_decoder(
-    decoder: PatchDecoder, encoder: PatchEncoder, seed: int, steps: int, batch: int = 24
+    world: World,
+    decoder: PatchDecoder,
+    encoder: PatchEncoder,
+    seed: int,
+    steps: int,
+    batch: int = 24,
 ) -> None:
     """Train the decoder on pairs of neighbouring frames, their latents slightly noisy."""
-    generator = torch.Generator().manual_seed(seed)
+    device = encoder.mean.device
+    generator = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 2e-3, total_steps=steps, pct_start=0.1
@@ -68,10 +76,11 @@ def fit_decoder(
     started = time.monotonic()
     for step in range(steps):
         scene = random_scene(batch, generator).repeat_interleave(2, 0)
-        pictures = render(scene, random_rollout(batch, 2, generator).flatten(0, 1))
+        pose = random_rollout(batch, 2, generator).flatten(0, 1)
+        pictures = world.draw(scene, pose, world.size)
         latent = encoder(pictures)[:, :, 0]
-        level = 0.15 * torch.rand(len(latent), 1, 1, 1, generator=generator)
-        latent = latent + level * torch.randn(latent.shape, generator=generator)
+        level = 0.15 * torch.rand(len(latent), 1, 1, 1, generator=generator, device=device)
+        latent = latent + level * torch.randn(latent.shape, generator=generator, device=device)
         before, now = latent.unflatten(0, (batch, 2)).unbind(1)
         output = decoder.decode_pictures(torch.cat([now, before], dim=1))
         error = (output - pictures.unflatten(0, (batch, 2))[:, 1]).square().mean((1, 2, 3))

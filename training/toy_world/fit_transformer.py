@@ -8,27 +8,31 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashdreams.attention.cache import KVCache
 from flashdreams.attention.core import AttentionCore
-from flashdreams.integrations.toy_world.camera import ray_features
+from flashdreams.integrations.toy_world.camera import CameraEncoderConfig
 from flashdreams.integrations.toy_world.prompt import embed_scene
 from flashdreams.integrations.toy_world.scene import FLOOR_SLOT, HIDDEN, SKY_SLOT
 from flashdreams.models.wan.transformer import WanTransformer
 
-from .pool import GRID, ClipPool
+from .muon import BatchedMuon
+from .pool import Clips
+from .worlds import World
 
 log = logging.getLogger(__name__)
 
 CONTEXT_FRAMES = 10
 """Frames of a training clip in the second stage."""
-SIZE = (8 * GRID, 8 * GRID)
+SHOWN_EVERY_S = 15
+"""Seconds between two lines of progress."""
 
 
 class MaskedCore(AttentionCore):
@@ -36,11 +40,14 @@ class MaskedCore(AttentionCore):
 
     def __init__(self, head_dim: int, mask: Tensor) -> None:
         super().__init__(head_dim)
-        self.bias = torch.zeros(mask.shape).masked_fill(~mask, -1e4)
+        self.bias = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -1e4)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Attend; tensors are ``[B, L, N, D]``. Plain products train faster here than SDPA."""
+        """Attend; tensors are ``[B, L, N, D]``. On a CPU plain products train faster than SDPA."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if q.is_cuda:
+            bias = self.bias.to(q)
+            return F.scaled_dot_product_attention(q, k, v, bias, scale=self.scale).transpose(1, 2)
         scores = (q * self.scale) @ k.transpose(-2, -1) + self.bias.to(q.dtype)
         return (scores.softmax(-1) @ v).transpose(1, 2)
 
@@ -74,17 +81,16 @@ def context_mask(frames: int, sink: int, window: int, tokens_per_frame: int) -> 
 
 def predict(
     model: WanTransformer,
+    camera: CameraEncoderConfig,
     latent: Tensor,
     timestep: Tensor,
     scene: Tensor,
     pose: Tensor,
     frames: Tensor,
 ) -> Tensor:
-    """Run the bare network over ``[B, C, T, 8, 8]``; one timestep, pose and position per frame."""
-    c = model.config
+    """Run the bare network over ``[B, C, T, h, w]``; one timestep, pose and position per frame."""
     cache = model.initialize_cache(text=embed_scene(scene))
-    rows = GRID // c.patch_size[1]
-    control = ray_features(pose, rows, rows, SIZE).flatten(1, 2)
+    control = camera.features(pose).flatten(1, 2)
     inputs = model.inputs_at(cache, frames, control)
     return model(latent, model.modulations(timestep), inputs, cache)
 
@@ -92,13 +98,17 @@ def predict(
 class Trainer:
     """One optimizer, one schedule and a running average over both stages."""
 
-    def __init__(self, model: WanTransformer, pool: ClipPool, std: Tensor, seed: int) -> None:
+    def __init__(
+        self, model: WanTransformer, world: World, clips: Clips, std: Tensor, seed: int
+    ) -> None:
         self.model = model
-        self.pool = pool
+        self.camera = world.camera
+        self.clips = clips
+        self.device = std.device
         self.weight = (std.square() / std.square().sum())[:, None, None, None]
         self.variance = float(std.square().sum()) / (3 * 64)
         self.random = np.random.default_rng(seed)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
         self._seen: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
         blocks = [p for name, p in model.named_parameters() if name.startswith("blocks.")]
@@ -106,7 +116,7 @@ class Trainer:
         known = {id(p) for p in matrices}
         others = [p for p in model.parameters() if id(p) not in known]
         self.optimizers = [
-            torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0, momentum=0.95),
+            self._muon(matrices),
             torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0),
         ]
         self.base = [group["lr"] for o in self.optimizers for group in o.param_groups]
@@ -115,12 +125,12 @@ class Trainer:
         """Train a stage for some seconds; the rate rises over 3 % of them, then decays."""
         loss_of = {"frames": self.frame_loss, "video": self.video_loss}[stage]
         started, step, shown = time.monotonic(), 0, 0.0
-        recent: list[float] = []
+        recent: list[Tensor] = []
         while (elapsed := time.monotonic() - started) < seconds:
             self._set_rate(peak, elapsed / seconds)
             for optimizer in self.optimizers:
                 optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            with torch.autocast(self.device.type, torch.bfloat16), self._kernels():
                 error = loss_of(batch)
                 (error + 1e-5).sqrt().mean().backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -128,11 +138,23 @@ class Trainer:
                 optimizer.step()
             step += 1
             self._update_average(min(0.999, step / (step + 10)))
-            recent.append(float((-10 * (error.detach() / 4).log10()).mean()))
-            if elapsed - shown > 30:
-                decibel = sum(recent) / len(recent)
+            recent.append((-10 * (error.detach() / 4).log10()).mean())
+            if elapsed - shown > SHOWN_EVERY_S:
+                decibel = float(torch.stack(recent).mean())
                 log.info("%s step %d, %.0f s: %.2f dB", stage, step, elapsed, decibel)
                 shown, recent = elapsed, []
+
+    def _muon(self, matrices: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        if self.device.type == "cuda":
+            return BatchedMuon(matrices, lr=0.02)
+        return torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0, momentum=0.95)
+
+    def _kernels(self) -> AbstractContextManager[None]:
+        """Which attention PyTorch may choose: on a CPU plain products are faster to train."""
+        return nullcontext() if self.device.type == "cuda" else sdpa_kernel(SDPBackend.MATH)
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator, device=self.device)
 
     def _set_rate(self, peak: float, progress: float) -> None:
         warm = min(1.0, progress / 0.03)
@@ -143,20 +165,22 @@ class Trainer:
 
     @torch.no_grad()
     def _update_average(self, decay: float) -> None:
-        for name, parameter in self.model.named_parameters():
-            self.average[name].lerp_(parameter, 1 - decay)
+        parameters = dict(self.model.named_parameters())
+        torch._foreach_lerp_(
+            list(self.average.values()), [parameters[name] for name in self.average], 1 - decay
+        )
 
     def _noisy(self, clean: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise ``[B, C, T, 8, 8]`` to one level per frame; mostly pure noise.
+        """Noise ``[B, C, T, h, w]`` to one level per frame; mostly pure noise.
 
         Returns:
             The noisy latents and the timesteps ``[B, T]``.
         """
         b, _, t = clean.shape[:3]
-        sigma = torch.rand(b, t, generator=self.generator)
-        pure = torch.rand(b, t, generator=self.generator) < 0.85
+        sigma = self._random(b, t)
+        pure = self._random(b, t) < 0.85
         sigma = torch.where(pure, 1.0, 0.3 + 0.7 * sigma)
-        noise = torch.randn(clean.shape, generator=self.generator)
+        noise = torch.randn(clean.shape, generator=self.generator, device=self.device)
         level = sigma[:, None, :, None, None]
         return (1 - level) * clean + level * noise, sigma * 1000
 
@@ -168,14 +192,17 @@ class Trainer:
     def frame_loss(self, batch: int) -> Tensor:
         """Single frames without context."""
         clips = max(1, batch // 4)
-        latent, scene, pose = self.pool.sample(clips, self.random)
-        picked = torch.randint(0, latent.shape[2], (clips, 4), generator=self.generator)
-        rows = torch.arange(clips)[:, None]
+        latent, scene, pose = self.clips.sample(clips, self.random)
+        shape = (clips, 4)
+        picked = torch.randint(
+            0, latent.shape[2], shape, generator=self.generator, device=self.device
+        )
+        rows = torch.arange(clips, device=self.device)[:, None]
         clean = latent.transpose(1, 2)[rows, picked].flatten(0, 1)[:, :, None]
         pose = pose[rows, picked].flatten(0, 1)[:, None]
         noisy, timestep = self._noisy(clean)
         scene = scene.repeat_interleave(4, 0)
-        output = predict(self.model, noisy, timestep[:, 0], scene, pose, torch.zeros(1))
+        output = self._predict(noisy, timestep[:, 0], scene, pose, torch.zeros(1))
         return self._error(output, clean)
 
     def video_loss(self, batch: int) -> Tensor:
@@ -186,16 +213,17 @@ class Trainer:
         """
         c = self.model.config
         if self._seen is None:
-            latent, scene, pose = self.pool.sample(batch, self.random)
+            latent, scene, pose = self.clips.sample(batch, self.random)
             clean, pose = latent[:, :, :CONTEXT_FRAMES], pose[:, :CONTEXT_FRAMES]
             scene = self._hide(scene)
             past = clean
         else:
             clean, scene, pose, own = self._seen
-            kept = torch.rand(batch, 1, CONTEXT_FRAMES, 1, 1, generator=self.generator) < 0.2
-            kept[:, :, 0] |= torch.rand(batch, 1, 1, 1, generator=self.generator) < 0.6
+            kept = self._random(batch, 1, CONTEXT_FRAMES, 1, 1) < 0.2
+            kept[:, :, 0] |= self._random(batch, 1, 1, 1) < 0.6
             past = torch.where(kept, clean, own)
         mask = context_mask(CONTEXT_FRAMES, c.sink_size_t, c.window_size_t, c.tokens_per_frame)
+        mask = mask.to(self.device)
         with masked(self.model, mask):
             output = self._in_context(past, clean, scene, pose)
         self._seen = (clean, scene, pose, output.detach()) if self._seen is None else None
@@ -208,13 +236,18 @@ class Trainer:
         both = torch.cat([past, noisy], dim=2)
         levels = torch.cat([torch.zeros_like(timestep), timestep], dim=1)
         poses, places = torch.cat([pose, pose], dim=1), torch.cat([frames, frames])
-        output = predict(self.model, both, levels, scene, poses, places)
+        output = self._predict(both, levels, scene, poses, places)
         return output[:, :, CONTEXT_FRAMES:]
+
+    def _predict(
+        self, latent: Tensor, timestep: Tensor, scene: Tensor, pose: Tensor, frames: Tensor
+    ) -> Tensor:
+        return predict(self.model, self.camera, latent, timestep, scene, pose, frames)
 
     def _hide(self, scene: Tensor) -> Tensor:
         """Hide random prompt slots in half of the clips, floor and sky more often than the rest."""
-        chance = torch.full(scene.shape, 0.3)
+        chance = torch.full(scene.shape, 0.3, device=self.device)
         chance[:, [FLOOR_SLOT, SKY_SLOT]] = 0.6
-        hidden = torch.rand(scene.shape, generator=self.generator) < chance
-        hidden &= torch.rand(len(scene), 1, generator=self.generator) < 0.5
+        hidden = self._random(*scene.shape) < chance
+        hidden &= self._random(len(scene), 1) < 0.5
         return scene.masked_fill(hidden, HIDDEN)

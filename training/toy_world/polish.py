@@ -10,30 +10,38 @@ from torch import Tensor
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.pipeline import StreamInferencePipeline
 from flashdreams.integrations.toy_world.codec import PatchDecoder
-from flashdreams.integrations.toy_world.config import TOY_WORLD_PIPELINE
 from flashdreams.runtime.checkpoint import CheckpointConfig
 
 from .evaluate import HeldOut, draw_held_out, self_rollout
+from .worlds import World
 
 log = logging.getLogger(__name__)
 
-WALKS, FRAMES, BATCH = 16, 24, 24
+FRAMES, BATCH = 24, 24
 
 
-def polish_decoder(decoder: PatchDecoder, weights: Path, seed: int, seconds: float) -> None:
+def polish_decoder(
+    world: World, decoder: PatchDecoder, weights: Path, seed: int, seconds: float, walks: int = 16
+) -> None:
     """Train on pairs of neighbouring latents of self-rollouts, against the rendered truth.
 
     Args:
-        decoder: trained in place.
+        world: whose frames.
+        decoder: trained in place, where it lies.
         weights: the transformer's.
         seed: of walks and noise; never the one that evaluation draws its walks from.
         seconds: how long.
+        walks: per round.
     """
+    device = next(decoder.parameters()).device
     transformer = dict(checkpoint=CheckpointConfig(source=str(weights)))
     config = derive_config(
-        TOY_WORLD_PIPELINE, decoder=None, diffusion_model=dict(transformer=transformer)
+        world.pipeline,
+        image_encoder=None,
+        decoder=None,
+        diffusion_model=dict(transformer=transformer),
     )
-    pipeline: StreamInferencePipeline = config.setup(device="cpu")
+    pipeline: StreamInferencePipeline = config.setup(device=str(device))
     decoder.requires_grad_(True)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0)
     generator = torch.Generator().manual_seed(seed)
@@ -41,10 +49,11 @@ def polish_decoder(decoder: PatchDecoder, weights: Path, seed: int, seconds: flo
     while (elapsed := time.monotonic() - started) < seconds:
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * (1 - elapsed / seconds)
-        walks = draw_held_out(WALKS, FRAMES, seed * 1_000_000 + round_)
-        pairs, truth = _pairs(self_rollout(pipeline, walks, walks.scene, seed=round_), walks)
+        held = draw_held_out(walks, FRAMES, seed * 1_000_000 + round_, world, device)
+        pairs, truth = _pairs(self_rollout(pipeline, held, held.scene, seed=round_), held)
         errors = []
-        for picked in torch.randperm(len(pairs), generator=generator).split(BATCH):
+        for order in torch.randperm(len(pairs), generator=generator).split(BATCH):
+            picked = order.to(device)
             output = decoder.decode_pictures(pairs[picked])
             error = (output - truth[picked]).square().mean((1, 2, 3))
             optimizer.zero_grad()

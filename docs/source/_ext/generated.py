@@ -263,6 +263,11 @@ def steady_steps(_: str) -> str:
     return figures.steady_steps(figures.read_reports())
 
 
+def attention_rates(_: str) -> str:
+    """Table of the rate of each attention backend, from the committed reports of the benchmarks."""
+    return figures.attention_rates(figures.read_reports())
+
+
 def ratios(_: str) -> str:
     """What the engine adds to a bare loop, whether a long rollout grows, and peers."""
     return figures.ratios(figures.read_reports())
@@ -364,9 +369,11 @@ def backends(_: str) -> str:
 def toy_quality(_: str) -> str:
     """The table of figures in the README of the toy world."""
     text = (PACKAGE / "integrations/toy_world/README.md").read_text(encoding="utf-8")
-    section = text.partition("## How good it is")[2].partition("\n## ")[0]
-    table = [line for line in section.splitlines() if line.startswith("|")]
-    return "\n".join(table).replace("| |", "| PSNR in dB |", 1) or "Not measured yet."
+    tables = []
+    for title in ("## How good it is", "## The courtyard"):
+        section = text.partition(title)[2].partition("\n## ")[0]
+        tables.append("\n".join(line for line in section.splitlines() if line.startswith("|")))
+    return "\n\n".join(tables).replace("| |", "| toy-world |", 1)
 
 
 def modules(package: str) -> str:
@@ -420,6 +427,7 @@ PARTS: dict[str, Callable[[str], str]] = {
         toy_quality,
         precision,
         steady_steps,
+        attention_rates,
         ratios,
         modules,
     )

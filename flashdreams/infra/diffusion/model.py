@@ -14,8 +14,15 @@ from torch import Tensor, nn
 from flashdreams.infra.component import build_component, declared_context, select_context
 from flashdreams.infra.config import InstantiateConfig
 from flashdreams.infra.diffusion.causal import RewriteMode
+from flashdreams.infra.diffusion.given import (
+    INITIAL_LATENT,
+    check_image,
+    check_initial_latent,
+    given_chunk,
+    sample_rest,
+)
 from flashdreams.infra.diffusion.pool import Storage, StoragePool
-from flashdreams.infra.diffusion.scheduler.base import Scheduler, SchedulerConfig
+from flashdreams.infra.diffusion.scheduler.base import SchedulerConfig
 from flashdreams.infra.diffusion.transformer import ContextChunk, TransformerConfig
 from flashdreams.infra.ranges import LARGEST_SIZE, check_range
 from flashdreams.parallel.environment import all_ranks_agree
@@ -104,8 +111,8 @@ class DiffusionCache:
     noise: NoiseFunction = state("rebuilt")
     batch_size: int = state("host")
     image: Tensor | None = state("rebuilt")
-    """``[B, C, n, H, W]``, latent frames that an image or a video gives the first AR step: all of
-    them, or its first ones."""
+    """``[B, C, n, H, W]``, latent frames that an image or ``initial_latent`` gives: those of the
+    first AR steps, or the first ones of the first."""
     latent: Tensor | None = state("whole", default=None)
     """``[B, C, T, H, W]`` float32, the last clean chunk."""
     control: Any = state("rebuilt", default=None)
@@ -179,7 +186,9 @@ class DiffusionModel(nn.Module):
 
     def known_context(self) -> frozenset[str]:
         """Names of the context that a rollout may be given."""
-        return declared_context(self.transformer.initialize_cache)
+        streams = getattr(self.transformer.config, "streaming", True)
+        own = {INITIAL_LATENT} if streams else set()
+        return declared_context(self.transformer.initialize_cache) | own
 
     def initialize_cache(
         self,
@@ -191,14 +200,15 @@ class DiffusionModel(nn.Module):
         """Begin a rollout.
 
         Args:
-            context: what the rollout is conditioned on, by name.
+            context: what the rollout is conditioned on, by name. ``initial_latent``, clean latents
+                ``[B, C, n * T, H, W]`` of a streaming model's first n AR steps, is not generated
+                but decoded and made part of the context; noise is numbered by the AR step.
             negative_context: the same for the unconditional branch; None without guidance.
             noise: noise of (AR index, denoising step, shape).
             batch_size: B.
         """
         self.side.join()
-        image = context.get("image") if self.config.begins_with_image else None
-        given = self._check_image(image, batch_size)
+        given = self._given_latents(context, batch_size)
         guided = negative_context is not None
         with_prompt = not guided or self.guidance.evaluates_conditional
         with_negative = guided and self.guidance.evaluates_unconditional
@@ -206,8 +216,7 @@ class DiffusionModel(nn.Module):
         leased = self.pool.lease(lambda s: self._begin_in(s, contexts)) if self.pool else None
         conditional, unconditional = leased or tuple(self._new_branch(c) for c in contexts)
         cache = DiffusionCache(conditional, unconditional, noise, batch_size, given)
-        all_given = given is not None and given.shape[2] == self.transformer.config.len_t
-        cache.given_steps = int(all_given)
+        cache.given_steps = 0 if given is None else given.shape[2] // self.transformer.config.len_t
         if self.pool is not None and leased is not None:
             cache.give_back = weakref.finalize(cache, self.pool.give_back, leased)
             cache.give_back.atexit = False
@@ -307,10 +316,11 @@ class DiffusionModel(nn.Module):
         """
         self.side.join()
         self._begin_step(autoregressive_index, cache, control)
-        given = cache.image if autoregressive_index == 0 else None
-        if given is not None and given.shape[2] == self.transformer.config.len_t:
-            latent = given
+        given = cache.image
+        if given is not None and autoregressive_index < cache.given_steps:
+            latent = given_chunk(given, autoregressive_index, self.transformer.config.len_t)
         else:
+            given = given if autoregressive_index == 0 else None
             noise = self._noise_of_step(autoregressive_index, cache)
             first = autoregressive_index == cache.given_steps
             scheduler = self.first_chunk_scheduler if first else self.scheduler
@@ -454,44 +464,20 @@ class DiffusionModel(nn.Module):
 
         return noise
 
-    def _check_image(self, image: Tensor | None, batch_size: int) -> Tensor | None:
-        if image is None:
-            return None
+    def _given_latents(self, context: Mapping[str, Any], batch_size: int) -> Tensor | None:
+        """What the context gives of the first AR steps, on the device in float32."""
+        image = context.get("image") if self.config.begins_with_image else None
+        initial = context.get(INITIAL_LATENT)
         shape = self.transformer.latent_shape(batch_size)
-        sizes = tuple(image.shape)
-        if self.config.first_latent_from_image and sizes != shape:
+        if initial is not None and image is not None:
             raise ValueError(
-                f"The encoded image must be the latents of one AR step {list(shape)}; "
-                f"got {list(sizes)}."
+                f"{INITIAL_LATENT} holds the first latent frames already; leave image away."
             )
-        without_time = (*sizes[:2], *sizes[3:])
-        if without_time != (*shape[:2], *shape[3:]) or not 0 < sizes[2] <= shape[2]:
-            raise ValueError(
-                f"The encoded image must be the first latent frames of {list(shape)}, from 1 to "
-                f"{shape[2]} of them; got {list(sizes)}."
-            )
-        return image.to(self.transformer.device, torch.float32)
-
-
-def sample_rest(
-    scheduler: Scheduler,
-    flow: Callable[[Tensor, Tensor], Tensor],
-    noise: Callable[[int], Tensor],
-    given: Tensor,
-) -> Tensor:
-    """Denoise a chunk whose first latent frames are ``given``, ``[B, C, n, H, W]``.
-
-    The network sees them as they are, with timestep 0. What a schedule makes of their places in
-    between is never read: schedules compute element by element.
-    """
-    count = given.shape[2]
-
-    def stamped(latent: Tensor) -> Tensor:
-        return torch.cat([given, latent[:, :, count:]], dim=2)
-
-    def flow_of_rest(latent: Tensor, timestep: Tensor) -> Tensor:
-        timesteps = timestep.repeat(latent.shape[0], latent.shape[2])
-        timesteps[:, :count] = 0
-        return flow(stamped(latent), timesteps)
-
-    return stamped(scheduler.sample(flow_of_rest, noise))
+        if initial is not None:
+            given = check_initial_latent(initial, shape)
+        elif image is not None:
+            whole = self.config.first_latent_from_image
+            given = check_image(image, shape, is_whole=whole)
+        else:
+            return None
+        return given.to(self.transformer.device, torch.float32)

@@ -3,6 +3,8 @@
 # Shapes: F pixel frames, T latent frames. Poses are camera-to-world matrices [*, 4, 4] with camera
 # axes x right, y down, z forward; intrinsics are rows of fx, fy, cx, cy in pixels.
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,9 @@ INTRINSICS_HEIGHT, INTRINSICS_WIDTH = 480, 832
 """Picture size that intrinsics refer to. Source: Robbyant/lingbot-world, image2video_fast.py."""
 ROTATION_TOLERANCE = 1e-3
 """Largest entry of ``R R^T - 1`` that still counts as a rotation."""
+MAX_VIEW_DEGREES = 150
+"""Widest view whose rays are made. Wider ones are nearly always a mistake of units, such as
+intrinsics as fractions of the picture."""
 
 
 def pixel_frames(latent_frames: int) -> int:
@@ -73,8 +78,9 @@ def check_intrinsics(intrinsics: Tensor, num_frames: int, name: str = "intrinsic
         name: what the message calls them.
 
     Raises:
-        ValueError: another shape, type or length, a value that is not finite, or a focal length
-            that is not positive; the message names the first such frame.
+        ValueError: another shape, type or length, a value that is not finite, a focal length that
+            is not positive, or a view wider than ``MAX_VIEW_DEGREES``; the message names the first
+            such frame.
     """
     if intrinsics.ndim != 2 or intrinsics.shape[1] != 4 or not intrinsics.is_floating_point():
         raise ValueError(
@@ -94,6 +100,18 @@ def check_intrinsics(intrinsics: Tensor, num_frames: int, name: str = "intrinsic
         raise ValueError(
             f"{name}: the focal lengths of frame {frame} are {intrinsics[frame, 0]:g} and "
             f"{intrinsics[frame, 1]:g}; they must be positive."
+        )
+    least = intrinsics.new_tensor([INTRINSICS_WIDTH, INTRINSICS_HEIGHT]) / 2
+    least = least / math.tan(math.radians(MAX_VIEW_DEGREES / 2))
+    frame = _first_frame((intrinsics[:, :2] < least).any(1))
+    if frame is not None:
+        fx, fy = intrinsics[frame, :2].tolist()
+        view = max(math.atan(INTRINSICS_WIDTH / 2 / fx), math.atan(INTRINSICS_HEIGHT / 2 / fy))
+        raise ValueError(
+            f"{name}: the focal lengths of frame {frame}, {fx:g} and {fy:g}, are a view of "
+            f"{2 * math.degrees(view):.0f} degrees; at most {MAX_VIEW_DEGREES} are allowed. Give "
+            f"fx of at least {math.ceil(least[0])} and fy of at least {math.ceil(least[1])}, in "
+            f"pixels of a {INTRINSICS_HEIGHT}x{INTRINSICS_WIDTH} picture, not in fractions of it."
         )
 
 
@@ -125,17 +143,39 @@ def resample_poses(poses: Tensor, num_frames: int) -> Tensor:
         ``[T, 4, 4]`` float64.
     """
     wide = poses.double()
-    last = len(wide) - 1
-    place = torch.linspace(0, last, num_frames, dtype=torch.float64, device=poses.device)
-    before = place.floor().long().clamp(max=max(last - 1, 0))
-    after = (before + 1).clamp(max=last)
-    weight = (place - before)[:, None]
+    before, after, weight = _places(len(wide), num_frames, poses.device)
     quaternions = quaternions_of(wide[:, :3, :3])
     resampled = torch.eye(4, dtype=torch.float64, device=poses.device).repeat(num_frames, 1, 1)
     turned = slerp(quaternions[before], quaternions[after], weight)
     resampled[:, :3, :3] = rotations_of(turned)
     resampled[:, :3, 3] = torch.lerp(wide[before, :3, 3], wide[after, :3, 3], weight)
     return resampled
+
+
+def resample_intrinsics(intrinsics: Tensor, num_frames: int) -> Tensor:
+    """Spread intrinsics ``[F, 4]`` like poses, linearly; a single row holds for all frames.
+
+    Args:
+        intrinsics: of as many frames as the path.
+        num_frames: T, at least 1.
+
+    Returns:
+        ``[T, 4]`` float32; rows that are all the same stay as they are.
+
+    Source: Robbyant/lingbot-world, wan/utils/cam_utils.py, resample_camera_intrinsics.
+    """
+    wide = intrinsics.double()
+    before, after, weight = _places(len(wide), num_frames, intrinsics.device)
+    return torch.lerp(wide[before], wide[after], weight).float()
+
+
+def _places(count: int, num_frames: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Where evenly spread frames lie among ``count``: neighbours ``[T]`` and weight ``[T, 1]``."""
+    last = count - 1
+    place = torch.linspace(0, last, num_frames, dtype=torch.float64, device=device)
+    before = place.floor().long().clamp(max=max(last - 1, 0))
+    after = (before + 1).clamp(max=last)
+    return before, after, (place - before)[:, None]
 
 
 def quaternions_of(rotations: Tensor) -> Tensor:
@@ -244,7 +284,7 @@ def pick_frames(autoregressive_index: int) -> slice:
 
 
 def chunk_poses(picked: Tensor, anchor: Tensor | None, world_scale: float) -> Tensor:
-    """Relative poses of one chunk, from the past alone.
+    """Relative poses of one chunk, without the poses of later chunks.
 
     Args:
         picked: ``[T, 4, 4]``, the poses of the chunk's latent frames.

@@ -1,11 +1,15 @@
 """Config literals of LingBot-World: a camera that is steered through a generated world."""
 
+from typing import Any
+
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.diffusion.scheduler.fm import FlowMatchSchedulerConfig
+from flashdreams.infra.diffusion.scheduler.fm_unipc import FlowUniPCSchedulerConfig
 from flashdreams.infra.pipeline import StreamInferencePipelineConfig
 from flashdreams.infra.runner import RunnerConfig
 from flashdreams.models.wan.config import (
+    NEGATIVE_PROMPT,
     TAEHV_DECODER,
     TINY_TEXT_ENCODER,
     TINY_VAE_DECODER,
@@ -16,27 +20,31 @@ from flashdreams.models.wan.config import (
 )
 from flashdreams.runtime.checkpoint import CheckpointConfig
 
+from .clip_runner import CameraToClipRunnerConfig
 from .encoder import CameraEncoderConfig, ImageConditionEncoderConfig
 from .runner import CameraToVideoRunnerConfig
-from .transformer import LingBotTransformerConfig
+from .transformer import LingBotExpertsConfig, LingBotTransformerConfig
 
 SHARD_INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
 FAST_REPO = "robbyant/lingbot-world-fast"
-ACT_REPO = "robbyant/lingbot-world-base-act"
+BASE_REPO = "robbyant/lingbot-world-base-cam"
 
-REVISIONS = {FAST_REPO: "main", ACT_REPO: "main"}
+REVISIONS = {FAST_REPO: "main", BASE_REPO: "main"}
 """Of each official repository; a branch, which may move: no commit is known."""
 
 
-def lingbot_checkpoint(repo: str, size_bytes: int) -> CheckpointConfig:
-    """The sharded transformer of an official repository."""
+def lingbot_checkpoint(repo: str, folder: str = "") -> CheckpointConfig:
+    """A sharded transformer in a folder of an official repository; all are of the same size."""
     return CheckpointConfig(
-        source=repo, file=SHARD_INDEX, revision=REVISIONS[repo], size_bytes=size_bytes
+        source=repo,
+        file=f"{folder}{SHARD_INDEX}",
+        revision=REVISIONS[repo],
+        size_bytes=74_177_331_456,
     )
 
 
-TRANSFORMER = LingBotTransformerConfig(
+NETWORK: dict[str, Any] = dict(
     dtype="bfloat16",
     residual_dtype="float32",
     dim=5120,
@@ -45,23 +53,31 @@ TRANSFORMER = LingBotTransformerConfig(
     num_layers=40,
     condition_channels=20,
     camera_channels=6,
+    latent_height=58,
+    latent_width=104,
+)
+"""Fields of every network: steered by the camera's path, 18.5B parameters, 464x832 pixels."""
+
+TRANSFORMER = LingBotTransformerConfig(
+    **NETWORK,
     len_t=3,
     window_size_t=63,
     sink_size_t=0,
-    latent_height=58,
-    latent_width=104,
-    checkpoint=lingbot_checkpoint(FAST_REPO, 74_177_331_456),
+    checkpoint=lingbot_checkpoint(FAST_REPO),
 )
-"""Steered by the camera's path, 18.5B parameters, 464x832 pixels.
-Source: robbyant/lingbot-world-fast."""
+"""Source: robbyant/lingbot-world-fast."""
 
-ACT_TRANSFORMER = derive_config(
-    TRANSFORMER,
-    camera_channels=7,
-    checkpoint=lingbot_checkpoint(ACT_REPO, 74_182_574_336),
+BASE_TRANSFORMER = LingBotExpertsConfig(
+    **NETWORK,
+    streaming=False,
+    len_t=41,
+    window_size_t=41,
+    boundary=0.947,
+    checkpoint=lingbot_checkpoint(BASE_REPO, "high_noise_model/"),
+    low_noise_checkpoint=lingbot_checkpoint(BASE_REPO, "low_noise_model/"),
 )
-"""Steered by turns and keys; goes with ``CameraEncoderConfig(control_type="act")``.
-Source: robbyant/lingbot-world-base-act."""
+"""Two networks, 161 frames at once.
+Source: Robbyant/lingbot-world, wan/image2video.py and README.md (161 frames at 16 per second)."""
 
 # Schedule and chunks: Robbyant/lingbot-world, wan/image2video_fast.py.
 PIPELINE = StreamInferencePipelineConfig(
@@ -81,12 +97,39 @@ PIPELINE = StreamInferencePipelineConfig(
     decoder=WAN_VAE_DECODER,
 )
 
+BASE_PIPELINE = derive_config(
+    PIPELINE,
+    name="lingbot-world-base",
+    encoder=dict(pose_mode="offline", len_t=BASE_TRANSFORMER.len_t),
+    diffusion_model=dict(
+        transformer=BASE_TRANSFORMER,
+        scheduler=FlowUniPCSchedulerConfig(num_inference_steps=70, shift=10.0),
+        guidance_scale=5.0,
+    ),
+)
+"""Both branches of guidance see the camera. Source: Robbyant/lingbot-world, wan/image2video.py."""
+
 TAEHV_PIPELINE = derive_config(
     PIPELINE,
     name="lingbot-world-fast-taehv-window15-sink3",
     diffusion_model=dict(transformer=dict(window_size_t=15, sink_size_t=3)),
     decoder=TAEHV_DECODER,
 )
+
+TINY_NETWORK: dict[str, Any] = dict(
+    residual_dtype="float32",
+    dim=48,
+    ffn_dim=96,
+    num_heads=4,
+    num_layers=2,
+    condition_channels=20,
+    freq_dim=32,
+    text_dim=32,
+    text_len=32,
+    latent_height=8,
+    latent_width=14,
+)
+"""Fields of a network at toy size."""
 
 TINY_PIPELINE = derive_config(
     PIPELINE,
@@ -95,21 +138,27 @@ TINY_PIPELINE = derive_config(
     image_encoder=ImageConditionEncoderConfig(vae=TINY_VAE_IMAGE_ENCODER, latent_frames=6),
     diffusion_model=dict(
         transformer=LingBotTransformerConfig(
-            residual_dtype="float32",
-            dim=48,
-            ffn_dim=96,
-            num_heads=4,
-            num_layers=2,
-            condition_channels=20,
-            freq_dim=32,
-            text_dim=32,
-            text_len=32,
-            len_t=3,
-            latent_height=8,
-            latent_width=14,
-            window_size_t=6,
-            sink_size_t=3,
+            **TINY_NETWORK, len_t=3, window_size_t=6, sink_size_t=3
         )
+    ),
+    decoder=TINY_VAE_DECODER,
+)
+
+BASE_TINY_PIPELINE = derive_config(
+    BASE_PIPELINE,
+    name="lingbot-world-base-tiny-random",
+    text_encoder=TINY_TEXT_ENCODER,
+    image_encoder=TINY_PIPELINE.image_encoder,
+    encoder=dict(len_t=6),
+    diffusion_model=dict(
+        transformer=LingBotExpertsConfig(
+            **TINY_NETWORK,
+            streaming=False,
+            len_t=6,
+            window_size_t=6,
+            boundary=BASE_TRANSFORMER.boundary,
+        ),
+        scheduler=dict(num_inference_steps=6),
     ),
     decoder=TINY_VAE_DECODER,
 )
@@ -137,6 +186,23 @@ TINY_RUNNER = derive_config(
     test_image=True,
 )
 
+BASE_RUNNER = CameraToClipRunnerConfig(
+    runner_name=BASE_PIPELINE.name,
+    description="LingBot-World base: 161 frames at once, with or without a camera; two 18.5B nets.",
+    pipeline=BASE_PIPELINE,
+    negative_prompt=NEGATIVE_PROMPT,
+    total_blocks=1,
+)
+
+BASE_TINY_RUNNER = derive_config(
+    BASE_RUNNER,
+    runner_name=BASE_TINY_PIPELINE.name,
+    description="LingBot-World base at toy size with random weights: noise, in seconds.",
+    pipeline=BASE_TINY_PIPELINE,
+    test_image=True,
+)
+
 RUNNER_CONFIGS: dict[str, RunnerConfig] = {
-    runner.runner_name: runner for runner in (RUNNER, TAEHV_RUNNER, TINY_RUNNER)
+    runner.runner_name: runner
+    for runner in (RUNNER, TAEHV_RUNNER, BASE_RUNNER, TINY_RUNNER, BASE_TINY_RUNNER)
 }

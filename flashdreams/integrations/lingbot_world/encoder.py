@@ -30,6 +30,7 @@ from .camera import (
     clip_poses,
     pick_frames,
     pixel_frames,
+    resample_intrinsics,
     scale_intrinsics,
     to_tokens,
     whole_chunks,
@@ -72,6 +73,9 @@ class CameraEncoderConfig(StreamingEncoderConfig):
     pose_mode: PoseMode = "streaming"
     """"offline" takes the whole path at the start of the rollout, resampled and normalised as in
     the official code; "streaming" takes each AR step's poses as they come."""
+    intrinsics: Literal["per_frame", "first"] = "per_frame"
+    """Offline: resample the intrinsics to the latent frames, or let those of the first frame hold
+    for all, as earlier official code did. Streaming: those of each latent frame."""
     world_scale: float = 1.0
     """Factor on the distance between latent frames in streaming mode. Offline the clip's longest
     distance becomes 1; streaming cannot know it."""
@@ -84,6 +88,10 @@ class CameraEncoderConfig(StreamingEncoderConfig):
         if not 0 < self.world_scale < float("inf"):
             raise ValueError(f"world_scale={self.world_scale}: must be positive and finite.")
         check_range(self, "len_t", "patch_size")
+        if self.intrinsics not in ("per_frame", "first"):
+            raise ValueError(
+                f"intrinsics={self.intrinsics!r} is unknown; allowed are 'per_frame' and 'first'."
+            )
 
 
 @dataclass
@@ -131,10 +139,10 @@ class CameraEncoder(StreamingEncoder):
     def encode_clip(self, camera: CameraPath) -> CameraPath:
         """Relative poses, intrinsics and keys of all latent frames of a path.
 
-        As in the official code the poses are spread over a whole number of chunks, the first
-        frame's intrinsics hold for all, and keys are those of every fourth frame.
+        As in the official code poses and intrinsics are spread over a whole number of chunks, and
+        keys are those of every fourth frame.
 
-        Source: Robbyant/lingbot-world, wan/image2video_fast.py, generate.
+        Source: Robbyant/lingbot-world, wan/image2video.py and wan/image2video_fast.py, generate.
 
         Raises:
             ValueError: the path is too short for one chunk.
@@ -148,9 +156,10 @@ class CameraEncoder(StreamingEncoder):
             )
         frames = (len(camera) - 1) // TIME_FACTOR * TIME_FACTOR + 1
         latent_frames = chunks * c.len_t
+        given = camera.intrinsics[: 1 if c.intrinsics == "first" else frames]
         return CameraPath(
             clip_poses(camera.poses[:frames], latent_frames),
-            camera.intrinsics[:1].float().expand(latent_frames, 4),
+            resample_intrinsics(given, latent_frames),
             None if camera.keys is None else camera.keys[::TIME_FACTOR][:latent_frames],
         )
 

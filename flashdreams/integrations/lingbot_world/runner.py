@@ -49,7 +49,8 @@ class CameraToVideoRunnerConfig(ImageToVideoRunnerConfig):
     """A .npy file of camera-to-world poses [frames, 4, 4], one per pixel frame; camera axes x
     right, y down, z forward."""
     intrinsic_path: Path | None = None
-    """A .npy file of intrinsics [frames, 4]: fx, fy, cx, cy in pixels of a 480x832 picture."""
+    """A .npy file of intrinsics [frames, 4], or [1, 4] for all: fx, fy, cx, cy in pixels of a
+    480x832 picture."""
     key_path: Path | None = None
     """A .npy file [frames, 4] of the held keys w, a, s, d, to go with --pose-path, for models that
     are steered by keys."""
@@ -76,7 +77,13 @@ class CameraToVideoRunnerConfig(ImageToVideoRunnerConfig):
         if self.actions is not None:
             parse_actions(self.actions)
         self.motion()
-        derive_config(self.camera_encoder, world_scale=self.world_scale)
+        if self.has_camera:
+            derive_config(self.camera_encoder, world_scale=self.world_scale)
+
+    @property
+    def has_camera(self) -> bool:
+        """Whether a path is followed; the clip variant can do without."""
+        return True
 
     def for_serving(self) -> "CameraToVideoRunnerConfig":
         """The config in streaming mode, steered by keys; see `RunnerConfig.for_serving`.
@@ -123,6 +130,13 @@ class CameraToVideoRunner(ImageToVideoRunner):
         Raises:
             ValueError: input that cannot be used; no weights have been read.
         """
+        self.path: CameraPath | None = None
+        if not config.has_camera:
+            self.blocks = config.total_blocks
+            self.image = read_first_frame(config)
+            pipeline = replace(config.pipeline, encoder=None)
+            super().__init__(replace(config, pipeline=pipeline))
+            return
         transformer = config.transformer
         path = read_path(config)
         blocks = whole_chunks(len(path), transformer.len_t)
@@ -162,7 +176,7 @@ class CameraToVideoRunner(ImageToVideoRunner):
                 chunk, frame = step.chunk, step.frames.stop
                 if writer is None or chunk is None:  # another rank decodes or writes
                     continue
-                if cfg.show_path:
+                if cfg.show_path and self.path is not None:
                     chunk = draw_inset(chunk, self.path.poses, step.frames.start)
                 writer.write(chunk)
         if self.is_rank_zero and self.blocks < cfg.total_blocks:
@@ -174,7 +188,7 @@ class CameraToVideoRunner(ImageToVideoRunner):
     def conditions(self) -> dict[str, Any]:
         """Prompt, image and, offline, the whole path."""
         conditions = super().conditions()
-        if self.config.pose_mode == "offline":
+        if self.config.pose_mode == "offline" and self.path is not None:
             conditions["camera"] = self.path
         return conditions
 
@@ -184,7 +198,7 @@ class CameraToVideoRunner(ImageToVideoRunner):
         Its control input is the `CameraPath` of a chunk.
         """
         cfg = self.config
-        if cfg.pose_mode == "offline":
+        if cfg.pose_mode == "offline" or self.path is None:
             return None
         if cfg.pose_path is not None or cfg.intrinsic_path is not None:
             return PathFollower(self.path)
@@ -273,6 +287,8 @@ def read_path(config: CameraToVideoRunnerConfig) -> CameraPath:
     check_poses(poses, name)
     if config.intrinsic_path is not None:
         intrinsics = read_array(config.intrinsic_path, "--intrinsic-path")
+        if intrinsics.ndim == 2 and len(intrinsics) == 1:
+            intrinsics = intrinsics.expand(len(poses), -1)
         name = f"--intrinsic-path {config.intrinsic_path}"
     else:
         intrinsics = torch.tensor(config.intrinsics, dtype=torch.float32, device="cpu")

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashdreams.infra.diffusion.causal_state import CausalState, StepInputs
+from flashdreams.infra.diffusion.experts import NoiseExpertsConfig
 from flashdreams.infra.ranges import check_range
+from flashdreams.models.wan import fused
 from flashdreams.models.wan.blocks import BlockConfig, WanBlock
 from flashdreams.models.wan.plan import wan_plan
 from flashdreams.models.wan.transformer import WanTransformer, WanTransformerConfig
@@ -44,6 +46,13 @@ class LingBotTransformerConfig(WanTransformerConfig):
         return self.camera_channels * SPATIAL_FACTOR**2 * rows * columns
 
 
+@dataclass(kw_only=True)
+class LingBotExpertsConfig(NoiseExpertsConfig, LingBotTransformerConfig):
+    """Config of two LingBot-World transformers, for high and for low noise."""
+
+    expert_config = LingBotTransformerConfig
+
+
 class LingBotBlock(WanBlock):
     """A Wan block whose tokens the camera scales and shifts before cross-attention."""
 
@@ -58,7 +67,7 @@ class LingBotBlock(WanBlock):
     def read_camera(self, camera: Tensor) -> tuple[Tensor, Tensor]:
         """What the camera does to this block's tokens, ``x * scale + shift``.
 
-        It depends on nothing else, so once per chunk is enough.
+        It depends on nothing else, so once per chunk is enough where there is memory for it.
 
         Args:
             camera: ``[B or 1, L, dim]``, the embedded camera tokens.
@@ -69,9 +78,25 @@ class LingBotBlock(WanBlock):
         hidden = self.cam_injector_layer2(F.silu(self.cam_injector_layer1(camera))) + camera
         return 1 + self.cam_scale_layer(hidden), self.cam_shift_layer(hidden)
 
-    def inject(self, x: Tensor, control: Sequence[Tensor]) -> Tensor:
-        """Scale and shift the tokens ``[B, L, dim]``."""
-        scale, shift = control
+    def sum_and_inject(
+        self, x: Tensor, y: Tensor, gate: Tensor, control: Sequence[Tensor] | Tensor | None
+    ) -> Tensor:
+        """In one kernel where fused kernels run; ``control`` as for ``inject``."""
+        if control is None or self.gated_sum is not fused.gated_sum:
+            return super().sum_and_inject(x, y, gate, control)
+        scale, shift = self.read_camera(control) if isinstance(control, Tensor) else control
+        return fused.gated_sum_affine(x, y, gate, scale, shift)
+
+    def inject(self, x: Tensor, control: Sequence[Tensor] | Tensor | None) -> Tensor:
+        """Scale and shift the tokens.
+
+        Args:
+            x: ``[B, L, dim]``.
+            control: what ``read_camera`` returned, or what it takes; None leaves the tokens alone.
+        """
+        if control is None:
+            return x
+        scale, shift = self.read_camera(control) if isinstance(control, Tensor) else control
         return torch.addcmul(shift, x, scale)
 
 
@@ -130,16 +155,26 @@ class LingBotTransformer(WanTransformer):
             1, c.len_t * c.tokens_per_frame, c.camera_dim, dtype=torch.float32, device="cpu"
         )
 
-    def embed_control(self, control: Any) -> list[tuple[Tensor, Tensor]]:
-        """Embed the camera and let every block read it, once per chunk.
+    def embed_control(self, control: Any) -> Any:
+        """Embed the camera, once per chunk.
 
         Args:
-            control: ``[B or 1, L, camera_dim]``, as the camera encoder gives it.
+            control: ``[B or 1, L, camera_dim]``, as the camera encoder gives it; None for a clip
+                without a camera, which a bidirectional model makes, too.
+
+        Returns:
+            What every block reads, a scale and a shift for each. For a bidirectional model the
+            embedded tokens ``[B or 1, L, dim]``: all scales and shifts of 161 frames at 14B would
+            be 51 GB, so each block makes its own in every pass. None without a camera.
 
         Raises:
-            ValueError: no camera, or one of another shape.
+            ValueError: no camera for a streaming model, or one of another shape.
+
+        Source: Robbyant/lingbot-world, wan/modules/model.py: without a camera blocks skip it.
         """
         c = self.config
+        if control is None and not c.streaming:
+            return None
         fits = isinstance(control, Tensor) and control.ndim == 3
         if not fits or control.shape[2] != c.camera_dim or control.shape[1] % c.tokens_per_frame:
             got = list(control.shape) if isinstance(control, Tensor) else type(control).__name__
@@ -151,11 +186,13 @@ class LingBotTransformer(WanTransformer):
         embedded = self.patch_embedding_wancamctrl(tokens)
         hidden = self.c2ws_hidden_states_layer1(embedded)
         camera = embedded + self.c2ws_hidden_states_layer2(F.silu(hidden))
+        if not c.streaming:
+            return camera
         return [cast(LingBotBlock, block).read_camera(camera) for block in self.blocks]
 
     def block_controls(self, inputs: StepInputs, state: CausalState) -> Sequence[Any]:
-        """Scale and shift of each block."""
-        return inputs.control
+        """What each block reads of the camera."""
+        return inputs.control if self.config.streaming else [inputs.control] * len(self.blocks)
 
     def add_control(self, x: Tensor, control: Any) -> Tensor:
         """The camera acts in the blocks alone."""

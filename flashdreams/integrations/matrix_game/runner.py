@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashdreams.infra.controller import Controller
+from flashdreams.infra.diffusion.given import INITIAL_LATENT, load_initial_latent
 from flashdreams.infra.pipeline import StreamInferencePipeline
 from flashdreams.infra.runner import Runner, RunnerConfig
 from flashdreams.infra.session import Command, key_commands
@@ -45,6 +46,10 @@ class MatrixGameRunnerConfig(RunnerConfig):
     action_path: Path | None = None
     """An .npz file of actions instead: keyboard [frames, columns] and, with a mouse, mouse
     [frames, 2] (pitch and yaw), one row per pixel frame."""
+    initial_latent: Path | None = None
+    """A .safetensors file of latents of whole chunks, such as --save-latents writes: the rollout
+    begins with them, under the actions from frame 0 on, and goes on. They count among the AR
+    steps."""
     total_blocks: int = 50
     """AR steps; each is one chunk of the video."""
     fps: int = 12
@@ -110,13 +115,17 @@ class MatrixGameRunner(Runner[MatrixGameRunnerConfig, StreamInferencePipeline]):
             self.recorded = read_actions(config.action_path, config.keys)
             check_length(config, len(self.recorded.keyboard))
         self.image = read_first_frame(config)
+        self.initial_latent = read_initial_latent(config)
         if config.download:
             config = replace(config, pipeline=with_downloads(config.pipeline))
         super().__init__(config)
 
     def conditions(self) -> dict[str, Any]:
-        """The image."""
-        return {"image": self.image.to(self.device)}
+        """The image and, where the rollout goes on from a file, its latents."""
+        found: dict[str, Any] = {"image": self.image.to(self.device)}
+        if self.initial_latent is not None:
+            found[INITIAL_LATENT] = self.initial_latent
+        return found
 
     def controller(self) -> Controller:
         """Keys and mouse, or the actions of the file."""
@@ -144,6 +153,26 @@ def check_length(config: MatrixGameRunnerConfig, frames: int) -> None:
             f"--action-path {config.action_path}: {frames} actions, and --total-blocks "
             f"{config.total_blocks} makes {wanted} frames. {advice}."
         )
+
+
+def read_initial_latent(config: MatrixGameRunnerConfig) -> Tensor | None:
+    """The latents that the rollout begins with; None where no file is named.
+
+    Raises:
+        ValueError: a file that cannot be used, or latents of more AR steps than are asked for.
+    """
+    path, c = config.initial_latent, config.transformer
+    if path is None:
+        return None
+    shape = (1, c.in_channels, c.len_t, c.latent_height, c.latent_width)
+    latent = load_initial_latent(path, shape, "--initial-latent")
+    chunks = latent.shape[2] // c.len_t
+    if chunks > config.total_blocks:
+        raise ValueError(
+            f"--initial-latent {path}: holds {chunks} chunks, and --total-blocks "
+            f"{config.total_blocks} counts them too. Type --total-blocks {chunks + 1} or more."
+        )
+    return latent
 
 
 def read_first_frame(config: MatrixGameRunnerConfig) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
 from flashdreams.infra.ranges import check_range
 
+from .hits import HIT_FEATURES, hit_features
 from .render import VERTICAL_FOV
 from .world import HALF_SIZE, camera_to_pose
 
@@ -85,9 +86,30 @@ class CameraEncoderConfig(EncoderConfig):
     """Picture height in pixels."""
     width: int = 64
     """Picture width in pixels."""
+    materials: bool = False
+    """The pictures show materials, and tokens are told what their rays meet; see `hit_features`."""
 
     def __post_init__(self) -> None:
         check_range(self, "token_rows", "token_columns", "height", "width")
+
+    def features(self, pose: Tensor) -> Tensor:
+        """Describe what the tokens of frames look along.
+
+        Args:
+            pose: ``[..., 3]`` (x, y, heading).
+
+        Returns:
+            ``[..., token_rows * token_columns, F]`` float32.
+        """
+        grid = (self.token_rows, self.token_columns, (self.height, self.width))
+        rays = ray_features(pose, *grid)
+        return torch.cat([rays, hit_features(pose, *grid)], dim=-1) if self.materials else rays
+
+    @property
+    def control_dim(self) -> int:
+        """Number of features of a token."""
+        hits = HIT_FEATURES if self.materials else 0
+        return control_features(self.token_rows, self.token_columns) + hits
 
 
 class CameraEncoder(Encoder):
@@ -114,4 +136,4 @@ class CameraEncoder(Encoder):
         c = self.config
         poses = input if input.ndim == 4 else input[None]
         plane = camera_to_pose(poses)
-        return ray_features(plane, c.token_rows, c.token_columns, (c.height, c.width)).flatten(1, 2)
+        return c.features(plane).flatten(1, 2)

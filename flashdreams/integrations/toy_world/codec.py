@@ -14,7 +14,7 @@ from flashdreams.parallel.plan import state
 PATCH = 8
 """Pixels along a side of the square that one latent pixel stands for."""
 LATENT_CHANNELS = 24
-"""Principal components that are kept of a patch."""
+"""Of the latent of the small world."""
 
 
 @dataclass(kw_only=True)
@@ -22,6 +22,12 @@ class PatchEncoderConfig(EncoderConfig):
     """Config of the linear picture encoder."""
 
     _target: type["PatchEncoder"] = field(default_factory=lambda: PatchEncoder)
+
+    channels: int = LATENT_CHANNELS
+    """Principal components that are kept of a patch."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "channels", most=3 * PATCH * PATCH)
 
 
 class PatchEncoder(Encoder):
@@ -35,8 +41,8 @@ class PatchEncoder(Encoder):
     def __init__(self, config: PatchEncoderConfig) -> None:
         super().__init__(config)
         self.register_buffer("mean", torch.zeros(3 * PATCH * PATCH))
-        self.register_buffer("basis", torch.zeros(LATENT_CHANNELS, 3 * PATCH * PATCH))
-        self.register_buffer("std", torch.ones(LATENT_CHANNELS))
+        self.register_buffer("basis", torch.zeros(config.channels, 3 * PATCH * PATCH))
+        self.register_buffer("std", torch.ones(config.channels))
 
     def forward(self, input: Tensor) -> Tensor:
         """Encode pictures.
@@ -45,7 +51,7 @@ class PatchEncoder(Encoder):
             input: ``[B, 3, height, width]`` in [-1, 1], sides multiples of 8.
 
         Returns:
-            ``[B, LATENT_CHANNELS, 1, height / 8, width / 8]``, unit variance per channel.
+            ``[B, channels, 1, height / 8, width / 8]``, unit variance per channel.
         """
         patches = F.pixel_unshuffle(input.to(self.mean), PATCH)
         centred = patches - self.mean[:, None, None]
@@ -72,10 +78,13 @@ class PatchDecoderConfig(StreamingDecoderConfig):
 
     _target: type["PatchDecoder"] = field(default_factory=lambda: PatchDecoder)
 
+    channels: int = LATENT_CHANNELS
+    """Channels of the latent."""
     width: int = 80
     """Channels at the latent resolution; halved at every doubling of the resolution."""
 
     def __post_init__(self) -> None:
+        check_range(self, "channels")
         check_range(self, "width", least=4)
 
 
@@ -94,8 +103,8 @@ class PatchDecoder(StreamingDecoder):
     def __init__(self, config: PatchDecoderConfig) -> None:
         super().__init__(config)
         width = config.width
-        self.linear = nn.Conv2d(LATENT_CHANNELS, 3 * PATCH * PATCH, 1)
-        self.stem = nn.Conv2d(2 * LATENT_CHANNELS, width, 3, padding=1)
+        self.linear = nn.Conv2d(config.channels, 3 * PATCH * PATCH, 1)
+        self.stem = nn.Conv2d(2 * config.channels, width, 3, padding=1)
         self.stages = nn.ModuleList()
         for channels in (width, width // 2, width // 4):
             outgoing = channels // 2 if channels > width // 4 else 3
@@ -128,4 +137,4 @@ class PatchDecoder(StreamingDecoder):
         x = self.stem(pairs)
         for stage in self.stages:
             x = F.pixel_shuffle(stage(x), 2)
-        return x + F.pixel_shuffle(self.linear(pairs[:, :LATENT_CHANNELS]), PATCH)
+        return x + F.pixel_shuffle(self.linear(pairs[:, : self.config.channels]), PATCH)

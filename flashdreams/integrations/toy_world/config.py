@@ -1,5 +1,6 @@
 """The toy world's config literals."""
 
+from flashdreams.infra.config import derive_config
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.diffusion.scheduler.fm import FlowMatchSchedulerConfig
 from flashdreams.infra.pipeline import StreamInferencePipelineConfig
@@ -14,10 +15,13 @@ from .runner import ToyWorldRunnerConfig
 from .scene import NUM_SLOTS
 
 
-def packaged(name: str) -> CheckpointConfig:
+def packaged(name: str, folder: str = "weights") -> CheckpointConfig:
     """Weights that lie beside this file."""
-    return CheckpointConfig(source=f"package:{__package__}/weights/{name}.safetensors")
+    return CheckpointConfig(source=f"package:{__package__}/{folder}/{name}.safetensors")
 
+
+COURTYARD_CHANNELS = 32
+"""Of the latent of the world with materials."""
 
 TRANSFORMER = WanTransformerConfig(
     dim=192,
@@ -59,4 +63,43 @@ TOY_WORLD_RUNNER = ToyWorldRunnerConfig(
     pipeline=TOY_WORLD_PIPELINE,
 )
 
-RUNNER_CONFIGS: dict[str, RunnerConfig] = {TOY_WORLD_RUNNER.runner_name: TOY_WORLD_RUNNER}
+COURTYARD_CAMERA = CameraEncoderConfig(
+    token_rows=8, token_columns=10, height=128, width=160, materials=True
+)
+
+COURTYARD_PIPELINE = derive_config(
+    TOY_WORLD_PIPELINE,
+    name="courtyard",
+    image_encoder={
+        "channels": COURTYARD_CHANNELS,
+        "checkpoint": packaged("encoder", "courtyard_weights"),
+    },
+    encoder=COURTYARD_CAMERA,
+    diffusion_model={
+        "transformer": {
+            "num_layers": 5,
+            "in_channels": COURTYARD_CHANNELS,
+            "out_channels": COURTYARD_CHANNELS,
+            "control_dim": COURTYARD_CAMERA.control_dim,
+            "latent_height": 16,
+            "latent_width": 20,
+            "checkpoint": packaged("transformer", "courtyard_weights"),
+        }
+    },
+    decoder={
+        "channels": COURTYARD_CHANNELS,
+        "checkpoint": packaged("decoder", "courtyard_weights"),
+    },
+)
+
+COURTYARD_RUNNER = derive_config(
+    TOY_WORLD_RUNNER,
+    runner_name="courtyard",
+    description="The courtyard with arches, tiles and a sky, 160x128 pixels, for two CPU cores.",
+    pipeline=COURTYARD_PIPELINE,
+    scale=4,
+)
+
+RUNNER_CONFIGS: dict[str, RunnerConfig] = {
+    config.runner_name: config for config in (TOY_WORLD_RUNNER, COURTYARD_RUNNER)
+}

@@ -19,6 +19,7 @@ from flashdreams.runtime.actions import hold, integrate, parse_actions
 from .metrics import psnr_db
 from .render import render
 from .scene import check_scene, scene_from_text
+from .shading import shade
 from .world import KEY_MOTION, START_POSE, camera_to_pose, collide_camera, pose_to_camera
 
 STROLL = "w20 al10 wj12 l14 al12 j10 d10 l8 dj14 wj12 d14 j12 d6 wj10"
@@ -105,8 +106,11 @@ class ToyWorldRunner(Runner[ToyWorldRunnerConfig, StreamInferencePipeline]):
         return key_commands(self.config.actions)
 
     def truth(self, pose: Tensor) -> Tensor:
-        """The rendered frame ``[1, 3, 64, 64]`` for a camera-to-world matrix ``[4, 4]``."""
-        return render(self.scene, camera_to_pose(pose)[None].float()).to(self.device)
+        """The rendered frame ``[1, 3, height, width]`` for a camera-to-world matrix ``[4, 4]``."""
+        camera: Any = self.config.pipeline.encoder
+        draw = shade if camera.materials else render
+        size = (camera.height, camera.width)
+        return draw(self.scene, camera_to_pose(pose)[None].float(), size).to(self.device)
 
 
 def walk(actions: str, frames: int) -> Tensor:

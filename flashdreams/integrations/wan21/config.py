@@ -8,6 +8,7 @@ from flashdreams.infra.runner import RunnerConfig
 from flashdreams.infra.video_runner import ImageToVideoRunnerConfig, TextToVideoRunnerConfig
 from flashdreams.models.wan.config import (
     I2V_14B_480P_REPO,
+    NEGATIVE_PROMPT,
     T2V_1_3B_REPO,
     T2V_14B_REPO,
     TINY_IMAGE_CONDITION_ENCODER,
@@ -30,13 +31,6 @@ AUTOCAST = dict(residual_dtype="float32")
 """Transformer fields: what stays float32 in the official code, which runs under autocast."""
 
 SHARD_INDEX = "diffusion_pytorch_model.safetensors.index.json"
-
-NEGATIVE_PROMPT = (
-    "oversaturated, overexposed, still picture, frozen motion, grey cast, blurry, noise, "
-    "compression artefacts, low quality, text, captions, watermark, logo, distorted faces, "
-    "malformed hands, extra fingers, extra limbs, crowded background, people walking backwards"
-)
-"""What guidance leads away from."""
 
 # Shift, steps and guidance: the release notes of Wan-Video/Wan2.1 for each model.
 

@@ -6,6 +6,7 @@ from flashdreams.infra.diffusion.scheduler.fm_unipc import FlowUniPCSchedulerCon
 from flashdreams.infra.pipeline import StreamInferencePipelineConfig
 from flashdreams.infra.runner import RunnerConfig
 from flashdreams.models.wan.config import (
+    NEGATIVE_PROMPT,
     TAEHV22_DECODER,
     TINY_TEXT_ENCODER,
     TINY_TRANSFORMER,
@@ -19,13 +20,6 @@ from flashdreams.models.wan.config import (
 )
 
 from .runner import TextImageToVideoRunnerConfig
-
-NEGATIVE_PROMPT = (
-    "oversaturated, overexposed, still picture, frozen motion, grey cast, blurry, noise, "
-    "compression artefacts, low quality, text, captions, watermark, logo, distorted faces, "
-    "malformed hands, extra fingers, extra limbs, crowded background, people walking backwards"
-)
-"""What guidance leads away from; as for Wan 2.1."""
 
 PIPELINE = StreamInferencePipelineConfig(
     name="wan22-ti2v-5b-704p",

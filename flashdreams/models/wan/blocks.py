@@ -4,6 +4,7 @@ Shape letters as in `flashdreams.models.wan.transformer`; parameter names are th
 checkpoints.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
@@ -107,6 +108,11 @@ def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     if x.dtype == torch.float32:
         return torch.addcmul(x, y, gate)
     return x + (y * gate).to(x.dtype)
+
+
+def affine_norm(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
+    """The norm of ``x``, ``[B, L, dim]``, in ``dtype``."""
+    return norm(x).to(dtype)
 
 
 def norm_rope(
@@ -275,6 +281,8 @@ class WanBlock(nn.Module):
         self.branch_dtype: torch.dtype = getattr(torch, c.dtype)
         self.modulated_norm: Callable[..., Tensor] = modulated_norm
         self.gated_sum: Callable[..., Tensor] = gated_sum
+        self.affine_norm: Callable[..., Tensor] = affine_norm
+        self.branch_sum: Callable[..., Tensor] = operator.add
         self.self_attn = SelfAttention(c.dim, c.head_dim, c.eps)
         self.norm3 = nn.LayerNorm(c.dim, eps=c.eps)
         self.cross_attn = CrossAttention(c.dim, c.head_dim, c.eps, c.image_branch)
@@ -296,6 +304,7 @@ class WanBlock(nn.Module):
         attention.pack()
         self.fuses_gelu = fuses_gelu(self.ffn[0], self.ffn[1])
         self.modulated_norm, self.gated_sum = fused.modulated_norm, fused.gated_sum
+        self.affine_norm, self.branch_sum = fused.affine_norm, fused.branch_sum
         # Under tensor parallelism a norm contains an all-reduce and stays unfused.
         if isinstance(self.cross_attn.norm_q, RMSNorm):
             self.cross_attn.norm_q.rounds_once = True
@@ -327,9 +336,9 @@ class WanBlock(nn.Module):
         """
         e = modulation.unbind(2)
         y = self.modulated_norm(x, e[0], e[1], self.eps, self.branch_dtype)
-        x = self.gated_sum(x, self.self_attn(y, rope, cache), e[2])
-        x = self.inject(x, control)
-        x = x + self.cross_attn(self.norm3(x).to(self.branch_dtype), context)
+        x = self.sum_and_inject(x, self.self_attn(y, rope, cache), e[2], control)
+        y = self.affine_norm(x, self.norm3, self.branch_dtype)
+        x = self.branch_sum(x, self.cross_attn(y, context))
         x = self.inject_late(x, control)
         y = self.modulated_norm(x, e[3], e[4], self.eps, self.branch_dtype)
         return self.gated_sum(x, self.feed_forward(y), e[5])
@@ -357,6 +366,10 @@ class WanBlock(nn.Module):
         shift, scale = modulation[:, :, 0], modulation[:, :, 1]
         y = self.modulated_norm(x, shift, scale, self.eps, self.branch_dtype)
         self.self_attn.write(y, rope, cache)
+
+    def sum_and_inject(self, x: Tensor, y: Tensor, gate: Tensor, control: Any) -> Tensor:
+        """``gated_sum``, then ``inject``; a block may fuse them. Arguments as for these."""
+        return self.inject(self.gated_sum(x, y, gate), control)
 
     def inject(self, x: Tensor, control: Any) -> Tensor:
         """Hook between self- and cross-attention for models that control every block.

@@ -184,6 +184,13 @@ TAEHV22_DECODER = TAEHVDecoderConfig(
 """Tiny decoder for the latents of Wan 2.2 TI2V 5B. No checksum of the file is known here; the
 commit in its address stands for it."""
 
+NEGATIVE_PROMPT = (
+    "oversaturated, overexposed, still picture, frozen motion, grey cast, blurry, noise, "
+    "compression artefacts, low quality, text, captions, watermark, logo, distorted faces, "
+    "malformed hands, extra fingers, extra limbs, crowded background, people walking backwards"
+)
+"""What guidance leads away from."""
+
 FOUR_STEP_PIPELINE_1_3B = StreamInferencePipelineConfig(
     name="wan2.1-t2v-1.3b-four-steps",
     text_encoder=UMT5_TEXT_ENCODER,

@@ -3,14 +3,14 @@
 from typing import Protocol
 
 import torch
-from flashdreams_kernels.adaln import gate_residual, layer_norm_modulate
+from flashdreams_kernels.adaln import gate_residual, layer_norm_affine, layer_norm_modulate
 from flashdreams_kernels.rope_qknorm import (
     qk_norm_rope,
     qk_norm_rope_quantize,
     qk_norm_rope_write,
     qk_norm_rope_write_fp8,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashdreams.attention.backends import why_unusable
 from flashdreams.attention.cache import KVCache
@@ -37,6 +37,23 @@ def modulated_norm(
 def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """See `flashdreams.models.wan.blocks.gated_sum`."""
     return gate_residual(x, y, gate)
+
+
+def gated_sum_affine(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``gated_sum(x, y, gate) * scale + shift``; scale and shift are ``[B or 1, L, dim]``."""
+    return gate_residual(x, y, gate, scale, shift)
+
+
+def branch_sum(x: Tensor, y: Tensor) -> Tensor:
+    """``x + y``; a kernel where the types differ, which PyTorch's addition is slow at."""
+    return x + y if x.dtype == y.dtype else gate_residual(x, y)
+
+
+def affine_norm(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
+    """See `flashdreams.models.wan.blocks.affine_norm`; a kernel where the types differ."""
+    if x.dtype == dtype:
+        return norm(x)
+    return layer_norm_affine(x, norm.weight, norm.bias, norm.eps, dtype)
 
 
 def norm_rope(

@@ -1,4 +1,4 @@
-"""Triton programs of modulated layer norm and gated residual."""
+"""Triton programs of layer norm with gain and offset, and of sums with the residual."""
 
 import triton
 import triton.language as tl
@@ -18,10 +18,11 @@ def norm_modulate(
     shift_stride_l,
     scale_stride_b,
     scale_stride_l,
+    ADDED: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One token: ``layer_norm(x) * (1 + scale) + shift``; grid ``(B * L,)``."""
+    """One token: ``layer_norm(x) * (ADDED + scale) + shift``; grid ``(B * L,)``."""
     row = tl.program_id(0).to(tl.int64)
     batch = row // num_tokens
     token = row % num_tokens
@@ -35,7 +36,7 @@ def norm_modulate(
     normed = centred * tl.rsqrt(variance + eps)
     shift += batch * shift_stride_b + token * shift_stride_l
     scale += batch * scale_stride_b + token * scale_stride_l
-    factor = tl.load(scale + columns, mask=mask, other=0.0).to(tl.float32) + 1.0
+    factor = tl.load(scale + columns, mask=mask, other=0.0).to(tl.float32) + ADDED
     offset = tl.load(shift + columns, mask=mask, other=0.0).to(tl.float32)
     result = (normed * factor + offset).to(out.dtype.element_ty)
     tl.store(out + row * WIDTH + columns, result, mask=mask)
@@ -46,6 +47,8 @@ def gate_add(
     x,
     y,
     gate,
+    scale,
+    shift,
     out,
     num_tokens,
     x_stride_b,
@@ -54,10 +57,17 @@ def gate_add(
     y_stride_l,
     gate_stride_b,
     gate_stride_l,
+    scale_stride_b,
+    scale_stride_l,
+    shift_stride_b,
+    shift_stride_l,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One token: ``x + (y * gate)``, the product rounded as PyTorch would; grid ``(B * L,)``."""
+    """One token: ``(x + y * gate) * scale + shift``; grid ``(B * L,)``.
+
+    Rounded where PyTorch's operations would. ``gate``, and ``scale`` with ``shift``, may be None.
+    """
     row = tl.program_id(0).to(tl.int64)
     batch = row // num_tokens
     token = row % num_tokens
@@ -66,9 +76,16 @@ def gate_add(
     dtype = out.dtype.element_ty
     x += batch * x_stride_b + token * x_stride_l
     y += batch * y_stride_b + token * y_stride_l
-    gate += batch * gate_stride_b + token * gate_stride_l
     residual = tl.load(x + columns, mask=mask, other=0.0).to(tl.float32)
     branch = tl.load(y + columns, mask=mask, other=0.0).to(tl.float32)
-    factor = tl.load(gate + columns, mask=mask, other=0.0).to(tl.float32)
-    product = (branch * factor).to(dtype).to(tl.float32)
-    tl.store(out + row * WIDTH + columns, (residual + product).to(dtype), mask=mask)
+    if gate is not None:
+        gate += batch * gate_stride_b + token * gate_stride_l
+        branch *= tl.load(gate + columns, mask=mask, other=0.0).to(tl.float32)
+    result = residual + branch.to(dtype).to(tl.float32)
+    if scale is not None:
+        scale += batch * scale_stride_b + token * scale_stride_l
+        shift += batch * shift_stride_b + token * shift_stride_l
+        factor = tl.load(scale + columns, mask=mask, other=0.0).to(tl.float32)
+        offset = tl.load(shift + columns, mask=mask, other=0.0).to(tl.float32)
+        result = result.to(dtype).to(tl.float32) * factor + offset
+    tl.store(out + row * WIDTH + columns, result.to(dtype), mask=mask)

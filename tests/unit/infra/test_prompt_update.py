@@ -210,7 +210,7 @@ def test_the_loop_over_frames_notices_a_stale_window():
 
 @pytest.mark.parametrize(("window", "sink", "relative"), WINDOWS)
 def test_reencoding_under_the_same_prompt_twice_is_stable(window, sink, relative):
-    """The first pass forgets what was evicted; the second finds what the first wrote."""
+    """The first pass drops what was evicted; the second reads what the first wrote."""
     pipeline = build(window, sink, relative)
     cache, _ = run(pipeline, text(1), 5)
     pipeline.update_prompt(cache, text(2), reencode_window=True)

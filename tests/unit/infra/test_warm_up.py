@@ -339,7 +339,7 @@ def test_dropped_graphs_leave_rollouts_that_go_on():
 
 
 def test_replays_count_what_the_recorded_call_sent():
-    """The meter of the ranks sees one exchange per call; warm-up leaves no trace in it."""
+    """The meter of the ranks counts one collective per call; warm-up leaves no trace in it."""
     meters = []
     for warm in (False, True):
         pipeline = graphed_pipeline(warm=False)

@@ -1,5 +1,8 @@
+"""The Wan 2.1 autoencoder against the official code, ``diffusers`` and itself in pieces."""
+
 import re
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +17,6 @@ from flashdreams.models.wan.vae import (
     WAN21_LATENT_STD,
     WanVAEDecoder,
     WanVAEDecoderConfig,
-    WanVAEImageEncoder,
     WanVAEImageEncoderConfig,
     denormalise,
     normalise,
@@ -22,34 +24,16 @@ from flashdreams.models.wan.vae import (
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load_checkpoint
 from tests.goldens import golden_config, load_golden
 from tests.manifests import load_manifest, write_sparse_safetensors
+from tests.wan_vae import decode, draw_latents, draw_pixels, drawn
 
 GOLDEN = "b3_wan_vae_tiny"
 ATOL = 5e-5  # float32 against the official code and across pass lengths
 
 
-def tiny_decoder(**overrides) -> WanVAEDecoder:
-    torch.manual_seed(7)
-    return WanVAEDecoderConfig(dim=4, **overrides).setup()
-
-
-def tiny_encoder(**overrides) -> WanVAEImageEncoder:
-    torch.manual_seed(8)
-    return WanVAEImageEncoderConfig(dim=4, **overrides).setup()
-
-
-def latents(frames: int, size: tuple[int, int] = (3, 2), batch: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(9)
-    return torch.randn(batch, 16, frames, *size, generator=generator)
-
-
-def pixels(frames: int, size: tuple[int, int] = (16, 24)) -> Tensor:
-    generator = torch.Generator().manual_seed(10)
-    return torch.rand(1, 3, frames, *size, generator=generator) * 2 - 1
-
-
-def decode(decoder: WanVAEDecoder, z: Tensor, split: list[int]) -> list[Tensor]:
-    cache = decoder.initialize_cache()
-    return [decoder(chunk, i, cache) for i, chunk in enumerate(z.split(split, dim=2))]
+tiny_decoder = partial(drawn, WanVAEDecoderConfig, seed=7)
+tiny_encoder = partial(drawn, WanVAEImageEncoderConfig, seed=8)
+latents = partial(draw_latents, 16)
+pixels = partial(draw_pixels, (16, 24))
 
 
 def load_half(module: torch.nn.Module, weights: dict[str, Tensor]) -> None:

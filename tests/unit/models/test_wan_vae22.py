@@ -2,6 +2,7 @@
 
 import re
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,34 +30,16 @@ from flashdreams.models.wan.vae22 import (
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load_checkpoint
 from tests.goldens import golden_config, golden_path, load_golden
 from tests.manifests import load_manifest, write_sparse_safetensors
+from tests.wan_vae import decode, draw_latents, draw_pixels, drawn
 
 GOLDEN = "c2_wan22_vae_tiny"
 ATOL = 5e-5  # float32 against the official code and across pass lengths
 
 
-def tiny_decoder(**overrides) -> WanVAE22Decoder:
-    torch.manual_seed(7)
-    return WanVAE22DecoderConfig(dim=4, **overrides).setup()
-
-
-def tiny_encoder(**overrides) -> WanVAE22ImageEncoder:
-    torch.manual_seed(8)
-    return WanVAE22ImageEncoderConfig(dim=4, **overrides).setup()
-
-
-def latents(frames: int, size: tuple[int, int] = (3, 2), batch: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(9)
-    return torch.randn(batch, 48, frames, *size, generator=generator)
-
-
-def pixels(frames: int, size: tuple[int, int] = (32, 48)) -> Tensor:
-    generator = torch.Generator().manual_seed(10)
-    return torch.rand(1, 3, frames, *size, generator=generator) * 2 - 1
-
-
-def decode(decoder: WanVAE22Decoder, z: Tensor, split: list[int]) -> list[Tensor]:
-    cache = decoder.initialize_cache()
-    return [decoder(chunk, i, cache) for i, chunk in enumerate(z.split(split, dim=2))]
+tiny_decoder = partial(drawn, WanVAE22DecoderConfig, seed=7)
+tiny_encoder = partial(drawn, WanVAE22ImageEncoderConfig, seed=8)
+latents = partial(draw_latents, 48)
+pixels = partial(draw_pixels, (32, 48))
 
 
 def golden_half(file: str, config):

@@ -152,3 +152,84 @@ def test_wrong_frames_are_refused():
             )
     with pytest.raises(ValueError, match="set one of them"):
         build(first_latent_from_image=True)
+
+
+# Whole chunks that a rollout begins with.
+
+
+def plain(**overrides):
+    return build(given=False, **overrides)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_rollout_goes_on_from_the_latents_of_another(chunks):
+    """The window is past its end, and noise is numbered by the AR step: the same bits."""
+    pipeline = plain(guidance_scale=3.0)
+    whole = steps(pipeline, begin(pipeline), 5)
+    initial = torch.cat(whole[:chunks], dim=2)
+    cache = begin(pipeline, initial_latent=initial)
+    found = steps(pipeline, cache, 5)
+    assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
+    other = steps(pipeline, begin(pipeline, initial_latent=-initial), 5)  # negative control
+    assert not torch.equal(other[chunks], whole[chunks])
+
+
+def test_given_chunks_make_no_network_call_but_the_clean_pass():
+    pipeline = plain()
+    transformer, called = pipeline.diffusion_model.transformer, []
+    transformer.predict_flow = lambda *_, **__: pytest.fail("denoised")
+    transformer.update_cache = lambda latent, timestep, cache: called.append(float(timestep))
+    cache = begin(pipeline, initial_latent=image(2 * LEN_T))
+    for index in range(2):
+        transformer.begin_step = lambda *_: None
+        pipeline.generate(index, cache)
+        pipeline.finalize(index, cache)
+    assert called == [0.0, 0.0]
+
+
+def test_a_rollout_with_given_chunks_is_saved_in_the_middle_of_them():
+    pipeline = plain()
+    whole = steps(pipeline, begin(pipeline, initial_latent=image(2 * LEN_T)), 4)
+    cache = begin(pipeline, initial_latent=image(2 * LEN_T))
+    steps(pipeline, cache, 1)
+    for other in (pipeline.load_cache(cache.state_dict()), cache.clone()):
+        found = steps(pipeline, other, 3)
+        assert all(torch.equal(a, b) for a, b in zip(found, whole[1:], strict=True))
+
+
+def test_the_first_chunk_schedule_is_for_the_first_that_is_generated():
+    short = FlowMatchSchedulerConfig(denoising_timesteps=(1000.0,))
+    pipeline, calls = plain(first_chunk_scheduler=short), []
+    predict = pipeline.diffusion_model.transformer.predict_flow
+
+    def spy(latent, timestep, cache):
+        calls.append(float(timestep))
+        return predict(latent, timestep, cache)
+
+    pipeline.diffusion_model.transformer.predict_flow = spy
+    steps(pipeline, begin(pipeline, initial_latent=image(2 * LEN_T)), 4)
+    assert calls[:1] == [1000.0] and len(calls) == 1 + 2
+
+
+@pytest.mark.parametrize(
+    ("latent", "got"),
+    [
+        (image(LEN_T + 1), r"whole chunks, 3 frames each; got \[1, 4, 4, 4, 4\]"),
+        (image(LEN_T)[:, :3], r"latents \[1, 4, frames, 4, 4\].*got \[1, 3, 3, 4, 4\]"),
+        (image(LEN_T)[0], r"got \[4, 3, 4, 4\]"),
+        ([1.0], "got list"),
+        (image(LEN_T) * float("nan"), "initial_latent: 192 of 192 values .* are NaN"),
+    ],
+)
+def test_initial_latents_that_do_not_fit_are_refused(latent, got):
+    with pytest.raises(ValueError, match=got):
+        begin(plain(), initial_latent=latent)
+
+
+def test_an_initial_latent_beside_an_image_or_without_streaming_is_refused():
+    with pytest.raises(ValueError, match="holds the first latent frames already"):
+        begin(build(), image(), initial_latent=image(LEN_T))
+    config = plain().config
+    once = derive_config(config, diffusion_model=dict(transformer=dict(streaming=False)))
+    with pytest.raises(TypeError, match="initial_latent"):
+        begin(once.setup(device="cpu"), initial_latent=image(LEN_T))

@@ -15,6 +15,7 @@ from flashdreams.integrations.lingbot_world.camera import (
     pick_frames,
     pixel_frames,
     relative_poses,
+    resample_intrinsics,
     resample_poses,
     scale_intrinsics,
     to_tokens,
@@ -199,6 +200,15 @@ def test_rays_equal_the_inverted_camera_matrix():
 def test_the_ray_through_the_principal_point_is_the_view():
     rays = camera_rays(torch.eye(4)[None], torch.tensor([[2.0, 2.0, 1.5, 0.5]]), 1, 3)
     close(rays[0, :, 0, 1], torch.tensor([0, 0, 0, 0, 0, 1.0]))
+
+
+def test_intrinsics_are_resampled_linearly():
+    rows = torch.tensor([[100.0, 200.0, 50.0, 40.0], [130.0, 210.0, 56.0, 40.0]])
+    found = resample_intrinsics(rows, 4)
+    close(found, torch.lerp(rows[:1], rows[1:], torch.arange(4)[:, None] / 3), ATOL_FLOAT32 * 1e2)
+    assert found.dtype == torch.float32 and torch.equal(found[[0, 3]], rows)
+    assert torch.equal(resample_intrinsics(rows[:1], 3), rows[:1].expand(3, 4))
+    assert not torch.equal(found[1], rows[0])  # negative control: no nearest row
 
 
 def test_intrinsics_follow_the_picture_size():

@@ -65,13 +65,26 @@ def test_streaming_equals_offline_where_both_are_defined():
     assert (unscaled[1] - whole[1]).abs().max() > 0.1
 
 
-def test_streaming_takes_the_intrinsics_of_its_frames_and_offline_the_first():
+def test_both_modes_take_the_intrinsics_of_their_frames():
+    """33 poses are 9 latent frames, which fall on every fourth pose."""
     camera, steady = walk(drift=3.0).part(slice(0, 33)), walk().part(slice(0, 33))
-    configs = (CameraEncoderConfig(), CameraEncoderConfig(pose_mode="offline"))
-    moving = stream(configs[0].setup(), camera, 3)[2]
-    assert (moving - stream(configs[0].setup(), steady, 3)[2]).abs().max() > 1e-2
-    fixed = [offline(configs[1].setup(), path, 3)[2] for path in (camera, steady)]
-    assert torch.equal(*fixed)
+    moving = stream(CameraEncoderConfig(world_scale=clip_scale(camera)).setup(), camera, 3)
+    whole = offline(CameraEncoderConfig(pose_mode="offline").setup(), camera, 3)
+    for found, expected in zip(whole, moving, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=ATOL)
+    still = offline(CameraEncoderConfig(pose_mode="offline").setup(), steady, 3)
+    assert (whole[2] - still[2]).abs().max() > 1e-2  # negative control
+
+
+def test_offline_can_take_the_first_intrinsics_for_all_frames():
+    camera, steady = walk(drift=3.0).part(slice(0, 33)), walk().part(slice(0, 33))
+    first = CameraEncoderConfig(pose_mode="offline", intrinsics="first").setup()
+    found = [offline(first, path, 3)[2] for path in (camera, steady)]
+    assert torch.equal(*found)
+    every = CameraEncoderConfig(pose_mode="offline").setup()
+    assert torch.equal(offline(every, steady, 3)[2], found[1])  # a lens that stays is exact
+    with pytest.raises(ValueError, match="allowed are 'per_frame' and 'first'"):
+        CameraEncoderConfig(intrinsics="last")
 
 
 def test_interleaved_rollouts_keep_their_own_anchor():

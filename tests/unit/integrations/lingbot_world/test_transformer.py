@@ -1,20 +1,23 @@
 """The camera branch of the transformer; float32."""
 
 from collections import Counter
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from flashdreams.infra.config import derive_config
+from flashdreams.infra.config import config_fields, derive_config
 from flashdreams.integrations.lingbot_world.config import (
-    ACT_TRANSFORMER,
     PIPELINE,
     TAEHV_PIPELINE,
     TINY_PIPELINE,
     TRANSFORMER,
 )
 from flashdreams.integrations.lingbot_world.transformer import LingBotBlock, LingBotTransformer
+from flashdreams.models.wan import fused
+from flashdreams.models.wan.transformer import WanTransformer, WanTransformerConfig
+from tests.kernels.conftest import switch_to_interpreter
 from tests.manifests import load_manifest
 
 ATOL = 1e-5
@@ -73,16 +76,15 @@ def roll_out(model, given, passes: int = 4) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("config", "name"),
-    [(TRANSFORMER, "lingbot_world_fast"), (ACT_TRANSFORMER, "lingbot_world_act")],
+    ("channels", "name"), [(6, "lingbot_world_fast"), (7, "lingbot_world_act")]
 )
-def test_parameters_are_exactly_those_of_the_manifest(config, name):
+def test_parameters_are_exactly_those_of_the_manifest(channels, name):
     with torch.device("meta"):
-        model = config.setup()
+        model = derive_config(TRANSFORMER, camera_channels=channels).setup()
     expected = {key: shape for key, (shape, _) in load_manifest(name).items()}
     assert {key: tuple(p.shape) for key, p in model.state_dict().items()} == expected
     size = 4 * sum(p.numel() for p in model.parameters())
-    assert config.checkpoint.size_bytes == size
+    assert (TRANSFORMER.checkpoint.size_bytes == size) == (channels == 6)
 
 
 def test_the_two_variants_differ():
@@ -152,6 +154,39 @@ def test_a_camera_that_does_not_fit_is_refused(camera):
         model.begin_step(0, cache, camera)
 
 
+BIDIRECTIONAL = dict(streaming=False, len_t=6, window_size_t=6, sink_size_t=0)
+
+
+def test_bidirectional_blocks_read_the_camera_in_every_pass():
+    """The same numbers as with scales and shifts that are kept; only the memory differs."""
+    model = build(**BIDIRECTIONAL)
+    given = inputs(model.config)
+    cache = model.initialize_cache(given["text"], condition=given["condition"])
+    model.begin_step(0, cache, given["cameras"][0])
+    x, timestep = given["noise"][0], torch.tensor(900)
+    found = model.predict_flow(x, timestep, cache)
+    assert cache.inputs.control.shape == (1, 6 * 28, 48)
+    kept = [block.read_camera(cache.inputs.control) for block in model.blocks]
+    model.block_controls = lambda *_: kept
+    assert torch.equal(model.predict_flow(x, timestep, cache), found)
+    model.block_controls = lambda *_: kept[::-1]  # negative control
+    assert (model.predict_flow(x, timestep, cache) - found).abs().max() > 10 * ATOL
+
+
+def test_without_a_camera_a_bidirectional_model_is_wans():
+    model = build(**BIDIRECTIONAL)
+    values = {name: getattr(model.config, name) for name in config_fields(WanTransformerConfig)}
+    wan = WanTransformer(WanTransformerConfig(**values)).requires_grad_(False).eval()
+    wan.load_state_dict(model.state_dict(), strict=False)
+    given, flows = inputs(model.config), []
+    for network, camera in ((model, None), (wan, None), (model, given["cameras"][0])):
+        cache = network.initialize_cache(given["text"], condition=given["condition"])
+        network.begin_step(0, cache, camera)
+        flows.append(network.predict_flow(given["noise"][0], torch.tensor(900), cache))
+    assert torch.equal(flows[0], flows[1])
+    assert (flows[2] - flows[1]).abs().max() > 10 * ATOL  # negative control
+
+
 def test_wans_own_control_is_refused():
     with pytest.raises(ValueError, match="leave it None and set camera_channels"):
         derive_config(TRANSFORMER, control_dim=4)
@@ -194,3 +229,32 @@ def test_bfloat16_stays_near_float32():
     wide, narrow = rollout(), rollout(residual_dtype=None)
     assert wide.abs().max() < 0.02 * exact.abs().max()
     assert 0 < wide.norm() < 0.9 * narrow.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [({}, 1e-5), ({"dtype": "bfloat16", "residual_dtype": "float32"}, 2e-2)],
+)
+def test_fused_kernels_take_the_camera_in(changes, tolerance, monkeypatch):
+    """Interpreted. Largest difference as a share of the largest latent; bf16 is truncated there."""
+    pytest.importorskip("triton")
+    plain, given = build(**changes), inputs(build().config)
+    plain.cast()
+    (expected,) = roll_out(plain, given, 1)[-1:]
+    model = build(fused_kernels=True, **changes)
+    model.cast()
+    model.after_load()
+    switch_to_interpreter(monkeypatch)
+    kernel = MagicMock(wraps=fused.gate_residual)
+    monkeypatch.setattr(fused, "gate_residual", kernel)
+    (result,) = roll_out(model, given, 1)[-1:]
+    with_camera = [call for call in kernel.call_args_list if len(call.args) == 5]
+    blocks = STEPS * (2 * model.config.num_layers - 1)  # the clean pass ends within the last block
+    assert len(with_camera) == blocks
+    bound = tolerance * expected.abs().max()
+    assert (result - expected).abs().max() < bound
+    for block in model.blocks:
+        block.cam_shift_layer.bias.add_(1.0)
+    (moved,) = roll_out(model, given, 1)[-1:]
+    assert (moved - expected).abs().max() > bound

@@ -1,0 +1,283 @@
+"""Two networks of one class that share the denoising steps: one for high noise, one for low."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from flashdreams.attention.choose import AttentionShape
+from flashdreams.attention.cursor import Cursor
+from flashdreams.infra.config import config_fields
+from flashdreams.infra.diffusion.causal import CausalTransformer
+from flashdreams.infra.diffusion.causal_config import CausalTransformerConfig
+from flashdreams.infra.diffusion.causal_state import CausalState
+from flashdreams.infra.diffusion.rewrite import RewriteMode
+from flashdreams.infra.diffusion.transformer import ContextChunk, Transformer
+from flashdreams.infra.ranges import check_range
+from flashdreams.parallel.plan import ParallelPlan
+from flashdreams.runtime.checkpoint import CheckpointConfig
+
+EXPERTS = ("high_noise", "low_noise")
+"""Names of the two networks, and what their parameters begin with."""
+
+
+@dataclass(kw_only=True)
+class NoiseExpertsConfig(CausalTransformerConfig):
+    """What two networks need beside the config of one of them.
+
+    A family names itself as the second base, and its config for one network::
+
+        @dataclass(kw_only=True)
+        class MyExpertsConfig(NoiseExpertsConfig, MyTransformerConfig):
+            expert_config = MyTransformerConfig
+    """
+
+    _target: type[Any] = field(default_factory=lambda: NoiseExperts)
+
+    expert_config: ClassVar[type[CausalTransformerConfig]]
+    """Config class of one network."""
+
+    boundary: float
+    """Noise level, above 0 and below 1, from which on the high-noise network predicts the flow: for
+    timesteps of at least 1000 times as much. Below it the low-noise network does."""
+
+    low_noise_checkpoint: CheckpointConfig | None = None
+    """Weights of the low-noise network; ``checkpoint`` is then the other's. None: ``checkpoint``
+    holds both, under ``high_noise.`` and ``low_noise.``."""
+
+    use_cuda_graph: bool = False
+    """Always False: both networks run eagerly."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "boundary", least=0, most=1)
+        if self.boundary in (0, 1):
+            raise ValueError(
+                f"boundary={self.boundary:g} leaves one of the two networks without timesteps; it "
+                "must be above 0 and below 1."
+            )
+        if self.checkpoint is None and self.low_noise_checkpoint is not None:
+            raise ValueError(
+                "low_noise_checkpoint is given without checkpoint, the weights of the high-noise "
+                "network. Give both, or neither for random weights."
+            )
+        if self.use_cuda_graph:
+            raise ValueError("use_cuda_graph=True: two networks run eagerly; it must be False.")
+        if self.loras:
+            raise ValueError(
+                f"loras={self.loras}: a LoRA belongs to one of the two networks and is not merged "
+                "here. Merge it into the weights file of its network beforehand."
+            )
+
+    def expert(self, checkpoint: CheckpointConfig | None) -> CausalTransformerConfig:
+        """Config of one of the networks.
+
+        Args:
+            checkpoint: its own weights file.
+        """
+        values = {name: getattr(self, name) for name in config_fields(self.expert_config)}
+        return self.expert_config(**{**values, "checkpoint": checkpoint})
+
+
+@dataclass
+class ExpertsState:
+    """State of both networks in one rollout."""
+
+    high_noise: CausalState
+    low_noise: CausalState
+
+    @property
+    def cursors(self) -> list[Cursor]:
+        """Those of both."""
+        return [*self.high_noise.cursors, *self.low_noise.cursors]
+
+    @property
+    def caches(self) -> list[Any]:
+        """KV caches of both."""
+        return [self.high_noise.caches, self.low_noise.caches]
+
+
+class NoiseExperts(Transformer):
+    """Lets the noise level choose which of two networks predicts the flow.
+
+    Both have the same sizes, see the same context and control, and keep KV caches of their own:
+    where there are any, a clean pass writes those of both.
+    """
+
+    config: NoiseExpertsConfig
+
+    def __init__(self, config: NoiseExpertsConfig) -> None:
+        super().__init__(config)
+        apart = config.low_noise_checkpoint is not None
+        self.high_noise: CausalTransformer = config.expert(
+            config.checkpoint if apart else None
+        ).setup()
+        self.low_noise: CausalTransformer = config.expert(config.low_noise_checkpoint).setup()
+
+    @property
+    def experts(self) -> tuple[CausalTransformer, CausalTransformer]:
+        """High noise, low noise."""
+        return self.high_noise, self.low_noise
+
+    def pairs(self, cache: ExpertsState) -> Sequence[tuple[CausalTransformer, CausalState]]:
+        """Each network and its state."""
+        return (self.high_noise, cache.high_noise), (self.low_noise, cache.low_noise)
+
+    def chosen(
+        self, timestep: Tensor, cache: ExpertsState
+    ) -> tuple[CausalTransformer, CausalState]:
+        """The network for a timestep, and its state.
+
+        Args:
+            timestep: 0-dim, on the CPU; or ``[B, T]``, whose largest value counts, since frames
+                that are given have timestep 0.
+            cache: of the rollout.
+        """
+        largest = float(timestep if timestep.ndim == 0 else timestep.max())
+        return self.pairs(cache)[0 if largest >= 1000 * self.config.boundary else 1]
+
+    # Building and loading.
+
+    @property
+    def loads_parts(self) -> bool:
+        """Whether each network has a file of its own, or none; see the contract."""
+        return self.config.checkpoint is None or self.config.low_noise_checkpoint is not None
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """As the network says that a parameter belongs to; see the contract."""
+        expert, _, rest = name.partition(".")
+        return getattr(self, expert).dtype_of(rest)
+
+    def check_device(self, device: torch.device) -> None:
+        """See the contract."""
+        for expert in self.experts:
+            expert.check_device(device)
+
+    def init_buffers(self) -> None:
+        """See the contract."""
+        for expert in self.experts:
+            expert.init_buffers()
+
+    def after_load(self) -> None:
+        """See the contract; networks with files of their own have done it."""
+        if not self.loads_parts:
+            for expert in self.experts:
+                expert.after_load()
+
+    def resolved_choices(self) -> dict[str, Any]:
+        """Those of either network; see the contract."""
+        return self.high_noise.resolved_choices()
+
+    def parallel_plan(self) -> ParallelPlan | None:
+        """The plan of one network, for both."""
+        plan = self.high_noise.parallel_plan()
+        return None if plan is None else plan_of_parts(plan, EXPERTS)
+
+    def attention_shape(self, batch_size: int) -> AttentionShape | None:
+        """That of either network; see the contract."""
+        return self.high_noise.attention_shape(batch_size)
+
+    def bind_kv_splits(self, name: str, splits_of: Any) -> None:
+        """See the contract."""
+        for expert in self.experts:
+            expert.bind_kv_splits(name, splits_of)
+
+    @property
+    def warm_up_steps(self) -> int:
+        """That of either network; see the contract."""
+        return self.high_noise.warm_up_steps
+
+    def example_context(self, batch_size: int) -> dict[str, Any] | None:
+        """That of either network; see the contract."""
+        return self.high_noise.example_context(batch_size)
+
+    def example_control(self, batch_size: int) -> Any:
+        """That of either network; see the contract."""
+        return self.high_noise.example_control(batch_size)
+
+    def cache_nbytes(self, batch_size: int) -> int:
+        """Bytes of the KV caches of both networks."""
+        return sum(expert.cache_nbytes(batch_size) for expert in self.experts)
+
+    # A rollout.
+
+    def initialize_cache(
+        self,
+        text: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+        condition: Tensor | None = None,
+        batch_size: int | None = None,
+    ) -> ExpertsState:
+        """Fresh state of both networks; arguments as for `CausalTransformer`."""
+        context = (text, image_tokens, condition, batch_size)
+        return ExpertsState(*(expert.initialize_cache(*context) for expert in self.experts))
+
+    def update_context(
+        self, cache: ExpertsState, text: Tensor, image_tokens: Tensor | None = None
+    ) -> None:
+        """Take on another prompt; see `CausalTransformer`."""
+        for expert, state in self.pairs(cache):
+            expert.update_context(state, text, image_tokens)
+
+    def begin_step(
+        self, autoregressive_index: int, cache: ExpertsState, control: Any = None
+    ) -> None:
+        """Place the chunk in the caches and fill the step inputs of both networks."""
+        for expert, state in self.pairs(cache):
+            expert.begin_step(autoregressive_index, state, control)
+
+    def predict_flow(self, latent: Tensor, timestep: Tensor, cache: ExpertsState) -> Tensor:
+        """Let the network of this noise level predict ``noise - x0``; see the contract."""
+        expert, state = self.chosen(timestep, cache)
+        return expert.predict_flow(latent, timestep, state)
+
+    def modulation_of(self, timestep: Tensor, cache: ExpertsState) -> Tensor:
+        """What the network of this noise level makes of a timestep; see `CausalTransformer`."""
+        expert, state = self.chosen(timestep, cache)
+        return expert.modulation_of(timestep, state)
+
+    def update_cache(self, latent: Tensor, timestep: Tensor, cache: ExpertsState) -> None:
+        """The clean pass of both networks, where they have KV caches."""
+        for expert, state in self.pairs(cache):
+            expert.update_cache(latent, timestep, state)
+
+    def begin_shot(self, cache: ExpertsState) -> None:
+        """See `CausalTransformer`."""
+        for expert, state in self.pairs(cache):
+            expert.begin_shot(state)
+
+    def context_frames(self, cache: ExpertsState) -> list[int]:
+        """Frames that the KV caches of either network hold; see the contract."""
+        return self.high_noise.context_frames(cache.high_noise)
+
+    def check_rewrite(self, cache: ExpertsState, mode: RewriteMode) -> None:
+        """See the contract."""
+        for expert, state in self.pairs(cache):
+            expert.check_rewrite(state, mode)
+
+    def rewrite_context(
+        self,
+        cache: ExpertsState,
+        chunks: Sequence[ContextChunk],
+        timestep: Tensor,
+        mode: RewriteMode = "chunks",
+    ) -> None:
+        """Fill sink and window of both networks anew; see `CausalTransformer`."""
+        for expert, state in self.pairs(cache):
+            expert.rewrite_context(state, chunks, timestep, mode)
+
+
+def plan_of_parts(plan: ParallelPlan, names: Sequence[str]) -> ParallelPlan:
+    """The plan of a module whose parts, of these names, are all cut as ``plan`` says."""
+    changed: dict[str, Any] = {}
+    for part in fields(plan):
+        value = getattr(plan, part.name)
+        if part.name == "rollout":  # deprecated, of fields that this state does not have
+            continue
+        if isinstance(value, dict):
+            changed[part.name] = {f"{n}.{glob}": x for n in names for glob, x in value.items()}
+        else:
+            changed[part.name] = tuple(f"{n}.{glob}" for n in names for glob in value)
+    return ParallelPlan(**changed)

@@ -1,0 +1,129 @@
+"""Latent frames that a rollout begins with instead of generating them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from flashdreams.infra.diffusion.scheduler.base import Scheduler
+
+INITIAL_LATENT = "initial_latent"
+"""Name of the context that holds whole chunks of clean latents."""
+
+
+def check_image(image: Tensor, shape: Sequence[int], *, is_whole: bool) -> Tensor:
+    """Latents of an image in the first AR step.
+
+    Args:
+        image: ``[B, C, n, H, W]``.
+        shape: of an AR step's latents.
+        is_whole: they are all of the AR step; else they may be its first frames.
+
+    Raises:
+        ValueError: another shape.
+    """
+    sizes = tuple(image.shape)
+    if is_whole and sizes != tuple(shape):
+        raise ValueError(
+            f"The encoded image must be the latents of one AR step {list(shape)}; "
+            f"got {list(sizes)}."
+        )
+    if _without_time(sizes) != _without_time(shape) or not 0 < sizes[2] <= shape[2]:
+        raise ValueError(
+            f"The encoded image must be the first latent frames of {list(shape)}, from 1 to "
+            f"{shape[2]} of them; got {list(sizes)}."
+        )
+    return image
+
+
+def check_initial_latent(latent: Any, shape: Sequence[int]) -> Tensor:
+    """Clean latents of the first AR steps of a rollout.
+
+    Args:
+        latent: ``[B, C, n * T, H, W]``.
+        shape: ``(B, C, T, H, W)`` of an AR step's latents.
+
+    Raises:
+        ValueError: no tensor, another shape, or not whole chunks.
+    """
+    sizes = tuple(latent.shape) if isinstance(latent, Tensor) else ()
+    fits = len(sizes) == 5 and _without_time(sizes) == _without_time(shape)
+    if not fits or sizes[2] == 0 or sizes[2] % shape[2]:
+        wanted = [*shape[:2], "frames", *shape[3:]]
+        got = list(sizes) if isinstance(latent, Tensor) else type(latent).__name__
+        raise ValueError(
+            f"{INITIAL_LATENT} must be latents [{', '.join(map(str, wanted))}] of whole chunks, "
+            f"{shape[2]} frames each; got {got}."
+        )
+    return latent
+
+
+def load_initial_latent(path: Path, shape: Sequence[int], option: str) -> Tensor:
+    """Clean latents from a file, such as ``--save-latents`` writes.
+
+    Args:
+        path: a .safetensors file whose tensor ``latents`` is read.
+        shape: ``(B, C, T, H, W)`` of an AR step's latents.
+        option: what names the file, for messages.
+
+    Returns:
+        ``[B, C, n * T, H, W]`` float32, on the CPU.
+
+    Raises:
+        ValueError: no such file, damaged, without that tensor, or latents that do not fit.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = list(file.keys())
+            latent = file.get_tensor("latents") if "latents" in names else None
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{option} {path}: cannot be read: {error}.") from error
+    if latent is None:
+        raise ValueError(
+            f"{option} {path}: holds {', '.join(sorted(names)[:5]) or 'nothing'}; a tensor named "
+            "latents is wanted, as --save-latents True writes it."
+        )
+    if not latent.is_floating_point() or not latent.isfinite().all():
+        raise ValueError(f"{option} {path}: latents must be floating point and finite throughout.")
+    try:
+        return check_initial_latent(latent, shape).float()
+    except ValueError as error:
+        raise ValueError(f"{option} {path}: {error}") from error
+
+
+def _without_time(sizes: Sequence[int]) -> tuple[int, ...]:
+    return (*sizes[:2], *sizes[3:])
+
+
+def given_chunk(given: Tensor, index: int, len_t: int) -> Tensor:
+    """The latents of AR step ``index`` among those of the first AR steps."""
+    if given.shape[2] == len_t:
+        return given
+    return given[:, :, index * len_t : (index + 1) * len_t].contiguous()
+
+
+def sample_rest(
+    scheduler: Scheduler,
+    flow: Callable[[Tensor, Tensor], Tensor],
+    noise: Callable[[int], Tensor],
+    given: Tensor,
+) -> Tensor:
+    """Denoise a chunk whose first latent frames are ``given``, ``[B, C, n, H, W]``.
+
+    The network sees them as they are, with timestep 0. What a schedule makes of their places in
+    between is never read: schedules compute element by element.
+    """
+    count = given.shape[2]
+
+    def stamped(latent: Tensor) -> Tensor:
+        return torch.cat([given, latent[:, :, count:]], dim=2)
+
+    def flow_of_rest(latent: Tensor, timestep: Tensor) -> Tensor:
+        timesteps = timestep.repeat(latent.shape[0], latent.shape[2])
+        timesteps[:, :count] = 0
+        return flow(stamped(latent), timesteps)
+
+    return stamped(scheduler.sample(flow_of_rest, noise))

@@ -1,0 +1,130 @@
+"""What the rays of each token meet: walls, pillars and the floor, in Fourier form."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .render import VERTICAL_FOV
+from .world import EYE_HEIGHT, HALF_SIZE, PILLAR_OFFSET, PILLAR_RADIUS
+
+RAYS_PER_TOKEN = 8
+"""Rays spread over a token's columns that are followed to a wall and to a pillar."""
+POINTS_PER_SIDE = 2
+"""Points of the floor along each side of a token."""
+_FEATURES_PER_RAY = 1 + 8 + 4 + 2 + 4
+_FEATURES_PER_POINT = 2 * 6 + 1
+_HARMONICS = (1.0, 2.0, 4.0, 8.0)
+_FLOOR_HARMONICS = (2.0, 4.0, 8.0)
+_FLOOR_FADES_AT = 6.0
+
+
+def hit_features(pose: Tensor, rows: int, columns: int, pixel_size: tuple[int, int]) -> Tensor:
+    """Where the lines of sight of every token end.
+
+    For each of eight rays of a token: nearness of the wall, how far along it the ray meets it,
+    which of the four it is; nearness of the nearest pillar and which it is. For four points of a
+    token below the horizon: the place on the floor, faded with its distance.
+
+    Args:
+        pose: ``[..., 3]`` (x, y, heading).
+        rows: token rows of a frame.
+        columns: token columns of a frame.
+        pixel_size: height and width of a frame in pixels.
+
+    Returns:
+        ``[..., rows * columns, HIT_FEATURES]`` float32.
+    """
+    height, width = pixel_size
+    focal = 0.5 * height / math.tan(0.5 * VERTICAL_FOV)
+    place = pose.float()[..., :2, None]
+    heading = pose.float()[..., 2, None]
+
+    ray = _rays(heading, columns * RAYS_PER_TOKEN, width, focal)
+    upright = torch.cat([_walls(place, ray), _pillars(place, ray)], dim=-1)
+    upright = upright.unflatten(-2, (columns, RAYS_PER_TOKEN)).flatten(-2)[..., None, :, :]
+
+    floor = _floor(place, heading, rows, columns, pixel_size, focal)
+    shape = (*pose.shape[:-1], rows, columns, -1)
+    return torch.cat([upright.expand(shape), floor.expand(shape)], dim=-1).flatten(-3, -2)
+
+
+HIT_FEATURES = RAYS_PER_TOKEN * _FEATURES_PER_RAY + POINTS_PER_SIDE**2 * _FEATURES_PER_POINT
+"""Number of features that `hit_features` gives each token."""
+
+
+def _rays(heading: Tensor, count: int, width: int, focal: float) -> Tensor:
+    """Directions ``[..., 2, count]`` in the plane, one unit long along the camera's axis."""
+    centres = torch.arange(count, dtype=torch.float32, device=heading.device) + 0.5
+    side = (centres * (width / count) - 0.5 * width) / focal
+    sine, cosine = heading.sin(), heading.cos()
+    return torch.stack([sine + cosine * side, cosine - sine * side], dim=-2)
+
+
+def _walls(place: Tensor, ray: Tensor) -> Tensor:
+    """Nearness, place along the wall and which wall, ``[..., count, 13]``."""
+    steep = torch.where(ray.abs() < 1e-6, torch.full_like(ray, 1e-6), ray)
+    depths = (HALF_SIZE * steep.sign() - place) / steep
+    depth = depths.amin(dim=-2)
+    sideways = depths[..., 0, :] < depths[..., 1, :]
+    index = torch.where(
+        sideways, torch.where(ray[..., 0, :] > 0, 1, 3), torch.where(ray[..., 1, :] > 0, 0, 2)
+    )
+    met = place + depth[..., None, :] * ray
+    along = torch.where(sideways, met[..., 1, :], met[..., 0, :])
+    which = _one_of_four(index)
+    waves = _waves(along * (math.pi / HALF_SIZE), _HARMONICS)
+    return torch.cat([1 / depth.clamp_min(0.2)[..., None], waves, which], dim=-1)
+
+
+def _pillars(place: Tensor, ray: Tensor) -> Tensor:
+    """Nearness of the nearest pillar, how squarely it is met, and which, ``[..., count, 6]``."""
+    corners = ray.new_tensor([[1, 1], [1, -1], [-1, -1], [-1, 1]]) * PILLAR_OFFSET
+    offset = place.transpose(-1, -2) - corners  # [..., 4, 2]
+    square = (ray * ray).sum(dim=-2, keepdim=True)
+    half_b = offset @ ray
+    excess = (offset * offset).sum(dim=-1, keepdim=True) - PILLAR_RADIUS**2
+    root = half_b * half_b - square * excess
+    depths = (-half_b - root.clamp_min(0).sqrt()) / square
+    nearness = torch.where((root > 0) & (depths > 0), 1 / depths.clamp_min(0.1), 0)
+    nearest, index = nearness.max(dim=-2)
+    squareness = (root.gather(-2, index[..., None, :])[..., 0, :] / square[..., 0, :]).clamp_min(0)
+    seen = (nearest > 0).float()
+    which = _one_of_four(index) * seen[..., None]
+    squareness = squareness.sqrt() / PILLAR_RADIUS * seen
+    return torch.cat([nearest[..., None], squareness[..., None], which], dim=-1)
+
+
+def _floor(
+    place: Tensor,
+    heading: Tensor,
+    rows: int,
+    columns: int,
+    pixel_size: tuple[int, int],
+    focal: float,
+) -> Tensor:
+    """Places on the floor, ``[..., rows, columns, points * features]``."""
+    height, width = pixel_size
+    count = rows * POINTS_PER_SIDE
+    ray = _rays(heading, columns * POINTS_PER_SIDE, width, focal)
+    centres = torch.arange(count, dtype=torch.float32, device=place.device) + 0.5
+    down = ((centres * (height / count) - 0.5 * height) / focal)[:, None]
+    depth = EYE_HEIGHT / down.clamp_min(0.02)
+    fade = torch.exp(-((depth / _FLOOR_FADES_AT) ** 2)) * (down > 0)  # [count, 1]
+    points = place[..., None] + ray[..., None, :] * depth  # [..., 2, count, across]
+    waves = _waves(points * (math.pi / HALF_SIZE), _FLOOR_HARMONICS).movedim(-4, -2).flatten(-2)
+    fade = fade[..., None].expand(*waves.shape[:-1], 1)
+    found = torch.cat([waves * fade, fade], dim=-1)
+    found = found.unflatten(-2, (columns, POINTS_PER_SIDE)).unflatten(-4, (rows, POINTS_PER_SIDE))
+    return found.transpose(-4, -3).flatten(-3)
+
+
+def _one_of_four(index: Tensor) -> Tensor:
+    return (index[..., None] == torch.arange(4, dtype=torch.int64, device=index.device)).float()
+
+
+def _waves(phase: Tensor, harmonics: tuple[float, ...]) -> Tensor:
+    phases = phase[..., None] * phase.new_tensor(harmonics)
+    return torch.cat([phases.sin(), phases.cos()], dim=-1)
