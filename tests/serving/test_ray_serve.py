@@ -118,11 +118,14 @@ async def live_through(url: str, state: Path) -> None:
         assert client.begin["resumed"] and await take(client, 8) > 12
         assert find_folder(state, token) == first
         os.kill(server_process(first), signal.SIGKILL)
+        killed = time.monotonic()
         with contextlib.suppress(SessionError, ConnectionError):
             await asyncio.wait_for(take(client, 10_000), 20)
         await come_back(client)
         last = client.begin["first_frame"]
-        assert await take(client, 12) >= last + 11 and last >= 12
+        assert await take(client, 1) >= last >= 12
+        print(f"goes on {time.monotonic() - killed:.1f} s after its server was killed")
+        assert await take(client, 12) > last
         second = find_folder(state, token)
         assert second not in (None, first)
         await client.stop()
