@@ -16,6 +16,7 @@ import rollout
 import table
 import torch
 
+from flashdreams.infra.assembly import resolve_device
 from flashdreams.infra.config import derive_config
 from flashdreams.parallel.environment import Environment
 from flashdreams.planning.counts import storages
@@ -95,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.write(against_reports(table.read_reports()) + "\n")
         return
     torch.set_num_threads(1)
-    place = Environment(0, 0, 1, torch.device(options.device))
+    place = Environment(0, 0, 1, resolve_device(options.device))
     _, device = this_machine(DEVICES)
     repeats = options.repeats or 30
     rows = [compare(slug, place, device, repeats) for slug in options.slugs]

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import flashdreams
 from flashdreams.infra.config import (
@@ -25,6 +25,7 @@ from flashdreams.infra.config import (
 from flashdreams.registry import VARIABLE, PluginError, Registry, discover, is_runner_config
 from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.command_text import one_line, table, terminal_width, whole_paragraphs
+from flashdreams.runtime.standard_error import LossyStream
 from flashdreams.runtime.termination import (
     IMPORT_DEADLINE_S,
     Terminated,
@@ -84,7 +85,8 @@ def entry_point() -> None:
     raise_on_sigterm(before_end=_say_stopped)
     # A program that was started without them (>&- 2>&-) works in silence.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    errors = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = cast(TextIO, LossyStream(errors))
     code = main(sys.argv[1:])
     # All is written; whoever is impatient with the interpreter's own end may cut it short.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -293,7 +295,8 @@ def _read_replay(line: CommandLine, registry: Registry) -> Any:
     if text is None:
         raise UsageError(f"--replay {path}: its config cannot be kept in a file.")
     config = load_config(text, list(registry.values()), str(path))
-    config = replace(config, output_dir=config.output_dir / "replay", resume=False)
+    folder = config.output_dir / "replay"
+    config = replace(config, output_dir=folder, resume=False, numerics_from=path)
     if line.replay.header.get("served") and hasattr(config, "total_blocks"):
         config = replace(config, total_blocks=max(line.replay.steps, default=0) + 1)
     return config

@@ -110,7 +110,12 @@ class BackendChoice:
 
 
 def kv_splits_of(
-    name: str, shape: AttentionShape, device: torch.device, *, strict: bool = False
+    name: str,
+    shape: AttentionShape,
+    device: torch.device,
+    *,
+    strict: bool = False,
+    processors: int | None = None,
 ) -> int | None:
     """KV splits of a backend for a call; None for one that has no choice or chooses by itself.
 
@@ -119,11 +124,12 @@ def kv_splits_of(
         shape: the call; under strict that of the whole model.
         device: where it is made.
         strict: whether a backend that would choose by itself, at every call, must not.
+        processors: multiprocessors of the device; None asks it.
     """
     if name not in SPLIT_BACKENDS or (name in CHOOSES_SPLITS and not strict):
         return None
     sizes = (shape.queries, shape.keys, shape.num_heads, shape.batch_size)
-    return choose_kv_splits(*sizes, count_processors(device))
+    return choose_kv_splits(*sizes, processors or count_processors(device))
 
 
 def choose_backend(

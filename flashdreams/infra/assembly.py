@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flashdreams.attention.splits import count_processors
 from flashdreams.infra.component import (
     Component,
     build_component,
@@ -21,6 +22,7 @@ from flashdreams.infra.conditioning import ContextEncoder
 from flashdreams.infra.decoder.base import StreamingDecoder
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.fingerprint import fingerprint
+from flashdreams.infra.stored_choices import StoredAttention, find_attention
 from flashdreams.infra.warm_up import WarmUp, choose_attention, decode_zeros, run_encoders, stats
 from flashdreams.infra.weights import fetch_weights, require_weights, typed_options
 from flashdreams.parallel.environment import group_rank, process_count
@@ -110,6 +112,8 @@ class Assembly(nn.Module):
         self.decodes_here = True
         self.text_from_rank_zero = False
         self.warmed_up: WarmUp | None = None
+        self._is_loaded = False
+        self._stored_attention: StoredAttention | None = None
         model_config: DiffusionModelConfig = config.diffusion_model
         self._latent_width = model_config.transformer.latent_width
         # PyTorch draws weights from one generator per process: one thread builds at a time.
@@ -247,6 +251,39 @@ class Assembly(nn.Module):
         self.requires_grad_(False).eval()
         for call in self.diffusion_model.transformer.graphed_calls():
             call.meter = self.layout.mesh.meter
+        self._is_loaded = True
+
+    def apply_choices(self, stored: Mapping[str, Any]) -> list[str]:
+        """Use the numerics choices of an earlier run instead of measuring; a collective call.
+
+        These are attention backend and KV splits, and whether small operations run as fused
+        kernels, as far as the config leaves them open. Call after ``parallelize`` and before
+        ``load``; attention may also be chosen after that, up to ``warm_up``.
+
+        Args:
+            stored: numerics fingerprint of that run, equal on all ranks.
+
+        Returns:
+            A line for each choice that cannot be used, with the reason.
+        """
+        transformer, ours = self.diffusion_model.transformer, self.fingerprint()
+
+        def too_late(names: Sequence[str], when: str) -> list[str]:
+            return [
+                f"{name} {stored[name]} is not used: the pipeline {when} already with {ours[name]}"
+                for name in names
+                if name in ours and stored.get(name) not in (None, ours[name])
+            ]
+
+        if self._is_loaded:
+            lines = too_late(("fused_kernels",), "has been loaded")
+        else:
+            lines = transformer.apply_choices(stored, self.target_device)
+        if self.warmed_up is not None:
+            return lines + too_late(("attention_backend",), "has been warmed up")
+        place = (transformer, self.layout.mesh, self.target_device)
+        self._stored_attention, found = find_attention(stored, *place)
+        return lines + found
 
     @without_grad
     def warm_up(self) -> WarmUp:
@@ -264,7 +301,9 @@ class Assembly(nn.Module):
         model, mesh = self.diffusion_model, self.layout.mesh
         sent, compiled = mesh.meter.snapshot(), compiled_so_far()
         run_encoders((self.text_encoder, self.image_encoder))
-        attention = choose_attention(model.transformer, mesh, self.target_device)
+        attention = choose_attention(
+            model.transformer, mesh, self.target_device, self._stored_attention
+        )
         steps = model.warm_up(self.config.max_rollouts)
         if steps and self.decodes_here:
             shape = model.transformer.latent_shape(1)
@@ -309,7 +348,12 @@ class Assembly(nn.Module):
         transformer = self.diffusion_model.transformer
         resolved = transformer.resolved_choices()
         if done is not None and done.attention is not None and done.attention.kv_splits:
-            resolved |= {"attention_kv_splits": done.attention.kv_splits}
+            stored = self._stored_attention
+            count = stored.processors if stored is not None else None
+            resolved |= {
+                "attention_kv_splits": done.attention.kv_splits,
+                "attention_processors": count or count_processors(self.target_device),
+            }
         return fingerprint(
             transformer.config, resolved, backend, self.layout.mesh, self.target_device
         )

@@ -27,6 +27,7 @@ WHERE_IT_GOES = frozenset(
     {
         *("runner_name", "description", "output_dir", "fps", "scale", "device", "save_latents"),
         *("hash_frames", "snapshot_every", "snapshots_kept", "resume", "step_deadline_s"),
+        *("start_deadline_s", "threads", "trace", "report", "log_json", "numerics_from"),
         *("parallel", "download", "compare_to_truth", "total_blocks"),
     }
 )

@@ -70,8 +70,8 @@ class _Step:
     rollout: _Rollout
     record: dict[str, Any]
     checksums: dict[str, Future[str]]
-    sample: dict[str, str]
-    """Of the latent, for the log; there when the checksum is."""
+    sample: dict[str, Any]
+    """Shape and values of the latent, for the log; there when the checksum is."""
     turn: int
 
     def is_complete(self) -> bool:
@@ -156,7 +156,7 @@ class RunRecorder:
         if cache.latent is not None:
 
             def keep(latent: Tensor) -> None:
-                step.sample["sample"] = sample_of(latent)
+                step.sample.update(latent_shape=list(latent.shape), sample=sample_of(latent))
                 if self.config.save_latents:
                     self._append(self._latents, latent)
 

@@ -4,7 +4,11 @@ import json
 import logging
 import re
 import shutil
+import socket
+import time
 import uuid
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +22,20 @@ from flashdreams.infra.snapshot_header import SnapshotError, read_header
 from flashdreams.parallel.environment import (
     Launch,
     OtherRankError,
+    all_ranks_agree,
     from_rank_zero,
+    group_rank,
     least_of_all_ranks,
 )
 from flashdreams.runtime.files import write_whole
 
 logger = logging.getLogger(__name__)
+
+MARK_NAME = "run.json"
+"""The file that says which run a folder is of."""
+
+SHARED_FOLDER_S = 10.0
+"""How long a rank waits to see the mark that rank zero has written."""
 
 _SNAPSHOT = re.compile(r"step-(\d{8})")
 
@@ -63,6 +75,38 @@ class ResumableRun:
         self._launch = replace(launch, restarts=-least_of_all_ranks(-launch.restarts))
         self.token, self.goes_on = from_rank_zero(lambda: self._find(resume))
         self.progress: Progress | None = None
+        if every > 0 or self.goes_on:
+            self._require_shared_folder()
+
+    def _require_shared_folder(self) -> None:
+        """Refuse a folder that ranks on other nodes do not share with rank zero; collective.
+
+        Raises:
+            ValueError: on a rank that does not see what rank zero has written there.
+            OtherRankError: on the others.
+        """
+        sees = self._sees_mark()
+        if all_ranks_agree(sees):
+            return
+        if sees:
+            raise OtherRankError("Another rank does not see the folder of the snapshots.")
+        raise ValueError(
+            f"Rank {group_rank()} on {socket.gethostname()} does not see "
+            f"{self.folder / MARK_NAME}, which rank zero has written. Several nodes need a file "
+            "system that all of them share: name a folder on it with --output-dir, or leave "
+            "--snapshot-every away."
+        )
+
+    def _sees_mark(self) -> bool:
+        """Whether this rank reads the run's mark; a network file system gets a moment for it."""
+        deadline = time.monotonic() + SHARED_FOLDER_S
+        while True:
+            with suppress(OSError, ValueError, AttributeError):
+                if json.loads((self.folder / MARK_NAME).read_bytes()).get("token") == self.token:
+                    return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
 
     @property
     def home(self) -> Path:
@@ -85,6 +129,16 @@ class ResumableRun:
                 continue
             self.progress = Progress(cache, run["turns"], run["seed"])
             return self.progress
+        return None
+
+    def choices(self) -> Mapping[str, Any] | None:
+        """Numerics fingerprint of the newest snapshot whose header is whole; None without one."""
+        return from_rank_zero(self._read_choices) if self.goes_on else None
+
+    def _read_choices(self) -> Mapping[str, Any] | None:
+        for name in self._newest_first():
+            with suppress(SnapshotError):
+                return read_header(self.home / name).fingerprint
         return None
 
     def is_due(self, autoregressive_index: int) -> bool:
@@ -115,11 +169,11 @@ class ResumableRun:
     def finish(self) -> None:
         """The run is over: its snapshots stay, its segments and its mark go. On rank zero."""
         shutil.rmtree(self.home / "segments", ignore_errors=True)
-        (self.folder / "run.json").unlink(missing_ok=True)
+        (self.folder / MARK_NAME).unlink(missing_ok=True)
 
     def _find(self, resume: bool) -> tuple[str, bool]:
         """The token, and whether the run of that token goes on; on rank zero."""
-        mark = self.folder / "run.json"
+        mark = self.folder / MARK_NAME
         earlier: dict[str, Any] = {}
         if mark.is_file():
             earlier = json.loads(mark.read_bytes())

@@ -168,7 +168,8 @@ class Replay:
         if row["latent_sha256"] == logged["latent_sha256"]:
             return
         self.different.append(row["step"])
-        found = largest_difference(row["sample"], logged["sample"])
+        same_size = row.get("latent_shape") == logged.get("latent_shape", row.get("latent_shape"))
+        found = largest_difference(row["sample"], logged["sample"]) if same_size else None
         self.largest = max(self.largest, float("inf") if found is None else found)
 
     def verdict(self, header: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Generic, TypeVar
 
@@ -20,6 +20,8 @@ from flashdreams.infra.ranges import check_range
 from flashdreams.infra.recorder import RunRecorder
 from flashdreams.infra.resumable import Progress, ResumableRun
 from flashdreams.infra.session import Command, Session, Step
+from flashdreams.infra.stored_choices import read_choices
+from flashdreams.infra.traced_stages import traced
 from flashdreams.infra.weights import require_packages
 from flashdreams.parallel.environment import (
     LOAD_TIMEOUT_S,
@@ -35,7 +37,7 @@ from flashdreams.parallel.logs import announced, set_up_logging
 from flashdreams.parallel.mesh import DEGREES, Mesh, ParallelConfig
 from flashdreams.parallel.messages import MessageChannel
 from flashdreams.parallel.peers import PeerWatch
-from flashdreams.parallel.watchdog import StageGuard, Watchdog
+from flashdreams.parallel.watchdog import Watchdog
 from flashdreams.runtime.files import InUseError, open_owned
 from flashdreams.runtime.noise import SEED_LIMIT
 from flashdreams.runtime.run_report import write_report
@@ -80,6 +82,10 @@ class RunnerConfig(InstantiateConfig):
     """Snapshots that stay; the oldest ones are deleted."""
     resume: bool = False
     """Go on from the newest whole snapshot of the unfinished run in the output folder."""
+    numerics_from: Path | None = None
+    """A log of a run (log_<slug>.jsonl) or the folder of a snapshot whose attention backend, KV
+    splits and fused kernels are used instead of measuring, where the config leaves them open.
+    --replay and --resume True do so by themselves."""
     threads: int | None = None
     """CPU threads of PyTorch. None: OMP_NUM_THREADS where that is set; else, on a CPU, one for
     networks below ten million parameters, for which more are slower, and PyTorch's choice for all
@@ -173,6 +179,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         reports = self.pipeline.parallelize(self.mesh)
         if self.environment.world_size > 1 and self.is_rank_zero:
             print(f"ranks: {self.mesh.degrees}; transformer: {reports['transformer']}")
+        self._apply_choices()
         self._resources = contextlib.ExitStack()
         self._videos: list[Path] = []
         self._video: SegmentedVideo | None = None
@@ -194,6 +201,17 @@ class Runner(Generic[ConfigT, PipelineT]):
         self.recorder = RunRecorder(config, self.environment, self.mesh, self.pipeline)
         self.recorder.resumable = bool(self.resumable.every or self.resumable.goes_on)
         self.pipeline.observers.append(self.recorder.observe)
+
+    def _apply_choices(self) -> None:
+        """Use the numerics choices of the run that this one goes on with or repeats."""
+        source = self.config.numerics_from
+        if source is None:
+            stored = self.resumable.choices()
+        else:
+            stored = from_rank_zero(lambda: read_choices(source))
+        for line in () if stored is None else self.pipeline.apply_choices(stored):
+            if self.is_rank_zero:
+                print(f"numerics: {line}.", flush=True)
 
     def _build_mesh(self) -> Mesh:
         """The mesh that is asked for; a run that goes on takes one that fits its ranks."""
@@ -432,26 +450,6 @@ class Runner(Generic[ConfigT, PipelineT]):
                 Path(self._claim.name).unlink(missing_ok=True)
             self._claim.close()
             self._claim = None
-
-
-def traced(guard: StageGuard, tracer: Tracer, mesh: Mesh) -> StageGuard:
-    """A guard that also notes how long each stage took, and what it sent.
-
-    Args:
-        guard: watches the stages.
-        tracer: takes the spans.
-        mesh: whose collectives are counted.
-    """
-
-    def sent() -> dict[str, Any]:
-        return {name: asdict(traffic) for name, traffic in mesh.meter.counts.items()}
-
-    @contextlib.contextmanager
-    def stage(name: str, index: int | None, limit_s: float | None = None, /) -> Iterator[None]:
-        with tracer.span(name, index, sent), guard(name, index, limit_s):
-            yield
-
-    return stage
 
 
 def to_device(conditions: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

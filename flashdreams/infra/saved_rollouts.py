@@ -238,7 +238,10 @@ class SavedRollouts(Assembly):
         cache = self.new_cache(context, negative_text, noise or NoiseSource(values["seed"]))
         cache.controller = None if controller is None else controller.new_state()
         fill_together(cache, lambda: fill_rollout(cache, values, decoder))
-        for line in differences(values["fingerprint"], self.fingerprint()):
+        unused = self.apply_choices(values["fingerprint"])
+        told = {line.split(" ")[0] for line in unused}
+        differ = differences(values["fingerprint"], self.fingerprint())
+        for line in [*unused, *(x for x in differ if x.split(":")[0] not in told)]:
             logger.info("The loaded rollout may go on with other bits: %s.", line)
         return cache
 

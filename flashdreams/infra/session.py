@@ -238,7 +238,10 @@ class Session:
                     self._waiting.append(command)
                     continue
                 due.append(command)
-                if command.kind == "reset":  # what comes after it counts from the new beginning
+                if command.kind == "reset":
+                    # What came before it was meant for frames that are not made any more; what
+                    # comes after it counts from the new beginning.
+                    self._waiting.clear()
                     stop = self.pipeline.pixel_frames(0).stop
         return Turn(self.name, index, tuple(due))
 

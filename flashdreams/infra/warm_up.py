@@ -21,6 +21,7 @@ from flashdreams.infra.component import declared_context
 from flashdreams.infra.decoder.base import Decoder, StreamingDecoder
 from flashdreams.infra.diffusion.transformer import Transformer
 from flashdreams.infra.encoder.base import Encoder
+from flashdreams.infra.stored_choices import StoredAttention
 from flashdreams.parallel.environment import from_rank_zero
 from flashdreams.parallel.mesh import Mesh, local_attention
 from flashdreams.parallel.strict import tile_attention
@@ -84,7 +85,10 @@ def run_encoders(encoders: Iterable[Any]) -> None:
 
 
 def choose_attention(
-    transformer: Transformer, mesh: Mesh, device: torch.device
+    transformer: Transformer,
+    mesh: Mesh,
+    device: torch.device,
+    stored: StoredAttention | None = None,
 ) -> BackendChoice | None:
     """Settle the attention backend of all ranks and its KV splits; a collective call.
 
@@ -92,6 +96,12 @@ def choose_attention(
     "auto" is measured on a GPU. A CPU has one fused kernel, so a measurement would only make runs
     differ; strict ranks must not depend on the clock: they take the first backend with the same
     bits for any number of heads and rows; xfuser's attention has no core.
+
+    Args:
+        transformer: whose attention cores are meant.
+        mesh: the ranks.
+        device: where they run.
+        stored: what an earlier run used, taken without a measurement.
 
     Returns:
         The choice, without rows where nothing was measured; None without attention cores.
@@ -101,6 +111,10 @@ def choose_attention(
         return None
     if mesh.config.strict and device.type == "cuda":
         return _choose_strict(transformer, shape, name, device)
+    processors = None
+    if stored is not None:
+        name, processors = stored.name, stored.processors
+        transformer.set_attention_backend(name)
     foreign = mesh.config.context_backend == "xfuser" and mesh.sequence.size > 1
     if name == AUTO and (device.type != "cuda" or foreign):
         name = "sdpa"
@@ -109,9 +123,12 @@ def choose_attention(
         choice = from_rank_zero(lambda: choose_backend(local, device, transformer.dtype))
         transformer.set_attention_backend(choice.name)
     else:
-        choice = BackendChoice(name, (), kv_splits_of(name, local, device))
+        choice = BackendChoice(name, (), kv_splits_of(name, local, device, processors=processors))
     transformer.bind_kv_splits(
-        choice.name, lambda of: kv_splits_of(choice.name, local_attention(of, mesh), device)
+        choice.name,
+        lambda of: kv_splits_of(
+            choice.name, local_attention(of, mesh), device, processors=processors
+        ),
     )
     return choice
 

@@ -5,7 +5,9 @@ the host. That is slow and cannot be captured in a graph; it lets several ranks 
 NCCL refuses.
 """
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -197,10 +199,28 @@ class TrafficMeter:
 
     counts: dict[str, Traffic] = field(default_factory=dict)
     """Name such as ``"ulysses.all_to_all"`` -> its traffic since the meter was made."""
+    watch: Callable[[str, int, int], None] | None = field(default=None, repr=False, compare=False)
+    """Called after each call with its name, bytes sent and the ``time.time_ns`` of its begin."""
 
     def add(self, name: str, bytes_sent: int) -> None:
         """Count one call."""
         self.counts[name] = self.counts.get(name, Traffic()) + Traffic(1, bytes_sent)
+
+    @contextmanager
+    def call(self, name: str, bytes_sent: int) -> Iterator[None]:
+        """Count the call inside, and show it to ``watch``."""
+        self.add(name, bytes_sent)
+        with self.watched(name, bytes_sent):
+            yield
+
+    @contextmanager
+    def watched(self, name: str, bytes_sent: int = 0) -> Iterator[None]:
+        """Show what is inside to ``watch``, and do not count it."""
+        watch = self.watch
+        start_ns = 0 if watch is None else time.time_ns()
+        yield
+        if watch is not None:
+            watch(name, bytes_sent, start_ns)
 
     def add_all(self, counts: Mapping[str, Traffic]) -> None:
         """Count many calls at once."""
@@ -241,30 +261,41 @@ class Channel:
 
     def all_gather(self, x: Tensor, dim: int = 0) -> Tensor:
         """See `all_gather`."""
-        self._count("all_gather", x)
-        return all_gather(x, self.group, dim)
+        with self._call("all_gather", x):
+            return all_gather(x, self.group, dim)
 
     def all_to_all(self, x: Tensor) -> Tensor:
         """See `all_to_all`."""
-        self._count("all_to_all", x)
-        return all_to_all(x, self.group)
+        with self._call("all_to_all", x):
+            return all_to_all(x, self.group)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See `all_reduce`."""
-        self._count("all_reduce", x)
-        return all_reduce(x, self.group)
+        with self._call("all_reduce", x):
+            return all_reduce(x, self.group)
 
     def start_rotate(self, x: Tensor) -> Callable[[], Tensor]:
         """See `start_rotate`."""
-        self._count("rotate", x)
-        return start_rotate(x, self.group)
+        with self._call("rotate", x):
+            wait = start_rotate(x, self.group)
+
+        def finish() -> Tensor:
+            with self.meter.watched(f"{self.name}.rotate (wait)"):
+                return wait()
+
+        return finish
 
     def exchange_edges(self, left: Tensor, right: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """See `exchange_edges`."""
         neighbours = (self.rank > 0) + (self.rank < self.size - 1)
-        self.meter.add(f"{self.name}.halo", neighbours * left.numel() * left.element_size())
-        return exchange_edges(left, right, self.group)
+        sent = neighbours * left.numel() * left.element_size()
+        with self.meter.call(f"{self.name}.halo", sent):
+            return exchange_edges(left, right, self.group)
+
+    def _call(self, collective: str, x: Tensor) -> AbstractContextManager[None]:
+        sent = sent_bytes(collective, x.numel() * x.element_size(), self.size)
+        return self.meter.call(f"{self.name}.{collective}", sent)
 
     def _count(self, collective: str, x: Tensor) -> None:
-        sent = sent_bytes(collective, x.numel() * x.element_size(), self.size)
-        self.meter.add(f"{self.name}.{collective}", sent)
+        with self._call(collective, x):
+            pass

@@ -17,6 +17,9 @@ from flashdreams.parallel.collectives import Traffic
 GEMMS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_scaled_mm"})
 CONVOLUTIONS = frozenset({"convolution", "_convolution"})
 
+NARROW_CHANNELS = 32
+"""Convolutions between fewer channels reach less on a CPU, whose vectors they do not fill."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -28,6 +31,10 @@ class Work:
     """Operations of attention, as backends do it: no scores in memory."""
     convolution_flops: int = 0
     """Operations of convolutions."""
+    narrow_flops: int = 0
+    """The part of ``convolution_flops`` with fewer than `NARROW_CHANNELS` channels."""
+    weight_bytes: int = 0
+    """Bytes of the weights of matrix products."""
     gemm_bytes: int = 0
     """Bytes that matrix products and convolutions read and write."""
     other_bytes: int = 0
@@ -65,7 +72,8 @@ class Work:
 
 
 _NUMBERS = (
-    "gemm_flops", "attention_flops", "convolution_flops", "gemm_bytes", "other_bytes", "calls",
+    "gemm_flops", "attention_flops", "convolution_flops", "narrow_flops",
+    "weight_bytes", "gemm_bytes", "other_bytes", "calls",
 )  # fmt: skip
 
 
@@ -119,6 +127,11 @@ class Counter(TorchDispatchMode):
             kind = "gemm_flops" if name in GEMMS else "convolution_flops"
             self.numbers[kind] += flops
             self.numbers["gemm_bytes"] += nbytes
+            weights = args[2 if name in ("addmm", "baddbmm") else 1]
+            if name in GEMMS:
+                self.numbers["weight_bytes"] += _nbytes(weights)
+            elif min(weights.shape[:2]) < NARROW_CHANNELS:
+                self.numbers["narrow_flops"] += flops
         else:
             self.numbers["other_bytes"] += nbytes
 

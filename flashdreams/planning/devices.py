@@ -16,6 +16,9 @@ from flashdreams.planning.counts import count
 
 GB, TERA, GIB = 1e9, 1e12, 2**30
 
+COLD_WEIGHTS = 28
+"""Matrices of 0.6 MB whose reading is timed: together more than a core's own caches hold."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
@@ -32,6 +35,8 @@ class Device:
     """Reached by attention within a run."""
     convolution_tflops: float
     """Reached by the convolutions of decoders."""
+    narrow_tflops: float = 0.0
+    """The same where there are few channels; 0 makes no difference between them."""
     bandwidth_gb_s: float
     """Bytes to and from memory per second, in 10^9, reached by a copy."""
     fused_share: float = 1.0
@@ -39,6 +44,9 @@ class Device:
     still moves where fused kernels run."""
     call_us: float = 0.0
     """Least time of a kernel that the host has to launch; hidden on a GPU with enough work."""
+    weights_gb_s: float = 0.0
+    """Bytes of weights that a product of few rows reads per second, in 10^9, where weights come
+    from memory and take time of their own, as on a CPU; 0 does not count them."""
     link_gb_s: float = 0.0
     """Bytes that one device sends to others of its node per second, in 10^9."""
     internode_gb_s: float = 40.0
@@ -186,6 +194,8 @@ def measure_cpu(rows: int = 64, dim: int = 192) -> Device:
     x, w, b = new(rows, dim), new(dim, 4 * dim), new(4 * dim)
     q, k = new(1, 6, rows, 32), new(1, 6, 9 * rows, 32)
     image, kernel = new(1, 32, 32, 48), new(32, 32, 3, 3)
+    narrow, small = new(1, 4, 3, 34, 34), new(4, 4, 3, 3, 3)
+    few, cold = x[:16], [new(dim, 4 * dim) for _ in range(COLD_WEIGHTS)]
     big, one = new(rows, 4 * dim), new(16)
     call_s = _seconds(lambda: one.add(one))
     engine_s = _engine_call_s()
@@ -193,16 +203,21 @@ def measure_cpu(rows: int = 64, dim: int = 192) -> Device:
     def rate(flops: float, call: Callable[[], Any]) -> float:
         return flops / max(_seconds(call) - call_s, 1e-9) / TERA
 
+    cold_s = _seconds(lambda: [torch.addmm(b, few, weights) for weights in cold], 0.2) / len(cold)
+    gemm_tflops = rate(8 * rows * dim * dim, lambda: torch.addmm(b, x, w))
+    warm_s = call_s + 8 * len(few) * dim * dim / (gemm_tflops * TERA)
     convolution = 2 * image.numel() * 32 * 9
     return Device(
         name=f"this CPU, {torch.get_num_threads()} threads",
         memory_gib=_memory_bytes() / GIB,
         peak_tflops=0.0,
-        gemm_tflops=rate(8 * rows * dim * dim, lambda: torch.addmm(b, x, w)),
+        gemm_tflops=gemm_tflops,
         attention_tflops=rate(
             4 * q.numel() * 9 * rows, lambda: F.scaled_dot_product_attention(q, k, k)
         ),
         convolution_tflops=rate(convolution, lambda: F.conv2d(image, kernel, padding=1)),
+        narrow_tflops=rate(2 * 27 * 4 * 4 * 32 * 32, lambda: F.conv3d(narrow, small)),
+        weights_gb_s=cold[0].nbytes / max(cold_s - warm_s, 1e-9) / GB,
         bandwidth_gb_s=8 * big.numel() / max(_seconds(lambda: big + 1.0) - call_s, 1e-9) / GB,
         call_us=1e6 * engine_s,
         link_gb_s=1.0,

@@ -156,10 +156,13 @@ def predict_ms(
         far = degrees.world_size > device.ranks_per_node and outer
         rate = (device.internode_gb_s if far else device.link_gb_s) or device.internode_gb_s
         collectives += traffic.bytes_sent / (rate * GB) + traffic.calls * device.latency_us * 1e-6
+    weights_s = work.weight_bytes / (device.weights_gb_s * GB) if device.weights_gb_s else 0.0
+    narrow_s = work.narrow_flops / ((device.narrow_tflops or device.convolution_tflops) * TERA)
+    wide_flops = work.convolution_flops - work.narrow_flops
     return Milliseconds(
-        gemm=1e3 * work.gemm_flops / (device.gemm_tflops * TERA),
+        gemm=1e3 * (work.gemm_flops / (device.gemm_tflops * TERA) + weights_s),
         attention=1e3 * work.attention_flops / (device.attention_tflops * TERA),
-        convolution=1e3 * work.convolution_flops / (device.convolution_tflops * TERA),
+        convolution=1e3 * (wide_flops / (device.convolution_tflops * TERA) + narrow_s),
         memory=1e3 * moved_bytes / (device.bandwidth_gb_s * GB),
         calls=1e-3 * work.calls * device.call_us,
         collectives=1e3 * collectives,

@@ -13,6 +13,9 @@ from flashdreams.runtime.files import write_whole
 MAX_EVENTS = 200_000
 """Spans that one rank keeps; later ones are dropped and counted, so that memory stays bounded."""
 
+TRACKS = ("stages", "collectives")
+"""Rows of a rank in the timeline, by their ``tid``."""
+
 MAX_STEPS = 1024
 """AR steps whose times a rank keeps."""
 
@@ -57,6 +60,18 @@ class Tracer:
             if self.keep:
                 self._add(name, index, start_ns / 1e3, duration_us, _since(before, sent()))
 
+    def note_collective(self, name: str, bytes_sent: int, start_ns: int) -> None:
+        """Record a collective that has just returned as a span beside the stages.
+
+        Args:
+            name: such as ``"ulysses.all_to_all"``.
+            bytes_sent: by this rank.
+            start_ns: ``time.time_ns()`` at its begin.
+        """
+        duration_us = (time.time_ns() - start_ns) / 1e3
+        args = {"bytes_sent": bytes_sent}
+        self._append(name, "collective", start_ns / 1e3, duration_us, 1, args)
+
     def _add(
         self,
         name: str,
@@ -65,12 +80,17 @@ class Tracer:
         duration_us: float,
         sent: dict[str, Any],
     ) -> None:
+        step = {} if index is None else {"autoregressive_index": index}
+        self._append(name, "stage", start_us, duration_us, 0, {**step, **sent})
+
+    def _append(
+        self, name: str, category: str, start_us: float, duration_us: float, track: int, args: Any
+    ) -> None:
         if len(self.events) >= MAX_EVENTS:
             self.dropped += 1
             return
-        step = {} if index is None else {"autoregressive_index": index}
-        event = {"name": name, "cat": "stage", "ph": "X", "ts": start_us, "dur": duration_us}
-        self.events.append({**event, "pid": self.rank, "tid": 0, "args": {**step, **sent}})
+        event = {"name": name, "cat": category, "ph": "X", "ts": start_us, "dur": duration_us}
+        self.events.append({**event, "pid": self.rank, "tid": track, "args": args})
 
 
 def _since(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
@@ -97,6 +117,11 @@ def write_trace(path: Path, ranks: Sequence[Sequence[dict[str, Any]]]) -> None:
     named = [
         {"name": "process_name", "ph": "M", "pid": rank, "tid": 0, "args": {"name": f"rank {rank}"}}
         for rank in range(len(ranks))
+    ]
+    named += [
+        {"name": "thread_name", "ph": "M", "pid": rank, "tid": track, "args": {"name": name}}
+        for rank in range(len(ranks))
+        for track, name in enumerate(TRACKS)
     ]
     shifted = [{**event, "ts": event["ts"] - begin} for event in events]
     with write_whole(path) as file:

@@ -140,7 +140,7 @@ def reference_on(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("FLASHDREAMS_KILLS", "2"))))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("FLASHDREAMS_KILLS", "3"))))
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_rank_that_is_killed_at_any_moment_leaves_the_same_run(
     ranks, seed, tmp_path, reference_on

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-from flashdreams.infra import snapshot
+from flashdreams.infra import resumable, snapshot
 from flashdreams.infra.snapshot_header import read_header
-from flashdreams.parallel.environment import OtherRankError
+from flashdreams.parallel.environment import Launch, OtherRankError
 from flashdreams.runtime.parts import read_part
 from tests.harness import RankError, run_ranks
 from tests.parallel.pipelines import (
@@ -110,6 +110,19 @@ def test_a_part_that_is_damaged_stops_every_rank(tmp_path):
 def test_nodes_that_do_not_share_the_folder_are_told(tmp_path, monkeypatch):
     with pytest.raises(RankError, match=r"several nodes need a folder|Another rank"):
         run_ranks(save_apart, 2, tmp_path)
+
+
+def test_nodes_that_do_not_share_the_folder_are_told_at_the_start(tmp_path):
+    with pytest.raises(RankError, match=r"Rank 1 on .* does not see|Another rank"):
+        run_ranks(start_apart, 2, tmp_path, True)
+    run_ranks(start_apart, 2, tmp_path, False)  # negative control: one folder
+
+
+def start_apart(folder, apart):
+    """Begin a run on ranks that, if ``apart``, have an output folder each."""
+    resumable.SHARED_FOLDER_S = 0.2
+    own = folder / str(torch.distributed.get_rank() if apart else 0)
+    resumable.ResumableRun(own, Launch("", 0), every=2, kept=1, resume=False)
 
 
 def save_apart(folder):

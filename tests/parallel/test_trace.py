@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+CLOCK_US = 1.0
+"""What times in microseconds, as floating-point numbers, are off by."""
+
 WORDS = ["self-forcing-tiny-random", "--total-blocks", "2"]
 
 
@@ -32,6 +35,42 @@ def run(tmp_path, ranks: int) -> tuple[dict, dict]:
     return json.loads(trace.read_text()), stats["header"]
 
 
+def check_chrome_format(trace: dict) -> None:
+    """Every event is one that Chrome's trace format knows, and spans of a track are nested."""
+    tracks: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    for event in trace["traceEvents"]:
+        assert {"name", "ph", "pid", "tid"} <= event.keys() and event["ph"] in ("X", "M")
+        if event["ph"] == "M":
+            assert event["name"] in ("process_name", "thread_name") and event["args"]["name"]
+            continue
+        assert event["cat"] and event["ts"] >= 0 and event["dur"] >= 0
+        span = (event["ts"], -event["dur"])
+        tracks.setdefault((event["pid"], event["tid"]), []).append(span)
+    named = {(e["pid"], e["tid"]) for e in trace["traceEvents"] if e["name"] == "thread_name"}
+    assert tracks.keys() <= named
+    for spans in tracks.values():
+        ends: list[float] = []
+        for start, negative in sorted(spans):
+            while ends and ends[-1] <= start + CLOCK_US:
+                ends.pop()
+            assert not ends or start - negative <= ends[-1] + CLOCK_US
+            ends.append(start - negative)
+
+
+def test_spans_that_overlap_are_noticed():
+    """Negative control of the check."""
+
+    def span(ts: float, dur: float) -> dict:
+        return {"name": "s", "cat": "stage", "ph": "X", "ts": ts, "dur": dur, "pid": 0, "tid": 0}
+
+    track = {"name": "thread_name", "ph": "M", "pid": 0, "tid": 0, "args": {"name": "stages"}}
+    check_chrome_format({"traceEvents": [track, span(0, 100), span(10, 50), span(200, 5)]})
+    with pytest.raises(AssertionError):
+        check_chrome_format({"traceEvents": [track, span(0, 100), span(50, 100)]})
+    with pytest.raises(AssertionError):
+        check_chrome_format({"traceEvents": [span(0, 100)]})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_writes_a_timeline_of_all_ranks(tmp_path, ranks):
@@ -46,6 +85,20 @@ def test_a_run_writes_a_timeline_of_all_ranks(tmp_path, ranks):
         steps = [e["args"]["autoregressive_index"] for e in own if e["name"] == "generate"]
         assert steps == [0, 1]
         assert all(event["dur"] > 0 and event["ts"] >= 0 for event in own)
+    check_chrome_format(trace)
+    collectives = [e for e in spans if e["cat"] == "collective"]
+    assert bool(collectives) == (ranks == 2)
+    assert all(e["tid"] == 1 and e["args"]["bytes_sent"] >= 0 for e in collectives)
+    generated = [e for e in spans if e["name"] == "generate" and e["pid"] == 0]
+    for stage in generated:  # the spans within a stage add up to what it says it sent
+        within = [
+            e for e in collectives
+            if e["pid"] == 0 and stage["ts"] <= e["ts"] <= stage["ts"] + stage["dur"]
+            and e["name"] == "ulysses.all_to_all"
+        ]  # fmt: skip
+        told = stage["args"].get("ulysses.all_to_all", {"calls": 0, "bytes_sent": 0})
+        found = {"calls": len(within), "bytes_sent": sum(e["args"]["bytes_sent"] for e in within)}
+        assert found == told
     sent = [e["args"] for e in spans if e["name"] == "generate"]
     assert all(("ulysses.all_to_all" in args) == (ranks == 2) for args in sent)
     assert len(header["p50_ms_by_rank"]) == ranks and header["slowest_rank"] < ranks

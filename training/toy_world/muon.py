@@ -28,7 +28,7 @@ class BatchedMuon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Update all matrices that have a gradient."""
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}
@@ -39,7 +39,7 @@ class BatchedMuon(torch.optim.Optimizer):
                 self._step(parameters, group["lr"], group["momentum"])
 
     def _step(self, parameters: list[Tensor], lr: float, momentum: float) -> None:
-        grads = [p.grad for p in parameters]
+        grads = [p.grad for p in parameters if p.grad is not None]
         for p in parameters:
             self.state[p].setdefault("mean", torch.zeros_like(p))
         means = [self.state[p]["mean"] for p in parameters]

@@ -1,6 +1,6 @@
 """The transformer contract: a network and the rollout state that it reads and writes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -255,6 +255,20 @@ class Transformer(Component):
             JSON values by the name of the config's field.
         """
         return {}
+
+    def apply_choices(self, stored: Mapping[str, Any], device: torch.device) -> list[str]:
+        """Use what an earlier run decided where the config leaves it open; before weights load.
+
+        The inverse of ``resolved_choices``. Attention is not among them.
+
+        Args:
+            stored: numerics fingerprint of that run.
+            device: where this one runs.
+
+        Returns:
+            A line for each choice that cannot be used, with the reason.
+        """
+        return []
 
     @property
     def needs_warm_up(self) -> bool:

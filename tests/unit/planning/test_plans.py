@@ -1,10 +1,12 @@
 """The planner's counts against the cost model, against tensors, and its text."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from flashdreams import plan
 from flashdreams.infra.config import derive_config
@@ -13,9 +15,9 @@ from flashdreams.integrations.self_forcing.config import TAEHV_PIPELINE, TINY_PI
 from flashdreams.parallel.dry import dry_mesh
 from flashdreams.parallel.mesh import ParallelConfig, ParallelDegrees
 from flashdreams.planning.advice import explain
-from flashdreams.planning.counts import storages
+from flashdreams.planning.counts import count, storages
 from flashdreams.planning.devices import DEVICES, GIB, read_devices, resolve_gpus
-from flashdreams.planning.plans import Planner
+from flashdreams.planning.plans import Planner, predict_ms
 
 H200 = DEVICES["H200-141GB"]
 DEGREES = [
@@ -85,6 +87,25 @@ def test_the_step_that_was_measured_on_an_h200_is_met():
     assert found.frames == 12 and found.is_real_time and found.limit == "attention"
 
 
+def test_weights_and_narrow_convolutions_take_time_of_their_own_where_a_device_says_so():
+    with torch.device("meta"):
+        linear, narrow, wide = nn.Linear(8, 16), nn.Conv2d(4, 40, 3), nn.Conv2d(40, 40, 3)
+        rows, image, large = torch.empty(4, 8), torch.empty(1, 4, 9, 9), torch.empty(1, 40, 9, 9)
+    of_linear, _ = count(linear, lambda: linear(rows))
+    assert (of_linear.weight_bytes, of_linear.narrow_flops) == (8 * 16 * 4, 0)
+    of_narrow, _ = count(narrow, lambda: narrow(image))
+    assert of_narrow.narrow_flops == of_narrow.convolution_flops > 0 == of_narrow.weight_bytes
+    of_wide, _ = count(wide, lambda: wide(large))
+    assert of_wide.convolution_flops > 0 == of_wide.narrow_flops
+    work, one = of_linear + of_narrow + of_wide, ParallelDegrees()
+    plain = predict_ms(work, one, H200)
+    slow = replace(H200, narrow_tflops=H200.convolution_tflops / 4, weights_gb_s=1e-3)
+    found = predict_ms(work, one, slow)
+    assert found.gemm - plain.gemm == pytest.approx(1e3 * 8 * 16 * 4 / 1e6)
+    narrow_ms = 1e3 * of_narrow.narrow_flops / (H200.convolution_tflops * 1e12)
+    assert found.convolution - plain.convolution == pytest.approx(3 * narrow_ms)
+
+
 def test_all_legal_degrees_are_there_and_the_best_is_first():
     found = Planner(TINY_PIPELINE, H200).plans(4)  # two heads
     assert {(p.degrees.ring, p.degrees.ulysses, p.degrees.tp) for p in found} == {
@@ -112,12 +133,12 @@ def test_a_file_changes_the_table(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "count", "name"),
+    ("text", "number", "name"),
     [("8xH100-80GB", 8, "H100-80GB"), ("h200", 1, "H200-141GB"), ("2xb200", 2, "B200-180GB")],
 )
-def test_gpus_are_read(text, count, name):
+def test_gpus_are_read(text, number, name):
     found, device = resolve_gpus(text, DEVICES)
-    assert (found, device.name) == (count, name)
+    assert (found, device.name) == (number, name)
 
 
 @pytest.mark.parametrize("text", ["8xH99", "xH200", "0xH200", "8xA100", ""])

@@ -1,0 +1,89 @@
+"""Numerics choices of an earlier run, used again instead of being measured."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashdreams.attention.backends import BACKENDS, why_unusable
+from flashdreams.attention.choose import AUTO
+from flashdreams.infra.diffusion.transformer import Transformer
+from flashdreams.infra.snapshot_header import read_header
+from flashdreams.parallel.mesh import Mesh
+from flashdreams.runtime.text import shown
+
+MAX_LINE_BYTES = 2**24
+"""Of the first line of a log, which holds a config."""
+
+
+@dataclass(frozen=True)
+class StoredAttention:
+    """The attention of an earlier run."""
+
+    name: str
+    """Of the backend."""
+    processors: int | None = None
+    """Multiprocessors that its KV splits were chosen for; None asks the device."""
+
+
+def find_attention(
+    stored: Mapping[str, Any], transformer: Transformer, mesh: Mesh, device: torch.device
+) -> tuple[StoredAttention | None, list[str]]:
+    """The attention of an earlier run, as far as it can be had here.
+
+    Args:
+        stored: numerics fingerprint of that run.
+        transformer: that shall run it.
+        mesh: the ranks.
+        device: where it runs.
+
+    Returns:
+        What to use, None to choose anew; and a line for a choice that is not used.
+    """
+    name, shape = stored.get("attention_backend"), transformer.attention_shape(1)
+    asked = transformer.config.attention_backend
+    if not isinstance(name, str) or shape is None or name == asked:
+        return None, []
+    if asked != AUTO:
+        reason = f"the config asks for {asked}"
+    elif name not in BACKENDS:
+        reason = "no backend of this release has that name"
+    elif mesh.config.strict:
+        reason = "strict ranks take the first backend whose bits do not depend on the ranks"
+    elif mesh.config.context_backend == "xfuser" and mesh.sequence.size > 1:
+        reason = "xfuser brings its own attention"
+    else:
+        reason = why_unusable(name, device, transformer.dtype, shape.head_dim) or ""
+    if reason:
+        return None, [f"attention_backend {shown(name)} is not used: {reason}"]
+    processors = stored.get("attention_processors")
+    return StoredAttention(name, processors if isinstance(processors, int) else None), []
+
+
+def read_choices(path: Path) -> Mapping[str, Any]:
+    """The numerics fingerprint in a log of a run or in a snapshot.
+
+    Args:
+        path: ``log_<slug>.jsonl``, or the folder of a snapshot.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if path.is_dir():
+        return read_header(path).fingerprint
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.readline(MAX_LINE_BYTES))["fingerprint"]
+        if not isinstance(found, dict):
+            raise TypeError("its fingerprint is no mapping")
+    except OSError as error:
+        raise ValueError(f"--numerics-from {path} cannot be read: {error.strerror}.") from error
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"--numerics-from {path} is neither a log of a run (log_<slug>.jsonl) nor the folder "
+            "of a snapshot. Name one of them, or leave the option away."
+        ) from error
+    return found

@@ -1,0 +1,37 @@
+"""A stream for messages and progress bars whose loss is no error of the run."""
+
+import contextlib
+from typing import Any, TextIO
+
+
+class LossyStream:
+    """Passes text on to a stream, and drops what that one cannot take.
+
+    A full disk behind ``2>`` or a terminal that has gone away would otherwise end a run in the
+    middle of a progress bar, and change the exit code of one that is done.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        """Wrap a stream, such as ``sys.stderr``.
+
+        Args:
+            stream: the one to write to; all that is not writing is asked of it.
+        """
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, or drop, a text; gives its length either way."""
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand what was written to the system, if it takes it."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+__all__ = ["LossyStream"]

@@ -1,0 +1,70 @@
+"""Runs with snapshots: a snapshot that fails ends nothing, and the folder has to be shared."""
+
+import errno
+import json
+import logging
+
+import pytest
+
+from flashdreams.infra import resumable, snapshot
+from flashdreams.infra.resumable import MARK_NAME, ResumableRun
+from flashdreams.parallel.environment import Launch, OtherRankError
+from flashdreams.run import main
+
+SLUG, STEPS = "self-forcing-tiny-random", 5
+ALONE = Launch("", 0)
+
+
+def run(folder, *words):
+    assert main([SLUG, "--total-blocks", f"{STEPS}", "--output-dir", str(folder), *words]) == 0
+    stats = json.loads((folder / f"stats_{SLUG}.json").read_text())
+    return [record["latent_sha256"] for record in stats["records"]]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_full_disk_ends_the_snapshot_and_not_the_run(failing, tmp_path, monkeypatch, caplog):
+    """Of the snapshots before AR steps 2 and 4, the ``failing``-th finds no space."""
+    calls, write = [], snapshot.write_part
+
+    def write_part(path, entries):
+        calls.append(path)
+        if len(calls) == failing:
+            path.write_bytes(b"half of a part")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, entries)
+
+    expected = run(tmp_path / "plain")
+    monkeypatch.setattr(snapshot, "write_part", write_part)
+    with caplog.at_level(logging.WARNING):
+        assert run(tmp_path / "out", "--snapshot-every", "2") == expected
+    told = [r.getMessage() for r in caplog.records if r.name == resumable.__name__]
+    assert len(calls) == 2 and len(told) == 1
+    assert told[0].startswith(f"No snapshot before AR step {2 * failing}: ")
+    assert "No space left" in told[0] and told[0].endswith("The run goes on.")
+    (home,) = [p for p in (tmp_path / "out" / f"resume_{SLUG}").iterdir() if p.is_dir()]
+    left = [path.name for path in home.iterdir() if path.name != "segments"]
+    assert left == [f"step-{6 - 2 * failing:08d}"]  # the other one, and nothing unfinished
+
+
+def test_a_folder_is_shared_if_the_mark_of_rank_zero_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(resumable, "SHARED_FOLDER_S", 0.0)
+    ours = ResumableRun(tmp_path / "run", ALONE, every=2, kept=1, resume=False)
+    assert json.loads((ours.folder / MARK_NAME).read_text())["token"] == ours.token
+    # Another node writes elsewhere: this one sees nothing, or the mark of an older run.
+    for mark in (None, '{"token": "01234567"}', "[]", "{"):
+        (ours.folder / MARK_NAME).unlink(missing_ok=True)
+        if mark is not None:
+            (ours.folder / MARK_NAME).write_text(mark)
+        with pytest.raises(ValueError, match=r"does not see .*run\.json.*--output-dir"):
+            ours._require_shared_folder()
+    monkeypatch.setattr(resumable, "all_ranks_agree", lambda _: False)
+    (ours.folder / MARK_NAME).write_text(json.dumps({"token": ours.token}))
+    with pytest.raises(OtherRankError):
+        ours._require_shared_folder()
+
+
+def test_a_run_without_snapshots_asks_for_no_shared_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(resumable, "all_ranks_agree", lambda _: False)
+    ResumableRun(tmp_path / "run", ALONE, every=0, kept=1, resume=True)
+    with pytest.raises(OtherRankError):
+        ResumableRun(tmp_path / "run", ALONE, every=1, kept=1, resume=False)

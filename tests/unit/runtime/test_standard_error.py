@@ -1,0 +1,48 @@
+"""Messages that nobody takes leave a run as it is."""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from flashdreams.runtime.standard_error import LossyStream
+from tests.full_disk import needs_full_device
+
+SLUG = "self-forcing-tiny-random"
+
+
+def test_text_is_passed_on():
+    stream = io.StringIO()
+    lossy = LossyStream(stream)
+    assert lossy.write("one") == 3 and stream.getvalue() == "one"
+    assert lossy.isatty() is False and lossy.encoding == stream.encoding
+    stream.close()
+    assert lossy.write("two") == 3
+    lossy.flush()
+
+
+@needs_full_device
+def test_what_a_full_disk_does_not_take_is_dropped():
+    told = []
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:  # closing it fails as well
+        print("a line", file=LossyStream(full), flush=True)
+        with pytest.raises(OSError):  # negative control: the stream itself
+            print("a line", file=full, flush=True)
+        told.append(full)
+    assert told
+
+
+@needs_full_device
+def test_a_full_disk_behind_stderr_leaves_the_exit_code(tmp_path):
+    words = [SLUG, "--total-blocks", "2", "--output-dir", str(tmp_path / "out")]
+    program = [sys.executable, "-m", "flashdreams.run"]
+    with open("/dev/full", "w") as full:
+        good = subprocess.run([*program, *words], stdout=subprocess.PIPE, stderr=full, text=True)
+        bad = subprocess.run(
+            [*program, *words, "--fps", "0"], stdout=subprocess.PIPE, stderr=full, text=True
+        )
+    assert good.returncode == os.EX_OK and "written:" in good.stdout
+    assert bad.returncode == 2  # a failure stays one, though nobody reads why
