@@ -41,8 +41,8 @@ COPY kernels kernels
 COPY flashdreams flashdreams
 # Versions are those that pyproject.toml allows.
 # hadolint ignore=DL3013
-RUN pip install ".[text,gpu]" \
-    && flashdreams-run --help
+RUN pip install ".[text,gpu,serve]" \
+    && flashdreams-run --help && flashdreams-serve --help
 
 RUN groupadd --gid 10001 dreamer \
     && useradd --uid 10001 --gid dreamer --no-create-home --home-dir /workspace dreamer \

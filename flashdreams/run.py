@@ -296,7 +296,10 @@ def _read_replay(line: CommandLine, registry: Registry) -> Any:
         raise UsageError(f"--replay {path}: its config cannot be kept in a file.")
     config = load_config(text, list(registry.values()), str(path))
     folder = config.output_dir / "replay"
-    return replace(config, output_dir=folder, resume=False, numerics_from=path)
+    config = replace(config, output_dir=folder, resume=False, numerics_from=path)
+    if line.replay.header.get("served") and hasattr(config, "total_blocks"):
+        config = replace(config, total_blocks=max(line.replay.steps, default=0) + 1)
+    return config
 
 
 def _apply_overrides(config: Any, line: CommandLine) -> Any:

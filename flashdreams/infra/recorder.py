@@ -20,7 +20,7 @@ import flashdreams
 from flashdreams.infra.config_file import config_hash, dump_config
 from flashdreams.infra.identity import describe_config, describe_inputs
 from flashdreams.infra.pipeline import StreamInferencePipeline, StreamInferencePipelineCache
-from flashdreams.infra.run_log import Replay, RunLog, command_to_json, sample_of
+from flashdreams.infra.run_log import Replay, RunLog, sample_of, turn_row
 from flashdreams.infra.session import Turn
 from flashdreams.parallel.environment import Environment
 from flashdreams.parallel.mesh import Mesh
@@ -233,11 +233,8 @@ class RunRecorder:
     def note_turn(self, number: int, turn: Turn) -> None:
         """Log what a session was told; called before the turn is applied."""
         if self.environment.is_rank_zero and turn.commands:
-            rows = [command_to_json(command) for command in turn.commands]
-            index = turn.autoregressive_index
-            self._append(
-                self.log, {"turn": number, "autoregressive_index": index, "commands": rows}
-            )
+            row = turn_row(number, turn.autoregressive_index, turn.commands)
+            self._append(self.log, row)
 
     @property
     def stats_path(self) -> Path:

@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +51,15 @@ def command_from_json(row: Mapping[str, Any]) -> Command:
     return Command(
         kind=row["kind"], at_frame=row.get("at_frame"), values=row["values"], tensors=tensors
     )
+
+
+def turn_row(number: int, autoregressive_index: int, commands: Iterable[Command]) -> dict[str, Any]:
+    """The line of a turn: what the session was told before an AR step."""
+    return {
+        "turn": number,
+        "autoregressive_index": autoregressive_index,
+        "commands": [command_to_json(command) for command in commands],
+    }
 
 
 def sample_of(latent: Tensor) -> str:
@@ -103,11 +112,15 @@ class RunLog:
         self._write(row)
 
     def resume(self, turns: int) -> None:
-        """Go on after the first turns of the file that is there; what came later is deleted."""
+        """Go on after the first turns of the file that is there; what came later is deleted.
+
+        What the session was told between those turns and the next one stays.
+        """
         kept = []
         for line in self.path.read_bytes().splitlines(keepends=True):
             row = json.loads(line) if line.endswith(b"\n") else {"turn": turns}
-            if row.get("turn", row.get("step", -1)) < turns:
+            last = turns if row.get("between_steps") else turns - 1
+            if row.get("turn", row.get("step", -1)) <= last:
                 kept.append(line)
         self._file = self.path.open("wb")
         self._file.writelines(kept)
@@ -138,6 +151,8 @@ class Replay:
     """What the session was told, by the number of its turn."""
     steps: Mapping[int, Mapping[str, Any]]
     """Hash and sample of each step, by the number of its turn."""
+    opening: Mapping[str, Any] = field(default_factory=dict)
+    """Conditions that a served session brought in place of its server's: ``text``, ``image``."""
     compared: int = 0
     different: list[int] = field(default_factory=list)
     """Steps with another hash."""
@@ -191,6 +206,11 @@ class Replay:
         return f"{first}. The runs differ in {'; '.join(reasons[:5])}."
 
 
+def _read_opening(row: Mapping[str, Any]) -> dict[str, Any]:
+    tensors = load(base64.b64decode(row["tensors"])) if "tensors" in row else {}
+    return {"text": [row["text"]], **tensors} if "text" in row else dict(tensors)
+
+
 def read_log(path: Path) -> Replay:
     """Read a log; a last line that was cut off is left out.
 
@@ -205,17 +225,16 @@ def read_log(path: Path) -> Replay:
             raise LogError(
                 f"{path} has log format {header['format']}; this release reads {LOG_FORMAT}."
             )
-        turns = {
-            row["turn"]: [command_from_json(command) for command in row["commands"]]
-            for row in rows[1:]
-            if "turn" in row
-        }
+        turns: dict[int, list[Command]] = {}
+        for row in (row for row in rows[1:] if "turn" in row):
+            told = [command_from_json(command) for command in row["commands"]]
+            turns.setdefault(row["turn"], []).extend(told)
         steps = {row["step"]: row for row in rows[1:] if "step" in row}
         if not {"config", "fingerprint", "inputs", "method"} <= header.keys():
             raise LookupError("its first line is not that of a run")
         for row in steps.values():
             largest_difference(row["sample"], row["sample"])
-        return Replay(header, turns, steps)
+        return Replay(header, turns, steps, _read_opening(header.get("opening", {})))
     except LogError:
         raise
     except OSError as error:

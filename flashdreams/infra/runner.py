@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Generic, TypeVar
@@ -271,9 +271,11 @@ class Runner(Generic[ConfigT, PipelineT]):
         """Begin a rollout that can be steered, or go on with it; a collective call."""
         controller = self.controller()
         progress = self.resumable.resume(self.pipeline, controller)
+        replay = self.recorder.replay
+        opening = {} if replay is None else replay.opening
         session = Session(
             self.pipeline,
-            self.conditions(),
+            {**self.conditions(), **to_device(opening, self.device)},
             seed=self.config.seed if progress is None else progress.seed,
             controller=controller,
             channel=MessageChannel(self.environment.store),
@@ -448,6 +450,14 @@ class Runner(Generic[ConfigT, PipelineT]):
                 Path(self._claim.name).unlink(missing_ok=True)
             self._claim.close()
             self._claim = None
+
+
+def to_device(conditions: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Conditions with their tensors on a device."""
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in conditions.items()
+    }
 
 
 def set_threads(threads: int | None, pipeline: StreamInferencePipeline) -> None:

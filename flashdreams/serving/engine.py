@@ -12,10 +12,11 @@ from flashdreams.infra.finite import NotFiniteError
 from flashdreams.infra.parked import ParkedRollout
 from flashdreams.infra.pipeline import StreamInferencePipeline
 from flashdreams.infra.run_log import command_to_json
-from flashdreams.infra.session import Session, Step
+from flashdreams.infra.session import Command, Session, Step
 from flashdreams.parallel.environment import OtherRankError
 from flashdreams.parallel.messages import MessageChannel
 from flashdreams.serving.orders import Order
+from flashdreams.serving.session_log import SessionLogs
 
 MAX_LOGGED = 1024
 """Commands of a session that are kept for its snapshots; the last ones."""
@@ -75,6 +76,8 @@ class SessionEngine:
         """On the device."""
         self.parked: dict[str, ParkedSession] = {}
         """In host memory."""
+        self.logs: SessionLogs | None = None
+        """Of the sessions, on rank zero; None writes none."""
         self._channel = channel
         self._idle = True
 
@@ -117,13 +120,19 @@ class SessionEngine:
         return told
 
     def _open(self, order: Order) -> None:
-        self.live[order.session] = self._new_session(order)
+        self.live[order.session] = session = self._new_session(order)
+        if self.logs is not None:
+            self.logs.begin(session, order.values.get("prompt"), order.tensors)
 
     def _resume(self, order: Order) -> None:
         controller = self.new_controller()
         folder = Path(order.values["folder"])
         cache = self.pipeline.resume(folder, controller=controller)
-        self.live[order.session] = self._new_session(order, controller=controller, cache=cache)
+        session = self._new_session(order, controller=controller, cache=cache)
+        self.live[order.session] = session
+        session.turns = order.values.get("turns", 0)
+        if self.logs is not None:
+            self.logs.resume(session)
 
     def _new_session(self, order: Order, **going_on: Any) -> Session:
         own: dict[str, Tensor] = {
@@ -147,19 +156,31 @@ class SessionEngine:
         session = self.live[order.session]
         step = session.step(order.turn())
         del session.log[:-MAX_LOGGED]
+        if self.logs is not None:
+            self.logs.note_step(session, step)
         return step
 
     def _save(self, order: Order) -> None:
         self.live[order.session].keep("save", order.values["name"])
+        self._note(order)
 
     def _fork(self, order: Order) -> None:
         self.live[order.session].keep("fork", order.values["name"])
+        self._note(order)
 
     def _rewind(self, order: Order) -> None:
         self.live[order.session].rewind(order.values["name"])
+        self._note(order)
 
     def _reset(self, order: Order) -> None:
         self.live[order.session].reset(order.values.get("seed"))
+        self._note(order)
+
+    def _note(self, order: Order) -> None:
+        if self.logs is not None:
+            kind: Any = order.kind
+            session = self.live[order.session]
+            self.logs.note(session, Command(kind=kind, values=dict(order.values)))
 
     def _snapshot(self, order: Order) -> None:
         session = self.live[order.session]
@@ -192,6 +213,8 @@ class SessionEngine:
     def _close(self, order: Order) -> None:
         self.parked.pop(order.session, None)
         session = self.live.pop(order.session, None)
+        if self.logs is not None:
+            self.logs.close(order.session)
         if session is None:
             return
         for cache in (session.cache, *session.forks.values()):

@@ -76,6 +76,8 @@ class LiveHost(Host):
         self.engine_of: Callable[[str], Session | None] = lambda session: None
         """The session of an identifier, on the device or parked in host memory."""
         self.parked_bytes: Callable[[], int] = lambda: 0
+        self.adopt: Callable[[str], LiveSession | None] = lambda session: None
+        """A session that another server has left, from its folder; called without the lock."""
 
     def open(self, opening: Opening, listener: Listener) -> str:
         """See the contract."""
@@ -83,7 +85,7 @@ class LiveHost(Host):
             raise Refused(f"num_frames={opening.num_frames} must be at least 1.")
         tensors = self._tensors_of(opening)
         live = LiveSession(
-            id=secrets.token_urlsafe(24),
+            id="-".join(filter(None, (self.limits.name, secrets.token_urlsafe(24)))),
             prompt=opening.prompt,
             seed=self.offer.seed if opening.seed is None else opening.seed,
             num_frames=opening.num_frames,
@@ -120,6 +122,11 @@ class LiveHost(Host):
 
     def attach(self, session: str, listener: Listener, from_frame: int = 0) -> int:
         """See the contract."""
+        if session not in self.sessions and not self.draining:
+            adopted = self.adopt(session)
+            if adopted is not None:
+                with self.lock:
+                    self.sessions.setdefault(session, adopted)
         with self.lock:
             self._refuse_draining()
             live = self._find(session)

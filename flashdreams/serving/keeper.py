@@ -35,10 +35,18 @@ class Keeper:
 
     def take_over(self) -> None:
         """Offer the sessions that an earlier process has left to their clients."""
+        self.folder.claim()
         for kept in self.folder.find() if self.keeps else []:
             live = _from_disk(kept)
             with self.host.lock:
                 self.host.sessions[live.id] = live
+
+    def adopt(self, session: str) -> LiveSession | None:
+        """A session of another server, whose snapshot moves to this one's folder."""
+        if not self.keeps or self.host.limits.adopt_from is None:
+            return None
+        kept = self.folder.adopt(session, self.host.limits.adopt_from)
+        return None if kept is None else _from_disk(kept)
 
     def admit(self, live: LiveSession) -> None:
         """Give a session the place that is free."""
@@ -59,13 +67,13 @@ class Keeper:
             self.host.tell_states()
 
     def _begin(self, live: LiveSession) -> None:
-        values: dict[str, Any] = {"seed": live.seed}
+        values: dict[str, Any] = {"seed": live.seed, "prompt": live.prompt}
         if live.where == "host":
             self.dispatcher.tell(Order(kind="unpark", session=live.id))
             return
         kind: Any = "open" if live.where == "nowhere" else "resume"
         if kind == "resume":
-            values["folder"] = str(live.snapshot)
+            values |= {"folder": str(live.snapshot), "turns": live.chunks}
         self.dispatcher.tell(Order(kind=kind, session=live.id, values=values, tensors=live.tensors))
         if kind == "open" and self.keeps:
             self.folder.keep_opening(live.id, live.tensors)
@@ -181,6 +189,7 @@ class Keeper:
             if live.listener is not None:
                 text = live.failed or (RESTARTING if kept else STOPPING)
                 self.host.delivery.call(live.listener.on_end, text, live.closing)
+        self.folder.give_up()
         self.dispatcher.tell(Order(kind="stop"))
 
 

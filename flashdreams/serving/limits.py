@@ -1,5 +1,6 @@
 """The limits of a server."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,13 +43,33 @@ class ServingLimits:
     state_dir: Path | None = None
     """Folder of the sessions' snapshots; None: ``serve_<slug>`` in the output folder. Several nodes
     need one that all of them share."""
+    adopt_from: Path | None = None
+    """Folder whose sub-folders are the ``--state-dir`` of servers, this one's among them. A client
+    whose token none of this server's sessions has is taken up from there: for servers of which each
+    goes on with the sessions of those that have ended."""
+    name: str = ""
+    """Of this server, 24 letters, digits, - and _ at most. Tokens of its sessions begin with it, so
+    that a router knows where to send a client."""
+    max_logs: int = 256
+    """Logs of sessions that are kept, the newest, in ``logs`` of ``--adopt-from`` or
+    ``--state-dir``. ``flashdreams-run --replay LOG`` makes a session's frames again. 0 writes
+    none."""
     margin_ms: float = 8.0
     """How much earlier than needed an AR step begins."""
 
     def __post_init__(self) -> None:
         check_range(self, "max_sessions", "max_forks", "max_saves", as_flags=True)
-        check_range(self, "max_waiting", "max_kept", least=0, as_flags=True)
+        check_range(self, "max_waiting", "max_kept", "max_logs", least=0, as_flags=True)
         check_range(self, "max_session_s", least=1, as_flags=True)
         for name in ("pause_after_s", "park_after_s", "end_after_s", "parked_gib",
                      "snapshot_every", "margin_ms"):  # fmt: skip
             check_range(self, name, least=0, as_flags=True)
+        if not re.fullmatch(r"[\w-]{0,24}", self.name, re.ASCII):
+            raise ValueError(f"--name {self.name} must have at most 24 letters, digits, - and _.")
+        if self.adopt_from is not None and (
+            self.state_dir is None or self.state_dir.parent != self.adopt_from
+        ):
+            raise ValueError(
+                f"--adopt-from {self.adopt_from} needs a --state-dir in it; got {self.state_dir}. "
+                f"Try --state-dir {self.adopt_from / (self.name or 'NAME')}."
+            )

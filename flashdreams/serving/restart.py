@@ -1,24 +1,33 @@
 """What a server keeps of its sessions on disk, so that another process goes on with them."""
 
+import functools
+import glob
 import logging
 import re
 import shutil
+import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
 from flashdreams.infra.identity import describe_config, hash_weights
 from flashdreams.infra.snapshot import remove_unfinished
 from flashdreams.infra.snapshot_header import SnapshotError, check_identity, read_header
+from flashdreams.runtime.files import InUseError, open_owned
+from flashdreams.serving.interface import Refused
 
 logger = logging.getLogger(__name__)
 
-_SESSION = re.compile(r"[\w-]{16,64}")
+_SESSION = re.compile(r"[\w-]{16,64}", re.ASCII)
 _SNAPSHOT = re.compile(r"state-(\d{8})")
 _OPENING = "opening.safetensors"
+_IN_USE = ".in-use"
+"""Locked while a server lives; on a file system without locks nobody is waited for."""
+ADOPT_S = 30.0
+"""How long a server that ends may take to write its sessions, as those who come for them see it."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,7 @@ class SessionFolder:
         """
         self.root = root
         self._pipeline = pipeline
+        self._claim: BinaryIO | None = None
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def snapshot_path(self, session: str, number: int) -> Path:
@@ -87,7 +97,6 @@ class SessionFolder:
         What is damaged, or of another method, is said and stays as it is.
         """
         remove_unfinished(self.root)
-        self._identity = describe_config(self._pipeline), hash_weights(self._pipeline)
         found = []
         for folder in sorted(self.root.iterdir()):
             if _SESSION.fullmatch(folder.name) and folder.is_dir():
@@ -96,6 +105,64 @@ class SessionFolder:
                 kept = self._read(folder)
                 found += [] if kept is None else [kept]
         return found
+
+    def claim(self) -> None:
+        """Show other servers that this one lives, and has the sessions of its folder.
+
+        Raises:
+            ValueError: another server has them.
+            OSError: the folder cannot be written.
+        """
+        try:
+            self._claim = open_owned(self.root / _IN_USE)
+        except InUseError as error:
+            raise ValueError(
+                f"--state-dir {self.root}: another server uses it. Name another folder."
+            ) from error
+
+    def give_up(self) -> None:
+        """All is on disk: another server may take the sessions over."""
+        if self._claim is not None:
+            self._claim.close()
+
+    def adopt(self, session: str, among: Path) -> Kept | None:
+        """Take over a session from the folder of another server.
+
+        Its folder is renamed, so that of several servers one gets it. A server that still runs, or
+        writes its sessions before it ends, is waited for: until then it has the session.
+
+        Args:
+            session: its identifier, as a client gives it.
+            among: folder of the servers' folders.
+
+        Returns:
+            None: there is none, or its snapshot is damaged or of another method.
+
+        Raises:
+            Refused: the other server still has it.
+        """
+        if not _SESSION.fullmatch(session):  # before it is taken for the name of a folder
+            return None
+        for folder in sorted(among.glob(f"*/{glob.escape(session)}")):
+            if folder.parent == self.root:
+                continue
+            _await_end(folder.parent)
+            if self._read(folder) is None:
+                continue
+            own = self.root / session
+            try:
+                folder.rename(own)
+            except OSError as error:  # another server was faster
+                logger.warning("A session cannot be taken over: %s", error.strerror)
+                continue
+            remove_unfinished(own)
+            remove_unfinished(own / "saves")
+            return self._read(own)
+        return None
+
+    @functools.cached_property
+    def _identity(self) -> tuple[Any, Any]:
+        return describe_config(self._pipeline), hash_weights(self._pipeline)
 
     def _read(self, folder: Path) -> Kept | None:
         names = [path.name for path in folder.iterdir() if _SNAPSHOT.fullmatch(path.name)]
@@ -124,6 +191,21 @@ class SessionFolder:
             dying = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
             path.rename(dying)
             shutil.rmtree(dying, ignore_errors=True)
+
+
+def _await_end(folder: Path) -> None:
+    """Wait until no server has a folder of sessions."""
+    limit = time.monotonic() + ADOPT_S
+    while True:
+        try:
+            open_owned(folder / _IN_USE).close()
+            return
+        except InUseError:
+            if time.monotonic() > limit:
+                raise Refused("Another server has this session, and still runs.") from None
+        except OSError:  # its folder has gone
+            return
+        time.sleep(0.1)
 
 
 def _read_opening(path: Path) -> dict[str, Tensor]:

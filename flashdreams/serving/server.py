@@ -20,6 +20,7 @@ from flashdreams.serving.limits import ServingLimits
 from flashdreams.serving.loop import TurnLoop
 from flashdreams.serving.prompts import Prompts
 from flashdreams.serving.restart import SessionFolder
+from flashdreams.serving.session_log import SessionLogs
 from flashdreams.serving.turns import Turns
 
 
@@ -97,6 +98,10 @@ class Server:
                 keeps=self.trial.keeps and streams(pipeline),
             )
             keeper.take_over()  # before a client can ask for its session
+            self.host.adopt = keeper.adopt
+            if limits.max_logs:
+                logs = (limits.adopt_from or folder) / "logs"
+                self.engine.logs = SessionLogs(runner, logs, limits.max_logs)
             self._loop = TurnLoop(dispatcher, keeper, Turns(dispatcher, streams=streams(pipeline)))
 
     def run(self) -> None:

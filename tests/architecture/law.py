@@ -49,7 +49,11 @@ SERVE_PACKAGES = {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_cli
 """Third parties of the extra ``serve`` that make up the web side, which is imported only once it is
 asked for."""
 
-WEB = ("flashdreams.serving.protocol", "flashdreams.serving.web")
+WEB = (
+    "flashdreams.serving.protocol",
+    "flashdreams.serving.web",
+    "flashdreams.serving.fleet.relay",
+)
 """Who may import those where it begins."""
 
 ENVIRONMENT = ("flashdreams.parallel.environment",)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from flashdreams.runtime.termination import GRACE_S
+from flashdreams.serve import DRAIN_S
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
@@ -103,6 +104,36 @@ def test_slurm_script_joins_two_nodes(tmp_path):
     assert "sum over 4 ranks: 6\n" in done.stdout
     logs = {log.parent.name: log.read_text() for log in tmp_path.glob("logs/*/*/*/stdout.log")}
     assert logs.keys() == {"0", "1"} and len([*tmp_path.glob("logs/*/*/*/stdout.log")]) == 4
+
+
+def test_manifest_of_servers_agrees_with_itself():
+    found = list(yaml.safe_load_all((LAUNCH / "kubernetes_serve.yaml").read_text()))
+    service, pods, claim, servers = found
+    template = servers["spec"]["template"]
+    pod, labels = template["spec"], template["metadata"]["labels"]
+    (container,) = pod["containers"]
+    command, mounts = container["command"], {m["mountPath"] for m in container["volumeMounts"]}
+    assert service["spec"]["sessionAffinity"] == "ClientIP"
+    selectors = (service["spec"]["selector"], pods["spec"]["selector"])
+    assert all(selector == labels for selector in selectors)
+    assert servers["spec"]["selector"]["matchLabels"] == labels
+    assert servers["spec"]["serviceName"] == pods["metadata"]["name"]
+    assert pod["volumes"][1]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    preparing = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod["terminationGracePeriodSeconds"] > preparing + DRAIN_S
+    port = str(container["ports"][0]["containerPort"])
+    assert command[command.index("--port") + 1] == port
+    assert template["metadata"]["annotations"]["prometheus.io/port"] == port
+    assert container["livenessProbe"]["httpGet"]["path"] == "/healthz"
+    assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
+    own = command[command.index("--state-dir") + 1]
+    assert own == f"{command[command.index('--adopt-from') + 1]}/$(POD_NAME)"
+    assert "/state" in mounts and own.startswith("/state/")
+    names = {item["name"]: item for item in container["env"]}
+    assert names["TOKEN"]["valueFrom"]["secretKeyRef"]["key"] == "token"
+    dockerfile = (LAUNCH.parent / "Dockerfile").read_text()
+    assert f"USER {pod['securityContext']['runAsUser']}:" in dockerfile
+    assert "serve]" in dockerfile
 
 
 def test_kubernetes_manifest_agrees_with_itself():

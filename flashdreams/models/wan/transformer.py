@@ -5,7 +5,7 @@ S key tokens, N heads, D head dim. Tokens run frame by frame, row by row. Parame
 of the official checkpoints.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -13,10 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashdreams.attention.backends import why_unusable
 from flashdreams.attention.cache import KVCacheSpec
 from flashdreams.attention.choose import AUTO
-from flashdreams.infra.diffusion.causal import CausalTransformer
 from flashdreams.infra.diffusion.causal_config import CausalTransformerConfig
 from flashdreams.infra.diffusion.causal_state import CausalState, StepInputs
 from flashdreams.infra.ranges import check_range
@@ -29,7 +27,7 @@ from flashdreams.models.wan.blocks import (
     modulation_rows,
     timestep_embedding,
 )
-from flashdreams.models.wan.fused import can_fuse_kernels, check_fused_kernels
+from flashdreams.models.wan.fused_choice import FusesKernels
 from flashdreams.models.wan.keys import WAN_KEY_MAPS
 from flashdreams.models.wan.plan import wan_plan
 from flashdreams.parallel.plan import ParallelPlan, glob_pattern, state
@@ -112,14 +110,12 @@ class WanContext:
     """Cross-attention keys and values ``[B, S, N, D]`` per block: text, then image."""
 
 
-class WanTransformer(CausalTransformer):
+class WanTransformer(FusesKernels):
     """One plain network for text-to-video, image-to-video, bidirectional and streaming use."""
 
     config: WanTransformerConfig
     block_class: type[WanBlock] = WanBlock
     checkpoint_key_maps = WAN_KEY_MAPS
-    stored_fused_kernels: bool | None = None
-    """Whether the run whose choices are used again had fused kernels."""
 
     def __init__(self, config: WanTransformerConfig) -> None:
         super().__init__(config)
@@ -162,46 +158,6 @@ class WanTransformer(CausalTransformer):
         """``residual_dtype`` for what computes on the sum through the blocks; see the contract."""
         follows = any(pattern.fullmatch(name) for pattern in RESIDUAL_PARAMETERS)
         return self.residual_dtype if follows else self.dtype
-
-    def check_device(self, device: torch.device) -> None:
-        """See the contract."""
-        super().check_device(device)
-        if self.config.fused_kernels:
-            check_fused_kernels(device, self.dtype)
-
-    @property
-    def uses_fused_kernels(self) -> bool:
-        """Whether the blocks run as Triton kernels on the device of the weights."""
-        asked = self.config.fused_kernels
-        if asked is None:
-            asked = self.stored_fused_kernels
-        return can_fuse_kernels(self.device, self.dtype) if asked is None else asked
-
-    def after_load(self) -> None:
-        """Choose how the blocks compute, too; see the contract."""
-        super().after_load()
-        fused_kernels = self.uses_fused_kernels
-        for block in self.blocks:
-            block.select_implementations(fused_kernels)
-
-    def resolved_choices(self) -> dict[str, Any]:
-        """See the contract."""
-        return {**super().resolved_choices(), "fused_kernels": self.uses_fused_kernels}
-
-    def apply_choices(self, stored: Mapping[str, Any], device: torch.device) -> list[str]:
-        """Use fused kernels or not as the earlier run did; see the contract."""
-        lines, wanted = super().apply_choices(stored, device), stored.get("fused_kernels")
-        asked = self.config.fused_kernels
-        if not isinstance(wanted, bool) or wanted == asked:
-            return lines
-        if asked is not None:
-            reason: str | None = f"the config asks for {asked}"
-        else:
-            reason = why_unusable("triton", device, self.dtype) if wanted else None
-        if reason is not None:
-            return [*lines, f"fused_kernels {wanted} is not used: {reason}"]
-        self.stored_fused_kernels = wanted
-        return lines
 
     def parallel_plan(self) -> ParallelPlan:
         """Where the network may be cut."""

@@ -4,13 +4,12 @@ import asyncio
 import contextlib
 import logging
 import time
-import urllib.parse
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, WebSocket
-from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 
 import flashdreams
@@ -19,13 +18,14 @@ from flashdreams.serving.protocol import schema
 from flashdreams.serving.web.accounts import INTERNAL, Accounts
 from flashdreams.serving.web.conversation import Conversation
 from flashdreams.serving.web.gate import Gate
-from flashdreams.serving.web.guard import Guard, GuardedApp, TooLarge, cookie_name
+from flashdreams.serving.web.guard import Guard, GuardedApp, TooLarge
 from flashdreams.serving.web.metrics import CONTENT_TYPE, Metrics
 from flashdreams.serving.web.models import add_models
 from flashdreams.serving.web.rtc import add_peers
 from flashdreams.serving.web.sessions import add_sessions
 from flashdreams.serving.web.settings import WebSettings
 from flashdreams.serving.web.transport import SocketTransport
+from flashdreams.serving.web.welcome import keep_token
 
 PAGE = Path(__file__).resolve().parents[1] / "page"
 
@@ -68,7 +68,7 @@ def create_app(host: Host | Gate, settings: WebSettings) -> FastAPI:
     _add_socket(app, accounts, guard)
     add_peers(app, accounts, guard)
     _add_page(app, settings)
-    _add_errors(app)
+    add_errors(app)
     return app
 
 
@@ -116,25 +116,14 @@ def _add_socket(app: FastAPI, accounts: Accounts, guard: Guard) -> None:
 def _add_page(app: FastAPI, settings: WebSettings) -> None:
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
-        token = request.query_params.get("token")
-        if token is None or not settings.token:
-            return FileResponse(PAGE / "index.html")
-        # the guard knows the token to be right; it leaves the address line and the history
-        rest = [item for item in request.query_params.multi_items() if item[0] != "token"]
-        answer = RedirectResponse(f"/?{urllib.parse.urlencode(rest)}" if rest else "/", 303)
-        answer.set_cookie(
-            cookie_name(request.scope),
-            urllib.parse.quote(token, safe=""),
-            httponly=True,
-            samesite="strict",
-            secure=request.url.scheme == "https",
-        )
-        return answer
+        return keep_token(request, settings.token) or FileResponse(PAGE / "index.html")
 
     app.mount("/page", StaticFiles(directory=PAGE, check_dir=False))
 
 
-def _add_errors(app: FastAPI) -> None:
+def add_errors(app: FastAPI) -> None:
+    """Answer what has failed without saying where."""
+
     @app.exception_handler(TooLarge)
     async def too_large(request: Request, error: TooLarge) -> JSONResponse:
         return JSONResponse({"code": "too_large", "message": str(error)}, 413)

@@ -163,6 +163,7 @@ class FakeHost(Host):
             frames_per_second=self.offer.fps,
             chunk_ms={"network": 1e3 * self.step_s},
             sessions=min(len(alive), self.places),
+            places=self.places,
             queued=max(0, len(alive) - self.places),
             device_bytes=None,
             host_bytes=2**20,

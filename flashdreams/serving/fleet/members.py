@@ -1,0 +1,163 @@
+"""The servers of a fleet: which there are, how they are, and which of them has a session."""
+
+import asyncio
+import glob
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ADDRESS = "server.json"
+PROBE_S = 2.0
+"""After which a server that does not answer is taken for lost."""
+_TOKEN = re.compile(r"[\w-]{16,64}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A server, as it announces itself in its folder."""
+
+    name: str
+    """Of its folder; tokens of its sessions begin with it."""
+    url: str
+    """Without a slash at its end."""
+    token: str
+    """That it asks for."""
+
+    def announce(self, root: Path) -> None:
+        """Write the address into the server's folder; nobody else may read it."""
+        folder = root / self.name
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = folder / f".{ADDRESS}.part"
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(asdict(self), file)
+        path.rename(folder / ADDRESS)
+
+    def withdraw(self, root: Path) -> None:
+        """Take the address away: the server has ended."""
+        (root / self.name / ADDRESS).unlink(missing_ok=True)
+
+
+@dataclass
+class Health:
+    """What a server has said when it was asked last."""
+
+    ready: bool = False
+    sessions: int = 0
+    queued: int = 0
+    parked: int = 0
+    places: int = 0
+
+    @property
+    def load(self) -> float:
+        """Sessions for each place."""
+        return (self.sessions + self.queued) / max(1, self.places)
+
+
+class Fleet:
+    """The servers whose folders are in one that all share; belongs to an event loop's thread."""
+
+    def __init__(self, root: Path) -> None:
+        """Begin without servers.
+
+        Args:
+            root: ``--adopt-from`` of the servers.
+        """
+        self.root = root
+        self.members: dict[str, Member] = {}
+        self.health: dict[str, Health] = {}
+
+    async def refresh(self, client: Any) -> None:
+        """Ask all servers how they are.
+
+        Args:
+            client: of httpx.
+        """
+        found = await asyncio.to_thread(read_members, self.root)
+        answers = await asyncio.gather(*(probe(client, member) for member in found))
+        self.members = {member.name: member for member in found}
+        self.health = dict(zip(self.members, answers, strict=True))
+
+    def lost(self, member: Member) -> None:
+        """A server did not answer; it gets nothing until it is asked again."""
+        self.health.pop(member.name, None)
+
+    def is_ready(self, name: str) -> bool:
+        """Whether a server takes sessions."""
+        return name in self.health and self.health[name].ready
+
+    async def of_session(self, token: str) -> Member | None:
+        """The server for a session: the one that has it, else one that can take it over."""
+        first = [name for name in self.members if token.startswith(f"{name}-")]
+        owner = await asyncio.to_thread(find_folder, self.root, token) if first else None
+        for name in (owner, *first):
+            if name is not None and self.is_ready(name):
+                return self.members[name]
+        return self.least_loaded()
+
+    def least_loaded(self) -> Member | None:
+        """The server for a new session; None: none is ready."""
+        ready = [name for name in self.members if self.is_ready(name)]
+        if not ready:
+            return None
+        name = min(ready, key=lambda name: (self.health[name].load, name))
+        self.health[name].sessions += 1  # until it is asked again
+        return self.members[name]
+
+    def has_place(self, but: str) -> bool:
+        """Whether a server beside this one could begin a session at once."""
+        return any(
+            health.ready and name != but and health.sessions + health.queued < health.places
+            for name, health in self.health.items()
+        )
+
+    def total(self, field: str) -> int:
+        """Of all servers that are ready."""
+        return sum(getattr(health, field) for health in self.health.values() if health.ready)
+
+
+def read_members(root: Path) -> list[Member]:
+    """The servers that have announced themselves."""
+    found = []
+    for path in sorted(root.glob(f"*/{ADDRESS}")):
+        try:
+            member = Member(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):  # it has just ended
+            continue
+        found += [member] if member.name == path.parent.name else []
+    return found
+
+
+def find_folder(root: Path, token: str) -> str | None:
+    """Name of the server in whose folder a session is; None: in no one's."""
+    if not _TOKEN.fullmatch(token):
+        return None
+    return next((path.parent.name for path in root.glob(f"*/{glob.escape(token)}")), None)
+
+
+async def probe(client: Any, member: Member) -> Health:
+    """How a server is; one that does not answer is not ready."""
+    import httpx
+    from prometheus_client.parser import text_string_to_metric_families
+
+    try:
+        headers = {"Authorization": f"Bearer {member.token}"}
+        answer = await client.get(f"{member.url}/metrics", headers=headers, timeout=PROBE_S)
+        answer.raise_for_status()
+        families = text_string_to_metric_families(answer.text)
+        values = {s.name: s.value for family in families for s in family.samples if not s.labels}
+    except (httpx.HTTPError, ValueError):
+        return Health()
+
+    def number(name: str) -> int:
+        return int(values.get(f"flashdreams_{name}", 0))
+
+    return Health(
+        ready="flashdreams_places" in values,
+        sessions=number("sessions"),
+        queued=number("queue_length"),
+        parked=number("parked_sessions"),
+        places=number("places"),
+    )

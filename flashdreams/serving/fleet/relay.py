@@ -1,0 +1,248 @@
+"""A proxy in front of a fleet: HTTP and WebSocket, each session to the server that has it."""
+
+import asyncio
+import contextlib
+import json
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI, Request, WebSocket
+from fastapi.responses import JSONResponse, Response
+from starlette.websockets import WebSocketDisconnect
+
+from flashdreams.serving.fleet.members import Fleet, Member
+from flashdreams.serving.protocol import Error
+from flashdreams.serving.web.app import add_errors
+from flashdreams.serving.web.guard import Guard, GuardedApp
+from flashdreams.serving.web.settings import WebSettings
+from flashdreams.serving.web.welcome import keep_token
+
+REFRESH_S = 1.0
+"""Between two looks at the servers."""
+MAX_SERVERS = 64
+"""Servers that a socket tries, or waits at, before it is refused."""
+WAITING_PICTURES = 2
+"""Messages of a server that wait here for a client; the others wait where they can be left out."""
+_SESSION_PATH = re.compile(r"v1/sessions/([^/]+)")
+_KEPT_HEADERS = ("content-type", "x-flashdreams-step", "etag", "last-modified")
+_LOST = Error(message="The server was lost; take the session up again.", code="draining")
+_NONE = Error(message="No server is ready yet.", code="not_ready")
+
+
+def create_relay(fleet: Fleet, settings: WebSettings) -> FastAPI:
+    """The application in front of the servers.
+
+    Args:
+        fleet: the servers.
+        settings: the token that clients need, and the origins and names that are allowed.
+    """
+    import httpx
+
+    guard = Guard(settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with httpx.AsyncClient(timeout=httpx.Timeout(10.0, read=settings.step_s)) as client:
+            app.state.client = client
+            await fleet.refresh(client)
+            watch = asyncio.create_task(_watch(fleet, client))
+            yield
+            watch.cancel()
+
+    app = FastAPI(title="flashdreams", docs_url=None, redoc_url=None, openapi_url=None,
+                  lifespan=lifespan)  # fmt: skip
+    app.add_middleware(GuardedApp, guard=guard)
+    _add_probes(app, fleet)
+    add_errors(app)
+
+    @app.websocket("/v1/realtime/video")
+    async def realtime_video(socket: WebSocket) -> None:
+        await _relay_socket(socket, fleet, guard)
+
+    @app.api_route("/{path:path}", methods=["GET", "HEAD", "POST", "DELETE"])
+    async def http(path: str, request: Request) -> Response:
+        welcome = keep_token(request, settings.token) if path == "" else None
+        return welcome or await _relay_request(path, request, fleet)
+
+    return app
+
+
+async def _watch(fleet: Fleet, client: Any) -> None:
+    while True:
+        await asyncio.sleep(REFRESH_S)
+        await fleet.refresh(client)
+
+
+def _add_probes(app: FastAPI, fleet: Fleet) -> None:
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def readyz() -> JSONResponse:
+        ready = any(health.ready for health in fleet.health.values())
+        phase = "ready" if ready else "loading"
+        return JSONResponse({"ready": ready, "phase": phase}, 200 if ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        values = {"servers": sum(health.ready for health in fleet.health.values())}
+        values |= {n: fleet.total(n) for n in ("sessions", "queued", "parked", "places")}
+        lines = [
+            f"# TYPE flashdreams_fleet_{name} gauge\nflashdreams_fleet_{name} {value}\n"
+            for name, value in values.items()
+        ]
+        return Response("".join(lines), media_type="text/plain; version=0.0.4")
+
+
+async def _relay_request(path: str, request: Request, fleet: Fleet) -> Response:
+    """Hand a request on; one that no server has taken goes to the next one."""
+    import httpx
+
+    body = await request.body()
+    session = _SESSION_PATH.match(path)
+    query = [item for item in request.query_params.multi_items() if item[0] != "token"]
+    headers = {"content-type": request.headers.get("content-type", "application/json")}
+    for _ in range(len(fleet.members)):
+        member = await fleet.of_session(session[1]) if session else fleet.least_loaded()
+        if member is None:
+            break
+        headers["authorization"] = f"Bearer {member.token}"
+        try:
+            answer = await request.app.state.client.request(
+                request.method, f"{member.url}/{path}", content=body, params=query, headers=headers
+            )
+        except httpx.ConnectError:
+            fleet.lost(member)
+            continue
+        except httpx.HTTPError:  # it may have been carried out: the client decides
+            fleet.lost(member)
+            return JSONResponse(_LOST.model_dump(include={"code", "message"}), 503)
+        kept = {n: answer.headers[n] for n in _KEPT_HEADERS if n in answer.headers}
+        return Response(answer.content, answer.status_code, kept)
+    return JSONResponse(_NONE.model_dump(include={"code", "message"}), 503)
+
+
+async def _relay_socket(socket: WebSocket, fleet: Fleet, guard: Guard) -> None:
+    await socket.accept()
+    if not guard.knows_token(socket.scope):
+        await _end(socket, Error(message="A token is required.", code="unauthorized"), 1008)
+        return
+    try:
+        first = await asyncio.wait_for(socket.receive_text(), guard.settings.start_s)
+    except (asyncio.TimeoutError, KeyError):
+        await _end(socket, Error(message="session.start has to come.", code="timeout"), 1008)
+        return
+    except WebSocketDisconnect:
+        return
+    token = _token_of(first)
+    for _ in range(MAX_SERVERS):
+        member = await fleet.of_session(token) if token else fleet.least_loaded()
+        if member is None:
+            break
+        if await _converse(socket, fleet, member, first):
+            return
+    await _end(socket, _NONE, 1013)
+
+
+async def _converse(socket: WebSocket, fleet: Fleet, member: Member, first: str) -> bool:
+    """Pass messages on in both directions until one side has gone.
+
+    Returns:
+        False: another server is better, since this one cannot be reached, or has the client wait
+        while others have places.
+    """
+    from websockets.asyncio.client import connect
+    from websockets.exceptions import ConnectionClosed
+
+    try:
+        upstream = await connect(
+            f"ws{member.url.removeprefix('http')}/v1/realtime/video",
+            additional_headers={"Authorization": f"Bearer {member.token}"},
+            max_size=None,
+            max_queue=WAITING_PICTURES,
+            compression=None,
+            proxy=None,
+        )
+    except (OSError, asyncio.TimeoutError):
+        fleet.lost(member)
+        return False
+    async with upstream:
+        await upstream.send(first)
+        waits = asyncio.Event()
+        moves = asyncio.create_task(_await_place(fleet, member, waits))
+        tasks = [
+            asyncio.create_task(_upwards(socket, upstream)),
+            asyncio.create_task(_downwards(socket, upstream, waits)),
+        ]
+        await asyncio.wait([*tasks, moves], return_when=asyncio.FIRST_COMPLETED)
+        moved = moves.done() and waits.is_set() and not any(task.done() for task in tasks)
+        for task in (*tasks, moves):
+            task.cancel()
+        await asyncio.gather(*tasks, moves, return_exceptions=True)
+        if moved:
+            with contextlib.suppress(ConnectionClosed):
+                await upstream.send('{"type": "session.stop"}')
+    return not moved
+
+
+async def _await_place(fleet: Fleet, member: Member, waits: asyncio.Event) -> None:
+    """Until a client that waits at this server would have a place at another one."""
+    while not (waits.is_set() and fleet.has_place(member.name)):
+        await asyncio.sleep(REFRESH_S / 2)
+
+
+async def _upwards(socket: WebSocket, upstream: Any) -> None:
+    """What the client sends; a client without a word loses its socket at the server too."""
+    from websockets.exceptions import ConnectionClosed
+
+    with contextlib.suppress(WebSocketDisconnect, ConnectionClosed):
+        while True:
+            message = await socket.receive()
+            if message["type"] == "websocket.disconnect":
+                return
+            data = message.get("text")
+            await upstream.send(message["bytes"] if data is None else data)
+
+
+async def _downwards(socket: WebSocket, upstream: Any, waits: asyncio.Event) -> None:
+    """What the server sends, and why it ends; ``waits`` is set while it has no place."""
+    from websockets.exceptions import ConnectionClosed
+
+    begun = False
+    with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+        try:
+            while True:
+                data = await upstream.recv()
+                if not begun and isinstance(data, str):
+                    type = json.loads(data)["type"]
+                    begun = type == "video.start"
+                    if type == "video.queued":
+                        waits.set()
+                    elif begun:
+                        waits.clear()
+                await (socket.send_text(data) if isinstance(data, str) else socket.send_bytes(data))
+        except ConnectionClosed as closed:
+            if closed.rcvd is None:
+                await _end(socket, _LOST, 1012)
+            else:
+                await socket.close(closed.rcvd.code, closed.rcvd.reason)
+
+
+async def _end(socket: WebSocket, error: Error, code: int) -> None:
+    with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+        await socket.send_text(error.model_dump_json())
+        await socket.close(code)
+
+
+def _token_of(first: str) -> str | None:
+    """The token of a first message that takes a session up."""
+    try:
+        message = json.loads(first)
+    except ValueError:
+        return None
+    if not isinstance(message, dict) or message.get("type") != "session.resume":
+        return None
+    token = message.get("token")
+    return token if isinstance(token, str) else None

@@ -1,0 +1,165 @@
+"""Logs of served sessions, in the form that ``flashdreams-run --replay`` reads."""
+
+import base64
+import hashlib
+import logging
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from flashdreams.infra.config_file import config_hash, dump_config
+from flashdreams.infra.identity import describe_inputs
+from flashdreams.infra.run_log import RunLog, sample_of, turn_row
+from flashdreams.infra.runner import Runner
+from flashdreams.infra.session import Command, Session, Step, Turn
+from flashdreams.runtime.files import readable_write_errors
+from flashdreams.runtime.stats import sha256_of
+from flashdreams.runtime.transfer import start_host_copy
+
+MAX_COPIES = 4
+"""Latents that are copied to the host and not hashed yet; the loop waits for the oldest beyond."""
+
+logger = logging.getLogger(__name__)
+
+
+class SessionLogs:
+    """One file for each session: ``log_<slug>_<hash of its token>.jsonl``; on rank zero.
+
+    What a session was told between AR steps has lines of its own, with the number of its next turn.
+    A save is logged as a fork, so that a replay leaves no snapshots behind. One thread hashes
+    latents and writes; an error ends the log of that session and not the session.
+    """
+
+    def __init__(self, runner: Runner[Any, Any], folder: Path, kept: int) -> None:
+        """Prepare; nothing is written.
+
+        Args:
+            runner: of the method that is served.
+            folder: of the logs; made for the first one.
+            kept: logs that stay, the newest; of those in use none is deleted.
+        """
+        self.runner, self.folder, self.kept = runner, folder, kept
+        self._logs: dict[str, RunLog] = {}
+        self._copies: deque[Future[None]] = deque()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="session-log")
+
+    def path(self, session: str) -> Path:
+        """Of a session's log; its name does not tell the token."""
+        name = hashlib.sha256(session.encode()).hexdigest()[:16]
+        return self.folder / f"log_{self.runner.config.runner_name}_{name}.jsonl"
+
+    def begin(self, session: Session, prompt: str | None, tensors: Mapping[str, Tensor]) -> None:
+        """Log a session from its first turn on.
+
+        Args:
+            session: that has made no AR step.
+            prompt: its own; None: the server's.
+            tensors: ``text`` and ``image`` that it brought.
+        """
+        self.flush()
+        self._forget_old()
+        header = self._header(session.seed, prompt if "text" in tensors else None, tensors)
+        self._logs[session.name] = RunLog(self.path(session.name), lambda: header)
+        session.on_turn = lambda number, turn: self._note_turn(session.name, number, turn)
+
+    def resume(self, session: Session) -> None:
+        """Go on with the log of a session that was resumed; what came after ``turns`` is lost."""
+        self.flush()
+        log = RunLog(self.path(session.name), dict)
+        try:
+            log.resume(session.turns)
+        except (OSError, ValueError):
+            logger.warning("The log of a session is not there; it is not gone on with.")
+            return
+        self._logs[session.name] = log
+        session.on_turn = lambda number, turn: self._note_turn(session.name, number, turn)
+
+    def note(self, session: Session, command: Command) -> None:
+        """A command was carried out between AR steps."""
+        told = replace(command, kind="fork") if command.kind == "save" else command
+        row = turn_row(session.turns, session.cache.next_index, (told,)) | {"between_steps": True}
+        self._thread.submit(self._append, session.name, row)
+
+    def _note_turn(self, session: str, number: int, turn: Turn) -> None:
+        if turn.commands:
+            row = turn_row(number, turn.autoregressive_index, turn.commands)
+            self._thread.submit(self._append, session, row)
+
+    def note_step(self, session: Session, step: Step) -> None:
+        """Have the latent of an AR step hashed."""
+        latent, number = step.cache.latent, session.turns - 1
+        if session.name not in self._logs or latent is None:
+            return
+        while len(self._copies) >= MAX_COPIES:
+            wait([self._copies.popleft()])
+        copy, arrived = (
+            start_host_copy(latent) if latent.is_cuda else (latent.detach().clone(), None)
+        )
+        self._copies.append(self._thread.submit(self._hash, session.name, number, copy, arrived))
+
+    def _hash(
+        self, session: str, number: int, latent: Tensor, arrived: torch.cuda.Event | None
+    ) -> None:
+        if arrived is not None:
+            arrived.synchronize()
+        row = {"step": number, "latent_sha256": sha256_of(latent), "sample": sample_of(latent)}
+        self._append(session, row)
+
+    def _append(self, session: str, row: Mapping[str, Any]) -> None:
+        log = self._logs.get(session)
+        if log is None:
+            return
+        try:
+            with readable_write_errors(log.path, log.path):
+                self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # users' prompts
+                log.append(row)
+        except (OSError, ValueError, TypeError) as error:
+            logger.warning("%s The session goes on without its log.", error)
+            self._close(session)
+
+    def close(self, session: str) -> None:
+        """The session has left the device; its log may be gone on with by ``resume``."""
+        self._thread.submit(self._close, session)
+
+    def flush(self) -> None:
+        """Wait until all is written."""
+        self._thread.submit(lambda: None).result()
+
+    def _close(self, session: str) -> None:
+        log = self._logs.pop(session, None)
+        if log is not None:
+            log.close()
+
+    def _header(self, seed: int, text: str | None, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        header = self.runner.recorder.log_header()
+        if header["config"] is not None:
+            config = replace(self.runner.config, seed=seed)
+            header |= {"config": dump_config(config), "config_hash": config_hash(config)}
+            header["inputs"] = describe_inputs(config)
+        opening: dict[str, Any] = {} if text is None else {"text": text}
+        own = {name: x.contiguous() for name, x in tensors.items() if name != "text"}
+        if own:
+            opening["tensors"] = base64.b64encode(save(own)).decode()
+        return header | {"seed": seed, "opening": opening, "served": True}
+
+    def _forget_old(self) -> None:
+        """Delete the oldest logs, so that there is room for one more."""
+        busy = {log.path for log in self._logs.values()}
+        found = sorted(self.folder.glob("log_*.jsonl"), key=_age) if self.folder.is_dir() else []
+        free = [path for path in found if path not in busy]
+        for path in free[: max(0, len(found) + 1 - self.kept)]:
+            path.unlink(missing_ok=True)
+
+
+def _age(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # another server has deleted it
+        return 0.0
