@@ -99,16 +99,15 @@ class PlanesEncoder(Encoder):
             raise ValueError(text)
         from av.video.reformatter import VideoReformatter
 
-        self._to_yuv = VideoReformatter()
+        self._to_yuv: Any = VideoReformatter()  # its stubs do not know names of colour spaces
         self._shape = (height * 3 // 2, width)
 
     def encode(self, pixels: np.ndarray, *, key: bool) -> tuple[bytes, bool]:
         """See the contract; the receiver itself asks the track for key pictures."""
         import av
-        from av.video.reformatter import Colorspace
 
         frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-        frame = self._to_yuv.reformat(frame, format="yuv420p", dst_colorspace=Colorspace.ITU601)
+        frame = self._to_yuv.reformat(frame, format="yuv420p", dst_colorspace="ITU601")
         return frame.to_ndarray().tobytes(), False
 
     def wrap(self, picture: bytes, *, key: bool) -> Any:

@@ -241,7 +241,7 @@ def _ice_server(text: str) -> Any:
 def _listen_on(connection: Any, address: str) -> None:
     """Take host candidates of one address only, before they are gathered.
 
-    aiortc (1.9 to 1.16) has no option for it and takes every address but loopback's.
+    aiortc (1.11 to 1.16) has no option for it and takes every address but loopback's.
     """
     address = "127.0.0.1" if address == "localhost" else address
     transports = {each.receiver.transport.transport for each in connection.getTransceivers()}
