@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, NoReturn, TextIO, cast
 
 import flashdreams
 from flashdreams.infra.config import (
@@ -87,8 +87,12 @@ def entry_point() -> None:
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     errors = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = cast(TextIO, LossyStream(errors))
-    code = main(sys.argv[1:])
-    # All is written; whoever is impatient with the interpreter's own end may cut it short.
+    leave(main(sys.argv[1:]))
+
+
+def leave(code: int) -> NoReturn:
+    """End the process, quickly, once all is written."""
+    # Whoever is impatient with the interpreter's own end may cut it short.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     # Otherwise the interpreter looks through all of PyTorch for rubbish once more, for a second.

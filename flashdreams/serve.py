@@ -1,6 +1,5 @@
 """Live sessions: ``flashdreams-serve <slug>``, also ``python -m flashdreams.serve <slug>``."""
 
-import gc
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from flashdreams.run import (
     RUN_FAILED,
     WRONG_USAGE,
     UsageError,
+    leave,
     read_config,
     report,
     with_advice,
@@ -50,11 +50,7 @@ class ServeOptions:
 def entry_point() -> None:
     """Run the process's own command line and exit with its code."""
     raise_on_sigterm(grace_s=DRAIN_S)
-    code = main(sys.argv[1:])
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-    gc.freeze()
-    sys.exit(code)
+    leave(main(sys.argv[1:]))
 
 
 def main(argv: Sequence[str]) -> int:
