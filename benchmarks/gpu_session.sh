@@ -171,8 +171,7 @@ rm -f "$RESULTS"/*
 # Slugs are found through the entry points of an installed package; a bare tree gets some beside it.
 if ! "$PYTHON" -c "from importlib.metadata import distribution; distribution('flashdreams')" 2>/dev/null; then
     site="$(realpath "$RESULTS")-site"
-    "$PYTHON" benchmarks/announce.py "$site" || exit
-    PYTHONPATH="$PYTHONPATH:$site"
+    "$PYTHON" benchmarks/announce.py "$site" && PYTHONPATH="$PYTHONPATH:$site"
 fi
 begin=$SECONDS
 missing=0

@@ -221,7 +221,8 @@ def test_flags_in_the_text_exist() -> None:
                 start(["python", str(REPOSITORY / "flashdreams" / module), "--help"])[1],
             )
         )
-    for script in (REPOSITORY / "benchmarks").glob("*.py"):
+    scripts = [*REPOSITORY.glob("benchmarks/*.py"), *REPOSITORY.glob("launch/*.py")]
+    for script in scripts:
         known |= set(re.findall(r'"(--[\w-]+)"', script.read_text(encoding="utf-8")))
     for page in [*pages(), *markdown_files()]:
         text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
