@@ -15,8 +15,9 @@ from tests.serving.live_server import LiveServer
 STEERED = "steered-world=tests.serving.steered_world:RUNNER_CONFIGS"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """Of one module: Playwright leaves an event loop running in this thread until it is closed."""
     with started() as browser:
         yield browser
 

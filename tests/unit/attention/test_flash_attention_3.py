@@ -182,7 +182,7 @@ def splits_of(core: AttentionCore) -> int:
 def test_splits_are_bound_to_cores_with_a_cache_alone(fa3, monkeypatch, mesh, given):
     shapes = []
 
-    def splits(name, shape, device):
+    def splits(name, shape, device, **options):
         shapes.append(shape)
         return 2
 
