@@ -2,6 +2,7 @@
 
 import io
 import json
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,8 +39,13 @@ def web(host: FakeHost, **settings: Any) -> Iterator[WebServer]:
 class PlainClient:
     """One socket; every text frame is checked against the published schema."""
 
-    def __init__(self, server: WebServer, query: str = "", **options: Any) -> None:
+    def __init__(
+        self, server: WebServer, query: str = "", name: str | None = None, **options: Any
+    ) -> None:
         address = server.url.replace("http", "ws") + "v1/realtime/video" + query
+        if name is not None:  # of the server, as this client would resolve it
+            address = address.replace("127.0.0.1", name)
+            options["sock"] = socket.create_connection(("127.0.0.1", server.port))
         self._connecting = connect(address, max_size=None, **options)
         self.socket: ClientConnection = self._connecting.__enter__()
         self.messages: list[dict[str, Any]] = []

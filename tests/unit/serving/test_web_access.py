@@ -80,9 +80,10 @@ def test_a_loopback_server_answers_to_no_strange_name() -> None:
         for name, status in (("evil.example", 421), ("proxy.example", 200), ("localhost", 200)):
             headers = {"Host": f"{name}:{server.port}"}
             assert httpx.get(server.url + "v1/models", headers=headers).status_code == status
-        headers = {"Host": "evil.example", "Origin": "http://evil.example"}
         with pytest.raises(InvalidStatus, match="403"):
-            PlainClient(server, additional_headers=headers)
+            PlainClient(server, name="evil.example", origin=f"http://evil.example:{server.port}")
+        with PlainClient(server, name="proxy.example") as client:
+            client.start(num_frames=1)
 
 
 def test_answers_say_that_browsers_are_to_trust_them_little() -> None:
