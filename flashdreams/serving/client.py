@@ -209,7 +209,7 @@ class LiveClient:
             raise self._failure or ConnectionError(f"The connection is lost: {error}") from error
 
     async def close(self) -> None:
-        """Leave; the session waits for a while for ``resume``."""
+        """Leave; the server keeps the session for ``resume`` until its limits end it."""
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()

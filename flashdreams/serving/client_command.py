@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 async def visit(options: ClientOptions, log: Sequence[Logged]) -> dict[str, object]:
-    """Stay in a session for a while.
+    """Join a session for ``--seconds``.
 
     Returns:
         The figures.

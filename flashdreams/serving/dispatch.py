@@ -75,7 +75,7 @@ class Dispatcher:
             return False
 
     def rest(self) -> None:
-        """Let the other ranks wait outside of collectives, if nothing has happened for a while."""
+        """Let the other ranks wait outside of collectives once no order came for a second."""
         if not self._resting and time.monotonic() - self._active > RESTS_AFTER_S:
             self.tell(Order(kind="rest"))
             self._resting = True

@@ -178,7 +178,7 @@ class Host(ABC):
     def detach(self, session: str) -> None:
         """The socket is gone: pause at the next chunk border, park later, and end at last.
 
-        The chunk that is under way still goes to the listener.
+        The chunk that is being generated still goes to the listener.
         """
 
     @abstractmethod

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from .rays import FAR, meet_pillars, meet_walls
 from .render import VERTICAL_FOV
-from .world import EYE_HEIGHT, HALF_SIZE, PILLAR_OFFSET, PILLAR_RADIUS
+from .world import EYE_HEIGHT, HALF_SIZE, PILLAR_RADIUS
 
 RAYS_PER_TOKEN = 8
 """Rays spread over a token's columns that are followed to a wall and to a pillar."""
@@ -65,15 +66,7 @@ def _rays(heading: Tensor, count: int, width: int, focal: float) -> Tensor:
 
 def _walls(place: Tensor, ray: Tensor) -> Tensor:
     """Nearness, place along the wall and which wall, ``[..., count, 13]``."""
-    steep = torch.where(ray.abs() < 1e-6, torch.full_like(ray, 1e-6), ray)
-    depths = (HALF_SIZE * steep.sign() - place) / steep
-    depth = depths.amin(dim=-2)
-    sideways = depths[..., 0, :] < depths[..., 1, :]
-    index = torch.where(
-        sideways, torch.where(ray[..., 0, :] > 0, 1, 3), torch.where(ray[..., 1, :] > 0, 0, 2)
-    )
-    met = place + depth[..., None, :] * ray
-    along = torch.where(sideways, met[..., 1, :], met[..., 0, :])
+    depth, index, along = meet_walls(place, ray)
     which = _one_of_four(index)
     waves = _waves(along * (math.pi / HALF_SIZE), _HARMONICS)
     return torch.cat([1 / depth.clamp_min(0.2)[..., None], waves, which], dim=-1)
@@ -81,16 +74,9 @@ def _walls(place: Tensor, ray: Tensor) -> Tensor:
 
 def _pillars(place: Tensor, ray: Tensor) -> Tensor:
     """Nearness of the nearest pillar, how squarely it is met, and which, ``[..., count, 6]``."""
-    corners = ray.new_tensor([[1, 1], [1, -1], [-1, -1], [-1, 1]]) * PILLAR_OFFSET
-    offset = place.transpose(-1, -2) - corners  # [..., 4, 2]
-    square = (ray * ray).sum(dim=-2, keepdim=True)
-    half_b = offset @ ray
-    excess = (offset * offset).sum(dim=-1, keepdim=True) - PILLAR_RADIUS**2
-    root = half_b * half_b - square * excess
-    depths = (-half_b - root.clamp_min(0).sqrt()) / square
-    nearness = torch.where((root > 0) & (depths > 0), 1 / depths.clamp_min(0.1), 0)
-    nearest, index = nearness.max(dim=-2)
-    squareness = (root.gather(-2, index[..., None, :])[..., 0, :] / square[..., 0, :]).clamp_min(0)
+    depth, index, root = meet_pillars(place, ray)
+    nearest = torch.where(depth < FAR, 1 / depth.clamp_min(0.1), 0)
+    squareness = (root / (ray * ray).sum(dim=-2)).clamp_min(0)
     seen = (nearest > 0).float()
     which = _one_of_four(index) * seen[..., None]
     squareness = squareness.sqrt() / PILLAR_RADIUS * seen

@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .rays import meet_pillars, meet_walls, pillar_normals
 from .scene import FLOOR_RGB, FLOOR_SLOT, PILLAR_RGB, SKY_RGB, SKY_SLOT, WALL_RGB, check_scene
 from .world import (
     EYE_HEIGHT,
@@ -37,12 +38,6 @@ _SUN_AZIMUTH = math.radians(-35.0)
 _SUN_ELEVATION = math.radians(24.0)
 _SUN_EAST, _SUN_NORTH = math.sin(_SUN_AZIMUTH), math.cos(_SUN_AZIMUTH)
 _WALL_LIGHT = torch.tensor([0.90, 1.02, 1.06, 0.94], dtype=torch.float32, device="cpu")
-_PILLAR_XY = (
-    torch.tensor(
-        [[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0], [-1.0, 1.0]], dtype=torch.float32, device="cpu"
-    )
-    * PILLAR_OFFSET
-)
 _FRAMES_PER_PASS = {"cpu": 8, "cuda": 512}
 
 
@@ -61,9 +56,7 @@ def render(scene: Tensor, pose: Tensor, size: tuple[int, int] = (64, 64)) -> Ten
     Raises:
         ValueError: shapes that do not fit, a hidden slot, or a size that is not a multiple of 8.
     """
-    check_scene(scene)
-    if pose.shape != (len(scene), 3):
-        raise ValueError(f"pose has shape {tuple(pose.shape)}, expected ({len(scene)}, 3)")
+    check_views(scene, pose)
     height, width = size
     if height < 8 or width < 8 or height % 8 or width % 8:
         raise ValueError(f"size={height}x{width} is not made of positive multiples of 8, try 64x64")
@@ -73,6 +66,17 @@ def render(scene: Tensor, pose: Tensor, size: tuple[int, int] = (64, 64)) -> Ten
         part = slice(first, first + stride)
         frames[part] = _render_pass(scene[part], pose[part].float(), height, width)
     return frames
+
+
+def check_views(scene: Tensor, pose: Tensor) -> None:
+    """Refuse scenes ``[B, 10]`` and poses ``[B, 3]`` that cannot be drawn.
+
+    Raises:
+        ValueError: shapes that do not fit, or a hidden slot.
+    """
+    check_scene(scene)
+    if pose.shape != (len(scene), 3):
+        raise ValueError(f"pose has shape {tuple(pose.shape)}, expected ({len(scene)}, 3)")
 
 
 @lru_cache(maxsize=16)
@@ -88,7 +92,7 @@ def _rays(height: int, width: int, device: torch.device) -> tuple[float, Tensor,
 @lru_cache(maxsize=4)
 def _palette(device: torch.device) -> tuple[Tensor, ...]:
     """The colour tables on one device."""
-    tables = (WALL_RGB, PILLAR_RGB, FLOOR_RGB, SKY_RGB, _WALL_LIGHT, _PILLAR_XY)
+    tables = (WALL_RGB, PILLAR_RGB, FLOOR_RGB, SKY_RGB, _WALL_LIGHT)
     return tuple(table.to(device) for table in tables)
 
 
@@ -137,7 +141,7 @@ def _render_pass(scene: Tensor, pose: Tensor, height: int, width: int) -> Tensor
     weights[:, :, 4 : 4 + SUBCOLUMNS] = wall.view(frames, width, SUBCOLUMNS, height)
     weights[:, :, 4 + SUBCOLUMNS :] = pillar.view(frames, width, SUBCOLUMNS, height)
 
-    _, _, floors, skies, _, _ = _palette(pose.device)
+    _, _, floors, skies, _ = _palette(pose.device)
     sky = skies[scene[:, SKY_SLOT]]
     tint = sky[:, 3, None, :] / SUBCOLUMNS
     colours = torch.empty(
@@ -163,16 +167,8 @@ def _keep(distance: Tensor) -> Tensor:
 
 def _hit_walls(scene: Tensor, position: Tensor, ray: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Depth [B, WS], lit colour [B, WS, 3] and panel strength [B, WS] of the wall each ray hits."""
-    walls, _, _, _, light, _ = _palette(ray.device)
-    steep = torch.where(ray.abs() < 1e-6, torch.full_like(ray, 1e-6), ray)
-    depths = (HALF_SIZE * steep.sign() - position[..., None]) / steep
-    depth = depths.amin(dim=1)
-    sideways = depths[:, 0] < depths[:, 1]
-    x_ray, y_ray = ray[:, 0], ray[:, 1]
-    index = torch.where(sideways, torch.where(x_ray > 0, 1, 3), torch.where(y_ray > 0, 0, 2))
-    along = torch.where(
-        sideways, position[:, 1:2] + depth * y_ray, position[:, 0:1] + depth * x_ray
-    )
+    walls, _, _, _, light = _palette(ray.device)
+    depth, index, along = meet_walls(position[..., None], ray)
     corner = 1 - 0.22 * torch.exp(-(HALF_SIZE - along.abs()).clamp_min(0) / 0.55)
     strength = light[index] * corner
     colour = walls[scene[:, :4].gather(1, index)] * strength[..., None]
@@ -182,20 +178,13 @@ def _hit_walls(scene: Tensor, position: Tensor, ray: Tensor) -> tuple[Tensor, Te
 
 def _hit_pillars(scene: Tensor, position: Tensor, ray: Tensor) -> tuple[Tensor, Tensor]:
     """Depth [B, WS] (huge where no pillar is) and lit colour [B, WS, 3] of the nearest pillar."""
-    _, pillars, _, _, _, places = _palette(ray.device)
-    offset = position[:, None, :] - places
-    square = (ray * ray).sum(dim=1, keepdim=True)
-    half_b = offset @ ray
-    excess = (offset * offset).sum(dim=-1, keepdim=True) - PILLAR_RADIUS**2
-    root = half_b * half_b - square * excess
-    depths = (-half_b - root.clamp_min(0).sqrt()) / square
-    depths = torch.where((root > 0) & (depths > 0), depths, 1e6)
-    depth, index = depths.min(dim=1)
-    place = places[index]
-    east = (position[:, 0:1] + depth * ray[:, 0] - place[..., 0]) / PILLAR_RADIUS
-    north = (position[:, 1:2] + depth * ray[:, 1] - place[..., 1]) / PILLAR_RADIUS
+    _, pillars, _, _, _ = _palette(ray.device)
+    hits = meet_pillars(position[..., None], ray)
+    depth, index = hits.depth, hits.which
+    east, north = pillar_normals(position[..., None], ray, hits)
+    square = (ray * ray).sum(dim=1)
     toward_sun = (east * _SUN_EAST + north * _SUN_NORTH).clamp_(-1, 1)
-    facing = (-(east * ray[:, 0] + north * ray[:, 1]) * square[:, 0].rsqrt()).clamp_(0, 1)
+    facing = (-(east * ray[:, 0] + north * ray[:, 1]) * square.rsqrt()).clamp_(0, 1)
     strength = 0.50 + 0.15 * toward_sun + 0.44 * facing * facing
     colour = pillars[scene[:, 4:8].gather(1, index)] * strength[..., None]
     return depth, colour

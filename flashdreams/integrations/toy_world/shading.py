@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .render import VERTICAL_FOV
-from .scene import FLOOR_RGB, FLOOR_SLOT, PILLAR_RGB, SKY_RGB, SKY_SLOT, WALL_RGB, check_scene
+from .rays import meet_pillars, meet_walls, pillar_normals
+from .render import VERTICAL_FOV, check_views
+from .scene import FLOOR_RGB, FLOOR_SLOT, PILLAR_RGB, SKY_RGB, SKY_SLOT, WALL_RGB
 from .world import (
     EYE_HEIGHT,
     HALF_SIZE,
@@ -30,7 +31,6 @@ FOG_DISTANCE = 16.0
 SUN_AZIMUTH = math.radians(-35.0)
 SUN_ELEVATION = math.radians(24.0)
 
-_FAR = 1e6
 _FRAMES_PER_PASS = {"cpu": 1, "cuda": 128}
 
 
@@ -49,9 +49,7 @@ def shade(scene: Tensor, pose: Tensor, size: tuple[int, int] = (128, 128)) -> Te
     Raises:
         ValueError: shapes that do not fit, or a hidden slot.
     """
-    check_scene(scene)
-    if pose.shape != (len(scene), 3):
-        raise ValueError(f"pose has shape {tuple(pose.shape)}, expected ({len(scene)}, 3)")
+    check_views(scene, pose)
     count = _FRAMES_PER_PASS.get(pose.device.type, 1)
     parts = zip(scene.split(count), pose.float().split(count), strict=True)
     return torch.cat([_shade(*part, size) for part in parts])
@@ -136,16 +134,7 @@ def _sky(sky: Tensor, ray: Tensor, side: Tensor, rise: Tensor) -> Tensor:
 
 def _wall(scene: Tensor, position: Tensor, ray: Tensor, rise: Tensor) -> tuple[Tensor, Tensor]:
     """Depth ``[B, W]`` and colour ``[B, 3, H, W]`` of the wall behind each column."""
-    steep = torch.where(ray.abs() < 1e-6, torch.full_like(ray, 1e-6), ray)
-    depths = (HALF_SIZE * steep.sign() - position) / steep
-    depth = depths.amin(dim=1)
-    sideways = depths[:, 0] < depths[:, 1]
-    index = torch.where(
-        sideways, torch.where(ray[:, 0] > 0, 1, 3), torch.where(ray[:, 1] > 0, 0, 2)
-    )
-    along = torch.where(
-        sideways, position[:, 1] + depth * ray[:, 1], position[:, 0] + depth * ray[:, 0]
-    )
+    depth, index, along = meet_walls(position, ray)
     colour = WALL_RGB.to(ray.device)[scene[:, :4].gather(1, index)].movedim(-1, 1)[:, :, None]
     light = ray.new_tensor([0.92, 1.03, 1.08, 0.96])[index]
     corner = 1 - 0.3 * torch.exp(-(HALF_SIZE - along.abs()).clamp_min(0) / 0.5)
@@ -170,20 +159,12 @@ def _line(value: Tensor, period: float, width: Tensor) -> Tensor:
 
 def _pillar(scene: Tensor, position: Tensor, ray: Tensor, rise: Tensor) -> tuple[Tensor, Tensor]:
     """Depth ``[B, W]``, huge where there is none, and colour of the nearest pillar."""
-    places = ray.new_tensor([[1, 1], [1, -1], [-1, -1], [-1, 1]])
-    offset = position[:, None, :, 0] - places * PILLAR_OFFSET  # [B, 4, 2]
-    square = (ray * ray).sum(dim=1, keepdim=True)
-    half_b = offset @ ray
-    excess = (offset * offset).sum(dim=-1, keepdim=True) - PILLAR_RADIUS**2
-    root = half_b * half_b - square * excess
-    depths = (-half_b - root.clamp_min(0).sqrt()) / square
-    depths = torch.where((root > 0) & (depths > 0), depths, _FAR)
-    depth, index = depths.min(dim=1)
-    place = places[index] * PILLAR_OFFSET
-    east = (position[:, 0] + depth * ray[:, 0] - place[..., 0]) / PILLAR_RADIUS
-    north = (position[:, 1] + depth * ray[:, 1] - place[..., 1]) / PILLAR_RADIUS
+    hits = meet_pillars(position, ray)
+    depth, index = hits.depth, hits.which
+    east, north = pillar_normals(position, ray, hits)
+    square = (ray * ray).sum(dim=1)
     to_sun = (east * math.sin(SUN_AZIMUTH) + north * math.cos(SUN_AZIMUTH)).clamp(-1, 1)
-    facing = (-(east * ray[:, 0] + north * ray[:, 1]) * square[:, 0].rsqrt()).clamp(0, 1)
+    facing = (-(east * ray[:, 0] + north * ray[:, 1]) * square.rsqrt()).clamp(0, 1)
     light = 0.48 + 0.2 * to_sun + 0.42 * facing
     up = EYE_HEIGHT + depth.clamp_max(20.0)[:, None] * rise
     soft = (0.012 * depth.clamp_max(20.0))[:, None]

@@ -98,7 +98,7 @@ export class Actions {
     else byId('view').requestFullscreen().then(() => byId('stage').focus());
   }
 
-  /** A page that nobody sees for a while lets the machine work for others. */
+  /** A page that is hidden lets the machine work for others. */
   onVisible() {
     clearTimeout(this.hiding);
     if (document.hidden) {

@@ -227,8 +227,8 @@ class Conversation:
             text = for_clients(str(error))
             allowed = {"format": ["jpeg"]}
             raise Denied(Error(message=text, code="not_allowed", allowed=allowed)) from error
-        if self.feed.end is None:
-            self.feed.saved = list(await answered(host.saved, session.id))
+        with contextlib.suppress(Refused):  # it has just ended
+            self.feed.saved = list(await asyncio.to_thread(host.saved, session.id))
         self.outlet.post(
             VideoStart(
                 request_id=self.request_id,

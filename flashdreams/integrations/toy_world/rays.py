@@ -1,0 +1,82 @@
+"""Where horizontal rays meet the walls and the pillars of the courtyard.
+
+A ray ``[..., 2]`` is as long as one unit along the camera's axis, so a factor on it is a depth.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .world import HALF_SIZE, PILLAR_OFFSET, PILLAR_RADIUS
+
+FAR = 1e6
+"""Depth of a pillar that a ray does not meet."""
+
+
+class WallHits(NamedTuple):
+    """The wall that each of W rays meets."""
+
+    depth: Tensor
+    """``[..., W]``, in lengths of the ray."""
+    which: Tensor
+    """``[..., W]`` int64: north, east, south, west."""
+    along: Tensor
+    """``[..., W]``, the place along the wall, from -`HALF_SIZE` to `HALF_SIZE`."""
+
+
+class PillarHits(NamedTuple):
+    """The nearest pillar that each of W rays meets."""
+
+    depth: Tensor
+    """``[..., W]``; `FAR` where there is none."""
+    which: Tensor
+    """``[..., W]`` int64: northeast, southeast, southwest, northwest."""
+    root: Tensor
+    """``[..., W]``: the square of half the chord, times that of the ray's length; 0 or less where
+    none is met."""
+
+
+def meet_walls(position: Tensor, ray: Tensor) -> WallHits:
+    """Follow rays to the walls.
+
+    Args:
+        position: ``[..., 2, 1]`` (x, y), inside the courtyard.
+        ray: ``[..., 2, W]``.
+    """
+    steep = torch.where(ray.abs() < 1e-6, torch.full_like(ray, 1e-6), ray)
+    depths = (HALF_SIZE * steep.sign() - position) / steep
+    depth = depths.amin(dim=-2)
+    sideways = depths[..., 0, :] < depths[..., 1, :]
+    east, north = ray[..., 0, :], ray[..., 1, :]
+    index = torch.where(sideways, torch.where(east > 0, 1, 3), torch.where(north > 0, 0, 2))
+    x, y = position[..., 0, :], position[..., 1, :]
+    return WallHits(depth, index, torch.where(sideways, y + depth * north, x + depth * east))
+
+
+def pillar_places(like: Tensor) -> Tensor:
+    """The middles of the pillars, ``[4, 2]``, in the type and on the device of ``like``."""
+    return like.new_tensor([[1, 1], [1, -1], [-1, -1], [-1, 1]]) * PILLAR_OFFSET
+
+
+def meet_pillars(position: Tensor, ray: Tensor) -> PillarHits:
+    """Follow rays to the nearest pillar; arguments as for `meet_walls`."""
+    offset = position.transpose(-1, -2) - pillar_places(ray)  # [..., 4, 2]
+    square = (ray * ray).sum(dim=-2, keepdim=True)
+    half_b = offset @ ray
+    excess = (offset * offset).sum(dim=-1, keepdim=True) - PILLAR_RADIUS**2
+    root = half_b * half_b - square * excess
+    depths = (-half_b - root.clamp_min(0).sqrt()) / square
+    depths = torch.where((root > 0) & (depths > 0), depths, FAR)
+    depth, index = depths.min(dim=-2)
+    return PillarHits(depth, index, root.gather(-2, index[..., None, :])[..., 0, :])
+
+
+def pillar_normals(position: Tensor, ray: Tensor, hits: PillarHits) -> tuple[Tensor, Tensor]:
+    """East and north parts ``[..., W]`` of the outward normals where rays meet pillars."""
+    place = pillar_places(ray)[hits.which]
+    met = position + hits.depth[..., None, :] * ray
+    east = (met[..., 0, :] - place[..., 0]) / PILLAR_RADIUS
+    return east, (met[..., 1, :] - place[..., 1]) / PILLAR_RADIUS
