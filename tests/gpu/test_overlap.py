@@ -21,7 +21,7 @@ def latents(overlap: bool, use_cuda_graph: bool) -> list[torch.Tensor]:
     text = torch.randn(1, 3, TEXT_DIM, generator=torch.Generator().manual_seed(0))
     found = []
     cache = None
-    for _ in range(3):  # the second and third begin while the last clean pass is under way
+    for _ in range(3):  # the second and third begin beside the last clean pass
         if cache is not None:
             cache.release()  # there are graphs for one rollout at a time
         cache = pipeline.initialize_cache(text=text, seed=1)

@@ -54,7 +54,7 @@ class MaskedCore(AttentionCore):
 
 @contextmanager
 def masked(model: WanTransformer, mask: Tensor) -> Iterator[None]:
-    """Give every self-attention core the same mask for a while."""
+    """Give every self-attention core the same mask inside the ``with`` block."""
     cores = [block.self_attn.core for block in model.blocks]
     for block in model.blocks:
         block.self_attn.core = MaskedCore(model.config.head_dim, mask)

@@ -151,7 +151,7 @@ def test_on_a_gpu_the_next_step_does_not_wait_for_the_last_one() -> None:
     assert check.read(wait=False) is None and not check.is_settled and not first.waited
     second = submit_on_gpu(check, 1, 1.0)
     assert check.read(wait=False) is None
-    assert (first.waited, second.waited) == (1, 0), "two steps are under way at most"
+    assert (first.waited, second.waited) == (1, 0), "two steps are outstanding at most"
     second.passed = True
     assert check.is_settled and not second.waited
 

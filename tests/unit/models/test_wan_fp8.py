@@ -14,38 +14,16 @@ from flashdreams.attention.rope import apply_rope, time_rotation
 from flashdreams.infra.weights import memory_estimate
 from flashdreams.models.wan.transformer import SELF_ATTENTION
 from flashdreams.runtime.cuda_graph import Captured, GraphedCallable
+from tests import quantized_rollouts
+from tests.quantized_rollouts import STEPS, begin, error, run
 from tests.tiny import TEXT_DIM, tiny_pipeline, tiny_transformer
 
-STEPS = 6
 BOUND = 3e-2
 """Largest error of the latents over their largest entry: twice what was measured."""
-SINK = dict(sink_size_t=2, window_size_t=3, relative_rope=True)
 
 
 def build(precision: str = "fp8", **transformer):
-    pipeline = tiny_pipeline(**{**SINK, "precision": precision, **transformer}).setup(device="cpu")
-    for parameter in pipeline.parameters():  # the default initialisation is too tame to tell
-        if parameter.ndim > 1:
-            parameter.mul_(2)
-    return pipeline
-
-
-def begin(pipeline, seed: int = 3):
-    text = torch.randn(1, 4, TEXT_DIM, generator=torch.Generator().manual_seed(seed))
-    return pipeline.initialize_cache(text=text, seed=seed)
-
-
-def run(pipeline, cache, steps: int = STEPS) -> torch.Tensor:
-    latents = []
-    for index in range(cache.next_index, steps):
-        pipeline.generate(index, cache, 0.1 * index)
-        pipeline.finalize(index, cache)
-        latents.append(cache.latent)
-    return torch.cat(latents, dim=2)
-
-
-def error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
+    return quantized_rollouts.build(precision=precision, **transformer)
 
 
 def layers_of(cache):

@@ -6,45 +6,23 @@ import torch
 from flashdreams.attention import quantized
 from flashdreams.infra.weights import memory_estimate
 from flashdreams.models.wan.transformer import SELF_ATTENTION
+from tests import quantized_rollouts
+from tests.quantized_rollouts import STEPS, begin, error, run
 from tests.tiny import TEXT_DIM, tiny_pipeline, tiny_transformer
 
-STEPS = 6
 BOUND = 3e-3
 """Largest error of the latents over their largest entry: 2.5 times what was measured."""
 
 
 def build(storage: str = "int8", **transformer):
-    sizes = dict(sink_size_t=2, window_size_t=3, relative_rope=True, kv_cache_dtype=storage)
-    pipeline = tiny_pipeline(**{**sizes, **transformer}).setup(device="cpu")
-    for parameter in pipeline.parameters():  # the default initialisation is too tame to tell
-        if parameter.ndim > 1:
-            parameter.mul_(2)
-    return pipeline
-
-
-def begin(pipeline, seed: int = 3):
-    text = torch.randn(1, 4, TEXT_DIM, generator=torch.Generator().manual_seed(seed))
-    return pipeline.initialize_cache(text=text, seed=seed)
-
-
-def run(pipeline, cache, steps: int = STEPS) -> torch.Tensor:
-    latents = []
-    for index in range(cache.next_index, steps):
-        pipeline.generate(index, cache, 0.1 * index)
-        pipeline.finalize(index, cache)
-        latents.append(cache.latent)
-    return torch.cat(latents, dim=2)
-
-
-def error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
+    return quantized_rollouts.build(kv_cache_dtype=storage, **transformer)
 
 
 def test_the_error_of_a_rollout_is_bounded(monkeypatch):
     exact, rounded = build("native"), build()
     expected = run(exact, begin(exact))
     latents = run(rounded, begin(rounded))
-    assert torch.equal(latents[:, :, :2], expected[:, :, :2])  # there is no past yet
+    assert torch.equal(latents[:, :, :2], expected[:, :, :2])  # nothing is cached yet
     assert 1e-5 < error(latents, expected) < BOUND
 
     monkeypatch.setattr(quantized, "LARGEST", 7.0)  # negative control: some three bits
