@@ -12,10 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashdreams.models.decoder_forms import DecoderForms, tuned
-
-LAYOUTS = ("contiguous", "channels last", "channels last, tuned")
-"""Memory layouts; ``tuned`` lets cuDNN measure its algorithms first."""
+LAYOUTS = ("contiguous", "channels last")
+"""Memory layouts."""
 
 
 PER_TAP = "as three 2-D ms"
@@ -81,7 +79,7 @@ def record(call: Callable[[], Any]) -> Counter[Convolution]:
 
 
 def measure(
-    found: Counter[Convolution], dtype: torch.dtype, device: torch.device, *, tune: bool
+    found: Counter[Convolution], dtype: torch.dtype, device: torch.device
 ) -> list[dict[str, Any]]:
     """Time each convolution alone, without a bias, on random inputs.
 
@@ -89,7 +87,6 @@ def measure(
         found: from ``record``.
         dtype: of inputs and weights.
         device: where they are.
-        tune: time the last of :data:`LAYOUTS` too.
 
     Returns:
         One row per convolution: milliseconds of one call in each layout, the number of calls, and
@@ -98,7 +95,7 @@ def measure(
     """
     rows = []
     for conv, count in found.items():
-        times = {layout: _time(conv, layout, dtype, device) for layout in LAYOUTS[: 2 + tune]}
+        times = {layout: _time(conv, layout, dtype, device) for layout in LAYOUTS}
         how = LAYOUTS[1], dtype, device
         best = min(times.values())
         per_tap = conv.frame_by_frame()
@@ -110,7 +107,7 @@ def measure(
                 "best_ms": best,
                 "gflop": conv.gflop,
                 "tflops": conv.gflop / best,
-                **{f"{layout.replace(', ', ' ')} ms": ms for layout, ms in times.items()},
+                **{f"{layout} ms": ms for layout, ms in times.items()},
                 **({} if per_tap is None else {PER_TAP: 3 * _time(per_tap, *how)}),
             }
         )
@@ -135,11 +132,7 @@ def _time(conv: Convolution, layout: str, dtype: torch.dtype, device: torch.devi
 
     x, weight = normal(conv.input), normal(conv.weight)
     function = F.conv2d if len(conv.input) == 4 else F.conv3d
-    forms = DecoderForms(cudnn_benchmark=layout == LAYOUTS[2])
-    with tuned(forms, dtype):
-        times = report.time_calls(
-            lambda: function(x, weight, None, conv.stride, conv.padding),
-            device,
-            repeats=3,
-        )
+    times = report.time_calls(
+        lambda: function(x, weight, None, conv.stride, conv.padding), device, repeats=3
+    )
     return report.percentile(times, 0.5)

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.decoder.base import StreamingDecoder
-from flashdreams.models.decode_graph import DecodeGraph
 from flashdreams.models.decoder_forms import FAST, PLAIN, forms_for
 from flashdreams.models.taehv import TAEHVDecoderConfig
 from flashdreams.models.wan.vae import WanVAEDecoderConfig
@@ -39,7 +38,7 @@ COLUMNS = (
 )  # fmt: skip
 CONV_COLUMNS = (
     "case", "variant", "calls", "best_ms", "gflop", "tflops",
-    *(f"{layout.replace(', ', ' ')} ms" for layout in convolutions.LAYOUTS), convolutions.PER_TAP,
+    *(f"{layout} ms" for layout in convolutions.LAYOUTS), convolutions.PER_TAP,
 )  # fmt: skip
 FIELDS = (
     "conv_ms",
@@ -54,17 +53,15 @@ FIELDS = (
 DIFFERENCE_BOUNDS = {"float32": 1e-2, "bfloat16": 1e-1, "float16": 1e-1}
 """Of frames, as a share of the largest value; in float32 with room for TF32 on a GPU."""
 FRAMEWISE, AT_ONCE = "one frame at a time", "chunk at once"
-FAST_NAME, GRAPH, TUNED = "fast", "fast, graph", "fast, cuDNN tuned"
+FAST_NAME, GRAPH = "fast", "fast, graph"
 CHANGES: dict[str, dict[str, Any]] = {
     FAST_NAME: {},
     GRAPH: {},
     "fast, interpolated": {"upsampling": "interpolate"},
     "fast, PyTorch between": {"pointwise": "reference"},
     "fast, stacked memory": {"memory": "stack"},
-    "fast, frame pairs": {"memory": "conv3d"},
     "fast, 3 channels out": {"head_channels": 1},
     "fast, 16 channels out": {"head_channels": 16},
-    TUNED: {"cudnn_benchmark": True},
 }
 """What the fast variants have other than the forms that a GPU takes by default."""
 VARIANTS = (FRAMEWISE, AT_ONCE, *CHANGES)
@@ -88,7 +85,8 @@ def build_decoders(
         torch.manual_seed(0)
         framewise = derive_config(config, decode_frames_at_once=1).setup().to(device)
         for variant in variants:
-            if "memory" in CHANGES.get(variant, {}) and not case.startswith("TAEHV"):
+            only_taehv = variant == GRAPH or "memory" in CHANGES.get(variant, {})
+            if only_taehv and not case.startswith("TAEHV"):
                 continue
             decoder = deepcopy(framewise)
             if variant != FRAMEWISE:
@@ -106,7 +104,6 @@ def measure_convolutions(
     decoders: dict[tuple[str, str], StreamingDecoder],
     chunk: Tensor,
     device: torch.device,
-    tune: bool,
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows of the convolutions of each case, at the shapes of a chunk at once."""
     found = {}
@@ -115,22 +112,8 @@ def measure_convolutions(
             cache, latent = decoder.initialize_cache(), chunk.to(device)
             decoder(latent, 0, cache)
             calls = convolutions.record(lambda: decoder(latent, 1, cache))  # noqa: B023
-            found[case] = convolutions.measure(calls, decoder.dtype, device, tune=tune)
+            found[case] = convolutions.measure(calls, decoder.dtype, device)
     return found
-
-
-def capture(decoder: Any, latent: Tensor) -> Any:
-    """A decoder whose later chunks are replayed as a graph; as it is on a CPU."""
-    graph = DecodeGraph(decoder.decode, decoder.device)
-    graph.capture(latent)
-
-    def call(latent: Tensor, index: int, cache: Any) -> Tensor:
-        cache.begin_chunk(index)
-        video = graph(latent, cache)
-        cache.chunks += 1
-        return video
-
-    return call
 
 
 def measure(
@@ -156,15 +139,14 @@ def measure(
     times: dict[tuple[str, str], list[float]] = {key: [] for key in decoders}
     differences = dict.fromkeys(decoders, 0.0)
     videos: dict[tuple[str, str], Tensor] = {}
-    calls: dict[tuple[str, str], Any] = dict(decoders)
-    for key, decoder in decoders.items():
-        if key[1] == GRAPH:
-            calls[key] = capture(decoder, chunks[0].to(device))
+    for (_, variant), decoder in decoders.items():
+        if variant == GRAPH:
+            decoder.capture(chunks[0].to(device))
     for index, chunk in enumerate(chunks):
         latent = chunk.to(device)
         for key in list(decoders) if index % 2 else list(decoders)[::-1]:
             start = rollout.clock_s(device)
-            videos[key] = calls[key](latent, index, caches[key])
+            videos[key] = decoders[key](latent, index, caches[key])
             elapsed_ms = 1e3 * (rollout.clock_s(device) - start)
             if index >= WARM_CHUNKS:
                 times[key].append(elapsed_ms)
@@ -239,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
     chunks = [torch.randn(size, generator=generator) for _ in range(WARM_CHUNKS + repeats)]
     with torch.no_grad():
         decoders = build_decoders(options, device, variants)
-        alone = measure_convolutions(decoders, chunks[0], device, TUNED in variants)
+        alone = measure_convolutions(decoders, chunks[0], device)
         conv_ms = {case: convolutions.total_ms(rows) for case, rows in alone.items()}
         bound = DIFFERENCE_BOUNDS[options.dtype]
         rows = measure(decoders, chunks, device, bound, conv_ms)

@@ -10,7 +10,7 @@
 #   DRY_RUN=1 bash benchmarks/gpu_session.sh        # every section at a tiny size on the CPU
 #
 # Paths are relative to the checkout.
-# RESULTS           folder of the files (default: outputs/gpu_session)
+# RESULTS           folder of the files, emptied first (default: outputs/gpu_session)
 # OUT               folder that gets the table, the profiles and a pack of all files; optional
 # REFERENCE         checkout of another commit, to be timed in turns with this one; optional, made by
 #                   git archive 7918d52 flashdreams kernels benchmarks | tar x -C REFERENCE
@@ -166,6 +166,12 @@ if [[ "${1:-}" == --section ]]; then
     exit
 fi
 
+for section in $SECTIONS; do
+    if [[ " $ALL " != *" $section "* ]]; then
+        echo "unknown section $section; there are: $ALL" >&2
+        exit 2
+    fi
+done
 mkdir -p "$RESULTS"
 rm -f "$RESULTS"/*
 # Slugs are found through the entry points of an installed package; a bare tree gets some beside it.
@@ -175,12 +181,6 @@ if ! "$PYTHON" -c "from importlib.metadata import distribution; distribution('fl
 fi
 begin=$SECONDS
 missing=0
-for section in $SECTIONS; do
-    if [[ " $ALL " != *" $section "* ]]; then
-        echo "unknown section $section; there are: $ALL" >&2
-        exit 2
-    fi
-done
 for section in $ALL; do
     [[ " $SECTIONS " == *" $section "* ]] || note "$section" "not asked for" 0
 done

@@ -3,7 +3,6 @@
 # Every form computes the same function; outputs differ by rounding alone. Shapes: N frames of all
 # clips, C channels, H W rows and columns; channels are innermost in memory.
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -28,17 +27,13 @@ class DecoderForms:
     """Convolutions after a nearest upsampling. ``"phases"``: four 2x2 convolutions on the small
     frames, 2.25 times fewer operations and nothing of the large size to read."""
 
-    memory: Literal["stack", "halves", "conv3d"] = "stack"
+    memory: Literal["stack", "halves"] = "stack"
     """TAEHV's convolutions over a frame and the one before it. ``"stack"``: over their stacked
     channels; ``"halves"``: both halves of the weight in one convolution of twice the output
-    channels, summed afterwards; ``"conv3d"``: as a convolution over two frames."""
+    channels, summed afterwards."""
 
     head_channels: int = 1
     """Output channels of the last convolution are padded with zeros to a multiple of this."""
-
-    cudnn_benchmark: bool = False
-    """cuDNN measures its algorithms for each new shape, and does not guess; then bits may differ
-    from process to process."""
 
 
 PLAIN = DecoderForms()
@@ -85,23 +80,6 @@ def select_forms(decoder: nn.Module, forms: DecoderForms) -> None:
         take: Any = getattr(module, "take_form", None)
         if take is not None:
             take(forms)
-
-
-def tuned(forms: DecoderForms, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Let cuDNN measure within the context, if the forms say so.
-
-    cuDNN's choices are kept by shape and by the flag for TF32. That flag means nothing to 16-bit
-    types; turned over, it keeps measured choices apart from those of other decoders.
-    """
-    if not forms.cudnn_benchmark:
-        return nullcontext()
-    cudnn = torch.backends.cudnn
-    return cudnn.flags(
-        enabled=cudnn.enabled,
-        benchmark=True,
-        deterministic=cudnn.deterministic,
-        allow_tf32=cudnn.allow_tf32 == (dtype == torch.float32),
-    )
 
 
 def frames_at_once(asked: int | str | None, device: torch.device, frames: int) -> int:
@@ -180,8 +158,6 @@ class PaddedConv2d(nn.Conv2d):
         """The same; with a ``weight`` of ``[C'', C, 3, 3]`` that one, and no bias."""
         bias = self.bias if weight is None else None
         weight = self.weight if weight is None else weight
-        if x.dim() == 5:
-            return F.conv3d(x, weight, bias, padding=(0, 1, 1))
         return F.conv2d(x, weight, bias, padding=1)
 
 

@@ -1,4 +1,4 @@
-"""TAEHV, a tiny video autoencoder: streaming decoder and encoder."""
+"""TAEHV, a tiny video autoencoder: the streaming decoder, and what the encoder shares with it."""
 
 # Shapes: B batch, C latent channels, T latent frames, F pixel frames, H W latent rows and columns;
 # height = 8 H * patch_size and so for the width. Layers see frames folded into the batch,
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from flashdreams.infra.component import ComponentConfig
 from flashdreams.infra.decoder.base import StreamingDecoder, StreamingDecoderConfig
-from flashdreams.infra.encoder.base import Encoder, EncoderConfig
 from flashdreams.infra.ranges import check_range
 from flashdreams.models.carried_frames import CarriedFrames, memory_format
 from flashdreams.models.decode_graph import DecodeGraph
@@ -28,23 +27,18 @@ from flashdreams.models.decoder_forms import (
     forms_for,
     frames_at_once,
     select_forms,
-    tuned,
 )
 from flashdreams.models.taehv_forms import (
     TAEHVPhases,
-    convolve_frame_pairs,
     convolve_halves,
     pair_weight,
 )
 from flashdreams.models.wan.vae import (
     WAN21_LATENT_MEAN,
     WAN21_LATENT_STD,
-    as_video,
     channels_innermost,
     check_latent,
-    check_video,
     denormalise,
-    normalise,
 )
 from flashdreams.models.wan.vae_blocks import fold_frames
 from flashdreams.parallel.plan import ParallelPlan
@@ -132,8 +126,7 @@ class MemoryBlock(nn.Module):
             return activated(conv, both, self.forms)
         _count, channels, *size = frames.shape
         last = carried.slot(self.slot, (batch, channels, *size), frames)
-        form = convolve_halves if self.forms.memory == "halves" else convolve_frame_pairs
-        y = form(conv, self.pair, frames, last, self.forms)
+        y = convolve_halves(conv, self.pair, frames, last, self.forms)
         last.copy_(frames.unflatten(0, (batch, -1))[:, -1])
         return y
 
@@ -168,25 +161,6 @@ class TemporalGrow(nn.Module):
         grown = new_frames((count * self.stride, channels, *size), frames)
         grown.unflatten(0, (count, self.stride)).copy_(y.unflatten(1, (self.stride, channels)))
         return grown
-
-
-class TemporalPool(nn.Module):
-    """``stride`` frames to one by a 1x1 convolution over their stacked channels."""
-
-    def __init__(self, channels: int, stride: int) -> None:
-        super().__init__()
-        self.stride = stride
-        self.conv = nn.Conv2d(channels * stride, channels, 1, bias=False)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        """``[B n * stride, C, ...]`` to ``[B n, C, ...]``."""
-        if self.stride == 1:
-            return self.conv(frames)
-        count, channels, *size = frames.shape
-        stacked = new_frames((count // self.stride, channels * self.stride, *size), frames)
-        groups = frames.unflatten(0, (-1, self.stride))
-        stacked.unflatten(1, (self.stride, channels)).copy_(groups)
-        return self.conv(stacked)
 
 
 class TAEHVDecoderNetwork(nn.ModuleDict):
@@ -248,39 +222,6 @@ class TAEHVDecoderNetwork(nn.ModuleDict):
         return self[self.last](F.relu(x, inplace=True))
 
 
-class TAEHVEncoderNetwork(nn.ModuleDict):
-    """Layers from frames to latents, named as in the public files; state is handed in."""
-
-    def __init__(self, config: "TAEHVEncoderConfig") -> None:
-        super().__init__()
-        width = config.channels
-        self.levels: list[tuple[str, str, list[str]]] = []
-        self["0"] = nn.Conv2d(3 * config.patch_size**2, width, 3, padding=1)
-        index = 2
-        for downsample in config.temporal_downsample:
-            pool, conv = str(index), str(index + 1)
-            blocks = [str(index + 2 + i) for i in range(BLOCKS_PER_LEVEL)]
-            self[pool] = TemporalPool(width, 2 if downsample else 1)
-            self[conv] = nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False)
-            for name in blocks:
-                self[name] = MemoryBlock(width)
-            self.levels.append((pool, conv, blocks))
-            index += BLOCKS_PER_LEVEL + 2
-        self.last = str(index)
-        self[self.last] = nn.Conv2d(width, config.latent_channels, 3, padding=1)
-
-    def forward(self, frames: Tensor, batch: int, carried: CarriedFrames) -> Tensor:
-        """Encode ``[B F, 3 * patch_size^2, rows, columns]`` to ``[B, C, T, H, W]``."""
-        x = F.relu(self["0"](frames), inplace=True)
-        for pool, conv, blocks in self.levels:
-            x = self[conv](self[pool](x))
-            for name in blocks:
-                x = self[name](x, batch, carried)
-        latent = self[self.last](x).unflatten(0, (batch, -1)).transpose(1, 2)
-        carried.position += latent.shape[2]
-        return latent
-
-
 @dataclass(kw_only=True)
 class TAEHVDecoderConfig(TAEHVConfig, StreamingDecoderConfig):
     """Tiny decoder: ``decoder.*`` of the public files."""
@@ -325,7 +266,6 @@ class TAEHVDecoder(StreamingDecoder):
     def __init__(self, config: TAEHVDecoderConfig) -> None:
         super().__init__(config)
         self.decoder = TAEHVDecoderNetwork(config)
-        self.forms = PLAIN
         self.graph: DecodeGraph | None = None
         name_memory_slots(self)
         self.to(self.dtype)
@@ -337,7 +277,7 @@ class TAEHVDecoder(StreamingDecoder):
 
     def take_forms(self, forms: DecoderForms) -> None:
         """Compute every layer in the form asked for; the weights are in place."""
-        self.forms, self.graph = forms, None
+        self.graph = None
         select_forms(self, forms)
 
     @torch.no_grad()
@@ -397,12 +337,11 @@ class TAEHVDecoder(StreamingDecoder):
         latent = channels_innermost(latent, self.device, self.dtype)
         parts = []
         count = frames_at_once(config.decode_frames_at_once, self.device, latent.shape[2])
-        with tuned(self.forms, self.dtype):
-            for part in latent.split(count, dim=2):
-                frames = self.decoder(part, config.time_factor - 1, carried).float()
-                if config.patch_size > 1:
-                    frames = F.pixel_shuffle(frames, config.patch_size)
-                parts.append(frames.unflatten(0, (latent.shape[0], -1)))
+        for part in latent.split(count, dim=2):
+            frames = self.decoder(part, config.time_factor - 1, carried).float()
+            if config.patch_size > 1:
+                frames = F.pixel_shuffle(frames, config.patch_size)
+            parts.append(frames.unflatten(0, (latent.shape[0], -1)))
         video = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return video.contiguous().clamp_(0, 1).mul_(2).sub_(1)
 
@@ -432,107 +371,8 @@ class TAEHVDecoder(StreamingDecoder):
         return ParallelPlan(spatial={name: "halo" for name in sorted(halo)})
 
 
-@dataclass(kw_only=True)
-class TAEHVEncoderConfig(TAEHVConfig, EncoderConfig):
-    """Tiny encoder: ``encoder.*`` of the public files."""
-
-    _target: type["TAEHVEncoder"] = field(default_factory=lambda: TAEHVEncoder)
-
-    channels: int = 64
-    """Channels of every layer."""
-
-    temporal_downsample: tuple[bool, ...] = (True, True, False)
-    """Which of the resolutions, finest first, halve the frame rate."""
-
-    @property
-    def time_factor(self) -> int:
-        """Pixel frames per latent frame."""
-        return 2 ** sum(self.temporal_downsample)
-
-    @property
-    def spatial_factor(self) -> int:
-        """Pixels per latent row or column."""
-        return self.patch_size * 2 ** len(self.temporal_downsample)
-
-
-class TAEHVEncoder(Encoder):
-    """An image or a video to normalised latents.
-
-    Latent frame i stands for the pixel frames 4 i .. 4 i + 3, so it looks up to three frames ahead
-    of where the Wan autoencoder's latent i ends.
-    """
-
-    config: TAEHVEncoderConfig
-
-    def __init__(self, config: TAEHVEncoderConfig) -> None:
-        super().__init__(config)
-        self.encoder = TAEHVEncoderNetwork(config)
-        name_memory_slots(self)
-        self.to(self.dtype)
-
-    def initialize_cache(self) -> CarriedFrames:
-        """State of a new video for ``encode_chunk``."""
-        return CarriedFrames()
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Encode a whole image or video.
-
-        Args:
-            input: ``[B, 3, height, width]`` or ``[B, 3, F, height, width]``, floating, in [-1, 1].
-                The last frame is repeated until the frames fill whole latent frames.
-
-        Returns:
-            ``[B, C, T, H, W]``, float32, normalised, ``T = ceil(F / 4)``.
-
-        Raises:
-            ValueError: wrong shape or size.
-            TypeError: integer pixels, or no tensor.
-        """
-        video = as_video(input)
-        if video.dim() == 5 and (lacking := -video.shape[2] % self.config.time_factor):
-            tail = video[:, :, -1:].expand(-1, -1, lacking, -1, -1)
-            video = torch.cat((video, tail), dim=2)
-        return self.encode_chunk(video, self.initialize_cache())
-
-    @torch.no_grad()
-    def encode_chunk(self, video: Tensor, cache: CarriedFrames) -> Tensor:
-        """Encode the next frames of a video that arrives in chunks.
-
-        Args:
-            video: ``[B, 3, F, height, width]`` in [-1, 1]; F a multiple of 4.
-            cache: the video's state, updated in place.
-
-        Returns:
-            ``[B, C, F / 4, H, W]``, float32, normalised.
-
-        Raises:
-            ValueError: wrong shape, size or number of frames.
-            TypeError: integer pixels.
-        """
-        config = self.config
-        check_video(video, config.spatial_factor)
-        batch, _, count, _, _ = video.shape
-        if count == 0 or count % config.time_factor:
-            raise ValueError(
-                f"{count} frames do not fill whole latent frames: give a multiple of "
-                f"{config.time_factor}, or the whole video to forward()."
-            )
-        frames = (fold_frames(video).to(self.device).float() + 1) / 2
-        frames = F.pixel_unshuffle(frames, config.patch_size).to(
-            dtype=self.dtype, memory_format=torch.channels_last
-        )
-        latent = self.encoder(frames, batch, cache).float()
-        cache.chunks += 1
-        if config.latents == "raw":
-            return normalise(latent, config.latent_mean, config.latent_std)
-        return latent.contiguous()
-
-
 DECODER_IGNORES = (r"encoder\.",)
 """``CheckpointConfig.ignore`` of a decoder that reads a file with both halves."""
-
-ENCODER_IGNORES = (r"decoder\.",)
-"""``CheckpointConfig.ignore`` of an encoder that reads a file with both halves."""
 
 
 def new_frames(shape: tuple[int, ...], like: Tensor) -> Tensor:

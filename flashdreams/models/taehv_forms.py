@@ -13,7 +13,6 @@ from torch import Tensor
 from flashdreams.models.decoder_forms import (
     DecoderForms,
     PaddedConv2d,
-    activated,
     by_pixel,
     channels_last,
     padded_channels,
@@ -26,16 +25,11 @@ def pair_weight(weight: Tensor, forms: DecoderForms) -> Tensor | None:
     """The weight ``[C', 2 C, 3, 3]`` over a frame and the one before it, in the form asked for.
 
     Returns:
-        ``"halves"``: ``[2 C', C, 3, 3]``, that of the frame first; ``"conv3d"``:
-        ``[C', C, 2, 3, 3]``, in the order of time; None for stacked channels.
+        ``"halves"``: ``[2 C', C, 3, 3]``, that of the frame first; None for stacked channels.
     """
-    own, before = weight.detach().chunk(2, dim=1)
-    if forms.memory == "halves":
-        return channels_last(torch.cat((own, before)), weight.dtype)
-    if forms.memory == "conv3d":
-        pair = torch.stack((before, own), dim=2)
-        return pair.contiguous(memory_format=torch.channels_last_3d)
-    return None
+    if forms.memory == "stack":
+        return None
+    return channels_last(torch.cat(weight.detach().chunk(2, dim=1)), weight.dtype)
 
 
 def convolve_halves(
@@ -57,16 +51,6 @@ def convolve_halves(
     pixels = y.flatten(2, 3), before.flatten(1, 2)
     pointwise_ops(forms).sum_halves(*pixels, conv.bias, out.flatten(2, 3))
     return out.flatten(0, 1).movedim(-1, 1)
-
-
-def convolve_frame_pairs(
-    conv: PaddedConv2d, pair: Tensor, frames: Tensor, last: Tensor, forms: DecoderForms
-) -> Tensor:
-    """The same as a convolution over two frames in time; arguments as for ``convolve_halves``."""
-    cells = by_pixel(frames).unflatten(0, (len(last), -1))
-    joined = torch.cat((by_pixel(last).unsqueeze(1), cells), dim=1).movedim(-1, 1)
-    y = activated(conv, joined, forms, weight=pair)
-    return by_pixel(y).flatten(0, 1).movedim(-1, 1)
 
 
 class TAEHVPhases:

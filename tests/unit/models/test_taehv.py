@@ -8,12 +8,10 @@ from torch import Tensor
 
 from flashdreams.models.taehv import (
     DECODER_IGNORES,
-    ENCODER_IGNORES,
     TAEHVDecoder,
     TAEHVDecoderConfig,
-    TAEHVEncoder,
-    TAEHVEncoderConfig,
 )
+from flashdreams.models.taehv_encoder import ENCODER_IGNORES, TAEHVEncoder, TAEHVEncoderConfig
 from flashdreams.models.wan.vae import WAN21_LATENT_MEAN, WAN21_LATENT_STD, denormalise, normalise
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load_checkpoint
 from tests.manifests import load_manifest, write_sparse_safetensors
