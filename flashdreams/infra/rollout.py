@@ -347,6 +347,7 @@ def encode_rollout(
     decoder_style: StateStyle | None = None if layout.splits_width else "whole"
     values = {
         "next_index": cache.next_index,
+        "prompt_is_newer": diffusion.prompt_is_newer,
         "latent": encoder.encode(diffusion.latent, "latent", "whole"),
         "history": encoder.encode(diffusion.history, "history", "whole"),
         "encoder": encoder.encode(cache.encoder, "encoder", "whole"),
@@ -446,6 +447,7 @@ def fill_rollout(
     """
     cache.next_index, diffusion = values["next_index"], cache.diffusion
     hints = get_type_hints(DiffusionCache)
+    diffusion.prompt_is_newer = bool(values.get("prompt_is_newer", False))
     diffusion.latent = decoder.restore(values["latent"], "latent")
     diffusion.history = decoder.restore(values["history"], "history", None, hints["history"])
     for name in BRANCHES:

@@ -11,6 +11,7 @@ from flashdreams.infra.assembly import Assembly
 from flashdreams.infra.component import Component, select_context
 from flashdreams.infra.controller import Controller
 from flashdreams.infra.decoder.base import StreamingDecoder
+from flashdreams.infra.diffusion.recompute import numerics_difference
 from flashdreams.infra.encoder.base import StreamingEncoder
 from flashdreams.infra.fingerprint import differences
 from flashdreams.infra.fork import copied_bytes, copy_rollout, require_room, timed_forks
@@ -44,7 +45,7 @@ from flashdreams.infra.snapshot import (
     save_snapshot,
 )
 from flashdreams.infra.state import FORMAT, RolloutState, StateDecoder, no_whole_tensor
-from flashdreams.parallel.environment import LOAD_TIMEOUT_S, from_rank_zero
+from flashdreams.parallel.environment import LOAD_TIMEOUT_S, all_ranks_agree, from_rank_zero
 from flashdreams.parallel.plan import ParallelPlan
 from flashdreams.parallel.state_layout import StateLayout
 from flashdreams.runtime.grad_mode import without_grad
@@ -89,7 +90,8 @@ class SavedRollouts(Assembly):
         """Go on with a rollout that ``cache.state_dict()`` has exported; a collective call.
 
         Where both ranks and numerics fingerprint are those of the export, the frames that follow
-        have the same bits as those of the run that was exported; else differences are logged.
+        have the same bits as those of the run that was exported; else differences are logged, as in
+        ``resume``.
 
         Args:
             state: on rank zero the canonical form; elsewhere it is ignored.
@@ -108,7 +110,9 @@ class SavedRollouts(Assembly):
                 lambda: checked_values(state, self.config.name, noise, controller)
             )
             decoder = StateDecoder(self.layout, self.target_device, from_state(state))
-            return self._restore(values, decoder, noise, controller)
+            cache = self._restore(values, decoder, noise, controller)
+            self._measure_numerics(cache, values["fingerprint"])
+            return cache
 
     @without_grad
     def save(
@@ -160,8 +164,10 @@ class SavedRollouts(Assembly):
         """Go on with a rollout that ``save`` has written, on any number of ranks; collective.
 
         At an equal numerics fingerprint, and with ``strict``, the frames that follow have the same
-        bits as those of the run that never stopped; else each difference is logged. Each rank maps
-        the files and reads what it holds. Nothing but numbers is taken from them.
+        bits as those of the run that never stopped. Else each difference is logged, and the clean
+        pass of the last chunk is run again, to say how far its keys and values are from those that
+        were saved. Each rank maps the files and reads what it holds. Nothing but numbers is taken
+        from them.
 
         Args:
             path: the folder.
@@ -192,6 +198,8 @@ class SavedRollouts(Assembly):
                 cache = self._restore(dict(header.values), decoder, noise, controller)
             if header.light:
                 self.diffusion_model.rebuild_context(cache.diffusion)
+            else:
+                self._measure_numerics(cache, header.fingerprint)
             return cache
 
     @without_grad
@@ -261,6 +269,24 @@ class SavedRollouts(Assembly):
         for line in [*unused, *(x for x in differ if x.split(":")[0] not in told)]:
             logger.info("The loaded rollout may go on with other bits: %s.", line)
         return cache
+
+    def _measure_numerics(
+        self, cache: StreamInferencePipelineCache, theirs: Mapping[str, Any]
+    ) -> None:
+        """Say how much the numerics of a loaded rollout differ from ours, if they do; collective.
+
+        Args:
+            cache: loaded with its KV caches.
+            theirs: fingerprint of the numerics that it was computed with.
+        """
+        if all_ranks_agree(not differences(dict(theirs), self.fingerprint())):
+            return
+        found = numerics_difference(self.diffusion_model, cache.diffusion)
+        if found is not None:
+            logger.info(
+                "Its last chunk was computed anew with the numerics of this process: the largest "
+                "difference of keys and values is %.2g of the largest value.", found
+            )  # fmt: skip
 
     @without_grad
     def clone_cache(
