@@ -29,10 +29,10 @@ def advance_with(pipeline, cache, given, steps):
     return chunks
 
 
-def assert_close(found, expected):
+def assert_close(found, expected, tolerance=1e-5):
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape
-        assert float((a - b).abs().max()) <= 1e-5 * float(b.abs().max())
+        assert float((a - b).abs().max()) <= tolerance * float(b.abs().max())
 
 
 CASES = {
@@ -50,6 +50,7 @@ CASES = {
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_batch_makes_the_frames_of_forks_in_turn(case, steps):
     config = tiny_pipeline(**CASES[case])
+    bits = 1e-3 if case in ("int8", "fp8") else 1e-5  # 8 bits may round the other way
     if case == "guided":
         config = derive_config(config, diffusion_model=dict(guidance_scale=2.0))
     pipeline, cache = begin(config, steps)
@@ -60,13 +61,13 @@ def test_a_batch_makes_the_frames_of_forks_in_turn(case, steps):
     expected, forks = in_turn(pipeline, cache, 4)
     batch = cache.fork_batch(3)
     found = advance_with(pipeline, batch, list(INPUTS), 4)
-    assert_close(found, expected)
+    assert_close(found, expected, bits)
     assert not torch.allclose(expected[-1][0], expected[-1][-1])  # negative control
     picked = batch.pick(1)
     late = advance_with(pipeline, picked, 1.0, 3)
-    assert_close(late, advance_with(pipeline, forks[1], 1.0, 3))
-    assert_close(advance_with(pipeline, cache, 1.0, 4), [x.chunk(3)[1] for x in expected])
-    assert_close(advance_with(pipeline, batch, list(INPUTS), 1)[0].chunk(3)[1:2], late[:1])
+    assert_close(late, advance_with(pipeline, forks[1], 1.0, 3), bits)
+    assert_close(advance_with(pipeline, cache, 1.0, 4), [x.chunk(3)[1] for x in expected], bits)
+    assert_close(advance_with(pipeline, batch, list(INPUTS), 1)[0].chunk(3)[1:2], late[:1], bits)
 
 
 def test_each_fork_has_a_prompt_of_its_own():
