@@ -160,10 +160,14 @@ def make_steps(count, process, folder):
     def has_grown():
         nonlocal last, made
         before, last = last, steps_of(folder)
-        made += max(0, last - before)
+        made += max(0, last - before) if before else 0  # a resume writes all lines anew
         return made >= count
 
     return wait_until(has_grown, process, folder, may_end=True)
+
+
+def resumes(folder):
+    return said(folder).count("resumed before AR step")
 
 
 def kill_a_rank(moment, process, folder, draw):
@@ -172,27 +176,24 @@ def kill_a_rank(moment, process, folder, draw):
     Returns:
         Seconds until then, and whether a snapshot was left half; None if the run ended before.
     """
-    old = unfinished(folder)
-    if moment == "chunk":
-        runs = make_steps(draw.randint(1, 8), process, folder)
-        time.sleep(draw.random() * 0.1)
-    else:
+    runs = make_steps(draw.randint(1, 8 if moment == "chunk" else 2), process, folder)
+    old, alive, resumed = unfinished(folder), workers(process.pid), resumes(folder)
+    if moment == "snapshot" and runs:
         writes = lambda: unfinished(folder) - old  # noqa: E731
         runs = wait_until(writes, process, folder, may_end=True)
-        time.sleep(draw.random() * 0.03)
-    alive, resumed = workers(process.pid), said(folder).count("resumed before AR step")
-    if not runs or not alive:
+    time.sleep(draw.random() * (0.1 if moment == "chunk" else 0.01))
+    if not runs or not workers(process.pid):
         return None
     os.kill(draw.choice(alive), signal.SIGKILL)
-    killed = time.monotonic()
+    killed, half = time.monotonic(), bool(unfinished(folder) - old)
     must_resume = (folder / "resume_toy-world" / "run.json").exists() and any(
         folder.glob("resume_toy-world/*/step-*")
     )
-    half = bool(unfinished(folder) - old)
     takes_over = lambda: set(workers(process.pid)) - set(alive)  # noqa: E731
     wait_until(takes_over, process, folder, may_end=True)
     if make_steps(1, process, folder) and must_resume:
-        assert said(folder).count("resumed before AR step") > resumed
+        wait_until(lambda: resumes(folder) > resumed, process, folder, may_end=True)
+        assert resumes(folder) > resumed, said(folder)[-3000:]
     return time.monotonic() - killed, half
 
 
