@@ -199,8 +199,8 @@ def _write_own(folder: Path, parts: Parts) -> None:
         ]
         for path, p in owned.items()
     }
-    with (folder / f"rank-{group_rank():05d}.json").open("w") as index:
-        json.dump({"part": asdict(written), "tensors": listed}, index)
+    index = json.dumps({"part": asdict(written), "tensors": listed})
+    (folder / f"rank-{group_rank():05d}.json").write_text(index, encoding="utf-8")
 
 
 def _entry(path: str, part: TensorPart) -> Entry:

@@ -17,6 +17,8 @@ from flashdreams.runtime.checkpoint.source import LocalCheckpoint
 
 BLOCK_BYTES = 2**24
 """Most that is read at once to compute a checksum."""
+SMALL_BYTES = 2**20
+"""A tensor of fewer bytes is written before another thread would have begun its checksum."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ def write_part(path: Path, entries: Sequence[Entry]) -> PartFile:
         size += file.write(header)
         for entry in entries:
             data = _bytes_of(entry)
+            if len(data) < SMALL_BYTES:
+                digest.update(data)
+                size += file.write(data)
+                continue
             hashed = thread.submit(digest.update, data)
             size += file.write(data)
             hashed.result()
