@@ -1,13 +1,13 @@
 """Two networks of one class that share the denoising steps: one for high noise, one for low."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from flashdreams.attention.choose import AttentionShape
+from flashdreams.attention.choose import AttentionShape, KVSplitsOf
 from flashdreams.attention.cursor import Cursor
 from flashdreams.infra.config import config_fields
 from flashdreams.infra.diffusion.causal import CausalTransformer
@@ -170,6 +170,11 @@ class NoiseExperts(Transformer):
         """Those of either network; see the contract."""
         return self.high_noise.resolved_choices()
 
+    def apply_choices(self, stored: Mapping[str, Any], device: torch.device) -> list[str]:
+        """To both networks; see the contract."""
+        lines = [line for expert in self.experts for line in expert.apply_choices(stored, device)]
+        return list(dict.fromkeys(lines))
+
     def parallel_plan(self) -> ParallelPlan | None:
         """The plan of one network, for both."""
         plan = self.high_noise.parallel_plan()
@@ -179,7 +184,7 @@ class NoiseExperts(Transformer):
         """That of either network; see the contract."""
         return self.high_noise.attention_shape(batch_size)
 
-    def bind_kv_splits(self, name: str, splits_of: Any) -> None:
+    def bind_kv_splits(self, name: str, splits_of: KVSplitsOf) -> None:
         """See the contract."""
         for expert in self.experts:
             expert.bind_kv_splits(name, splits_of)

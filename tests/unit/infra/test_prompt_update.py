@@ -95,7 +95,7 @@ class FrameStore:
     """Keys and values by frame number, in a dict."""
 
     cursor, spec = SimpleNamespace(groups=()), SimpleNamespace(storage="native")
-    scales, quantizes_early = None, False
+    scales, quantizes_early, calibrates = None, False, False
 
     def __init__(self, config, evicted: int) -> None:
         self.config, self.evicted = config, evicted
