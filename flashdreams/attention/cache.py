@@ -197,8 +197,9 @@ class KVCache:
     @property
     def calibrates(self) -> bool:
         """Whether the current pass sets the scales: it is one over the first chunk."""
-        at_first = self.cursor.start == 0 and not self.cursor.is_rewriting
-        return self.scales is not None and at_first
+        if self.scales is None:
+            return False
+        return self.cursor.start == 0 and not self.cursor.is_rewriting
 
     def calibrate(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Set the scales from the first chunk, ``[B, L, N, D]`` each; later nothing; collective.
