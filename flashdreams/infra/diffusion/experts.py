@@ -48,7 +48,7 @@ class NoiseExpertsConfig(CausalTransformerConfig):
     holds both, under ``high_noise.`` and ``low_noise.``."""
 
     low_noise_loras: tuple[str, ...] = ()
-    """LoRAs of the low-noise network; ``loras`` are then the other's alone, as they are without."""
+    """LoRAs of the low-noise network; those of the high-noise network are ``loras``."""
 
     use_cuda_graph: bool = False
     """Always False: both networks run eagerly."""
