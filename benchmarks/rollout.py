@@ -116,11 +116,13 @@ def run_streaming(
     """
     parser = argparse.ArgumentParser(description=(description or "").split("\n\n")[0])
     parser.add_argument("slug", nargs="?", default="toy-world", help="a streaming method")
+    parser.add_argument("--window", type=command.count, help="latent frames of the sliding window")
     parser.add_argument("--threads", type=command.count, default=1, help="CPU threads")
     options = command.parse(parser, arguments, ranks=True)
     torch.set_num_threads(options.threads)
     place = environment.init(options.device)
-    subject = load_subject(options.slug, place)
+    window = None if options.window is None else {"window_size_t": options.window}
+    subject = load_subject(options.slug, place, transformer=window)
     steps = options.repeats or repeats
     with torch.no_grad():
         rows = measure(subject, place.device, steps)

@@ -290,13 +290,23 @@ class KVCache:
         for stored in (self.k, self.v):
             stored.index_copy_(1, tokens, stored[:, first : first + len(tokens)].clone())
 
-    def copy_from(self, other: "KVCache") -> None:
-        """Take the contents of a cache of the same spec, in place; the cursor comes with it."""
-        for mine, theirs in ((self.k, other.k), (self.v, other.v), (self.sink_k, other.sink_k)):
-            if mine is not None:
-                mine.copy_(theirs)  # type: ignore[arg-type]
-        if self.scales is not None and other.scales is not None:
-            self.scales.copy_(other.scales)
+    def copy_from(self, other: "KVCache", rows: slice | None = None) -> None:
+        """Take the contents of a cache of the same spec, in place; the cursor comes with it.
+
+        Args:
+            other: of the same spec but for its batch size.
+            rows: batch entries of it that are taken; None: all. They are repeated where this cache
+                has a multiple of them.
+        """
+        for mine, theirs in zip(self._stored(), other._stored(), strict=True):
+            taken = theirs if rows is None else theirs[rows]
+            mine.unflatten(0, (-1, len(taken))).copy_(taken)
+
+    def _stored(self) -> list[Tensor]:
+        """All tensors that this cache consists of, ``[B, ...]``."""
+        tokens = [x for x in (self.k, self.v, self.sink_k) if x is not None]
+        found = [x for part in tokens for x in ([part] if isinstance(part, Tensor) else part.parts)]
+        return found if self.scales is None else [*found, self.scales]
 
     @property
     def nbytes(self) -> int:

@@ -54,9 +54,10 @@ class ScaledTokens:
         """Where it is."""
         return self.values.device
 
-    def copy_(self, other: "ScaledTokens") -> None:
-        """Take the values of tokens of the same shape; scales are copied by whoever owns them."""
-        self.values.copy_(other.values)
+    @property
+    def parts(self) -> list[Tensor]:
+        """The stored values, ``[B, ...]``; scales belong to whoever owns them."""
+        return [self.values]
 
     def __getitem__(self, index: Any) -> Tensor:
         return dequantize(_bytes(self.values)[index].view(FP8), self.scale, self.dtype)

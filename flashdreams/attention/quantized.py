@@ -57,10 +57,10 @@ class QuantizedTokens:
         """Bytes of values and scales."""
         return self.values.nbytes + self.exponents.nbytes
 
-    def copy_(self, other: "QuantizedTokens") -> None:
-        """Take the values and scales of tokens of the same shape and storage."""
-        self.values.copy_(other.values)
-        self.exponents.copy_(other.exponents)
+    @property
+    def parts(self) -> list[Tensor]:
+        """The stored values and scales, ``[B, ...]`` each."""
+        return [self.values, self.exponents]
 
     def __getitem__(self, index: Any) -> Tensor:
         return dequantize(self.values[index], self.exponents[index], self.dtype)

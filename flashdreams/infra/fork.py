@@ -1,22 +1,29 @@
 """Forks of a rollout: several futures from one state."""
 
+import copy
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from flashdreams.infra.rollout import StreamInferencePipelineCache, encode_rollout
-from flashdreams.infra.state import StateEncoder
+from flashdreams.infra.rollout import (
+    StreamInferencePipelineCache,
+    encode_rollout,
+    fill_rollout,
+)
+from flashdreams.infra.state import StateDecoder, StateEncoder
 from flashdreams.parallel.environment import least_of_all_ranks
 from flashdreams.parallel.plan import ParallelPlan
 from flashdreams.parallel.state_layout import StateLayout
 from flashdreams.runtime.stats import BYTES_PER_GIB, free_bytes
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,17 +91,65 @@ def require_room(count: int, each: int, device: torch.device) -> None:
         )
 
 
-def timed_forks(
-    cache: StreamInferencePipelineCache, count: int, each: int, device: torch.device
-) -> tuple[list[StreamInferencePipelineCache], ForkReport]:
-    """Clone a rollout several times, and say what that took."""
+def timed_forks(make: Callable[[], T], count: int, each: int, device: torch.device) -> T:
+    """Make forks, and log what that took.
+
+    Args:
+        make: returns them.
+        count: how many they are.
+        each: bytes of one of them.
+        device: that holds them.
+    """
     _wait_for(device)
     start = time.perf_counter()
-    forks = [cache.clone() for _ in range(count)]
+    forks = make()
     _wait_for(device)
-    report = ForkReport(count, count * each, time.perf_counter() - start)
-    logger.info("%s", report)
-    return forks, report
+    logger.info("%s", ForkReport(count, count * each, time.perf_counter() - start))
+    return forks
+
+
+def copy_rollout(
+    source: StreamInferencePipelineCache,
+    into: StreamInferencePipelineCache,
+    layout: StateLayout,
+    device: torch.device,
+    plan: ParallelPlan | None,
+) -> None:
+    """Bring fresh state to where a running rollout is, on the device and without collectives.
+
+    Args:
+        source: between AR steps.
+        into: fresh, under the same context.
+        layout: how ranks hold it.
+        device: where the pipeline runs.
+        plan: of the transformer.
+
+    Raises:
+        StateError: state of a component that does not declare how it is held.
+    """
+    values, live = live_state(source, layout, device, plan)
+    if source.controller is not None:
+        into.controller = copy.deepcopy(source.controller)
+    fill_rollout(into, values, StateDecoder(layout, device, lambda p, *_: live[p], in_process=True))
+
+
+def live_state(
+    source: StreamInferencePipelineCache,
+    layout: StateLayout,
+    device: torch.device,
+    plan: ParallelPlan | None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The values of a running rollout, and its own tensors by path; arguments as above.
+
+    KV caches are values themselves.
+    """
+    live: dict[str, Tensor] = {}
+    encoder = StateEncoder(layout, device, live.__setitem__, in_process=True)
+
+    def of_branch(branch: str) -> StateEncoder:
+        return replace(encoder, emit=lambda path, x: live.__setitem__(f"{branch}/{path}", x))
+
+    return encode_rollout(source, encoder, of_branch, plan), live
 
 
 def _wait_for(device: torch.device) -> None:

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashdreams.infra.component import Component, select_context
 from flashdreams.infra.config import InstantiateConfig
 from flashdreams.infra.decoder.base import Decoder, DecoderConfig, StreamingDecoder
 from flashdreams.infra.diffusion.causal import RewriteMode
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.encoder.base import EncoderConfig, StreamingEncoder
 from flashdreams.infra.finite import FiniteCheck, NotFiniteError, name_bad_weights
+from flashdreams.infra.fork_batch import encode_each
 from flashdreams.infra.ranges import check_range
 from flashdreams.infra.rollout import StreamInferencePipelineCache, check_state
-from flashdreams.infra.saved_rollouts import SavedRollouts
+from flashdreams.infra.saved_rollouts import SavedRollouts, new_state
 from flashdreams.parallel.environment import LOAD_TIMEOUT_S
 from flashdreams.runtime.grad_mode import grad_off, without_grad
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource
@@ -157,8 +157,8 @@ class StreamInferencePipeline(SavedRollouts):
             diffusion=self.diffusion_model.initialize_cache(
                 context, negative, noise, context["batch_size"]
             ),
-            encoder=_new_state(self.encoder, context),
-            decoder=_new_state(self.decoder, context),
+            encoder=new_state(self.encoder, context),
+            decoder=new_state(self.decoder, context),
             timer=StageTimer(self.target_device),
             pipeline=self,
             context=context,
@@ -197,7 +197,8 @@ class StreamInferencePipeline(SavedRollouts):
         Args:
             autoregressive_index: number of the AR step; steps come in order, from 0.
             cache: this rollout's state.
-            input: the control input of the step, for methods that have an encoder.
+            input: the control input of the step, for methods that have an encoder; of a batch of
+                forks a list of one for each.
 
         Returns:
             ``[B, F, 3, height, width]`` in [-1, 1]; without a decoder the latent
@@ -342,9 +343,14 @@ class StreamInferencePipeline(SavedRollouts):
     def _encode(self, input: Any, index: int, cache: StreamInferencePipelineCache) -> Any:
         if self.encoder is None:
             return None
+        if cache.forks is not None:
+            return encode_each(lambda x, own: self._encode_one(x, index, own), input, cache)
+        return self._encode_one(input, index, cache.encoder)
+
+    def _encode_one(self, input: Any, index: int, state: Any) -> Any:
         try:
             if isinstance(self.encoder, StreamingEncoder):
-                return self.encoder(input, autoregressive_index=index, cache=cache.encoder)
+                return self.encoder(input, autoregressive_index=index, cache=state)
             return self.encoder(input)
         except (TypeError, AttributeError) as error:
             if input is not None:
@@ -364,9 +370,3 @@ class StreamInferencePipeline(SavedRollouts):
         if isinstance(self.decoder, StreamingDecoder):
             return self.decoder(latent, autoregressive_index=index, cache=cache.decoder)
         return self.decoder(latent)
-
-
-def _new_state(part: Component | None, context: dict[str, Any]) -> Any:
-    if not isinstance(part, StreamingEncoder | StreamingDecoder):
-        return None
-    return part.initialize_cache(**select_context(part.initialize_cache, context))

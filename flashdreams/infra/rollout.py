@@ -1,6 +1,5 @@
 """The state of one rollout: saved, loaded and cloned by the styles of its fields."""
 
-import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -46,6 +45,12 @@ class Conductor(Protocol):
     def fork_cache(self, cache: Any, count: int) -> list[Any]:
         """Several of them."""
 
+    def fork_batch(self, cache: Any, count: int) -> Any:
+        """Several of them as one rollout."""
+
+    def pick_fork(self, batch: Any, index: int) -> Any:
+        """One of these as a rollout of its own."""
+
 
 @dataclass
 class StreamInferencePipelineCache:
@@ -65,6 +70,9 @@ class StreamInferencePipelineCache:
     """The AR step that ``generate`` expects."""
     controller: Any = None
     """State of the controller that steers the rollout; None without one."""
+    forks: int | None = None
+    """Forks that go on as one batch here, see ``fork_batch``; ``encoder`` and ``controller`` are
+    then lists, one entry for each. None: a rollout that is no such batch."""
     finite: FiniteCheck = field(default_factory=FiniteCheck, repr=False)
     """Looks at the values of the last AR step."""
 
@@ -166,15 +174,54 @@ class StreamInferencePipelineCache:
             raise ValueError(f"fork({n}): a rollout forks into 1 or more.")
         return self.pipeline.fork_cache(self, n)
 
+    def fork_batch(self, n: int) -> "StreamInferencePipelineCache":
+        """``n`` forks as one rollout, whose AR steps make the chunks of all: faster than in turn.
+
+        Batch entries of the first fork come first. ``generate`` takes a list of ``n`` control
+        inputs, and ``controller`` is a list of ``n`` states, with which these are made. Frames are
+        those of forks that run in turn, within the tolerance of parallel runs. A batch runs without
+        CUDA graphs. A collective call.
+
+        Args:
+            n: at least 1.
+
+        Raises:
+            ValueError: memory is short, or the method takes no batch; or as for ``clone``.
+            StateError: a component's state does not declare how ranks hold it.
+        """
+        self.require_finalized("fork")
+        if n < 1:
+            raise ValueError(f"fork_batch({n}): a rollout forks into 1 or more.")
+        return self.pipeline.fork_batch(self, n)
+
+    def pick(self, index: int) -> "StreamInferencePipelineCache":
+        """One fork of a batch as a rollout of its own; the batch stays as it is.
+
+        Args:
+            index: of the fork, from 0.
+
+        Raises:
+            ValueError: no batch of forks, or no such fork; or as for ``clone``.
+        """
+        self._require_between_steps("pick")
+        return self.pipeline.pick_fork(self, index)
+
     def require_finalized(self, call: str) -> None:
-        """Refuse what can only be done between AR steps.
+        """Refuse what can only be done between AR steps, and not to a batch of forks.
 
         Args:
             call: what it is, for the message.
 
         Raises:
-            ValueError: after ``release``, or between ``generate`` and ``finalize``.
+            ValueError: after ``release``, between ``generate`` and ``finalize``, or for a batch.
         """
+        self._require_between_steps(call)
+        if self.forks is not None:
+            raise ValueError(
+                f"A batch of {self.forks} forks has no {call}. Take one out first: cache.pick(i)."
+            )
+
+    def _require_between_steps(self, call: str) -> None:
         self.require_live()
         if self.pending:
             raise ValueError(
@@ -300,6 +347,7 @@ def encode_rollout(
     decoder_style: StateStyle | None = None if layout.splits_width else "whole"
     values = {
         "next_index": cache.next_index,
+        "prompt_is_newer": diffusion.prompt_is_newer,
         "latent": encoder.encode(diffusion.latent, "latent", "whole"),
         "history": encoder.encode(diffusion.history, "history", "whole"),
         "encoder": encoder.encode(cache.encoder, "encoder", "whole"),
@@ -382,37 +430,6 @@ def restore_context(
     return context, decoder.restore(values["negative_text"], "negative_text")
 
 
-def copy_rollout(
-    source: StreamInferencePipelineCache,
-    into: StreamInferencePipelineCache,
-    layout: StateLayout,
-    device: torch.device,
-    plan: ParallelPlan | None,
-) -> None:
-    """Bring fresh state to where a running rollout is, on the device and without collectives.
-
-    Args:
-        source: between AR steps.
-        into: fresh, under the same context.
-        layout: how ranks hold it.
-        device: where the pipeline runs.
-        plan: of the transformer.
-
-    Raises:
-        StateError: state of a component that does not declare how it is held.
-    """
-    live: dict[str, Tensor] = {}
-    encoder = StateEncoder(layout, device, live.__setitem__, in_process=True)
-
-    def of_branch(branch: str) -> StateEncoder:
-        return replace(encoder, emit=lambda path, x: live.__setitem__(f"{branch}/{path}", x))
-
-    values = encode_rollout(source, encoder, of_branch, plan)
-    if source.controller is not None:
-        into.controller = copy.deepcopy(source.controller)
-    fill_rollout(into, values, StateDecoder(layout, device, lambda p, *_: live[p], in_process=True))
-
-
 def fill_rollout(
     cache: StreamInferencePipelineCache, values: dict[str, Any], decoder: StateDecoder
 ) -> None:
@@ -430,6 +447,7 @@ def fill_rollout(
     """
     cache.next_index, diffusion = values["next_index"], cache.diffusion
     hints = get_type_hints(DiffusionCache)
+    diffusion.prompt_is_newer = bool(values.get("prompt_is_newer", False))
     diffusion.latent = decoder.restore(values["latent"], "latent")
     diffusion.history = decoder.restore(values["history"], "history", None, hints["history"])
     for name in BRANCHES:

@@ -1,19 +1,33 @@
 """Rollouts that are saved, moved between processes, and copied."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from flashdreams.infra.assembly import Assembly
+from flashdreams.infra.component import Component, select_context
 from flashdreams.infra.controller import Controller
+from flashdreams.infra.decoder.base import StreamingDecoder
+from flashdreams.infra.diffusion.recompute import numerics_difference
+from flashdreams.infra.encoder.base import StreamingEncoder
 from flashdreams.infra.fingerprint import differences
-from flashdreams.infra.fork import copied_bytes, require_room, timed_forks
+from flashdreams.infra.fork import copied_bytes, copy_rollout, require_room, timed_forks
+from flashdreams.infra.fork_batch import (
+    Change,
+    ForkNoise,
+    changed_context,
+    fill_batch,
+    fill_pick,
+    repeated,
+    rows_of,
+)
 from flashdreams.infra.parked import ParkedRollout, park_parts
 from flashdreams.infra.rollout import (
     StreamInferencePipelineCache,
     checked_values,
-    copy_rollout,
     fill_rollout,
     from_state,
     restore_context,
@@ -31,11 +45,15 @@ from flashdreams.infra.snapshot import (
     save_snapshot,
 )
 from flashdreams.infra.state import FORMAT, RolloutState, StateDecoder, no_whole_tensor
-from flashdreams.parallel.environment import LOAD_TIMEOUT_S, from_rank_zero
+from flashdreams.parallel.environment import LOAD_TIMEOUT_S, all_ranks_agree, from_rank_zero
+from flashdreams.parallel.plan import ParallelPlan
+from flashdreams.parallel.state_layout import StateLayout
 from flashdreams.runtime.grad_mode import without_grad
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class SavedRollouts(Assembly):
@@ -72,7 +90,8 @@ class SavedRollouts(Assembly):
         """Go on with a rollout that ``cache.state_dict()`` has exported; a collective call.
 
         Where both ranks and numerics fingerprint are those of the export, the frames that follow
-        have the same bits as those of the run that was exported; else differences are logged.
+        have the same bits as those of the run that was exported; else differences are logged, as in
+        ``resume``.
 
         Args:
             state: on rank zero the canonical form; elsewhere it is ignored.
@@ -91,7 +110,9 @@ class SavedRollouts(Assembly):
                 lambda: checked_values(state, self.config.name, noise, controller)
             )
             decoder = StateDecoder(self.layout, self.target_device, from_state(state))
-            return self._restore(values, decoder, noise, controller)
+            cache = self._restore(values, decoder, noise, controller)
+            self._measure_numerics(cache, values["fingerprint"])
+            return cache
 
     @without_grad
     def save(
@@ -143,8 +164,10 @@ class SavedRollouts(Assembly):
         """Go on with a rollout that ``save`` has written, on any number of ranks; collective.
 
         At an equal numerics fingerprint, and with ``strict``, the frames that follow have the same
-        bits as those of the run that never stopped; else each difference is logged. Each rank maps
-        the files and reads what it holds. Nothing but numbers is taken from them.
+        bits as those of the run that never stopped. Else each difference is logged, and the clean
+        pass of the last chunk is run again, to say how far its keys and values are from those that
+        were saved. Each rank maps the files and reads what it holds. Nothing but numbers is taken
+        from them.
 
         Args:
             path: the folder.
@@ -175,6 +198,8 @@ class SavedRollouts(Assembly):
                 cache = self._restore(dict(header.values), decoder, noise, controller)
             if header.light:
                 self.diffusion_model.rebuild_context(cache.diffusion)
+            else:
+                self._measure_numerics(cache, header.fingerprint)
             return cache
 
     @without_grad
@@ -245,6 +270,24 @@ class SavedRollouts(Assembly):
             logger.info("The loaded rollout may go on with other bits: %s.", line)
         return cache
 
+    def _measure_numerics(
+        self, cache: StreamInferencePipelineCache, theirs: Mapping[str, Any]
+    ) -> None:
+        """Say how much the numerics of a loaded rollout differ from ours, if they do; collective.
+
+        Args:
+            cache: loaded with its KV caches.
+            theirs: fingerprint of the numerics that it was computed with.
+        """
+        if all_ranks_agree(not differences(dict(theirs), self.fingerprint())):
+            return
+        found = numerics_difference(self.diffusion_model, cache.diffusion)
+        if found is not None:
+            logger.info(
+                "Its last chunk was computed anew with the numerics of this process: the largest "
+                "difference of keys and values is %.2g of the largest value.", found
+            )  # fmt: skip
+
     @without_grad
     def clone_cache(
         self, cache: StreamInferencePipelineCache, noise: NoiseFunction | None = None
@@ -252,20 +295,90 @@ class SavedRollouts(Assembly):
         """See `StreamInferencePipelineCache.clone`, which calls this."""
         with self.guard("clone", cache.next_index, LOAD_TIMEOUT_S):
             self.diffusion_model.side.join()
-            source = cache.diffusion.noise
-            if noise is None:
-                noise = NoiseSource(source.seed) if isinstance(source, NoiseSource) else source
+            noise = _noise_of_clone(cache) if noise is None else noise
             other = self.new_cache(dict(cache.context), cache.negative_text, noise)
-            plan = self.diffusion_model.transformer.parallel_plan()
-            copy_rollout(cache, other, self.layout, self.target_device, plan)
+            copy_rollout(cache, other, *self._place())
             return other
 
+    @without_grad
     def fork_cache(
         self, cache: StreamInferencePipelineCache, count: int
     ) -> list[StreamInferencePipelineCache]:
         """See `StreamInferencePipelineCache.fork`, which calls this."""
+        return self._forked(cache, count, lambda: [cache.clone() for _ in range(count)])
+
+    @without_grad
+    def fork_batch(
+        self, cache: StreamInferencePipelineCache, count: int
+    ) -> StreamInferencePipelineCache:
+        """See `StreamInferencePipelineCache.fork_batch`, which calls this."""
+
+        def make() -> StreamInferencePipelineCache:
+            size = cache.diffusion.batch_size
+            noise = ForkNoise(_noise_of_clone(cache), count)
+            batch = self._resized(cache, count * size, repeated(size, count), noise)
+            encoders = [new_state(self.encoder, cache.context) for _ in range(count)]
+            fill_batch(cache, batch, encoders, *self._place())
+            return batch
+
+        with self.guard("fork", cache.next_index, LOAD_TIMEOUT_S):
+            return self._forked(cache, count, make)
+
+    @without_grad
+    def pick_fork(
+        self, batch: StreamInferencePipelineCache, index: int
+    ) -> StreamInferencePipelineCache:
+        """See `StreamInferencePipelineCache.pick`, which calls this."""
+        rows = rows_of(batch, index)
+        with self.guard("clone", batch.next_index, LOAD_TIMEOUT_S):
+            self.diffusion_model.side.join()
+            noise = _noise_of_clone(batch)
+            size = rows.stop - rows.start
+            fork = self._resized(batch, size, lambda _, x: x[rows], noise)
+            fill_pick(batch, index, fork, *self._place())
+            return fork
+
+    def _forked(self, cache: StreamInferencePipelineCache, count: int, make: Callable[[], T]) -> T:
+        """What ``make`` gives, where there is memory for so many forks; it is timed."""
         self.diffusion_model.side.join()
-        plan = self.diffusion_model.transformer.parallel_plan()
-        each = copied_bytes(cache, self.layout, self.target_device, plan)
+        each = copied_bytes(cache, *self._place())
         require_room(count, each, self.target_device)
-        return timed_forks(cache, count, each, self.target_device)[0]
+        return timed_forks(make, count, each, self.target_device)
+
+    def _place(self) -> tuple[StateLayout, torch.device, ParallelPlan | None]:
+        plan = self.diffusion_model.transformer.parallel_plan()
+        return self.layout, self.target_device, plan
+
+    def _resized(
+        self,
+        cache: StreamInferencePipelineCache,
+        batch_size: int,
+        change: Change,
+        noise: NoiseFunction,
+    ) -> StreamInferencePipelineCache:
+        """Fresh state under the context of a rollout for another number of batch entries."""
+        context = dict(cache.context)
+        del context["batch_size"]
+        encoded = changed_context({**context, "negative_text": cache.negative_text}, change)
+        negative_text = encoded.pop("negative_text")
+        return self.new_cache({**encoded, "batch_size": batch_size}, negative_text, noise)
+
+
+def new_state(part: Component | None, context: dict[str, Any]) -> Any:
+    """Fresh state of an encoder or decoder for one rollout; None if it has none.
+
+    Args:
+        part: of a pipeline.
+        context: what the rollout is conditioned on, encoded, by name.
+    """
+    if not isinstance(part, StreamingEncoder | StreamingDecoder):
+        return None
+    return part.initialize_cache(**select_context(part.initialize_cache, context))
+
+
+def _noise_of_clone(cache: StreamInferencePipelineCache) -> NoiseFunction:
+    """The noise of a rollout, or of each fork of a batch, for another rollout."""
+    source = cache.diffusion.noise
+    if isinstance(source, ForkNoise):
+        source = source.source
+    return NoiseSource(source.seed) if isinstance(source, NoiseSource) else source

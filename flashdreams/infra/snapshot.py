@@ -284,6 +284,8 @@ def open_snapshot(
 def _verify(folder: Path, parts: Sequence[PartFile]) -> None:
     for part in parts:
         path = folder / part.file
+        if path.exists() and not path.is_file():
+            raise SnapshotError(f"{path} is no file. Use another snapshot.")
         try:
             size = path.stat().st_size
             whole = size == part.bytes and sha256_of_file(path) == part.sha256

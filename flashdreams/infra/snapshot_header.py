@@ -19,6 +19,10 @@ SNAPSHOT_FORMAT = 1
 HEADER_NAME = "snapshot.json"
 _PART_NAME = re.compile(r"part-\d{5}\.safetensors")
 _MAX_DIMS = 16
+_TYPES = {
+    "format": int, "name": str, "config": dict, "weights": dict, "fingerprint": dict,
+    "autoregressive_index": int, "light": bool, "log": list, "run": dict, "values": dict,
+}  # fmt: skip
 
 
 class SnapshotError(ValueError):
@@ -92,6 +96,8 @@ def read_header(folder: Path) -> SnapshotHeader:
         SnapshotError: it is absent, damaged or of another format.
     """
     path = folder / HEADER_NAME
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise SnapshotError(f"{folder} is no snapshot: {HEADER_NAME} is no file.")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -154,6 +160,12 @@ def _slice_to_json(stored: StoredSlice) -> list[Any]:
 
 
 def _from_json(content: dict[str, Any]) -> SnapshotHeader:
+    for name, kind in _TYPES.items():
+        if type(content[name]) is not kind:
+            raise ValueError(f"{name} is {content[name]!r:.40}, which is no {kind.__name__}")
+    index, seed, values = content["autoregressive_index"], content["seed"], content["values"]
+    if index < 0 or (values["next_index"], values["seed"]) != (index, seed):
+        raise ValueError("its values are of another AR step or seed than it says")
     parts = tuple(PartFile(**part) for part in content["parts"])
     for part in parts:
         if not _PART_NAME.fullmatch(part.file):

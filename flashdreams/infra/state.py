@@ -242,6 +242,8 @@ class StateDecoder:
     """Gives the tensors, in the order in which they were emitted."""
     in_process: bool = False
     """The values are of an encoder with ``in_process``."""
+    rows: slice | None = None
+    """Batch entries that are taken of KV caches, with ``in_process``; None: all of them."""
     take_part: TakePart | None = None
     """Gives this rank's part of every tensor in the place of ``take``, in any order."""
 
@@ -268,7 +270,7 @@ class StateDecoder:
             into.reset(value["start"], value.get("frames"), value.get("pinned", ()))
             return into
         if kind == "live_cache":
-            into.copy_from(value["cache"])
+            into.copy_from(value["cache"], self.rows)
             return into
         if kind == "absent_cache":
             return into

@@ -284,6 +284,15 @@ def least_of_all_ranks(value: int) -> int:
     return int(least)
 
 
+def largest_of_all_ranks(value: float) -> float:
+    """The largest of a number that each rank has; a collective call."""
+    if group_size() == 1:
+        return value
+    largest = torch.tensor([value], dtype=torch.float64, device=_collective_device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
+
+
 def _read_int(name: str, default: int) -> int:
     text = os.environ.get(name, "")
     try:

@@ -130,6 +130,17 @@ def test_overhead_refuses_a_loop_that_does_other_work(script, monkeypatch):
         overhead.main(["self-forcing-tiny-random", "--repeats", "1", *COMMIT])
 
 
+def test_snapshots(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "snapshots.json"
+    words = ["self-forcing-tiny-random", "--repeats", "1", "--window", "9", "--json", str(path)]
+    script("snapshots").main([*words, *COMMIT])
+    rows = {row["variant"]: row for row in read_report(path)["rows"]}
+    assert rows["save"]["bytes"] > rows["save, light"]["bytes"] > 0
+    assert rows["copy"]["ratio"] == rows["step in turn"]["ratio"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["snapshots.json"]
+
+
 def test_growth(script, tmp_path):
     path, picture = tmp_path / "growth.json", tmp_path / "growth.png"
     words = ["--repeats", "20", "--json", str(path), "--plot", str(picture)]

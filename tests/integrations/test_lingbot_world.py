@@ -183,6 +183,22 @@ def test_interleaved_rollouts_equal_solo_rollouts(pipeline):
         start = part.stop
 
 
+def test_forks_in_a_batch_have_cameras_of_their_own(pipeline):
+    paths = [walk("w32"), walk("w9 j23")]
+    cache = pipeline.initialize_cache(text=["a fox"], image=gradient_image(32, 48), seed=0)
+    pipeline.generate(0, cache, paths[0].part(slice(0, pixel_frames(3))))
+    pipeline.finalize(0, cache)
+    forks, batch = cache.fork(2), cache.fork_batch(2)
+    parts = [path.part(slice(pixel_frames(3), pixel_frames(6))) for path in paths]
+    pipeline.generate(1, batch, parts)
+    for fork, part in zip(forks, parts, strict=True):
+        pipeline.generate(1, fork, part)
+    expected = torch.cat([fork.latent for fork in forks])
+    bound = 1e-5 * float(expected.abs().max())
+    torch.testing.assert_close(batch.latent, expected, rtol=0, atol=bound)
+    assert not torch.allclose(expected[0], expected[1], atol=bound)  # negative control
+
+
 def test_prompt_change_reencodes_the_window_with_its_cameras(pipeline):
     """The same prompt again changes nothing, so every chunk met its own camera."""
     camera = walk("w14 l18")

@@ -269,6 +269,24 @@ def test_saved_and_cloned_worlds_go_on(pipeline, steps):
     )
 
 
+def test_forks_in_a_batch_have_actions_of_their_own(pipeline):
+    given = [actions_of(3), actions_of(4)]
+    cache = begin(pipeline)
+    advance(pipeline, cache, given[0], 0, 2)
+    forks, batch = cache.fork(2), cache.fork_batch(2)
+    for index in (2, 3):
+        frames = pipeline.pixel_frames(index)
+        parts = [actions.part(slice(frames.start, frames.stop)) for actions in given]
+        pipeline.generate(index, batch, parts)
+        pipeline.finalize(index, batch)
+        for fork, actions in zip(forks, given, strict=True):
+            advance(pipeline, fork, actions, index, index + 1)
+        expected = torch.cat([fork.latent for fork in forks])
+        bound = 1e-5 * float(expected.abs().max())
+        torch.testing.assert_close(batch.latent, expected, rtol=0, atol=bound)
+        assert not torch.allclose(expected[0], expected[1], atol=bound)  # negative control
+
+
 def test_held_keys_are_saved(pipeline):
     controller = ActionController(KEYS["universal"])
     session = Session(pipeline, {"image": gradient_image(48, 80)}, controller=controller)

@@ -21,6 +21,10 @@ from flashdreams.integrations.toy_world import config
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 30, 4
 LIMIT_S = 240.0
+KILLS = int(os.environ.get("FLASHDREAMS_KILLS", "1"))
+"""Ranks that are killed in each case."""
+KILL_SEED = os.environ.get("FLASHDREAMS_KILL_SEED", "0")
+KILLS_PER_RUN = 5
 WORDS = [
     "toy-world", "--device", "cpu", "--total-blocks", str(STEPS), "--snapshot-every", str(EVERY),
     "--save-latents", "True", "--scale", "2",
@@ -79,11 +83,15 @@ def steps_of(folder):
     return log.read_bytes().count(b'{"step"') if log.exists() else 0
 
 
-def wait_until(happens, process, folder):
+def wait_until(happens, process, folder, may_end=False):
+    """Wait for something; False if the run, which ``may_end``, has ended before."""
     deadline = time.monotonic() + LIMIT_S
     while not happens():
+        if process.poll() is not None and may_end:
+            return False
         assert process.poll() is None and time.monotonic() < deadline, said(folder)[-3000:]
         time.sleep(0.002)
+    return True
 
 
 def results(folder):
@@ -140,47 +148,81 @@ def reference_on(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("FLASHDREAMS_KILLS", "3"))))
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_a_rank_that_is_killed_at_any_moment_leaves_the_same_run(
-    ranks, seed, tmp_path, reference_on
-):
-    draw = random.Random(f"{ranks} {seed}")
-    folder, victim_at = tmp_path / "out", draw.randint(1, STEPS - 2)
-    process = start(folder, ranks)
-    try:
-        wait_until(lambda: steps_of(folder) >= victim_at, process, folder)
-        time.sleep(draw.random() * 0.2)
-        alive = workers(process.pid)
-        if alive:
-            os.kill(draw.choice(alive), signal.SIGKILL)
-        killed = time.monotonic()
-        finish(process, folder)
-    finally:
-        stop(process)
-    seconds = time.monotonic() - killed
-    print(f"{ranks} ranks, killed after {victim_at} steps, ended {seconds:.1f} s later")
-    assert_same(folder, reference_on(ranks))
-    assert (
-        ("resumed before AR step" in said(folder)) == (victim_at > EVERY + 1)
-        or not alive
-        or (abs(victim_at - EVERY) <= 2)
+def unfinished(folder):
+    """Snapshots that are being written, or were when their writer was killed."""
+    return {path.name for path in folder.glob("resume_toy-world/*/.step-*.tmp")}
+
+
+def make_steps(count, process, folder):
+    """Wait until the log has grown by so many AR steps; False if the run ends before."""
+    last, made = steps_of(folder), 0
+
+    def has_grown():
+        nonlocal last, made
+        before, last = last, steps_of(folder)
+        made += max(0, last - before) if before else 0  # a resume writes all lines anew
+        return made >= count
+
+    return wait_until(has_grown, process, folder, may_end=True)
+
+
+def resumes(folder):
+    return said(folder).count("resumed before AR step")
+
+
+def kill_a_rank(moment, process, folder, draw):
+    """Kill one rank, and wait until the group that takes over makes a step.
+
+    Returns:
+        Seconds until then, and whether a snapshot was left half; None if the run ended before.
+    """
+    runs = make_steps(draw.randint(1, 8 if moment == "chunk" else 2), process, folder)
+    old, alive, resumed = unfinished(folder), workers(process.pid), resumes(folder)
+    if moment == "snapshot" and runs:
+        writes = lambda: unfinished(folder) - old  # noqa: E731
+        runs = wait_until(writes, process, folder, may_end=True)
+    time.sleep(draw.random() * (0.1 if moment == "chunk" else 0.01))
+    if not runs or not workers(process.pid):
+        return None
+    os.kill(draw.choice(alive), signal.SIGKILL)
+    killed, half = time.monotonic(), bool(unfinished(folder) - old)
+    must_resume = (folder / "resume_toy-world" / "run.json").exists() and any(
+        folder.glob("resume_toy-world/*/step-*")
     )
+    takes_over = lambda: set(workers(process.pid)) - set(alive)  # noqa: E731
+    wait_until(takes_over, process, folder, may_end=True)
+    if make_steps(1, process, folder) and must_resume:
+        wait_until(lambda: resumes(folder) > resumed, process, folder, may_end=True)
+        assert resumes(folder) > resumed, said(folder)[-3000:]
+    return time.monotonic() - killed, half
 
 
-@pytest.mark.parametrize("ranks", [2])
-def test_a_rank_that_is_killed_while_a_snapshot_is_written(ranks, tmp_path, reference_on):
-    folder = tmp_path / "out"
-    process = start(folder, ranks)
-    try:
-        unfinished = lambda: list(folder.glob("resume_toy-world/*/.step-*.tmp"))  # noqa: E731
-        wait_until(lambda: steps_of(folder) >= EVERY and unfinished(), process, folder)
-        os.kill(workers(process.pid)[-1], signal.SIGKILL)
-        finish(process, folder)
-    finally:
-        stop(process)
-    assert_same(folder, reference_on(ranks))
-    assert not unfinished()
+@pytest.mark.parametrize("moment", ["chunk", "snapshot"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_that_are_killed_at_random_moments_leave_the_same_run(
+    ranks, moment, tmp_path, reference_on
+):
+    """``FLASHDREAMS_KILLS=50`` kills 50 ranks in each case, up to five in a run."""
+    draw = random.Random(f"{KILL_SEED} {ranks} {moment}")
+    kills, runs = [], 0
+    while len(kills) < KILLS:
+        folder, runs = tmp_path / str(runs), runs + 1
+        process = start(folder, ranks, restarts=KILLS_PER_RUN)
+        try:
+            for _ in range(min(KILLS_PER_RUN, KILLS - len(kills))):
+                if (found := kill_a_rank(moment, process, folder, draw)) is not None:
+                    kills.append(found)
+            finish(process, folder)
+        finally:
+            stop(process)
+        assert_same(folder, reference_on(ranks))
+        assert not unfinished(folder)
+    seconds = sorted(seconds for seconds, _ in kills)
+    print(
+        f"{ranks} ranks, {moment}: {len(kills)} kills in {runs} runs, "
+        f"{sum(half for _, half in kills)} left half a snapshot; the next AR step came "
+        f"{seconds[0]:.1f} to {seconds[-1]:.1f} s later, median {seconds[len(seconds) // 2]:.1f} s"
+    )
 
 
 def kill_all_after(steps, folder, ranks, *words):

@@ -1,14 +1,18 @@
 """Snapshots of 1, 2, 4 and 1 ranks (float32 1e-5; strict: the same bits)."""
 
 import json
+import os
 import shutil
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flashdreams.infra import resumable, snapshot
 from flashdreams.infra.snapshot_header import read_header
 from flashdreams.parallel.environment import Launch, OtherRankError
+from flashdreams.parallel.mesh import ParallelConfig, build_mesh, resolve_degrees
 from flashdreams.runtime.parts import read_part
 from tests.harness import RankError, run_ranks
 from tests.parallel.pipelines import (
@@ -20,6 +24,7 @@ from tests.parallel.pipelines import (
 )
 from tests.parallel.rollout import relative_error
 from tests.parallel.test_migration import slowly
+from tests.tiny import tiny_pipeline
 
 
 @pytest.mark.parametrize(
@@ -148,3 +153,46 @@ def test_a_header_needs_every_slice(tmp_path):
     with pytest.raises(ValueError, match="do not make it up"):
         read_header(folder)
     assert json.loads((tmp_path / "1" / "snapshot.json").read_bytes())["content"]["format"] == 1
+
+
+@torch.no_grad()
+def roll_random(sizes, first, last, folder):
+    """AR steps of a tiny method of these sizes under strict; resumed and saved in ``folder``."""
+    config = tiny_pipeline(**sizes)
+    ranks = torch.distributed.get_world_size()
+    parallel = ParallelConfig(strict=True)
+    pipeline = config.setup(device="cpu", load=False)
+    heads = config.diffusion_model.transformer.num_heads
+    mesh = build_mesh(resolve_degrees(parallel, ranks, heads, False), "cpu", parallel)
+    pipeline.parallelize(mesh)
+    pipeline.load()
+    cache = pipeline.resume(folder / f"{first}") if first else begin(pipeline, "plain")
+    latents = []
+    for index in range(first, last):
+        pipeline.generate(index, cache, 0.1 * index)
+        pipeline.finalize(index, cache)
+        latents.append(cache.latent.clone())
+    pipeline.save(cache, folder / f"{last}")
+    return latents
+
+
+@pytest.mark.slow
+@settings(max_examples=int(os.environ.get("FLASHDREAMS_EXAMPLES", "2")), deadline=None)
+@given(
+    saved_on=st.integers(1, 4), resumed_on=st.integers(1, 4), steps=st.integers(1, 5),
+    sink=st.integers(0, 2), window=st.integers(2, 5), len_t=st.integers(1, 2),
+    relative=st.booleans(),
+)  # fmt: skip
+def test_saving_on_any_ranks_and_resuming_on_any_commutes_with_stepping(
+    tmp_path_factory, saved_on, resumed_on, steps, sink, window, len_t, relative
+):
+    sizes = dict(
+        sink_size_t=sink, window_size_t=window, len_t=len_t, relative_rope=relative and sink > 0
+    )
+    folder, last = tmp_path_factory.mktemp("any"), steps + 2
+    found = [
+        *run_ranks(roll_random, saved_on, sizes, 0, steps, folder)[0],
+        *run_ranks(roll_random, resumed_on, sizes, steps, last, folder)[0],
+    ]
+    expected = run_ranks(roll_random, 1, sizes, 0, last, folder / "alone")[0]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

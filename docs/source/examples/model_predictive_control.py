@@ -1,13 +1,14 @@
 """Model-predictive control in the toy world: fork, try action sequences, keep the best.
 
 The goal is a picture: what a camera sees that stands somewhere else in the courtyard. Every round
-forks the rollout, walks each fork along one of eight action sequences, and compares its last frame
-with the goal. The rollout itself then follows the best one. Run it from a checkout:
+forks the rollout into one batch, walks each fork along one of eight action sequences, and compares
+its last frame with the goal. The best fork becomes the rollout. Run it from a checkout:
 
     python docs/source/examples/model_predictive_control.py
 """
 
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,21 +31,26 @@ GOAL_WALK = "w8 l8 w4"
 def advance(
     pipeline: StreamInferencePipeline,
     camera: KeyCamera,
-    cache: StreamInferencePipelineCache,
-    keys: str,
-) -> tuple[Tensor, Tensor]:
-    """Hold keys for a round.
+    batch: StreamInferencePipelineCache,
+    keys: Sequence[str],
+) -> tuple[Tensor, list[Tensor]]:
+    """Hold keys for a round, other ones in each fork of a batch.
 
     Returns:
-        The last frame ``[1, 3, 64, 64]`` and the camera-to-world matrix ``[4, 4]`` of its camera.
+        The last frame of each fork, ``[forks, 3, 64, 64]``, and the camera-to-world matrix
+        ``[4, 4]`` of its camera.
     """
-    events = [Event(0, {"keys": keys})]
-    for index in range(cache.next_index, cache.next_index + HORIZON):
-        control = camera.advance(cache.controller, events, pipeline.pixel_frames(index))
-        chunk = pipeline.generate(autoregressive_index=index, cache=cache, input=control)
-        pipeline.finalize(autoregressive_index=index, cache=cache)
-        events = []
-    return chunk[:, -1], control[-1]
+    events = [[Event(0, {"keys": held})] for held in keys]
+    for index in range(batch.next_index, batch.next_index + HORIZON):
+        frames = pipeline.pixel_frames(index)
+        controls = [
+            camera.advance(state, told, frames)
+            for state, told in zip(batch.controller, events, strict=True)
+        ]
+        chunk = pipeline.generate(autoregressive_index=index, cache=batch, input=controls)
+        pipeline.finalize(autoregressive_index=index, cache=batch)
+        events = [[] for _ in keys]
+    return chunk[:, -1], [control[-1] for control in controls]
 
 
 def search(runner: ToyWorldRunner, rounds: int) -> list[tuple[str, str, float]]:
@@ -59,20 +65,18 @@ def search(runner: ToyWorldRunner, rounds: int) -> list[tuple[str, str, float]]:
     cache = pipeline.initialize_cache(**runner.conditions(), seed=0)
     cache.controller = camera.new_state()
     goal = runner.truth(walk(GOAL_WALK, 21)[-1])
-    advance(pipeline, camera, cache, "")
+    control = camera.advance(cache.controller, [], pipeline.pixel_frames(0))
+    pipeline.generate(autoregressive_index=0, cache=cache, input=control)
+    pipeline.finalize(autoregressive_index=0, cache=cache)
     rows = []
     for _ in range(rounds):
-        forks = cache.fork(len(CANDIDATES))
-        tried = [
-            advance(pipeline, camera, fork, keys)
-            for fork, keys in zip(forks, CANDIDATES, strict=True)
-        ]
-        imagined = [float(psnr_db(frame, goal)) for frame, _ in tried]
-        rendered = [float(psnr_db(runner.truth(pose), goal)) for _, pose in tried]
-        best = CANDIDATES[imagined.index(max(imagined))]
-        ideal = CANDIDATES[rendered.index(max(rendered))]
-        _, pose = advance(pipeline, camera, cache, best)
-        rows.append((best, ideal, float(psnr_db(runner.truth(pose), goal))))
+        batch = cache.fork_batch(len(CANDIDATES))
+        frames, poses = advance(pipeline, camera, batch, CANDIDATES)
+        imagined = psnr_db(frames, goal).tolist()
+        rendered = [float(psnr_db(runner.truth(pose), goal)) for pose in poses]
+        best, ideal = imagined.index(max(imagined)), rendered.index(max(rendered))
+        cache = batch.pick(best)
+        rows.append((CANDIDATES[best], CANDIDATES[ideal], rendered[best]))
     return rows
 
 

@@ -68,7 +68,7 @@ class CausalState:
     """Glob of ``cache_specs`` -> the caches of its cores; None without streaming."""
     condition: Tensor | None = state("rebuilt")
     """``[B, condition_channels, F, H, W]`` by position; latent frames past the last one see it."""
-    batch_size: int = state("host")
+    batch_size: int = state("rebuilt")
     shots: Shots = state("host", default_factory=Shots)
     """Scene cuts so far."""
     modulations: dict[float, Tensor] = state("rebuilt", default_factory=dict)

@@ -123,6 +123,8 @@ class DiffusionCache:
     """The last chunk's clean pass is yet to come."""
     history: list[CleanChunk] = state("whole", default_factory=list)
     """What the sink and the window were made from, oldest first; no more than they hold."""
+    prompt_is_newer: bool = state("host", default=False)
+    """The prompt has changed after the last clean pass."""
     give_back: Callable[[], Any] | None = state("rebuilt", default=None)
     """Returns leased storage, once; None for storage of its own. Also called for a rollout that is
     forgotten."""
@@ -341,10 +343,10 @@ class DiffusionModel(nn.Module):
         """The clean pass over the chunk that ``generate`` left in ``cache.latent``."""
         if cache.latent is None:
             raise ValueError("There is no chunk to finalize; call generate first.")
-        timestep = self._context_timestep
+        timestep = self.context_timestep
         for branch in cache.branches:
             self.transformer.update_cache(cache.latent, timestep, branch)
-        cache.pending = False
+        cache.pending = cache.prompt_is_newer = False
         self._remember(CleanChunk(autoregressive_index, cache.latent, cache.control), cache)
         self.draw_ahead(autoregressive_index + 1, cache)
 
@@ -387,22 +389,23 @@ class DiffusionModel(nn.Module):
         update = self.transformer.update_context
         update(branch, **select_context(update, context))
         if reencode is not None:
-            arguments = (branch, self._held_chunks(cache), self._context_timestep)
+            arguments = (branch, self.held_chunks(cache), self.context_timestep)
             mode = {} if reencode == "chunks" else {"mode": reencode}
             self.transformer.rewrite_context(*arguments, **mode)
         if reencode is not None and pending_index is not None:
             self.transformer.begin_step(pending_index, branch, cache.control)
+        cache.prompt_is_newer = True
         self.side.mark()
 
     def rebuild_context(self, cache: DiffusionCache) -> None:
         """Compute sink and window anew from the clean latents that the context holds."""
         self.side.join()
-        chunks = self._held_chunks(cache)
+        chunks = self.held_chunks(cache)
         for branch in cache.branches:
             self.transformer.check_rewrite(branch, "chunks")
-            self.transformer.rewrite_context(branch, chunks, self._context_timestep)
+            self.transformer.rewrite_context(branch, chunks, self.context_timestep)
 
-    def _held_chunks(self, cache: DiffusionCache) -> list[ContextChunk]:
+    def held_chunks(self, cache: DiffusionCache) -> list[ContextChunk]:
         """The clean latents of the frames that the context holds."""
         held = set(self._held_frames(cache))
         chunks = []
@@ -422,7 +425,8 @@ class DiffusionModel(nn.Module):
         return chunks
 
     @cached_property
-    def _context_timestep(self) -> Tensor:
+    def context_timestep(self) -> Tensor:
+        """Timestep of the clean pass, 0-dim on the CPU."""
         return torch.tensor(
             self.config.context_noise, dtype=self.scheduler.timesteps.dtype, device="cpu"
         )

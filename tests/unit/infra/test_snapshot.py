@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 
 import pytest
@@ -177,6 +178,12 @@ def test_a_newer_format_is_refused(saved, tmp_path):
         lambda c: c.update(tensors=[]),
         lambda c: c["values"].update(encoder={"kind": "tensor"}),
         lambda c: c.pop("values"),
+        lambda c: c.update(autoregressive_index=3),
+        lambda c: c["values"].update(next_index="4"),
+        lambda c: c["values"].update(seed=9),
+        lambda c: c.update(fingerprint=[]),
+        lambda c: c.update(light="no"),
+        lambda c: c["parts"].clear(),
     ],
 )
 def test_a_header_that_lies_is_refused(saved, tmp_path, change):
@@ -219,6 +226,16 @@ def test_no_change_of_a_header_executes_anything(saved, data):
         read_header(folder)
 
 
+@pytest.mark.parametrize("name", [HEADER, PART])
+@pytest.mark.parametrize("put", [os.mkfifo, os.mkdir, lambda path: os.symlink(path, path)])
+def test_what_is_no_file_is_refused_and_not_waited_for(saved, tmp_path, name, put):
+    folder = shutil.copytree(saved, tmp_path / "s")
+    (folder / name).unlink()
+    put(folder / name)
+    with pytest.raises(SnapshotError, match=r"is no (file|snapshot)|cannot be read"):
+        tiny_pipeline().setup(device="cpu").resume(folder)
+
+
 def test_an_absent_part_is_named(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "s")
     (folder / PART).unlink()
@@ -249,6 +266,44 @@ def test_a_full_disk_leaves_nothing_and_the_rollout_goes_on(tmp_path, monkeypatc
     assert torch.equal(
         resumed(tiny_pipeline(), tmp_path / "s", 2, 3)[0], advance(pipeline, cache, 2, 3)[0]
     )
+
+
+@pytest.mark.parametrize("limit", [10, 4096, 16000])
+def test_a_file_that_may_not_grow_leaves_nothing_either(limit, tmp_path):
+    """The system itself refuses to write on; of 17088 bytes of the part, so many are allowed."""
+    pipeline, cache = begin(tiny_pipeline(), 4)
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, allowed[1]))
+        with pytest.raises(OSError, match="File too large"):
+            pipeline.save(cache, tmp_path / "s")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resumes_and_forks_follow_one_another(tmp_path):
+    """Save, resume, save, resume; a fork of a fork; a rewind after the source has gone."""
+    pipeline, cache = begin(tiny_pipeline(), 2)
+    pipeline.save(cache, tmp_path / "a")
+    pipeline.update_prompt(cache, prompt(3))
+    fork = cache.fork(1)[0].fork(2)[1]
+    pipeline.save(cache, tmp_path / "prompt")
+    expected = advance(pipeline, cache, 2, 6)
+    cache.release()
+    second = tiny_pipeline().setup(device="cpu")
+    again = second.resume(tmp_path / "prompt")
+    found = advance(second, again, 2, 4)
+    second.save(again, tmp_path / "b")
+    third = second.resume(tmp_path / "b")
+    shutil.rmtree(tmp_path / "b")  # nothing is read from it any more
+    for chunks in (
+        [*found, *advance(second, third, 4, 6)],
+        advance(pipeline, fork, 2, 6),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(chunks, expected, strict=True))
+    old = resumed(tiny_pipeline(), tmp_path / "a", 2, 3)[0]
+    assert not torch.equal(old, expected[0])  # the old prompt
 
 
 def test_what_a_killed_save_leaves_is_removed(saved):

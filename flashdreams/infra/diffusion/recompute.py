@@ -1,0 +1,83 @@
+"""How far the numerics of this process are from those that a loaded rollout was computed with."""
+
+from torch import Tensor
+
+from flashdreams.attention.cache import KVCache
+from flashdreams.infra.diffusion.causal import CausalTransformer
+from flashdreams.infra.diffusion.causal_state import CausalState
+from flashdreams.infra.diffusion.model import DiffusionCache, DiffusionModel
+from flashdreams.infra.diffusion.transformer import ContextChunk
+from flashdreams.parallel.environment import largest_of_all_ranks
+
+
+def numerics_difference(model: DiffusionModel, cache: DiffusionCache) -> float | None:
+    """How far what is cached of the last chunk is from what this process computes of it.
+
+    A collective call.
+
+    Args:
+        model: that goes on with the rollout.
+        cache: of a loaded rollout, between AR steps.
+
+    Returns:
+        See `clean_pass_difference`, for all ranks; None where that pass cannot be run again: before
+        the first chunk, after a change of the prompt, and for transformers that are no
+        `CausalTransformer`.
+    """
+    chunks, network = model.held_chunks(cache), model.transformer
+    if not chunks or cache.prompt_is_newer or not isinstance(network, CausalTransformer):
+        return None
+    given = (chunks[-1], model.context_timestep)
+    own = max(clean_pass_difference(network, branch, *given) for branch in cache.branches)
+    return largest_of_all_ranks(own)
+
+
+def clean_pass_difference(
+    transformer: CausalTransformer, state: CausalState, chunk: ContextChunk, timestep: Tensor
+) -> float:
+    """Run the clean pass of the last chunk again, and compare what it writes with what is cached.
+
+    The window holds just what that pass saw, so equal numerics give equal bits. Afterwards the
+    state goes on with the bits that it had. A collective call.
+
+    Args:
+        transformer: of the rollout.
+        state: between AR steps, under the prompt of the last clean pass.
+        chunk: the last one, whole.
+        timestep: of the clean pass.
+
+    Returns:
+        Largest difference of this rank's keys and values of the chunk, over the largest of them.
+    """
+    for cursor in state.cursors:
+        cursor.reset(cursor.start - len(chunk.frames), cursor.frames, cursor.pinned)
+    transformer.begin_step(chunk.frames[0] // len(chunk.frames), state, chunk.control)
+    layers = list(state.layers())
+    # Copies on the host: beside a long window the device may have no room for them.
+    cached = [[x.cpu() for x in layer.read_chunk()] for layer in layers]
+    beside = [[x.clone() for x in _beside(layer)] for layer in layers]
+    transformer.update_cache(chunk.latent, timestep, state)
+    difference = largest = 0.0
+    for layer, was, kept in zip(layers, cached, beside, strict=True):
+        for new, old in zip(layer.read_chunk(), was, strict=True):
+            change = (new.float() - old.to(new.device).float()).abs().max()
+            difference, largest = (
+                max(difference, float(change)),
+                max(largest, float(old.abs().max())),
+            )
+        _put_back(layer, was, kept)
+    return difference / largest if largest > 0 else 0.0
+
+
+def _beside(layer: KVCache) -> list[Tensor]:
+    """What a pass over the first chunks writes beside their keys and values: small tensors."""
+    sink = layer.sink_k
+    tensors = [] if sink is None else [sink] if isinstance(sink, Tensor) else sink.parts
+    return tensors if layer.scales is None else [*tensors, layer.scales]
+
+
+def _put_back(layer: KVCache, chunk: list[Tensor], beside: list[Tensor]) -> None:
+    for into, x in zip(_beside(layer), beside, strict=True):
+        into.copy_(x)
+    for stored, x in zip((layer.k, layer.v), chunk, strict=True):
+        stored[:, layer.cursor.slots] = x.to(stored.device)

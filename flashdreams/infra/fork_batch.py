@@ -1,0 +1,176 @@
+"""Forks of a rollout as one batch: made on the device, steered one by one, and taken out again."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashdreams.infra.fork import live_state
+from flashdreams.infra.rollout import StreamInferencePipelineCache, fill_rollout
+from flashdreams.infra.state import StateDecoder
+from flashdreams.parallel.plan import ParallelPlan
+from flashdreams.parallel.state_layout import StateLayout
+from flashdreams.runtime.noise import NoiseFunction
+
+Change = Callable[[str, Tensor], Tensor]
+"""From name and tensor ``[B, ...]`` to the same for another number of batch entries."""
+
+
+@dataclass(frozen=True)
+class ForkNoise:
+    """The noise of one rollout, the same for each of its forks in a batch."""
+
+    source: NoiseFunction
+    forks: int
+
+    def __call__(
+        self, autoregressive_index: int, denoising_step: int, shape: Sequence[int]
+    ) -> Tensor:
+        """See `flashdreams.runtime.noise.NoiseSource`."""
+        one = (shape[0] // self.forks, *shape[1:])
+        drawn = self.source(autoregressive_index, denoising_step, one)
+        return drawn.expand(self.forks, *drawn.shape).flatten(0, 1)
+
+
+def repeated(batch_size: int, forks: int) -> Change:
+    """Repeats what has ``batch_size`` entries for each of the forks."""
+
+    def change(name: str, x: Tensor) -> Tensor:
+        if x.ndim > 0 and x.shape[0] == 1:  # one control for the whole batch
+            x = x.expand(batch_size, *x.shape[1:])
+        if x.ndim == 0 or x.shape[0] != batch_size:
+            raise ValueError(
+                f"{name} {list(x.shape)} does not have the batch ({batch_size}) as its first dim, "
+                "so this method takes no batch of forks. Run them in turn: cache.fork(n)."
+            )
+        return x.expand(forks, *x.shape).flatten(0, 1)
+
+    return change
+
+
+def rows_of(batch: StreamInferencePipelineCache, index: int) -> slice:
+    """The batch entries of a fork.
+
+    Raises:
+        ValueError: no such fork, or the rollout is no batch of them.
+    """
+    if batch.forks is None:
+        raise ValueError("This rollout is no batch of forks; cache.fork_batch(n) makes one.")
+    if not 0 <= index < batch.forks:
+        raise ValueError(f"pick({index}): the batch has the forks 0 to {batch.forks - 1}.")
+    size = batch.diffusion.batch_size // batch.forks
+    return slice(index * size, (index + 1) * size)
+
+
+def changed_context(context: Mapping[str, Any], change: Change) -> dict[str, Any]:
+    """A rollout's context for another number of batch entries.
+
+    Tensors, also those in mappings and sequences, have the batch as their first dim; other values
+    are shared.
+
+    Args:
+        context: by name, without ``batch_size``.
+        change: of each tensor.
+    """
+
+    def of(name: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(name, value)
+        if isinstance(value, Mapping):
+            return {key: of(f"{name}/{key}", x) for key, x in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(of(f"{name}/{i}", x) for i, x in enumerate(value))
+        return value
+
+    return {name: of(name, value) for name, value in context.items()}
+
+
+def fill_batch(
+    source: StreamInferencePipelineCache,
+    batch: StreamInferencePipelineCache,
+    encoders: Sequence[Any],
+    layout: StateLayout,
+    device: torch.device,
+    plan: ParallelPlan | None,
+) -> None:
+    """Bring a fresh batch to where a running rollout is, on the device and without collectives.
+
+    Args:
+        source: between AR steps.
+        batch: fresh, under the repeated context.
+        encoders: fresh state of the encoder, for each fork.
+        layout: how ranks hold the state.
+        device: where the pipeline runs.
+        plan: of the transformer.
+
+    Raises:
+        ValueError: state without a batch dim.
+        StateError: state of a component that does not declare how it is held.
+    """
+    values, live = live_state(source, layout, device, plan)
+    change = repeated(source.diffusion.batch_size, len(encoders))
+    whole = StateDecoder(layout, device, lambda path, *_: live[path], in_process=True)
+    many = replace(whole, take=lambda path, *_: change(path, live[path]))
+    fill_rollout(batch, values | {"encoder": None, "controller": None}, many)
+    batch.encoder = [whole.restore(values["encoder"], "encoder", fresh) for fresh in encoders]
+    batch.controller = [copy.deepcopy(source.controller) for _ in encoders]
+    batch.forks = len(encoders)
+
+
+def fill_pick(
+    batch: StreamInferencePipelineCache,
+    index: int,
+    into: StreamInferencePipelineCache,
+    layout: StateLayout,
+    device: torch.device,
+    plan: ParallelPlan | None,
+) -> None:
+    """Bring a fresh rollout to where one fork of a batch is; arguments as for `fill_batch`."""
+    values, live = live_state(batch, layout, device, plan)
+    rows = rows_of(batch, index)
+    whole = StateDecoder(layout, device, lambda path, *_: live[path], in_process=True)
+    one = replace(whole, take=lambda path, *_: live[path][rows], rows=rows)
+    encoder, fresh = values["encoder"]["items"][index], into.encoder
+    fill_rollout(into, values | {"encoder": None, "controller": None}, one)
+    into.encoder = whole.restore(encoder, f"encoder/{index}", fresh)
+    into.controller = copy.deepcopy(batch.controller[index])
+
+
+def encode_each(
+    encode: Callable[[Any, Any], Any], inputs: Any, batch: StreamInferencePipelineCache
+) -> Any:
+    """Encode the control input of each fork with the encoder state of that fork, as one batch.
+
+    Args:
+        encode: from control input and encoder state to the control.
+        inputs: one per fork.
+        batch: of forks.
+
+    Raises:
+        ValueError: another number of inputs, or controls that make no batch.
+    """
+    forks = len(batch.encoder)
+    if not isinstance(inputs, Sequence) or len(inputs) != forks:
+        got = len(inputs) if isinstance(inputs, Sequence) else type(inputs).__name__
+        raise ValueError(f"A batch of {forks} forks takes a list of {forks} inputs; got {got}.")
+    controls = [encode(x, own) for x, own in zip(inputs, batch.encoder, strict=True)]
+    return _joined(controls, batch.diffusion.batch_size // forks)
+
+
+def _joined(controls: Sequence[Any], batch_size: int) -> Any:
+    """Controls ``[B or 1, ...]`` of the forks, one after the other."""
+    first = controls[0]
+    if first is None:
+        return None
+    if isinstance(first, Mapping):
+        return {name: _joined([x[name] for x in controls], batch_size) for name in first}
+    if not isinstance(first, Tensor) or first.ndim == 0 or first.shape[0] not in (1, batch_size):
+        got = list(first.shape) if isinstance(first, Tensor) else type(first).__name__
+        raise ValueError(
+            f"The control of a fork must be a tensor [{batch_size} or 1, ...] to go into a batch; "
+            f"got {got}. Run the forks in turn: cache.fork(n)."
+        )
+    return torch.cat([x.expand(batch_size, *x.shape[1:]) for x in controls])
