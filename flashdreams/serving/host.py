@@ -70,6 +70,8 @@ class LiveHost(Host):
         self.queue: list[LiveSession] = []
         """Who wants a place, the next one first."""
         self.draining = False
+        self.news = 0
+        """Calls of ``wake``: who finds it unchanged under the lock has missed none."""
         self.delivery = Delivery()
         self.steps = 0
         """AR steps of all sessions."""
@@ -102,7 +104,7 @@ class LiveHost(Host):
             self.sessions[live.id] = live
             self.queue.append(live)
             self.tell_states()
-            self.lock.notify_all()
+            self.wake()
         return live.id
 
     def _tensors_of(self, opening: Opening) -> dict[str, Tensor]:
@@ -236,7 +238,7 @@ class LiveHost(Host):
             live = self.sessions.get(session)
             if live is not None:
                 live.closing = True
-                self.lock.notify_all()
+                self.wake()
 
     def saved(self, session: str) -> list[str]:
         """See the contract."""
@@ -269,6 +271,11 @@ class LiveHost(Host):
         """See the contract."""
         # Also called by the handler of a signal, on the thread that may hold the lock.
         self.draining = True
+
+    def wake(self) -> None:
+        """Let the loop look at what has changed; the lock is held."""
+        self.news += 1
+        self.lock.notify_all()
 
     def free_places(self) -> int:
         """Places that nobody has; the lock is held."""
@@ -307,19 +314,19 @@ class LiveHost(Host):
         live.last_input = time.monotonic()
         if "idle" in live.reasons:
             self._wake(live, "idle")
-        self.lock.notify_all()
+        self.wake()
 
     def _pause(self, live: LiveSession, reason: Any) -> None:
         live.pause(reason, time.monotonic())
         self.tell_states()
-        self.lock.notify_all()
+        self.wake()
 
     def _wake(self, live: LiveSession, *reasons: Any) -> None:
         live.go_on(*reasons)
         if not live.reasons and live.where in ("host", "disk") and not live.waits:
             self.wait_again(live)
         self.tell_states()
-        self.lock.notify_all()
+        self.wake()
 
     def wait_again(self, live: LiveSession) -> None:
         """Let a parked session wait for a place; the lock is held.

@@ -40,10 +40,10 @@ class TurnLoop:
     def run_once(self) -> None:
         """Do the next thing, or wait until there may be one."""
         with self.host.lock:
-            task = self._between_steps()
+            seen, task = self.host.news, self._between_steps()
         following = task or self.turns.next()
         if isinstance(following, float):
-            self._wait(following)
+            self._wait(following, seen)
         else:
             following()
 
@@ -77,18 +77,16 @@ class TurnLoop:
         else:
             self.keeper.end(due.live, due.reason, stopped=False)
 
-    def _wait(self, seconds: float) -> None:
+    def _wait(self, seconds: float, seen: int) -> None:
+        """Wait, unless something has happened since ``host.news`` was ``seen``."""
         host = self.host
         with host.lock:
             idle = not any(live.runs or live.in_flight for live in host.sessions.values())
         if idle:
             self.dispatcher.rest()
         with host.lock:
-            if host.draining or self._between_steps() is not None:
-                return
-            if idle and any(live.runs for live in host.sessions.values()):
-                return
-            host.lock.wait(min(seconds, IDLE_S))
+            if not host.draining and host.news == seen:
+                host.lock.wait(min(seconds, IDLE_S))
 
     def _await_deliveries(self) -> None:
         with self.host.lock:

@@ -117,7 +117,7 @@ class Turns:
             live.failed = live.failed or error
             live.note_step(now - max(began, self._delivered_at), now, frames)
             self._delivered_at = now
-            self.host.lock.notify_all()
+            self.host.wake()
 
 
 def _unshown_s(listener: Listener | None) -> float:
