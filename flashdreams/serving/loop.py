@@ -11,6 +11,10 @@ from flashdreams.serving.turns import IDLE_S, Turns
 from flashdreams.serving.upkeep import Due, next_upkeep
 
 
+DELIVERY_S = 5.0
+"""How long a server that ends waits for pictures on their way, before it writes sessions."""
+
+
 class TurnLoop:
     """Does one thing at a time, on all ranks.
 
@@ -91,5 +95,5 @@ class TurnLoop:
     def _await_deliveries(self) -> None:
         with self.host.lock:
             self.host.lock.wait_for(
-                lambda: not any(live.in_flight for live in self.host.sessions.values()), 30.0
+                lambda: not any(live.in_flight for live in self.host.sessions.values()), DELIVERY_S
             )

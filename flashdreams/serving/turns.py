@@ -19,6 +19,7 @@ MAX_IN_FLIGHT = 2
 """AR steps that the device may have before it: one that runs and one behind it."""
 IDLE_S = 0.25
 """How long nobody wants a turn, before it is asked again."""
+PICTURES_LOST = "Its pictures were lost; the server's log says why."
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +100,11 @@ class Turns:
             listener = live.listener
 
         def deliver() -> None:
-            pixels, error = pictures.wait()[:frames], step.cache.finite.read()
-            now = time.monotonic()
+            now = began
+            error: str | None = PICTURES_LOST
             try:
+                pixels, error = pictures.wait()[:frames], step.cache.finite.read()
+                now = time.monotonic()
                 if listener is not None and error is None:
                     listener.on_chunk(Chunk(frames=pixels, finished_at=now, **described))
             finally:

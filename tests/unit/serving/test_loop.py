@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from flashdreams.serving.delivery import Pictures
 from flashdreams.serving.interface import Full, Opening, Refused
+from flashdreams.serving.turns import PICTURES_LOST
 from tests.live import Client, Visit, served, until
 
 WALK = ["w", "w", "wl", "l", ""]
@@ -271,3 +273,17 @@ def test_figures_of_server_and_session(runner, folder):
         assert (own.state, own.steps, whole.steps, whole.places) == ("running", 4, 4, 2)
         assert {"diffuse", "decode", "total"} <= own.chunk_ms.keys()
         assert own.host_bytes > 2**20 and own.device_bytes is None
+
+
+def test_session_whose_pictures_are_lost_ends_alone(runner, folder, monkeypatch, caplog):
+    with served(runner, state_dir=folder) as server:
+        ill, well = Visit(server.host), Visit(server.host)
+        ill.ask(1), well.ask(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Pictures, "wait", lambda pictures: 1 / 0)
+            ill.client.asked = 10
+            server.host.pause(ill.id, False)
+            ill.client.wait(lambda: ill.client.end is not None)
+        assert ill.client.end == (PICTURES_LOST, False)
+        assert "ZeroDivisionError" in caplog.text
+        assert len(well.ask(2)) == 2
