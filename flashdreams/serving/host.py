@@ -176,7 +176,8 @@ class LiveHost(Host):
             live = self._find(session)
             if live.events >= MAX_EVENTS:
                 raise Refused(f"{MAX_EVENTS} events wait for the next chunk; send fewer.")
-            held = self.engine_of(session)
+            # While it gets its place or leaves it, the older ones are not handed over yet.
+            held = self.engine_of(session) if live.where in ("device", "host") else None
             try:
                 if held is None:
                     live.commands.append(command)
