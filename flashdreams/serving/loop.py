@@ -10,7 +10,6 @@ from flashdreams.serving.keeper import Keeper
 from flashdreams.serving.turns import IDLE_S, Turns
 from flashdreams.serving.upkeep import Due, next_upkeep
 
-
 DELIVERY_S = 5.0
 """How long a server that ends waits for pictures on their way, before it writes sessions."""
 
