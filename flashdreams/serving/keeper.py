@@ -75,8 +75,6 @@ class Keeper:
         if kind == "resume":
             values |= {"folder": str(live.snapshot), "turns": live.chunks}
         self.dispatcher.tell(Order(kind=kind, session=live.id, values=values, tensors=live.tensors))
-        if kind == "open" and self.keeps:
-            self.folder.keep_opening(live.id, live.tensors)
 
     def keep(self, live: LiveSession) -> None:
         """Carry out the oldest save, fork, rewind or reset of a session."""
@@ -106,6 +104,9 @@ class Keeper:
         if keeping.kind in ("save", "fork"):
             (live.saves if keeping.kind == "save" else live.forks).append(keeping.name or "")
             return
+        seed = keeping.values.get("seed")
+        if keeping.kind == "reset" and seed is not None:
+            live.seed = seed
         live.epoch += 1
         live.changes += 1
         live.owes_step = True
@@ -122,6 +123,8 @@ class Keeper:
             changes, run = live.changes, live.to_json()
         path = self.folder.snapshot_path(live.id, live.snapshots)
         values = {"folder": str(path), "run": run}
+        if not self.folder.keep_opening(live.id, live.tensors):
+            return False
         try:
             self.dispatcher.tell(Order(kind="snapshot", session=live.id, values=values))
         except OrderError:
@@ -142,6 +145,10 @@ class Keeper:
         if to_disk and stale:
             live.unparkable = True
             return
+        if to_disk:
+            with self.host.lock:  # what comes from now on is added to what has come
+                live.where = "disk"
+                live.commands += self.engine.live[live.id].next_turn().commands
         kind: Any = "close" if to_disk else "park"
         if not self.dispatcher.attempt(
             live, lambda: self.dispatcher.tell(Order(kind=kind, session=live.id))
@@ -151,7 +158,7 @@ class Keeper:
             live.where = "disk" if to_disk else "host"
             if to_disk:
                 live.forks.clear()
-            if not live.reasons:  # it was taken up in the meantime
+            if not live.reasons and not live.waits:  # it was taken up in the meantime
                 self.host.wait_again(live)
             self.host.tell_states()
 
@@ -178,19 +185,26 @@ class Keeper:
         for live in lives:
             stale = live.snapshot is None or live.saved_changes != live.changes
             kept = self.keeps and live.where in ("device", "host", "disk")
-            if kept and stale and live.where == "host":
-                self.dispatcher.tell(Order(kind="unpark", session=live.id))
-            if kept and stale and live.failed is None and not live.closing:
-                kept = self.snapshot(live)
+            kept = kept and live.failed is None and not live.closing
+            if kept and stale:
+                kept = self._save_for_restart(live) or live.snapshot is not None
             self._leave(live)
-            if not kept or live.closing or live.failed is not None:
+            if not kept:
                 self.folder.forget(live.id)
-                kept = False
             if live.listener is not None:
                 text = live.failed or (RESTARTING if kept else STOPPING)
                 self.host.delivery.call(live.listener.on_end, text, live.closing)
         self.folder.give_up()
         self.dispatcher.tell(Order(kind="stop"))
+
+    def _save_for_restart(self, live: LiveSession) -> bool:
+        """Write a session as it is now; if that fails, its older snapshot stays."""
+        if live.where == "host":
+            try:
+                self.dispatcher.tell(Order(kind="unpark", session=live.id))
+            except OrderError:
+                return False
+        return self.snapshot(live)
 
 
 def _from_disk(kept: Kept) -> LiveSession:
