@@ -84,8 +84,8 @@ class TurnLoop:
         """Wait, unless something has happened since ``host.news`` was ``seen``."""
         host = self.host
         with host.lock:
-            idle = not any(live.runs or live.in_flight for live in host.sessions.values())
-        if idle:
+            in_flight = any(live.in_flight for live in host.sessions.values())
+        if seconds >= IDLE_S and not in_flight:
             self.dispatcher.rest()
         with host.lock:
             if not host.draining and host.news == seen:

@@ -147,7 +147,10 @@ class SessionLogs:
         found = sorted(self.folder.glob("log_*.jsonl"), key=_age) if self.folder.is_dir() else []
         free = [path for path in found if path not in busy]
         for path in free[: max(0, len(found) + 1 - self.kept)]:
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("An old log stays: %s", error)
 
 
 def _age(path: Path) -> float:

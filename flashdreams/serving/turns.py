@@ -9,7 +9,7 @@ from typing import Any
 
 from flashdreams.infra.session import Session, Step
 from flashdreams.serving.delivery import Pictures
-from flashdreams.serving.dispatch import Dispatcher
+from flashdreams.serving.dispatch import Dispatcher, OrderError, for_people
 from flashdreams.serving.interface import Chunk, Listener
 from flashdreams.serving.live import LiveSession
 from flashdreams.serving.orders import Order
@@ -61,11 +61,15 @@ class Turns:
         session = self.dispatcher.engine.live[live.id]
         with self.host.lock:
             turn = session.next_turn()
-            live.events = 0
+            live.events = live.prompts = 0
             live.last_turn = began = time.monotonic()
         step = self.dispatcher.tell(Order.of_turn(turn))
         applied = tuple(command.id for command in turn.commands if command.id)
-        self._send(live, session, step, applied, began)
+        try:
+            self._send(live, session, step, applied, began)
+        except Exception as error:  # pictures need memory, on rank zero alone
+            logger.exception("The pictures of a session cannot be sent.")
+            raise OrderError(for_people(error)) from error
 
     def _send(
         self,
@@ -90,12 +94,12 @@ class Turns:
                 "applied": applied,
                 "stage_ms": dict(live.stage_ms),
             }
-            live.next_frame += frames
+            live.count_on(live.next_frame + frames)
             live.chunks += 1
             live.changes += 1
             live.in_flight += 1
             live.owes_step = False
-            live.finished = not self._streams or live.next_frame == live.num_frames
+            live.finished = live.finished or not self._streams
             self.host.steps += 1
             listener = live.listener
 

@@ -7,20 +7,23 @@ from typing import Any
 import pytest
 import torch
 
-from flashdreams.serving.host import LiveHost
-from flashdreams.serving.interface import Opening
+from flashdreams.serving.host import MAX_EVENTS, MAX_PROMPTS, LiveHost
+from flashdreams.serving.interface import Opening, Refused
 from flashdreams.serving.limits import ServingLimits
 from flashdreams.serving.loop import TurnLoop
+from flashdreams.serving.turns import IDLE_S
 from tests.live import Client
 
 
 @pytest.fixture
 def host() -> Iterator[LiveHost]:
     """With one place; all events are valid."""
-    offer: Any = SimpleNamespace(seed=0, prompt=None, commands=("reset",), model="m")
+    offer: Any = SimpleNamespace(
+        seed=0, prompt=None, commands=("reset",), model="m", prompts_change=True
+    )
     controller: Any = SimpleNamespace(check=lambda values: None)
-    nobody: Any = None
-    host = LiveHost(offer, ServingLimits(), 1, nobody, controller, torch.device("cpu"))
+    prompts: Any = SimpleNamespace(encode=lambda text: torch.zeros(1, 2, 3))
+    host = LiveHost(offer, ServingLimits(), 1, prompts, controller, torch.device("cpu"))
     yield host
     host.delivery.close()
 
@@ -81,3 +84,50 @@ def test_events_of_a_session_without_a_place_wait_behind_the_older_ones(
     host.control(live.id, {"keys": "w"}, "a")
     assert [command.id for command in live.commands] == (["a"] if waits else [])
     assert [command.id for command in handed_over] == ([] if waits else ["a"])
+
+
+@pytest.mark.parametrize(("seconds", "in_flight", "rests"),
+                         [(IDLE_S, 0, True), (0.01, 0, False), (IDLE_S, 1, False)])  # fmt: skip
+def test_ranks_wait_outside_of_collectives_while_no_client_asks_for_a_chunk(
+    host: LiveHost, monkeypatch: pytest.MonkeyPatch, seconds: float, in_flight: int, rests: bool
+) -> None:
+    """A collective waits no longer than half an hour; a client may."""
+    live = host.sessions[host.open(Opening(), Client())]
+    host.queue.remove(live)
+    live.where, live.waits, live.in_flight = "device", False, in_flight
+    calls: list[bool] = []
+    monkeypatch.setattr(host.lock, "wait", lambda seconds: None)
+    dispatcher: Any = SimpleNamespace(host=host, rest=lambda: calls.append(True))
+    keeper: Any = SimpleNamespace(keeps=True)
+    turns: Any = SimpleNamespace(next=lambda: seconds)
+    TurnLoop(dispatcher, keeper, turns).run_once()
+    assert bool(calls) == rests
+
+
+@pytest.mark.parametrize(("reason", "wants"), [("client", True), ("detached", False)])
+def test_a_parked_session_gets_a_place_for_a_command(
+    host: LiveHost, reason: Any, wants: bool
+) -> None:
+    live = host.sessions[host.open(Opening(), Client())]
+    host.queue.remove(live)
+    live.where, live.waits = "host", False
+    live.pause(reason, 0.0)
+    host.control(live.id, {"keys": "w"}, "a")
+    assert host.queue == [], "an event waits until the session goes on"
+    host.command(live.id, "reset", "b", {})
+    assert host.queue == [live] * wants
+    host.command(live.id, "reset", "c", {})
+    assert host.queue == [live] * wants
+
+
+def test_few_prompts_wait_for_a_chunk_beside_many_controls(host: LiveHost) -> None:
+    """Each of them is work for the device, which others wait for."""
+    session = host.open(Opening(), Client())
+    for _ in range(MAX_PROMPTS):
+        host.prompt(session, "a forest", None)
+    with pytest.raises(Refused, match="send fewer"):
+        host.prompt(session, "a forest", None)
+    for _ in range(MAX_EVENTS - MAX_PROMPTS):
+        host.control(session, {"keys": "w"}, None)
+    with pytest.raises(Refused, match="send fewer"):
+        host.control(session, {"keys": "w"}, None)
