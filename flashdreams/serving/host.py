@@ -317,11 +317,7 @@ class LiveHost(Host):
 
     def _note_input(self, live: LiveSession) -> None:
         live.last_input = time.monotonic()
-        if "idle" in live.reasons:
-            self._go_on(live, "idle")
-        self.wait_again(live)
-        self.tell_states()
-        self.wake()
+        self._go_on(live, "idle")
 
     def _pause(self, live: LiveSession, reason: Any) -> None:
         live.pause(reason, time.monotonic())
