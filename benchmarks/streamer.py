@@ -43,6 +43,7 @@ class Streamer:
         Raises:
             ImportError: the package comes from another folder.
         """
+        cheap_weights = import_module("cheap_weights")  # before the checkout's own can be found
         tree = Path(spec["tree"]).resolve()
         sys.path[:0] = [str(tree / part) for part in ("benchmarks", ".", "kernels")]
         for alias, name in spec["aliases"].items():
@@ -60,7 +61,7 @@ class Streamer:
         torch.set_grad_enabled(False)
         place = environment.init(spec["device"])
         self.torch, self.device = torch, place.device
-        weights = import_module("cheap_weights").cheap_weights(place.device)
+        weights = cheap_weights.cheap_weights(place.device)
         start = time.perf_counter()
         with weights:
             self.subject: Any = rollout.load_subject(spec["slug"], place, **spec["options"])

@@ -47,7 +47,6 @@ _OWN_OPTIONS = {
     "--version": "print the versions of this package, of Python and of PyTorch, and stop",
 }
 
-
 _PAUSE_S = 3.0
 """How long a rank waits for another one to say what is wrong."""
 
@@ -118,7 +117,7 @@ def main(argv: Sequence[str]) -> int:
             line = _split(argv)
             config = _resolve(line)
     except KeyboardInterrupt as stop:
-        return _stopped(stop)
+        return stopped(stop)
     except BrokenPipeError:
         # The reader of the output (head, less) has left: nothing may be flushed to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -369,7 +368,7 @@ def _run(config: Any, debug: bool, replay: Any = None) -> int:
         if replay is not None:
             runner.recorder.replay = replay
     except KeyboardInterrupt as stop:
-        return _stopped(stop)
+        return stopped(stop)
     except (ValueError, TypeError) as error:
         return report(error, WRONG_USAGE, debug)
     except Exception as error:
@@ -386,7 +385,7 @@ def _run(config: Any, debug: bool, replay: Any = None) -> int:
             raise found from error
         runner.close()
     except KeyboardInterrupt as stop:
-        return _stopped(stop)
+        return stopped(stop)
     except Exception as error:
         return report(with_advice(error, config), RUN_FAILED, debug)
     return DONE
@@ -410,10 +409,10 @@ def report(
 ) -> int:
     """Say in one line what went wrong, and give the exit code for it.
 
-    Files that have to be fetched are a list, one to a line.
-    Where every rank has the same error, rank zero alone says so; one whose only error is that of
-    another rank lets that one speak first. On several ranks an error that is
-    nobody's mistake shows its traceback at once: such a run is not easily repeated.
+    Files that have to be fetched are a list, one to a line. Where every rank has the same error,
+    rank zero alone says so; one whose only error is that of another rank lets that one speak first.
+    On several ranks an error that is nobody's mistake shows its traceback at once: such a run is
+    not easily repeated.
     """
     readable = [ValueError, OSError, ImportError, PluginError, CheckpointError]
     readable.append(FloatingPointError)  # of the values that a run has made
@@ -448,16 +447,17 @@ def report(
     return code
 
 
-def _stopped(stop: KeyboardInterrupt) -> int:
+def stopped(stop: KeyboardInterrupt, program: str = PROGRAM) -> int:
+    """Say on rank zero that a signal has ended the process, and give the exit code for it."""
     code = stop.exit_code if isinstance(stop, Terminated) else INTERRUPTED
-    _say_stopped(code - 128)
+    _say_stopped(code - 128, program)
     return code
 
 
-def _say_stopped(number: int) -> None:
+def _say_stopped(number: int, program: str = PROGRAM) -> None:
     # What was broken off may be the import of torch, which crashes if it is begun again.
     if "flashdreams.parallel.environment" not in sys.modules or _rank() == 0:
-        say(f"{PROGRAM}: {'interrupted' if number == signal.SIGINT else 'terminated'}")
+        say(f"{program}: {'interrupted' if number == signal.SIGINT else 'terminated'}")
 
 
 def _say_import_hangs() -> None:

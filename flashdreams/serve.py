@@ -20,9 +20,10 @@ from flashdreams.run import (
     leave,
     read_config,
     report,
+    stopped,
     with_advice,
 )
-from flashdreams.runtime.termination import Terminated, raise_on_sigterm
+from flashdreams.runtime.termination import raise_on_sigterm
 from flashdreams.runtime.text import say
 from flashdreams.serving.limits import ServingLimits
 from flashdreams.serving.web.settings import WebSettings
@@ -68,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         read = read_command_line([word for word in argv if word != "--debug"])
     except KeyboardInterrupt as stop:
-        return _stopped(stop)
+        return stopped(stop, PROGRAM)
     except SystemExit as exit:  # of tyro: --help, or an error that it has printed
         return DONE if exit.code in (None, 0) else WRONG_USAGE
     except Exception as error:
@@ -125,7 +126,7 @@ def _serve(options: ServeOptions, config: Any, debug: bool) -> int:
             web.start()
             say(f"{PROGRAM}: {web.url} shows how far {config.runner_name} is")
     except KeyboardInterrupt as stop:
-        return _stopped(stop)
+        return stopped(stop, PROGRAM)
     except (ValueError, TypeError) as error:
         return report(error, WRONG_USAGE, debug, program=PROGRAM)
     try:
@@ -141,7 +142,7 @@ def _load_and_run(options: ServeOptions, config: Any, web: Any, debug: bool) -> 
     try:
         runner = config.setup()
     except KeyboardInterrupt as stop:
-        return _stopped(stop)
+        return stopped(stop, PROGRAM)
     except (ValueError, TypeError) as error:
         return report(error, WRONG_USAGE, debug, program=PROGRAM)
     except Exception as error:
@@ -166,7 +167,7 @@ def _load_and_run(options: ServeOptions, config: Any, web: Any, debug: bool) -> 
         server.run()
         runner.end_serving()
     except KeyboardInterrupt as stop:
-        return _stopped(stop)
+        return stopped(stop, PROGRAM)
     except Exception as error:
         runner.abort()
         explained = runner.explain(error)
@@ -192,12 +193,6 @@ def drain_on_signals(drain: Callable[[], None]) -> None:
         numbers.append(signal.SIGHUP)
     for number in numbers:
         signal.signal(number, handle)
-
-
-def _stopped(stop: KeyboardInterrupt) -> int:
-    code = stop.exit_code if isinstance(stop, Terminated) else 130
-    say(f"{PROGRAM}: {'interrupted' if code == 130 else 'terminated'}")
-    return code
 
 
 if __name__ == "__main__":

@@ -194,21 +194,28 @@ class KVCache:
         own = self.scales[:, :, rank * heads : (rank + 1) * heads, 0]
         self.q_scale, self.k.scale, self.v.scale = own.unbind(1)
 
-    def calibrate(self, q: Tensor | None, k: Tensor, v: Tensor) -> None:
+    @property
+    def calibrates(self) -> bool:
+        """Whether the current pass sets the scales: it is one over the first chunk."""
+        if self.scales is None:
+            return False
+        return self.cursor.start == 0 and not self.cursor.is_rewriting
+
+    def calibrate(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Set the scales from the first chunk, ``[B, L, N, D]`` each; later nothing; collective.
 
         Args:
-            q: queries; None leaves their scales as they are.
+            q: rotated queries.
             k: rotated keys.
             v: values.
         """
-        if self.scales is None or self.cursor.start > 0 or self.cursor.is_rewriting:
+        if not self.calibrates:
             return
-        maxima = torch.stack([head_maxima(x) for x in (k if q is None else q, k, v)], dim=1)
+        assert self.scales is not None
+        maxima = torch.stack([head_maxima(x) for x in (q, k, v)], dim=1)
         if self.layout is not None:
             maxima = self.layout.share_maxima(maxima)
-        first = 1 if q is None else 0
-        self.scales[:, first:, :, 0] = scales_of(maxima)[:, first:]
+        self.scales[..., 0] = scales_of(maxima)
 
     def quantize(self, *qkv: Tensor | None) -> tuple[Any, ...]:
         """Queries, keys and values ``[B, L, N, D]``, of all heads of ``scales``, in e4m3.

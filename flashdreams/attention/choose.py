@@ -61,6 +61,10 @@ class AttentionShape:
     measured: the write and the wide copy included."""
 
 
+KVSplitsOf = Callable[[str, AttentionShape], int | None]
+"""KV splits of a backend, by name, for a call of the whole model; None where it has none."""
+
+
 @dataclass(frozen=True)
 class MeasuredBackend:
     """What was found out about one candidate."""

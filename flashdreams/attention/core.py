@@ -89,21 +89,29 @@ class AttentionCore(nn.Module):
         return attend(q, *cache.stored(), scales, **options, num_splits=self.kv_splits)
 
     def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
-        """Write the current chunk into the cache and attend to nothing; as in ``forward``."""
-        cache.calibrate(None, k, v)
+        """Write the current chunk into the cache and attend to nothing; as in ``forward``.
+
+        Raises:
+            ValueError: the cache still needs the queries of this pass for its scales.
+        """
+        if cache.calibrates:
+            raise ValueError(
+                "The first chunk of an fp8 cache sets the scales of the queries, too: where "
+                "cache.calibrates, call the attention core's forward instead of its write."
+            )
         cache.write(k, v)
 
 
-def bind_cores(module: nn.Module, name: str, splits: int) -> None:
+def bind_cores(module: nn.Module, name: str, splits: int | None) -> None:
     """Fix the KV splits of the cores in a module that run a backend by name.
 
     Args:
         module: a core, or what wraps one; cores with a backend of their own are left alone.
         name: one of `flashdreams.attention.backends.BACKENDS`.
-        splits: of each call.
+        splits: of each call; None, where a backend has none, changes nothing.
     """
     for core in module.modules():
-        if not isinstance(core, AttentionCore):
+        if splits is None or not isinstance(core, AttentionCore):
             continue
         core.kv_splits = splits
         if core.backend is BACKENDS[name]:

@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -45,7 +45,7 @@ def flash_attn_3(
     if num_splits < 1:
         raise ValueError(f"num_splits={num_splits} must be at least 1.")
     function = load_flash_attn_3().flash_attn_func
-    known = _parameters(function)
+    known = parameters_of(function)
     options: dict[str, Any] = {}
     if "num_splits" in known:
         options["num_splits"] = num_splits
@@ -58,9 +58,9 @@ def flash_attn_3(
     return found[0] if isinstance(found, tuple) else found
 
 
-def installed_modules() -> list[str]:
-    """Those of `MODULES` that are there; whether they can be loaded is not tried."""
-    return [name for name in MODULES if importlib.util.find_spec(name) is not None]
+def installed_modules() -> Iterator[str]:
+    """Those of `MODULES` that are there, looked for one by one; no loading is tried."""
+    return (name for name in MODULES if importlib.util.find_spec(name) is not None)
 
 
 def load_flash_attn_3() -> ModuleType:
@@ -88,7 +88,7 @@ def why_flash_attn_3_is_unusable(
     device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> str | None:
     """Why FlashAttention-3 cannot serve here; None if it can, which loads it."""
-    names = installed_modules()
+    names = list(installed_modules())
     if not names:
         return f"FlashAttention-3 is not installed; {HINT}"
     if device.type != "cuda":
@@ -111,5 +111,6 @@ def why_flash_attn_3_is_unusable(
 
 
 @cache
-def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+def parameters_of(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of a function's parameters; releases differ in theirs."""
     return frozenset(inspect.signature(function).parameters)

@@ -3,7 +3,6 @@
 Shape letters: B batch, L query tokens, S key tokens, N heads, D head dim.
 """
 
-import inspect
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashdreams.attention.backends import AttentionBackend
-from flashdreams.attention.flash_attention_3 import HINT, load_flash_attn_3
-from flashdreams.attention.quantized import least_exponents, power_of_two
+from flashdreams.attention.flash_attention_3 import HINT, load_flash_attn_3, parameters_of
+from flashdreams.attention.quantized import least_exponents, power_of_two, scaled
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
@@ -112,18 +111,14 @@ def quantize(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``values * scale`` in ``dtype``; exact but for float16, which holds few powers of two.
+    """``values * scale`` in ``dtype``; exact but for float16, see `scaled`.
 
     Args:
         values: ``[B, L, N, D]`` e4m3.
         scale: ``[B, N]`` float32, powers of two.
         dtype: of the result.
     """
-    factor = scale[:, None, :, None]
-    if dtype != torch.float16:
-        return values.to(dtype) * factor.to(dtype)
-    largest = torch.finfo(dtype).max
-    return (values.float() * factor).clamp_(-largest, largest).to(dtype)
+    return scaled(values, scale[:, None, :, None], dtype)
 
 
 def attend(
@@ -210,10 +205,10 @@ def why_no_fp8(device: torch.device, head_dim: int) -> str | None:
     if head_dim > 256 or (head_dim > LEAST_HEAD_DIM and head_dim % 16):
         return f"FlashAttention-3 takes multiples of 16 up to 256 as head size, not {head_dim}"
     try:
-        parameters = inspect.signature(load_flash_attn_3().flash_attn_func).parameters
+        parameters = parameters_of(load_flash_attn_3().flash_attn_func)
     except ImportError as error:
         return str(error)
-    if not {*DESCALES, "num_splits"} <= parameters.keys():
+    if not {*DESCALES, "num_splits"} <= parameters:
         return f"this release of FlashAttention-3 has no e4m3 kernel; {HINT}"
     return None
 

@@ -60,6 +60,8 @@ def choose_invariant_backend(
         row = check_backend(name, backend, shape, device, dtype)
         if row.verdict == "right":
             variance = find_variance(backend, shape, device, dtype)
+            if variance is None and (splits or 1) > 1:  # cross-attention is not split
+                variance = find_variance(bind_kv_splits(name, 1), shape, device, dtype)
             right = right or name
             whole = name if variance is None else ""
             row = replace(row, verdict=variance or "chosen")

@@ -103,18 +103,29 @@ def least_exponents(x: Tensor) -> Tensor:
 def dequantize(values: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
     """``values * 2 ** exponents`` in ``dtype``: what `quantize` was given, but for its rounding.
 
-    Float16 holds few of these powers. There the product is taken in float32, and where rounding
-    went past the largest float16 it is cut to that.
-
     Args:
         values: ``[..., D]`` int8.
         exponents: ``[..., 1]`` int8.
         dtype: of the result.
     """
+    return scaled(values, power_of_two(exponents), dtype)
+
+
+def scaled(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``values * factor`` in ``dtype``.
+
+    Float16 holds few powers of two. There the product is taken in float32, and where rounding went
+    past the largest float16 it is cut to that.
+
+    Args:
+        values: ``[..., D]``, 8 bits.
+        factor: float32 powers of two that broadcast to ``values``.
+        dtype: of the result.
+    """
     if dtype != torch.float16:
-        return values.to(dtype) * power_of_two(exponents).to(dtype)
+        return values.to(dtype) * factor.to(dtype)
     largest = torch.finfo(dtype).max
-    return (values.float() * power_of_two(exponents)).clamp_(-largest, largest).to(dtype)
+    return (values.float() * factor).clamp_(-largest, largest).to(dtype)
 
 
 def power_of_two(exponents: Tensor) -> Tensor:

@@ -146,9 +146,11 @@ class Bench:
                     session.submit(command)
 
     def roll(self, seed: int = 0, steps: int | None = None) -> list["Chunk"]:
-        """A rollout from its beginning."""
+        """A rollout from its beginning, whose values are all finite."""
         session = self.begin(seed)
-        return [self.step(session) for _ in range(steps or self.steps)]
+        chunks = [self.step(session) for _ in range(steps or self.steps)]
+        self.pipeline.check_values(session.cache)
+        return chunks
 
     def step(self, session: Session) -> "Chunk":
         """One AR step."""

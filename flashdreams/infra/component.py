@@ -99,6 +99,15 @@ class Component(nn.Module):
         """Whether the components inside load their weights themselves, from their own configs."""
         return self.config.checkpoint is None
 
+    def loras(self) -> list[LoRA]:
+        """What is merged into the weights that this component loads itself.
+
+        It is fetched where its checkpoint may be.
+        """
+        checkpoint = self.config.checkpoint
+        download = checkpoint is not None and checkpoint.download
+        return [parse_lora(text, download=download) for text in getattr(self.config, "loras", ())]
+
     def init_buffers(self) -> None:
         """Fill the non-persistent buffers after a build on the meta device."""
 
@@ -161,7 +170,7 @@ def load_component(
     parts = nested_components(component) if component.loads_parts else {}
     for name, part in parts.items():
         load_component(part, device, slices_of_part(name, slices))
-    loras = component_loras(component)
+    loras = component.loras()
     if checkpoint is not None and not component.loads_parts:
         dtype_of = component.dtype_of
         try:
@@ -180,20 +189,18 @@ def load_component(
     component.after_load()
 
 
-def component_loras(component: Component) -> list[LoRA]:
-    """The LoRAs that a component's config names; fetched where its checkpoint may be."""
-    config = component.config
-    download = config.checkpoint is not None and config.checkpoint.download
-    return [parse_lora(text, download=download) for text in getattr(config, "loras", ())]
-
-
 def check_loras(component: Component, slices: Mapping[str, Any] | None = None) -> None:
-    """Compare a component's LoRAs with it and its checkpoint; reads no weights.
+    """Compare the LoRAs of a component and its parts with them and their checkpoints.
+
+    No weights are read.
 
     Raises:
         CheckpointError: a file is missing or does not fit.
     """
-    loras, checkpoint = component_loras(component), component.config.checkpoint
+    parts = nested_components(component) if component.loads_parts else {}
+    for name, part in parts.items():
+        check_loras(part, slices_of_part(name, slices))
+    loras, checkpoint = component.loras(), component.config.checkpoint
     if loras and checkpoint is not None:
         load_checkpoint(component, checkpoint, device="meta", slices=slices, loras=loras)
 

@@ -187,6 +187,7 @@ class KeyCamera(Controller):
                 self._follow(state)
             poses.append(pitched(state.pose, state.pitch))
             held.append(keys)
+        self._turn(state, yaw, pitch)  # left over where frame 0 is the whole chunk
         return self.to_input(torch.stack(poses), held)
 
     def _take(

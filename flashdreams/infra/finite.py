@@ -1,6 +1,7 @@
 """Whether the values of an AR step are finite: computed on the device, read later."""
 
 import math
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -25,12 +26,13 @@ class FiniteCheck:
     Each AR step queues one sum per tensor, which is not finite if it meets NaN or infinity, and one
     copy of all sums, which is read when a later step begins: the next one on a CPU; on a GPU the
     first one that finds it arrived, at the latest the second. So the host need not wait for the
-    decoder before it queues the next step.
+    decoder before it queues the next step. Several threads may read.
     """
 
     def __init__(self) -> None:
         self._failure: str | None = None
         self._waiting: deque[_Sums] = deque()
+        self._lock = threading.RLock()
 
     def submit(self, autoregressive_index: int, stages: Mapping[str, Any]) -> None:
         """Have the values of an AR step looked at.
@@ -57,7 +59,8 @@ class FiniteCheck:
     @property
     def is_settled(self) -> bool:
         """Whether all sums have arrived and all is finite, so that nobody needs to read them."""
-        return self.read(wait=False) is None and not self._waiting
+        with self._lock:
+            return self.read(wait=False) is None and not self._waiting
 
     def read(self, *, wait: bool = True) -> str | None:
         """What is wrong with the AR steps submitted so far; None if nothing is.
@@ -65,12 +68,13 @@ class FiniteCheck:
         Args:
             wait: for the last step; without it, for the one before alone, if that has not arrived.
         """
-        while self._failure is None and self._waiting:
-            oldest = self._waiting[0]
-            if not (wait or len(self._waiting) > 1 or oldest.have_arrived):
-                break
-            self._failure = self._waiting.popleft().failure()
-        return self._failure
+        with self._lock:
+            while self._failure is None and self._waiting:
+                oldest = self._waiting[0]
+                if not (wait or len(self._waiting) > 1 or oldest.have_arrived):
+                    break
+                self._failure = self._waiting.popleft().failure()
+            return self._failure
 
 
 class _Sums(NamedTuple):

@@ -29,7 +29,7 @@ from flashdreams.runtime.latents import LatentWriter
 from flashdreams.runtime.profiler import StageTimer
 from flashdreams.runtime.stats import StatsWriter, memory_stats, sha256_of
 from flashdreams.runtime.text import printable, say
-from flashdreams.runtime.transfer import start_host_copy
+from flashdreams.runtime.transfer import copy_to_host
 
 MAX_COPIES = 4
 """Tensors copied to the host and not yet hashed; the loop waits for the oldest one beyond that."""
@@ -194,7 +194,7 @@ class RunRecorder:
         if len(self._copies) >= MAX_COPIES:
             with self.pipeline.guard("checksum", self.steps):  # a hung device never delivers it
                 wait_for([self._copies.popleft()])
-        copy, arrived = _host_copy(tensor)
+        copy, arrived = copy_to_host(tensor)
 
         def compute() -> str:
             if arrived is not None:
@@ -241,20 +241,25 @@ class RunRecorder:
         """Of the stats, once `close` has written them."""
         return self._stats.path
 
-    def log_header(self) -> dict[str, Any]:
-        """The first line of the log."""
+    def log_header(self, config: RecordedConfig | None = None) -> dict[str, Any]:
+        """The first line of the log.
+
+        Args:
+            config: of the runner whose log it is; None: the run's own.
+        """
+        config = config or self.config
         return {
             "flashdreams": flashdreams.__version__,
-            "runner_name": self.config.runner_name,
-            "config": _dumped(self.config),
-            "config_hash": config_hash(self.config),
-            "inputs": describe_inputs(self.config),
+            "runner_name": config.runner_name,
+            "config": _dumped(config),
+            "config_hash": config_hash(config),
+            "inputs": describe_inputs(config),
             "method": {
                 name: value
                 for name, value in describe_config(self.pipeline.config).items()
                 if not name.startswith("decoder")
             },
-            "seed": self.config.seed,
+            "seed": config.seed,
             "world_size": self.environment.world_size,
             "fingerprint": self.pipeline.fingerprint(),
         }
@@ -378,8 +383,3 @@ def _dumped(config: Any) -> str | None:
         return dump_config(config)
     except TypeError:
         return None
-
-
-def _host_copy(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """A copy on the host that nobody changes, and the event after which it is complete."""
-    return start_host_copy(tensor) if tensor.is_cuda else (tensor.detach().clone(), None)

@@ -49,6 +49,8 @@ MAX_THREADS = 1024
 SMALL_PARAMETERS = 10_000_000
 """Size of a pipeline below which one CPU thread is faster than two; the toy world has 4 million."""
 
+ConfigT = TypeVar("ConfigT", bound="RunnerConfig")
+
 
 @dataclass(kw_only=True)
 class RunnerConfig(InstantiateConfig):
@@ -116,7 +118,7 @@ class RunnerConfig(InstantiateConfig):
         if not 0 <= self.seed < SEED_LIMIT:
             raise ValueError(f"--seed {self.seed}: must be from 0 to 2**64 - 1.")
 
-    def for_serving(self) -> "RunnerConfig":
+    def for_serving(self: ConfigT) -> ConfigT:
         """The config with what live sessions need in place of what a run to a file does.
 
         Raises:
@@ -125,7 +127,6 @@ class RunnerConfig(InstantiateConfig):
         return replace(self, snapshot_every=0, resume=False)
 
 
-ConfigT = TypeVar("ConfigT", bound=RunnerConfig)
 PipelineT = TypeVar("PipelineT", bound=StreamInferencePipeline)
 
 

@@ -142,7 +142,7 @@ class Session:
         self.controller = controller
         self.name = name
         self.log: list[tuple[int, Command]] = []
-        """(AR step before which it was applied, command)."""
+        """(AR step before which it was applied, command); without embeddings of a known text."""
         self.turns = 0
         """AR steps so far, also those that were rewound."""
         self.forks: dict[str, StreamInferencePipelineCache] = {}
@@ -249,7 +249,9 @@ class Session:
         """Carry out the commands of a turn; returns the events for the controller."""
         events: list[Event] = []
         for command in turn.commands:
-            self.log.append((turn.autoregressive_index, command))
+            # Of a prompt the text says all; embeddings have megabytes.
+            told = replace(command, tensors={}) if "text" in command.values else command
+            self.log.append((turn.autoregressive_index, told))
             if command.kind == "end":
                 self.ended = True
             elif command.kind == "reset":

@@ -45,9 +45,11 @@ def find_attention(
     """
     name, shape = stored.get("attention_backend"), transformer.attention_shape(1)
     asked = transformer.config.attention_backend
-    if not isinstance(name, str) or shape is None or name == asked:
+    if not isinstance(name, str) or shape is None:
         return None, []
-    if asked != AUTO:
+    if name == asked and mesh.config.strict:
+        return None, []
+    if asked not in (AUTO, name):
         reason = f"the config asks for {asked}"
     elif name not in BACKENDS:
         reason = "no backend of this release has that name"

@@ -126,8 +126,8 @@ def choose_attention(
         choice = BackendChoice(name, (), kv_splits_of(name, local, device, processors=processors))
     transformer.bind_kv_splits(
         choice.name,
-        lambda of: kv_splits_of(
-            choice.name, local_attention(of, mesh), device, processors=processors
+        lambda runs, of: kv_splits_of(
+            runs, local_attention(of, mesh), device, processors=processors
         ),
     )
     return choice
@@ -143,7 +143,7 @@ def _choose_strict(
     choice = from_rank_zero(lambda: choose_invariant_backend(shape, device, dtype, names))
     transformer.set_attention_backend(choice.name)
     transformer.bind_kv_splits(
-        choice.name, lambda of: kv_splits_of(choice.name, of, device, strict=True)
+        choice.name, lambda runs, of: kv_splits_of(runs, of, device, strict=True)
     )
     for core in transformer.modules():  # those without a cache have none yet
         if isinstance(core, AttentionCore) and core.backend is BACKENDS[choice.name]:

@@ -40,7 +40,13 @@ _TEXT_ENCODER = "text_encoder."
 """What the paths of the text encoder's files begin with."""
 
 _LORAS = "loras"
-"""Field whose texts name LoRAs; they are fetched where the checkpoint beside them may be."""
+"""End of the fields whose texts name LoRAs; these are fetched where the checkpoint of their network
+may be."""
+
+
+def _checkpoint_of(loras: str) -> str:
+    """The field beside a field of LoRAs that names the weights file of the same network."""
+    return f"{loras.removesuffix(_LORAS)}checkpoint"
 
 
 def named_checkpoints(config: Any, prefix: str = "") -> Iterator[tuple[str, CheckpointConfig]]:
@@ -49,8 +55,9 @@ def named_checkpoints(config: Any, prefix: str = "") -> Iterator[tuple[str, Chec
         value = getattr(config, name)
         if isinstance(value, CheckpointConfig):
             yield f"{prefix}{name}", value
-        elif name == _LORAS:
-            download = config.checkpoint is not None and config.checkpoint.download
+        elif name.endswith(_LORAS):
+            beside = getattr(config, _checkpoint_of(name), None) or config.checkpoint
+            download = beside is not None and beside.download
             for text in value:
                 yield f"{prefix}{name}", parse_lora(text, download=download).checkpoint
         elif is_config(value):
@@ -169,6 +176,7 @@ def _list_missing(
 ) -> list[str]:
     """What is not on this machine, a file to a line or two; empty where nothing is missing."""
     missing: dict[tuple[str, str | None], tuple[str, CheckpointConfig]] = {}
+    named_files = dict(named_checkpoints(config))
     for path, checkpoint in named_checkpoints(config):
         wanted = encodes_text or not path.startswith(_TEXT_ENCODER)
         if wanted and not checkpoint.download and find_local(checkpoint) is None:
@@ -184,10 +192,11 @@ def _list_missing(
     for path, checkpoint in missing.values():
         owner, _, field = path.rpartition(".")
         named = "checkpoint.source"
-        if field == _LORAS:
+        if field.endswith(_LORAS):
             named = option_of(path)
             lines.append(f"LoRA of {named}:")
-            path = f"{owner}.checkpoint"
+            beside = f"{owner}.{_checkpoint_of(field)}"
+            path = beside if beside in named_files else f"{owner}.checkpoint"
         description = describe_missing(checkpoint, flag=f"{option_of(path)}.download").splitlines()
         kept = description[:2] if fetch_all else description
         lines += [_with_options(line.replace("checkpoint.source", named), path) for line in kept]
@@ -263,7 +272,7 @@ def with_downloads(config: PipelineConfigT) -> PipelineConfigT:
     overrides: dict[str, Any] = {}
     for path, _ in named_checkpoints(config):
         *owners, leaf = path.split(".")
-        if leaf == _LORAS:
+        if leaf.endswith(_LORAS):
             continue
         place = overrides
         for owner in owners:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -23,9 +24,14 @@ def needs_host(device: torch.device, group: ProcessGroup) -> bool:
     """Whether tensors of a device go through the host: those of a GPU, over gloo."""
     if device.type == "cpu":
         return False
-    pairs = (pair.partition(":") for pair in dist.get_backend_config(group).split(","))
-    backends = {kind: backend for kind, _, backend in pairs}
-    return backends.get(device.type) == "gloo"
+    return _backends_of(dist.get_backend_config(group)).get(device.type) == "gloo"
+
+
+@lru_cache(maxsize=16)
+def _backends_of(config: str) -> dict[str, str]:
+    """Device type -> backend, of a text such as ``cpu:gloo,cuda:nccl``; asked per collective."""
+    pairs = (pair.partition(":") for pair in config.split(","))
+    return {kind: backend for kind, _, backend in pairs}
 
 
 def _to_wire(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -24,14 +24,20 @@ TILE_ROWS = {"cpu": 16, "cuda": 128}
 """Tokens per tile by device type: small where models are small, a full GPU tile otherwise."""
 
 
-class TiledLinear(nn.Linear):
+class StrictLinear(nn.Linear):
+    """A linear layer in the place of another, with its parameters."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+
+class TiledLinear(StrictLinear):
     """A linear layer that runs over tokens in tiles of a fixed number of rows."""
 
     def __init__(self, linear: nn.Linear, rows: int) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = linear.weight
-        self.bias = linear.bias
+        super().__init__(linear)
         self.rows = rows
 
     def forward(self, input: Tensor) -> Tensor:
@@ -71,17 +77,11 @@ class TiledAttention:
         return torch.cat(tiles, dim=1)
 
 
-class InvariantLinear(nn.Linear):
+class InvariantLinear(StrictLinear):
     """A linear layer on a GPU whose bits per row do not depend on the number of rows.
 
     One Triton kernel for all rows, where `TiledLinear` calls the library once per tile.
     """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = linear.weight
-        self.bias = linear.bias
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 STAGES = ("encode", "diffuse", "decode", "finalize")
-"""Stages that every record has a time for; 0.0 where a stage did not run."""
+"""Stages that every record has a time for, in order; 0.0 where a stage did not run."""
 
 _NO_TIMES = {**{f"{name}_ms": 0.0 for name in STAGES}, "total_ms": 0.0}
 

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flashdreams.runtime.files import write_whole
-
-STAGES = ("encode", "diffuse", "decode", "finalize")
-"""Stages of an AR step, in the order of their work."""
+from flashdreams.runtime.profiler import STAGES
 
 MAX_POINTS = 2000
 """AR steps that a plot shows; of longer runs, every n-th."""

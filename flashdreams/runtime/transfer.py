@@ -29,3 +29,12 @@ def start_host_copy(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event]:
     arrived = torch.cuda.Event(blocking=True)
     arrived.record(torch.cuda.current_stream(tensor.device))
     return copy, arrived
+
+
+def copy_to_host(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Copy a tensor to the host; from a GPU as `start_host_copy` does, else at once.
+
+    Returns:
+        The copy, which nobody changes, and the event after which it is complete; None: it is.
+    """
+    return start_host_copy(tensor) if tensor.is_cuda else (tensor.detach().clone(), None)

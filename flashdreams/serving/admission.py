@@ -66,8 +66,7 @@ def try_session(
     held = _allocated(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    streams = getattr(transformer.config, "streaming", True)
-    steps = min(MOST_STEPS, max(3, transformer.warm_up_steps + 1)) if streams else 1
+    steps = min(MOST_STEPS, max(3, transformer.warm_up_steps + 1)) if streams(pipeline) else 1
     sizes: list[int] = []
     shape: tuple[int, ...] = ()
     for _ in range(steps):
@@ -100,6 +99,11 @@ def try_session(
         width=shape[4] if shape else 0,
         keeps=keeps,
     )
+
+
+def streams(pipeline: StreamInferencePipeline) -> bool:
+    """Whether a method makes its video chunk by chunk; if not, a session has one chunk."""
+    return bool(getattr(pipeline.diffusion_model.transformer.config, "streaming", True))
 
 
 def count_places(trial: Trial, device: torch.device, max_sessions: int | None, pooled: int) -> int:

@@ -24,6 +24,7 @@ RECEIPT_S = 0.25
 PING_S = 15.0
 MAX_PICTURES = 256
 """Pictures that wait for who asks for them; the oldest are left out."""
+NOT_THERE = "The session is over, or none has begun."
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ class LiveClient:
         self._keep = False
         self._socket: Any = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._reader: asyncio.Task[None] | None = None
         self._pictures: asyncio.Queue[Received | None] = asyncio.Queue()
+        self._pictures.put_nowait(None)
         self._waiting: dict[tuple[str, str | None], asyncio.Future[dict[str, Any]]] = {}
         self._failure: Exception | None = None
         self._shown = -1
@@ -105,7 +108,7 @@ class LiveClient:
         await self.close()
 
     async def start(self, *, keep: bool = False, **fields: Any) -> dict[str, Any]:
-        """Begin a session.
+        """Begin a session; an earlier one is left as by `close`.
 
         Args:
             keep: keep all binary frames in ``binary``, for a recording.
@@ -120,7 +123,9 @@ class LiveClient:
             ImportError: the extra is not installed.
             OSError: nobody listens there.
         """
-        self._keep = keep
+        await self.close()
+        self._keep, self._shown = keep, -1
+        self.begin, self.status = {}, {}
         return await self._open({"type": "session.start", **_given(fields)})
 
     async def resume(self) -> dict[str, Any]:
@@ -128,8 +133,11 @@ class LiveClient:
 
         Raises:
             SessionError: the server does not have it any more.
+            ConnectionError: the socket was lost, or no session has begun.
         """
         await self.close()
+        if not self.begin:
+            raise ConnectionError("No session has begun; call start().")
         first = {"type": "session.resume", "token": self.begin["token"]}
         fields = {"from_frame": self._shown + 1, "format": self.begin["format"]}
         return await self._open({**first, **fields})
@@ -143,6 +151,7 @@ class LiveClient:
         """
         while (picture := await self._pictures.get()) is not None:
             yield picture
+        self._pictures.put_nowait(None)  # for whoever asks next
         if self._failure is not None:
             raise self._failure
 
@@ -187,15 +196,25 @@ class LiveClient:
         await self.send({"type": "session.pause", "paused": paused})
 
     async def stop(self) -> dict[str, Any]:
-        """End the session.
+        """End the session, if it has not ended.
 
         Returns:
             ``session.done``.
+
+        Raises:
+            SessionError: it has failed.
+            ConnectionError: the socket was lost.
         """
-        return await self._answer("done", None, {"type": "session.stop"})
+        return self.done or await self._answer("done", None, {"type": "session.stop"})
 
     async def send(self, message: Mapping[str, Any]) -> None:
-        """Send any message of the protocol; an ``event_id`` in it is measured."""
+        """Send any message of the protocol; an ``event_id`` in it is measured.
+
+        Raises:
+            SessionError: the session has failed.
+            ConnectionError: it is over, or the socket was lost.
+        """
+        self._refuse_over()
         event_id = message.get("event_id")
         if message["type"] == "session.interaction":
             event_id = message["interaction"]["event_id"]
@@ -208,9 +227,13 @@ class LiveClient:
         except ConnectionClosed as error:
             raise self._failure or ConnectionError(f"The connection is lost: {error}") from error
 
+    def _refuse_over(self) -> None:
+        if self._reader is None or self._reader.done():
+            raise self._failure or ConnectionError(NOT_THERE)
+
     async def close(self) -> None:
         """Leave; the server keeps the session for ``resume`` until its limits end it."""
-        tasks, self._tasks = self._tasks, []
+        tasks, self._tasks, self._reader = self._tasks, [], None
         for task in tasks:
             task.cancel()
         if self._socket is not None:
@@ -220,7 +243,8 @@ class LiveClient:
 
     async def drop(self) -> None:
         """Lose the socket without a word, as a broken network would."""
-        self._socket.transport.abort()
+        if self._socket is not None:
+            self._socket.transport.abort()
         await self.close()
 
     async def _open(self, first: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,19 +253,16 @@ class LiveClient:
         except ImportError as error:
             raise ImportError("A client needs: pip install 'flashdreams[serve]'") from error
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        self._failure, self._pictures = None, asyncio.Queue()
-        self._waiting.clear()
+        self.done = self._failure = None
+        self._pictures = asyncio.Queue()
         self.binary.clear()
         self.figures.reconnected()
         self._socket = await connect(
             self.address, additional_headers=headers, max_size=None, compression=None
         )
-        future = asyncio.get_running_loop().create_future()
-        self._waiting["start", None] = future
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._tell())]
-        with contextlib.suppress(ConnectionError):  # why it was closed is still to be read
-            await self.send(first)
-        return await future
+        self._reader = asyncio.create_task(self._read())
+        self._tasks = [self._reader, asyncio.create_task(self._tell())]
+        return await self._answer("start", None, first)
 
     async def _event(self, message: dict[str, Any]) -> str:
         event_id = uuid.uuid4().hex
@@ -257,10 +278,16 @@ class LiveClient:
     async def _answer(
         self, kind: str, event_id: str | None, message: Mapping[str, Any]
     ) -> dict[str, Any]:
+        self._refuse_over()
         future = asyncio.get_running_loop().create_future()
         self._waiting[kind, event_id] = future
-        await self.send(message)
-        return await future
+        try:
+            # Why the socket was closed is still to be read.
+            with contextlib.suppress(ConnectionError, SessionError):
+                await self.send(message)
+            return await future
+        finally:
+            self._waiting.pop((kind, event_id), None)
 
     async def _read(self) -> None:
         from websockets.exceptions import ConnectionClosed
@@ -277,13 +304,11 @@ class LiveClient:
                 else:
                     self._take(message)
         except ConnectionClosed as error:
-            self._fail(self._failure or ConnectionError(f"The connection was lost: {error}"))
-        except SessionError as error:
-            self._fail(error)
+            self._failure = ConnectionError(f"The connection was lost: {error}")
         except Exception as error:
-            self._fail(error)
-            raise
-        self._pictures.put_nowait(None)
+            self._failure = error
+        finally:
+            self._leave(self._failure or ConnectionError(NOT_THERE))
 
     def _take_picture(
         self, message: Mapping[str, Any], data: bytes, decoder: PictureDecoder | None
@@ -332,7 +357,6 @@ class LiveClient:
         self.errors.append(message)
         if message["code"] in ("interaction_failed", "bad_message") and self.begin:
             return
-        self._failure = error
         raise error
 
     def _resolve(self, kind: str, event_id: str | None, message: dict[str, Any]) -> None:
@@ -340,25 +364,27 @@ class LiveClient:
         if future is not None and not future.done():
             future.set_result(message)
 
-    def _fail(self, error: Exception) -> None:
-        self._failure = error
+    def _leave(self, error: Exception) -> None:
+        """Nothing more is read: nobody waits for it any longer."""
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(error)
         self._waiting.clear()
+        self._pictures.put_nowait(None)
 
     async def _tell(self) -> None:
         """Send receipts, and pings."""
         told, pinged = -1, time.monotonic()
-        while True:
-            await asyncio.sleep(RECEIPT_S)
-            if self._shown > told:
-                told = self._shown
-                receipt = {"frame": told, **self.figures.receipt()}
-                await self.send({"type": "session.shown", **receipt})
-            if time.monotonic() - pinged > PING_S:
-                pinged = time.monotonic()
-                await self.send({"type": "session.ping"})
+        with contextlib.suppress(ConnectionError, SessionError):  # the reader says why
+            while True:
+                await asyncio.sleep(RECEIPT_S)
+                if self._shown > told:
+                    told = self._shown
+                    receipt = {"frame": told, **self.figures.receipt()}
+                    await self.send({"type": "session.shown", **receipt})
+                if time.monotonic() - pinged > PING_S:
+                    pinged = time.monotonic()
+                    await self.send({"type": "session.ping"})
 
 
 def _given(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,8 @@ from typing import Literal
 import tyro
 from tyro.conf import Positional
 
-from flashdreams.serving.client import LiveClient, SessionError
+from flashdreams.runtime.files import write_whole
+from flashdreams.serving.client import LiveClient, Received, SessionError
 from flashdreams.serving.replay import Logged, read_log, replay
 
 PROGRAM = "flashdreams-client"
@@ -103,26 +104,30 @@ async def visit(options: ClientOptions, log: Sequence[Logged]) -> dict[str, obje
         if client.done is None:
             await client.stop()
         if options.record is not None:
-            options.record.parent.mkdir(parents=True, exist_ok=True)
-            options.record.write_bytes(client.binary)
+            with write_whole(options.record) as film:
+                film.write(client.binary)
         return client.figures.report()
 
 
 async def _watch(client: LiveClient, seconds: float, log: Sequence[Logged]) -> None:
-    replaying: asyncio.Task[None] | None = None
-    end = float("inf")
+    pictures = client.pictures()
+    first = await anext(pictures, None)
+    if first is None:
+        return
+    replaying = asyncio.create_task(replay(client, log, first.at))
     try:
-        async for picture in client.pictures():
-            if replaying is None:
-                replaying = asyncio.create_task(replay(client, log, picture.at))
-                end = picture.at + seconds
-            if time.monotonic() >= end:
-                return
+        left = first.at + seconds - time.monotonic()
+        with contextlib.suppress(asyncio.TimeoutError):  # also if no more pictures come
+            await asyncio.wait_for(_take_all(pictures), left)
     finally:
-        if replaying is not None:
-            replaying.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await replaying
+        replaying.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await replaying
+
+
+async def _take_all(pictures: AsyncIterator[Received]) -> None:
+    async for _ in pictures:
+        pass
 
 
 def _text(report: dict[str, object]) -> str:

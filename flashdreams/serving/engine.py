@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from flashdreams.infra.controller import Controller
 from flashdreams.infra.finite import NotFiniteError
 from flashdreams.infra.parked import ParkedRollout
 from flashdreams.infra.pipeline import StreamInferencePipeline
 from flashdreams.infra.run_log import command_to_json
+from flashdreams.infra.runner import to_device
 from flashdreams.infra.session import Command, Session, Step
 from flashdreams.parallel.environment import OtherRankError
 from flashdreams.parallel.messages import MessageChannel
@@ -91,8 +90,10 @@ class SessionEngine:
 
     def session(self, name: str) -> Session | None:
         """A session that is on the device or in host memory; None: there is none of that name."""
-        parked = self.parked.get(name)
-        return self.live.get(name) or (None if parked is None else parked.session)
+        found, parked = self.live.get(name), self.parked.get(name)
+        if found is not None or parked is None:  # the loop may just have moved it
+            return found or self.live.get(name)
+        return parked.session
 
     def follow(self) -> None:
         """Carry out rank zero's orders until it says stop; on all other ranks."""
@@ -135,12 +136,9 @@ class SessionEngine:
             self.logs.resume(session)
 
     def _new_session(self, order: Order, **going_on: Any) -> Session:
-        own: dict[str, Tensor] = {
-            name: x.to(self.pipeline.target_device) for name, x in order.tensors.items()
-        }
         return Session(
             self.pipeline,
-            {**self.conditions, **own},
+            {**self.conditions, **to_device(order.tensors, self.pipeline.target_device)},
             seed=order.values.get("seed", self.default_seed),
             channel=self._channel,
             name=order.session,

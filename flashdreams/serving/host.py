@@ -29,6 +29,8 @@ from flashdreams.serving.prompts import Prompts
 
 MAX_EVENTS = 256
 """Events of a session that may wait for its next chunk."""
+MAX_PROMPTS = 8
+"""Of these, prompts: each of them is work for the device."""
 MAX_KEEPINGS = 16
 """Saves, forks, rewinds and resets of a session that may wait."""
 _NAME = re.compile(r"[\w-]{1,64}")
@@ -70,6 +72,8 @@ class LiveHost(Host):
         self.queue: list[LiveSession] = []
         """Who wants a place, the next one first."""
         self.draining = False
+        self.news = 0
+        """Calls of ``wake``: who finds it unchanged under the lock has missed none."""
         self.delivery = Delivery()
         self.steps = 0
         """AR steps of all sessions."""
@@ -102,7 +106,7 @@ class LiveHost(Host):
             self.sessions[live.id] = live
             self.queue.append(live)
             self.tell_states()
-            self.lock.notify_all()
+            self.wake()
         return live.id
 
     def _tensors_of(self, opening: Opening) -> dict[str, Tensor]:
@@ -134,8 +138,8 @@ class LiveHost(Host):
             live.detached_since = None
             live.last_input = time.monotonic()
             if live.where == "disk":
-                live.next_frame = max(live.next_frame, from_frame)
-            self._wake(live, "client", "detached", "idle")
+                live.count_on(from_frame)
+            self._go_on(live, "client", "detached", "idle")
             return live.next_frame
 
     def detach(self, session: str) -> None:
@@ -162,7 +166,8 @@ class LiveHost(Host):
         if not self.offer.prompts_change:
             raise Refused(f"The prompt of {self.offer.model} cannot change while it runs.")
         with self.lock:
-            self._find(session)
+            if self._find(session).prompts >= MAX_PROMPTS:
+                raise Refused(f"{MAX_PROMPTS} prompts wait for the next chunk; send fewer.")
         encoded = self.prompts.encode(text)
         command = Command(
             kind="prompt", id=event_id or "", values={"text": text}, tensors={"text": encoded}
@@ -174,7 +179,8 @@ class LiveHost(Host):
             live = self._find(session)
             if live.events >= MAX_EVENTS:
                 raise Refused(f"{MAX_EVENTS} events wait for the next chunk; send fewer.")
-            held = self.engine_of(session)
+            # While it gets its place or leaves it, the older ones are not handed over yet.
+            held = self.engine_of(session) if live.where in ("device", "host") else None
             try:
                 if held is None:
                     live.commands.append(command)
@@ -183,6 +189,7 @@ class LiveHost(Host):
             except ValueError as error:
                 raise Refused(str(error)) from error
             live.events += 1
+            live.prompts += command.kind == "prompt"
             self._note_input(live)
 
     def command(
@@ -228,7 +235,7 @@ class LiveHost(Host):
             if paused:
                 self._pause(live, "client")
             else:
-                self._wake(live, "client", "idle")
+                self._go_on(live, "client", "idle")
 
     def close(self, session: str) -> None:
         """See the contract."""
@@ -236,7 +243,7 @@ class LiveHost(Host):
             live = self.sessions.get(session)
             if live is not None:
                 live.closing = True
-                self.lock.notify_all()
+                self.wake()
 
     def saved(self, session: str) -> list[str]:
         """See the contract."""
@@ -269,6 +276,11 @@ class LiveHost(Host):
         """See the contract."""
         # Also called by the handler of a signal, on the thread that may hold the lock.
         self.draining = True
+
+    def wake(self) -> None:
+        """Let the loop look at what has changed; the lock is held."""
+        self.news += 1
+        self.lock.notify_all()
 
     def free_places(self) -> int:
         """Places that nobody has; the lock is held."""
@@ -305,27 +317,28 @@ class LiveHost(Host):
 
     def _note_input(self, live: LiveSession) -> None:
         live.last_input = time.monotonic()
-        if "idle" in live.reasons:
-            self._wake(live, "idle")
-        self.lock.notify_all()
+        self._go_on(live, "idle")
 
     def _pause(self, live: LiveSession, reason: Any) -> None:
         live.pause(reason, time.monotonic())
         self.tell_states()
-        self.lock.notify_all()
+        self.wake()
 
-    def _wake(self, live: LiveSession, *reasons: Any) -> None:
+    def _go_on(self, live: LiveSession, *reasons: Any) -> None:
         live.go_on(*reasons)
-        if not live.reasons and live.where in ("host", "disk") and not live.waits:
-            self.wait_again(live)
+        self.wait_again(live)
         self.tell_states()
-        self.lock.notify_all()
+        self.wake()
 
     def wait_again(self, live: LiveSession) -> None:
-        """Let a parked session wait for a place; the lock is held.
+        """Let a parked session wait for a place if it wants one; the lock is held.
 
-        Whoever had one before comes before those who had none yet.
+        It does if it runs, or was told to save, fork, rewind or reset. Whoever had a place before
+        comes before those who had none yet.
         """
+        wants = not live.reasons or (live.keepings and "detached" not in live.reasons)
+        if not wants or live.waits or live.where not in ("host", "disk"):
+            return
         live.waits = True
         ahead = sum(other.where != "nowhere" for other in self.queue)
         self.queue.insert(ahead, live)

@@ -61,10 +61,21 @@ class Keeper:
             live.where = "device"
             live.last_turn = live.snapped_at = time.monotonic()
             live.idle_since = live.last_turn if live.reasons else None
-            commands, live.commands = live.commands, []
-            for command in commands:
-                self.engine.live[live.id].submit(command)
+            self._hand_over(live)
             self.host.tell_states()
+
+    def _hand_over(self, live: LiveSession) -> None:
+        """Give a session's rollout the events that waited for its place; the lock is held."""
+        commands, live.commands = live.commands, []
+        for command in commands:
+            try:
+                self.engine.live[live.id].submit(command)
+            except ValueError as error:
+                self._refuse(live, command.id or None, str(error))
+
+    def _refuse(self, live: LiveSession, event_id: str | None, message: str) -> None:
+        if live.listener is not None:
+            self.host.delivery.call(live.listener.on_refused, event_id, message)
 
     def _begin(self, live: LiveSession) -> None:
         values: dict[str, Any] = {"seed": live.seed, "prompt": live.prompt}
@@ -75,8 +86,6 @@ class Keeper:
         if kind == "resume":
             values |= {"folder": str(live.snapshot), "turns": live.chunks}
         self.dispatcher.tell(Order(kind=kind, session=live.id, values=values, tensors=live.tensors))
-        if kind == "open" and self.keeps:
-            self.folder.keep_opening(live.id, live.tensors)
 
     def keep(self, live: LiveSession) -> None:
         """Carry out the oldest save, fork, rewind or reset of a session."""
@@ -92,9 +101,12 @@ class Keeper:
         try:
             self.dispatcher.tell(Order(kind=keeping.kind, session=live.id, values=values))
         except OrderError as error:
-            if live.listener is not None:
+            if keeping.kind == "reset":  # the old rollout has made room for the new one
+                with self.host.lock:
+                    live.failed = str(error)
+            else:
                 text = f"No {keeping.kind}: {error} The session goes on."
-                self.host.delivery.call(live.listener.on_refused, keeping.event_id, text)
+                self._refuse(live, keeping.event_id, text)
             return
         with self.host.lock:
             self._note(live, keeping)
@@ -106,6 +118,9 @@ class Keeper:
         if keeping.kind in ("save", "fork"):
             (live.saves if keeping.kind == "save" else live.forks).append(keeping.name or "")
             return
+        seed = keeping.values.get("seed")
+        if keeping.kind == "reset" and seed is not None:
+            live.seed = seed
         live.epoch += 1
         live.changes += 1
         live.owes_step = True
@@ -122,6 +137,8 @@ class Keeper:
             changes, run = live.changes, live.to_json()
         path = self.folder.snapshot_path(live.id, live.snapshots)
         values = {"folder": str(path), "run": run}
+        if not self.folder.keep_opening(live.id, live.tensors):
+            return False
         try:
             self.dispatcher.tell(Order(kind="snapshot", session=live.id, values=values))
         except OrderError:
@@ -142,18 +159,30 @@ class Keeper:
         if to_disk and stale:
             live.unparkable = True
             return
-        kind: Any = "close" if to_disk else "park"
-        if not self.dispatcher.attempt(
-            live, lambda: self.dispatcher.tell(Order(kind=kind, session=live.id))
-        ):
+        if to_disk:
+            with self.host.lock:  # what comes from now on is added to what has come
+                live.where = "disk"
+                live.commands += self.engine.live[live.id].next_turn().commands
+                live.forks.clear()
+        if not (self._close if to_disk else self._move_to_host)(live):
             return
         with self.host.lock:
             live.where = "disk" if to_disk else "host"
-            if to_disk:
-                live.forks.clear()
-            if not live.reasons:  # it was taken up in the meantime
-                self.host.wait_again(live)
+            self.host.wait_again(live)  # it may have been taken up in the meantime
             self.host.tell_states()
+
+    def _close(self, live: LiveSession) -> bool:
+        order = Order(kind="close", session=live.id)
+        return self.dispatcher.attempt(live, lambda: self.dispatcher.tell(order))
+
+    def _move_to_host(self, live: LiveSession) -> bool:
+        try:
+            self.dispatcher.tell(Order(kind="park", session=live.id))
+            return True
+        except OrderError:  # it stays where it is
+            with self.host.lock:
+                live.unparkable = True
+            return False
 
     def end(self, live: LiveSession, error: str | None, stopped: bool) -> None:
         """End a session for good; nothing of it is kept."""
@@ -174,23 +203,33 @@ class Keeper:
 
     def drain(self) -> None:
         """Write every session to disk for the next process, and let all ranks return."""
-        lives = sorted(self.host.sessions.values(), key=lambda live: live.where != "device")
-        for live in lives:
+        with self.host.lock:
+            lives = list(self.host.sessions.values())
+        for live in sorted(lives, key=lambda live: live.where != "device"):
             stale = live.snapshot is None or live.saved_changes != live.changes
             kept = self.keeps and live.where in ("device", "host", "disk")
-            if kept and stale and live.where == "host":
-                self.dispatcher.tell(Order(kind="unpark", session=live.id))
-            if kept and stale and live.failed is None and not live.closing:
-                kept = self.snapshot(live)
+            kept = kept and live.failed is None and not live.closing
+            if kept and stale:
+                kept = self._save_for_restart(live) or live.snapshot is not None
             self._leave(live)
-            if not kept or live.closing or live.failed is not None:
+            if not kept:
                 self.folder.forget(live.id)
-                kept = False
             if live.listener is not None:
                 text = live.failed or (RESTARTING if kept else STOPPING)
                 self.host.delivery.call(live.listener.on_end, text, live.closing)
+        if self.engine.logs is not None:
+            self.engine.logs.flush()
         self.folder.give_up()
         self.dispatcher.tell(Order(kind="stop"))
+
+    def _save_for_restart(self, live: LiveSession) -> bool:
+        """Write a session as it is now; if that fails, its older snapshot stays."""
+        if live.where == "host":
+            try:
+                self.dispatcher.tell(Order(kind="unpark", session=live.id))
+            except OrderError:
+                return False
+        return self.snapshot(live)
 
 
 def _from_disk(kept: Kept) -> LiveSession:

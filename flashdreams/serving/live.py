@@ -56,7 +56,7 @@ class LiveSession:
     finished: bool = False
     """It has all the frames that it was begun for."""
     unparkable: bool = False
-    """Its place could not be freed."""
+    """Its place could not be freed in this pause."""
     waits: bool = True
     """It is in the queue."""
     told: tuple[State, int] | None = None
@@ -65,6 +65,8 @@ class LiveSession:
     """Controls and prompts that came before it had a place."""
     events: int = 0
     """Controls and prompts since the last chunk began."""
+    prompts: int = 0
+    """Of these, prompts."""
     failed: str | None = None
     """Why it has to end, for people."""
     keepings: deque[Keeping] = field(default_factory=deque)
@@ -124,6 +126,12 @@ class LiveSession:
         self.reasons.difference_update(reasons)
         if not self.reasons:
             self.idle_since = None
+            self.unparkable = False
+
+    def count_on(self, frame: int) -> None:
+        """Raise the number of the next picture; it is finished once it has all of them."""
+        self.next_frame = max(self.next_frame, frame)
+        self.finished = self.num_frames is not None and self.next_frame >= self.num_frames
 
     def note_step(self, taken_s: float, now: float, frames: int) -> None:
         """Take the time of an AR step whose pictures have arrived on the host."""

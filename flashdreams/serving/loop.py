@@ -10,6 +10,9 @@ from flashdreams.serving.keeper import Keeper
 from flashdreams.serving.turns import IDLE_S, Turns
 from flashdreams.serving.upkeep import Due, next_upkeep
 
+DELIVERY_S = 5.0
+"""How long a server that ends waits for pictures on their way, before it writes sessions."""
+
 
 class TurnLoop:
     """Does one thing at a time, on all ranks.
@@ -40,10 +43,10 @@ class TurnLoop:
     def run_once(self) -> None:
         """Do the next thing, or wait until there may be one."""
         with self.host.lock:
-            task = self._between_steps()
+            seen, task = self.host.news, self._between_steps()
         following = task or self.turns.next()
         if isinstance(following, float):
-            self._wait(following)
+            self._wait(following, seen)
         else:
             following()
 
@@ -77,21 +80,19 @@ class TurnLoop:
         else:
             self.keeper.end(due.live, due.reason, stopped=False)
 
-    def _wait(self, seconds: float) -> None:
+    def _wait(self, seconds: float, seen: int) -> None:
+        """Wait, unless something has happened since ``host.news`` was ``seen``."""
         host = self.host
         with host.lock:
-            idle = not any(live.runs or live.in_flight for live in host.sessions.values())
-        if idle:
+            in_flight = any(live.in_flight for live in host.sessions.values())
+        if seconds >= IDLE_S and not in_flight:
             self.dispatcher.rest()
         with host.lock:
-            if host.draining or self._between_steps() is not None:
-                return
-            if idle and any(live.runs for live in host.sessions.values()):
-                return
-            host.lock.wait(min(seconds, IDLE_S))
+            if not host.draining and host.news == seen:
+                host.lock.wait(min(seconds, IDLE_S))
 
     def _await_deliveries(self) -> None:
         with self.host.lock:
             self.host.lock.wait_for(
-                lambda: not any(live.in_flight for live in self.host.sessions.values()), 30.0
+                lambda: not any(live.in_flight for live in self.host.sessions.values()), DELIVERY_S
             )

@@ -16,7 +16,7 @@ from torch import Tensor
 from flashdreams.infra.identity import describe_config, hash_weights
 from flashdreams.infra.snapshot import remove_unfinished
 from flashdreams.infra.snapshot_header import SnapshotError, check_identity, read_header
-from flashdreams.runtime.files import InUseError, open_owned
+from flashdreams.runtime.files import InUseError, open_owned, write_whole
 from flashdreams.serving.interface import Refused
 
 logger = logging.getLogger(__name__)
@@ -72,23 +72,38 @@ class SessionFolder:
         """Where a snapshot goes."""
         return self.root / session / f"state-{number:08d}"
 
-    def keep_opening(self, session: str, tensors: dict[str, Tensor]) -> None:
-        """Write what a session began with, for a reset after a restart."""
-        if tensors:
-            from safetensors.torch import save_file
+    def keep_opening(self, session: str, tensors: dict[str, Tensor]) -> bool:
+        """Write what a session began with, once, for a reset after a restart.
 
-            folder = self.root / session
-            folder.mkdir(exist_ok=True, mode=0o700)
-            save_file({n: x.contiguous() for n, x in tensors.items()}, folder / _OPENING)
+        Returns:
+            Whether it is there; if not the log says why.
+        """
+        from safetensors.torch import save
+
+        path = self.root / session / _OPENING
+        try:
+            if tensors and not path.is_file():
+                path.parent.mkdir(exist_ok=True, mode=0o700)
+                with write_whole(path) as file:
+                    file.write(save({n: x.contiguous() for n, x in tensors.items()}))
+        except OSError as error:
+            logger.warning("A session lives without a copy on disk: %s", error)
+            return False
+        return True
 
     def forget_older(self, newest: Path) -> None:
-        """Delete the snapshots of a session but its newest."""
-        for path in newest.parent.iterdir():
+        """Delete the snapshots of a session but its newest; those that stay are said."""
+        try:
+            paths = list(newest.parent.iterdir())
+        except OSError as error:
+            logger.warning("Older snapshots of a session stay: %s", error)
+            return
+        for path in paths:
             if _SNAPSHOT.fullmatch(path.name) and path != newest:
                 self._remove(path)
 
     def forget(self, session: str) -> None:
-        """Delete all that is kept of a session."""
+        """Delete all that is kept of a session; what stays is said."""
         self._remove(self.root / session)
 
     def find(self) -> list[Kept]:
@@ -165,7 +180,11 @@ class SessionFolder:
         return describe_config(self._pipeline), hash_weights(self._pipeline)
 
     def _read(self, folder: Path) -> Kept | None:
-        names = [path.name for path in folder.iterdir() if _SNAPSHOT.fullmatch(path.name)]
+        try:
+            names = [path.name for path in folder.iterdir() if _SNAPSHOT.fullmatch(path.name)]
+        except OSError as error:
+            logger.warning("A session cannot be gone on with: %s", error)
+            return None
         saves = folder / "saves"
         for name in sorted(names, reverse=True):  # the newest first
             try:
@@ -187,10 +206,15 @@ class SessionFolder:
         return None
 
     def _remove(self, path: Path) -> None:
-        if path.exists():
-            dying = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        dying = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
             path.rename(dying)
-            shutil.rmtree(dying, ignore_errors=True)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            logger.warning("What is kept of a session stays on disk: %s", error)
+            return
+        shutil.rmtree(dying, ignore_errors=True)
 
 
 def _await_end(folder: Path) -> None:
@@ -209,6 +233,10 @@ def _await_end(folder: Path) -> None:
 
 
 def _read_opening(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return load_file(path) if path.is_file() else {}
+    try:
+        return load_file(path) if path.is_file() else {}
+    except SafetensorError as error:
+        raise SnapshotError(f"{path} is damaged: {error}") from error

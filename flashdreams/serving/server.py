@@ -10,7 +10,7 @@ from flashdreams.infra.diffusion.transformer import Transformer
 from flashdreams.infra.pipeline import StreamInferencePipeline
 from flashdreams.infra.runner import Runner
 from flashdreams.parallel.messages import MessageChannel
-from flashdreams.serving.admission import Trial, count_places, try_session
+from flashdreams.serving.admission import Trial, count_places, streams, try_session
 from flashdreams.serving.dispatch import Dispatcher
 from flashdreams.serving.engine import SessionEngine
 from flashdreams.serving.host import LiveHost
@@ -115,11 +115,6 @@ class Server:
         """Let ``run`` return once all sessions are on disk; other ranks follow rank zero."""
         if self.host is not None:
             self.host.drain()
-
-
-def streams(pipeline: StreamInferencePipeline) -> bool:
-    """Whether a method makes its video chunk by chunk; if not, a session has one chunk."""
-    return bool(getattr(pipeline.diffusion_model.transformer.config, "streaming", True))
 
 
 def encode_texts(

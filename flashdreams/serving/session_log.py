@@ -14,14 +14,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from flashdreams.infra.config_file import config_hash, dump_config
-from flashdreams.infra.identity import describe_inputs
 from flashdreams.infra.run_log import RunLog, sample_of, turn_row
 from flashdreams.infra.runner import Runner
 from flashdreams.infra.session import Command, Session, Step, Turn
 from flashdreams.runtime.files import readable_write_errors
 from flashdreams.runtime.stats import sha256_of
-from flashdreams.runtime.transfer import start_host_copy
+from flashdreams.runtime.transfer import copy_to_host
 
 MAX_COPIES = 4
 """Latents that are copied to the host and not hashed yet; the loop waits for the oldest beyond."""
@@ -99,9 +97,7 @@ class SessionLogs:
             return
         while len(self._copies) >= MAX_COPIES:
             wait([self._copies.popleft()])
-        copy, arrived = (
-            start_host_copy(latent) if latent.is_cuda else (latent.detach().clone(), None)
-        )
+        copy, arrived = copy_to_host(latent)
         self._copies.append(self._thread.submit(self._hash, session.name, number, copy, arrived))
 
     def _hash(
@@ -138,16 +134,12 @@ class SessionLogs:
             log.close()
 
     def _header(self, seed: int, text: str | None, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        header = self.runner.recorder.log_header()
-        if header["config"] is not None:
-            config = replace(self.runner.config, seed=seed)
-            header |= {"config": dump_config(config), "config_hash": config_hash(config)}
-            header["inputs"] = describe_inputs(config)
+        header = self.runner.recorder.log_header(replace(self.runner.config, seed=seed))
         opening: dict[str, Any] = {} if text is None else {"text": text}
         own = {name: x.contiguous() for name, x in tensors.items() if name != "text"}
         if own:
             opening["tensors"] = base64.b64encode(save(own)).decode()
-        return header | {"seed": seed, "opening": opening, "served": True}
+        return header | {"opening": opening, "served": True}
 
     def _forget_old(self) -> None:
         """Delete the oldest logs, so that there is room for one more."""
@@ -155,7 +147,10 @@ class SessionLogs:
         found = sorted(self.folder.glob("log_*.jsonl"), key=_age) if self.folder.is_dir() else []
         free = [path for path in found if path not in busy]
         for path in free[: max(0, len(found) + 1 - self.kept)]:
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("An old log stays: %s", error)
 
 
 def _age(path: Path) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from flashdreams.infra.session import Session, Step
 from flashdreams.serving.delivery import Pictures
-from flashdreams.serving.dispatch import Dispatcher
+from flashdreams.serving.dispatch import Dispatcher, OrderError, for_people
 from flashdreams.serving.interface import Chunk, Listener
 from flashdreams.serving.live import LiveSession
 from flashdreams.serving.orders import Order
@@ -19,6 +19,7 @@ MAX_IN_FLIGHT = 2
 """AR steps that the device may have before it: one that runs and one behind it."""
 IDLE_S = 0.25
 """How long nobody wants a turn, before it is asked again."""
+PICTURES_LOST = "Its pictures were lost; the server's log says why."
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +61,15 @@ class Turns:
         session = self.dispatcher.engine.live[live.id]
         with self.host.lock:
             turn = session.next_turn()
-            live.events = 0
+            live.events = live.prompts = 0
             live.last_turn = began = time.monotonic()
         step = self.dispatcher.tell(Order.of_turn(turn))
         applied = tuple(command.id for command in turn.commands if command.id)
-        self._send(live, session, step, applied, began)
+        try:
+            self._send(live, session, step, applied, began)
+        except Exception as error:  # pictures need memory, on rank zero alone
+            logger.exception("The pictures of a session cannot be sent.")
+            raise OrderError(for_people(error)) from error
 
     def _send(
         self,
@@ -89,19 +94,21 @@ class Turns:
                 "applied": applied,
                 "stage_ms": dict(live.stage_ms),
             }
-            live.next_frame += frames
+            live.count_on(live.next_frame + frames)
             live.chunks += 1
             live.changes += 1
             live.in_flight += 1
             live.owes_step = False
-            live.finished = not self._streams or live.next_frame == live.num_frames
+            live.finished = live.finished or not self._streams
             self.host.steps += 1
             listener = live.listener
 
         def deliver() -> None:
-            pixels, error = pictures.wait()[:frames], step.cache.finite.read()
-            now = time.monotonic()
+            now = began
+            error: str | None = PICTURES_LOST
             try:
+                pixels, error = pictures.wait()[:frames], step.cache.finite.read()
+                now = time.monotonic()
                 if listener is not None and error is None:
                     listener.on_chunk(Chunk(frames=pixels, finished_at=now, **described))
             finally:
@@ -117,7 +124,7 @@ class Turns:
             live.failed = live.failed or error
             live.note_step(now - max(began, self._delivered_at), now, frames)
             self._delivered_at = now
-            self.host.lock.notify_all()
+            self.host.wake()
 
 
 def _unshown_s(listener: Listener | None) -> float:

@@ -28,9 +28,6 @@ from flashdreams_kernels.launch import (
     target_of,
 )
 
-STRICT_NUM_SPLITS = 4
-"""Number of key shares where results must not depend on L, N or the GPU's size."""
-
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 16
 
@@ -147,7 +144,7 @@ def chunk_attention(
             attended, clamped to 0 and S. None means all S.
         return_lse: also return the log of the sums of exponentials, for merging.
         num_splits: shares of the keys that are computed side by side and merged; None chooses it
-            from the shape and the GPU. Give :data:`STRICT_NUM_SPLITS` where the bits must not
+            from the shape and the GPU. Give a fixed number where the bits must not
             depend on L, N or the number of multiprocessors.
 
     Returns:

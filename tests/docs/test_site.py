@@ -54,10 +54,14 @@ def test_a_colon_in_the_text_of_a_field_does_not_cost_what_is_before_it(
     assert ":type: Frames" in shown([text]), "which napoleon does without it"
 
 
-def test_every_shipped_family_has_a_page() -> None:
+def test_every_shipped_family_has_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
     registry = discover()
     references = {registry.origin(slug).reference for slug in registry}
     own = {reference.split(".")[2] for reference in references if "integrations." in reference}
+    for folder in ("docs/source/_ext", "benchmarks"):
+        monkeypatch.syspath_prepend(REPOSITORY / folder)
+    sizes = importlib.import_module("generated").family_lines("")
+    assert own - {"toy_world"} == set(re.findall(r"\]\((\w+)\.md\)", sizes))
     template = [
         "What it is", "Slugs", "Checkpoint", "Memory", "Commands", "Measured",
         "Licence of the weights",

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from flashdreams.infra.component import load_component
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.weights import memory_estimate, named_checkpoints
+from flashdreams.integrations.lingbot_world import runner
 from flashdreams.integrations.lingbot_world.config import (
     BASE_PIPELINE,
     BASE_RUNNER,
@@ -115,6 +116,16 @@ def test_a_short_path_makes_a_short_clip(tmp_path, capsys):
     assert clip(tmp_path, "--actions", "w9 l5").shape[2] == 4
     assert "path has 15 poses: the clip has 13 frames instead of 21" in capsys.readouterr().out
     assert len(frames_of(tmp_path)) == 13
+
+
+def test_a_path_is_read_once(tmp_path, monkeypatch):
+    """It may be long; the clip is sized after it and follows it."""
+    poses = np.tile(np.eye(4, dtype=np.float32), (13, 1, 1))
+    np.save(tmp_path / "poses.npy", poses)
+    seen, read = [], runner.load_array
+    monkeypatch.setattr(runner, "load_array", lambda path: seen.append(path.name) or read(path))
+    assert clip(tmp_path, "--pose-path", str(tmp_path / "poses.npy")).shape[2] == 4
+    assert seen == ["poses.npy"]
 
 
 def test_guidance_and_the_boundary_matter(tmp_path):

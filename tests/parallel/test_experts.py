@@ -27,21 +27,24 @@ STRATEGIES = [
 
 
 def config_of(folder: Path):
-    """Latents of 8x10 in 6 frames, and a file for each network."""
+    """Latents of 8x10 in 6 frames, and a file and a LoRA for each network."""
     files = {
         field: CheckpointConfig(source=str(folder / f"{name}.safetensors"))
         for field, name in (("checkpoint", "high"), ("low_noise_checkpoint", "low"))
     }
+    loras = dict(loras=(f"{folder}/lora.safetensors",))
+    loras |= dict(low_noise_loras=(f"{folder}/lora.safetensors:-0.5",))
     return derive_config(
         BASE_TINY_PIPELINE,
-        diffusion_model=dict(transformer=dict(latent_width=10, **files)),
+        diffusion_model=dict(transformer=dict(latent_width=10, **files, **loras)),
     )
 
 
 def write_weights(folder: Path) -> None:
     """Random ones; nothing stays at zero."""
     config = derive_config(
-        config_of(folder).diffusion_model.transformer, checkpoint=None, low_noise_checkpoint=None
+        config_of(folder).diffusion_model.transformer,
+        **dict(checkpoint=None, low_noise_checkpoint=None, loras=(), low_noise_loras=()),
     )
     torch.manual_seed(0)
     model = config.setup()
@@ -49,6 +52,13 @@ def write_weights(folder: Path) -> None:
         torch.nn.init.normal_(parameter, std=0.1)
     save_file(model.high_noise.state_dict(), folder / "high.safetensors")
     save_file(model.low_noise.state_dict(), folder / "low.safetensors")
+    update = {}
+    for name in ("self_attn.q", "self_attn.o", "ffn.0", "ffn.2"):  # cut by rows and by columns
+        rows, columns = model.high_noise.blocks[0].get_submodule(name).weight.shape
+        stem = f"diffusion_model.blocks.0.{name}"
+        update[f"{stem}.lora_A.weight"] = torch.randn(2, columns)
+        update[f"{stem}.lora_B.weight"] = 0.1 * torch.randn(rows, 2)
+    save_file(update, folder / "lora.safetensors")
 
 
 def roll_out(config, strategy: dict, world_size: int, camera: bool = True):

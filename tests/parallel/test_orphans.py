@@ -1,5 +1,6 @@
 """What the ranks do when their agent, a neighbour or the machine goes away, or does not come."""
 
+import contextlib
 import json
 import os
 import re
@@ -89,8 +90,9 @@ def start(tmp_path: Path):
     yield begin
     for job in jobs:
         for pid in job.members():
-            os.kill(pid, signal.SIGCONT)
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended since
+                os.kill(pid, signal.SIGCONT)
+                os.kill(pid, signal.SIGKILL)
         job.process.wait()
 
 

@@ -15,7 +15,10 @@ _ROUNDS = 5
 
 
 class BatchedMuon(torch.optim.Optimizer):
-    """Nesterov momentum, then the nearest orthogonal matrix; the rate is that of torch's Muon."""
+    """Nesterov momentum, then the nearest orthogonal matrix.
+
+    Steps are those of ``torch.optim.Muon`` without weight decay, up to the rounding of bfloat16.
+    """
 
     def __init__(self, matrices: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         """Prepare.
@@ -41,7 +44,8 @@ class BatchedMuon(torch.optim.Optimizer):
     def _step(self, parameters: list[Tensor], lr: float, momentum: float) -> None:
         grads = [p.grad for p in parameters if p.grad is not None]
         for p in parameters:
-            self.state[p].setdefault("mean", torch.zeros_like(p))
+            if not self.state[p]:
+                self.state[p]["mean"] = torch.zeros_like(p)
         means = [self.state[p]["mean"] for p in parameters]
         torch._foreach_lerp_(means, grads, 1 - momentum)
         updates = torch._foreach_lerp(grads, means, momentum)

@@ -47,6 +47,19 @@ def shipped(family: str = "") -> dict[str, Any]:
     return found
 
 
+def family_lines(_: str) -> str:
+    """One row per family of published models: its files with their lines, docstrings included."""
+    lines = ["| family | files and their lines | in all |", "|---|---|--:|"]
+    for folder in sorted((PACKAGE / "integrations").iterdir()):
+        found = sorted(folder.glob("[!_]*.py"))
+        if not found or folder.name == "toy_world":  # a world of its own, with its pictures
+            continue
+        counts = {path.stem: len(path.read_text("utf-8").splitlines()) for path in found}
+        listed = ", ".join(f"`{name}` {count}" for name, count in counts.items())
+        lines.append(f"| [{folder.name}]({folder.name}.md) | {listed} | {sum(counts.values())} |")
+    return "\n".join(lines)
+
+
 def family_of(slug: str) -> str:
     """Page of the family that a slug belongs to."""
     return discover().origin(slug).reference.split(".")[2]
@@ -415,6 +428,7 @@ PARTS: dict[str, Callable[[str], str]] = {
     part.__name__: part
     for part in (
         gallery,
+        family_lines,
         slugs,
         checkpoints,
         memory,

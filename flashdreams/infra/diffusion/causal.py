@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashdreams.attention.cache import KVCache, KVCacheSpec
-from flashdreams.attention.choose import AttentionShape
+from flashdreams.attention.choose import AttentionShape, KVSplitsOf
 from flashdreams.attention.core import bind_cores
 from flashdreams.attention.cursor import Cursor
 from flashdreams.attention.fp8 import check_fp8
@@ -426,13 +426,13 @@ class CausalTransformer(Transformer):
         specs = list(self.cache_specs(batch_size).values())
         return attention_over(specs[0], self.config) if specs else None
 
-    def bind_kv_splits(self, name: str, splits_of: Callable[[AttentionShape], int | None]) -> None:
+    def bind_kv_splits(self, name: str, splits_of: KVSplitsOf) -> None:
         """Of the cores with a cache, by their full window; cross-attention is not split."""
         for glob, spec in self.cache_specs(1).items():
-            splits = splits_of(attention_over(spec, self.config))
-            if splits is not None:
-                for core in self._cores(glob):
-                    bind_cores(core, name, splits)
+            runs = "flash_attn_3" if spec.storage == "fp8" else name  # whatever the others run
+            splits = splits_of(runs, attention_over(spec, self.config))
+            for core in self._cores(glob):
+                bind_cores(core, runs, splits)
 
     def cache_nbytes(self, batch_size: int) -> int:
         """Bytes of the KV caches of all layers; 0 for a bidirectional model."""

@@ -1,13 +1,13 @@
 """Two networks of one class that share the denoising steps: one for high noise, one for low."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from flashdreams.attention.choose import AttentionShape
+from flashdreams.attention.choose import AttentionShape, KVSplitsOf
 from flashdreams.attention.cursor import Cursor
 from flashdreams.infra.config import config_fields
 from flashdreams.infra.diffusion.causal import CausalTransformer
@@ -17,7 +17,7 @@ from flashdreams.infra.diffusion.rewrite import RewriteMode
 from flashdreams.infra.diffusion.transformer import ContextChunk, Transformer
 from flashdreams.infra.ranges import check_range
 from flashdreams.parallel.plan import ParallelPlan
-from flashdreams.runtime.checkpoint import CheckpointConfig
+from flashdreams.runtime.checkpoint import CheckpointConfig, LoRA, parse_lora
 
 EXPERTS = ("high_noise", "low_noise")
 """Names of the two networks, and what their parameters begin with."""
@@ -47,6 +47,9 @@ class NoiseExpertsConfig(CausalTransformerConfig):
     """Weights of the low-noise network; ``checkpoint`` is then the other's. None: ``checkpoint``
     holds both, under ``high_noise.`` and ``low_noise.``."""
 
+    low_noise_loras: tuple[str, ...] = ()
+    """LoRAs of the low-noise network; those of the high-noise network are ``loras``."""
+
     use_cuda_graph: bool = False
     """Always False: both networks run eagerly."""
 
@@ -65,20 +68,26 @@ class NoiseExpertsConfig(CausalTransformerConfig):
             )
         if self.use_cuda_graph:
             raise ValueError("use_cuda_graph=True: two networks run eagerly; it must be False.")
-        if self.loras:
-            raise ValueError(
-                f"loras={self.loras}: a LoRA belongs to one of the two networks and is not merged "
-                "here. Merge it into the weights file of its network beforehand."
-            )
+        for lora in self.low_noise_loras:
+            parse_lora(lora)
 
-    def expert(self, checkpoint: CheckpointConfig | None) -> CausalTransformerConfig:
-        """Config of one of the networks.
+    @property
+    def is_one_file(self) -> bool:
+        """Whether ``checkpoint`` holds both networks."""
+        return self.checkpoint is not None and self.low_noise_checkpoint is None
+
+    def expert(self, name: str) -> CausalTransformerConfig:
+        """Config of one of the networks; it names files where the networks have their own.
 
         Args:
-            checkpoint: its own weights file.
+            name: one of ``EXPERTS``.
         """
-        values = {name: getattr(self, name) for name in config_fields(self.expert_config)}
-        return self.expert_config(**{**values, "checkpoint": checkpoint})
+        values = {field: getattr(self, field) for field in config_fields(self.expert_config)}
+        if name == EXPERTS[1]:
+            values |= {"checkpoint": self.low_noise_checkpoint, "loras": self.low_noise_loras}
+        if self.is_one_file:
+            values |= {"checkpoint": None, "loras": ()}
+        return self.expert_config(**values)
 
 
 @dataclass
@@ -110,11 +119,9 @@ class NoiseExperts(Transformer):
 
     def __init__(self, config: NoiseExpertsConfig) -> None:
         super().__init__(config)
-        apart = config.low_noise_checkpoint is not None
-        self.high_noise: CausalTransformer = config.expert(
-            config.checkpoint if apart else None
-        ).setup()
-        self.low_noise: CausalTransformer = config.expert(config.low_noise_checkpoint).setup()
+        self.high_noise: CausalTransformer = config.expert("high_noise").setup()
+        self.low_noise: CausalTransformer = config.expert("low_noise").setup()
+        self.checkpoint_key_maps = getattr(self.high_noise, "checkpoint_key_maps", ())
 
     @property
     def experts(self) -> tuple[CausalTransformer, CausalTransformer]:
@@ -143,7 +150,19 @@ class NoiseExperts(Transformer):
     @property
     def loads_parts(self) -> bool:
         """Whether each network has a file of its own, or none; see the contract."""
-        return self.config.checkpoint is None or self.config.low_noise_checkpoint is not None
+        return not self.config.is_one_file
+
+    def loras(self) -> list[LoRA]:
+        """Those of both networks where one file holds them; else they load their own."""
+        if self.loads_parts:
+            return []
+        texts = (self.config.loras, self.config.low_noise_loras)
+        download = self.config.checkpoint is not None and self.config.checkpoint.download
+        return [
+            parse_lora(text, download=download, part=f"{name}.")
+            for name, several in zip(EXPERTS, texts, strict=True)
+            for text in several
+        ]
 
     def dtype_of(self, name: str) -> torch.dtype:
         """As the network says that a parameter belongs to; see the contract."""
@@ -170,6 +189,11 @@ class NoiseExperts(Transformer):
         """Those of either network; see the contract."""
         return self.high_noise.resolved_choices()
 
+    def apply_choices(self, stored: Mapping[str, Any], device: torch.device) -> list[str]:
+        """To both networks; see the contract."""
+        lines = [line for expert in self.experts for line in expert.apply_choices(stored, device)]
+        return list(dict.fromkeys(lines))
+
     def parallel_plan(self) -> ParallelPlan | None:
         """The plan of one network, for both."""
         plan = self.high_noise.parallel_plan()
@@ -179,7 +203,7 @@ class NoiseExperts(Transformer):
         """That of either network; see the contract."""
         return self.high_noise.attention_shape(batch_size)
 
-    def bind_kv_splits(self, name: str, splits_of: Any) -> None:
+    def bind_kv_splits(self, name: str, splits_of: KVSplitsOf) -> None:
         """See the contract."""
         for expert in self.experts:
             expert.bind_kv_splits(name, splits_of)

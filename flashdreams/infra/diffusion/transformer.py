@@ -1,6 +1,6 @@
 """The transformer contract: a network and the rollout state that it reads and writes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashdreams.attention.backends import resolve_backend
-from flashdreams.attention.choose import AUTO, AttentionShape
+from flashdreams.attention.choose import AUTO, AttentionShape, KVSplitsOf
 from flashdreams.attention.core import AttentionCore
 from flashdreams.infra.component import Component, ComponentConfig
 from flashdreams.infra.ranges import check_range
@@ -222,14 +222,15 @@ class Transformer(Component):
             if isinstance(core, AttentionCore):
                 core.backend = backend
 
-    def bind_kv_splits(self, name: str, splits_of: Callable[[AttentionShape], int | None]) -> None:
+    def bind_kv_splits(self, name: str, splits_of: KVSplitsOf) -> None:
         """Fix the KV splits of cores that run a backend by name; others are left alone.
 
         The default leaves all cores at one split.
 
         Args:
             name: the backend that was chosen.
-            splits_of: KV splits of a call of the whole model; None where the backend has none.
+            splits_of: KV splits of a backend, by name, for a call of the whole model; None where it
+                has none.
         """
 
     def check_device(self, device: torch.device) -> None:

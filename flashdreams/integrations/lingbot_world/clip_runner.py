@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from flashdreams.infra.config import derive_config
 
 from .camera import TIME_FACTOR, pixel_frames
-from .runner import CameraToVideoRunner, CameraToVideoRunnerConfig, read_path
+from .runner import CameraToVideoRunner, CameraToVideoRunnerConfig
 
 
 @dataclass(kw_only=True)
@@ -47,7 +47,7 @@ class CameraToClipRunner(CameraToVideoRunner):
             ValueError: input that cannot be used; no weights have been read.
         """
         full = config.transformer.len_t
-        super().__init__(shorten(config))
+        super().__init__(config)
         frames = pixel_frames(self.config.transformer.len_t)
         if self.is_rank_zero and frames < pixel_frames(full):
             print(
@@ -55,19 +55,13 @@ class CameraToClipRunner(CameraToVideoRunner):
                 f"instead of {pixel_frames(full)}."
             )
 
+    def fitted(self, config: CameraToVideoRunnerConfig, poses: int) -> CameraToVideoRunnerConfig:
+        """The config with a clip that is no longer than its camera path.
 
-def shorten(config: CameraToClipRunnerConfig) -> CameraToClipRunnerConfig:
-    """The config with a clip that is no longer than its camera path.
-
-    Source: Robbyant/lingbot-world, wan/image2video.py: 4 n + 1 frames, at most one per pose.
-
-    Raises:
-        ValueError: the path cannot be used.
-    """
-    if not config.has_camera:
-        return config
-    len_t = min(config.transformer.len_t, (len(read_path(config)) - 1) // TIME_FACTOR + 1)
-    if len_t == config.transformer.len_t:
-        return config
-    sizes = {"len_t": len_t, "window_size_t": len_t}
-    return derive_config(config, pipeline={"diffusion_model": {"transformer": sizes}})
+        Source: Robbyant/lingbot-world, wan/image2video.py: 4 n + 1 frames, at most one per pose.
+        """
+        len_t = min(config.transformer.len_t, (poses - 1) // TIME_FACTOR + 1)
+        if len_t == config.transformer.len_t:
+            return config
+        sizes = {"len_t": len_t, "window_size_t": len_t}
+        return derive_config(config, pipeline={"diffusion_model": {"transformer": sizes}})

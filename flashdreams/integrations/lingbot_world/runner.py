@@ -98,8 +98,7 @@ class CameraToVideoRunnerConfig(ImageToVideoRunnerConfig):
                     "it away. --intrinsics sets the lens."
                 )
         actions = self.actions or f"w{pixel_frames(self.transformer.len_t)}"
-        found = replace(self, pose_mode="streaming", actions=actions)
-        return replace(found, snapshot_every=0, resume=False)
+        return replace(super().for_serving(), pose_mode="streaming", actions=actions)
 
     @property
     def camera_encoder(self) -> CameraEncoderConfig:
@@ -137,8 +136,9 @@ class CameraToVideoRunner(ImageToVideoRunner):
             pipeline = replace(config.pipeline, encoder=None)
             super().__init__(replace(config, pipeline=pipeline))
             return
-        transformer = config.transformer
         path = read_path(config)
+        config = self.fitted(config, len(path))
+        transformer = config.transformer
         blocks = whole_chunks(len(path), transformer.len_t)
         if blocks < 1:
             raise ValueError(
@@ -161,6 +161,10 @@ class CameraToVideoRunner(ImageToVideoRunner):
             ),
         )
         super().__init__(replace(config, pipeline=pipeline))
+
+    def fitted(self, config: CameraToVideoRunnerConfig, poses: int) -> CameraToVideoRunnerConfig:
+        """The config as a path of so many poses wants it; here any path suits as it is."""
+        return config
 
     def first_image(self, config: TextToVideoRunnerConfig) -> Tensor | None:
         """The image that was read before anything else, ``[1, 3, height, width]`` in [-1, 1]."""

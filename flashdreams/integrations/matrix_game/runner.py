@@ -81,7 +81,7 @@ class MatrixGameRunnerConfig(RunnerConfig):
             raise ValueError(
                 "--action-path: a live session is steered by its client; leave it away."
             )
-        return replace(self, snapshot_every=0, resume=False)
+        return super().for_serving()
 
     @property
     def keys(self) -> ActionKeys:

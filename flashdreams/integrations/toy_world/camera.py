@@ -10,7 +10,7 @@ from flashdreams.infra.encoder.base import Encoder, EncoderConfig
 from flashdreams.infra.ranges import check_range
 
 from .hits import HIT_FEATURES, hit_features
-from .render import VERTICAL_FOV
+from .rays import focal_length, slopes, waves
 from .world import HALF_SIZE, camera_to_pose
 
 _RAYS_PER_TOKEN = 4
@@ -37,16 +37,13 @@ def ray_features(pose: Tensor, rows: int, columns: int, pixel_size: tuple[int, i
     """
     height, width = pixel_size
     x, y, heading = pose.float().unbind(-1)
-    focal = 0.5 * height / math.tan(0.5 * VERTICAL_FOV)
-    count = columns * _RAYS_PER_TOKEN
-    centres = torch.arange(count, dtype=torch.float32, device=pose.device) + 0.5
-    offsets = centres * (width / count) - 0.5 * width
-    angle = heading[..., None] + torch.atan(offsets / focal)
+    across = slopes(columns * _RAYS_PER_TOKEN, width, focal_length(height), pose.device)
+    angle = heading[..., None] + torch.atan(across)
     sine, cosine = angle.sin(), angle.cos()
     moment = x[..., None] * cosine - y[..., None] * sine
     along = x[..., None] * sine + y[..., None] * cosine
     rays = torch.cat(
-        [_waves(angle, _ANGLE_HARMONICS), _place_waves(moment), _place_waves(along)], dim=-1
+        [waves(angle, _ANGLE_HARMONICS), _place_waves(moment), _place_waves(along)], dim=-1
     )
     rays = rays.unflatten(-2, (columns, _RAYS_PER_TOKEN)).flatten(-2)
     shape = (*pose.shape[:-1], rows, columns, -1)
@@ -63,13 +60,8 @@ def control_features(rows: int, columns: int) -> int:
     return _RAYS_PER_TOKEN * per_ray + 4 * len(_PLACE_HARMONICS) + rows + columns
 
 
-def _waves(angle: Tensor, harmonics: tuple[float, ...]) -> Tensor:
-    phases = angle[..., None] * angle.new_tensor(harmonics)
-    return torch.cat([phases.sin(), phases.cos()], dim=-1)
-
-
 def _place_waves(length: Tensor) -> Tensor:
-    return _waves(length * (math.pi / HALF_SIZE), _PLACE_HARMONICS)
+    return waves(length * (math.pi / HALF_SIZE), _PLACE_HARMONICS)
 
 
 @dataclass(kw_only=True)

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .rays import FAR, meet_pillars, meet_walls
-from .render import VERTICAL_FOV
+from .rays import FAR, directions, focal_length, meet_pillars, meet_walls, slopes, waves
 from .world import EYE_HEIGHT, HALF_SIZE, PILLAR_RADIUS
 
 RAYS_PER_TOKEN = 8
@@ -39,11 +38,12 @@ def hit_features(pose: Tensor, rows: int, columns: int, pixel_size: tuple[int, i
         ``[..., rows * columns, HIT_FEATURES]`` float32.
     """
     height, width = pixel_size
-    focal = 0.5 * height / math.tan(0.5 * VERTICAL_FOV)
+    focal = focal_length(height)
     place = pose.float()[..., :2, None]
     heading = pose.float()[..., 2, None]
 
-    ray = _rays(heading, columns * RAYS_PER_TOKEN, width, focal)
+    across = slopes(columns * RAYS_PER_TOKEN, width, focal, pose.device)
+    ray = directions(heading, across)
     upright = torch.cat([_walls(place, ray), _pillars(place, ray)], dim=-1)
     upright = upright.unflatten(-2, (columns, RAYS_PER_TOKEN)).flatten(-2)[..., None, :, :]
 
@@ -56,20 +56,12 @@ HIT_FEATURES = RAYS_PER_TOKEN * _FEATURES_PER_RAY + POINTS_PER_SIDE**2 * _FEATUR
 """Number of features that `hit_features` gives each token."""
 
 
-def _rays(heading: Tensor, count: int, width: int, focal: float) -> Tensor:
-    """Directions ``[..., 2, count]`` in the plane, one unit long along the camera's axis."""
-    centres = torch.arange(count, dtype=torch.float32, device=heading.device) + 0.5
-    side = (centres * (width / count) - 0.5 * width) / focal
-    sine, cosine = heading.sin(), heading.cos()
-    return torch.stack([sine + cosine * side, cosine - sine * side], dim=-2)
-
-
 def _walls(place: Tensor, ray: Tensor) -> Tensor:
     """Nearness, place along the wall and which wall, ``[..., count, 13]``."""
     depth, index, along = meet_walls(place, ray)
     which = _one_of_four(index)
-    waves = _waves(along * (math.pi / HALF_SIZE), _HARMONICS)
-    return torch.cat([1 / depth.clamp_min(0.2)[..., None], waves, which], dim=-1)
+    places = waves(along * (math.pi / HALF_SIZE), _HARMONICS)
+    return torch.cat([1 / depth.clamp_min(0.2)[..., None], places, which], dim=-1)
 
 
 def _pillars(place: Tensor, ray: Tensor) -> Tensor:
@@ -93,24 +85,17 @@ def _floor(
 ) -> Tensor:
     """Places on the floor, ``[..., rows, columns, points * features]``."""
     height, width = pixel_size
-    count = rows * POINTS_PER_SIDE
-    ray = _rays(heading, columns * POINTS_PER_SIDE, width, focal)
-    centres = torch.arange(count, dtype=torch.float32, device=place.device) + 0.5
-    down = ((centres * (height / count) - 0.5 * height) / focal)[:, None]
+    ray = directions(heading, slopes(columns * POINTS_PER_SIDE, width, focal, place.device))
+    down = slopes(rows * POINTS_PER_SIDE, height, focal, place.device)[:, None]
     depth = EYE_HEIGHT / down.clamp_min(0.02)
     fade = torch.exp(-((depth / _FLOOR_FADES_AT) ** 2)) * (down > 0)  # [count, 1]
     points = place[..., None] + ray[..., None, :] * depth  # [..., 2, count, across]
-    waves = _waves(points * (math.pi / HALF_SIZE), _FLOOR_HARMONICS).movedim(-4, -2).flatten(-2)
-    fade = fade[..., None].expand(*waves.shape[:-1], 1)
-    found = torch.cat([waves * fade, fade], dim=-1)
+    places = waves(points * (math.pi / HALF_SIZE), _FLOOR_HARMONICS).movedim(-4, -2).flatten(-2)
+    fade = fade[..., None].expand(*places.shape[:-1], 1)
+    found = torch.cat([places * fade, fade], dim=-1)
     found = found.unflatten(-2, (columns, POINTS_PER_SIDE)).unflatten(-4, (rows, POINTS_PER_SIDE))
     return found.transpose(-4, -3).flatten(-3)
 
 
 def _one_of_four(index: Tensor) -> Tensor:
     return (index[..., None] == torch.arange(4, dtype=torch.int64, device=index.device)).float()
-
-
-def _waves(phase: Tensor, harmonics: tuple[float, ...]) -> Tensor:
-    phases = phase[..., None] * phase.new_tensor(harmonics)
-    return torch.cat([phases.sin(), phases.cos()], dim=-1)

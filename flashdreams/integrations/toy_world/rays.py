@@ -1,10 +1,12 @@
-"""Where horizontal rays meet the walls and the pillars of the courtyard.
+"""The camera's horizontal rays, and where they meet the walls and pillars of the courtyard.
 
 A ray ``[..., 2]`` is as long as one unit along the camera's axis, so a factor on it is a depth.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +14,10 @@ from torch import Tensor
 
 from .world import HALF_SIZE, PILLAR_OFFSET, PILLAR_RADIUS
 
+VERTICAL_FOV = math.radians(75.0)
+"""Vertical field of view; pixels are square, so the width follows from the aspect."""
+SUN_AZIMUTH, SUN_ELEVATION = math.radians(-35.0), math.radians(24.0)
+SUN_EAST, SUN_NORTH = math.sin(SUN_AZIMUTH), math.cos(SUN_AZIMUTH)
 FAR = 1e6
 """Depth of a pillar that a ray does not meet."""
 
@@ -37,6 +43,34 @@ class PillarHits(NamedTuple):
     root: Tensor
     """``[..., W]``: the square of half the chord, times that of the ray's length; 0 or less where
     none is met."""
+
+
+def focal_length(height: int) -> float:
+    """Focal length in pixels of a picture of so many rows."""
+    return 0.5 * height / math.tan(0.5 * VERTICAL_FOV)
+
+
+def slopes(count: int, width: int, focal: float, device: torch.device) -> Tensor:
+    """``[count]`` float32: how far rays spread over the columns lean to the right of the axis."""
+    centres = torch.arange(count, dtype=torch.float32, device=device) + 0.5
+    return (centres * (width / count) - 0.5 * width) / focal
+
+
+def directions(heading: Tensor, slope: Tensor) -> Tensor:
+    """Rays ``[..., 2, W]`` (east, north) of a camera.
+
+    Args:
+        heading: ``[..., 1]``.
+        slope: ``[W]``, from `slopes`.
+    """
+    sine, cosine = heading.sin(), heading.cos()
+    return torch.stack([sine + cosine * slope, cosine - sine * slope], dim=-2)
+
+
+def waves(phase: Tensor, harmonics: Sequence[float]) -> Tensor:
+    """Sines, then cosines, of multiples of a phase: ``[...]`` to ``[..., 2 * harmonics]``."""
+    phases = phase[..., None] * phase.new_tensor(harmonics)
+    return torch.cat([phases.sin(), phases.cos()], dim=-1)
 
 
 def meet_walls(position: Tensor, ray: Tensor) -> WallHits:

@@ -16,7 +16,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .rays import meet_pillars, meet_walls, pillar_normals
+from .rays import (
+    SUN_EAST,
+    SUN_ELEVATION,
+    SUN_NORTH,
+    directions,
+    focal_length,
+    meet_pillars,
+    meet_walls,
+    pillar_normals,
+)
 from .scene import FLOOR_RGB, FLOOR_SLOT, PILLAR_RGB, SKY_RGB, SKY_SLOT, WALL_RGB, check_scene
 from .world import (
     EYE_HEIGHT,
@@ -27,16 +36,11 @@ from .world import (
     WALL_HEIGHT,
 )
 
-VERTICAL_FOV = math.radians(75.0)
-"""Vertical field of view; pixels are square, so the width follows from the aspect."""
 SUBCOLUMNS = 3
 """Sub-columns per pixel column."""
 FOG_DISTANCE = 13.0
 """Distance at which 63 % of a surface's light is replaced by the colour of the horizon."""
 
-_SUN_AZIMUTH = math.radians(-35.0)
-_SUN_ELEVATION = math.radians(24.0)
-_SUN_EAST, _SUN_NORTH = math.sin(_SUN_AZIMUTH), math.cos(_SUN_AZIMUTH)
 _WALL_LIGHT = torch.tensor([0.90, 1.02, 1.06, 0.94], dtype=torch.float32, device="cpu")
 _FRAMES_PER_PASS = {"cpu": 8, "cuda": 512}
 
@@ -82,7 +86,7 @@ def check_views(scene: Tensor, pose: Tensor) -> None:
 @lru_cache(maxsize=16)
 def _rays(height: int, width: int, device: torch.device) -> tuple[float, Tensor, Tensor, Tensor]:
     """Focal length in pixels, slopes of sub-columns [WS] and columns [W], rows [H] (down > 0)."""
-    focal = 0.5 * height / math.tan(0.5 * VERTICAL_FOV)
+    focal = focal_length(height)
     fine = (torch.arange(width * SUBCOLUMNS, device=device, dtype=torch.float32) + 0.5) / SUBCOLUMNS
     columns = torch.arange(width, device=device, dtype=torch.float32) + 0.5
     rows = torch.arange(height, device=device, dtype=torch.float32) + 0.5
@@ -101,7 +105,7 @@ def _render_pass(scene: Tensor, pose: Tensor, height: int, width: int) -> Tensor
     focal, fine, columns, rows = _rays(height, width, pose.device)
     frames = len(pose)
     position, sine, cosine = pose[:, :2], pose[:, 2:].sin(), pose[:, 2:].cos()
-    ray = torch.stack([sine + cosine * fine, cosine - sine * fine], dim=1)
+    ray = directions(pose[:, 2:], fine)
     wall_depth, wall_colour, wall_panel = _hit_walls(scene, position, ray)
     pillar_depth, pillar_colour = _hit_pillars(scene, position, ray)
 
@@ -183,7 +187,7 @@ def _hit_pillars(scene: Tensor, position: Tensor, ray: Tensor) -> tuple[Tensor, 
     depth, index = hits.depth, hits.which
     east, north = pillar_normals(position[..., None], ray, hits)
     square = (ray * ray).sum(dim=1)
-    toward_sun = (east * _SUN_EAST + north * _SUN_NORTH).clamp_(-1, 1)
+    toward_sun = (east * SUN_EAST + north * SUN_NORTH).clamp_(-1, 1)
     facing = (-(east * ray[:, 0] + north * ray[:, 1]) * square.rsqrt()).clamp_(0, 1)
     strength = 0.50 + 0.15 * toward_sun + 0.44 * facing * facing
     colour = pillars[scene[:, 4:8].gather(1, index)] * strength[..., None]
@@ -220,8 +224,8 @@ def _sky(
     rise = -rows[: len(rows) // 2] / focal
     length = (1 + columns[:, None] ** 2 + rise**2).rsqrt()
     zenith = 1 - torch.exp(-((2.3 * rise * length) ** 1.3))
-    toward_sun = _SUN_EAST * (sine + cosine * columns) + _SUN_NORTH * (cosine - sine * columns)
-    aligned = toward_sun[..., None] * math.cos(_SUN_ELEVATION) + rise * math.sin(_SUN_ELEVATION)
+    toward_sun = SUN_EAST * (sine + cosine * columns) + SUN_NORTH * (cosine - sine * columns)
+    aligned = toward_sun[..., None] * math.cos(SUN_ELEVATION) + rise * math.sin(SUN_ELEVATION)
     return zenith, torch.exp((aligned * length - 1).mul_(7.0))
 
 
@@ -242,8 +246,8 @@ def _floor(
     x_off = x - x.sign() * PILLAR_OFFSET
     y_off = y - y.sign() * PILLAR_OFFSET
     near = (x_off * x_off).addcmul_(y_off, y_off).sub_(PILLAR_RADIUS**2).clamp_min_(0)
-    away = -(x_off * _SUN_EAST + y_off * _SUN_NORTH)
-    across = x_off * _SUN_NORTH - y_off * _SUN_EAST
+    away = -(x_off * SUN_EAST + y_off * SUN_NORTH)
+    across = x_off * SUN_NORTH - y_off * SUN_EAST
     reach = (away * 2.0).clamp_(0, 1).mul_((1.5 - away).clamp_(0, 1))
     shadow = torch.exp(across.square_().mul_(-5.5)).mul_(reach).mul_(0.26)
     shade.mul_(1 - shadow).mul_(1 - 0.34 * torch.exp(near.mul_(-3.5)))

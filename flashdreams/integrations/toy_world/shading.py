@@ -12,8 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rays import meet_pillars, meet_walls, pillar_normals
-from .render import VERTICAL_FOV, check_views
+from .rays import (
+    SUN_EAST,
+    SUN_ELEVATION,
+    SUN_NORTH,
+    directions,
+    focal_length,
+    meet_pillars,
+    meet_walls,
+    pillar_normals,
+    slopes,
+)
+from .render import check_views
 from .scene import FLOOR_RGB, FLOOR_SLOT, PILLAR_RGB, SKY_RGB, SKY_SLOT, WALL_RGB
 from .world import (
     EYE_HEIGHT,
@@ -28,8 +38,6 @@ SAMPLES = 2
 """Samples along each side of a pixel."""
 FOG_DISTANCE = 16.0
 """Distance at which 63 % of a surface's light is replaced by the colour of the horizon."""
-SUN_AZIMUTH = math.radians(-35.0)
-SUN_ELEVATION = math.radians(24.0)
 
 _FRAMES_PER_PASS = {"cpu": 1, "cuda": 128}
 
@@ -57,12 +65,11 @@ def shade(scene: Tensor, pose: Tensor, size: tuple[int, int] = (128, 128)) -> Te
 
 def _shade(scene: Tensor, pose: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = (SAMPLES * side for side in size)
-    focal = 0.5 * height / math.tan(0.5 * VERTICAL_FOV)
-    rise = (0.5 * height - 0.5 - _count(height, pose))[:, None] / focal
-    side = (_count(width, pose) + 0.5 - 0.5 * width) / focal
+    focal = focal_length(height)
+    rise = -slopes(height, height, focal, pose.device)[:, None]
+    side = slopes(width, width, focal, pose.device)
     position = pose[:, :2, None]
-    sine, cosine = pose[:, 2:].sin(), pose[:, 2:].cos()
-    ray = torch.stack([sine + cosine * side, cosine - sine * side], dim=1)  # [B, 2, W]
+    ray = directions(pose[:, 2:], side)  # [B, 2, W]
 
     sky = SKY_RGB.to(pose.device)[scene[:, SKY_SLOT]]
     picture = _sky(sky, ray, side, rise)
@@ -89,10 +96,6 @@ def _shade(scene: Tensor, pose: Tensor, size: tuple[int, int]) -> Tensor:
     return F.avg_pool2d(picture.clamp(0, 1), SAMPLES).mul_(2).sub_(1)
 
 
-def _count(number: int, like: Tensor) -> Tensor:
-    return torch.arange(number, dtype=torch.float32, device=like.device)
-
-
 def _step(value: Tensor, edge: float | Tensor, width: float | Tensor) -> Tensor:
     """0 below the edge, 1 above, with a ramp of some width."""
     return ((value - edge) / width + 0.5).clamp(0, 1)
@@ -115,7 +118,7 @@ def _sky(sky: Tensor, ray: Tensor, side: Tensor, rise: Tensor) -> Tensor:
     elevation = (rise * length).clamp_min(0)
     azimuth = torch.atan2(ray[:, 0], ray[:, 1])[:, None]
     colour = zenith.lerp(horizon, torch.exp(-((2.3 * elevation) ** 1.3)))
-    toward = math.sin(SUN_AZIMUTH) * ray[:, 0] + math.cos(SUN_AZIMUTH) * ray[:, 1]
+    toward = SUN_EAST * ray[:, 0] + SUN_NORTH * ray[:, 1]
     aligned = toward[:, None] * math.cos(SUN_ELEVATION) + rise * math.sin(SUN_ELEVATION)
     aligned = (aligned * length)[:, None]
     colour = colour + glow * (torch.exp((aligned - 1) * 7) + 1.6 * _step(aligned, 0.9978, 0.0012))
@@ -163,7 +166,7 @@ def _pillar(scene: Tensor, position: Tensor, ray: Tensor, rise: Tensor) -> tuple
     depth, index = hits.depth, hits.which
     east, north = pillar_normals(position, ray, hits)
     square = (ray * ray).sum(dim=1)
-    to_sun = (east * math.sin(SUN_AZIMUTH) + north * math.cos(SUN_AZIMUTH)).clamp(-1, 1)
+    to_sun = (east * SUN_EAST + north * SUN_NORTH).clamp(-1, 1)
     facing = (-(east * ray[:, 0] + north * ray[:, 1]) * square.rsqrt()).clamp(0, 1)
     light = 0.48 + 0.2 * to_sun + 0.42 * facing
     up = EYE_HEIGHT + depth.clamp_max(20.0)[:, None] * rise
@@ -190,8 +193,8 @@ def _floor(scene: Tensor, position: Tensor, ray: Tensor, depth: Tensor) -> Tenso
     shade = shade * (1 - 0.34 * torch.exp(edge * (-1 / 0.45)))
     x_off, y_off = x - x.sign() * PILLAR_OFFSET, y - y.sign() * PILLAR_OFFSET
     near = (x_off * x_off + y_off * y_off - PILLAR_RADIUS**2).clamp_min(0)
-    east, north = math.sin(SUN_AZIMUTH), math.cos(SUN_AZIMUTH)
-    away, across = -(x_off * east + y_off * north), x_off * north - y_off * east
+    away = -(x_off * SUN_EAST + y_off * SUN_NORTH)
+    across = x_off * SUN_NORTH - y_off * SUN_EAST
     reach = (away * 2.0).clamp(0, 1) * ((2.1 - away) / 0.8).clamp(0, 1)
     shadow = 0.36 * _step(0.38 - across.abs(), 0.0, 0.12) * reach
     shade = shade * (1 - shadow) * (1 - 0.34 * torch.exp(near * -3.5))

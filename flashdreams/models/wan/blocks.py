@@ -212,6 +212,9 @@ class SelfAttention(nn.Module):
 
     def write(self, x: Tensor, rope: Tensor, cache: KVCache) -> None:
         """Leave the keys and values of one chunk in the cache; arguments as in ``forward``."""
+        if cache.calibrates:  # the scale of queries follows from this pass, too
+            self.forward(x, rope, cache)
+            return
         heads = (-1, self.head_dim)
         k, v = self.packed.last(2)(x) if self.packed is not None else (self.k(x), self.v(x))
         k, v = apply_rope(self.norm_k(k).unflatten(-1, heads), rope), v.unflatten(-1, heads)

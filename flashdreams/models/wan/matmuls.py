@@ -5,6 +5,7 @@ The layers stay what they are: they load, shard, save and move under their own n
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -119,14 +120,16 @@ def fuses_gelu(layer: nn.Module, activation: nn.Module) -> bool:
     narrow = weight.dtype in (torch.bfloat16, torch.float16)
     if weight.device.type != "cuda" or not narrow or not hasattr(torch, "_addmm_activation"):
         return False
-    return _gives_tanh_gelu(weight)
+    return _gives_tanh_gelu(weight.device, weight.dtype)
 
 
-def _gives_tanh_gelu(like: Tensor) -> bool:
-    probe = nn.Linear(16, 16, device=like.device, dtype=like.dtype).requires_grad_(False)
+@lru_cache(maxsize=8)
+def _gives_tanh_gelu(device: torch.device, dtype: torch.dtype) -> bool:
+    """Asked by every block, and the same for all."""
+    probe = nn.Linear(16, 16, device=device, dtype=dtype).requires_grad_(False)
     probe.weight.zero_()
     probe.bias.fill_(PROBE)
-    x = torch.zeros(16, 16, device=like.device, dtype=like.dtype)
+    x = torch.zeros(16, 16, device=device, dtype=dtype)
     wanted = F.gelu(
         torch.tensor(PROBE, dtype=torch.float32, device="cpu"), approximate="tanh"
     ).item()

@@ -113,13 +113,18 @@ class LoRA:
     weight: float = 1.0
     """What all of its updates are multiplied by."""
 
+    part: str = ""
+    """What the names of the part of the module that it is for begin with, such as
+    ``low_noise.``; empty for the whole module."""
 
-def parse_lora(text: str, *, download: bool = False) -> LoRA:
+
+def parse_lora(text: str, *, download: bool = False, part: str = "") -> LoRA:
     """Read ``SOURCE`` or ``SOURCE:WEIGHT``.
 
     Args:
         text: source as `CheckpointConfig.source`; of a repository ``hf://org/repo/file``.
         download: may it be fetched.
+        part: as of `LoRA`.
 
     Raises:
         ValueError: no source, a repository without a file, or a weight that is no number.
@@ -138,4 +143,4 @@ def parse_lora(text: str, *, download: bool = False) -> LoRA:
     if source.startswith("hf://") and source.count("/") < 4:
         raise ValueError(f"LoRA {text!r}: say which file of it, hf://org/repo/file.safetensors")
     checkpoint = CheckpointConfig(source=source, select=LORA_SELECT, download=download)
-    return LoRA(checkpoint=checkpoint, weight=weight)
+    return LoRA(checkpoint=checkpoint, weight=weight, part=part)

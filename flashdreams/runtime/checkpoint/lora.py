@@ -89,9 +89,11 @@ def resolve_loras(
             settings = _adapter_settings(local.files[0].parent / "adapter_config.json")
         except CheckpointError as error:
             raise CheckpointError(f"LoRA {source}: {error}") from error
-        found = _resolve(lora, store, shapes, key_maps, settings)
+        length = len(lora.part)
+        own = {name[length:]: x for name, x in shapes.items() if name.startswith(lora.part)}
+        found = _resolve(lora, store, own, key_maps, settings)
         for name, several in found.items():
-            updates.setdefault(name, []).extend(several)
+            updates.setdefault(f"{lora.part}{name}", []).extend(several)
         logger.info("LoRA %s: %d tensors, weight %g.", source, len(found), lora.weight)
     return updates
 

@@ -1,4 +1,4 @@
-"""Tensors of a file that mean something only together, such as quantized weights and scales."""
+"""Quantized weights beside scales of a kind that is not read."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping
 from flashdreams.runtime.checkpoint.config import CheckpointConfig, CheckpointError
 from flashdreams.runtime.checkpoint.read import TensorInfo
 
-_SCALE = re.compile(r"scale(?!_shift)|absmax|quant_map|quant_state|zero_point|qzeros|scaled_fp8")
-"""What names the second part of a quantized weight: ComfyUI's ``scale_weight`` and ``scaled_fp8``,
-DeepSeek's ``weight_scale_inv``, torchao, GPTQ, AWQ and bitsandbytes."""
+_SCALE = re.compile(r"scale(?!_shift)|absmax|quant_map|quant_state|zero_point|qzeros")
+"""What names the second part of a quantized weight: torchao, GPTQ, AWQ and bitsandbytes. What
+`flashdreams.runtime.checkpoint.scaled.find_scales` knows by name is not asked for here."""
 
 
 def refuse_scaled(
@@ -29,14 +29,13 @@ def refuse_scaled(
     """
     infos = {name: info for name, info in infos.items() if name not in read}
     narrow = {name: info for name, info in infos.items() if info.dtype.itemsize == 1}
-    owners = {name.rpartition(".")[0]: name for name in narrow}
+    # A scale is named after the layer, or after the weight.
+    owners = {name.rpartition(".")[0]: name for name in narrow} | {name: name for name in narrow}
     for name in infos:
         owner, _, leaf = name.rpartition(".")
-        if name in narrow or not _SCALE.search(leaf) or not (owner in owners or not owner):
+        if name in narrow or owner not in owners or not _SCALE.search(leaf):
             continue
-        weight = owners.get(owner, next(iter(owners.values()), None))
-        if weight is None:
-            return
+        weight = owners[owner]
         kind = str(infos[weight].dtype).removeprefix("torch.")
         raise CheckpointError(
             f"checkpoint {config.source}: {weight} is {kind} with a scale of its own ({name}), "

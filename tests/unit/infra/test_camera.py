@@ -53,6 +53,20 @@ def test_pointer_adds_up_and_is_bounded():
     assert angles(fast[-1]) == pytest.approx((160, 60), abs=1e-9)
 
 
+def test_pointer_motion_before_the_only_frame_of_a_chunk_is_seen_in_the_next():
+    """Methods of one latent frame per chunk begin with a chunk of frame 0, the start pose."""
+    camera = KeyCamera(MOTION, lambda poses, held: poses, max_pitch=60.0)
+    state = camera.new_state()
+    first = camera.advance(state, [Event(0, {"look": [20, 8]})], range(0, 1))
+    assert angles(first[0]) == (0, 0)
+    rest = camera.advance(state, (), range(1, 5))
+    assert [angles(pose) for pose in rest] == [pytest.approx((20, 8), abs=1e-9)] * 4
+    whole = camera.new_state()  # as fast as in a chunk that frame 0 is a part of
+    poses = camera.advance(whole, [Event(0, {"look": [360, 0]})], range(0, 1))
+    poses = camera.advance(whole, (), range(1, 2))
+    assert angles(poses[0])[0] == pytest.approx(40, abs=1e-9)
+
+
 def test_world_without_pitch_turns_alone():
     assert angles(follow(Event(0, {"look": [20, 20]}), max_pitch=0.0)[-1]) == pytest.approx((20, 0))
 

@@ -1,6 +1,7 @@
 """Values that are not finite: refused at every entrance, found wherever they arise."""
 
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -169,3 +170,21 @@ def test_a_late_sum_is_read_in_the_end_and_stays_wrong() -> None:
     check = FiniteCheck()
     submit_on_gpu(check, 5, INF)
     assert "AR step 5" in (check.read() or ""), "who asks after the last step waits for it"
+
+
+def test_two_threads_read_one_after_the_other() -> None:
+    """While one looks whether a step has arrived, another one takes it out."""
+    check = FiniteCheck()
+    event = submit_on_gpu(check, 0, 1.0)
+    found: list[str | None] = []
+    other = Thread(target=lambda: found.append(check.read()))
+
+    def query() -> bool:
+        other.start()
+        other.join(0.2)  # it has to wait: nothing is taken out behind the first one's back
+        return True
+
+    event.query = query  # type: ignore[method-assign]
+    assert check.read(wait=False) is None
+    other.join()
+    assert found == [None] and check.is_settled

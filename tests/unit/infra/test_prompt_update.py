@@ -8,6 +8,7 @@ import torch
 from flashdreams.infra.diffusion.transformer import Transformer
 from flashdreams.infra.encoder.base import EncoderConfig
 from flashdreams.models.wan.transformer import SELF_ATTENTION
+from tests.listed_window import turn_in_time
 from tests.tiny import CONTROL_DIM, TEXT_DIM, tiny_pipeline
 
 ATOL = 1e-5
@@ -95,7 +96,7 @@ class FrameStore:
     """Keys and values by frame number, in a dict."""
 
     cursor, spec = SimpleNamespace(groups=()), SimpleNamespace(storage="native")
-    scales, quantizes_early = None, False
+    scales, quantizes_early, calibrates = None, False, False
 
     def __init__(self, config, evicted: int) -> None:
         self.config, self.evicted = config, evicted
@@ -122,17 +123,6 @@ class FrameStore:
         if moved and self.evicted:
             key = turn_in_time(key, self.evicted)
         return key, value
-
-
-def turn_in_time(k: torch.Tensor, frames: int) -> torch.Tensor:
-    """Rotate the time pairs of keys ``[B, S, N, D]`` on by some frames, in complex numbers."""
-    pairs = k.shape[-1] // 2
-    time_pairs = pairs - 2 * (pairs // 3)
-    speeds = 10000.0 ** (-torch.arange(time_pairs, dtype=torch.float64) / time_pairs)
-    turn = torch.polar(torch.ones(pairs, dtype=torch.float64), torch.zeros(pairs).double())
-    turn[:time_pairs] = torch.polar(torch.ones_like(speeds), speeds * frames)
-    spun = torch.view_as_complex(k.double().unflatten(-1, (-1, 2))) * turn
-    return torch.view_as_real(spun).flatten(-2).float()
 
 
 def tensors_of(branch) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ import pytest
 from flashdreams.serving.client import LiveClient, SessionError
 from flashdreams.serving.client_command import main
 from flashdreams.serving.client_figures import ClientFigures, percentiles
+from flashdreams.serving.pictures import PictureDecoder
 from flashdreams.serving.replay import parse_line, read_log
 from flashdreams.serving.web.server import WebServer
 from flashdreams.serving.web.settings import WebSettings
@@ -100,6 +101,75 @@ def test_kept_states_are_gone_back_to_and_refusals_raise() -> None:
 
     with web(FakeHost()) as server:
         run(story(server.url))
+
+
+def test_nobody_waits_for_a_session_that_is_over() -> None:
+    async def story(url: str) -> None:
+        async with LiveClient(url) as client:
+            assert [picture async for picture in client.pictures()] == []
+            with pytest.raises(ConnectionError, match="none has begun"):
+                await client.stop()
+            with pytest.raises(ConnectionError, match="start"):
+                await client.resume()
+            await client.start(num_frames=4)
+            assert await frames_of(client, 4) == list(range(4))
+            for _ in range(2):
+                assert [picture async for picture in client.pictures()] == []
+            assert await client.stop() == client.done
+            with pytest.raises(ConnectionError, match="over"):
+                await client.keep("save", "late")
+            await client.start(num_frames=3)
+            assert client.done is None, "of the session before"
+            assert await frames_of(client, 3) == list(range(3))
+
+    with web(FakeHost()) as server:
+        run(story(server.url))
+
+
+def test_whoever_waits_hears_that_the_client_has_left() -> None:
+    async def story(host: FakeHost, url: str) -> None:
+        async with LiveClient(url) as client:
+            await client.start()
+            await frames_of(client, 1)
+            host.command = lambda *arguments: None  # type: ignore[method-assign, assignment]
+            kept = asyncio.create_task(client.keep("save", "here"))
+            seen = asyncio.create_task(frames_of(client, 1000))
+            await asyncio.sleep(0.05)
+            await client.close()
+            with pytest.raises(ConnectionError):
+                await kept
+            assert len(await seen) < 1000
+
+    host = FakeHost()
+    with web(host) as server:
+        run(story(host, server.url))
+
+
+def test_picture_that_cannot_be_decoded_is_the_error_of_whoever_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def story(url: str) -> None:
+        async with LiveClient(url) as client:
+            with monkeypatch.context() as patch:
+                patch.setattr(PictureDecoder, "decode", lambda *data: 1 / 0)
+                await client.start()
+                with pytest.raises(ZeroDivisionError):
+                    await frames_of(client, 1)
+            with pytest.raises(ZeroDivisionError):
+                await client.keep("save", "here")
+
+    with web(FakeHost()) as server:
+        run(story(server.url))
+
+
+def test_the_command_leaves_in_time_though_no_more_pictures_come(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "pause.jsonl"
+    log.write_text('{"t": 0, "type": "session.pause"}\n')
+    with web(FakeHost()) as server:
+        assert main([server.url, "--seconds", "0.3", "--log", str(log), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pictures"] >= 1
 
 
 def test_a_refused_start_raises() -> None:

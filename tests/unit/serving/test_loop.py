@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from flashdreams.serving import turns
+from flashdreams.serving.delivery import Pictures
 from flashdreams.serving.interface import Full, Opening, Refused
+from flashdreams.serving.turns import PICTURES_LOST
 from tests.live import Client, Visit, served, until
 
 WALK = ["w", "w", "wl", "l", ""]
@@ -16,6 +19,10 @@ def walk(visit, steps=WALK):
         visit.keys(keys)
         frames.append(visit.ask(1))
     return torch.cat(frames)
+
+
+def raise_memory_error(*arguments):
+    raise MemoryError
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +191,8 @@ def test_prompt_changes_the_scene(runner, folder, alone):
         visit.keys("wl")
         changed = visit.ask(1)
         assert visit.client.chunks[-1].applied == ("p",)
+        told = [command for _, command in server.engine.live[visit.id].log]
+        assert told[-2].values["text"] == "night sky, red floor" and not told[-2].tensors
         with pytest.raises(Refused):
             server.host.prompt(visit.id, "purple elephants", None)
         with pytest.raises(Refused):
@@ -231,10 +240,7 @@ def test_step_that_runs_out_of_memory_ends_one_session_alone(runner, folder, mon
         ill, well = Visit(server.host), Visit(server.host)
         ill.ask(1), well.ask(1)
 
-        def fail(turn):
-            raise MemoryError
-
-        monkeypatch.setattr(server.engine.live[ill.id], "step", fail)
+        monkeypatch.setattr(server.engine.live[ill.id], "step", raise_memory_error)
         ill.client.asked = 10
         server.host.pause(ill.id, False)
         ill.client.wait(lambda: ill.client.end is not None)
@@ -271,3 +277,56 @@ def test_figures_of_server_and_session(runner, folder):
         assert (own.state, own.steps, whole.steps, whole.places) == ("running", 4, 4, 2)
         assert {"diffuse", "decode", "total"} <= own.chunk_ms.keys()
         assert own.host_bytes > 2**20 and own.device_bytes is None
+
+
+def test_session_whose_pictures_are_lost_ends_alone(runner, folder, monkeypatch, caplog):
+    with served(runner, state_dir=folder) as server:
+        ill, well = Visit(server.host), Visit(server.host)
+        ill.ask(1), well.ask(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Pictures, "wait", lambda pictures: 1 / 0)
+            ill.client.asked = 10
+            server.host.pause(ill.id, False)
+            ill.client.wait(lambda: ill.client.end is not None)
+        assert ill.client.end == (PICTURES_LOST, False)
+        assert "ZeroDivisionError" in caplog.text
+        assert len(well.ask(2)) == 2
+
+
+def test_session_whose_pictures_find_no_memory_ends_alone(runner, folder, monkeypatch):
+    with served(runner, state_dir=folder) as server:
+        ill, well = Visit(server.host), Visit(server.host)
+        ill.ask(1), well.ask(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(turns, "Pictures", raise_memory_error)
+            ill.client.asked = 10
+            server.host.pause(ill.id, False)
+            ill.client.wait(lambda: ill.client.end is not None)
+        assert "no memory" in ill.client.end[0]
+        assert len(well.ask(2)) == 2
+
+
+def test_session_whose_reset_fails_ends_alone(runner, folder, monkeypatch):
+    """Its old rollout has made room for the new one."""
+    with served(runner, state_dir=folder) as server:
+        ill, well = Visit(server.host), Visit(server.host)
+        ill.ask(1), well.ask(1)
+        monkeypatch.setattr(server.engine.live[ill.id], "_begin", raise_memory_error)
+        server.host.command(ill.id, "reset", "a", {})
+        ill.client.wait(lambda: ill.client.end is not None)
+        assert "no memory" in ill.client.end[0] and ill.client.refused == []
+        assert len(well.ask(2)) == 2
+
+
+def test_event_that_a_new_session_does_not_take_is_refused(runner, folder, monkeypatch):
+    with served(runner, max_sessions=1, state_dir=folder) as server:
+        first, second = Visit(server.host), Visit(server.host)
+        first.ask(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(server.host.controller, "check", lambda values: None)
+            server.host.control(second.id, {"keys": 1}, "bad")
+        second.keys("w", "good")
+        first.close()
+        second.ask(1)
+        assert [event for event, _ in second.client.refused] == ["bad"]
+        assert second.client.chunks[0].applied == ("good",)

@@ -1,5 +1,7 @@
 """Sessions that nobody looks at: parked in host memory or on disk, and back; frames bit by bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -222,3 +224,87 @@ def test_damaged_session_is_left_out(runner, folder, caplog):
         attach(good)
         good.ask(1)
     assert "damaged" in caplog.text
+
+
+def test_events_of_a_paused_session_wait_for_it_on_disk(runner, folder, alone):
+    with served(runner, parked_gib=0.0, state_dir=folder) as server:
+        visit = Visit(server.host, Opening(seed=1))
+        walk(visit, WALK[:2])
+        server.host.pause(visit.id, True)
+        visit.client.wait(lambda: state_of(visit) == "paused")
+        visit.keys("wl")
+        with server.host.lock:
+            server.host.limits = replace(server.host.limits, park_after_s=0.0)
+            server.host.wake()
+        visit.client.wait(lambda: state_of(visit) == "parked")
+        visit.ask(1)
+    assert torch.equal(visit.client.frames, alone[:3])
+
+
+def test_seed_of_a_reset_holds_on_disk_and_after_a_restart(runner, folder, alone):
+    def walk_again(host):
+        visit.host = host
+        attach(visit)
+        visit.command("reset")
+        return walk(visit)
+
+    limits = {"park_after_s": 0.0, "parked_gib": 0.0, "state_dir": folder}
+    with served(runner, **limits) as server:
+        visit = Visit(server.host, Opening(seed=2))
+        visit.ask(1)
+        visit.command("reset", seed=1)
+        visit.ask(1)
+        server.host.detach(visit.id)
+        visit.client.wait(lambda: state_of(visit) == "parked")
+        assert torch.equal(walk_again(server.host), alone)
+    with served(runner, **limits) as server:
+        assert torch.equal(walk_again(server.host), alone)
+
+
+def test_parked_session_carries_out_a_command_in_its_pause(runner, folder, alone):
+    with served(runner, park_after_s=0.3, state_dir=folder) as server:
+        visit = Visit(server.host, Opening(seed=1))
+        walk(visit, WALK[:2])
+        server.host.pause(visit.id, True)
+        visit.client.wait(lambda: state_of(visit) == "parked")
+        visit.client.asked = 9
+        visit.command("reset")
+        visit.client.wait(lambda: len(visit.client.chunks) == 3)
+        visit.client.wait(lambda: state_of(visit) == "parked")
+        assert len(visit.client.chunks) == 3
+    assert torch.equal(visit.client.chunks[2].frames, alone[:1])
+
+
+def test_session_that_cannot_be_parked_stays_and_is_parked_in_its_next_pause(
+    runner, folder, monkeypatch
+):
+    tried = []
+
+    def fail(cache):
+        tried.append(cache)
+        raise MemoryError
+
+    with served(runner, park_after_s=0.0, state_dir=folder) as server:
+        visit = Visit(server.host)
+        visit.ask(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(runner.pipeline, "park", fail)
+            server.host.pause(visit.id, True)
+            until(lambda: tried)
+            visit.ask(2)
+            assert len(tried) == 1
+        server.host.pause(visit.id, True)
+        visit.client.wait(lambda: state_of(visit) == "parked")
+        visit.ask(1)
+        assert visit.client.end is None
+
+
+def test_session_is_over_if_its_client_has_seen_all_frames_before_a_restart(runner, folder):
+    with served(runner, state_dir=folder) as server:
+        visit = Visit(server.host, Opening(num_frames=5))
+        visit.ask(2)
+    with served(runner, state_dir=folder) as server:
+        client = Client(asked=1)
+        assert server.host.attach(visit.id, client, from_frame=7) == 7
+        client.wait(lambda: client.end is not None)
+        assert client.end == (None, False) and client.chunks == []

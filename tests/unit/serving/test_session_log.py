@@ -7,6 +7,8 @@ import pytest
 
 from flashdreams.run import main
 from flashdreams.serving.interface import Opening
+from flashdreams.serving.restart import SessionFolder
+from flashdreams.serving.session_log import SessionLogs
 from tests.live import Visit, served, toy_runner
 
 PROMPT = "dawn sky, gold floor, blue north wall"
@@ -89,3 +91,28 @@ def test_number_of_logs_is_bounded_and_zero_writes_none(tmp_path):
         visit.ask(1)
         visit.close()
     assert not list((tmp_path / "none").rglob("log_*"))
+
+
+def test_logs_are_whole_before_another_server_takes_the_sessions(tmp_path, monkeypatch):
+    done = []
+    for kind, name in ((SessionLogs, "close"), (SessionLogs, "flush"), (SessionFolder, "give_up")):
+        whole = getattr(kind, name)
+        note = lambda *given, name=name, whole=whole: (done.append(name), whole(*given))  # noqa: E731
+        monkeypatch.setattr(kind, name, note)
+    with served(toy_runner(tmp_path)) as server:
+        Visit(server.host).ask(1)
+    assert done[-3:] == ["close", "flush", "give_up"]
+
+
+def test_old_log_that_cannot_be_deleted_harms_no_session(tmp_path, monkeypatch, caplog):
+    def fail(path, missing_ok=False):
+        raise PermissionError("not yours")
+
+    with served(toy_runner(tmp_path), max_logs=1) as server:
+        first = Visit(server.host)
+        first.ask(1)
+        first.close()
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", fail)
+            assert len(Visit(server.host).ask(2)) == 2
+        assert "An old log stays" in caplog.text

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from flashdreams.infra.component import load_component
+from flashdreams.infra.component import check_loras, load_component
 from flashdreams.infra.config import config_fields, derive_config
 from flashdreams.infra.diffusion.experts import EXPERTS, NoiseExpertsConfig
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.diffusion.scheduler.fm_unipc import FlowUniPCSchedulerConfig
-from flashdreams.infra.weights import memory_estimate, weight_nbytes
+from flashdreams.infra.weights import memory_estimate, require_weights, weight_nbytes
 from flashdreams.models.wan.transformer import WanTransformerConfig
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError
 from tests.tiny import TEXT_DIM, tiny_pipeline, tiny_transformer
@@ -224,6 +224,79 @@ def test_weights_come_from_two_files_or_one(tmp_path):
         assert found.predict_flow(latent_of(found), torch.tensor(950), cache).isfinite().all()
 
 
+LORA_TARGET = "blocks.1.ffn.0"
+"""48 rows of 24 columns."""
+
+
+def save_loras(folder) -> dict[str, str]:
+    """A kohya LoRA for each network, and one whose target neither has."""
+    stem, draw = f"lora_unet_{LORA_TARGET.replace('.', '_')}", torch.Generator().manual_seed(7)
+    for name in EXPERTS:
+        tensors = {
+            f"{stem}.lora_down.weight": torch.randn(2, 24, generator=draw),
+            f"{stem}.lora_up.weight": torch.randn(48, 2, generator=draw),
+            f"{stem}.alpha": torch.tensor(1.0),
+        }
+        save_file(tensors, folder / f"lora_{name}.safetensors")
+    save_file({"blocks.9.ffn.0.diff": torch.ones(48, 24)}, folder / "lora_absent.safetensors")
+    return {n: f"{folder}/lora_{n}.safetensors" for n in (*EXPERTS, "absent")}
+
+
+@pytest.mark.parametrize("form", ["two files", "one file", "no file"])
+def test_each_network_has_its_own_loras(form, tmp_path):
+    model = build(experts_config())
+    files, loras = save_weights(tmp_path, model), save_loras(tmp_path)
+    fields = {"loras": (loras["high_noise"],), "low_noise_loras": (f"{loras['low_noise']}:0.5",)}
+    if form == "two files":
+        fields |= dict(checkpoint=files["high_noise"], low_noise_checkpoint=files["low_noise"])
+    if form == "one file":
+        fields |= dict(checkpoint=files["both"])
+    if form == "no file":
+        found = experts_config(**fields).setup()
+        found.load_state_dict(model.state_dict())
+        load_component(found, CPU)
+    else:
+        found = loaded(experts_config(**fields))
+    expected = {name: x.clone() for name, x in model.state_dict().items()}
+    for name, weight in (("high_noise", 1.0), ("low_noise", 0.5)):
+        file = load_file(tmp_path / f"lora_{name}.safetensors")
+        down, up = (next(x for n, x in file.items() if part in n) for part in ("down", "up"))
+        expected[f"{name}.{LORA_TARGET}.weight"] += weight * 0.5 * (up @ down)  # alpha / rank
+    for name, value in found.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=5e-6, msg=name)
+        changed = not torch.equal(value, model.state_dict()[name])
+        assert changed == name.endswith(f"{LORA_TARGET}.weight"), name
+
+
+@pytest.mark.parametrize("field", ["loras", "low_noise_loras"])
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_lora_without_a_target_in_its_network_is_refused(field, apart, tmp_path):
+    files, loras = save_weights(tmp_path, build(experts_config())), save_loras(tmp_path)
+    fields = dict(checkpoint=files["high_noise"], low_noise_checkpoint=files["low_noise"])
+    fields = fields if apart else dict(checkpoint=files["both"])
+    with torch.device("meta"):
+        model = experts_config(**fields, **{field: (loras["absent"],)}).setup()
+    with pytest.raises(CheckpointError, match=r"absent(.|\n)*without a target.*\n.*blocks\.9\."):
+        check_loras(model)
+    assert all(x.is_meta for x in model.parameters())
+
+
+def test_missing_loras_name_the_download_of_their_own_network():
+    lora = "hf://org/repo/low.safetensors"
+    file = CheckpointConfig(source="hf://org/repo", file="x.safetensors")
+    for low, wanted in ((file, "low-noise-checkpoint"), (None, "checkpoint")):
+        transformer = experts_config(
+            checkpoint=file, low_noise_checkpoint=low, low_noise_loras=(lora,)
+        )
+        config = derive_config(tiny_pipeline(), encoder=None)
+        config = derive_config(config, diffusion_model=dict(transformer=transformer))
+        with pytest.raises(CheckpointError) as caught:
+            require_weights(config)
+        said = str(caught.value)
+        assert "LoRA of --pipeline.diffusion-model.transformer.low-noise-loras:" in said
+        assert f"transformer.{wanted}.download True" in said.split("LoRA of")[1]
+
+
 def test_one_file_of_one_network_is_refused(tmp_path):
     files = save_weights(tmp_path, build(experts_config()))
     with pytest.raises(CheckpointError, match="does not fit"):
@@ -237,7 +310,8 @@ def test_one_file_of_one_network_is_refused(tmp_path):
         ({"boundary": 0}, "must be above 0 and below 1"),
         ({"boundary": 947}, "boundary=947 must be at most 1"),
         ({"use_cuda_graph": True}, "two networks run eagerly"),
-        ({"loras": ("a.safetensors",)}, "belongs to one of the two networks"),
+        ({"loras": ("a.safetensors:much",)}, "should read SOURCE or SOURCE:WEIGHT"),
+        ({"low_noise_loras": ("a.safetensors:much",)}, "should read SOURCE or SOURCE:WEIGHT"),
     ],
 )
 def test_configs_that_cannot_be_are_refused(changes, message):

@@ -161,10 +161,11 @@ def plain(**overrides):
     return build(given=False, **overrides)
 
 
+@pytest.mark.parametrize("precision", ["native", "fp8"])
 @pytest.mark.parametrize("chunks", [1, 3])
-def test_a_rollout_goes_on_from_the_latents_of_another(chunks):
+def test_a_rollout_goes_on_from_the_latents_of_another(chunks, precision):
     """The window is past its end, and noise is numbered by the AR step: the same bits."""
-    pipeline = plain(guidance_scale=3.0)
+    pipeline = plain(guidance_scale=3.0, transformer={"precision": precision})
     whole = steps(pipeline, begin(pipeline), 5)
     initial = torch.cat(whole[:chunks], dim=2)
     cache = begin(pipeline, initial_latent=initial)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from flashdreams.integrations.toy_world.render import VERTICAL_FOV, render
+from flashdreams.integrations.toy_world.rays import VERTICAL_FOV
+from flashdreams.integrations.toy_world.render import render
 from flashdreams.integrations.toy_world.scene import (
     DEFAULT_SCENE,
     HIDDEN,

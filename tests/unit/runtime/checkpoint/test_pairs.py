@@ -18,6 +18,7 @@ FP8, INT8 = torch.float8_e4m3fn, torch.int8
         (FP8, "weight_scales"),
         (INT8, "scales"),
         (INT8, "weight.absmax"),
+        (FP8, "weight.scale"),
     ],
 )
 @pytest.mark.parametrize("ignore", [(), (r".*scale.*", r".*absmax")])
@@ -27,7 +28,6 @@ def test_a_scaled_weight_is_refused(
     module = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False))
     weight = module[0].weight.detach().clone()
     stored = (weight * 100).to(dtype)
-    scale = scale if "." not in scale else scale.replace(".", "_")
     tensors = {"0.weight": stored, f"0.{scale}": torch.tensor(0.01)}
     save_file(tensors, tmp_path / "scaled.safetensors")
     config = CheckpointConfig(source=str(tmp_path / "scaled.safetensors"), ignore=ignore)
