@@ -66,10 +66,10 @@ def write_part(path: Path, entries: Sequence[Entry]) -> PartFile:
             if len(data) < SMALL_BYTES:
                 digest.update(data)
                 size += file.write(data)
-                continue
-            hashed = thread.submit(digest.update, data)
-            size += file.write(data)
-            hashed.result()
+            else:
+                hashed = thread.submit(digest.update, data)
+                size += file.write(data)
+                hashed.result()
             del data  # before the next tensor is read
         file.flush()
         os.fsync(file.fileno())

@@ -3,24 +3,26 @@
 import hashlib
 import weakref
 
+import pytest
 import torch
 
-from flashdreams.runtime.parts import Entry, read_part, write_part
+from flashdreams.runtime.parts import SMALL_BYTES, Entry, read_part, write_part
 
-COUNT, SIZE = 6, 1024
+COUNT = 6
 
 
-def test_host_memory_holds_one_tensor_at_a_time(tmp_path):
+@pytest.mark.parametrize("size", [1024, SMALL_BYTES])
+def test_host_memory_holds_one_tensor_at_a_time(size, tmp_path):
     alive, most = [], 0
 
     def read(number):
         nonlocal most
-        x = torch.full((SIZE,), float(number))
+        x = torch.full((size,), float(number))
         alive.append(weakref.ref(x.untyped_storage()))
         most = max(most, sum(storage() is not None for storage in alive))
         return x
 
-    entries = [Entry(f"{n}", (SIZE,), torch.float32, lambda n=n: read(n)) for n in range(COUNT)]
+    entries = [Entry(f"{n}", (size,), torch.float32, lambda n=n: read(n)) for n in range(COUNT)]
     written = write_part(tmp_path / "part", entries)
     assert most == 1 and len(alive) == COUNT
     assert written.sha256 == hashlib.sha256((tmp_path / "part").read_bytes()).hexdigest()
