@@ -87,7 +87,7 @@ def _device(on_gpu: bool) -> Device:
         name, total = "the host", _host_bytes()
     return Device(
         name=name, memory_gib=total / GIB, peak_tflops=1, gemm_tflops=1, attention_tflops=1,
-        convolution_tflops=1, bandwidth_gb_s=1, link_gb_s=1,
+        fp8_tflops=1, convolution_tflops=1, bandwidth_gb_s=1, link_gb_s=1,
         source="" if on_gpu else "measured now",
     )  # fmt: skip
 
