@@ -1,5 +1,7 @@
 """What devices can do: peak figures of data sheets, and what was reached."""
 
+import contextlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -14,6 +16,9 @@ from flashdreams.planning.counts import count
 from flashdreams.planning.operators import OperatorTimes, median_s
 
 GB, TERA, GIB = 1e9, 1e12, 2**30
+
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Files that hold the limit of a container in bytes, of both versions of control groups."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +219,7 @@ def measure_cpu(rows: int = 64, dim: int = 192) -> Device:
     (call_us, _), (cold_call_us, cold_bytes) = (_engine_call(times, dim) for dim in (24, dim))
     return Device(
         name=f"this CPU, {torch.get_num_threads()} threads",
-        memory_gib=_memory_bytes() / GIB,
+        memory_gib=host_memory_bytes() / GIB,
         peak_tflops=0.0,
         gemm_tflops=rate(8 * rows * dim * dim, TERA, lambda: torch.addmm(b, x, w)),
         attention_tflops=rate(attended, TERA, lambda: F.scaled_dot_product_attention(q, k, k)),
@@ -265,7 +270,15 @@ def _engine_call(times: OperatorTimes, dim: int) -> tuple[float, float]:
     return 1e6 * max(0.0, seconds - own_s) / work.calls, work.bytes_per_call
 
 
-def _memory_bytes() -> int:
-    import os
+def host_memory_bytes() -> int:
+    """Memory of the host that this process may use: the machine's, its container's or its own."""
+    import resource
 
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    own, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if own != resource.RLIM_INFINITY:
+        limits.append(own)
+    for file in CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+            limits.append(int(Path(file).read_text("ascii")))
+    return min(limits)

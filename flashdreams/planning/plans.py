@@ -26,6 +26,9 @@ STEADY_CHUNKS = 64
 RESERVE_GIB = 1.5
 """GiB of a GPU that the CUDA context, libraries and the allocator's gaps take; assumed."""
 
+HOST_RESERVE_GIB = 0.75
+"""GiB of address space that Python, torch and this package take; measured on Linux."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -241,6 +244,11 @@ class Planner:
         self.parallel = parallel or ParallelConfig()
         self.guided = config.diffusion_model.guidance_scale is not None
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device is none of this host's CPUs."""
+        return self.device.source != "measured now"
+
     def plans(self, ranks: int) -> list[Plan]:
         """All plans for a number of ranks: those that fit first, the fastest first."""
         found = [self.plan(degrees) for degrees in self._degrees(ranks)]
@@ -297,7 +305,7 @@ class Planner:
         caches = network.caches * branches
         everything = network.state * branches + decoder_state
         tokens = getattr(config, "window_size_t", 0)
-        on_gpu = self.device.source != "measured now"
+        on_gpu = self.on_gpu
         captures = on_gpu and getattr(config, "use_cuda_graph", False)
         graphs = network.activations if captures else 0
         fused = on_gpu and getattr(config, "fused_kernels", False) is not False
@@ -311,7 +319,7 @@ class Planner:
                 state=everything - caches,
                 activations=max(network.activations, decoding),
                 graphs=graphs,
-                reserve=int(RESERVE_GIB * GIB) if on_gpu else 0,
+                reserve=int((RESERVE_GIB if on_gpu else HOST_RESERVE_GIB) * GIB),
             ),
             work=work,
             ms=predict_ms(work, degrees, self.device, fused),

@@ -173,7 +173,7 @@ def test_all_legal_degrees_are_there_and_the_best_is_first():
 def test_more_memory_is_advised_where_it_does_not_fit():
     small = DEVICES["H100-80GB"]
     text = explain(LINGBOT, small, ParallelDegrees())
-    assert "kv cache 72.48" in text and "there are 79.60 GiB" in text
+    assert "KV cache 72.48" in text and "there are 79.60 GiB" in text
     assert "The cheapest change that fits: 2 ranks: torchrun --nproc-per-node 2" in text
 
 
