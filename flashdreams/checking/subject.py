@@ -65,6 +65,13 @@ class Subject:
         pipeline = derive_config(self.config.pipeline, diffusion_model={"transformer": sizes})
         return dataclasses.replace(self, config=derive_config(self.config, pipeline=pipeline))
 
+    def in_dtype(self, dtype: str) -> "Subject":
+        """The same with a transformer of another type."""
+        pipeline = derive_config(
+            self.config.pipeline, diffusion_model={"transformer": {"dtype": dtype}}
+        )
+        return dataclasses.replace(self, config=derive_config(self.config, pipeline=pipeline))
+
     def open(self, **degrees: Any) -> "Bench":
         """Build the method on the ranks that there are.
 
