@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from flashdreams.infra.fingerprint import differences
 from flashdreams.infra.session import Command
+from flashdreams.infra.stored_choices import MAX_LINE_BYTES
+from flashdreams.runtime.text import check_regular
 
 LOG_FORMAT = 1
 """Number of the form of the lines; another one is refused."""
@@ -211,6 +213,14 @@ def _read_opening(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"text": [row["text"]], **tensors} if "text" in row else dict(tensors)
 
 
+def _rows(file: BinaryIO) -> Iterator[Any]:
+    """The lines of a log, one at a time, so that the first that is none ends the reading."""
+    while (line := file.readline(MAX_LINE_BYTES)).endswith(b"\n"):
+        yield json.loads(line)
+    if len(line) == MAX_LINE_BYTES:
+        raise ValueError(f"a line is longer than {MAX_LINE_BYTES} bytes")
+
+
 def read_log(path: Path) -> Replay:
     """Read a log; a last line that was cut off is left out.
 
@@ -218,8 +228,9 @@ def read_log(path: Path) -> Replay:
         LogError: it cannot be read, or is none.
     """
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
-        rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        check_regular(path)
+        with path.open("rb") as file:
+            rows = list(_rows(file))
         header = rows[0]
         if header["format"] != LOG_FORMAT:
             raise LogError(

@@ -14,7 +14,8 @@ from torch import Tensor
 from flashdreams.runtime.checkpoint.config import WRAPPER_MARKERS, CheckpointError, LoRA
 from flashdreams.runtime.checkpoint.keys import KeyMap, describe_mismatch, rename
 from flashdreams.runtime.checkpoint.read import TensorSlice, TensorStore, open_tensors
-from flashdreams.runtime.checkpoint.source import ensure_local
+from flashdreams.runtime.checkpoint.source import MAX_INDEX_BYTES, ensure_local
+from flashdreams.runtime.text import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +239,7 @@ def _adapter_settings(path: Path) -> Mapping[str, object]:
     if not path.is_file():
         return {}
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(read_text(path, MAX_INDEX_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON. Download it again") from error
     if not isinstance(settings, dict):
