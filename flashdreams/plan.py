@@ -60,6 +60,7 @@ def main(argv: Sequence[str]) -> int:
     from flashdreams.planning.plans import Planner
     from flashdreams.planning.table import summary, table
     from flashdreams.registry import PluginError, discover
+    from flashdreams.runtime.text import printable
 
     try:
         runner: Any = discover().resolve(options.slug)
@@ -70,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         fps = options.fps or runner.fps
         plans = Planner(config, device, fps=fps, parallel=runner.parallel).plans(count)
     except (ValueError, TypeError, PluginError) as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        print(printable(f"{PROGRAM}: error: {error}"), file=sys.stderr)
         return WRONG_USAGE
     c: Any = config.diffusion_model.transformer
     print(f"{options.slug} on {count} x {device.name}, latents {c.latent_height}x{c.latent_width}")

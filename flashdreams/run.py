@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, cast
+from typing import Any, NoReturn
 
 import flashdreams
 from flashdreams.infra.config import (
@@ -25,7 +25,7 @@ from flashdreams.infra.config import (
 from flashdreams.registry import VARIABLE, PluginError, Registry, discover, is_runner_config
 from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.command_text import one_line, table, terminal_width, whole_paragraphs
-from flashdreams.runtime.standard_error import LossyStream
+from flashdreams.runtime.standard_error import prepare_streams
 from flashdreams.runtime.termination import (
     IMPORT_DEADLINE_S,
     Terminated,
@@ -82,10 +82,7 @@ class CommandLine:
 def entry_point() -> None:
     """Run the process's own command line and exit with its code."""
     raise_on_sigterm(before_end=_say_stopped)
-    # A program that was started without them (>&- 2>&-) works in silence.
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    errors = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = cast(TextIO, LossyStream(errors))
+    prepare_streams()
     leave(main(sys.argv[1:]))
 
 

@@ -23,8 +23,9 @@ from flashdreams.run import (
     stopped,
     with_advice,
 )
+from flashdreams.runtime.standard_error import prepare_streams
 from flashdreams.runtime.termination import raise_on_sigterm
-from flashdreams.runtime.text import say
+from flashdreams.runtime.text import say, tell
 from flashdreams.serving.limits import ServingLimits
 from flashdreams.serving.web.settings import WebSettings
 
@@ -51,6 +52,7 @@ class ServeOptions:
 def entry_point() -> None:
     """Run the process's own command line and exit with its code."""
     raise_on_sigterm(grace_s=DRAIN_S)
+    prepare_streams()
     leave(main(sys.argv[1:]))
 
 
@@ -163,7 +165,7 @@ def _load_and_run(options: ServeOptions, config: Any, web: Any, debug: bool) -> 
         if web is not None and server.host is not None:
             web.serve(server.host)
             places = "1 place" if server.host.places == 1 else f"{server.host.places} places"
-            print(f"READY {web.url} {config.runner_name} on {runner.device}, {places}", flush=True)
+            tell(f"READY {web.url} {config.runner_name} on {runner.device}, {places}")
         server.run()
         runner.end_serving()
     except KeyboardInterrupt as stop:

@@ -38,10 +38,11 @@ from flashdreams.parallel.mesh import DEGREES, Mesh, ParallelConfig
 from flashdreams.parallel.messages import MessageChannel
 from flashdreams.parallel.peers import PeerWatch
 from flashdreams.parallel.watchdog import Watchdog
-from flashdreams.runtime.files import InUseError, open_owned
+from flashdreams.runtime.files import InUseError, check_target, open_owned
 from flashdreams.runtime.noise import SEED_LIMIT
 from flashdreams.runtime.run_report import write_report
 from flashdreams.runtime.segments import SegmentedVideo
+from flashdreams.runtime.text import tell
 from flashdreams.runtime.trace import Tracer, slowest_rank, write_trace
 from flashdreams.runtime.video import VideoWriter
 
@@ -179,7 +180,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         self.mesh = self._build_mesh()
         reports = self.pipeline.parallelize(self.mesh)
         if self.environment.world_size > 1 and self.is_rank_zero:
-            print(f"ranks: {self.mesh.degrees}; transformer: {reports['transformer']}")
+            tell(f"ranks: {self.mesh.degrees}; transformer: {reports['transformer']}")
         self._apply_choices()
         self._resources = contextlib.ExitStack()
         self._videos: list[Path] = []
@@ -198,7 +199,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         with announced("warming up", where), self.pipeline.guard("warm-up", None, limit_s):
             warmed_up = self.pipeline.warm_up()
         if warmed_up.steps and self.is_rank_zero:
-            print(f"{warmed_up.measured}ready: {warmed_up}", flush=True)
+            tell(f"{warmed_up.measured}ready: {warmed_up}")
         self.recorder = RunRecorder(config, self.environment, self.mesh, self.pipeline)
         self.recorder.resumable = bool(self.resumable.every or self.resumable.goes_on)
         self.pipeline.observers.append(self.recorder.observe)
@@ -212,7 +213,7 @@ class Runner(Generic[ConfigT, PipelineT]):
             stored = from_rank_zero(lambda: read_choices(source))
         for line in () if stored is None else self.pipeline.apply_choices(stored):
             if self.is_rank_zero:
-                print(f"numerics: {line}.", flush=True)
+                tell(f"numerics: {line}.")
 
     def _build_mesh(self) -> Mesh:
         """The mesh that is asked for; a run that goes on takes one that fits its ranks."""
@@ -223,7 +224,7 @@ class Runner(Generic[ConfigT, PipelineT]):
             if not self.resumable.goes_on:
                 raise
             if self.is_rank_zero:
-                print(f"ranks: {error} This run goes on with degrees that fit.", flush=True)
+                tell(f"ranks: {error} This run goes on with degrees that fit.")
             degrees = dict.fromkeys(DEGREES, "auto")
             return self.pipeline.build_mesh(ranks, replace(asked, **degrees))  # type: ignore[arg-type]
 
@@ -294,7 +295,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         frames = progress.turns * self.pipeline.diffusion_model.transformer.config.len_t
         from_rank_zero(lambda: self.recorder.resume(progress.turns, frames))
         if self.is_rank_zero:
-            print(f"resumed before AR step {progress.cache.next_index}", flush=True)
+            tell(f"resumed before AR step {progress.cache.next_index}")
 
     def stream(self, total_blocks: int) -> Iterator[Step]:
         """AR steps of a session that is told ``commands``, with a progress bar on rank zero.
@@ -403,10 +404,9 @@ class Runner(Generic[ConfigT, PipelineT]):
         if self.is_rank_zero:
             if self.recorder.resumable:
                 self.resumable.finish()
-            with contextlib.suppress(OSError):  # all is written, whether or not anybody reads it
-                print("written:", *self._videos, *files, flush=True)
-                if self.recorder.replay is not None:
-                    print(self.recorder.replay.verdict(self.recorder.log_header()), flush=True)
+            tell(" ".join(["written:", *map(str, [*self._videos, *files])]))
+            if self.recorder.replay is not None:
+                tell(self.recorder.replay.verdict(self.recorder.log_header()))
         self._leave()
 
     def serve(self) -> None:
@@ -481,6 +481,8 @@ def claim_output(config: RunnerConfig) -> BinaryIO:
         ValueError: one line that says what is in the way.
     """
     folder = config.output_dir
+    if config.trace is not None:
+        check_target(config.trace, "--trace")
     lock = folder / f".{config.runner_name}.lock"
     try:
         return open_owned(lock)

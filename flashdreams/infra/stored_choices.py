@@ -13,10 +13,10 @@ from flashdreams.attention.choose import AUTO
 from flashdreams.infra.diffusion.transformer import Transformer
 from flashdreams.infra.snapshot_header import read_header
 from flashdreams.parallel.mesh import Mesh
-from flashdreams.runtime.text import shown
+from flashdreams.runtime.text import check_regular, shown
 
-MAX_LINE_BYTES = 2**24
-"""Of the first line of a log, which holds a config."""
+MAX_LINE_BYTES = 2**25
+"""Of a line of a log; the first one holds a config, and for a served session an image."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ def read_choices(path: Path) -> Mapping[str, Any]:
     if path.is_dir():
         return read_header(path).fingerprint
     try:
+        check_regular(path)
         with path.open("rb") as file:
             found = json.loads(file.readline(MAX_LINE_BYTES))["fingerprint"]
         if not isinstance(found, dict):

@@ -11,9 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from flashdreams.infra.config import config_fields, conforms, field_annotation
 from flashdreams.models.wan.transformer import WanTransformerConfig
 from flashdreams.planning.counts import count
 from flashdreams.planning.operators import OperatorTimes, median_s
+from flashdreams.runtime.text import quoted, read_text
+
+MAX_DEVICES_BYTES = 2**17
+"""Largest file of devices."""
 
 GB, TERA, GIB = 1e9, 1e12, 2**30
 
@@ -144,20 +149,42 @@ def read_devices(path: Path) -> dict[str, Device]:
     import yaml
 
     try:
-        entries = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"--devices {path} cannot be read: {error}") from error
+        entries = yaml.safe_load(read_text(path, MAX_DEVICES_BYTES, "utf-8-sig"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--devices {path} cannot be read: {reason}") from error
     if not isinstance(entries, Mapping):
         raise ValueError(f"--devices {path} must hold a mapping: name -> fields of a device.")
     table = dict(DEVICES)
     for name, values in entries.items():
+        if not isinstance(name, str) or not isinstance(values, Mapping):
+            raise ValueError(
+                f"--devices {path}: {quoted(name)} must be a name with fields below it."
+            )
         known = asdict(table[name]) if name in table else {"name": name}
         note = {"source": f"{known.get('source', '')} changed by {path}".strip()}
         try:
             table[name] = Device(**{**known, **note, **values})
         except TypeError as error:
             raise ValueError(f"--devices {path}: {name}: {error}") from error
+        _check_figures(table[name], f"--devices {path}: {name}")
     return table
+
+
+def _check_figures(device: Device, title: str) -> None:
+    """Refuse what is no figure of a device.
+
+    Raises:
+        ValueError: a field of another type, or a number that is negative, not finite, or 0 where
+            the default is not.
+    """
+    for name, known in config_fields(device).items():
+        value = getattr(device, name)
+        fits = conforms(value, field_annotation(Device, name))
+        if fits and isinstance(value, int | float):
+            fits = 0 < value < float("inf") or (value == 0 and known.default == 0)
+        if not fits:
+            raise ValueError(f"{title}: {name} cannot be {quoted(value)}.")
 
 
 def resolve_gpus(text: str, table: Mapping[str, Device]) -> tuple[int, Device]:

@@ -163,6 +163,29 @@ def write_whole(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
         raise
 
 
+def check_target(path: Path, option: str) -> None:
+    """Refuse a file that could not get its name at the end, before anything is made for it.
+
+    Args:
+        path: of `write_whole`; its directory is made where it does not exist.
+        option: what names it.
+
+    Raises:
+        ValueError: one line that says what is in the way.
+    """
+    reason = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # a device would be replaced by a file
+            reason = "it exists and is not a regular file"
+        elif not os.access(path.parent, os.W_OK):
+            reason = os.strerror(errno.EACCES)
+    except OSError as error:
+        reason = error.strerror
+    if reason is not None:
+        raise ValueError(f"{option} {path} cannot be written: {reason}. Name another file.")
+
+
 def remedy(error: OSError) -> str:
     """What to do about a file that could not be written."""
     full = error.errno in _FULL or os.strerror(errno.ENOSPC) in str(error)

@@ -1,7 +1,9 @@
 """A stream for messages and progress bars whose loss is no error of the run."""
 
 import contextlib
-from typing import Any, TextIO
+import os
+import sys
+from typing import Any, TextIO, cast
 
 
 class LossyStream:
@@ -34,4 +36,11 @@ class LossyStream:
         return getattr(self._stream, name)
 
 
-__all__ = ["LossyStream"]
+def prepare_streams() -> None:
+    """Let the process work in silence where it was started without them (``>&- 2>&-``)."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    errors = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = cast(TextIO, LossyStream(errors))
+
+
+__all__ = ["LossyStream", "prepare_streams"]

@@ -13,7 +13,8 @@ from typing import Literal
 import tyro
 from tyro.conf import Positional
 
-from flashdreams.runtime.files import write_whole
+from flashdreams.runtime.files import check_target, write_whole
+from flashdreams.runtime.text import printable
 from flashdreams.serving.client import LiveClient, Received, SessionError
 from flashdreams.serving.replay import Logged, read_log, replay
 
@@ -49,6 +50,8 @@ class ClientOptions:
     def __post_init__(self) -> None:
         if self.record is not None and self.format != "m4s":
             raise ValueError("--record writes what arrives as mp4, so it needs --format m4s.")
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"--seconds {self.seconds}: must be positive and finite.")
 
 
 def entry_point() -> None:
@@ -68,6 +71,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         options = tyro.cli(ClientOptions, args=list(argv), prog=PROGRAM)
         log = [] if options.log is None else read_log(options.log)
+        if options.record is not None:
+            check_target(options.record, "--record")
         report = asyncio.run(visit(options, log))
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -104,8 +109,8 @@ async def visit(options: ClientOptions, log: Sequence[Logged]) -> dict[str, obje
         if client.done is None:
             await client.stop()
         if options.record is not None:
-            with write_whole(options.record) as film:
-                film.write(client.binary)
+            with write_whole(options.record) as file:
+                file.write(client.binary)
         return client.figures.report()
 
 
@@ -131,11 +136,11 @@ async def _take_all(pictures: AsyncIterator[Received]) -> None:
 
 
 def _text(report: dict[str, object]) -> str:
-    return "\n".join(f"{name:>18}: {value}" for name, value in report.items())
+    return printable("\n".join(f"{name:>18}: {value}" for name, value in report.items()))
 
 
 def _say(error: object, code: int) -> int:
-    print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+    print(printable(f"{PROGRAM}: error: {error}"), file=sys.stderr)
     return code
 
 

@@ -165,14 +165,7 @@ def read_initial_latent(config: MatrixGameRunnerConfig) -> Tensor | None:
     if path is None:
         return None
     shape = (1, c.in_channels, c.len_t, c.latent_height, c.latent_width)
-    latent = load_initial_latent(path, shape, "--initial-latent")
-    chunks = latent.shape[2] // c.len_t
-    if chunks > config.total_blocks:
-        raise ValueError(
-            f"--initial-latent {path}: holds {chunks} chunks, and --total-blocks "
-            f"{config.total_blocks} counts them too. Type --total-blocks {chunks + 1} or more."
-        )
-    return latent
+    return load_initial_latent(path, shape, "--initial-latent", config.total_blocks)
 
 
 def read_first_frame(config: MatrixGameRunnerConfig) -> Tensor:
