@@ -22,8 +22,9 @@ from flashdreams.infra.config import (
     field_annotation,
     is_config,
 )
+from flashdreams.parallel.siblings import watch_siblings
 from flashdreams.registry import VARIABLE, PluginError, Registry, discover, is_runner_config
-from flashdreams.runtime.checkpoint import CheckpointError
+from flashdreams.runtime.checkpoint import CheckpointError, MissingWeightsError
 from flashdreams.runtime.command_text import one_line, table, terminal_width, whole_paragraphs
 from flashdreams.runtime.standard_error import LossyStream
 from flashdreams.runtime.termination import (
@@ -46,7 +47,6 @@ _OWN_OPTIONS = {
     "--debug": "show the traceback of an error",
     "--version": "print the versions of this package, of Python and of PyTorch, and stop",
 }
-
 
 _PAUSE_S = 3.0
 """How long a rank waits for another one to say what is wrong."""
@@ -83,6 +83,7 @@ class CommandLine:
 def entry_point() -> None:
     """Run the process's own command line and exit with its code."""
     raise_on_sigterm(before_end=_say_stopped)
+    watch_siblings()
     # A program that was started without them (>&- 2>&-) works in silence.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     errors = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
@@ -92,7 +93,7 @@ def entry_point() -> None:
 
 def leave(code: int) -> NoReturn:
     """End the process, quickly, once all is written."""
-    # Whoever is impatient with the interpreter's own end may cut it short.
+    # The interpreter's own end may be cut short by a second signal.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     # Otherwise the interpreter looks through all of PyTorch for rubbish once more, for a second.
@@ -370,10 +371,8 @@ def _run(config: Any, debug: bool, replay: Any = None) -> int:
             runner.recorder.replay = replay
     except KeyboardInterrupt as stop:
         return _stopped(stop)
-    except (ValueError, TypeError) as error:
-        return report(error, WRONG_USAGE, debug)
     except Exception as error:
-        return report(with_advice(error, config), RUN_FAILED, debug)
+        return report(with_advice(error, config), code_before_run(error), debug)
     try:
         try:
             runner.run()
@@ -390,6 +389,12 @@ def _run(config: Any, debug: bool, replay: Any = None) -> int:
     except Exception as error:
         return report(with_advice(error, config), RUN_FAILED, debug)
     return DONE
+
+
+def code_before_run(error: Exception) -> int:
+    """Exit code of a set-up that failed: 2 for what config and headers of files tell."""
+    damaged = isinstance(error, CheckpointError) and not isinstance(error, MissingWeightsError)
+    return WRONG_USAGE if damaged or isinstance(error, ValueError | TypeError) else RUN_FAILED
 
 
 def with_advice(error: Exception, config: Any) -> Exception:
@@ -415,14 +420,15 @@ def report(
     another rank lets that one speak first. On several ranks an error that is
     nobody's mistake shows its traceback at once: such a run is not easily repeated.
     """
-    readable = [ValueError, OSError, ImportError, PluginError, CheckpointError]
-    readable.append(FloatingPointError)  # of the values that a run has made
+    from flashdreams.parallel.environment import OtherRankError
+
+    readable = [ValueError, OSError, ImportError, PluginError, CheckpointError, FloatingPointError]
     if code == WRONG_USAGE:
         readable.append(TypeError)
     lines = [" ".join(line.split()) for line in str(error).splitlines()]
     listed = isinstance(error, (CheckpointError, ImportError))
     text = ("\n  " if listed else " ").join(filter(None, lines))
-    repeats = _repeats_another_rank(error)
+    repeats = isinstance(error, OtherRankError)
     unexpected = not (repeats or isinstance(error, tuple(readable))) or not text
     debug = debug or (unexpected and code == RUN_FAILED and _ranks() > 1)
     if debug:
@@ -468,13 +474,6 @@ def _print_on_rank_zero(text: str, stream: Any = None) -> None:
     """Print on rank zero only."""
     if _rank() == 0:
         print(text, file=stream or sys.stdout, flush=True)
-
-
-def _repeats_another_rank(error: Exception) -> bool:
-    """Whether the error only says that another rank has one, which that rank states itself."""
-    from flashdreams.parallel.environment import OtherRankError
-
-    return isinstance(error, OtherRankError)
 
 
 def _shares_terminal() -> bool:

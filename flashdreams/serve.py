@@ -12,11 +12,13 @@ from typing import Any
 import tyro
 from tyro.conf import OmitArgPrefixes
 
+from flashdreams.parallel.siblings import watch_siblings
 from flashdreams.run import (
     DONE,
     RUN_FAILED,
     WRONG_USAGE,
     UsageError,
+    code_before_run,
     leave,
     read_config,
     report,
@@ -50,6 +52,7 @@ class ServeOptions:
 def entry_point() -> None:
     """Run the process's own command line and exit with its code."""
     raise_on_sigterm(grace_s=DRAIN_S)
+    watch_siblings()
     leave(main(sys.argv[1:]))
 
 
@@ -142,10 +145,9 @@ def _load_and_run(options: ServeOptions, config: Any, web: Any, debug: bool) -> 
         runner = config.setup()
     except KeyboardInterrupt as stop:
         return _stopped(stop)
-    except (ValueError, TypeError) as error:
-        return report(error, WRONG_USAGE, debug, program=PROGRAM)
     except Exception as error:
-        return report(with_advice(error, config), RUN_FAILED, debug, program=PROGRAM)
+        code = code_before_run(error)
+        return report(with_advice(error, config), code, debug, program=PROGRAM)
     ready = False
     try:
         if web is not None:
@@ -171,7 +173,7 @@ def _load_and_run(options: ServeOptions, config: Any, web: Any, debug: bool) -> 
         runner.abort()
         explained = runner.explain(error)
         failure = explained if isinstance(explained, Exception) else error
-        code = WRONG_USAGE if isinstance(error, ValueError) and not ready else RUN_FAILED
+        code = RUN_FAILED if ready else code_before_run(error)
         return report(with_advice(failure, config), code, debug, program=PROGRAM)
     return DONE
 

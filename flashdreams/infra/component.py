@@ -14,8 +14,8 @@ from flashdreams.infra.config import InstantiateConfig
 from flashdreams.parallel.plan import ParallelPlan
 from flashdreams.runtime.checkpoint import (
     CheckpointConfig,
-    CheckpointError,
     LoRA,
+    concerning,
     load_checkpoint,
     merge_loras,
     parse_lora,
@@ -164,13 +164,10 @@ def load_component(
     loras = component_loras(component)
     if checkpoint is not None and not component.loads_parts:
         dtype_of = component.dtype_of
-        try:
+        with concerning(checkpoint):
             load_checkpoint(
                 component, checkpoint, device=device, dtype=dtype_of, slices=slices, loras=loras
             )
-        except CheckpointError as error:
-            error.checkpoint = checkpoint
-            raise
         component.init_buffers()
     elif loras:
         merge_loras(component, loras, slices=slices)
@@ -187,15 +184,24 @@ def component_loras(component: Component) -> list[LoRA]:
     return [parse_lora(text, download=download) for text in getattr(config, "loras", ())]
 
 
-def check_loras(component: Component, slices: Mapping[str, Any] | None = None) -> None:
-    """Compare a component's LoRAs with it and its checkpoint; reads no weights.
+def check_weights(component: Component, slices: Mapping[str, Any] | None = None) -> None:
+    """Compare a component with its checkpoint and its LoRAs; reads headers, and no weights.
+
+    Args:
+        component: and those that it is made of, as for `load_component`.
+        slices: this rank's parts, by parameter.
 
     Raises:
-        CheckpointError: a file is missing or does not fit.
+        CheckpointError: a file is missing or damaged, or does not fit.
     """
-    loras, checkpoint = component_loras(component), component.config.checkpoint
-    if loras and checkpoint is not None:
-        load_checkpoint(component, checkpoint, device="meta", slices=slices, loras=loras)
+    checkpoint = component.config.checkpoint
+    if component.loads_parts:
+        for name, part in nested_components(component).items():
+            check_weights(part, slices_of_part(name, slices))
+    elif checkpoint is not None:
+        loras = component_loras(component)
+        with concerning(checkpoint):
+            load_checkpoint(component, checkpoint, device="meta", slices=slices, loras=loras)
 
 
 def nested_components(component: Component) -> dict[str, Component]:

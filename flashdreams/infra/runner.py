@@ -156,12 +156,16 @@ class Runner(Generic[ConfigT, PipelineT]):
             config.device, meeting_s=min(config.start_deadline_s, MEETING_DEADLINE_S)
         )
         set_up_logging(self.environment, as_json=config.log_json)
+        self._resources = contextlib.ExitStack()
+        self._peers = self._resources.enter_context(PeerWatch(self.environment))
         self._claim = claim_output(config) if self.is_rank_zero else None
         try:
             self._assemble(config)
-        except BaseException:
+        except BaseException as error:
             self._give_back_output()
-            raise
+            if (found := self.explain(error)) is error:
+                raise
+            raise found from error
 
     def _assemble(self, config: ConfigT) -> None:
         require_packages(config.pipeline, fetch_all=self.fetch_all)
@@ -180,14 +184,12 @@ class Runner(Generic[ConfigT, PipelineT]):
         if self.environment.world_size > 1 and self.is_rank_zero:
             print(f"ranks: {self.mesh.degrees}; transformer: {reports['transformer']}")
         self._apply_choices()
-        self._resources = contextlib.ExitStack()
         self._videos: list[Path] = []
         self._video: SegmentedVideo | None = None
         if self.environment.world_size > 1:
             watchdog = Watchdog(self.environment, config.step_deadline_s)
             self._resources.enter_context(watchdog)
             self.pipeline.guard = watchdog.stage
-        self._peers = self._resources.enter_context(PeerWatch(self.environment))
         self.tracer = Tracer(self.environment.rank, keep=config.trace is not None)
         self.pipeline.guard = traced(self.pipeline.guard, self.tracer, self.mesh)
         limit_s = config.start_deadline_s

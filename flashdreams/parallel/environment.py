@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashdreams.parallel.attempt import agree_on_attempt
+from flashdreams.parallel.siblings import watch_siblings
 
 T = TypeVar("T")
 
@@ -133,6 +134,7 @@ def init(
         torch.cuda.set_device(chosen)
     if world_size == 1:
         return Environment(rank, local_rank, world_size, chosen)
+    watch_siblings()
     store, pids, restarted = _connect(
         chosen, timedelta(seconds=timeout_s), timedelta(seconds=meeting_s)
     )

@@ -15,7 +15,7 @@ from flashdreams import run
 from flashdreams.infra.config import InstantiateConfig, derive_config
 from flashdreams.parallel.environment import OtherRankError
 from flashdreams.registry import VARIABLE, PluginError, Registry, Source
-from flashdreams.runtime.checkpoint import CheckpointError
+from flashdreams.runtime.checkpoint import CheckpointError, MissingWeightsError
 from flashdreams.runtime.termination import Terminated
 
 ROOT = Path(__file__).parents[2]
@@ -371,7 +371,8 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
     [
         ("setup", ValueError("12 heads do not\n divide"), 2, "error: 12 heads do not divide"),
         ("setup", TypeError("wrong type"), 2, "error: wrong type"),
-        ("setup", CheckpointError("x.safetensors is truncated"), 1, "error: x.safetensors is tr"),
+        ("setup", CheckpointError("x.safetensors is truncated"), 2, "error: x.safetensors is tr"),
+        ("setup", MissingWeightsError("no x.safetensors"), 1, "error: no x.safetensors"),
         ("setup", FileNotFoundError(2, "No such file", "p.txt"), 1, "No such file: 'p.txt'"),
         ("run", ValueError("no such prompt"), 1, "error: no such prompt"),
         ("run", OSError(28, "No space left on device"), 1, "No space left on device"),

@@ -2,7 +2,7 @@
 
 from pathlib import Path, PurePosixPath
 
-from flashdreams.runtime.checkpoint.config import CheckpointConfig, CheckpointError
+from flashdreams.runtime.checkpoint.config import CheckpointConfig, MissingWeightsError
 
 
 def cached_file(config: CheckpointConfig) -> Path:
@@ -28,7 +28,7 @@ def download_file(config: CheckpointConfig) -> None:
     """Fetch the file, compare its checksum and move it into place; never half a file.
 
     Raises:
-        CheckpointError: the address cannot be reached, or holds another file.
+        MissingWeightsError: the address cannot be reached, or holds another file.
     """
     import torch
 
@@ -37,7 +37,7 @@ def download_file(config: CheckpointConfig) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(config.source, str(path), hash_prefix=config.sha256)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(
+        raise MissingWeightsError(
             f"Could not download {config.source}: {str(error).splitlines()[0]}. Without a network, "
             f"fetch it elsewhere: {fetch_command(config)}; then name the file with "
             "checkpoint.source"

@@ -11,7 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flashdreams.runtime.checkpoint.config import WRAPPER_MARKERS, CheckpointError, LoRA
+from flashdreams.runtime.checkpoint.config import (
+    WRAPPER_MARKERS,
+    CheckpointError,
+    LoRA,
+    concerning,
+)
 from flashdreams.runtime.checkpoint.keys import KeyMap, describe_mismatch, rename
 from flashdreams.runtime.checkpoint.read import TensorSlice, TensorStore, open_tensors
 from flashdreams.runtime.checkpoint.source import ensure_local
@@ -83,13 +88,14 @@ def resolve_loras(
     updates: dict[str, list[Update]] = {}
     for lora in loras:
         source = lora.checkpoint.source
-        try:
-            local = ensure_local(lora.checkpoint)
-            store = open_tensors(local, lora.checkpoint.select)
-            settings = _adapter_settings(local.files[0].parent / "adapter_config.json")
-        except CheckpointError as error:
-            raise CheckpointError(f"LoRA {source}: {error}") from error
-        found = _resolve(lora, store, shapes, key_maps, settings)
+        with concerning(lora.checkpoint):
+            try:
+                local = ensure_local(lora.checkpoint)
+                store = open_tensors(local, lora.checkpoint.select)
+                settings = _adapter_settings(local.files[0].parent / "adapter_config.json")
+            except CheckpointError as error:
+                raise type(error)(f"LoRA {source}: {error}") from error
+            found = _resolve(lora, store, shapes, key_maps, settings)
         for name, several in found.items():
             updates.setdefault(name, []).extend(several)
         logger.info("LoRA %s: %d tensors, weight %g.", source, len(found), lora.weight)
