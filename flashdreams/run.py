@@ -40,12 +40,12 @@ DONE, RUN_FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: 2 means that nothing was started, 1 that what was started failed."""
 
 _OWN_OPTIONS = {
-    "--config FILE": "take the slug and all fields from a file; further flags override it",
-    "--replay FILE": "make the frames of a log (log_<slug>.jsonl) again, and compare the hashes",
-    "--print-config": "print the config in the form of such a file, and stop",
-    "--no-instantiate": "print the resolved config, and stop",
+    "--config FILE": "read the slug and all fields from a file; further flags override it",
+    "--replay FILE": "reproduce the frames of a log (log_<slug>.jsonl) and compare the hashes",
+    "--print-config": "print the config as such a file and exit",
+    "--no-instantiate": "print the resolved config and exit",
     "--debug": "show the traceback of an error",
-    "--version": "print the versions of this package, of Python and of PyTorch, and stop",
+    "--version": "print the versions of flashdreams, Python and PyTorch and exit",
 }
 
 _PAUSE_S = 3.0
@@ -281,7 +281,7 @@ def _read_config_file(path: Path, registry: Registry, named: Any) -> Any:
     if named is not None and config.runner_name != named.runner_name:
         raise UsageError(
             f"{path} is a config of {quoted(config.runner_name)}, not of {named.runner_name!r}: "
-            f"leave the slug away, or name the file's own."
+            f"omit the slug, or name the file's own."
         )
     return config
 
@@ -294,7 +294,7 @@ def _read_replay(line: CommandLine, registry: Registry) -> Any:
     path = line.replay_file
     assert path is not None
     if line.slug is not None or line.config_file is not None:
-        raise UsageError(f"--replay {path} has its own config; leave the slug and --config away.")
+        raise UsageError(f"--replay {path} has its own config; omit the slug and --config.")
     line.replay = read_log(path)
     text = line.replay.header["config"]
     if text is None:
@@ -337,13 +337,13 @@ def _apply_overrides(config: Any, line: CommandLine) -> Any:
 
 
 def _about(config: Any) -> str:
-    """What stands above the flags in the help of a slug."""
+    """The text above the flags in the help of a slug."""
     lines = [getattr(config, "description", "")]
     lines += [f"{name}: {text}." for name, text in _OWN_OPTIONS.items()]
     absent = list(_absent_components(config, ""))
     if absent:
         lines.append(
-            f"--config FILE is also the way to set what is None here: {', '.join(absent)}."
+            f"Components that are None have no flags, set them with --config: {', '.join(absent)}."
         )
     return "\n".join(lines)
 

@@ -38,11 +38,11 @@ DRAIN_S = 25.0
 
 @dataclass(kw_only=True)
 class ServeOptions:
-    """Serve a method live: flashdreams-serve SLUG [the flags of flashdreams-run SLUG] and these.
+    """Serve live sessions of a method: flashdreams-serve SLUG [flags of flashdreams-run SLUG].
 
-    Sizes, steps and guidance are those that the server was started with. Type flashdreams-run SLUG
-    --help for the flags of a method and flashdreams-run --help for the slugs. Under torchrun rank
-    zero serves, and all ranks run the same AR steps.
+    The flags of the method apply to all sessions; flashdreams-run SLUG --help lists them, and
+    flashdreams-run --help lists the slugs. Under torchrun, rank zero serves and all ranks run the
+    same AR steps.
     """
 
     web: OmitArgPrefixes[WebSettings] = field(default_factory=WebSettings)

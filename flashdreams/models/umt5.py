@@ -144,7 +144,7 @@ class UMT5TextEncoder(Encoder):
         self._check_lengths(self.tokenize(input))
 
     def example_input(self) -> list[str]:
-        """One short prompt: the tokenizer and the packages for text are then at hand."""
+        """One short prompt, with which warm-up loads the tokenizer and the packages for text."""
         return ["a street at night"]
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:

@@ -26,7 +26,7 @@ class Work:
     """Operations of one kind of call."""
 
     gemm_flops: int = 0
-    """Operations of matrix products."""
+    """Operations of matmuls."""
     attention_flops: int = 0
     """Operations of attention, as backends do it: no scores in memory."""
     convolution_flops: int = 0
@@ -34,9 +34,9 @@ class Work:
     narrow_flops: int = 0
     """The part of ``convolution_flops`` with fewer than `NARROW_CHANNELS` channels."""
     weight_bytes: int = 0
-    """Bytes of the weights of matrix products."""
+    """Bytes of the weights of matmuls."""
     gemm_bytes: int = 0
-    """Bytes that matrix products and convolutions read and write."""
+    """Bytes that matmuls and convolutions read and write."""
     other_bytes: int = 0
     """Bytes that everything else reads and writes."""
     calls: int = 0

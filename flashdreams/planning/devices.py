@@ -28,9 +28,9 @@ class Device:
     memory_gib: float
     """Memory of one, in GiB."""
     peak_tflops: float
-    """Dense bfloat16 products with float32 sums, 10^12 operations per second."""
+    """Dense bfloat16 matmuls with float32 accumulation, 10^12 operations per second."""
     gemm_tflops: float
-    """The same, reached by the products of a network."""
+    """The same, reached by the matmuls of a network."""
     attention_tflops: float
     """Reached by attention within a run."""
     convolution_tflops: float
@@ -45,7 +45,7 @@ class Device:
     call_us: float = 0.0
     """Least time of a kernel that the host has to launch; hidden on a GPU with enough work."""
     weights_gb_s: float = 0.0
-    """Bytes of weights that a product of few rows reads per second, in 10^9, where weights come
+    """Bytes of weights that a matmul of few rows reads per second, in 10^9, where weights come
     from memory and take time of their own, as on a CPU; 0 does not count them."""
     link_gb_s: float = 0.0
     """Bytes that one device sends to others of its node per second, in 10^9."""
@@ -187,7 +187,7 @@ def measure_cpu(rows: int = 64, dim: int = 192) -> Device:
     """What a CPU reaches, with the threads that torch has, in float32.
 
     Args:
-        rows: tokens of the products that are timed.
+        rows: tokens of the matmuls that are timed.
         dim: their width.
     """
     new = partial(torch.rand, dtype=torch.float32, device="cpu")

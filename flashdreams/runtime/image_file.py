@@ -10,7 +10,7 @@ from torch import Tensor
 from flashdreams.runtime.image_colours import as_rgb
 
 ORIENTATION = 0x0112
-"""Exif tag; 5 to 8 mean that rows and columns are exchanged."""
+"""Exif tag; 5 to 8 mean that rows and columns are swapped."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 """Decoders that a file may reach. Pillow tries 43 formats if none are named, and for a PostScript

@@ -59,4 +59,4 @@ class Delivery:
             try:
                 call()
             except Exception:
-                logger.exception("A listener failed; its session goes on.")
+                logger.exception("A listener failed; its session continues.")

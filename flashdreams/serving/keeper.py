@@ -93,7 +93,7 @@ class Keeper:
             self.dispatcher.tell(Order(kind=keeping.kind, session=live.id, values=values))
         except OrderError as error:
             if live.listener is not None:
-                text = f"No {keeping.kind}: {error} The session goes on."
+                text = f"No {keeping.kind}: {error} The session continues."
                 self.host.delivery.call(live.listener.on_refused, keeping.event_id, text)
             return
         with self.host.lock:
@@ -114,7 +114,7 @@ class Keeper:
         """Write a session to disk, in place of its older snapshot.
 
         Returns:
-            Whether it is there. If not the log says why, and the session goes on.
+            Whether it is there. If not the log says why, and the session continues.
         """
         with self.host.lock:
             live.snapped_at = time.monotonic()

@@ -21,6 +21,7 @@ from flashdreams.parallel.environment import init
 from flashdreams.registry import discover
 from flashdreams.run import _OWN_OPTIONS
 from tests.architecture.sources import PACKAGES, ROOT, python_files
+from tests.architecture.texts import texts_of
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
 
@@ -148,21 +149,6 @@ def remedies_in(texts: Iterable[str]) -> Remedies:
         for names in SETTING.findall(text):
             found.variables |= set(re.findall(r"[A-Z][A-Z0-9_]{2,}", " ".join(names)))
     return found
-
-
-def texts_of(source: str) -> Iterator[str]:
-    """Every text of a file, docstrings included; what an f-string fills in reads ``{}``."""
-    tree = ast.parse(source)
-    filled = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
-    inside = {id(part) for node in filled for part in node.values}
-    for node in filled:
-        yield "".join(
-            part.value if isinstance(part, ast.Constant) else "{}" for part in node.values
-        )
-    for node in ast.walk(tree):
-        text = isinstance(node, ast.Constant) and id(node) not in inside and node.value
-        if isinstance(text, str):
-            yield text
 
 
 @cache

@@ -6,7 +6,7 @@ from flashdreams.runtime.checkpoint.config import CheckpointConfig, MissingWeigh
 
 
 def cached_file(config: CheckpointConfig) -> Path:
-    """Where the file of an address lies once it is fetched: the folder of ``torch.hub``.
+    """Where the file of an address is once it is downloaded: the folder of ``torch.hub``.
 
     The name carries the checksum, or the commit in the address where none is known, so another file
     under the same name is another one here.

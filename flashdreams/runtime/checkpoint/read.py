@@ -152,7 +152,7 @@ class SafetensorsStore:
             self.infos |= beyond  # some indexes leave tensors out
 
     def read(self, wanted: Mapping[str, TensorSlice | None]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the wanted tensors file by file, in the order in which they lie in the files.
+        """Yield the wanted tensors file by file, in the order of the files.
 
         The mapping is read-only: unlike a private writable one, the kernel does not count it as
         memory, so a file may be larger than the machine's. Writing into a view would crash.

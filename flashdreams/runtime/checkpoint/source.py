@@ -241,7 +241,7 @@ def _package_folder(config: CheckpointConfig, package: str) -> Path:
 
 
 def _expanded(source: str) -> Path:
-    """A local path with ``~`` resolved; as it stands where there is no such home."""
+    """A local path with ``~`` resolved; unchanged where there is no such home."""
     try:
         return Path(source).expanduser()
     except RuntimeError:
