@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 PROGRAM = "flashdreams-check"
 PASSED, FAILED, WRONG_USAGE = 0, 1, 2
@@ -21,7 +21,7 @@ class CheckOptions:
     device. Every failure says what to change.
     """
 
-    slugs: Positional[Sequence[str]] = ()
+    slugs: Annotated[Positional[Sequence[str]], arg(metavar="[SLUG ...]")] = ()
     """Slugs of the methods; default: all registered methods."""
     only: Sequence[str] = ()
     """Names of the checks to run, such as "two ranks"; default: all."""

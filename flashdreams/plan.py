@@ -4,10 +4,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 PROGRAM = "flashdreams-plan"
 DONE, DOES_NOT_FIT, WRONG_USAGE = 0, 1, 2
@@ -23,7 +23,7 @@ class PlanOptions:
     reaches; the output says where that was measured.
     """
 
-    slug: Positional[str]
+    slug: Annotated[Positional[str], arg(metavar="SLUG")]
     """Slug of the method."""
     gpus: str | None = None
     """Number and type of GPUs, such as 8xH100-80GB; None: this machine (a CPU is measured)."""

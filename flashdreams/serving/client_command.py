@@ -8,10 +8,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from flashdreams.serving.client import LiveClient, SessionError
 from flashdreams.serving.replay import Logged, read_log, replay
@@ -24,7 +24,7 @@ DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 class ClientOptions:
     """Join a live session from a shell: record it, replay a control log, measure it."""
 
-    url: Positional[str] = "http://127.0.0.1:8000"
+    url: Annotated[Positional[str], arg(metavar="[URL]")] = "http://127.0.0.1:8000"
     """Address of the server."""
     token: str | None = None
     """Token, if the server requires one."""

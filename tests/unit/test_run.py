@@ -370,6 +370,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
     ("where", "error", "code", "message"),
     [
         ("setup", ValueError("12 heads do not\n divide"), 2, "error: 12 heads do not divide"),
+        ("setup", TypeError("wrong type"), 2, "error: wrong type"),
         ("setup", CheckpointError("x.safetensors is truncated"), 2, "error: x.safetensors is tr"),
         ("setup", MissingWeightsError("no x.safetensors"), 1, "error: no x.safetensors"),
         ("setup", FileNotFoundError(2, "No such file", "p.txt"), 1, "No such file: 'p.txt'"),

@@ -17,7 +17,7 @@ class WebSettings:
     """Address, access and per-client limits of the server."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; an address other than loopback requires ``token``."""
+    """Address to listen on; an address other than loopback requires ``--token``."""
     port: int = 8000
     """TCP port; 0 picks a free one and prints it."""
     token: str | None = None
