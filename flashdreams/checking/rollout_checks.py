@@ -209,7 +209,7 @@ def _new_decoder_state(decoder: Any, context: dict[str, Any]) -> Any:
 
 
 def check_snapshot(bench: Bench, base: list[Chunk]) -> str:
-    """A rollout that is saved half-way, loaded and cloned goes on with the same bits.
+    """A rollout that is saved half-way, loaded and cloned continues with the same bits.
 
     Raises:
         Problem: what is lost.
@@ -232,7 +232,7 @@ def check_snapshot(bench: Bench, base: list[Chunk]) -> str:
         expected = base[half:]
         if not same_bits(found, expected):
             raise Problem(
-                f"a rollout that is {how} after {half} AR steps goes on otherwise, "
+                f"a rollout that is {how} after {half} AR steps continues otherwise, "
                 f"{first_difference(found, expected)} of the rest. Some state is not in the fields "
                 'of what initialize_cache returns, or is declared "rebuilt" and is not rebuilt by '
                 "begin_step."

@@ -45,7 +45,7 @@ class Subject:
     size: str
     """What the variant is, for the report."""
     text_size: tuple[int, int] | None = None
-    """Rows and channels of embeddings that stand for prompts; None: the method encodes them."""
+    """Rows and channels of embeddings that replace prompts; None: the method encodes them."""
     plan_changes: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the transformer's plan that are tried out, by name."""
 

@@ -46,7 +46,7 @@ class Recorder(TorchFunctionMode):
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         """Name and everything but the values of tensors."""
         self.places: list[str] = []
-        """Where each call stands."""
+        """Where each call is in the source."""
         self.read: list[int] = []
         """Addresses of tensors that were made before the recording, in the order of their use."""
         self.read_places: list[str] = []

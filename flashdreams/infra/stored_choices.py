@@ -41,7 +41,7 @@ def find_attention(
         device: where it runs.
 
     Returns:
-        What to use, None to choose anew; and a line for a choice that is not used.
+        What to use, None to choose again; and a line for a choice that is not used.
     """
     name, shape = stored.get("attention_backend"), transformer.attention_shape(1)
     asked = transformer.config.attention_backend
@@ -87,6 +87,6 @@ def read_choices(path: Path) -> Mapping[str, Any]:
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(
             f"--numerics-from {path} is neither a log of a run (log_<slug>.jsonl) nor the folder "
-            "of a snapshot. Name one of them, or leave the option away."
+            "of a snapshot. Name one of them, or omit the option."
         ) from error
     return found

@@ -27,7 +27,7 @@ class Work:
     """Operations of one kind of call."""
 
     gemm_flops: int = 0
-    """Operations of matrix products."""
+    """Operations of matmuls."""
     attention_flops: int = 0
     """Operations of attention, as backends do it: no scores in memory."""
     fp8_flops: int = 0
@@ -35,7 +35,7 @@ class Work:
     convolution_flops: int = 0
     """Operations of convolutions."""
     gemm_bytes: int = 0
-    """Bytes that matrix products and convolutions read and write."""
+    """Bytes that matmuls and convolutions read and write."""
     other_bytes: int = 0
     """Bytes that everything else reads and writes."""
     calls: int = 0

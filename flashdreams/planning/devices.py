@@ -34,9 +34,9 @@ class Device:
     memory_gib: float
     """Memory of one, in GiB."""
     peak_tflops: float
-    """Dense bfloat16 products with float32 sums, 10^12 operations per second."""
+    """Dense bfloat16 matmuls with float32 accumulation, 10^12 operations per second."""
     gemm_tflops: float
-    """The same, reached by the products of a network."""
+    """The same, reached by the matmuls of a network."""
     attention_tflops: float
     """Reached by attention within a run."""
     fp8_tflops: float = 0.0
@@ -228,7 +228,7 @@ def measure_cpu(rows: int = 64, dim: int = 192) -> Device:
     The rates are for operators that are too large to be timed one by one.
 
     Args:
-        rows: tokens of the products that are timed.
+        rows: tokens of the matmuls that are timed.
         dim: their width.
     """
     new = partial(torch.rand, dtype=torch.float32, device="cpu")

@@ -149,7 +149,7 @@ def predict_ms(
 
     Args:
         work: of the rank.
-        degrees: which exchanges leave a node: those of the outer axes, in larger worlds.
+        degrees: which collectives leave a node: those of the outer axes, in larger worlds.
         device: its rates.
         fused: whether fused kernels run, of which `count` sees the single operations.
     """
@@ -373,7 +373,7 @@ class Planner:
         begin, _ = count(transformer, lambda: transformer.begin_step(index, cache, control), cache)
         latent = torch.empty(transformer.latent_shape(1), dtype=torch.float32, device="meta")
         timestep = torch.tensor(500.0, dtype=torch.float32, device="cpu")
-        with torch.no_grad():  # with gradients, nothing is remembered
+        with torch.no_grad():  # with gradients, nothing is cached
             transformer.modulation_of(timestep, cache)
         sent = mesh.meter.snapshot()
         call, activations = count(

@@ -126,7 +126,7 @@ class OutputGuard:
         except OSError:
             same = False
         if not same:
-            reason = "it was removed, renamed or replaced while the run went on"
+            reason = "it was removed, renamed or replaced during the run"
             raise FileNotFoundError(errno.ENOENT, reason, str(self.path))
 
     def _look(self) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from flashdreams.runtime.image_colours import as_rgb
 from flashdreams.runtime.text import check_regular
 
 ORIENTATION = 0x0112
-"""Exif tag; 5 to 8 mean that rows and columns are exchanged."""
+"""Exif tag; 5 to 8 mean that rows and columns are swapped."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 """Decoders that a file may reach. Pillow tries 43 formats if none are named, and for a PostScript

@@ -20,11 +20,14 @@ class LossyStream:
             stream: the one to write to; all that is not writing is asked of it.
         """
         self._stream = stream
+        self.begins_line = True
+        """Whether what is written next begins a line; a progress bar leaves its line open."""
 
     def write(self, text: str) -> int:
         """Write, or drop, a text; gives its length either way."""
         with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
             self._stream.write(text)
+            self.begins_line = text.endswith("\n") if text else self.begins_line
         return len(text)
 
     def flush(self) -> None:

@@ -105,6 +105,8 @@ def say(text: str, beside: bool = False) -> None:
     with contextlib.suppress(OSError, ValueError):
         for bar in list(getattr(bars, "_instances", ())):
             bar.close()
+    # A bar that its own thread is just closing may not have ended its line yet.
+    beside = beside or not getattr(sys.stderr, "begins_line", True)
     with contextlib.suppress(OSError, ValueError):
         print("\n" * beside + text, file=sys.stderr, flush=True)
 

@@ -186,7 +186,7 @@ def resample_intrinsics(intrinsics: Tensor, num_frames: int) -> Tensor:
 
 
 def _places(count: int, num_frames: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Where evenly spread frames lie among ``count``: neighbours ``[T]`` and weight ``[T, 1]``."""
+    """Evenly spread positions among ``count`` frames: neighbours ``[T]`` and weight ``[T, 1]``."""
     last = count - 1
     place = torch.linspace(0, last, num_frames, dtype=torch.float64, device=device)
     before = place.floor().long().clamp(max=max(last - 1, 0))

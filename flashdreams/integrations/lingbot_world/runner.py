@@ -95,8 +95,8 @@ class CameraToVideoRunnerConfig(ImageToVideoRunnerConfig):
         for name in ("pose_path", "intrinsic_path", "key_path"):
             if getattr(self, name) is not None:
                 raise ValueError(
-                    f"--{name.replace('_', '-')}: a live session is steered by its client; leave "
-                    "it away. --intrinsics sets the lens."
+                    f"--{name.replace('_', '-')}: a live session is steered by its client; "
+                    "omit it. --intrinsics sets the lens."
                 )
         actions = self.actions or f"w{pixel_frames(self.transformer.len_t)}"
         return replace(super().for_serving(), pose_mode="streaming", actions=actions)

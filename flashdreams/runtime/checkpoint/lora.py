@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashdreams.runtime.checkpoint.config import WRAPPER_MARKERS, CheckpointError, LoRA
+from flashdreams.runtime.checkpoint.config import (
+    WRAPPER_MARKERS,
+    CheckpointError,
+    LoRA,
+    concerning,
+)
 from flashdreams.runtime.checkpoint.keys import KeyMap, describe_mismatch, rename
 from flashdreams.runtime.checkpoint.read import TensorInfo, TensorSlice, TensorStore, open_tensors
 from flashdreams.runtime.checkpoint.source import MAX_INDEX_BYTES, ensure_local
@@ -89,15 +94,16 @@ def resolve_loras(
     updates: dict[str, list[Update]] = {}
     for lora in loras:
         source = lora.checkpoint.source
-        try:
-            local = ensure_local(lora.checkpoint)
-            store = open_tensors(local, lora.checkpoint.select)
-            settings = _adapter_settings(local.files[0].parent / "adapter_config.json")
-        except CheckpointError as error:
-            raise CheckpointError(f"LoRA {source}: {error}") from error
-        length = len(lora.part)
-        own = {name[length:]: x for name, x in shapes.items() if name.startswith(lora.part)}
-        found = _resolve(lora, store, own, key_maps, settings)
+        with concerning(lora.checkpoint):
+            try:
+                local = ensure_local(lora.checkpoint)
+                store = open_tensors(local, lora.checkpoint.select)
+                settings = _adapter_settings(local.files[0].parent / "adapter_config.json")
+            except CheckpointError as error:
+                raise type(error)(f"LoRA {source}: {error}") from error
+            length = len(lora.part)
+            own = {name[length:]: x for name, x in shapes.items() if name.startswith(lora.part)}
+            found = _resolve(lora, store, own, key_maps, settings)
         for name, several in found.items():
             updates.setdefault(f"{lora.part}{name}", []).extend(several)
         logger.info("LoRA %s: %d tensors, weight %g.", source, len(found), lora.weight)

@@ -132,7 +132,7 @@ class Accounts:
         return session
 
     async def reap(self) -> None:
-        """Let go of what nobody comes back for, again and again."""
+        """Drop what no client comes back for, periodically."""
         while True:
             await asyncio.sleep(self.settings.reap_s)
             self.forget_ended()
@@ -140,12 +140,12 @@ class Accounts:
                 session.feed.let_go()
 
     def forget_ended(self) -> None:
-        """Let go of sessions that have ended and whose last pictures nobody comes for."""
+        """Drop sessions that have ended and whose last frames no client fetches."""
         for id in [id for id, session in self.sessions.items() if session.feed.abandoned]:
             del self.sessions[id]
 
     def forget(self, session: Session) -> None:
-        """Let go of a session."""
+        """Drop a session."""
         self.sessions.pop(session.id, None)
 
     async def _image(self, reference: ImageReference, offer: Offer) -> Any:

@@ -66,7 +66,7 @@ class Peer:
         return self._scope
 
     async def answer(self, sdp: str) -> str:
-        """Answer the client's offer; connecting goes on by itself.
+        """Answer the client's offer; connecting continues by itself.
 
         Args:
             sdp: one section of video that is received and one of data, with candidates.

@@ -32,7 +32,7 @@ NETWORKS = {
     "Reallocates": ("graph safety", "is in another place in memory"),
     "WrongStyle": ("rollout", 'style "host" and holds a tensor'),
     "ForgetsGather": ("rollout", "needs all of split, gather and attention"),
-    "LosesState": ("snapshot", "saved and loaded after 3 AR steps goes on otherwise"),
+    "LosesState": ("snapshot", "saved and loaded after 3 AR steps continues otherwise"),
 }
 
 
