@@ -109,7 +109,11 @@ class Peer:
         """See the contract."""
         from aiortc.exceptions import InvalidStateError
 
-        while self._channel is not None and self._channel.bufferedAmount > BUFFERED_BYTES:
+        while (
+            self._channel is not None
+            and not self._gone.is_set()
+            and self._channel.bufferedAmount > BUFFERED_BYTES
+        ):
             self._drained.clear()
             await self._drained.wait()
         if self._channel is None or self._gone.is_set():
