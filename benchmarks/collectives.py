@@ -1,8 +1,8 @@
-"""Bytes and time of each exchange of a model on a mesh.
+"""Bytes and time of each collective of a model on a mesh.
 
 ``python benchmarks/collectives.py --table`` prints what one rank sends per layer and network call,
-next to schemes that exchange the cached window. ``torchrun --nproc-per-node 4
-benchmarks/collectives.py --model wan-1.3b`` times every exchange on the ranks there are.
+next to schemes that communicate the cached window. ``torchrun --nproc-per-node 4
+benchmarks/collectives.py --model wan-1.3b`` times every collective on the ranks there are.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def bytes_table(models: dict[str, WanTransformerConfig]) -> list[dict[str, Any]]
     """MiB that one rank sends per layer and network call, by scheme.
 
     ``native`` is what "auto" chooses here; ``gather`` gathers the new chunk's keys and values;
-    ``cached_ulysses`` and ``cached_gather`` exchange the keys and values of the whole window.
+    ``cached_ulysses`` and ``cached_gather`` communicate the keys and values of the whole window.
     """
     rows = []
     for name, c in models.items():
@@ -55,7 +55,7 @@ def bytes_table(models: dict[str, WanTransformerConfig]) -> list[dict[str, Any]]
 def exchanges(
     config: WanTransformerConfig, mesh: Mesh, device: torch.device
 ) -> dict[str, tuple[Callable[[], Tensor], str, int]]:
-    """Every exchange of one network call: what to call, its name in the meter, calls per layer."""
+    """Every collective of one network call: the call, its name in the meter, calls per layer."""
     c, d = config, mesh.degrees
     own = -(-c.len_t * c.tokens_per_frame // d.sequence)
     width, dtype = c.dim // d.tp, getattr(torch, c.dtype)
@@ -91,7 +91,7 @@ def exchanges(
 
 
 def measure(config: WanTransformerConfig, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time every exchange on the ranks of torchrun; rank zero prints."""
+    """Time every collective on the ranks of torchrun; rank zero prints."""
     place = environment.init(options.device)
     parallel = ParallelConfig(
         ulysses_degree=options.ulysses_degree or "auto",
@@ -122,7 +122,9 @@ def measure(config: WanTransformerConfig, options: argparse.Namespace) -> list[d
         )
     if place.is_rank_zero:
         if not rows:
-            raise ValueError("One rank exchanges nothing. Start with torchrun --nproc-per-node 2.")
+            raise ValueError(
+                "One rank has no communication. Start with torchrun --nproc-per-node 2."
+            )
         chosen = {"model": options.model, "mesh": str(degrees), "ranks": place.world_size}
         found = report.new_report("collectives", place.device, chosen, rows, options.git_commit)
         sys.stdout.write(f"{options.model} on {degrees}\n")

@@ -1,7 +1,7 @@
 """Speed of the streaming decoders, the Wan autoencoder and TAEHV, by chunk and by frame.
 
 The decoders take turns chunk by chunk on the same latents; those of one kind have equal random
-weights, so their frames must be the same but for rounding; ``max_difference`` is a share of the
+weights, so their frames must be the same except for rounding; ``max_difference`` is a share of the
 largest value. ``ratio`` is the median over chunks of the time of a chunk to that of one latent
 frame at a time. ``conv_ms`` is the sum of the convolutions of a chunk in their plain form, each
 timed alone without its bias in the faster memory layout, and ``conv_ratio`` the time of a chunk to
@@ -51,7 +51,7 @@ FIELDS = (
     "difference_bound",
 )
 DIFFERENCE_BOUNDS = {"float32": 1e-2, "bfloat16": 1e-1, "float16": 1e-1}
-"""Of frames, as a share of the largest value; in float32 with room for TF32 on a GPU."""
+"""Of frames, as a share of the largest value; in float32 with headroom for TF32 on a GPU."""
 FRAMEWISE, AT_ONCE = "one frame at a time", "chunk at once"
 FAST_NAME, GRAPH = "fast", "fast, graph"
 CHANGES: dict[str, dict[str, Any]] = {

@@ -5,8 +5,8 @@ those of the processor, so that other work on the machine does not count, and me
 process's resident size; on a GPU memory is what PyTorch has allocated.
 
 ``time_ratio`` compares the rollout's last steps with its first steady ones, some time apart, in
-which a shared machine may change its speed by itself. So the old rollout then goes on in turns with
-a young one whose window has just filled: ``paired_ratio`` is the median of old to young, pair by
+which a shared machine may change its speed by itself. So the old rollout then alternates with a
+young one whose window has just filled: ``paired_ratio`` is the median of old to young, pair by
 pair, and it is what the bar is for, with the memory.
 """
 

@@ -5,7 +5,7 @@ Two pairs, each in turns in one process, with one set of random weights that goe
 
 - one denoising step of a bidirectional model over one clip; the outputs must agree;
 - one AR step of a stream. Here it is denoising and the clean pass against cached keys and values;
-  the public package has no cache, so its user computes all visible frames anew at every denoising
+  the public package has no cache, so its user recomputes all visible frames at every denoising
   step. The outputs are not comparable: recomputing lets past frames see later ones.
 
 ``python benchmarks/peers.py --json out.json``

@@ -1,6 +1,6 @@
 """What the planner predicts against what is measured, on this machine.
 
-``python benchmarks/planner.py`` measures the toy world and a tiny Wan model. The error of a time is
+``python benchmarks/planner.py`` measures the toy world and tiny models. The error of a time is
 ``predicted / measured - 1``; memory is that of weights and rollout state, counted in tensors.
 ``python benchmarks/planner.py --committed`` measures nothing: it holds the predictions against the
 committed reports of steady steps on GPUs.
@@ -25,7 +25,12 @@ from flashdreams.planning.plans import Planner
 from flashdreams.registry import discover
 from flashdreams.runtime.stats import sha256_of
 
-SLUGS = ("toy-world", "self-forcing-tiny-random")
+SLUGS = (
+    "toy-world", "courtyard", "self-forcing-tiny-random", "lingbot-world-tiny-random",
+    "matrix-game-2-tiny-random", "wan22-ti2v-tiny-random",
+)  # fmt: skip
+PRECISIONS = {table.AS_IT_IS: "native", "fp8": "fp8"}
+"""Variant of a report -> what the planner is asked for."""
 COLUMNS = (
     "case", "p50_ms", "predicted_ms", "time_error", "measured_mib", "predicted_mib",
     "memory_error", "binds",
@@ -68,20 +73,24 @@ def compare(slug: str, place: Environment, device: Any, repeats: int) -> dict[st
 
 
 def against_reports(figures: list[table.Figure]) -> str:
-    """Prediction and error for each method whose default step was timed on a GPU of the table."""
+    """Prediction and error for each step that was timed on a GPU of the table."""
     lines = []
     for found in figures:
         row, name = found.row, found.report["device"]["name"]
         kinds = [d for n, d in DEVICES.items() if n.split("-")[0] in name]
-        wanted = (found.report["benchmark"], row["variant"]) == ("variants", table.AS_IT_IS)
-        if not (wanted and kinds):
+        precision = PRECISIONS.get(row["variant"])
+        if found.report["benchmark"] != "variants" or precision is None or not kinds:
             continue
-        config = derive_config(discover().resolve(row["case"]).pipeline)  # type: ignore[attr-defined]
+        config = derive_config(
+            discover().resolve(row["case"]).pipeline,  # type: ignore[attr-defined]
+            diffusion_model={"transformer": {"precision": precision}},
+        )
         (plan,) = Planner(config, kinds[0]).plans(1)
         error = plan.ms.total / row["p50_ms"] - 1
+        where = f"{table.place(found)}, commit {row['commit'][:7]}"
         lines.append(
-            f"{row['case']}, {table.place(found)}, commit {row['commit'][:7]}: predicted "
-            f"{plan.ms.total:.0f} ms, measured {row['p50_ms']:.0f} ms, error {error:+.1%}"
+            f"{row['case']}, {precision}, {where}: predicted {plan.ms.total:.0f} ms, "
+            f"measured {row['p50_ms']:.0f} ms, error {error:+.1%}"
         )
     return "\n".join(lines) or f"Steady steps on a GPU: {table.NOT_MEASURED}."
 

@@ -6,7 +6,7 @@ every case: error of the latents over all steps, bytes of weights and KV cache, 
 step as a ratio in pairs: all variants make step i before any makes step i + 1. With
 FLASHDREAMS_GOLDENS_DIR set, the weights, noise and latents of the official code are a case, too;
 its errors are then those against the official latents. A CPU dequantizes what precision="fp8" keeps
-in e4m3: its error is the true one but for the softmax weights, which the kernel of a GPU rounds as
+in e4m3: its error is the true one except for the softmax weights, which a GPU's kernel rounds as
 well ("softmax too"); its time is not what a GPU would take.
 """
 

@@ -170,7 +170,7 @@ def new_prediction(
 ) -> dict[str, Any]:
     """Put figures together that nobody has measured, under the header of a report.
 
-    It is no report: `check_report` refuses it, so that it stands among no measured figures.
+    It is no report: `check_report` refuses it, so that it is never listed with measured figures.
 
     Args:
         benchmark: its name.
@@ -189,7 +189,7 @@ def new_prediction(
 
 
 def _header(benchmark: str, config: Mapping[str, Any], git_commit: str | None) -> dict[str, Any]:
-    """What every report begins with, but for the device."""
+    """What every report begins with, except for the device."""
     commit, dirty = git_state() if git_commit is None else (git_commit, False)
     return {
         "benchmark": benchmark,

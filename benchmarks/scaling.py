@@ -122,7 +122,7 @@ class Machine:
     internode_gb_s: float
     """The same between nodes; the ring axis pays it once the world is larger than a node."""
     latency_us: float
-    """Fixed time of one exchange."""
+    """Fixed time of one collective."""
     ranks_per_node: int
 
 
@@ -218,7 +218,7 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     ranks = [row["ranks"] for row in rows]
-    axes.loglog(ranks, [row["total_ms"] for row in rows], "o-", label="compute and exchange")
+    axes.loglog(ranks, [row["total_ms"] for row in rows], "o-", label="compute and communication")
     axes.loglog(ranks, [row["compute_ms"] for row in rows], "s--", label="compute alone")
     axes.loglog(ranks, [rows[0]["total_ms"] / r for r in ranks], ":", label="ideal")
     axes.set_xticks(ranks, [str(r) for r in ranks])

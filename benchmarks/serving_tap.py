@@ -12,7 +12,7 @@ class TappedHost(Host):
     """Hands everything on; ``chunks`` holds those of the session that was opened last."""
 
     def __init__(self, host: Host, fps: float | None = None) -> None:
-        """Stand before another host.
+        """Wrap another host.
 
         Args:
             host: it.

@@ -32,7 +32,7 @@ DEVICES = ("cpu", "cuda")
 
 
 class Figure(NamedTuple):
-    """One row of a report, with the report that it stands in."""
+    """One row of a report, with the report that it comes from."""
 
     report: Mapping[str, Any]
     row: Mapping[str, Any]
@@ -262,7 +262,7 @@ def replace_region(text: str, content: str) -> str:
     """A text with new content between its two marks.
 
     Raises:
-        ValueError: a mark is missing, in the wrong place, or stands there more than once.
+        ValueError: a mark is missing, in the wrong place, or occurs more than once.
     """
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)

@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 PROGRAM = "flashdreams-check"
 PASSED, FAILED, WRONG_USAGE = 0, 1, 2
@@ -15,18 +15,18 @@ PASSED, FAILED, WRONG_USAGE = 0, 1, 2
 
 @dataclass(kw_only=True)
 class CheckOptions:
-    """Check that registered methods keep the contract: on a CPU, in seconds, without downloads.
+    """Check that registered methods satisfy the contract: on a CPU, in seconds, without downloads.
 
-    Large methods run at toy size, made of their own classes, and are built at full size on the meta
+    Large methods are run at toy size, with their own classes, and built at full size on the meta
     device. Every failure says what to change.
     """
 
-    slugs: Positional[Sequence[str]] = ()
-    """Methods, by slug; none checks all that are registered."""
+    slugs: Annotated[Positional[Sequence[str]], arg(metavar="[SLUG ...]")] = ()
+    """Slugs of the methods; default: all registered methods."""
     only: Sequence[str] = ()
-    """Names of the checks to make, such as "two ranks"; none makes all."""
+    """Names of the checks to run, such as "two ranks"; default: all."""
     names: bool = False
-    """Print the names of the checks, and stop."""
+    """Print the names of the checks and exit."""
 
 
 def entry_point() -> None:
@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
     options = tyro.cli(CheckOptions, args=list(argv), prog=PROGRAM)
     from flashdreams.checking.checks import NAMES, check_method
     from flashdreams.registry import PluginError, discover
+    from flashdreams.runtime.text import printable
 
     if options.names:
         print("\n".join(NAMES))
@@ -58,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
             reports.append(check_method(config, tuple(options.only)))
             print(reports[-1], flush=True)
     except (ValueError, PluginError) as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        print(printable(f"{PROGRAM}: error: {error}"), file=sys.stderr)
         return WRONG_USAGE
     return PASSED if all(report.passed for report in reports) else FAILED
 

@@ -4,10 +4,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 PROGRAM = "flashdreams-plan"
 DONE, DOES_NOT_FIT, WRONG_USAGE = 0, 1, 2
@@ -16,29 +16,29 @@ DONE, DOES_NOT_FIT, WRONG_USAGE = 0, 1, 2
 
 @dataclass(kw_only=True)
 class PlanOptions:
-    """Memory, traffic and time of a method, for every way in which ranks may share it.
+    """Predict memory, communication and time per AR step of a method, for every parallel mesh.
 
     Nothing is loaded or downloaded: the network runs on the meta device, where tensors have shapes
-    and no memory. Times are sums over kinds of work, divided by rates that a device reaches; the
-    plan says where those are from.
+    but no data. Times are operation and byte counts divided by the throughput that a device
+    reaches; the output says where that was measured.
     """
 
-    slug: Positional[str]
-    """The method."""
+    slug: Annotated[Positional[str], arg(metavar="SLUG")]
+    """Slug of the method."""
     gpus: str | None = None
-    """How many of what, such as 8xH100-80GB; None reads this machine, and measures a CPU."""
+    """Number and type of GPUs, such as 8xH100-80GB; None: this machine (a CPU is measured)."""
     devices: Path | None = None
-    """YAML file with other or further devices: name -> fields."""
+    """YAML file with further devices: name -> fields."""
     height: int | None = None
-    """Height of the video in pixels; None is the method's own."""
+    """Height of the video in pixels; None: the method's default."""
     width: int | None = None
-    """Width of the video in pixels; None is the method's own."""
+    """Width of the video in pixels; None: the method's default."""
     fps: float | None = None
-    """Frames per second that real time asks for; None is the method's own."""
+    """Frames per second that count as real time; None: the method's default."""
     precision: Literal["native", "fp8"] | None = None
-    """How attention over the KV cache computes; None is the method's own."""
+    """Precision of attention over the KV cache; None: the method's default."""
     window: int | None = None
-    """Latent frames of the sliding window; None is the method's own."""
+    """Latent frames of the sliding window; None: the method's default."""
 
 
 def entry_point() -> None:
@@ -60,6 +60,7 @@ def main(argv: Sequence[str]) -> int:
     from flashdreams.planning.plans import Planner
     from flashdreams.planning.table import summary, table
     from flashdreams.registry import PluginError, discover
+    from flashdreams.runtime.text import printable
 
     try:
         runner: Any = discover().resolve(options.slug)
@@ -70,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         fps = options.fps or runner.fps
         plans = Planner(config, device, fps=fps, parallel=runner.parallel).plans(count)
     except (ValueError, TypeError, PluginError) as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        print(printable(f"{PROGRAM}: error: {error}"), file=sys.stderr)
         return WRONG_USAGE
     c: Any = config.diffusion_model.transformer
     print(f"{options.slug} on {count} x {device.name}, latents {c.latent_height}x{c.latent_width}")

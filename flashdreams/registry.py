@@ -29,7 +29,7 @@ class Source:
     """One registration: where the name of an attribute came from, before it is imported."""
 
     label: str
-    """The entry point's name, or what stands left of ``=`` in the variable."""
+    """The entry point's name, or what is left of ``=`` in the variable."""
 
     reference: str
     """``module:attr``."""

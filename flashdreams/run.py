@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, cast
+from typing import Any, NoReturn
 
 import flashdreams
 from flashdreams.infra.config import (
@@ -22,10 +22,11 @@ from flashdreams.infra.config import (
     field_annotation,
     is_config,
 )
+from flashdreams.parallel.siblings import watch_siblings
 from flashdreams.registry import VARIABLE, PluginError, Registry, discover, is_runner_config
-from flashdreams.runtime.checkpoint import CheckpointError
+from flashdreams.runtime.checkpoint import CheckpointError, MissingWeightsError
 from flashdreams.runtime.command_text import one_line, table, terminal_width, whole_paragraphs
-from flashdreams.runtime.standard_error import LossyStream
+from flashdreams.runtime.standard_error import prepare_streams
 from flashdreams.runtime.termination import (
     IMPORT_DEADLINE_S,
     Terminated,
@@ -39,12 +40,12 @@ DONE, RUN_FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: 2 means that nothing was started, 1 that what was started failed."""
 
 _OWN_OPTIONS = {
-    "--config FILE": "take the slug and all fields from a file; further flags override it",
-    "--replay FILE": "make the frames of a log (log_<slug>.jsonl) again, and compare the hashes",
-    "--print-config": "print the config in the form of such a file, and stop",
-    "--no-instantiate": "print the resolved config, and stop",
+    "--config FILE": "read the slug and all fields from a file; further flags override it",
+    "--replay FILE": "reproduce the frames of a log (log_<slug>.jsonl) and compare the hashes",
+    "--print-config": "print the config as such a file and exit",
+    "--no-instantiate": "print the resolved config and exit",
     "--debug": "show the traceback of an error",
-    "--version": "print the versions of this package, of Python and of PyTorch, and stop",
+    "--version": "print the versions of flashdreams, Python and PyTorch and exit",
 }
 
 _PAUSE_S = 3.0
@@ -82,16 +83,14 @@ class CommandLine:
 def entry_point() -> None:
     """Run the process's own command line and exit with its code."""
     raise_on_sigterm(before_end=_say_stopped)
-    # A program that was started without them (>&- 2>&-) works in silence.
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    errors = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = cast(TextIO, LossyStream(errors))
+    watch_siblings()
+    prepare_streams()
     leave(main(sys.argv[1:]))
 
 
 def leave(code: int) -> NoReturn:
     """End the process, quickly, once all is written."""
-    # Whoever is impatient with the interpreter's own end may cut it short.
+    # The interpreter's own end may be cut short by a second signal.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     # Otherwise the interpreter looks through all of PyTorch for rubbish once more, for a second.
@@ -279,7 +278,7 @@ def _read_config_file(path: Path, registry: Registry, named: Any) -> Any:
     if named is not None and config.runner_name != named.runner_name:
         raise UsageError(
             f"{path} is a config of {quoted(config.runner_name)}, not of {named.runner_name!r}: "
-            f"leave the slug away, or name the file's own."
+            f"omit the slug, or name the file's own."
         )
     return config
 
@@ -292,7 +291,7 @@ def _read_replay(line: CommandLine, registry: Registry) -> Any:
     path = line.replay_file
     assert path is not None
     if line.slug is not None or line.config_file is not None:
-        raise UsageError(f"--replay {path} has its own config; leave the slug and --config away.")
+        raise UsageError(f"--replay {path} has its own config; omit the slug and --config.")
     line.replay = read_log(path)
     text = line.replay.header["config"]
     if text is None:
@@ -335,13 +334,13 @@ def _apply_overrides(config: Any, line: CommandLine) -> Any:
 
 
 def _about(config: Any) -> str:
-    """What stands above the flags in the help of a slug."""
+    """The text above the flags in the help of a slug."""
     lines = [getattr(config, "description", "")]
     lines += [f"{name}: {text}." for name, text in _OWN_OPTIONS.items()]
     absent = list(_absent_components(config, ""))
     if absent:
         lines.append(
-            f"--config FILE is also the way to set what is None here: {', '.join(absent)}."
+            f"Components that are None have no flags, set them with --config: {', '.join(absent)}."
         )
     return "\n".join(lines)
 
@@ -369,10 +368,8 @@ def _run(config: Any, debug: bool, replay: Any = None) -> int:
             runner.recorder.replay = replay
     except KeyboardInterrupt as stop:
         return stopped(stop)
-    except (ValueError, TypeError) as error:
-        return report(error, WRONG_USAGE, debug)
     except Exception as error:
-        return report(with_advice(error, config), RUN_FAILED, debug)
+        return report(with_advice(error, config), code_before_run(error), debug)
     try:
         try:
             runner.run()
@@ -389,6 +386,12 @@ def _run(config: Any, debug: bool, replay: Any = None) -> int:
     except Exception as error:
         return report(with_advice(error, config), RUN_FAILED, debug)
     return DONE
+
+
+def code_before_run(error: Exception) -> int:
+    """Exit code of a set-up that failed: 2 for what config and headers of files tell."""
+    damaged = isinstance(error, CheckpointError) and not isinstance(error, MissingWeightsError)
+    return WRONG_USAGE if damaged or isinstance(error, ValueError | TypeError) else RUN_FAILED
 
 
 def with_advice(error: Exception, config: Any) -> Exception:
@@ -414,14 +417,15 @@ def report(
     On several ranks an error that is nobody's mistake shows its traceback at once: such a run is
     not easily repeated.
     """
-    readable = [ValueError, OSError, ImportError, PluginError, CheckpointError]
-    readable.append(FloatingPointError)  # of the values that a run has made
+    from flashdreams.parallel.environment import OtherRankError
+
+    readable = [ValueError, OSError, ImportError, PluginError, CheckpointError, FloatingPointError]
     if code == WRONG_USAGE:
         readable.append(TypeError)
     lines = [" ".join(line.split()) for line in str(error).splitlines()]
     listed = isinstance(error, (CheckpointError, ImportError))
     text = ("\n  " if listed else " ").join(filter(None, lines))
-    repeats = _repeats_another_rank(error)
+    repeats = isinstance(error, OtherRankError)
     unexpected = not (repeats or isinstance(error, tuple(readable))) or not text
     debug = debug or (unexpected and code == RUN_FAILED and _ranks() > 1)
     if debug:
@@ -468,13 +472,6 @@ def _print_on_rank_zero(text: str, stream: Any = None) -> None:
     """Print on rank zero only."""
     if _rank() == 0:
         print(text, file=stream or sys.stdout, flush=True)
-
-
-def _repeats_another_rank(error: Exception) -> bool:
-    """Whether the error only says that another rank has one, which that rank states itself."""
-    from flashdreams.parallel.environment import OtherRankError
-
-    return isinstance(error, OtherRankError)
 
 
 def _shares_terminal() -> bool:

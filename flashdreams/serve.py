@@ -12,19 +12,22 @@ from typing import Any
 import tyro
 from tyro.conf import OmitArgPrefixes
 
+from flashdreams.parallel.siblings import watch_siblings
 from flashdreams.run import (
     DONE,
     RUN_FAILED,
     WRONG_USAGE,
     UsageError,
+    code_before_run,
     leave,
     read_config,
     report,
     stopped,
     with_advice,
 )
+from flashdreams.runtime.standard_error import prepare_streams
 from flashdreams.runtime.termination import raise_on_sigterm
-from flashdreams.runtime.text import say
+from flashdreams.runtime.text import say, tell
 from flashdreams.serving.limits import ServingLimits
 from flashdreams.serving.web.settings import WebSettings
 
@@ -37,11 +40,11 @@ DRAIN_S = 25.0
 
 @dataclass(kw_only=True)
 class ServeOptions:
-    """Serve a method live: flashdreams-serve SLUG [the flags of flashdreams-run SLUG] and these.
+    """Serve live sessions of a method: flashdreams-serve SLUG [flags of flashdreams-run SLUG].
 
-    Sizes, steps and guidance are those that the server was started with. Type flashdreams-run SLUG
-    --help for the flags of a method and flashdreams-run --help for the slugs. Under torchrun rank
-    zero serves, and all ranks run the same AR steps.
+    The flags of the method apply to all sessions; flashdreams-run SLUG --help lists them, and
+    flashdreams-run --help lists the slugs. Under torchrun, rank zero serves and all ranks run the
+    same AR steps.
     """
 
     web: OmitArgPrefixes[WebSettings] = field(default_factory=WebSettings)
@@ -51,6 +54,8 @@ class ServeOptions:
 def entry_point() -> None:
     """Run the process's own command line and exit with its code."""
     raise_on_sigterm(grace_s=DRAIN_S)
+    watch_siblings()
+    prepare_streams()
     leave(main(sys.argv[1:]))
 
 
@@ -143,10 +148,9 @@ def _load_and_run(options: ServeOptions, config: Any, web: Any, debug: bool) -> 
         runner = config.setup()
     except KeyboardInterrupt as stop:
         return stopped(stop, PROGRAM)
-    except (ValueError, TypeError) as error:
-        return report(error, WRONG_USAGE, debug, program=PROGRAM)
     except Exception as error:
-        return report(with_advice(error, config), RUN_FAILED, debug, program=PROGRAM)
+        code = code_before_run(error)
+        return report(with_advice(error, config), code, debug, program=PROGRAM)
     ready = False
     try:
         if web is not None:
@@ -163,7 +167,7 @@ def _load_and_run(options: ServeOptions, config: Any, web: Any, debug: bool) -> 
         if web is not None and server.host is not None:
             web.serve(server.host)
             places = "1 place" if server.host.places == 1 else f"{server.host.places} places"
-            print(f"READY {web.url} {config.runner_name} on {runner.device}, {places}", flush=True)
+            tell(f"READY {web.url} {config.runner_name} on {runner.device}, {places}")
         server.run()
         runner.end_serving()
     except KeyboardInterrupt as stop:
@@ -172,7 +176,7 @@ def _load_and_run(options: ServeOptions, config: Any, web: Any, debug: bool) -> 
         runner.abort()
         explained = runner.explain(error)
         failure = explained if isinstance(explained, Exception) else error
-        code = WRONG_USAGE if isinstance(error, ValueError) and not ready else RUN_FAILED
+        code = RUN_FAILED if ready else code_before_run(error)
         return report(with_advice(failure, config), code, debug, program=PROGRAM)
     return DONE
 

@@ -117,6 +117,35 @@ class HostTensor(StreamingNetwork):
         return super().forward(latent + rows, *args, **kwargs)
 
 
+class SaysCpu(StreamingNetwork):
+    def forward(self, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows = torch.zeros(latent.shape[-1], dtype=torch.float32, device="cpu")
+        return super().forward(latent + rows, *args, **kwargs)
+
+
+class SeedsTheProgram(StreamingNetwork):
+    """Always the same numbers, and the program around loses its own."""
+
+    def forward(self, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        torch.manual_seed(7)
+        return super().forward(latent + 0.1 * torch.randn_like(latent), *args, **kwargs)
+
+
+class InPlace(StreamingNetwork):
+    def forward(self, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(latent.mul_(0.5), *args, **kwargs)
+
+
+class AssumesFloat32(StreamingNetwork):
+    def forward(self, latent: Tensor, modulation: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(latent, modulation.float(), *args, **kwargs)
+
+
+class Overflows(StreamingNetwork):
+    def forward(self, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(latent.exp().log(), *args, **kwargs)
+
+
 class Waits(StreamingNetwork):
     def forward(self, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if latent.abs().max() > 100:

@@ -12,7 +12,7 @@ needs_full_device = pytest.mark.skipif(
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> None:
-    """Let what a module opens anew under a name be a device without space."""
+    """Let what a module opens again under a name be a device without space."""
     original = module.open_partial  # type: ignore[attr-defined]
 
     def open_partial(path: Path, suffix: str) -> tuple[BinaryIO, Path, Path]:

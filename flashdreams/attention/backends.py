@@ -100,7 +100,7 @@ def sdpa_efficient(
 
 
 def sdpa_math(q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool = False) -> Any:
-    """Plain matrix products; writes all scores to memory."""
+    """Plain matmuls; writes all scores to memory."""
     if not return_lse:
         return _sdpa_with(SDPBackend.MATH, q, k, v, scale)
     query, key, value = (x.transpose(1, 2).float() for x in (q, k, v))

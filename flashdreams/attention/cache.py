@@ -262,7 +262,7 @@ class KVCache:
         self.sink_k[:, first:last] = self.k[:, first:last]
 
     def rotate_sink(self, rotation: Tensor | None = None) -> None:
-        """Move the sink so that it stands right before the window (cache-relative RoPE).
+        """Move the sink to right before the window (cache-relative RoPE).
 
         Dot products see differences of positions alone, so shifting the sink forward by the
         number of evicted frames equals numbering the slots. Always from the stored keys.
@@ -278,7 +278,7 @@ class KVCache:
         self.k[:, : self.sink_tokens] = apply_rope(self.sink_k[:, :], rotation)
 
     def scatter(self, frame_slots: Sequence[int], first_slot: int = 0) -> None:
-        """Move frame ``i`` of those written anew to slot ``frame_slots[i]``; one copy, in place.
+        """Move frame ``i`` of those rewritten to slot ``frame_slots[i]``; one copy, in place.
 
         Slots that are not named keep what they hold. The frames were written from ``first_slot``
         on.

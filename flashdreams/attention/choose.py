@@ -28,7 +28,7 @@ from flashdreams.attention.splits import choose_kv_splits, count_processors
 
 ERROR_BOUNDS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest difference to float32 attention over the same values that is accepted, as a share of the
-reference's largest value; some four roundings of the type, and room for TF32."""
+reference's largest value; some four roundings of the type, and headroom for TF32."""
 
 COMPARED_QUERIES = 64
 """Queries that are held against the reference, which needs a score for every key."""

@@ -29,7 +29,7 @@ class Cursor:
 
     ``begin_step`` starts an AR step, ``advance`` ends it; a step that is begun again overwrites
     itself. ``begin_rewrite_chunk`` points at the slots from 0 on, for frames that are computed
-    anew, and ``end_rewrite`` returns to the current chunk.
+    again, and ``end_rewrite`` returns to the current chunk.
 
     The tensor ``slots`` keeps its storage from one AR step to the next, as CUDA graphs need.
     """
@@ -78,7 +78,7 @@ class Cursor:
 
     @property
     def is_rewriting(self) -> bool:
-        """Whether frames are computed anew, between AR steps."""
+        """Whether frames are recomputed, between AR steps."""
         return self._rewritten_t is not None
 
     @property
@@ -165,7 +165,7 @@ class Cursor:
         self.len_t = 0
 
     def begin_rewrite_chunk(self, len_t: int, device: torch.device, first_slot: int = 0) -> None:
-        """Point at the next ``len_t`` slots, from ``first_slot`` on, for frames to compute anew.
+        """Point at the next ``len_t`` slots, from ``first_slot`` on, for frames to recompute.
 
         What was rewritten so far, and what is before it, is visible. Afterwards
         `KVCache.scatter` moves the frames to their own slots.
@@ -186,7 +186,7 @@ class Cursor:
         frames: Sequence[int] | None = None,
         pinned: Sequence[int] = (),
     ) -> None:
-        """Stand between AR steps with ``start`` latent frames seen; slots keep their storage.
+        """Move to between AR steps, after ``start`` latent frames; slots keep their storage.
 
         Args:
             start: latent frames seen.

@@ -27,7 +27,7 @@ LEAST_HEAD_DIM = 64
 class ScaledTokens:
     """``[B, tokens, N, D]`` in e4m3, with one fixed scale per batch entry and head.
 
-    Read and written along its tokens like the tensor that it stands for: ``x[:, a:b]`` gives new
+    Read and written along its tokens like the tensor that it represents: ``x[:, a:b]`` gives new
     numbers in ``dtype``, assignments and ``index_copy_`` quantize, or take e4m3 numbers as they
     are. Scales are powers of two, so that writing what was read changes nothing.
     """
@@ -97,7 +97,7 @@ def head_maxima(x: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
-    """Round to e4m3, to the nearest, ties to even; what is too large is cut, NaN stays NaN.
+    """Quantize to e4m3, to nearest, ties to even; what is too large is cut, NaN stays NaN.
 
     Args:
         x: ``[B, L, N, D]``.
@@ -111,7 +111,7 @@ def quantize(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``values * scale`` in ``dtype``; exact but for float16, see `scaled`.
+    """``values * scale`` in ``dtype``; exact except for float16, see `scaled`.
 
     Args:
         values: ``[B, L, N, D]`` e4m3.

@@ -19,7 +19,7 @@ LARGEST_EXPONENT = 126
 class QuantizedTokens:
     """``[B, tokens, N, D]`` in INT8, with one scale per token and head.
 
-    Read and written along its tokens like the tensor that it stands for: ``x[:, a:b]`` gives new
+    Read and written along its tokens like the tensor that it represents: ``x[:, a:b]`` gives new
     numbers in ``dtype``, assignments and ``index_copy_`` round to what can be stored. Scales are
     powers of two, one byte each. So what is read is exact in every ``dtype`` that was written, and
     writing it again changes nothing: moving, exporting and importing tokens lose nothing more.
@@ -36,7 +36,7 @@ class QuantizedTokens:
         Args:
             shape: ``(B, tokens, N, D)``.
             dtype: type of what is read.
-            device: where it lies.
+            device: where it is allocated.
         """
         self.dtype = dtype
         self.values = torch.zeros(shape, dtype=torch.int8, device=device)
@@ -49,7 +49,7 @@ class QuantizedTokens:
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """Where it is allocated."""
         return self.values.device
 
     @property
@@ -76,7 +76,7 @@ class QuantizedTokens:
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round to INT8 with a power of two per row.
+    """Quantize to INT8 with a power of two per row.
 
     The power is the least one with which the row fits: ``values * 2 ** exponents`` is closest to
     ``x`` without any entry being cut.
@@ -101,7 +101,7 @@ def least_exponents(x: Tensor) -> Tensor:
 
 
 def dequantize(values: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
-    """``values * 2 ** exponents`` in ``dtype``: what `quantize` was given, but for its rounding.
+    """``values * 2 ** exponents`` in ``dtype``: what `quantize` was given, except for its rounding.
 
     Args:
         values: ``[..., D]`` int8.

@@ -25,10 +25,12 @@ from flashdreams.checking.report import (
 )
 from flashdreams.checking.rollout_checks import (
     check_bad_input,
+    check_bfloat16,
     check_chunk_split,
     check_default_dtype,
     check_determinism,
     check_interleaving,
+    check_large_noise,
     check_shapes,
     check_snapshot,
 )
@@ -62,8 +64,10 @@ WITH_ROLLOUT: dict[str, Callable[[Prepared], str]] = {
     "state styles": lambda p: check_state_styles(p.bench),
     "snapshot": lambda p: check_snapshot(p.bench, p.base),
     "default type": lambda p: check_default_dtype(p.subject, p.bench, p.base),
+    "bfloat16": lambda p: check_bfloat16(p.subject),
     "devices": lambda p: check_devices(p.bench),
     "graph safety": lambda p: check_graphs(p.bench),
+    "large noise": lambda p: check_large_noise(p.bench),
     "bad input": lambda p: check_bad_input(p.bench, p.base),
     "two ranks": lambda p: check_ranks(p.subject, p.bench),
 }

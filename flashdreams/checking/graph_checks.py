@@ -20,6 +20,13 @@ class TracedCall:
 
     name: str
     trace: Recorder
+    given: list[tuple[Tensor, Tensor]]
+    """Tensors that it was called with, and copies from before the call."""
+
+    @property
+    def changes_input(self) -> bool:
+        """Whether a tensor that it was given has other values afterwards."""
+        return any(not torch.equal(x, before) for x, before in self.given)
 
 
 def check_devices(bench: Bench) -> str:
@@ -69,6 +76,7 @@ def check_graphs(bench: Bench) -> str:
         with _traced(transformer, ("forward",), traced):
             bench.step(session)
         steps.append(traced)
+    _check_inputs(steps[0])
     for call in steps[0]:
         if call.trace.syncs:
             raise Problem(
@@ -81,6 +89,16 @@ def check_graphs(bench: Bench) -> str:
             _compare(before.trace, after.trace)
     calls = len(steps[0][0].trace.calls)
     return f"{len(steps[0])} network calls of an AR step, {calls} torch calls each"
+
+
+def _check_inputs(calls: list[TracedCall]) -> None:
+    for call in calls:
+        if call.changes_input:
+            raise Problem(
+                f"{call.name} writes into a tensor that it is given. It is the rollout's own "
+                "latent, and a CUDA graph gets a copy: the two ways would differ. Write "
+                "x = x * 2 instead of x.mul_(2), x *= 2 or x[...] = 2."
+            )
 
 
 def _compare(before: Recorder, after: Recorder) -> None:
@@ -120,6 +138,7 @@ def _check_plain(bench: Bench) -> str:
     session = bench.begin()
     with _traced(bench.transformer, _PLAIN, traced):
         bench.step(session)
+    _check_inputs(traced)
     found = [sync for call in traced for sync in call.trace.syncs]
     if found:
         raise Note(
@@ -137,7 +156,8 @@ def _traced(module: Any, names: tuple[str, ...], into: list[TracedCall]) -> Iter
     def recorded(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             trace = Recorder()
-            into.append(TracedCall(f"{type(module).__name__}.{name}", trace))
+            given = [(x, x.clone()) for x in args if isinstance(x, Tensor)]
+            into.append(TracedCall(f"{type(module).__name__}.{name}", trace, given))
             args = tuple(_as_given(x, trace) for x in args)
             with trace:
                 return original(*args, **kwargs)

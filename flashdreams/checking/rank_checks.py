@@ -268,7 +268,7 @@ def _glob(name: str) -> str:
 
 
 def _matched(globs: Any, names: set[str]) -> set[str]:
-    """The names that a plan's globs stand for; both may have stars."""
+    """The names that match a plan's globs; both may have stars."""
     patterns = [glob_pattern(glob) for glob in globs]
     return {name for name in names if any(p.fullmatch(name) for p in patterns)}
 

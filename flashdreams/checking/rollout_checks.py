@@ -1,9 +1,11 @@
 """Checks of a method that run it on one rank."""
 
 import contextlib
+import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +24,9 @@ from flashdreams.infra.state import StateError
 
 SPLIT_ERROR = 1e-4
 """Largest difference, on the scale of -1 to 1, between a decode in one piece and one in parts."""
+
+LARGE = 100.0
+"""Factor on the noise of a rollout whose values are far out."""
 
 RANGE_MARGIN = 1e-3
 """By how much frames may leave [-1, 1]; the video clips them."""
@@ -103,7 +108,9 @@ def check_determinism(bench: Bench, base: list[Chunk]) -> str:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(12345)
+        before = _generator_states()
         again = bench.roll()
+        kept = _generator_states() == before
         torch.manual_seed(54321)
         third = bench.roll()
     for other in (again, third):
@@ -111,9 +118,22 @@ def check_determinism(bench: Bench, base: list[Chunk]) -> str:
             raise Problem(
                 f"two rollouts of seed 0 differ {first_difference(other, base)}. Take randomness "
                 "from the noise that the pipeline hands in, never from torch.rand, torch.randn, "
-                "dropout or numpy; keep sets and hash() out of the computation."
+                "dropout or numpy; keep sets and hash() out of the computation, "
+                "and counters out of globals."
             )
+    if not kept:
+        raise Problem(
+            "a rollout draws from a generator of the whole program (torch's, numpy's or "
+            "random's) or seeds it, so the program around gets other numbers, and a CUDA graph "
+            "cannot be captured. Take randomness from the noise that the pipeline hands in, or "
+            "from a torch.Generator of your own."
+        )
     return f"{len(base)} AR steps, three times the same bits"
+
+
+def _generator_states() -> tuple[bytes, str, Any]:
+    """Of the generators that a whole program shares."""
+    return torch.get_rng_state().numpy().tobytes(), str(np.random.get_state()), random.getstate()
 
 
 def check_interleaving(bench: Bench, base: list[Chunk]) -> str:
@@ -189,7 +209,7 @@ def _new_decoder_state(decoder: Any, context: dict[str, Any]) -> Any:
 
 
 def check_snapshot(bench: Bench, base: list[Chunk]) -> str:
-    """A rollout that is saved half-way, loaded and cloned goes on with the same bits.
+    """A rollout that is saved half-way, loaded and cloned continues with the same bits.
 
     Raises:
         Problem: what is lost.
@@ -212,7 +232,7 @@ def check_snapshot(bench: Bench, base: list[Chunk]) -> str:
         expected = base[half:]
         if not same_bits(found, expected):
             raise Problem(
-                f"a rollout that is {how} after {half} AR steps goes on otherwise, "
+                f"a rollout that is {how} after {half} AR steps continues otherwise, "
                 f"{first_difference(found, expected)} of the rest. Some state is not in the fields "
                 'of what initialize_cache returns, or is declared "rebuilt" and is not rebuilt by '
                 "begin_step."
@@ -255,10 +275,59 @@ def check_default_dtype(subject: Subject, bench: Bench, base: list[Chunk]) -> st
     return "the same bits under float64 and bfloat16 as default type"
 
 
+def check_bfloat16(subject: Subject) -> str:
+    """The transformer runs in bfloat16, in which a GPU runs it; on a CPU all else is in float32.
+
+    Raises:
+        Problem: it ends in an error, or not in finite float32 latents.
+        Note: the same of a method that is registered in float32.
+    """
+    typed = subject.full.pipeline.diffusion_model.transformer.dtype
+    found: Note | Problem | None = None
+    try:
+        bench = subject.in_dtype("bfloat16").open()
+        chunks = bench.roll(steps=min(2, bench.steps))
+    except Exception as error:
+        text = (
+            f"in bfloat16 a rollout ends in {describe_error(error)}. Make tensors in the type of "
+            "those that they meet (dtype=x.dtype, .to(self.dtype)), and cast once after what needs "
+            "float32."
+        )
+        found = Note(text) if typed == "float32" else Problem(text)
+        raise found from error
+    for chunk in chunks:
+        if chunk.latent is None or chunk.latent.dtype != torch.float32:
+            raise Problem("in bfloat16 the latent is no float32: predict_flow ends with .float().")
+    return f"{len(chunks)} AR steps"
+
+
 _SAY_DTYPE = (
     "Say dtype= where tensors are made (torch.arange, linspace, zeros, tensor, full), and divide "
     "integers only after .float()."
 )
+
+
+def check_large_noise(bench: Bench) -> str:
+    """Values far beyond noise are no NaN.
+
+    Raises:
+        Note: they are.
+    """
+    session = bench.begin()
+    drawn = session.cache.diffusion.noise
+    session.cache.diffusion.noise = lambda *where: LARGE * drawn(*where)
+    try:
+        chunk = bench.step(session)
+        finite = chunk.latent is None or bool(chunk.latent.isfinite().all())
+        text = "latents that are not finite" if not finite else ""
+    except (ValueError, FloatingPointError) as error:
+        text = describe_error(error)
+    if text:
+        raise Note(
+            f"noise {LARGE:g} times as large as usual ends in {text}. Latents of a long rollout "
+            "may grow: keep exp, powers and divisions in range (norms, clamp, softmax)."
+        )
+    return f"noise {LARGE:g} times as large gives finite latents"
 
 
 def check_bad_input(bench: Bench, base: list[Chunk]) -> str:

@@ -45,7 +45,7 @@ class Subject:
     size: str
     """What the variant is, for the report."""
     text_size: tuple[int, int] | None = None
-    """Rows and channels of embeddings that stand for prompts; None: the method encodes them."""
+    """Rows and channels of embeddings that replace prompts; None: the method encodes them."""
     plan_changes: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the transformer's plan that are tried out, by name."""
 
@@ -63,6 +63,13 @@ class Subject:
         """The same at another latent size."""
         sizes = {"latent_height": height, "latent_width": width}
         pipeline = derive_config(self.config.pipeline, diffusion_model={"transformer": sizes})
+        return dataclasses.replace(self, config=derive_config(self.config, pipeline=pipeline))
+
+    def in_dtype(self, dtype: str) -> "Subject":
+        """The same with a transformer of another type."""
+        pipeline = derive_config(
+            self.config.pipeline, diffusion_model={"transformer": {"dtype": dtype}}
+        )
         return dataclasses.replace(self, config=derive_config(self.config, pipeline=pipeline))
 
     def open(self, **degrees: Any) -> "Bench":

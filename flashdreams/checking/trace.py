@@ -46,7 +46,7 @@ class Recorder(TorchFunctionMode):
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         """Name and everything but the values of tensors."""
         self.places: list[str] = []
-        """Where each call stands."""
+        """Where each call is in the source."""
         self.read: list[int] = []
         """Addresses of tensors that were made before the recording, in the order of their use."""
         self.read_places: list[str] = []
@@ -85,7 +85,9 @@ class Recorder(TorchFunctionMode):
         masked = name in ("__getitem__", "__setitem__") and any(
             x.dtype == torch.bool for x in inputs[1:]
         )
-        to_cpu = name == "to" and "cpu" in [a for a in args[1:] if isinstance(a, str)]
+        to_cpu = name == "to" and "cpu" in [
+            a for a in (*args[1:], kwargs.get("device")) if isinstance(a, str)
+        ]
         if device and (name in SYNCS or masked or to_cpu):
             what = "a boolean mask as index" if masked else f".{name}()"
             self.syncs.append(f"{what} at {place}")
@@ -98,9 +100,10 @@ class Recorder(TorchFunctionMode):
         self, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
     ) -> Any:
         device = [x for x in inputs if not getattr(x, _HOST, False)]
-        told = kwargs.get("device") is not None or any(
-            isinstance(a, torch.device) for a in args[1:]
-        )
+        where = kwargs.get("device")
+        told = where is not None or any(isinstance(a, torch.device) for a in args[1:])
+        if isinstance(where, str) and where == "cpu":  # x.device is no string
+            told = False
         moved = name in MOVES and (told or any(isinstance(a, Tensor | str) for a in args[1:]))
         if moved and isinstance(out, Tensor) and getattr(out, _HOST, False):
             out = out.view(out.shape)  # a tensor of its own: the host's stays where it is

@@ -14,7 +14,7 @@ from flashdreams.attention.splits import count_processors
 from flashdreams.infra.component import (
     Component,
     build_component,
-    check_loras,
+    check_weights,
     declared_context,
     load_component,
 )
@@ -232,20 +232,23 @@ class Assembly(nn.Module):
         Raises:
             ValueError: the device, or this rank's share, does not allow what the config asks for,
                 or the text encoder refuses a prompt.
-            CheckpointError: weights are missing or do not fit; see ``load_checkpoint``.
+            MissingWeightsError: weights are missing.
+            CheckpointError: they are damaged or do not fit; nothing has been loaded.
             OtherRankError: they are missing, which the first rank of a node says in full.
         """
         for component in self.components().values():
             component.check_device(self.target_device)
         encodes_text = self.text_encoder is not None
         shared = self.text_from_rank_zero
-        require_weights(self.config, fetch_all=fetch_all, encodes_text=encodes_text, shared=shared)
-        if prompts:
-            self.context_encoder.refuse_prompts(prompts)
         with typed_options(self.config):
+            require_weights(
+                self.config, fetch_all=fetch_all, encodes_text=encodes_text, shared=shared
+            )
+            if prompts:
+                self.context_encoder.refuse_prompts(prompts)
             fetch_weights(self.config, text_on_rank_zero=shared)
             for name, component in self.components().items():
-                check_loras(component, self._slices.get(name))
+                check_weights(component, self._slices.get(name))
             for name, component in self.components().items():
                 load_component(component, self.target_device, self._slices.get(name))
         self.requires_grad_(False).eval()

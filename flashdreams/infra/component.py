@@ -14,8 +14,8 @@ from flashdreams.infra.config import InstantiateConfig
 from flashdreams.parallel.plan import ParallelPlan
 from flashdreams.runtime.checkpoint import (
     CheckpointConfig,
-    CheckpointError,
     LoRA,
+    concerning,
     load_checkpoint,
     merge_loras,
     parse_lora,
@@ -173,13 +173,10 @@ def load_component(
     loras = component.loras()
     if checkpoint is not None and not component.loads_parts:
         dtype_of = component.dtype_of
-        try:
+        with concerning(checkpoint):
             load_checkpoint(
                 component, checkpoint, device=device, dtype=dtype_of, slices=slices, loras=loras
             )
-        except CheckpointError as error:
-            error.checkpoint = checkpoint
-            raise
         component.init_buffers()
     elif loras:
         merge_loras(component, loras, slices=slices)
@@ -189,20 +186,23 @@ def load_component(
     component.after_load()
 
 
-def check_loras(component: Component, slices: Mapping[str, Any] | None = None) -> None:
-    """Compare the LoRAs of a component and its parts with them and their checkpoints.
+def check_weights(component: Component, slices: Mapping[str, Any] | None = None) -> None:
+    """Compare a component with its checkpoint and its LoRAs; reads headers, and no weights.
 
-    No weights are read.
+    Args:
+        component: and those that it is made of, as for `load_component`.
+        slices: this rank's parts, by parameter.
 
     Raises:
-        CheckpointError: a file is missing or does not fit.
+        CheckpointError: a file is missing or damaged, or does not fit.
     """
     parts = nested_components(component) if component.loads_parts else {}
     for name, part in parts.items():
-        check_loras(part, slices_of_part(name, slices))
+        check_weights(part, slices_of_part(name, slices))
     loras, checkpoint = component.loras(), component.config.checkpoint
-    if loras and checkpoint is not None:
-        load_checkpoint(component, checkpoint, device="meta", slices=slices, loras=loras)
+    if checkpoint is not None and (loras or not component.loads_parts):
+        with concerning(checkpoint):
+            load_checkpoint(component, checkpoint, device="meta", slices=slices, loras=loras)
 
 
 def nested_components(component: Component) -> dict[str, Component]:

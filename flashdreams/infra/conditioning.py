@@ -71,7 +71,7 @@ class ContextEncoder:
             if negative_text is not None:
                 raise ValueError(
                     f"{self.method} runs without guidance, so it takes no negative_text; set "
-                    "diffusion_model.guidance_scale, or leave it away."
+                    "diffusion_model.guidance_scale, or omit it."
                 )
             return encoded, None
         prompts = [""] * batch_size if negative_text is None else negative_text

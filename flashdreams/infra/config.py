@@ -39,7 +39,7 @@ class InstantiateConfig:
     """A typed, nestable description of an object, which ``setup`` builds.
 
     Subclasses are dataclasses with ``kw_only=True``. They point ``_target`` to their class through
-    a default factory, so that the config can stand above the class it names::
+    a default factory, so that the config can be defined above the class it names::
 
         _target: type["MyEncoder"] = field(default_factory=lambda: MyEncoder)
 
@@ -151,7 +151,7 @@ def has_default(field: dataclasses.Field) -> bool:
 
 
 def field_default(field: dataclasses.Field) -> Any:
-    """The default of a field, made anew where it has a factory; ``dataclasses.MISSING`` if none."""
+    """The default of a field, from its factory if it has one; ``dataclasses.MISSING`` if none."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
@@ -184,7 +184,7 @@ def _declares(owner: type, name: str, field: dataclasses.Field) -> bool:
 def removed_field(name: str) -> str | None:
     """Text for a field of a former version; None for any other name."""
     reason = REMOVED_FIELDS.get(name)
-    return reason and f"{name} was removed in 0.2: {reason}. Leave it away; see CHANGELOG.md."
+    return reason and f"{name} was removed in 0.2: {reason}. Remove it; see CHANGELOG.md."
 
 
 def unknown_name(name: str, valid: Iterable[str], what: str, kind: str = "fields") -> str:
@@ -379,7 +379,7 @@ def _check_names(config_type: type, names: Iterable[Any], path: str) -> None:
 
 
 def _new_value(config_type: type, name: str, current: Any, value: Any, path: str) -> Any:
-    """What a field becomes when ``value`` is given for it and ``current`` stands in it."""
+    """What a field becomes when ``value`` is given for it and it holds ``current``."""
     if isinstance(value, Mapping):
         if is_config(current):
             return _derive(current, value, f"{path}.")

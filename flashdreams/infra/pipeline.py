@@ -58,8 +58,8 @@ class StreamInferencePipelineConfig(InstantiateConfig):
     """Turns latents into frames; None makes ``generate`` return latents."""
 
     reencode_window: RewriteMode | None = None
-    """What another prompt in mid-rollout does to sink and window, unless it says so itself: None
-    leaves them, ``"chunks"`` and ``"once"`` compute them anew; see ``update_prompt``."""
+    """Sink and window when the prompt changes mid-rollout: None keeps them, ``"chunks"`` and
+    ``"once"`` recompute them; see ``update_prompt``."""
 
     scene_cut_prefix: str | None = None
     """Beginning of a prompt that cuts to another scene, for models with shots; it stays in the
@@ -120,7 +120,7 @@ class StreamInferencePipeline(SavedRollouts):
 
         Args:
             text: one prompt per batch entry, or embeddings ``[B, S, text_dim]``.
-            negative_text: the same for the unconditional half of guidance; None is ``""``.
+            negative_text: the same for the unconditional branch of guidance; None is ``""``.
             image: what the image encoder, or without one the diffusion model, takes.
             seed: of the rollout's noise; None is ``default_seed``.
             noise: takes the place of the seeded noise: ``(AR index, denoising step, shape)`` to a
@@ -149,7 +149,7 @@ class StreamInferencePipeline(SavedRollouts):
 
         Args:
             context: by name, ``batch_size`` among it.
-            negative_text: embeddings for the unconditional half; None without guidance.
+            negative_text: embeddings for the unconditional branch; None without guidance.
             noise: of the rollout.
         """
         negative = None if negative_text is None else {**context, "text": negative_text}
@@ -235,7 +235,7 @@ class StreamInferencePipeline(SavedRollouts):
         return chunk
 
     def check_values(self, cache: StreamInferencePipelineCache | None = None) -> None:
-        """Refuse to go on from values that are NaN or infinite.
+        """Refuse to continue from values that are NaN or infinite.
 
         ``generate`` asks this about the AR steps before; ask it after the last one. May wait for
         that step.
@@ -266,7 +266,7 @@ class StreamInferencePipeline(SavedRollouts):
         """Change the prompt of a running rollout.
 
         May be called before any ``generate`` or ``finalize``. Cross-attention keys and values are
-        computed anew in the storage that they have; the cached keys and values of earlier frames
+        recomputed in the storage that they have; the cached keys and values of earlier frames
         stay as they were computed under the old prompt, unless asked otherwise. Under guidance the
         negative prompt stays.
 
@@ -274,7 +274,7 @@ class StreamInferencePipeline(SavedRollouts):
             cache: this rollout's state.
             text: one prompt for the whole batch, one per batch entry, or embeddings
                 ``[B, S, text_dim]``.
-            reencode_window: compute sink and window anew under the new prompt, from the clean
+            reencode_window: recompute sink and window under the new prompt, from the clean
                 latents that the rollout keeps. True or ``"chunks"``: one clean pass per chunk,
                 oldest first; ``"once"``: one pass over all frames. Follows a prompt sooner. None:
                 as the config says.

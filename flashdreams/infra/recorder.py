@@ -128,7 +128,7 @@ class RunRecorder:
         self.replay: Replay | None = None
         """The log that this run replays."""
         self.resumable = False
-        """Whether a run that fails leaves its partial files to a process that goes on."""
+        """Whether a run that fails leaves its partial files to a process that continues."""
         self._errors: dict[Path, Exception] = {}
         self._lock = threading.RLock()
         self._closed = False
@@ -292,7 +292,7 @@ class RunRecorder:
         except (OSError, ValueError, TypeError) as error:
             self._errors[writer.path] = error
             writer.close()
-            log.warning("%s The run goes on without it.", error)
+            log.warning("%s The run continues without it.", error)
 
     def header(self) -> dict[str, Any]:
         """What holds for the run as a whole."""

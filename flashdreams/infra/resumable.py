@@ -1,4 +1,4 @@
-"""Runs that survive a crash: snapshots in a ring, and going on from the newest whole one."""
+"""Runs that survive a crash: snapshots in a ring, and resuming from the newest complete one."""
 
 import json
 import logging
@@ -42,7 +42,7 @@ _SNAPSHOT = re.compile(r"step-(\d{8})")
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a resumed run stands."""
+    """How far a resumed run has come."""
 
     cache: StreamInferencePipelineCache
     turns: int
@@ -53,7 +53,7 @@ class Progress:
 class ResumableRun:
     """The folder ``<output_dir>/resume_<slug>`` of one run and its snapshots.
 
-    A run has a token; snapshots and segments are in a folder of that name. A run that begins anew
+    A run has a token; snapshots and segments are in a folder of that name. A run that starts over
     takes a new token, so it never meets the snapshots of an earlier one; these are deleted when its
     own first snapshot is whole. All calls are collective; rank zero alone writes.
     """
@@ -61,14 +61,14 @@ class ResumableRun:
     def __init__(
         self, folder: Path, launch: Launch, *, every: int, kept: int, resume: bool
     ) -> None:
-        """Find out whether this process goes on with a run.
+        """Find out whether this process continues with a run.
 
         Args:
             folder: as above.
             launch: who started this process, and how often.
             every: AR steps between snapshots; 0 saves none.
             kept: snapshots that stay; the oldest ones go.
-            resume: go on with the run of the folder, whoever began it.
+            resume: continue with the run of the folder, whoever began it.
         """
         self.folder, self.every, self.kept = folder, every, kept
         # An agent that joined later counts fewer restarts than the others.
@@ -116,7 +116,7 @@ class ResumableRun:
     def resume(
         self, pipeline: StreamInferencePipeline, controller: Controller | None
     ) -> Progress | None:
-        """The rollout of the newest snapshot that is whole; None if the run begins anew."""
+        """The rollout of the newest snapshot that is whole; None if the run starts over."""
         if not self.goes_on:
             return None
         for name in from_rank_zero(self._newest_first):
@@ -148,7 +148,7 @@ class ResumableRun:
     def save(
         self, pipeline: StreamInferencePipeline, cache: StreamInferencePipelineCache, run: Any
     ) -> None:
-        """Save a snapshot and delete what the ring no longer keeps; the run goes on if it fails.
+        """Save a snapshot and delete what the ring no longer keeps; the run continues if it fails.
 
         Args:
             pipeline: of the rollout.
@@ -161,7 +161,7 @@ class ResumableRun:
             report = pipeline.save(cache, path, run=run)
             from_rank_zero(self._trim)
         except (OSError, OtherRankError) as error:
-            logger.warning("No snapshot before AR step %d: %s The run goes on.",
+            logger.warning("No snapshot before AR step %d: %s The run continues.",
                            cache.next_index, error)  # fmt: skip
             return
         logger.info("snapshot before AR step %d: %s", cache.next_index, report)
@@ -172,7 +172,7 @@ class ResumableRun:
         (self.folder / MARK_NAME).unlink(missing_ok=True)
 
     def _find(self, resume: bool) -> tuple[str, bool]:
-        """The token, and whether the run of that token goes on; on rank zero."""
+        """The token, and whether the run of that token continues; on rank zero."""
         mark = self.folder / MARK_NAME
         earlier: dict[str, Any] = {}
         if mark.is_file():
@@ -187,7 +187,7 @@ class ResumableRun:
             with write_whole(mark, sync=True) as file:
                 file.write(json.dumps({"token": token, **asdict(self._launch)}).encode())
         if resume:
-            logger.info("%s has no run to go on with; this one begins anew.", self.folder)
+            logger.info("%s has no run to continue; this one starts over.", self.folder)
         return token, False
 
     def _newest_first(self) -> list[str]:

@@ -142,13 +142,13 @@ class StreamInferencePipelineCache:
         return self.pipeline.save_cache(self)
 
     def clone(self, noise: NoiseFunction | None = None) -> "StreamInferencePipelineCache":
-        """Another rollout with the same past, copied on the device; both go on independently.
+        """Another rollout with the same history, copied on the device; both continue independently.
 
         What a rollout writes in place is copied: KV caches, cross-attention keys and values,
         encoder and decoder state. Encoded prompts and images are shared.
 
         Args:
-            noise: of the clone; None goes on with the noise of this rollout.
+            noise: of the clone; None continues with the noise of this rollout.
 
         Raises:
             ValueError: after ``release``, or between ``generate`` and ``finalize``.
@@ -373,7 +373,7 @@ def checked_values(
 
     Args:
         state: what ``state_dict`` returned.
-        name: of the pipeline that shall go on with it.
+        name: of the pipeline that shall continue with it.
         noise: that the caller gives.
         controller: that the caller gives.
 

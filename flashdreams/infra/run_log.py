@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from flashdreams.infra.fingerprint import differences
 from flashdreams.infra.session import Command
+from flashdreams.infra.stored_choices import MAX_LINE_BYTES
+from flashdreams.runtime.text import check_regular, quoted
 
 LOG_FORMAT = 1
 """Number of the form of the lines; another one is refused."""
@@ -211,6 +213,23 @@ def _read_opening(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"text": [row["text"]], **tensors} if "text" in row else dict(tensors)
 
 
+def _check_kinds(row: Mapping[str, Any], **kinds: Any) -> None:
+    for name, kind in kinds.items():
+        if not isinstance(row[name], kind):
+            raise TypeError(f"{name} cannot be {quoted(row[name])}")
+
+
+def _rows(file: BinaryIO) -> Iterator[Any]:
+    """The lines of a log, one at a time, so that the first that is none ends the reading."""
+    while (line := file.readline(MAX_LINE_BYTES)).endswith(b"\n"):
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise TypeError("a line is no object")
+        yield row
+    if len(line) == MAX_LINE_BYTES:
+        raise ValueError(f"a line is longer than {MAX_LINE_BYTES} bytes")
+
+
 def read_log(path: Path) -> Replay:
     """Read a log; a last line that was cut off is left out.
 
@@ -218,8 +237,9 @@ def read_log(path: Path) -> Replay:
         LogError: it cannot be read, or is none.
     """
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
-        rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        check_regular(path)
+        with path.open("rb") as file:
+            rows = list(_rows(file))
         header = rows[0]
         if header["format"] != LOG_FORMAT:
             raise LogError(
@@ -232,7 +252,12 @@ def read_log(path: Path) -> Replay:
         steps = {row["step"]: row for row in rows[1:] if "step" in row}
         if not {"config", "fingerprint", "inputs", "method"} <= header.keys():
             raise LookupError("its first line is not that of a run")
+        _check_kinds(header, config=str | None, fingerprint=dict, inputs=dict, method=dict)
+        _check_kinds({"opening": header.get("opening", {})}, opening=dict)
+        for row in (row for row in rows[1:] if "turn" in row):
+            _check_kinds(row, turn=int)
         for row in steps.values():
+            _check_kinds(row, step=int, latent_sha256=str)
             largest_difference(row["sample"], row["sample"])
         return Replay(header, turns, steps, _read_opening(header.get("opening", {})))
     except LogError:

@@ -38,10 +38,11 @@ from flashdreams.parallel.mesh import DEGREES, Mesh, ParallelConfig
 from flashdreams.parallel.messages import MessageChannel
 from flashdreams.parallel.peers import PeerWatch
 from flashdreams.parallel.watchdog import Watchdog
-from flashdreams.runtime.files import InUseError, open_owned
+from flashdreams.runtime.files import InUseError, check_target, open_owned
 from flashdreams.runtime.noise import SEED_LIMIT
 from flashdreams.runtime.run_report import write_report
 from flashdreams.runtime.segments import SegmentedVideo
+from flashdreams.runtime.text import tell
 from flashdreams.runtime.trace import Tracer, slowest_rank, write_trace
 from flashdreams.runtime.video import VideoWriter
 
@@ -67,44 +68,43 @@ class RunnerConfig(InstantiateConfig):
     output_dir: Path = Path("outputs")
     """Folder that receives the video and the stats."""
     seed: int = 0
-    """Seed of the noise of every rollout that is begun without a seed of its own."""
+    """Seed of the noise, for rollouts without a seed of their own."""
     fps: int = 16
     """Frames per second of the video."""
     device: str = "auto"
-    """Where to run: "auto" is CUDA where there is one, else "cpu"."""
+    """Device: "auto" is CUDA if available, else "cpu"."""
     save_latents: bool = False
-    """Also write all latents, float32, as latents_<slug>.safetensors."""
+    """Also write all latents, in float32, to latents_<slug>.safetensors."""
     hash_frames: bool = False
-    """Also put the SHA-256 of each chunk's frames into the stats; that of the latent always is."""
+    """Also record the SHA-256 of each chunk's frames in the stats, beside that of its latent."""
     snapshot_every: int = 0
-    """AR steps between snapshots, from which a run that failed goes on: torchrun does so by itself
-    with --max-restarts, others with --resume True. 0 saves none. Several nodes need an output
-    folder that all of them share."""
+    """AR steps between snapshots; 0: none. A failed run continues from its newest snapshot with
+    --resume True, or automatically with torchrun --max-restarts. Several nodes need a shared output
+    folder."""
     snapshots_kept: int = 2
-    """Snapshots that stay; the oldest ones are deleted."""
+    """Snapshots to keep; older ones are deleted."""
     resume: bool = False
-    """Go on from the newest whole snapshot of the unfinished run in the output folder."""
+    """Continue the unfinished run in the output folder from its newest complete snapshot."""
     numerics_from: Path | None = None
-    """A log of a run (log_<slug>.jsonl) or the folder of a snapshot whose attention backend, KV
-    splits and fused kernels are used instead of measuring, where the config leaves them open.
-    --replay and --resume True do so by themselves."""
+    """Log of a run (log_<slug>.jsonl) or folder of a snapshot: use its attention backend, KV splits
+    and fused kernels instead of measuring, unless the config sets them. --replay and --resume True
+    imply it."""
     threads: int | None = None
-    """CPU threads of PyTorch. None: OMP_NUM_THREADS where that is set; else, on a CPU, one for
-    networks below ten million parameters, for which more are slower, and PyTorch's choice for all
-    others."""
+    """CPU threads of PyTorch. None: OMP_NUM_THREADS if set; otherwise, on a CPU, 1 for networks
+    below ten million parameters (more threads are slower) and PyTorch's default for all others."""
     step_deadline_s: float = 60.0
-    """With several ranks, seconds after which a hung AR step ends the run."""
+    """With several ranks: timeout of one stage of an AR step, in seconds."""
     start_deadline_s: float = LOAD_TIMEOUT_S
-    """With several ranks, seconds after which a hang before the first AR step ends the run: in the
-    ranks' meeting (at most 300), in fetching and reading weights, in warm-up."""
+    """With several ranks: timeout in seconds of each stage before the first AR step: rendezvous (at
+    most 300), downloading and loading weights, warm-up."""
     trace: Path | None = None
-    """Write a timeline of all ranks, stages and collectives there, .json for ui.perfetto.dev."""
+    """Write a timeline of all ranks, stages and collectives to this .json, for ui.perfetto.dev."""
     report: bool = False
-    """Also write report_<slug>.html: settings, figures, plots, first and last frame."""
+    """Also write report_<slug>.html: config, measurements, plots, first and last frame."""
     log_json: bool = False
-    """Write log lines as JSON objects, for programs that collect them."""
+    """Write log lines as JSON objects, for log collectors."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How several ranks share the work."""
+    """Parallelism over several ranks."""
 
     def __post_init__(self) -> None:
         check_slug(self.runner_name)
@@ -134,7 +134,7 @@ class Runner(Generic[ConfigT, PipelineT]):
     """Sets up a pipeline, drives rollouts in ``run`` and writes the stats in ``close``.
 
     ``run`` streams one session into a video. Subclasses say what it begins with in ``conditions``
-    and what steers it in ``controller`` and ``commands``, or write ``run`` anew. The stats come
+    and what steers it in ``controller`` and ``commands``, or override ``run``. The stats come
     from watching the pipeline, so they are written whatever ``run`` does.
     """
 
@@ -157,12 +157,16 @@ class Runner(Generic[ConfigT, PipelineT]):
             config.device, meeting_s=min(config.start_deadline_s, MEETING_DEADLINE_S)
         )
         set_up_logging(self.environment, as_json=config.log_json)
+        self._resources = contextlib.ExitStack()
+        self._peers = self._resources.enter_context(PeerWatch(self.environment))
         self._claim = claim_output(config) if self.is_rank_zero else None
         try:
             self._assemble(config)
-        except BaseException:
+        except BaseException as error:
             self._give_back_output()
-            raise
+            if (found := self.explain(error)) is error:
+                raise
+            raise found from error
 
     def _assemble(self, config: ConfigT) -> None:
         require_packages(config.pipeline, fetch_all=self.fetch_all)
@@ -179,16 +183,14 @@ class Runner(Generic[ConfigT, PipelineT]):
         self.mesh = self._build_mesh()
         reports = self.pipeline.parallelize(self.mesh)
         if self.environment.world_size > 1 and self.is_rank_zero:
-            print(f"ranks: {self.mesh.degrees}; transformer: {reports['transformer']}")
+            tell(f"ranks: {self.mesh.degrees}; transformer: {reports['transformer']}")
         self._apply_choices()
-        self._resources = contextlib.ExitStack()
         self._videos: list[Path] = []
         self._video: SegmentedVideo | None = None
         if self.environment.world_size > 1:
             watchdog = Watchdog(self.environment, config.step_deadline_s)
             self._resources.enter_context(watchdog)
             self.pipeline.guard = watchdog.stage
-        self._peers = self._resources.enter_context(PeerWatch(self.environment))
         self.tracer = Tracer(self.environment.rank, keep=config.trace is not None)
         self.pipeline.guard = traced(self.pipeline.guard, self.tracer, self.mesh)
         limit_s = config.start_deadline_s
@@ -198,13 +200,13 @@ class Runner(Generic[ConfigT, PipelineT]):
         with announced("warming up", where), self.pipeline.guard("warm-up", None, limit_s):
             warmed_up = self.pipeline.warm_up()
         if warmed_up.steps and self.is_rank_zero:
-            print(f"{warmed_up.measured}ready: {warmed_up}", flush=True)
+            tell(f"{warmed_up.measured}ready: {warmed_up}")
         self.recorder = RunRecorder(config, self.environment, self.mesh, self.pipeline)
         self.recorder.resumable = bool(self.resumable.every or self.resumable.goes_on)
         self.pipeline.observers.append(self.recorder.observe)
 
     def _apply_choices(self) -> None:
-        """Use the numerics choices of the run that this one goes on with or repeats."""
+        """Use the numerics choices of the run that this one continues with or repeats."""
         source = self.config.numerics_from
         if source is None:
             stored = self.resumable.choices()
@@ -212,10 +214,10 @@ class Runner(Generic[ConfigT, PipelineT]):
             stored = from_rank_zero(lambda: read_choices(source))
         for line in () if stored is None else self.pipeline.apply_choices(stored):
             if self.is_rank_zero:
-                print(f"numerics: {line}.", flush=True)
+                tell(f"numerics: {line}.")
 
     def _build_mesh(self) -> Mesh:
-        """The mesh that is asked for; a run that goes on takes one that fits its ranks."""
+        """The mesh that is asked for; a run that continues takes one that fits its ranks."""
         ranks, asked = self.environment.world_size, self.config.parallel
         try:
             return self.pipeline.build_mesh(ranks, asked)
@@ -223,7 +225,7 @@ class Runner(Generic[ConfigT, PipelineT]):
             if not self.resumable.goes_on:
                 raise
             if self.is_rank_zero:
-                print(f"ranks: {error} This run goes on with degrees that fit.", flush=True)
+                tell(f"ranks: {error} This run continues with degrees that fit.")
             degrees = dict.fromkeys(DEGREES, "auto")
             return self.pipeline.build_mesh(ranks, replace(asked, **degrees))  # type: ignore[arg-type]
 
@@ -269,7 +271,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         return ()
 
     def open_session(self, name: str = "session") -> Session:
-        """Begin a rollout that can be steered, or go on with it; a collective call."""
+        """Begin a rollout that can be steered, or continue with it; a collective call."""
         controller = self.controller()
         progress = self.resumable.resume(self.pipeline, controller)
         replay = self.recorder.replay
@@ -294,7 +296,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         frames = progress.turns * self.pipeline.diffusion_model.transformer.config.len_t
         from_rank_zero(lambda: self.recorder.resume(progress.turns, frames))
         if self.is_rank_zero:
-            print(f"resumed before AR step {progress.cache.next_index}", flush=True)
+            tell(f"resumed before AR step {progress.cache.next_index}")
 
     def stream(self, total_blocks: int) -> Iterator[Step]:
         """AR steps of a session that is told ``commands``, with a progress bar on rank zero.
@@ -403,10 +405,9 @@ class Runner(Generic[ConfigT, PipelineT]):
         if self.is_rank_zero:
             if self.recorder.resumable:
                 self.resumable.finish()
-            with contextlib.suppress(OSError):  # all is written, whether or not anybody reads it
-                print("written:", *self._videos, *files, flush=True)
-                if self.recorder.replay is not None:
-                    print(self.recorder.replay.verdict(self.recorder.log_header()), flush=True)
+            tell(" ".join(["written:", *map(str, [*self._videos, *files])]))
+            if self.recorder.replay is not None:
+                tell(self.recorder.replay.verdict(self.recorder.log_header()))
         self._leave()
 
     def serve(self) -> None:
@@ -481,6 +482,8 @@ def claim_output(config: RunnerConfig) -> BinaryIO:
         ValueError: one line that says what is in the way.
     """
     folder = config.output_dir
+    if config.trace is not None:
+        check_target(config.trace, "--trace")
     lock = folder / f".{config.runner_name}.lock"
     try:
         return open_owned(lock)

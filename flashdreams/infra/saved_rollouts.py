@@ -66,7 +66,7 @@ class SavedRollouts(Assembly):
         raise NotImplementedError
 
     def check_values(self, cache: StreamInferencePipelineCache | None = None) -> None:
-        """Refuse to go on from values that are NaN or infinite; the pipeline knows them."""
+        """Refuse to continue from values that are NaN or infinite; the pipeline knows them."""
         raise NotImplementedError
 
     @without_grad
@@ -87,7 +87,7 @@ class SavedRollouts(Assembly):
         noise: NoiseFunction | None = None,
         controller: Controller | None = None,
     ) -> StreamInferencePipelineCache:
-        """Go on with a rollout that ``cache.state_dict()`` has exported; a collective call.
+        """Continue with a rollout that ``cache.state_dict()`` has exported; a collective call.
 
         Where both ranks and numerics fingerprint are those of the export, the frames that follow
         have the same bits as those of the run that was exported; else differences are logged, as in
@@ -124,7 +124,7 @@ class SavedRollouts(Assembly):
         log: Sequence[Any] = (),
         run: Mapping[str, Any] | None = None,
     ) -> SnapshotReport:
-        """Write a rollout into a folder, from which ``resume`` goes on; a collective call.
+        """Write a rollout into a folder, from which ``resume`` continues; a collective call.
 
         Each rank writes its own part, one tensor at a time. The folder gets its name when all of it
         is on the disk.
@@ -132,7 +132,7 @@ class SavedRollouts(Assembly):
         Args:
             cache: between AR steps.
             path: of the folder; it must not exist. Several nodes need a file system they share.
-            light: leave the KV caches out; ``resume`` computes them anew from the clean latents of
+            light: leave the KV caches out; ``resume`` recomputes them from the clean latents of
                 the window, which is not what a rollout that has evicted frames had.
             log: JSON values to keep with it, such as the commands of a session.
             run: likewise, for the program that saves it.
@@ -161,7 +161,7 @@ class SavedRollouts(Assembly):
         noise: NoiseFunction | None = None,
         controller: Controller | None = None,
     ) -> StreamInferencePipelineCache:
-        """Go on with a rollout that ``save`` has written, on any number of ranks; collective.
+        """Continue with a rollout that ``save`` has written, on any number of ranks; collective.
 
         At an equal numerics fingerprint, and with ``strict``, the frames that follow have the same
         bits as those of the run that never stopped. Else each difference is logged, and the clean
@@ -267,7 +267,7 @@ class SavedRollouts(Assembly):
         told = {line.split(" ")[0] for line in unused}
         differ = differences(values["fingerprint"], self.fingerprint())
         for line in [*unused, *(x for x in differ if x.split(":")[0] not in told)]:
-            logger.info("The loaded rollout may go on with other bits: %s.", line)
+            logger.info("The loaded rollout may continue with other bits: %s.", line)
         return cache
 
     def _measure_numerics(

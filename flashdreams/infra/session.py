@@ -36,7 +36,7 @@ class Command:
     """``"prompt"``: another prompt from the next AR step on. ``"control"``: an event for the
     controller. ``"reset"``: begin again, with the seed in ``values`` or the session's own.
     ``"save"``, ``"fork"``: keep the state under ``{"name": ...}``, in a snapshot or on the device.
-    ``"rewind"``: go on from what was kept under that name. ``"end"``: the rollout is over."""
+    ``"rewind"``: continue from what was kept under that name. ``"end"``: the rollout is over."""
     id: str = ""
     """Of the sender; a second command of the same identifier is dropped. Empty: never dropped."""
     at_frame: int | None = None
@@ -133,7 +133,7 @@ class Session:
             controller: makes the control inputs; None: AR steps have none.
             channel: to the other ranks; None makes one.
             name: of the session, in its turns.
-            cache: a rollout to go on with, such as a resumed one; None begins one.
+            cache: a rollout to continue with, such as a resumed one; None begins one.
             folder: of the snapshots of ``"save"``; None: the session takes no such command.
         """
         self.pipeline = pipeline
@@ -306,7 +306,7 @@ class Session:
             self.pipeline.save(self.cache, self.folder / name)
 
     def rewind(self, name: str) -> None:
-        """Go on from what was kept under a name, between AR steps; a collective call.
+        """Continue from what was kept under a name, between AR steps; a collective call.
 
         Raises:
             ValueError: nothing was, or memory is short.
@@ -330,11 +330,11 @@ class Session:
         self.forks.clear()
 
     def _try_to_keep(self, kind: CommandKind, name: str) -> None:
-        """Keep the state under a name. Where there is no room for it the session goes on."""
+        """Keep the state under a name. Without enough memory for it the session continues."""
         try:
             self.keep(kind, name)
         except (OSError, ValueError, OtherRankError) as error:
-            logger.warning("%s: %s of %r: %s The session goes on.", self.name, kind, name, error)
+            logger.warning("%s: %s of %r: %s The session continues.", self.name, kind, name, error)
 
     def _refuse(self, command: Command) -> None:
         values = command.values

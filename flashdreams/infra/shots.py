@@ -49,7 +49,7 @@ def plan_shots(texts: Sequence[str], total_blocks: int) -> list[Shot]:
 
     Args:
         texts: prompts, each ``TEXT`` or ``CHUNKS:TEXT``. Without numbers the chunks are spread
-            evenly, the first shots taking what remains; with numbers the last shot goes on to the
+            evenly, the first shots taking what remains; with numbers the last shot continues to the
             end.
         total_blocks: AR steps of the video.
 

@@ -48,7 +48,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotHeader:
-    """Everything that a snapshot says of itself; JSON values but for ``tensors`` and ``parts``."""
+    """The metadata of a snapshot; JSON values, except ``tensors`` and ``parts``."""
 
     name: str
     """Of the pipeline."""
@@ -63,7 +63,7 @@ class SnapshotHeader:
     seed: int | None
     """Of the noise; None for a noise callable."""
     light: bool
-    """KV caches are left out, to be computed anew from the clean latents."""
+    """KV caches are left out, to be recomputed from the clean latents."""
     log: list[Any] = field(default_factory=list)
     """Commands of the session, oldest first."""
     run: Mapping[str, Any] = field(default_factory=dict)

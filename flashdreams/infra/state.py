@@ -140,7 +140,7 @@ class StateEncoder:
     in_branch: bool = False
     """The state is of a branch of guidance, which other ranks may not have."""
     without_caches: bool = False
-    """KV caches are left out; whoever loads the state computes them anew."""
+    """KV caches are left out; whoever loads the state recomputes them."""
 
     def encode(self, value: Any, path: str, style: StateStyle | None) -> Any:
         """The values of ``value``.

@@ -13,10 +13,10 @@ from flashdreams.attention.choose import AUTO
 from flashdreams.infra.diffusion.transformer import Transformer
 from flashdreams.infra.snapshot_header import read_header
 from flashdreams.parallel.mesh import Mesh
-from flashdreams.runtime.text import shown
+from flashdreams.runtime.text import check_regular, shown
 
-MAX_LINE_BYTES = 2**24
-"""Of the first line of a log, which holds a config."""
+MAX_LINE_BYTES = 2**25
+"""Of a line of a log; the first one holds a config, and for a served session an image."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def find_attention(
         device: where it runs.
 
     Returns:
-        What to use, None to choose anew; and a line for a choice that is not used.
+        What to use, None to choose again; and a line for a choice that is not used.
     """
     name, shape = stored.get("attention_backend"), transformer.attention_shape(1)
     asked = transformer.config.attention_backend
@@ -77,6 +77,7 @@ def read_choices(path: Path) -> Mapping[str, Any]:
     if path.is_dir():
         return read_header(path).fingerprint
     try:
+        check_regular(path)
         with path.open("rb") as file:
             found = json.loads(file.readline(MAX_LINE_BYTES))["fingerprint"]
         if not isinstance(found, dict):
@@ -86,6 +87,6 @@ def read_choices(path: Path) -> Mapping[str, Any]:
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(
             f"--numerics-from {path} is neither a log of a run (log_<slug>.jsonl) nor the folder "
-            "of a snapshot. Name one of them, or leave the option away."
+            "of a snapshot. Name one of them, or omit the option."
         ) from error
     return found

@@ -21,6 +21,10 @@ SPATIAL_FACTOR = 8
 """Pixels per latent row or column where the decoder's config does not say ``spatial_factor``."""
 
 
+MAX_PIXELS = 2**14
+"""Largest height and width; larger ones are mistakes that would take minutes to show."""
+
+
 @runtime_checkable
 class VideoTransformerConfig(Protocol):
     """What the runners read of a transformer's config; `WanTransformerConfig` has all of it."""
@@ -312,6 +316,8 @@ def check_size(
     if pixels is None:
         return
     unit = spatial_factor * transformer.patch_size[1 if name == "height" else 2]
+    if pixels > MAX_PIXELS:
+        raise ValueError(f"--{name} {pixels}: at most {MAX_PIXELS} pixels are made.")
     if pixels < unit or pixels % unit:
         below = max(unit, pixels // unit * unit)
         raise ValueError(

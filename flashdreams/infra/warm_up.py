@@ -90,7 +90,7 @@ def choose_attention(
     device: torch.device,
     stored: StoredAttention | None = None,
 ) -> BackendChoice | None:
-    """Settle the attention backend of all ranks and its KV splits; a collective call.
+    """Select the attention backend of all ranks and its KV splits; a collective call.
 
     Splits follow from the sizes of this rank's calls, under strict from those of the whole model.
     "auto" is measured on a GPU. A CPU has one fused kernel, so a measurement would only make runs
@@ -136,7 +136,7 @@ def choose_attention(
 def _choose_strict(
     transformer: Transformer, shape: AttentionShape, name: str, device: torch.device
 ) -> BackendChoice:
-    """Settle the backend of strict ranks on a GPU, and whether it must be tiled."""
+    """Select the backend of strict ranks on a GPU, and whether it must be tiled."""
     names, dtype = PREFERENCE if name == AUTO else (name,), transformer.dtype
     if getattr(transformer.config, "precision", "native") == "fp8":
         from_rank_zero(lambda: check_fp8_invariance(shape, device, dtype))

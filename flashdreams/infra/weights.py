@@ -15,6 +15,8 @@ from flashdreams.parallel.environment import first_on_node, from_rank_zero, proc
 from flashdreams.runtime.checkpoint import (
     CheckpointConfig,
     CheckpointError,
+    MissingWeightsError,
+    concerning,
     describe_missing,
     describe_size,
     ensure_local,
@@ -78,21 +80,30 @@ def typed_options(config: Any) -> Iterator[None]:
 
     Raises:
         CheckpointError: the same, with ``--pipeline.decoder.checkpoint.source`` in the place of
-            ``checkpoint.source``.
+            ``checkpoint.source``, or before it all.
     """
     try:
         yield
     except CheckpointError as error:
         failed = error.checkpoint
-        paths = [path for path, checkpoint in named_checkpoints(config) if checkpoint is failed]
+        paths = [path for path, checkpoint in named_checkpoints(config) if checkpoint == failed]
         if not paths:
             raise
-        raise CheckpointError(_with_options(str(error), paths[0])) from error
+        option, text = option_of(paths[0]), _with_options(str(error), paths[0])
+        if option not in text:
+            text = f"{option}{'' if _is_lora(paths[0]) else '.source'}: {text}"
+        raise type(error)(text) from error
+
+
+def _is_lora(path: str) -> bool:
+    return path.rpartition(".")[2] == _LORAS
 
 
 def _with_options(text: str, path: str) -> str:
     def option(field: re.Match[str]) -> str:
         value = f" {field[3]}" if field[3] else ""
+        if _is_lora(path) and field[1] == "source":
+            return option_of(path)
         return f"{option_of(path)}.{field[1].replace('_', '-')}{value}"
 
     return _FIELD.sub(option, text)
@@ -152,8 +163,9 @@ def require_weights(
             node then asks for its node.
 
     Raises:
-        CheckpointError: all that is missing, with its size, the memory that a rollout will take,
-            and how to get it.
+        MissingWeightsError: all that is missing, with its size, the memory that a rollout will
+            take, and how to get it.
+        CheckpointError: what is there is no checkpoint.
         OtherRankError: the first rank of some node has raised that.
     """
     if encodes_text is None:
@@ -168,7 +180,7 @@ def require_weights(
 def _refuse_missing(config: NamedPipelineConfig, fetch_all: str | None, encodes_text: bool) -> None:
     lines = _list_missing(config, fetch_all, encodes_text)
     if lines:
-        raise CheckpointError("\n".join(lines))
+        raise MissingWeightsError("\n".join(lines))
 
 
 def _list_missing(
@@ -179,8 +191,9 @@ def _list_missing(
     named_files = dict(named_checkpoints(config))
     for path, checkpoint in named_checkpoints(config):
         wanted = encodes_text or not path.startswith(_TEXT_ENCODER)
-        if wanted and not checkpoint.download and find_local(checkpoint) is None:
-            missing.setdefault((checkpoint.source, checkpoint.file), (path, checkpoint))
+        with concerning(checkpoint):
+            if wanted and not checkpoint.download and find_local(checkpoint) is None:
+                missing.setdefault((checkpoint.source, checkpoint.file), (path, checkpoint))
     if not missing:
         return []
     count = "1 checkpoint that is" if len(missing) == 1 else f"{len(missing)} checkpoints that are"
@@ -223,7 +236,7 @@ def fetch_weights(config: NamedPipelineConfig, *, text_on_rank_zero: bool = Fals
         text_on_rank_zero: rank zero alone runs the text encoder and fetches its files.
 
     Raises:
-        CheckpointError: a download failed.
+        MissingWeightsError: a download failed.
     """
     for path, checkpoint in named_checkpoints(config):
         if checkpoint.download:
@@ -233,11 +246,8 @@ def fetch_weights(config: NamedPipelineConfig, *, text_on_rank_zero: bool = Fals
 
 
 def _fetch(checkpoint: CheckpointConfig) -> None:
-    try:
+    with concerning(checkpoint):
         ensure_local(checkpoint)
-    except CheckpointError as error:
-        error.checkpoint = checkpoint
-        raise
 
 
 def weight_nbytes(component: Component) -> int:

@@ -67,6 +67,10 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
             )
         if text and not text.strip():
             raise ValueError(_EMPTY.format(number))
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(
+                f"prompt {number} {quoted(text)} is not Unicode text; give it as UTF-8"
+            )
     return list(prompts)
 
 

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
 from flashdreams.infra.ranges import check_range
 from flashdreams.models.prompts import INSTALL_HINT, TEXT_PACKAGES, clean_prompts
-from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, KeyMap, ensure_local
+from flashdreams.runtime.checkpoint import (
+    CheckpointConfig,
+    CheckpointError,
+    KeyMap,
+    concerning,
+    ensure_local,
+)
+from flashdreams.runtime.text import printable
 
 OFFICIAL_KEYS = KeyMap(
     name="wan",
@@ -137,7 +144,7 @@ class UMT5TextEncoder(Encoder):
         self._check_lengths(self.tokenize(input))
 
     def example_input(self) -> list[str]:
-        """One short prompt: the tokenizer and the packages for text are then at hand."""
+        """One short prompt, with which warm-up loads the tokenizer and the packages for text."""
         return ["a street at night"]
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
@@ -201,11 +208,13 @@ def load_tokenizer(config: CheckpointConfig, *, allow_download: bool | None = No
         from tokenizers import Tokenizer
     except ImportError as error:
         raise ImportError(f"Prompts need the package tokenizers. {INSTALL_HINT}") from error
-    path = ensure_local(config, allow_download=allow_download).files[0]
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises nothing narrower
-        raise CheckpointError(f"{path} is no tokenizer: {error}. Download it again") from error
+    with concerning(config):
+        path = ensure_local(config, allow_download=allow_download).files[0]
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises nothing narrower
+            reason = printable(str(error), 300)
+            raise CheckpointError(f"{path} is no tokenizer: {reason}. Download it again") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -22,7 +22,7 @@ class Attempt:
 def agree_on_attempt(store: Any, rank: int, world_size: int, timeout_s: float) -> Attempt:
     """Give this start of the group a name; a collective call that needs the store alone.
 
-    torchrun keeps its store when it starts the ranks anew, and what an earlier start has left there
+    torchrun keeps its store when it restarts the ranks, and what an earlier start has left there
     looks like an answer. Neither the number of restarts nor that of ranks tells starts apart:
     agents count restarts each for itself. So every rank says a number of its own, rank zero
     publishes a name together with the numbers that it has seen, and the name holds once every rank

@@ -1,4 +1,4 @@
-"""Exchanges between ranks as functions of a tensor and a group, and a meter of their bytes.
+"""Collectives as functions of a tensor and a group, and a meter of their bytes.
 
 Gloo takes tensors of a GPU in some collectives only: over a gloo group each of them goes through
 the host. That is slow and cannot be captured in a graph; it lets several ranks share one GPU, which
@@ -197,7 +197,7 @@ class Traffic:
 
 @dataclass
 class TrafficMeter:
-    """What this rank sent, by name of the exchange; counted on the host as calls are issued.
+    """What this rank sent, by name of the collective; counted on the host as calls are issued.
 
     A replayed CUDA graph issues no calls: whoever captures takes ``since(snapshot)`` of the capture
     and hands it to ``add_all`` at every replay. What warm-up sent is forgotten by ``rewind``.

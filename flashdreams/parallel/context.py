@@ -1,7 +1,7 @@
 """Context-parallel attention: strategies that wrap a core and own no parameters.
 
 Shape letters: B batch, L query tokens, N heads, D head dim, P ranks of the wrapped axis. All
-exchanges carry the new chunk, before it is written to the cache.
+collectives carry the new chunk, before it is written to the cache.
 """
 
 import torch
@@ -35,7 +35,7 @@ class AttentionWrapper(nn.Module):
 
         Args:
             spec: sizes of the whole model; a strategy divides what it splits.
-            cursor: where the rollout stands, shared by all layers.
+            cursor: the rollout's position, shared by all layers.
         """
         cache = self.core.new_cache(spec, cursor)
         cache.layout = self
@@ -86,13 +86,13 @@ class AttentionWrapper(nn.Module):
     def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
         """Write this rank's part of the chunk; see `AttentionCore.write`.
 
-        A strategy whose ``forward`` exchanges or trims does the same here, without queries.
+        A strategy whose ``forward`` communicates or trims does the same here, without queries.
         """
         self.core.write(k, v, cache)
 
 
 class HeadShardAttention(AttentionWrapper):
-    """Attention over the heads that tensor parallelism left to this rank; exchanges nothing."""
+    """Attention over the heads that tensor parallelism left to this rank; no communication."""
 
     def __init__(self, core: AttentionCore | AttentionWrapper, channel: Channel) -> None:
         super().__init__(core)
@@ -153,12 +153,12 @@ class UlyssesAttention(HeadShardAttention):
         return self._to_tokens(out)
 
     def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
-        """See `AttentionWrapper.write`; exchanges keys and values alone."""
+        """See `AttentionWrapper.write`; an all-to-all of keys and values alone."""
         k, v = self._to_heads(k, v)
         self.core.write(k, v, cache)
 
     def _to_heads(self, *projections: Tensor) -> tuple[Tensor, ...]:
-        """Each ``[B, L/P, N, D]`` to ``[B, L, N/P, D]``, all in one exchange, padding dropped."""
+        """Each ``[B, L/P, N, D]`` to ``[B, L, N/P, D]``, all in one all-to-all, padding dropped."""
         size = self.channel.size
         batch, tokens, heads, head_dim = projections[0].shape
         shape = (size, len(projections), batch, tokens, heads // size, head_dim)
@@ -208,7 +208,7 @@ class GatherKVAttention(AttentionWrapper):
         return super().written_region(share_region(region, 1, self.channel))
 
     def _gather(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of all ranks in one exchange, padding dropped."""
+        """Keys and values of all ranks in one all-gather, padding dropped."""
         send = k.new_empty((2, *k.shape))
         send[0], send[1] = k, v
         return self.layout.trim(self.channel.all_gather(send, dim=2), 2).unbind(0)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashdreams.parallel.attempt import agree_on_attempt
+from flashdreams.parallel.siblings import watch_siblings
 
 T = TypeVar("T")
 
@@ -20,7 +21,7 @@ LOAD_TIMEOUT_S = 1800.0
 own (`flashdreams.parallel.watchdog`)."""
 
 MEETING_DEADLINE_S = 300.0
-"""Limit of the ranks' meeting: from the first rank that has imported all to the last."""
+"""Limit of the rendezvous: from the first rank that has imported all to the last."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,14 @@ class Environment:
     """Where this process computes."""
 
     store: dist.Store | None = field(default=None, repr=False, compare=False)
-    """Key-value store that all ranks share, where heartbeats stand; None for a single rank, or if
+    """Key-value store that all ranks share, with their heartbeats; None for a single rank, or if
     the process group was made elsewhere."""
 
     local_pids: Mapping[int, int] = field(default_factory=dict, repr=False, compare=False)
     """Process of every rank on this machine, this one included, as far as `init` made the group."""
 
     restarted: bool = False
-    """Ranks of this job were started before, as their store remembers."""
+    """Ranks of this job were started before, as recorded in their store."""
 
     @property
     def is_rank_zero(self) -> bool:
@@ -62,13 +63,13 @@ class Launch:
     run_id: str
     """``--rdzv-id``, the same for every start of a job; "" without torchrun."""
     restarts: int
-    """How often torchrun has started the ranks anew."""
+    """How often torchrun has restarted the ranks."""
 
 
 def read_launch(environment: Environment) -> Launch:
     """Who started this process.
 
-    An agent that starts its ranks anew because another agent came or went counts no restart.
+    An agent that restarts its ranks because another agent came or went counts no restart.
     """
     counted = _read_int("TORCHELASTIC_RESTART_COUNT", 0)
     restarts = max(counted, int(environment.restarted))
@@ -133,6 +134,7 @@ def init(
         torch.cuda.set_device(chosen)
     if world_size == 1:
         return Environment(rank, local_rank, world_size, chosen)
+    watch_siblings()
     store, pids, restarted = _connect(
         chosen, timedelta(seconds=timeout_s), timedelta(seconds=meeting_s)
     )
@@ -326,7 +328,7 @@ def _pick_device(name: str, local_rank: int, many_ranks: bool) -> torch.device:
 def _connect(
     device: torch.device, timeout: timedelta, meeting: timedelta
 ) -> tuple[dist.Store, dict[int, int], bool]:
-    """Make the process group; CPU tensors travel over gloo, CUDA tensors over NCCL.
+    """Make the process group; CPU tensors use gloo, CUDA tensors NCCL.
 
     Returns:
         A store for heartbeats, this machine's processes, and whether the ranks were started before.

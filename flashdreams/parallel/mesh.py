@@ -21,32 +21,33 @@ class ParallelConfig:
     """How the ranks share the work; every degree is a number of ranks or ``"auto"``."""
 
     ulysses_degree: Degree = "auto"
-    """Ranks that trade tokens for heads inside attention; must divide the heads. auto: the largest
-    that fits."""
+    """Ranks of Ulysses attention (all-to-all of tokens and heads); must divide the heads. auto: the
+    largest that fits."""
 
     ring_degree: Degree = "auto"
-    """Ranks that share the sequence beyond what Ulysses can; any number. auto: what remains."""
+    """Ranks of ring attention, which split the sequence; any number. auto: the remaining ranks."""
 
     tensor_parallel_degree: Degree = "auto"
-    """Ranks that share the weights of every block; must divide the heads. auto: 1."""
+    """Ranks that split the weights of every block; must divide the heads. auto: 1."""
 
     cfg_parallel_degree: Degree = "auto"
     """2: the conditional and the unconditional branch of guidance run on different ranks. auto: 2
     for a guided model on an even number of ranks, else 1."""
 
     ring_method: Literal["gather", "rotate"] = "gather"
-    """gather: every ring rank holds all keys, only the new chunk travels. rotate: the cache stays
-    split and travels, for models whose cache does not fit otherwise."""
+    """gather: every ring rank holds all keys, and only the new chunk is all-gathered. rotate: the
+    KV cache stays split and is sent around the ring, for models whose cache does not fit
+    otherwise."""
 
     context_backend: Literal["native", "xfuser"] = "native"
     """xfuser: long-context attention of xDiT or yunchang, for bidirectional models."""
 
     decode: Literal["auto", "replicated", "split", "rank0"] = "auto"
-    """Who decodes latents: every rank all, every rank its columns, or rank zero alone. auto: split
-    if the decoder has a spatial plan, replicated otherwise."""
+    """Ranks that decode latents: all of them every frame (replicated), each its columns (split), or
+    rank zero alone. auto: split if the decoder has a spatial plan, else replicated."""
 
     strict: bool = False
-    """The same bits on every number of ranks, for some speed: tiles of one fixed size."""
+    """Bit-identical results on any number of ranks, at lower speed: tiles of one fixed size."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def resolve_degrees(
     cached_frame_tokens: int | None = None,
     any_degree: bool = False,
 ) -> ParallelDegrees:
-    """Settle every ``"auto"`` and refuse what cannot work, before any weight is read.
+    """Resolve every ``"auto"`` and refuse what cannot work, before any weight is read.
 
     Args:
         config: the request.
@@ -277,7 +278,7 @@ class Mesh:
     decode: Axis = Axis("decode")
     """All ranks, in a group of their own, because decoding runs beside the clean pass."""
     meter: TrafficMeter = field(default_factory=TrafficMeter)
-    """Counts what every exchange of this rank sends."""
+    """Counts what every collective of this rank sends."""
 
     def channel(self, axis: Axis) -> Channel:
         """The metered channel over an axis of more than one rank.

@@ -71,7 +71,7 @@ class ParallelPlan:
     tensor: dict[str, TensorStyle] = field(default_factory=dict)
     """Linear or norm -> how its weight is split over the ``tp`` axis. ``"colwise_gathered"`` is
     colwise with an output that every rank gets whole, for a result that meets whole tensors: an
-    exchange as large as the output, so for layers that run seldom. ``"colwise_kv"`` and
+    collective as large as the output, so for layers that run seldom. ``"colwise_kv"`` and
     ``"colwise_qkv"`` are colwise for an output that is two or three parts side by side, of each of
     which a rank takes its share. ``"replicated"`` says that a linear stays whole on purpose."""
 
@@ -82,7 +82,7 @@ class ParallelPlan:
     """Submodule -> dim of its output that is gathered from the sequence ranks."""
 
     attention: tuple[str, ...] = ()
-    """Attention cores whose exchange a context-parallel strategy takes over."""
+    """Attention cores that a context-parallel strategy wraps."""
 
     cores: dict[str, CoreStyle] = field(default_factory=dict)
     """Attention cores of another kind -> ``"all_tokens"``: all tokens of the chunk must meet on one

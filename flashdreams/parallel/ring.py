@@ -1,4 +1,4 @@
-"""Ring attention: the cache stays split over the ranks and travels past all queries."""
+"""Ring attention: the KV cache stays split over the ranks and is sent around the ring."""
 
 from dataclasses import replace
 from typing import cast
@@ -73,7 +73,7 @@ class RingAttention(AttentionWrapper):
     """Rotates keys and values through the ranks and merges the partial results.
 
     Each rank keeps its share of the tokens of every latent frame, so all ranks evict the same
-    slots. Memory per rank falls with the degree; the whole visible window travels in each call.
+    slots. Memory per rank falls with the degree; each call sends the whole visible window.
 
     Source: Ring Attention, arXiv:2310.01889, section 3.
     """
@@ -93,7 +93,7 @@ class RingAttention(AttentionWrapper):
 
         Args:
             spec: sizes of the whole model.
-            cursor: where the rollout stands, shared by all layers.
+            cursor: the rollout's position, shared by all layers.
 
         Raises:
             ValueError: the ranks do not divide the tokens of a latent frame, or an fp8 cache.
@@ -151,5 +151,5 @@ class RingAttention(AttentionWrapper):
         return out.to(q.dtype)
 
     def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
-        """See `AttentionWrapper.write`; each rank keeps its share, nothing travels."""
+        """See `AttentionWrapper.write`; each rank keeps its share, no communication."""
         self.core.write(self.layout.trim(k, 1), self.layout.trim(v, 1), cache)

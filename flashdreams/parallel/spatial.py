@@ -23,7 +23,7 @@ from flashdreams.runtime.region import Region, whole_region
 class WidthLayout:
     """Which latent columns each rank holds: runs whose lengths differ by one at most.
 
-    Where there are fewer columns than ranks, every rank decodes all of them and exchanges nothing.
+    Where there are fewer columns than ranks, every rank decodes all of them without communication.
     ``widths`` belongs to the current forward pass; it is no state of a rollout.
     """
 
@@ -122,7 +122,7 @@ class WidthLayout:
 def resolve_decode(
     mesh: Mesh, plan: ParallelPlan | None, latent_width: int
 ) -> Literal["replicated", "split", "rank0"]:
-    """Settle ``decode="auto"``: split where the decoder can be split, else replicated.
+    """Resolve ``decode="auto"``: split where the decoder can be split, else replicated.
 
     Args:
         mesh: the ranks and the request.

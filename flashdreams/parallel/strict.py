@@ -1,6 +1,6 @@
 """Bit-equal results on any number of ranks: a token sees the same arithmetic wherever it is.
 
-The bits of a matrix product change with its number of rows, because libraries pick kernels by
+The bits of a matmul change with its number of rows, because libraries pick kernels by
 size. On a GPU linear layers run through one kernel that picks nothing by the number of rows, and
 attention through a backend that was shown at set-up to give the same bits whatever the number of
 heads and rows. On a CPU every product of tokens has the same number of rows, and the sequence is

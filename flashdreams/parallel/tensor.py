@@ -45,7 +45,7 @@ class ShardedLayer(nn.Module):
 
 
 class ColwiseLinear(nn.Linear, ShardedLayer):
-    """A linear layer that computes this rank's output features; exchanges nothing.
+    """A linear layer that computes this rank's output features; no communication.
 
     Of an output that is several parts side by side, such as queries, keys and values, it computes
     this rank's share of each.
@@ -66,7 +66,7 @@ class ColwiseLinear(nn.Linear, ShardedLayer):
 class GatheredColwiseLinear(ColwiseLinear):
     """A linear layer that computes this rank's output features and gathers those of all ranks.
 
-    It costs an exchange of the whole output where `ColwiseLinear` costs none: for what must be
+    It costs an all-gather of the whole output where `ColwiseLinear` costs none: for what must be
     whole on every rank and is computed seldom, such as a control embedding once per AR step.
     """
 
@@ -103,7 +103,7 @@ class RowwiseLinear(nn.Linear, ShardedLayer):
 
 
 class ShardedRMSNorm(ShardedLayer):
-    """RMS norm over a width that is split over the ranks; one float per token is exchanged."""
+    """RMS norm over a width that is split over the ranks; one float per token is all-reduced."""
 
     def __init__(self, norm: nn.Module, channel: Channel, name: str) -> None:
         super().__init__()

@@ -20,8 +20,8 @@ INSTALL = "pip install 'flashdreams[gpu]'"
 class XfuserAttention(AttentionWrapper):
     """Long-context attention of xfuser, or of its library yunchang where xfuser does not import.
 
-    Both exchange over process groups that yunchang keeps for the whole process, so all cores of a
-    process share one mesh. There is no causal cache that the ranks share: streaming models use the
+    Both use process groups that yunchang keeps for the whole process, so all cores of a process
+    share one mesh. There is no causal cache that the ranks share: streaming models use the
     native strategies.
 
     Source: USP, arXiv:2405.07719, section 3.

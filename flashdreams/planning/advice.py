@@ -11,6 +11,18 @@ from flashdreams.planning.devices import GIB, Device
 from flashdreams.planning.plans import Plan, Planner
 
 MORE_RANKS = (2, 4, 8)
+SMALLER = (0.75, 0.5, 0.25)
+"""Shares of height and width that are tried."""
+
+USABLE_OF_HOST = 0.9
+"""Share of a host's memory that a change may take; other programs and its allocator take some."""
+
+WORTH_SAYING_GIB = 0.005
+NAMES = {
+    "kv_cache": "KV cache", "others": "other networks", "reserve": "libraries",
+    "state": "other state", "transformer": "weights of the transformer",
+}  # fmt: skip
+"""Parts of a plan's memory in words."""
 
 
 def explain(
@@ -18,6 +30,7 @@ def explain(
     device: Device,
     degrees: ParallelDegrees,
     parallel: ParallelConfig | None = None,
+    pixels: int | None = None,
 ) -> str:
     """What a rollout needs on a rank and for what, what there is, and what would fit.
 
@@ -26,30 +39,37 @@ def explain(
         device: with the memory that there is.
         degrees: of the run.
         parallel: strategy of the run.
+        pixels: rows of pixels of a row of the latent, of a command that has ``--height``.
     """
     planner = Planner(config, device, parallel=parallel)
     plan = planner.plan(degrees)
-    parts = {name: value for name, value in vars(plan.memory).items() if value}
-    listed = ", ".join(f"{n.replace('_', ' ')} {v / GIB:.2f}" for n, v in parts.items())
+    parts = {name: value / GIB for name, value in vars(plan.memory).items()}
+    largest = sorted(((v, n) for n, v in parts.items() if v >= WORTH_SAYING_GIB), reverse=True)
+    listed = ", ".join(f"{NAMES.get(n, n)} {v:.2f}" for v, n in largest)
     text = (
         f"A rollout needs {plan.memory.total / GIB:.2f} GiB per rank ({listed}); there are "
         f"{device.memory_gib:.2f} GiB."
     )
-    change = next(cheapest_changes(config, planner, plan), None)
+    usable_gib = device.memory_gib * (1.0 if planner.on_gpu else USABLE_OF_HOST)
+    less = Planner(config, replace(device, memory_gib=usable_gib), parallel=parallel)
+    change = next(cheapest_changes(config, less, less.plan(degrees), pixels), None)
     if change is None:
-        return f"{text} No single change fits: use more ranks, a smaller size, or another device."
+        return f"{text} No single change fits: take several, or another device."
     return f"{text} The cheapest change that fits: {change}."
 
 
 def cheapest_changes(
-    config: StreamInferencePipelineConfig, planner: Planner, plan: Plan
+    config: StreamInferencePipelineConfig,
+    planner: Planner,
+    plan: Plan,
+    pixels: int | None = None,
 ) -> Iterator[str]:
     """Changes after which one rollout fits, those that alter the video least first."""
     if config.text_encoder is not None and not config.release_text_encoder:
         without = derive_config(config, text_encoder=None)
         if _fits(without, planner, plan):
             yield "--prompt-embeds FILE, so that the text encoder is not loaded"
-    for ranks in MORE_RANKS:
+    for ranks in MORE_RANKS if planner.on_gpu else ():  # ranks on a host share its memory
         if ranks > plan.degrees.world_size:
             better = planner.plans(ranks)[0]
             if better.fits:
@@ -67,13 +87,28 @@ def cheapest_changes(
             if _fits(changed, planner, plan):
                 flag = name.replace("_", "-")
                 yield f"--pipeline.diffusion-model.transformer.{flag} {value}, which is less exact"
+    yield from _smaller_sizes(config, planner, plan, pixels)
+
+
+def _smaller_sizes(
+    config: StreamInferencePipelineConfig, planner: Planner, plan: Plan, pixels: int | None
+) -> Iterator[str]:
+    """The largest size that fits of those that are tried."""
+    transformer: Any = config.diffusion_model.transformer
+    _, rows, columns = getattr(transformer, "patch_size", (1, 1, 1))
+    for share in SMALLER:
+        height = int(transformer.latent_height * share) // rows * rows
+        width = int(transformer.latent_width * share) // columns * columns
+        sizes = {"latent_height": height, "latent_width": width}
+        if not height or not width:
+            return
+        if _fits(derive_config(config, diffusion_model={"transformer": sizes}), planner, plan):
+            flag = "--pipeline.diffusion-model.transformer.latent-" if pixels is None else "--"
+            factor = pixels or 1
+            yield f"a smaller video: {flag}height {factor * height} {flag}width {factor * width}"
+            return
 
 
 def _fits(config: StreamInferencePipelineConfig, planner: Planner, plan: Plan) -> bool:
     other = Planner(config, planner.device, fps=planner.fps, parallel=planner.parallel)
     return other.plan(plan.degrees).fits
-
-
-def with_memory(device: Device, free_bytes: int) -> Device:
-    """The device with other memory, such as what is free."""
-    return replace(device, memory_gib=free_bytes / GIB)

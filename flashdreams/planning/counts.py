@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from flashdreams.attention.backends import sdpa
+from flashdreams.attention.cache import KVCache
 from flashdreams.attention.core import AttentionCore
+from flashdreams.attention.fp8 import FP8
 from flashdreams.parallel.collectives import Traffic
+from flashdreams.planning.operators import Operator, form_of
 
 GEMMS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_scaled_mm"})
 CONVOLUTIONS = frozenset({"convolution", "_convolution"})
-
-NARROW_CHANNELS = 32
-"""Convolutions between fewer channels reach less on a CPU, whose vectors they do not fill."""
 
 
 @dataclass(frozen=True)
@@ -26,28 +27,33 @@ class Work:
     """Operations of one kind of call."""
 
     gemm_flops: int = 0
-    """Operations of matrix products."""
+    """Operations of matmuls."""
     attention_flops: int = 0
     """Operations of attention, as backends do it: no scores in memory."""
+    fp8_flops: int = 0
+    """The part of ``attention_flops`` that reads an FP8 cache."""
     convolution_flops: int = 0
     """Operations of convolutions."""
-    narrow_flops: int = 0
-    """The part of ``convolution_flops`` with fewer than `NARROW_CHANNELS` channels."""
-    weight_bytes: int = 0
-    """Bytes of the weights of matrix products."""
     gemm_bytes: int = 0
-    """Bytes that matrix products and convolutions read and write."""
+    """Bytes that matmuls and convolutions read and write."""
     other_bytes: int = 0
     """Bytes that everything else reads and writes."""
     calls: int = 0
     """Kernels."""
     traffic: Mapping[str, Traffic] = field(default_factory=dict)
     """What this rank sends."""
+    operators: Mapping[Operator, int] = field(default_factory=dict)
+    """Number of each distinct operator; with ``calls`` in all."""
 
     @property
     def flops(self) -> int:
         """All operations that are counted."""
         return self.gemm_flops + self.attention_flops + self.convolution_flops
+
+    @property
+    def bytes_per_call(self) -> float:
+        """What one operator moves, on average."""
+        return (self.gemm_bytes + self.other_bytes) / max(self.calls, 1)
 
     @property
     def sent_bytes(self) -> int:
@@ -59,7 +65,10 @@ class Work:
         for name, more in other.traffic.items():
             traffic[name] = traffic.get(name, Traffic()) + more
         sums = {n: getattr(self, n) + getattr(other, n) for n in _NUMBERS}
-        return Work(**sums, traffic=traffic)
+        operators = dict(self.operators)
+        for operator, more_calls in other.operators.items():
+            operators[operator] = operators.get(operator, 0) + more_calls
+        return Work(**sums, traffic=traffic, operators=operators)
 
     def __sub__(self, other: "Work") -> "Work":
         return self + other * -1
@@ -68,12 +77,14 @@ class Work:
         traffic = {
             n: Traffic(times * t.calls, times * t.bytes_sent) for n, t in self.traffic.items()
         }
-        return Work(**{n: times * getattr(self, n) for n in _NUMBERS}, traffic=traffic)
+        operators = {operator: times * calls for operator, calls in self.operators.items()}
+        numbers = {n: times * getattr(self, n) for n in _NUMBERS}
+        return Work(**numbers, traffic=traffic, operators=operators)
 
 
 _NUMBERS = (
-    "gemm_flops", "attention_flops", "convolution_flops", "narrow_flops",
-    "weight_bytes", "gemm_bytes", "other_bytes", "calls",
+    "gemm_flops", "attention_flops", "fp8_flops", "convolution_flops", "gemm_bytes",
+    "other_bytes", "calls",
 )  # fmt: skip
 
 
@@ -87,6 +98,7 @@ class Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.numbers = dict.fromkeys(_NUMBERS, 0)
+        self.operators: dict[Operator, int] = {}
         self.live_bytes = 0
         self.peak_bytes = 0
         self._known: set[int] = set()
@@ -119,28 +131,36 @@ class Counter(TorchDispatchMode):
         fresh = func.is_view or not inputs or name.startswith(("empty", "new_empty", "detach"))
         if fresh or name in ("_unsafe_view", "_reshape_alias", "lift_fresh", "alias"):
             return
-        self.numbers["calls"] += 1
         nbytes = sum(_nbytes(x) for x in (*inputs, *outputs))
-        packet = func._overloadpacket
+        flops, kind = 0, "memory"
         if name in GEMMS or name in CONVOLUTIONS:
-            flops = flop_registry[packet](*args, **kwargs, out_val=out)
-            kind = "gemm_flops" if name in GEMMS else "convolution_flops"
-            self.numbers[kind] += flops
-            self.numbers["gemm_bytes"] += nbytes
-            weights = args[2 if name in ("addmm", "baddbmm") else 1]
-            if name in GEMMS:
-                self.numbers["weight_bytes"] += _nbytes(weights)
-            elif min(weights.shape[:2]) < NARROW_CHANNELS:
-                self.numbers["narrow_flops"] += flops
-        else:
-            self.numbers["other_bytes"] += nbytes
+            flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+            kind = "gemm" if name in GEMMS else "convolution"
+            self.numbers[f"{kind}_flops"] += flops
+        self.numbers["other_bytes" if kind == "memory" else "gemm_bytes"] += nbytes
+        self._add(kind, func, args, kwargs, flops, nbytes)
+
+    def _add(
+        self, kind: str, func: Any, args: Any, kwargs: Mapping[str, Any], flops: int, nbytes: int
+    ) -> None:
+        """Count one operator by its form."""
+        named = tuple((n, form_of(v, self._is_kept)) for n, v in kwargs.items())
+        operator = Operator(kind, func, form_of(args, self._is_kept), named, flops, nbytes)
+        self.operators[operator] = self.operators.get(operator, 0) + 1
+        self.numbers["calls"] += 1
+
+    def _is_kept(self, x: Tensor) -> bool:
+        return x.untyped_storage()._cdata in self._known
 
     def add_attention(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Count one attention call, ``[B, L, N, D]`` and ``[B, S, N, D]``."""
         batch, queries, heads, dim = q.shape
-        self.numbers["attention_flops"] += 2 * batch * heads * queries * k.shape[1] * (dim + dim)
-        self.numbers["gemm_bytes"] += sum(map(_nbytes, (q, k, v, q)))
-        self.numbers["calls"] += 1
+        flops = 2 * batch * heads * queries * k.shape[1] * (dim + dim)
+        nbytes = sum(map(_nbytes, (q, k, v, q)))
+        self.numbers["attention_flops"] += flops
+        self.numbers["fp8_flops"] += flops if k.dtype == FP8 else 0
+        self.numbers["gemm_bytes"] += nbytes
+        self._add("attention", sdpa, (q, k, v), {"scale": dim**-0.5}, flops, nbytes)
 
     def _follow(self, x: Tensor) -> None:
         """Count a storage as long as a tensor refers to it."""
@@ -166,7 +186,7 @@ class Counter(TorchDispatchMode):
 
     def work(self, traffic: Mapping[str, Traffic] | None = None) -> Work:
         """What was counted."""
-        return Work(**self.numbers, traffic=dict(traffic or {}))
+        return Work(**self.numbers, traffic=dict(traffic or {}), operators=self.operators)
 
 
 @contextmanager
@@ -180,15 +200,22 @@ def counting_attention(module: nn.Module, counter: Counter) -> Iterator[None]:
             return out
         return out, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
+    def attend_stored(q: Tensor, cache: KVCache) -> Tensor:
+        """An FP8 cache is read by the kernel; only emulation on a CPU dequantizes it."""
+        counter.add_attention(q, *cache.stored())
+        return torch.empty_like(q, dtype=cache.spec.dtype)
+
     cores = [core for core in module.modules() if isinstance(core, AttentionCore)]
     kept = [core.backend for core in cores]
     for core in cores:
         core.backend = attend
+        vars(core)["attend_stored"] = attend_stored
     try:
         yield
     finally:
         for core, backend in zip(cores, kept, strict=True):
             core.backend = backend
+            del vars(core)["attend_stored"]
 
 
 def count(

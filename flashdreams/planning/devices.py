@@ -1,9 +1,9 @@
 """What devices can do: peak figures of data sheets, and what was reached."""
 
-import statistics
-import time
+import contextlib
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from flashdreams.infra.config import config_fields, conforms, field_annotation
 from flashdreams.models.wan.transformer import WanTransformerConfig
 from flashdreams.planning.counts import count
+from flashdreams.planning.operators import OperatorTimes, median_s
+from flashdreams.runtime.text import quoted, read_text
+
+MAX_DEVICES_BYTES = 2**17
+"""Largest file of devices."""
 
 GB, TERA, GIB = 1e9, 1e12, 2**30
 
-COLD_WEIGHTS = 28
-"""Matrices of 0.6 MB whose reading is timed: together more than a core's own caches hold."""
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Files that hold the limit of a container in bytes, of both versions of control groups."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,25 +34,29 @@ class Device:
     memory_gib: float
     """Memory of one, in GiB."""
     peak_tflops: float
-    """Dense bfloat16 products with float32 sums, 10^12 operations per second."""
+    """Dense bfloat16 matmuls with float32 accumulation, 10^12 operations per second."""
     gemm_tflops: float
-    """The same, reached by the products of a network."""
+    """The same, reached by the matmuls of a network."""
     attention_tflops: float
     """Reached by attention within a run."""
+    fp8_tflops: float = 0.0
+    """Reached by attention to an FP8 KV cache; 0 where the engine has no kernel for it."""
     convolution_tflops: float
     """Reached by the convolutions of decoders."""
-    narrow_tflops: float = 0.0
-    """The same where there are few channels; 0 makes no difference between them."""
     bandwidth_gb_s: float
     """Bytes to and from memory per second, in 10^9, reached by a copy."""
     fused_share: float = 1.0
     """Of the bytes that the operations between matmuls read and write one by one, the share that
     still moves where fused kernels run."""
     call_us: float = 0.0
-    """Least time of a kernel that the host has to launch; hidden on a GPU with enough work."""
-    weights_gb_s: float = 0.0
-    """Bytes of weights that a product of few rows reads per second, in 10^9, where weights come
-    from memory and take time of their own, as on a CPU; 0 does not count them."""
+    """Time that the program around an operator takes while all that it needs is in the caches;
+    hidden on a GPU with enough work."""
+    cold_call_us: float = 0.0
+    """The same where operators move so much that the program is pushed out of the caches."""
+    cold_bytes: float = 1.0
+    """Bytes per operator that do so; below it, the time grows with the bytes."""
+    times: OperatorTimes | None = field(default=None, repr=False, compare=False)
+    """Times small operators at their own shapes, on this CPU; None: rates hold for all."""
     link_gb_s: float = 0.0
     """Bytes that one device sends to others of its node per second, in 10^9."""
     internode_gb_s: float = 40.0
@@ -66,6 +76,9 @@ H200_REACHED = (
 FUSED_SHARE = 0.25
 """Measured with Self-Forcing 1.3B; LingBot-World 14B had 0.47, because its camera branch and the
 sum after cross-attention were not fused."""
+HOPPER_FP8_TFLOPS = 815
+"""Reached by FlashAttention-3 with an FP8 cache, merge of KV splits included: 140.4 TFLOP of a
+Self-Forcing step on one H200 took 169 and 175 ms. An H100 has the same multiprocessors."""
 ASSUMED = (
     "reached rates: ASSUMED, the share of the data sheet that an H200 reaches (70 % of the "
     "products, 66 % of attention, 39 % of convolutions, 89 % of the bandwidth); not measured"
@@ -103,13 +116,17 @@ DEVICES: dict[str, Device] = {
             peak_tflops=989,
             gemm_tflops=690,
             attention_tflops=655,
+            fp8_tflops=HOPPER_FP8_TFLOPS,
             convolution_tflops=390,
             bandwidth_gb_s=4260,
             fused_share=FUSED_SHARE,
             link_gb_s=315,
             source=f"NVIDIA H200 data sheet (SXM); {H200_REACHED}; links assumed: 70 % of 450 GB/s",
         ),
-        _assumed("H100-80GB", 79.6, 989, 3350, 450, "NVIDIA H100 data sheet (SXM5)"),
+        replace(
+            _assumed("H100-80GB", 79.6, 989, 3350, 450, "NVIDIA H100 data sheet (SXM5)"),
+            fp8_tflops=HOPPER_FP8_TFLOPS,
+        ),
         _assumed("A100-80GB", 79.3, 312, 2039, 300, "NVIDIA A100 data sheet (SXM4)"),
         _assumed("A100-40GB", 39.6, 312, 1555, 300, "NVIDIA A100 data sheet (SXM4)"),
         _assumed("B200-180GB", 178.4, 2250, 7700, 900, "NVIDIA HGX B200 data sheet"),
@@ -132,20 +149,42 @@ def read_devices(path: Path) -> dict[str, Device]:
     import yaml
 
     try:
-        entries = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"--devices {path} cannot be read: {error}") from error
+        entries = yaml.safe_load(read_text(path, MAX_DEVICES_BYTES, "utf-8-sig"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--devices {path} cannot be read: {reason}") from error
     if not isinstance(entries, Mapping):
         raise ValueError(f"--devices {path} must hold a mapping: name -> fields of a device.")
     table = dict(DEVICES)
     for name, values in entries.items():
+        if not isinstance(name, str) or not isinstance(values, Mapping):
+            raise ValueError(
+                f"--devices {path}: {quoted(name)} must be a name with fields below it."
+            )
         known = asdict(table[name]) if name in table else {"name": name}
         note = {"source": f"{known.get('source', '')} changed by {path}".strip()}
         try:
             table[name] = Device(**{**known, **note, **values})
         except TypeError as error:
             raise ValueError(f"--devices {path}: {name}: {error}") from error
+        _check_figures(table[name], f"--devices {path}: {name}")
     return table
+
+
+def _check_figures(device: Device, title: str) -> None:
+    """Refuse what is no figure of a device.
+
+    Raises:
+        ValueError: a field of another type, or a number that is negative, not finite, or 0 where
+            the default is not.
+    """
+    for name, known in config_fields(device).items():
+        value = getattr(device, name)
+        fits = conforms(value, field_annotation(Device, name))
+        if fits and isinstance(value, int | float):
+            fits = 0 < value < float("inf") or (value == 0 and known.default == 0)
+        if not fits:
+            raise ValueError(f"{title}: {name} cannot be {quoted(value)}.")
 
 
 def resolve_gpus(text: str, table: Mapping[str, Device]) -> tuple[int, Device]:
@@ -186,64 +225,55 @@ def this_machine(table: Mapping[str, Device]) -> tuple[int, Device]:
 def measure_cpu(rows: int = 64, dim: int = 192) -> Device:
     """What a CPU reaches, with the threads that torch has, in float32.
 
+    The rates are for operators that are too large to be timed one by one.
+
     Args:
-        rows: tokens of the products that are timed.
+        rows: tokens of the matmuls that are timed.
         dim: their width.
     """
     new = partial(torch.rand, dtype=torch.float32, device="cpu")
     x, w, b = new(rows, dim), new(dim, 4 * dim), new(4 * dim)
     q, k = new(1, 6, rows, 32), new(1, 6, 9 * rows, 32)
     image, kernel = new(1, 32, 32, 48), new(32, 32, 3, 3)
-    narrow, small = new(1, 4, 3, 34, 34), new(4, 4, 3, 3, 3)
-    few, cold = x[:16], [new(dim, 4 * dim) for _ in range(COLD_WEIGHTS)]
     big, one = new(rows, 4 * dim), new(16)
-    call_s = _seconds(lambda: one.add(one))
-    engine_s = _engine_call_s()
+    call_s = median_s(lambda: one.add(one))
 
-    def rate(flops: float, call: Callable[[], Any]) -> float:
-        return flops / max(_seconds(call) - call_s, 1e-9) / TERA
+    def rate(amount: float, unit: float, call: Callable[[], Any]) -> float:
+        return amount / max(median_s(call) - call_s, 1e-9) / unit
 
-    cold_s = _seconds(lambda: [torch.addmm(b, few, weights) for weights in cold], 0.2) / len(cold)
-    gemm_tflops = rate(8 * rows * dim * dim, lambda: torch.addmm(b, x, w))
-    warm_s = call_s + 8 * len(few) * dim * dim / (gemm_tflops * TERA)
-    convolution = 2 * image.numel() * 32 * 9
+    attended, convolved = 4 * q.numel() * 9 * rows, 2 * image.numel() * 32 * 9
+    times = OperatorTimes()
+    (call_us, _), (cold_call_us, cold_bytes) = (_engine_call(times, dim) for dim in (24, dim))
     return Device(
         name=f"this CPU, {torch.get_num_threads()} threads",
-        memory_gib=_memory_bytes() / GIB,
+        memory_gib=host_memory_bytes() / GIB,
         peak_tflops=0.0,
-        gemm_tflops=gemm_tflops,
-        attention_tflops=rate(
-            4 * q.numel() * 9 * rows, lambda: F.scaled_dot_product_attention(q, k, k)
-        ),
-        convolution_tflops=rate(convolution, lambda: F.conv2d(image, kernel, padding=1)),
-        narrow_tflops=rate(2 * 27 * 4 * 4 * 32 * 32, lambda: F.conv3d(narrow, small)),
-        weights_gb_s=cold[0].nbytes / max(cold_s - warm_s, 1e-9) / GB,
-        bandwidth_gb_s=8 * big.numel() / max(_seconds(lambda: big + 1.0) - call_s, 1e-9) / GB,
-        call_us=1e6 * engine_s,
+        gemm_tflops=rate(8 * rows * dim * dim, TERA, lambda: torch.addmm(b, x, w)),
+        attention_tflops=rate(attended, TERA, lambda: F.scaled_dot_product_attention(q, k, k)),
+        convolution_tflops=rate(convolved, TERA, lambda: F.conv2d(image, kernel, padding=1)),
+        bandwidth_gb_s=rate(8 * big.numel(), GB, lambda: big + 1.0),
+        call_us=call_us,
+        cold_call_us=max(call_us, cold_call_us),
+        cold_bytes=cold_bytes,
+        times=times,
         link_gb_s=1.0,
         ranks_per_node=64,
         source="measured now",
     )
 
 
-def _seconds(call: Callable[[], Any], budget_s: float = 0.08) -> float:
-    """Median time of a call, of this thread alone: others may use the CPU too."""
-    call()
-    times: list[float] = []
-    end = time.perf_counter() + budget_s
-    while time.perf_counter() < end or not times:
-        start = time.thread_time()
-        for _ in range(5):
-            call()
-        times.append((time.thread_time() - start) / 5)
-    return statistics.median(times)
+def _engine_call(times: OperatorTimes, dim: int) -> tuple[float, float]:
+    """Microseconds that the engine takes per operator, beside the operator itself, and its bytes.
 
-
-def _engine_call_s() -> float:
-    """Seconds of a kernel on almost nothing, the engine's own share of it included."""
+    Args:
+        times: of operators.
+        dim: width of the network that is run; with 24 the operators do almost nothing, with 192
+            its weights are larger than the caches that a core has for itself.
+    """
     config = WanTransformerConfig(
-        dim=24, ffn_dim=24, num_heads=2, num_layers=4, freq_dim=16, text_dim=8, text_len=2,
-        in_channels=2, out_channels=2, len_t=1, latent_height=2, latent_width=2, window_size_t=2,
+        dim=dim, ffn_dim=4 * dim, num_heads=dim // 12, num_layers=4, freq_dim=16, text_dim=8,
+        text_len=2, in_channels=2, out_channels=2, len_t=1, latent_height=2, latent_width=2,
+        window_size_t=2,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         network = config.setup()
@@ -251,18 +281,31 @@ def _engine_call_s() -> float:
         cache = network.initialize_cache(text=new(1, 2, 8, device="cpu"))
         network.begin_step(0, cache)
         latent, timestep = new(1, 2, 1, 2, 2, device="cpu"), new((), device="cpu") + 500.0
-        seconds = _seconds(lambda: network.predict_flow(latent, timestep, cache), 0.3)
+        seconds = median_s(lambda: network.predict_flow(latent, timestep, cache), 0.3)
     with torch.device("meta"):
         network = config.setup()
     cache = network.initialize_cache(text=new(1, 2, 8, device="meta"))
     network.begin_step(0, cache)
     with torch.no_grad():
         network.modulation_of(timestep, cache)
-    work, _ = count(network, lambda: network.predict_flow(latent.to("meta"), timestep, cache))
-    return seconds / work.calls
+    on_meta = latent.to("meta")
+    work, _ = count(network, lambda: network.predict_flow(on_meta, timestep, cache), cache)
+    one = times.seconds(work.operators)
+    own_s = sum(
+        calls * one[operator] for operator, calls in work.operators.items() if operator in one
+    )
+    return 1e6 * max(0.0, seconds - own_s) / work.calls, work.bytes_per_call
 
 
-def _memory_bytes() -> int:
-    import os
+def host_memory_bytes() -> int:
+    """Memory of the host that this process may use: the machine's, its container's or its own."""
+    import resource
 
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    own, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if own != resource.RLIM_INFINITY:
+        limits.append(own)
+    for file in CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+            limits.append(int(Path(file).read_text("ascii")))
+    return min(limits)

@@ -1,11 +1,12 @@
 """Every way in which ranks may share a method: memory, traffic and time of an AR step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 
 from flashdreams.infra.component import select_context
 from flashdreams.infra.decoder.base import Decoder, StreamingDecoder
@@ -24,6 +25,9 @@ STEADY_CHUNKS = 64
 
 RESERVE_GIB = 1.5
 """GiB of a GPU that the CUDA context, libraries and the allocator's gaps take; assumed."""
+
+HOST_RESERVE_GIB = 0.75
+"""GiB of address space that Python, torch and this package take; measured on Linux."""
 
 
 @dataclass(frozen=True)
@@ -145,26 +149,39 @@ def predict_ms(
 
     Args:
         work: of the rank.
-        degrees: which exchanges leave a node: those of the outer axes, in larger worlds.
+        degrees: which collectives leave a node: those of the outer axes, in larger worlds.
         device: its rates.
         fused: whether fused kernels run, of which `count` sees the single operations.
     """
-    moved_bytes = work.other_bytes * (device.fused_share if fused else 1.0)
     collectives = 0.0
     for name, traffic in work.traffic.items():
         outer = name.split(".")[0] in ("ring", "sequence", "cfg", "decode")
         far = degrees.world_size > device.ranks_per_node and outer
         rate = (device.internode_gb_s if far else device.link_gb_s) or device.internode_gb_s
         collectives += traffic.bytes_sent / (rate * GB) + traffic.calls * device.latency_us * 1e-6
-    weights_s = work.weight_bytes / (device.weights_gb_s * GB) if device.weights_gb_s else 0.0
-    narrow_s = work.narrow_flops / ((device.narrow_tflops or device.convolution_tflops) * TERA)
-    wide_flops = work.convolution_flops - work.narrow_flops
+    timed = device.times.seconds(work.operators) if device.times is not None else {}
+    seconds = dict.fromkeys(("gemm", "attention", "convolution", "memory"), 0.0)
+    flops = {kind: getattr(work, f"{kind}_flops") for kind in ("gemm", "attention", "convolution")}
+    moved_bytes = float(work.other_bytes)
+    if work.fp8_flops:
+        flops["attention"] -= work.fp8_flops
+        seconds["attention"] += work.fp8_flops / (device.fp8_tflops * TERA)
+    for operator, one_s in timed.items():
+        calls = work.operators[operator]
+        seconds[operator.kind] += calls * one_s
+        if operator.kind == "memory":
+            moved_bytes -= calls * operator.nbytes
+        else:
+            flops[operator.kind] -= calls * operator.flops
+    for kind, amount in flops.items():
+        seconds[kind] += amount / (getattr(device, f"{kind}_tflops") * TERA)
+    moved_bytes *= device.fused_share if fused else 1.0
+    seconds["memory"] += moved_bytes / (device.bandwidth_gb_s * GB)
+    cold = min(1.0, work.bytes_per_call / device.cold_bytes) if device.cold_call_us else 0.0
+    call_us = device.call_us + cold * (device.cold_call_us - device.call_us)
     return Milliseconds(
-        gemm=1e3 * (work.gemm_flops / (device.gemm_tflops * TERA) + weights_s),
-        attention=1e3 * work.attention_flops / (device.attention_tflops * TERA),
-        convolution=1e3 * (wide_flops / (device.convolution_tflops * TERA) + narrow_s),
-        memory=1e3 * moved_bytes / (device.bandwidth_gb_s * GB),
-        calls=1e-3 * work.calls * device.call_us,
+        **{kind: 1e3 * s for kind, s in seconds.items()},
+        calls=1e-3 * work.calls * call_us,
         collectives=1e3 * collectives,
     )
 
@@ -177,6 +194,8 @@ class Network:
     """A denoising step."""
     clean: Work
     """The clean pass."""
+    begin: Work
+    """What is computed once per AR step: control inputs."""
     weights: int
     """Bytes."""
     caches: int
@@ -192,6 +211,7 @@ class Network:
         return Network(
             call=self.call + (two.call - self.call) * more,
             clean=self.clean + (two.clean - self.clean) * more,
+            begin=self.begin + (two.begin - self.begin) * more,
             weights=self.weights + (two.weights - self.weights) * more,
             caches=self.caches + (two.caches - self.caches) * more,
             state=self.state + (two.state - self.state) * more,
@@ -224,6 +244,11 @@ class Planner:
         self.parallel = parallel or ParallelConfig()
         self.guided = config.diffusion_model.guidance_scale is not None
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device is none of this host's CPUs."""
+        return self.device.source != "measured now"
+
     def plans(self, ranks: int) -> list[Plan]:
         """All plans for a number of ranks: those that fit first, the fastest first."""
         found = [self.plan(degrees) for degrees in self._degrees(ranks)]
@@ -241,9 +266,22 @@ class Planner:
             yield degrees
 
     @cached_property
-    def _plan_of_transformer(self) -> Any:
+    def _transformer(self) -> Any:
         with torch.device("meta"):
-            return self.config.diffusion_model.transformer.setup().parallel_plan()
+            return self.config.diffusion_model.transformer.setup()
+
+    @property
+    def _plan_of_transformer(self) -> Any:
+        return self._transformer.parallel_plan()
+
+    def _layers_are_equal(self, layers: int) -> bool:
+        """Whether all layers have the same parameters; Matrix-Game's first ones have more."""
+        for module in self._transformer.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == layers:
+                forms = {tuple((n, x.shape) for n, x in m.named_parameters()) for m in module}
+                if len(forms) > 1:
+                    return False
+        return True
 
     def plan(self, degrees: ParallelDegrees) -> Plan:
         """One plan.
@@ -257,11 +295,17 @@ class Planner:
         decoder, decoded, decoder_state, decoding = self._decoder(config, mesh)
         branches = 2 if self.guided and degrees.cfg == 1 else 1
         steps = int(self.config.diffusion_model.scheduler.setup().num_inference_steps)
-        work = (network.call * steps + network.clean) * branches + decoded
+        if network.call.fp8_flops and not self.device.fp8_tflops:
+            raise ValueError(
+                f"precision='fp8' cannot be planned for {self.device.name}: FP8 attention needs a "
+                "Hopper GPU. Plan for H100-80GB or H200-141GB, or with --precision native."
+            )
+        once = network.clean + network.begin
+        work = (network.call * steps + once) * branches + decoded
         caches = network.caches * branches
         everything = network.state * branches + decoder_state
         tokens = getattr(config, "window_size_t", 0)
-        on_gpu = self.device.source != "measured now"
+        on_gpu = self.on_gpu
         captures = on_gpu and getattr(config, "use_cuda_graph", False)
         graphs = network.activations if captures else 0
         fused = on_gpu and getattr(config, "fused_kernels", False) is not False
@@ -275,7 +319,7 @@ class Planner:
                 state=everything - caches,
                 activations=max(network.activations, decoding),
                 graphs=graphs,
-                reserve=int(RESERVE_GIB * GIB) if on_gpu else 0,
+                reserve=int((RESERVE_GIB if on_gpu else HOST_RESERVE_GIB) * GIB),
             ),
             work=work,
             ms=predict_ms(work, degrees, self.device, fused),
@@ -296,7 +340,8 @@ class Planner:
     def _network(self, config: Any, mesh: DryMesh) -> "Network":
         """What the transformer takes; of many equal layers, two are run."""
         layers = getattr(config, "num_layers", 0)
-        if layers <= 2:
+        timed = self.device.times is not None  # forms of operators are not linear in the layers
+        if layers <= 2 or timed or not self._layers_are_equal(layers):
             return self._run_network(config, mesh)
         one, two = (self._run_network(replace(config, num_layers=n), mesh) for n in (1, 2))
         return one.extrapolate(two, layers)
@@ -324,10 +369,11 @@ class Planner:
         for cursor in cache.cursors:
             cursor.reset(index * transformer.config.len_t)
         control = transformer.example_control(1)
-        transformer.begin_step(index, cache, None if control is None else control.to("meta"))
+        control = _on_meta(control)
+        begin, _ = count(transformer, lambda: transformer.begin_step(index, cache, control), cache)
         latent = torch.empty(transformer.latent_shape(1), dtype=torch.float32, device="meta")
         timestep = torch.tensor(500.0, dtype=torch.float32, device="cpu")
-        with torch.no_grad():  # with gradients, nothing is remembered
+        with torch.no_grad():  # with gradients, nothing is cached
             transformer.modulation_of(timestep, cache)
         sent = mesh.meter.snapshot()
         call, activations = count(
@@ -346,6 +392,7 @@ class Planner:
         return Network(
             call=call,
             clean=clean,
+            begin=begin,
             weights=weight_nbytes(transformer),
             caches=storages(getattr(cache, "caches", None)),
             state=storages(cache),
@@ -391,3 +438,10 @@ class Planner:
                 with torch.device("meta"):
                     total += weight_nbytes(config.setup())
         return total
+
+
+def _on_meta(control: Any) -> Any:
+    """A control input without values."""
+    if isinstance(control, Mapping):
+        return {name: _on_meta(value) for name, value in control.items()}
+    return control.to("meta") if isinstance(control, torch.Tensor) else control

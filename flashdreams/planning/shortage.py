@@ -1,6 +1,5 @@
 """Out-of-memory errors of torch in words: what was needed and for what, and what would fit."""
 
-import os
 import re
 import traceback
 from typing import Any
@@ -10,20 +9,12 @@ import torch
 from flashdreams.parallel.environment import process_count
 from flashdreams.parallel.mesh import resolve_degrees
 from flashdreams.planning.advice import explain
-from flashdreams.planning.devices import GIB, Device
-
-_HOST_SHORTAGE = re.compile(r"DefaultCPUAllocator: can't allocate memory|bad_alloc|out of memory")
+from flashdreams.planning.devices import GIB, Device, host_memory_bytes
+from flashdreams.runtime.shortage import is_shortage
 
 
 class ShortageError(OSError):
     """A device or the host has too little memory; the message says what would fit."""
-
-
-def is_shortage(error: BaseException) -> bool:
-    """Whether an error says that memory ran out."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and bool(_HOST_SHORTAGE.search(str(error)))
 
 
 def with_advice(error: Exception, config: Any) -> Exception:
@@ -54,11 +45,14 @@ def _asked(text: str) -> str:
     if found is None:
         return ""
     size, unit = found[1].split()
-    return f", at {int(size) / GIB:.2f} GiB" if unit == "bytes" else f", at {found[1]}"
+    asked = f"{int(size) / GIB:.2f} GiB" if unit == "bytes" else found[1]
+    return f" (it had no room for {asked} more)"
 
 
-def _situation(config: Any, on_gpu: bool) -> tuple[Any, Device, Any, Any]:
-    """Pipeline, device, degrees and strategy of a run."""
+def _situation(config: Any, on_gpu: bool) -> tuple[Any, Device, Any, Any, int | None]:
+    """Pipeline, device, degrees and strategy of a run, and pixels of a row of the latent."""
+    from flashdreams.infra.video_runner import SPATIAL_FACTOR
+
     pipeline = resolved_pipeline(config)
     transformer = pipeline.diffusion_model.transformer
     degrees = resolve_degrees(
@@ -67,7 +61,8 @@ def _situation(config: Any, on_gpu: bool) -> tuple[Any, Device, Any, Any]:
         getattr(transformer, "num_heads", None),
         pipeline.diffusion_model.guidance_scale is not None,
     )
-    return pipeline, _device(on_gpu), degrees, config.parallel
+    pixels = SPATIAL_FACTOR if hasattr(config, "height") else None
+    return pipeline, _device(on_gpu), degrees, config.parallel, pixels
 
 
 def resolved_pipeline(config: Any) -> Any:
@@ -84,18 +79,9 @@ def _device(on_gpu: bool) -> Device:
         name = torch.cuda.get_device_name()
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     else:
-        name, total = "the host", _host_bytes()
+        name, total = "the host", host_memory_bytes()
     return Device(
         name=name, memory_gib=total / GIB, peak_tflops=1, gemm_tflops=1, attention_tflops=1,
-        convolution_tflops=1, bandwidth_gb_s=1, link_gb_s=1,
+        fp8_tflops=1, convolution_tflops=1, bandwidth_gb_s=1, link_gb_s=1,
         source="" if on_gpu else "measured now",
     )  # fmt: skip
-
-
-def _host_bytes() -> int:
-    """Memory of the host that this process may use: the machine's, or its own limit."""
-    import resource
-
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return total if limit == resource.RLIM_INFINITY else min(total, limit)

@@ -100,7 +100,7 @@ def integrate(
         actions: held keys of each of N pixel frames, as from ``parse_actions``.
         motion: speeds.
         start: ``[4, 4]`` camera-to-world pose of frame 0; None is the identity.
-        collide: maps a wished position ``[3]`` float64 to the nearest allowed one; None allows all.
+        collide: maps a requested position ``[3]`` float64 to the nearest allowed one; None: all.
 
     Returns:
         ``[N + 1, 4, 4]`` float64 camera-to-world poses, camera axes x right, y down, z forward: the

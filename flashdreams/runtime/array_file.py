@@ -2,13 +2,12 @@
 
 import math
 import os
-import stat
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from flashdreams.runtime.text import quoted
+from flashdreams.runtime.text import check_regular, quoted
 
 MAX_ARRAY_BYTES = 2**26
 """Most bytes of an array that an option names: 500,000 camera poses in float64."""
@@ -31,13 +30,11 @@ def load_array(path: str | Path, most_bytes: int | None = MAX_ARRAY_BYTES) -> np
             is wrong, for the caller to name the file.
     """
     path = Path(path)
+    check_regular(path)
     with path.open("rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is not a regular file")
         shape, dtype = _read_header(file)
         promised = math.prod(shape) * dtype.itemsize
-        present = status.st_size - file.tell()
+        present = os.fstat(file.fileno()).st_size - file.tell()
         if promised > present or (promised < present and most_bytes is not None):
             raise ValueError(
                 f"it is damaged: its header promises {promised} bytes for the shape "

@@ -126,7 +126,7 @@ class OutputGuard:
         except OSError:
             same = False
         if not same:
-            reason = "it was removed, renamed or replaced while the run went on"
+            reason = "it was removed, renamed or replaced during the run"
             raise FileNotFoundError(errno.ENOENT, reason, str(self.path))
 
     def _look(self) -> tuple[int, int]:
@@ -161,6 +161,29 @@ def write_whole(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_target(path: Path, option: str) -> None:
+    """Refuse a file that could not get its name at the end, before anything is made for it.
+
+    Args:
+        path: of `write_whole`; its directory is made where it does not exist.
+        option: what names it.
+
+    Raises:
+        ValueError: one line that says what is in the way.
+    """
+    reason = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # a device would be replaced by a file
+            reason = "it exists and is not a regular file"
+        elif not os.access(path.parent, os.W_OK):
+            reason = os.strerror(errno.EACCES)
+    except OSError as error:
+        reason = error.strerror
+    if reason is not None:
+        raise ValueError(f"{option} {path} cannot be written: {reason}. Name another file.")
 
 
 def remedy(error: OSError) -> str:

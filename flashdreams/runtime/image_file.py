@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from flashdreams.runtime.image_colours import as_rgb
+from flashdreams.runtime.text import check_regular
 
 ORIENTATION = 0x0112
-"""Exif tag; 5 to 8 mean that rows and columns are exchanged."""
+"""Exif tag; 5 to 8 mean that rows and columns are swapped."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 """Decoders that a file may reach. Pillow tries 43 formats if none are named, and for a PostScript
@@ -83,6 +84,10 @@ def image_size(path: Path) -> tuple[int, int]:
     """
     from PIL import Image
 
+    try:
+        check_regular(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--image-path {path}: {getattr(error, 'strerror', error)}.") from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)

@@ -1,4 +1,4 @@
-"""Latents on disk: parts while a run goes on, one safetensors file at its end."""
+"""Latents on disk: parts while a run is in progress, one safetensors file at its end."""
 
 import json
 from contextlib import suppress
@@ -20,7 +20,7 @@ BLOCK_BYTES = 2**24
 class LatentWriter:
     """Appends chunks of latents to ``<name>.partial.npy``, and makes ``<name>.safetensors`` of it.
 
-    The partial file is a NumPy array ``[T, B, C, H, W]``, float32. Its header is written anew after
+    The partial file is a NumPy array ``[T, B, C, H, W]``, float32. Its header is rewritten after
     each chunk, so the file can be read at any time, also after the process was killed: see
     :func:`read_latent_parts`.
     """
@@ -105,7 +105,7 @@ class LatentWriter:
     def _write_header(self) -> None:
         assert self._file is not None
         self._file.seek(0)
-        # NumPy leaves room for more digits of the first size, so the header's length is constant.
+        # NumPy leaves space for more digits of the first size, so the header's length is constant.
         np.lib.format.write_array_header_1_0(
             self._file, {"descr": "<f4", "fortran_order": False, "shape": self._shape}
         )

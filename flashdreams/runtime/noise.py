@@ -19,7 +19,7 @@ class NoiseSource:
 
     Drawn on the CPU with a counter-based generator, so that the values are the same on every
     device and every rank, in whatever order and however often they are asked for. Any callable of
-    the same signature (:data:`NoiseFunction`) may stand in its place.
+    the same signature (:data:`NoiseFunction`) may replace it.
 
     The seed is the generator's key; AR step and denoising step are the upper half of its counter.
     Streams cannot meet: a stream would have to draw 2**128 blocks first. Of two shapes the smaller

@@ -20,8 +20,8 @@ class StageTimer:
     """Times the stages of one rollout into one plain record per AR step.
 
     On a CPU a span is read from the clock. On CUDA it is a pair of events on the stream that is
-    current when the span begins and ends; they are read at the begin of a later step, if they have
-    passed by then, and :meth:`flush` waits for the rest. Until then they are missing from the
+    current when the span begins and ends; they are read at the beginning of a later step once they
+    have passed, and :meth:`flush` waits for the rest. Until then they are missing from the
     record's figures.
 
     A record holds ``autoregressive_index``, ``<stage>_ms`` for :data:`STAGES` and any other stage

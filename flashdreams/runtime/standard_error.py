@@ -1,7 +1,9 @@
 """A stream for messages and progress bars whose loss is no error of the run."""
 
 import contextlib
-from typing import Any, TextIO
+import os
+import sys
+from typing import Any, TextIO, cast
 
 
 class LossyStream:
@@ -18,11 +20,14 @@ class LossyStream:
             stream: the one to write to; all that is not writing is asked of it.
         """
         self._stream = stream
+        self.begins_line = True
+        """Whether what is written next begins a line; a progress bar leaves its line open."""
 
     def write(self, text: str) -> int:
         """Write, or drop, a text; gives its length either way."""
         with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
             self._stream.write(text)
+            self.begins_line = text.endswith("\n") if text else self.begins_line
         return len(text)
 
     def flush(self) -> None:
@@ -34,4 +39,11 @@ class LossyStream:
         return getattr(self._stream, name)
 
 
-__all__ = ["LossyStream"]
+def prepare_streams() -> None:
+    """Let the process work in silence where it was started without them (``>&- 2>&-``)."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    errors = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = cast(TextIO, LossyStream(errors))
+
+
+__all__ = ["LossyStream", "prepare_streams"]

@@ -18,7 +18,7 @@ BYTES_PER_GIB = 2**30
 
 
 class StatsWriter:
-    """The stats of a run: lines while it goes on, ``{"header": ..., "records": [...]}`` at its end.
+    """The stats of a run: first as lines, ``{"header": ..., "records": [...]}`` at its end.
 
     ``<name>.partial.jsonl`` begins with the header; every further line is one record, written at
     once, so that a process that is killed leaves them. `finish` makes ``<name>.json`` of them.

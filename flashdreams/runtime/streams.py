@@ -13,14 +13,14 @@ class SideStream:
     The work begins behind a mark and ends before whatever touches the same state next::
 
         side.mark()             # all that the work builds on is queued
-        ...                     # the caller goes on: frames are decoded and copied
+        ...                     # the caller continues: frames are decoded and copied
         with side.work(state):  # runs beside that
             ...
         side.join()             # what the caller queues from here on comes after the work
 
     The state that is handed in is kept until the join: its memory must not go to others while the
     work is running. One stream serves one piece of work after the other. Away from CUDA the work
-    is done where it stands, and nothing is kept.
+    is done in place, and nothing is kept.
     """
 
     def __init__(self, device: torch.device, cuda: Any = None) -> None:

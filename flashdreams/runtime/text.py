@@ -1,8 +1,12 @@
 """Text from files and into messages: read up to a limit, printed up to a limit."""
 
 import contextlib
+import os
 import re
+import select
+import stat
 import sys
+import time
 from pathlib import Path
 
 from flashdreams.infra.config import quoted
@@ -10,11 +14,16 @@ from flashdreams.infra.config import quoted
 MAX_MESSAGE_CHARACTERS = 4000
 """Most characters of one error message."""
 
+PIPE_S = 30.0
+"""How long a named pipe is waited for."""
+
 _PLAIN_NAME = re.compile(r"[\w./+-]{1,200}", re.ASCII)
 
 
 def read_text(path: Path, most_bytes: int, encoding: str = "utf-8") -> str:
     """Read a text file that must not be larger than a limit; also a pipe or a device.
+
+    A named pipe is waited for at most `PIPE_S` seconds.
 
     Args:
         path: the file.
@@ -25,14 +34,45 @@ def read_text(path: Path, most_bytes: int, encoding: str = "utf-8") -> str:
         OSError: the file cannot be read.
         ValueError: it is larger, or not text; says only which, for the caller to name the file.
     """
-    with path.open("rb") as file:
-        content = file.read(most_bytes + 1)
+    if stat.S_ISFIFO(path.stat().st_mode):
+        content = _read_pipe(path, most_bytes + 1)
+    else:
+        with path.open("rb") as file:
+            content = file.read(most_bytes + 1)
     if len(content) > most_bytes:
         raise ValueError(f"it is larger than {most_bytes} bytes")
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError("it is not UTF-8 text") from error
+
+
+def check_regular(path: Path) -> None:
+    """Refuse a file before it is opened that may never open, such as a pipe, or never end.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is no regular file; says only that, for the caller to name it.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is not a regular file")
+
+
+def _read_pipe(path: Path, most_bytes: int) -> bytes:
+    """What is written into a named pipe until it is closed, or the limit is reached."""
+    found, end = bytearray(), time.monotonic() + PIPE_S
+    # A blocking open would wait for a writer without a limit.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+        poll = select.poll()
+        poll.register(file, select.POLLIN)
+        while len(found) < most_bytes:
+            if not poll.poll(max(0.0, end - time.monotonic()) * 1e3):
+                raise ValueError(f"it is a pipe that nobody has written to for {PIPE_S:g} s")
+            block = file.read(most_bytes - len(found))
+            if not block:
+                break
+            found += block
+    return bytes(found)
 
 
 def shown(name: object) -> str:
@@ -65,8 +105,30 @@ def say(text: str, beside: bool = False) -> None:
     with contextlib.suppress(OSError, ValueError):
         for bar in list(getattr(bars, "_instances", ())):
             bar.close()
+    # A bar that its own thread is just closing may not have ended its line yet.
+    beside = beside or not getattr(sys.stderr, "begins_line", True)
     with contextlib.suppress(OSError, ValueError):
         print("\n" * beside + text, file=sys.stderr, flush=True)
 
 
-__all__ = ["MAX_MESSAGE_CHARACTERS", "printable", "quoted", "read_text", "say", "shown"]
+def tell(text: str) -> None:
+    """Print a line on stdout that a run says beside its work.
+
+    A closed pipe or a full disk behind it is no error of the run. Control characters, and those
+    that the stream cannot encode, are escaped.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    with contextlib.suppress(OSError, ValueError):
+        print(printable(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+__all__ = [
+    "MAX_MESSAGE_CHARACTERS",
+    "check_regular",
+    "printable",
+    "quoted",
+    "read_text",
+    "say",
+    "shown",
+    "tell",
+]

@@ -108,10 +108,10 @@ class VideoWriter:
 
         Args:
             chunk: ``[F, 3, H, W]`` or ``[B, F, 3, H, W]`` in [-1, 1], any floating type, CPU or
-                CUDA. The samples of a batch stand side by side in the video.
+                CUDA. The samples of a batch are side by side in the video.
 
         Raises:
-            OSError: the video could not be written; nothing will stand under the final name.
+            OSError: the video could not be written; nothing is left under the final name.
             ValueError: the chunk has another form, or its frames another size than those before.
             TypeError: the chunk is not of a floating type.
         """
@@ -213,7 +213,7 @@ class VideoWriter:
         except OSError as error:
             raise OSError(
                 f"{self.partial_path}, which the video is written to, was removed, renamed or "
-                "replaced while the run went on. Run again, and leave the folder in place."
+                "replaced during the run. Run again, and leave the folder in place."
             ) from error
 
     def _raise_error(self) -> None:

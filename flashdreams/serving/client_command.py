@@ -8,12 +8,13 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-from flashdreams.runtime.files import write_whole
+from flashdreams.runtime.files import check_target, write_whole
+from flashdreams.runtime.text import printable
 from flashdreams.serving.client import LiveClient, Received, SessionError
 from flashdreams.serving.replay import Logged, read_log, replay
 
@@ -25,30 +26,32 @@ DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 class ClientOptions:
     """Join a live session from a shell: record it, replay a control log, measure it."""
 
-    url: Positional[str] = "http://127.0.0.1:8000"
-    """Of the server's page."""
+    url: Annotated[Positional[str], arg(metavar="[URL]")] = "http://127.0.0.1:8000"
+    """Address of the server."""
     token: str | None = None
-    """Where the server asks for one."""
+    """Token, if the server requires one."""
     seconds: float = 10.0
-    """How long to stay, from the first picture on."""
+    """Duration in seconds, from the first frame."""
     prompt: str | None = None
-    """None takes the server's."""
+    """Prompt of the session; None: the server's default."""
     seed: int | None = None
-    """None takes the server's."""
+    """Seed of the session; None: the server's default."""
     num_frames: int | None = None
-    """Pictures after which the session is done; None: it is stopped after ``seconds``."""
+    """Number of frames after which the session ends; None: it ends after ``--seconds``."""
     format: Literal["m4s", "jpeg"] = "m4s"
-    """H.264 in fragmented MP4, or one JPEG a picture."""
+    """Video format: H.264 in fragmented MP4, or one JPEG per frame."""
     log: Path | None = None
     """Control log to replay: JSON lines such as {"t": 1.5, "keys": "w"}."""
     record: Path | None = None
-    """Write the video here, as mp4."""
+    """Write the video to this .mp4 file."""
     json: bool = False
-    """Print the figures as JSON."""
+    """Print the measurements as JSON."""
 
     def __post_init__(self) -> None:
         if self.record is not None and self.format != "m4s":
             raise ValueError("--record writes what arrives as mp4, so it needs --format m4s.")
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"--seconds {self.seconds}: must be positive and finite.")
 
 
 def entry_point() -> None:
@@ -63,18 +66,22 @@ def main(argv: Sequence[str]) -> int:
         argv: the words after the program's name.
 
     Returns:
-        0 done, 1 the session failed, 2 the command line is wrong or nobody listens there.
+        0 done, 1 the session failed, 2 the command line is wrong or no server answers.
     """
     try:
         options = tyro.cli(ClientOptions, args=list(argv), prog=PROGRAM)
         log = [] if options.log is None else read_log(options.log)
+        if options.record is not None:
+            check_target(options.record, "--record")
         report = asyncio.run(visit(options, log))
     except KeyboardInterrupt:
         return INTERRUPTED
     except SessionError as error:
         return _say(error, FAILED)
     except ConnectionRefusedError:
-        return _say(f"Nobody listens at {options.url}; is flashdreams-serve started?", WRONG_USAGE)
+        return _say(
+            f"No server answers at {options.url}; is flashdreams-serve running?", WRONG_USAGE
+        )
     except ConnectionError as error:
         return _say(error, FAILED)
     except (ValueError, OSError, ImportError) as error:
@@ -104,8 +111,8 @@ async def visit(options: ClientOptions, log: Sequence[Logged]) -> dict[str, obje
         if client.done is None:
             await client.stop()
         if options.record is not None:
-            with write_whole(options.record) as film:
-                film.write(client.binary)
+            with write_whole(options.record) as file:
+                file.write(client.binary)
         return client.figures.report()
 
 
@@ -131,11 +138,11 @@ async def _take_all(pictures: AsyncIterator[Received]) -> None:
 
 
 def _text(report: dict[str, object]) -> str:
-    return "\n".join(f"{name:>18}: {value}" for name, value in report.items())
+    return printable("\n".join(f"{name:>18}: {value}" for name, value in report.items()))
 
 
 def _say(error: object, code: int) -> int:
-    print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+    print(printable(f"{PROGRAM}: error: {error}"), file=sys.stderr)
     return code
 
 

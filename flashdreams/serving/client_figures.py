@@ -31,7 +31,7 @@ class ClientFigures:
         self._untold: list[float] = []
 
     def begin(self, fps: float) -> None:
-        """A session has begun, or goes on."""
+        """A session has begun, or continues."""
         self._fps = fps
 
     def reconnected(self) -> None:

@@ -59,4 +59,4 @@ class Delivery:
             try:
                 call()
             except Exception:
-                logger.exception("A client could not be told.")
+                logger.exception("A listener failed; its session continues.")

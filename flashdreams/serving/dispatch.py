@@ -10,6 +10,7 @@ import torch
 from flashdreams.infra.finite import NotFiniteError
 from flashdreams.infra.snapshot_header import SnapshotError
 from flashdreams.parallel.environment import group_size
+from flashdreams.runtime.shortage import is_shortage
 from flashdreams.serving.engine import SessionEngine, fails_alike
 from flashdreams.serving.host import LiveHost
 from flashdreams.serving.live import LiveSession
@@ -55,7 +56,9 @@ class Dispatcher:
         except Exception as error:
             if group_size() > 1 and not fails_alike(order, error):
                 raise
-            logger.warning("%s of a session failed: %s", order.kind, error, exc_info=_odd(error))
+            hint = "; flashdreams-plan SLUG says how many sessions fit" * is_shortage(error)
+            text = f"{error or type(error).__name__}{hint}"
+            logger.warning("%s of a session failed: %s", order.kind, text, exc_info=_odd(error))
             raise OrderError(for_people(error)) from error
 
     def attempt(self, live: LiveSession, task: Callable[[], Any]) -> bool:
@@ -68,7 +71,7 @@ class Dispatcher:
             task()
             return True
         except OrderError as error:
-            if isinstance(error.__cause__, torch.cuda.OutOfMemoryError):
+            if isinstance(error.__cause__, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
             with self.host.lock:
                 live.failed = str(error)
@@ -83,7 +86,7 @@ class Dispatcher:
 
 def for_people(error: BaseException) -> str:
     """What a client may know of an error: no path, no traceback."""
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+    if is_shortage(error):
         return "The device has no memory left for this session."
     if isinstance(error, NotFiniteError):
         return str(error)
@@ -96,4 +99,4 @@ def for_people(error: BaseException) -> str:
 
 def _odd(error: BaseException) -> bool:
     """Whether the log wants a traceback."""
-    return not isinstance(error, ValueError | OSError | ArithmeticError | MemoryError)
+    return not (is_shortage(error) or isinstance(error, ValueError | OSError | ArithmeticError))

@@ -110,7 +110,7 @@ class Listener(ABC):
 
     @abstractmethod
     def on_refused(self, event_id: str | None, message: str) -> None:
-        """An event that had been accepted could not be carried out; the session goes on."""
+        """An event that had been accepted could not be carried out; the session continues."""
 
     @abstractmethod
     def on_end(self, error: str | None, stopped: bool) -> None:

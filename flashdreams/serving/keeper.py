@@ -105,7 +105,7 @@ class Keeper:
                 with self.host.lock:
                     live.failed = str(error)
             else:
-                text = f"No {keeping.kind}: {error} The session goes on."
+                text = f"No {keeping.kind}: {error} The session continues."
                 self._refuse(live, keeping.event_id, text)
             return
         with self.host.lock:
@@ -129,7 +129,7 @@ class Keeper:
         """Write a session to disk, in place of its older snapshot.
 
         Returns:
-            Whether it is there. If not the log says why, and the session goes on.
+            Whether it is there. If not the log says why, and the session continues.
         """
         with self.host.lock:
             live.snapped_at = time.monotonic()

@@ -1,4 +1,4 @@
-"""Prompts of a server: encoded on arrival, in the thread that brings them, and remembered."""
+"""Prompts of a server: encoded on arrival, in the thread that brings them, and cached."""
 
 import threading
 from collections import OrderedDict

@@ -44,7 +44,7 @@ class SessionStart(_Message):
     height: int | None = None
     fps: float | None = None
     num_frames: Annotated[int, Field(ge=1)] | None = None
-    """Pixel frames after which the session is done; None goes on until it is stopped."""
+    """Pixel frames after which the session is done; None: continues until it is stopped."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
@@ -205,7 +205,7 @@ class StartConfig(_Message):
     seed: int
     """Of the noise."""
     num_frames: int | None
-    """Pixel frames after which the session is done; None: it goes on until it is stopped."""
+    """Pixel frames after which the session is done; None: it continues until it is stopped."""
     num_inference_steps: int
     """Denoising steps."""
     guidance_scale: float | None
@@ -213,7 +213,7 @@ class StartConfig(_Message):
 
 
 class VideoStart(_Message):
-    """The session has begun, or goes on."""
+    """The session has begun, or continues."""
 
     type: Literal["video.start"] = "video.start"
     request_id: str
@@ -340,7 +340,7 @@ class Done(_Message):
 
 
 class Error(_Message):
-    """Something failed; unless the socket closes, the stream goes on."""
+    """Something failed; unless the socket closes, the stream continues."""
 
     type: Literal["error"] = "error"
     message: str

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashdreams.runtime.text import read_text
 from flashdreams.serving.client import LiveClient
+
+MAX_LOG_BYTES = 2**24
+"""Largest control log: some 200,000 messages."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,16 @@ def read_log(path: Path) -> list[Logged]:
     values of a ``session.control``.
 
     Raises:
-        ValueError: a line is none of these; names it.
-        OSError: the file cannot be read.
+        ValueError: a line is none of these, and named; or the file cannot be read.
     """
+    try:
+        lines = read_text(path, MAX_LOG_BYTES, "utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--log {path} cannot be read: {reason}.") from error
     return [
         parse_line(line, f"{path}, line {number}")
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1)
+        for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
 
@@ -51,7 +59,8 @@ def parse_line(line: str, place: str) -> Logged:
     try:
         fields = json.loads(line)
         at = float(fields.pop("t"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+            RecursionError) as error:  # fmt: skip
         raise ValueError(f'{place}: wanted JSON such as {{"t": 1.5, "keys": "w"}}.') from error
     if not 0 <= at < float("inf"):
         raise ValueError(f'{place}: "t" is in seconds after the first picture; got {at}.')

@@ -1,4 +1,4 @@
-"""What a server keeps of its sessions on disk, so that another process goes on with them."""
+"""What a server keeps of its sessions on disk, so that another process continues with them."""
 
 import functools
 import glob

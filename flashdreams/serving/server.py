@@ -56,8 +56,8 @@ class Server:
             limits: of the server.
 
         Raises:
-            ValueError: there is no room for the sessions that are asked for, or the method needs a
-                control input and its runner has no controller.
+            ValueError: too little memory for the requested sessions, or the method needs a control
+                input and its runner has no controller.
             OSError: the folder of snapshots cannot be made.
         """
         self.runner = runner

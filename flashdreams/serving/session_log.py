@@ -68,7 +68,7 @@ class SessionLogs:
         session.on_turn = lambda number, turn: self._note_turn(session.name, number, turn)
 
     def resume(self, session: Session) -> None:
-        """Go on with the log of a session that was resumed; what came after ``turns`` is lost."""
+        """Continue the log of a session that was resumed; what came after ``turns`` is lost."""
         self.flush()
         log = RunLog(self.path(session.name), dict)
         try:
@@ -117,7 +117,7 @@ class SessionLogs:
                 self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # users' prompts
                 log.append(row)
         except (OSError, ValueError, TypeError) as error:
-            logger.warning("%s The session goes on without its log.", error)
+            logger.warning("%s The session continues without its log.", error)
             self._close(session)
 
     def close(self, session: str) -> None:
@@ -142,7 +142,7 @@ class SessionLogs:
         return header | {"opening": opening, "served": True}
 
     def _forget_old(self) -> None:
-        """Delete the oldest logs, so that there is room for one more."""
+        """Delete the oldest logs, so that one more fits."""
         busy = {log.path for log in self._logs.values()}
         found = sorted(self.folder.glob("log_*.jsonl"), key=_age) if self.folder.is_dir() else []
         free = [path for path in found if path not in busy]

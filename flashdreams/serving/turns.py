@@ -132,7 +132,7 @@ def _unshown_s(listener: Listener | None) -> float:
     try:
         return 0.0 if listener is None else max(0.0, listener.unshown_seconds())
     except Exception:
-        logger.exception("A listener failed; its session stands still.")
+        logger.exception("A listener failed; its session is stopped.")
         return math.inf
 
 

@@ -35,7 +35,7 @@ class Target:
 INTERPRETER = Target(capability=0, num_processors=1)
 
 CONSUMER = 86
-"""Stands in a table for the chips with less shared memory: 8.6, 8.9, 12.x."""
+"""Key in a table for the chips with less shared memory: 8.6, 8.9, 12.x."""
 
 
 def generation_of(target: Target, table: Iterable[tuple[int, Any]]) -> int:

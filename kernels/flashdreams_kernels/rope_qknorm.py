@@ -77,7 +77,7 @@ def qk_norm_rope_write(
 ) -> Tensor:
     """Norm and rotate queries and keys, and write keys and values into the cache, in one launch.
 
-    For cores that own the whole chunk. Where keys travel between ranks first, use
+    For cores that own the whole chunk. Where keys are communicated between ranks first, use
     :func:`qk_norm_rope` before the all-to-all and write after it.
 
     Args:
@@ -128,7 +128,7 @@ def qk_norm_rope_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Norm and rotate queries and keys, and bring them and the values to e4m3, in one launch.
 
-    For keys that travel between ranks before they are written.
+    For keys that are communicated between ranks before they are written.
 
     Args:
         q: as for :func:`qk_norm_rope`.

@@ -56,8 +56,8 @@ WEB = (
 )
 """Who may import those where it begins."""
 
-ENVIRONMENT = ("flashdreams.parallel.environment",)
-"""Who may read torchrun's variables."""
+ENVIRONMENT = ("flashdreams.parallel.environment", "flashdreams.parallel.siblings")
+"""Who may read torchrun's variables; the second begins before PyTorch is imported."""
 
 TORCHRUN_VARIABLES = {
     "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",

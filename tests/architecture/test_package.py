@@ -152,7 +152,7 @@ def test_the_sdist_holds_no_folder_that_is_not_installed(dist: Path) -> None:
 def empty(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment with the wheel, the packages that it requires, and nothing else.
 
-    The packages are links into this environment: installing PyTorch anew would take minutes.
+    The packages are links into this environment: installing PyTorch again would take minutes.
     """
     folder = tmp_path_factory.mktemp("empty") / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)

@@ -1,16 +1,27 @@
-"""Options that error messages tell people to type are options that exist."""
+"""What messages and pages tell people to type exists: options, packages, commands, variables."""
 
 import ast
+import importlib.util
 import re
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from importlib.metadata import distributions, entry_points
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from packaging.requirements import Requirement
 
+from flashdreams.parallel.environment import init
 from flashdreams.registry import discover
 from flashdreams.run import _OWN_OPTIONS
-from tests.architecture.sources import ROOT, python_files
+from tests.architecture.sources import PACKAGES, ROOT, python_files
+from tests.architecture.texts import texts_of
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
 
@@ -84,3 +95,193 @@ def test_an_option_that_nobody_has_is_noticed(known: set[str]) -> None:
     assert [is_known(flag, known) for flag in found] == [True, False]
     assert list(flags_of_commands("class A:\n    http_port: int = 1")) == ["--http-port"]
     assert is_known("--parallel.", known) and not is_known("--parallels.", known)
+
+
+INSTALL = re.compile(
+    r"pip install ((?:(?:--?[\w-]+|'[^'\n]+'|\"[^\"\n]+\"|\.(?!\w)) ?)+|[a-z][\w-]+)"
+)
+COMMAND = re.compile(r"(?<![\w./-])flashdreams-[a-z]+(?![\w-])")
+SETTING = re.compile(
+    r"(?:\b[Ss]et|\b[Uu]nset|\bexport|\bvariable) `{0,2}((?:[A-Z][A-Z0-9_]+`{0,2}(?:,| and)? ?)+)"
+    r"|\b([A-Z][A-Z0-9]*_[A-Z0-9_]+)(?:=[^=]| is set)"
+)
+
+FROM_SOURCE = {"flash-attn"}
+"""Packages that no extra holds: it builds for half an hour."""
+
+MISSING = {
+    "flashdreams/attention/flash_attention_3.py": ["fa3-fwd"],
+    "flashdreams/parallel/xfuser.py": ["xfuser", "yunchang"],
+    "flashdreams/serve.py": ["fastapi", "uvicorn", "websockets", "pydantic", "av"],
+    "flashdreams/serving/client.py": ["websockets", "av"],
+    "flashdreams/serving/web/rtc.py": ["aiortc"],
+    "launch/ray_serve.py": ["ray", "fastapi", "httpx"],
+}
+"""What is missing where a file tells to install extras of this package."""
+
+READ_BY_OTHERS = {
+    "HF_HUB_OFFLINE", "HF_HOME", "TORCH_HOME", "PYTHONPATH", "OMP_NUM_THREADS", "NCCL_DEBUG",
+    "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_IB_HCA", "CUDA_VISIBLE_DEVICES",
+}  # fmt: skip
+"""Variables that libraries read."""
+
+
+@dataclass
+class Remedies:
+    """What texts tell a reader to type, beside options."""
+
+    extras: set[str]
+    packages: set[str]
+    commands: set[str]
+    variables: set[str]
+
+
+def remedies_in(texts: Iterable[str]) -> Remedies:
+    found = Remedies(set(), set(), set(), set())
+    for text in texts:
+        for words in INSTALL.findall(text):
+            for word in shlex.split(words):
+                if own := re.fullmatch(r"(?:flashdreams|\.)\[([\w,]+)\]", word):
+                    found.extras |= set(own[1].split(","))
+                elif not word.startswith("-") and word != ".":
+                    found.packages.add(word)
+        found.commands |= {name for name in COMMAND.findall(text) if name != text}
+        for names in SETTING.findall(text):
+            found.variables |= set(re.findall(r"[A-Z][A-Z0-9_]{2,}", " ".join(names)))
+    return found
+
+
+@cache
+def sources() -> dict[str, list[str]]:
+    """Texts by file: of sources and pages."""
+    names = ("flashdreams", "kernels", "benchmarks", "launch", "docs/source")
+    files = [*ROOT.glob("*.md"), *(f for name in names for f in (ROOT / name).rglob("*"))]
+    found = {}
+    for file in files:
+        name, kind = file.relative_to(ROOT).as_posix(), file.suffix
+        if kind == ".py":
+            found[name] = list(texts_of(file.read_text("utf-8")))
+        elif kind == ".md":
+            found[name] = [file.read_text("utf-8")]
+    return found
+
+
+def requirements_of_extras() -> dict[str, list[Requirement]]:
+    """What each extra brings; what every install brings under the empty name."""
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    extras = text[text.index("[project.optional-") : text.index("[project.scripts]")]
+    base = text[text.index("\ndependencies = ") : text.index("[project.optional-")]
+    lists = re.findall(r"(?ms)^(\w+) = \[(.*?)\]$(?=\n\w|\n*\Z)", extras)
+    return {
+        name: [Requirement(line) for line in re.findall(r'"((?:[^"])+)"', body)]
+        for name, body in [("", base), *lists]
+    }
+
+
+def why_wrong(remedies: Remedies) -> list[str]:
+    """What of it cannot be typed."""
+    extras = requirements_of_extras()
+    scripts = re.findall(r"(?m)^(flashdreams-\w+) = ", (ROOT / "pyproject.toml").read_text("utf-8"))
+    offered = {(r.name, str(r.specifier)) for several in extras.values() for r in several}
+    names = {name for name, _ in offered} | FROM_SOURCE
+    wrong = [f"extra {name}" for name in remedies.extras if name not in extras]
+    for text in remedies.packages:
+        package = Requirement(text)
+        pair = (package.name, str(package.specifier))
+        if package.name not in names or (package.specifier and pair not in offered):
+            wrong.append(f"package {text}")
+    wrong += [f"command {name}" for name in remedies.commands if name not in scripts]
+    code = [*python_files(*PACKAGES), ROOT / "tests/conftest.py"]
+    scripts_text = "".join(file.read_text("utf-8") for file in (ROOT / "benchmarks").glob("*.sh"))
+    ours = {
+        *re.findall(r'"([A-Z][A-Z0-9_]{2,})"', "".join(file.read_text("utf-8") for file in code)),
+        *re.findall(r"\$\{([A-Z_]+)", scripts_text),
+    }
+    return wrong + [f"variable {n}" for n in remedies.variables - ours - READ_BY_OTHERS]
+
+
+def test_what_to_install_type_and_set_exists() -> None:
+    found = remedies_in(text for texts in sources().values() for text in texts)
+    assert {"gpu", "serve", "webrtc"} <= found.extras and "triton>=3.6" in found.packages
+    assert "flashdreams-run" in found.commands and "HF_HUB_OFFLINE" in found.variables
+    assert not why_wrong(found)
+    others = {script.name for script in entry_points(group="console_scripts")}
+    assert {"hf", "torchrun"} <= others, "hf download, torchrun --nproc-per-node"
+
+
+def test_remedies_that_do_not_exist_are_noticed() -> None:
+    """Negative control."""
+    found = remedies_in([
+        "no x; pip install 'flashdreams[gpus]' or", "pip install -e '.[serve,rya]'",
+        "pip install trition",
+        "type flashdreams-walk SLUG", "Set FLASHDREAMS_SPEED=1, or unset RANKS and WORLD_SIZE.",
+        "pip install 'triton>=9'",
+    ])  # fmt: skip
+    assert sorted(why_wrong(found)) == [
+        "command flashdreams-walk", "extra gpus", "extra rya", "package trition",
+        "package triton>=9", "variable FLASHDREAMS_SPEED", "variable RANKS",
+    ]  # fmt: skip
+
+
+def test_an_extra_brings_what_its_message_misses() -> None:
+    extras = requirements_of_extras()
+    named = {}
+    for name, texts in sources().items():
+        if name.endswith(".py") and (found := remedies_in(texts).extras):
+            named[name] = {r.name for extra in ("", *found) for r in extras[extra]}
+    assert sorted(named) == sorted(MISSING)
+    for name, packages in MISSING.items():
+        assert set(packages) <= named[name], name
+    assert "aiortc" not in {r.name for r in extras["serve"]}, "negative control"
+
+
+def test_libraries_read_the_variables_that_messages_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "t"))
+    assert torch.hub.get_dir() == str(tmp_path / "t" / "hub")
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "h"))
+    spec = importlib.util.find_spec("huggingface_hub.constants")
+    assert spec is not None and spec.loader is not None
+    for offline in (True, False):
+        monkeypatch.setenv("HF_HUB_OFFLINE", str(int(offline)))
+        constants = importlib.util.module_from_spec(spec)  # read once, at the import
+        spec.loader.exec_module(constants)
+        assert str(tmp_path / "h" / "hub") == constants.HF_HUB_CACHE
+        assert constants.HF_HUB_OFFLINE is offline
+
+
+def test_ranks_that_contradict_each_other_can_be_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "5")
+    with pytest.raises(ValueError, match="unset RANK and WORLD_SIZE for a single process"):
+        init("cpu")
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    assert init("cpu").world_size == 1
+
+
+def test_triton_is_interpreted_where_the_variable_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashdreams_kernels import launch
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        launch.target_of(torch.device("cpu"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert launch.target_of(torch.device("cpu")) is launch.INTERPRETER
+
+
+@pytest.mark.slow
+def test_pip_knows_the_extras_of_the_installed_package() -> None:
+    """Of any index it asks nothing: the installed package is enough."""
+    if importlib.util.find_spec("pip") is None or not list(distributions(name="flashdreams")):
+        pytest.skip("needs pip and an installed flashdreams: pip install -e .")
+
+    def says(*words: str) -> str:
+        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", *words]
+        return subprocess.run(command, capture_output=True, text=True).stderr
+
+    text = says(*(f"flashdreams[{name}]" for name in ("gpu", "serve", "webrtc")))
+    assert "requirement flashdreams" not in text and "the extra" not in text
+    assert "does not provide the extra 'invented'" in says("flashdreams[invented]"), "neg. control"

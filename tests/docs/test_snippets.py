@@ -73,7 +73,7 @@ def engine(arguments: list[str]) -> tuple[int, str]:
 def start(words: list[str]) -> tuple[int, str]:
     """Exit code and output of a call of the engine or of Python, in this process.
 
-    Importing torch anew for every command would take most of the time. So ranks are forked, too;
+    Importing torch again for every command would take most of the time. So ranks are forked, too;
     ``tests/parallel`` starts torchrun itself.
     """
     if words[0] == "flashdreams-run":

@@ -230,49 +230,6 @@ def test_a_plug_in_that_raises_at_import(
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.fixture
-def damaged(tmp_path: Path) -> Callable[[str], str]:
-    """Writes a damaged copy of the decoder's weights and gives its path."""
-    good = (WEIGHTS / "decoder.safetensors").read_bytes()
-
-    def damaged(how: str) -> str:
-        contents = {
-            "empty": b"",
-            "short": good[: len(good) // 2],
-            "cut header": good[:100],
-            "corrupt": b"\xff" * 3000,
-            "corrupt header": good[:8] + b"?" * 64 + good[72:],
-            "no weights": b"<html>not found</html>" * 100,
-            "of another model": (WEIGHTS / "encoder.safetensors").read_bytes(),
-        }
-        file = tmp_path / "damaged.safetensors"
-        file.write_bytes(contents[how])
-        return str(file)
-
-    return damaged
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ("empty", "truncated"),
-        ("short", "truncated: its header promises"),
-        ("cut header", "truncated"),
-        ("corrupt", "truncated or no safetensors file"),
-        ("corrupt header", "damaged.safetensors"),
-        ("no weights", "truncated or no safetensors file"),
-        ("of another model", "does not fit the model, nothing was loaded"),
-    ],
-)
-def test_weights_that_are_damaged(
-    fails: Fails, damaged: Callable[[str], str], how: str, message: str
-) -> None:
-    line = fails(FAILED, "toy-world", DECODER_SOURCE, damaged(how), "--device", "cpu")
-    assert message in line
-    assert "damaged.safetensors" in line
-    assert "--debug" not in line, "the message is of someone who foresaw it"
-
-
 def test_weights_that_are_missing(fails: Fails) -> None:
     line = fails(FAILED, "toy-world", DECODER_SOURCE, "./missing.safetensors")
     assert "./missing.safetensors" in line

@@ -1,4 +1,4 @@
-"""Matrix-Game from several known chunks: as the official code goes on, and from a file."""
+"""Matrix-Game from several known chunks: as the official code continues, and from a file."""
 
 import pytest
 import torch

@@ -72,7 +72,7 @@ def test_a_file_of_several_dictionaries_names_the_option_that_selects(
     good = load_file(WEIGHTS / "decoder.safetensors")
     torch.save({"ema": good, "model": {}}, tmp_path / "two.pt")
     source = ["--pipeline.decoder.checkpoint.source", "two.pt"]
-    text = said(capsys, 1, *SMALL, *source)
+    text = said(capsys, 2, *SMALL, *source)
     option = re.findall(r"Choose with (--[\w.-]+)", text)
     assert option == ["--pipeline.decoder.checkpoint.select"]
     assert run.main([*SMALL, *source, option[0], "ema"]) == 0
@@ -85,7 +85,7 @@ def test_a_type_that_is_not_known_is_no_damage(
     (tmp_path / "odd.safetensors").write_bytes(
         re.sub(rb'("dtype": *)"[BF]+[0-9]+"', rb'\1"F4X"', data)
     )
-    text = said(capsys, 1, *SMALL, "--pipeline.decoder.checkpoint.source", "odd.safetensors")
+    text = said(capsys, 2, *SMALL, "--pipeline.decoder.checkpoint.source", "odd.safetensors")
     assert "is of type F4X, which is not read here; known: " in text
     assert "damaged" not in text and "Download" not in text
 

@@ -238,7 +238,7 @@ def test_a_run_comes_back_on_fewer_ranks(tmp_path, reference):
     folder = tmp_path / "out"
     kill_all_after(14, folder, 4, "--parallel.ring-degree", "4")
     finish(start(folder, 2, "--parallel.ring-degree", "4", "--resume", "True"), folder)
-    assert "This run goes on with degrees that fit." in said(folder)
+    assert "This run continues with degrees that fit." in said(folder)
     assert "resumed before AR step" in said(folder)
     assert_same(folder, reference, bits=False)
 
@@ -300,6 +300,6 @@ def test_three_agents_go_on_when_the_fourth_is_lost(tmp_path, reference):
     finally:
         for agent in agents:
             stop(agent)
-    assert "This run goes on with degrees that fit." in said(folder)
+    assert "This run continues with degrees that fit." in said(folder)
     assert "resumed before AR step" in said(folder)
     assert_same(folder, reference, bits=False)

@@ -1,10 +1,18 @@
 """Memory that runs out ends in what was needed, what there was, and what would fit."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 
 from flashdreams import run
+from flashdreams.infra.config import derive_config
 from flashdreams.infra.pipeline import StreamInferencePipeline
+from flashdreams.parallel.mesh import ParallelDegrees
+from flashdreams.planning.advice import explain
+from flashdreams.planning.devices import DEVICES, GIB
+from flashdreams.planning.plans import Planner
 from flashdreams.planning.shortage import ShortageError, is_shortage, with_advice
 from flashdreams.registry import discover
 
@@ -23,8 +31,29 @@ def test_a_run_says_what_it_needs(tmp_path, monkeypatch, capsys, fails, asked):
     code = run.main(["self-forcing-tiny-random", "--output-dir", str(tmp_path)])
     printed = capsys.readouterr().err
     assert code == 1 and "Traceback" not in printed
-    assert f"error: out of memory on the host, at {asked} GiB. A rollout needs " in printed
-    assert "kv cache" in printed and "there are " in printed
+    assert f"out of memory on the host (it had no room for {asked} GiB more). A roll" in printed
+    assert "libraries" in printed and "there are " in printed
+
+
+def test_what_is_advised_on_a_host_fits_with_room_to_spare():
+    """Ranks on a host share its memory, so more of them are no advice."""
+    config = derive_config(discover().resolve("toy-world").pipeline)
+    window = dict(transformer=dict(window_size_t=400_000))
+    host = replace(DEVICES["H200-141GB"], memory_gib=2.4, source="measured now", fp8_tflops=1)
+    text = explain(derive_config(config, diffusion_model=window), host, ParallelDegrees())
+    size = int(re.search(r"fits: --pipeline\S+window-size-t (\d+)\.$", text)[1])
+    smaller = dict(transformer=dict(window_size_t=size))
+    (plan,) = Planner(derive_config(config, diffusion_model=smaller), host).plans(1)
+    assert 0.8 < plan.memory.total / GIB / 2.4 < 0.95
+
+
+def test_a_smaller_video_is_advised_in_pixels_where_a_command_takes_them():
+    config = derive_config(discover().resolve("self-forcing-tiny-random").pipeline)
+    large = dict(transformer=dict(latent_height=128, latent_width=128))
+    host = replace(DEVICES["H200-141GB"], memory_gib=1.7, source="measured now")
+    text = explain(derive_config(config, diffusion_model=large), host, ParallelDegrees(), pixels=8)
+    assert "The cheapest change that fits: a smaller video: --height 512 --width 512." in text
+    assert "torchrun" not in text
 
 
 def test_other_errors_stay_as_they_are():

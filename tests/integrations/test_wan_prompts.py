@@ -104,7 +104,7 @@ def test_a_long_negative_prompt_is_refused_as_early(start, seen):
 @pytest.mark.parametrize("runner", [SELF_FORCING, T2V_TINY_RUNNER])
 def test_a_prompt_that_just_fits_is_run_with_one_tokenizer(runner, start, seen):
     code, _, files = start(runner, prompt=FITS)
-    assert code == 0 and seen == ["tokenizer", "weights"]
+    assert code == 0 and seen == ["tokenizer", "weights", "weights"], "headers, then all"
     assert f"stats_{runner.runner_name}.json" in files
 
 

@@ -1,7 +1,7 @@
 """Norm, rotation and cache write in e4m3, against the references.
 
-Float32 inputs: both sides round the same numbers but for 1e-6, so a few numbers at a border between
-two e4m3 numbers may be neighbours there; all others are equal.
+Float32 inputs: both sides round the same numbers up to 1e-6, so a few at a border between two
+e4m3 numbers may be neighbours there; all others are equal.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""A rollout that goes on under another number of ranks: 1, 2, 4, 1 (float32 1e-5; strict: bits)."""
+"""A rollout that continues on another number of ranks: 1, 2, 4, 1 (float32 1e-5; strict: bits)."""
 
 from pathlib import Path
 

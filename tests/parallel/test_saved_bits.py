@@ -1,4 +1,4 @@
-"""A rollout that is saved and loaded on as many ranks, or cloned, goes on with the same bits.
+"""A rollout that is saved and loaded on as many ranks, or cloned, continues with the same bits.
 
 Not strict: the ranks compute as they did, so sums have the order that they had.
 """
@@ -106,7 +106,7 @@ def test_a_saved_rollout_goes_on_with_the_same_bits(decode, world_size):
 
 @torch.no_grad()
 def cloned(decode: str, world_size: int):
-    """Rollouts that were cloned and their clones, whichever goes on first."""
+    """Rollouts that were cloned and their clones, whichever continues first."""
     pipeline = build(decode, world_size)
     alone = begin(pipeline, "plain")
     go_on(pipeline, alone, SAVED_AT)

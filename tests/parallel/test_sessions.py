@@ -88,7 +88,7 @@ def undisturbed():
 
 
 def agree(found, expected):
-    """The same control to the bit, and latents and frames but for the order of sums."""
+    """The same control to the bit, and latents and frames except for the order of sums."""
     assert (found.controls, found.frames) == (expected.controls, expected.frames)
     assert relative_error(found.latents, expected.latents) <= 1e-5
     assert relative_error(found.chunks, expected.chunks) <= 1e-5

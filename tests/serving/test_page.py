@@ -134,6 +134,34 @@ def test_pause_and_stop_and_begin(tab: Tab) -> None:
     assert tab.token() != token
 
 
+PLAYERS_BEGUN_AGAIN = """async () => {
+  const { CodecPlayer } = await import('./page/pictures.js');
+  const { FilmPlayer } = await import('./page/film.js');
+  const listener = { onShown() {}, onDropped() {}, onFailure() {} };
+  const codec = 'avc1.42c01f', shown = [];
+  const player = new CodecPlayer(document.createElement('canvas'), listener);
+  player.playout.push = (picture, frame) => shown.push(frame);
+  const give = (frame) => player.onPicture({ timestamp: frame, close() {} });
+  player.begin({ codec, fps: 16 });
+  [player.epoch, player.firstOfEpoch] = [1, 100];  // as a reset at frame 100 leaves it
+  give(99);
+  give(100);
+  player.begin({ codec, fps: 16 });
+  give(0);
+  player.stop();
+  const film = new FilmPlayer(document.createElement('video'), listener);
+  film.seekTo = 6.25;
+  film.begin({ codec, fps: 16 });
+  film.stop();
+  return [shown, film.seekTo ?? null];
+}"""
+
+
+def test_nothing_of_a_stream_before_holds_back_a_new_one(tab: Tab) -> None:
+    """Pictures from before a reset are left out (frame 99), those of the next stream are shown."""
+    assert tab.page.evaluate(PLAYERS_BEGUN_AGAIN) == [[100, 0], None]
+
+
 def test_a_reload_goes_on_with_the_session(tab: Tab) -> None:
     tab.hold("w", 1200)
     tab.rest(800)

@@ -1,4 +1,4 @@
-"""Two servers placed by Ray Serve: a session comes back to its server, and goes on at another."""
+"""Two servers placed by Ray Serve: a session comes back to its server, and continues at another."""
 
 import asyncio
 import contextlib
@@ -124,7 +124,7 @@ async def live_through(url: str, state: Path) -> None:
         await come_back(client)
         last = client.begin["first_frame"]
         assert await take(client, 1) >= last >= 12
-        print(f"goes on {time.monotonic() - killed:.1f} s after its server was killed")
+        print(f"continues {time.monotonic() - killed:.1f} s after its server was killed")
         assert await take(client, 12) > last
         second = find_folder(state, token)
         assert second not in (None, first)

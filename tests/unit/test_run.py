@@ -15,7 +15,7 @@ from flashdreams import run
 from flashdreams.infra.config import InstantiateConfig, derive_config
 from flashdreams.parallel.environment import OtherRankError
 from flashdreams.registry import VARIABLE, PluginError, Registry, Source
-from flashdreams.runtime.checkpoint import CheckpointError
+from flashdreams.runtime.checkpoint import CheckpointError, MissingWeightsError
 from flashdreams.runtime.termination import Terminated
 
 ROOT = Path(__file__).parents[2]
@@ -201,7 +201,7 @@ def test_a_removed_flag_is_refused_with_the_reason(
     flag = f"--pipeline.diffusion-model.transformer.{words[0]}"
     line = _error(capsys, 2, "plain", flag, *words[1:])
     assert "_p" in line and " was removed in 0.2: measured slower (" in line
-    assert line.endswith("Leave it away; see CHANGELOG.md.")
+    assert line.endswith("Remove it; see CHANGELOG.md.")
 
 
 def test_an_optional_component_is_no_subcommand_and_shows_the_fields_of_its_class(
@@ -274,7 +274,7 @@ def test_help_of_a_slug_names_the_components_that_have_no_flags(
 ) -> None:
     assert run.main(["plain", "--help"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "--config FILE is also the way to set what is None here: pipeline.encoder." in out
+    assert "None have no flags, set them with --config: pipeline.encoder." in out
     assert "checkpoint" not in out
 
 
@@ -371,7 +371,8 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
     [
         ("setup", ValueError("12 heads do not\n divide"), 2, "error: 12 heads do not divide"),
         ("setup", TypeError("wrong type"), 2, "error: wrong type"),
-        ("setup", CheckpointError("x.safetensors is truncated"), 1, "error: x.safetensors is tr"),
+        ("setup", CheckpointError("x.safetensors is truncated"), 2, "error: x.safetensors is tr"),
+        ("setup", MissingWeightsError("no x.safetensors"), 1, "error: no x.safetensors"),
         ("setup", FileNotFoundError(2, "No such file", "p.txt"), 1, "No such file: 'p.txt'"),
         ("run", ValueError("no such prompt"), 1, "error: no such prompt"),
         ("run", OSError(28, "No space left on device"), 1, "No space left on device"),

@@ -1,7 +1,7 @@
 """Trains the toy world's transformer: single frames first, then frames in context.
 
 Both stages look at the network from outside: it runs without a cache over whole clips, and its
-self-attention cores are exchanged for masked ones for as long as the training lasts.
+self-attention cores are replaced by masked ones for as long as the training lasts.
 """
 
 import logging

@@ -27,7 +27,7 @@ def polish_decoder(
 
     Args:
         world: whose frames.
-        decoder: trained in place, where it lies.
+        decoder: trained in place, on its device.
         weights: the transformer's.
         seed: of walks and noise; never the one that evaluation draws its walks from.
         seconds: how long.

@@ -1,5 +1,5 @@
 """Rendered clips, as latents: a pool on disk that one process fills while others train from it, or
-one on the training device that is drawn anew while it is used."""
+one on the training device that is drawn again while it is used."""
 
 from pathlib import Path
 from typing import Literal, Protocol
@@ -98,7 +98,7 @@ def fill(pool: ClipPool, world: World, encoder: PatchEncoder, seed: int, batch: 
 
 
 class LiveClips:
-    """A pool on the device of the encoder; every sample draws some of its clips anew."""
+    """A pool on the device of the encoder; every sample draws some of its clips again."""
 
     def __init__(
         self, world: World, encoder: PatchEncoder, seed: int, clips: int = 2048, fresh: int = 8
@@ -110,7 +110,7 @@ class LiveClips:
             encoder: on the device of the training.
             seed: of scenes and walks.
             clips: in the pool, a multiple of ``fresh``.
-            fresh: clips that a sample draws anew.
+            fresh: clips that a sample draws again.
         """
         self.world, self.encoder, self.fresh = world, encoder, fresh
         device = encoder.mean.device

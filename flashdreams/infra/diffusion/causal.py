@@ -322,10 +322,10 @@ class CausalTransformer(Transformer):
         timestep: Tensor,
         mode: RewriteMode = "chunks",
     ) -> None:
-        """Fill sink and window anew; frames keep their positions.
+        """Refill sink and window; frames keep their positions.
 
         ``"chunks"``: each chunk sees itself and what came before it. With cache-relative RoPE the
-        sink stands right before the window once the first frames behind it are reached.
+        sink is placed right before the window once the first frames behind it are reached.
         ``"once"``: one forward pass over all frames, which see one another without a mask.
 
         Raises:
@@ -449,7 +449,7 @@ class CausalTransformer(Transformer):
         return found
 
     def rotate_sinks(self, cache: CausalState) -> None:
-        """With cache-relative RoPE: let the sink of every layer stand right before the window."""
+        """With cache-relative RoPE: move the sink of every layer to right before the window."""
         if not self.config.relative_rope:
             return
         rotations: dict[tuple[int, int], Tensor] = {}  # windows of their own evict on their own
@@ -473,11 +473,11 @@ class CausalTransformer(Transformer):
         return StepInputs(self.rotations(frames), condition, self.embed_control(control))
 
     def modulation_of(self, timestep: Tensor, cache: CausalState) -> Tensor:
-        """What ``modulations`` makes of a timestep; remembered where its value is on the host.
+        """What ``modulations`` makes of a timestep; cached where its value is on the host.
 
         Args:
             timestep: 0-dim, or as for ``modulations``.
-            cache: remembers the result of a 0-dim timestep on the CPU.
+            cache: keeps the result of a 0-dim timestep on the CPU.
         """
         count = cache.batch_size
         if timestep.ndim or timestep.device.type != "cpu" or torch.is_grad_enabled():

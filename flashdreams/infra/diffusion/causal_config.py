@@ -32,11 +32,11 @@ class CausalTransformerConfig(TransformerConfig):
     sink_size_t: int = 0
     """First latent frames of the rollout that are never evicted."""
     relative_rope: bool = False
-    """Cache-relative positions: the sink always stands right before the window."""
+    """Cache-relative positions: the sink is always placed right before the window."""
     rewritten_sink: Literal["rewritten", "kept", "moved"] = "rewritten"
-    """What becomes of the sink when the window is computed anew in mid-rollout: computed anew, too;
-    kept under the old prompt; or filled with the frames that are now the oldest of the last
-    ``sink_size_t + window_size_t``. While these reach back to frame 0, all is computed anew."""
+    """The sink when the window is recomputed mid-rollout: recomputed as well; kept under the old
+    prompt; or filled with the frames that are now the oldest of the last
+    ``sink_size_t + window_size_t``. As long as these include frame 0, all is recomputed."""
     shot_sink_size_t: int = 0
     """First latent frames of a shot's first chunk that are pinned in the window until the next shot
     has some; see `CausalTransformer.begin_shot`."""
@@ -118,7 +118,7 @@ def _check_precision(config: CausalTransformerConfig) -> None:
     if config.precision == "fp8" and config.kv_cache_dtype != "native":
         raise ValueError(
             f"precision='fp8' says how keys and values are stored, too; got kv_cache_dtype="
-            f"{config.kv_cache_dtype!r}. Leave that away, or use precision='native'."
+            f"{config.kv_cache_dtype!r}. Omit that, or use precision='native'."
         )
 
 
@@ -136,7 +136,7 @@ def _check_shots(config: CausalTransformerConfig) -> None:
         )
     if config.relative_rope and (config.shot_sink_size_t or config.shot_rope_offset):
         raise ValueError(
-            "relative_rope numbers the frames of the window anew, so it goes with neither "
+            "relative_rope renumbers the frames of the window, so it goes with neither "
             "shot_sink_size_t nor shot_rope_offset; set them to 0."
         )
 

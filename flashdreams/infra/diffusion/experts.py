@@ -288,7 +288,7 @@ class NoiseExperts(Transformer):
         timestep: Tensor,
         mode: RewriteMode = "chunks",
     ) -> None:
-        """Fill sink and window of both networks anew; see `CausalTransformer`."""
+        """Refill sink and window of both networks; see `CausalTransformer`."""
         for expert, state in self.pairs(cache):
             expert.rewrite_context(state, chunks, timestep, mode)
 

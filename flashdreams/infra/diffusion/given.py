@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flashdreams.infra.diffusion.scheduler.base import Scheduler
+from flashdreams.runtime.text import check_regular, shown
 
 INITIAL_LATENT = "initial_latent"
 """Name of the context that holds whole chunks of clean latents."""
@@ -61,13 +62,14 @@ def check_initial_latent(latent: Any, shape: Sequence[int]) -> Tensor:
     return latent
 
 
-def load_initial_latent(path: Path, shape: Sequence[int], option: str) -> Tensor:
-    """Clean latents from a file, such as ``--save-latents`` writes.
+def load_initial_latent(path: Path, shape: Sequence[int], option: str, total_blocks: int) -> Tensor:
+    """Clean latents from a file, such as ``--save-latents`` writes; its header is checked first.
 
     Args:
         path: a .safetensors file whose tensor ``latents`` is read.
         shape: ``(B, C, T, H, W)`` of an AR step's latents.
         option: what names the file, for messages.
+        total_blocks: AR steps of the rollout, among which those of the latents count.
 
     Returns:
         ``[B, C, n * T, H, W]`` float32, on the CPU.
@@ -76,22 +78,33 @@ def load_initial_latent(path: Path, shape: Sequence[int], option: str) -> Tensor
         ValueError: no such file, damaged, without that tensor, or latents that do not fit.
     """
     try:
+        check_regular(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             names = list(file.keys())
-            latent = file.get_tensor("latents") if "latents" in names else None
+            if "latents" not in names:
+                listed = ", ".join(map(shown, sorted(names)[:5])) or "nothing"
+                raise ValueError(
+                    f"holds {listed}; a tensor named latents is wanted, as --save-latents True "
+                    "writes it."
+                )
+            sizes = file.get_slice("latents").get_shape()
+            check_initial_latent(torch.empty(sizes, dtype=torch.float32, device="meta"), shape)
+            chunks = sizes[2] // shape[2]
+            if chunks > total_blocks:
+                raise ValueError(
+                    f"holds {chunks} chunks, and --total-blocks {total_blocks} counts them too. "
+                    f"Type --total-blocks {chunks + 1} or more."
+                )
+            latent = file.get_tensor("latents")
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{option} {path}: cannot be read: {error}.") from error
-    if latent is None:
-        raise ValueError(
-            f"{option} {path}: holds {', '.join(sorted(names)[:5]) or 'nothing'}; a tensor named "
-            "latents is wanted, as --save-latents True writes it."
-        )
-    if not latent.is_floating_point() or not latent.isfinite().all():
-        raise ValueError(f"{option} {path}: latents must be floating point and finite throughout.")
-    try:
-        return check_initial_latent(latent, shape).float()
-    except ValueError as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{option} {path}: cannot be read: {reason}.") from error
+    except (ValueError, RuntimeError) as error:  # RuntimeError: a shape that no tensor has
         raise ValueError(f"{option} {path}: {error}") from error
+    wide = latent.float()
+    if not latent.is_floating_point() or not wide.isfinite().all():
+        raise ValueError(f"{option} {path}: latents must be floating point and finite throughout.")
+    return wide
 
 
 def _without_time(sizes: Sequence[int]) -> tuple[int, ...]:

@@ -398,7 +398,7 @@ class DiffusionModel(nn.Module):
         self.side.mark()
 
     def rebuild_context(self, cache: DiffusionCache) -> None:
-        """Compute sink and window anew from the clean latents that the context holds."""
+        """Compute sink and window again from the clean latents that the context holds."""
         self.side.join()
         chunks = self.held_chunks(cache)
         for branch in cache.branches:
@@ -474,9 +474,7 @@ class DiffusionModel(nn.Module):
         initial = context.get(INITIAL_LATENT)
         shape = self.transformer.latent_shape(batch_size)
         if initial is not None and image is not None:
-            raise ValueError(
-                f"{INITIAL_LATENT} holds the first latent frames already; leave image away."
-            )
+            raise ValueError(f"{INITIAL_LATENT} holds the first latent frames already; omit image.")
         if initial is not None:
             given = check_initial_latent(initial, shape)
         elif image is not None:

@@ -1,4 +1,4 @@
-"""Computing the window of a causal transformer anew, after the prompt has changed."""
+"""Recomputing the window of a causal transformer, after the prompt has changed."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from flashdreams.infra.diffusion.causal_state import CausalState, StepInputs, se
 from flashdreams.infra.diffusion.transformer import ContextChunk
 
 RewriteMode = Literal["chunks", "once"]
-"""How the window is computed anew: chunk by chunk, or all frames in one forward pass."""
+"""How the window is recomputed: chunk by chunk, or all frames in one forward pass."""
 
 
 class RewritableTransformer(Protocol):
@@ -25,7 +25,7 @@ class RewritableTransformer(Protocol):
         """Of the weights."""
 
     def rotate_sinks(self, cache: CausalState) -> None:
-        """With cache-relative RoPE: let the sink of every layer stand right before the window."""
+        """With cache-relative RoPE: move the sink of every layer to right before the window."""
 
     def inputs_at(self, cache: CausalState, frames: Tensor, control: Any) -> StepInputs:
         """What a network call reads for latent frames at the positions ``[T]``."""
@@ -38,7 +38,7 @@ class RewritableTransformer(Protocol):
 
 
 def context_frames(config: CausalTransformerConfig, cache: CausalState) -> list[int]:
-    """Latent frames whose clean latents may be needed to compute the window anew, oldest first."""
+    """Latent frames whose clean latents may be needed to recompute the window, oldest first."""
     if not config.streaming:
         return []
     cursor = cache.cursor
@@ -48,7 +48,7 @@ def context_frames(config: CausalTransformerConfig, cache: CausalState) -> list[
 
 
 def check_rewrite(config: CausalTransformerConfig, cache: CausalState, mode: RewriteMode) -> None:
-    """Refuse a way to compute the window anew, before anything is changed.
+    """Refuse a way to recompute the window, before anything is changed.
 
     Raises:
         ValueError: ``"once"`` with ``relative_rope``, which rotates the sink in between;
@@ -63,7 +63,7 @@ def check_rewrite(config: CausalTransformerConfig, cache: CausalState, mode: Rew
     if len(windows) > 1:
         raise ValueError(
             f"There are windows of several sizes, (sink, window): {sorted(windows)}. They cannot "
-            "be computed anew; change the prompt without reencode_window."
+            "be recomputed; change the prompt without reencode_window."
         )
     if cache.shots.begun:
         raise ValueError(
@@ -78,7 +78,7 @@ def rewrite_window(
     timestep: Tensor,
     mode: RewriteMode,
 ) -> None:
-    """Fill the window anew, and the sink as ``rewritten_sink`` says.
+    """Refill the window, and the sink as ``rewritten_sink`` says.
 
     Args:
         transformer: the network and its engine.

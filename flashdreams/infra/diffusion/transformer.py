@@ -162,7 +162,7 @@ class Transformer(Component):
     def update_context(self, cache: Any, *args: Any, **kwargs: Any) -> None:
         """Take on another prompt in mid-rollout; subclasses name the context that they want.
 
-        Only what depends on the prompt directly is computed anew, in the storage that it has.
+        Only what depends on the prompt directly is recomputed, in the storage that it has.
 
         Args:
             cache: this rollout's state.
@@ -192,7 +192,7 @@ class Transformer(Component):
         """Run the clean pass again over what the context holds.
 
         Args:
-            cache: this rollout's state; afterwards as before, but for the values.
+            cache: this rollout's state; afterwards as before, except for the values.
             chunks: the frames of ``context_frames``, oldest first.
             timestep: 0-dim, the context noise level.
 

@@ -17,6 +17,10 @@ INTRINSICS_HEIGHT, INTRINSICS_WIDTH = 480, 832
 """Picture size that intrinsics refer to. Source: Robbyant/lingbot-world, image2video_fast.py."""
 ROTATION_TOLERANCE = 1e-3
 """Largest entry of ``R R^T - 1`` that still counts as a rotation."""
+MAX_DISTANCE = 1e12
+"""Farthest coordinate of a camera: its square still fits into float32."""
+MAX_PIXELS = 1e5
+"""Largest focal length and farthest principal point, in pixels."""
 MAX_VIEW_DEGREES = 150
 """Widest view whose rays are made. Wider ones are nearly always a mistake of units, such as
 intrinsics as fractions of the picture."""
@@ -57,6 +61,12 @@ def check_poses(poses: Tensor, name: str = "poses") -> None:
     if frame is not None:
         row = ", ".join(f"{value:g}" for value in wide[frame, 3].tolist())
         raise ValueError(f"{name}: the last row of frame {frame} is {row}; it must be 0, 0, 0, 1.")
+    frame = _first_frame((wide[:, :3, 3].abs() > MAX_DISTANCE).any(1))
+    if frame is not None:
+        raise ValueError(
+            f"{name}: the position of frame {frame} has a coordinate of "
+            f"{wide[frame, :3, 3].abs().max():g}; at most {MAX_DISTANCE:g} is allowed."
+        )
     rotation = wide[:, :3, :3]
     excess = rotation @ rotation.mT - torch.eye(3, dtype=torch.float64, device=poses.device)
     error, determinant = excess.abs().amax((1, 2)), torch.linalg.det(rotation)
@@ -95,6 +105,12 @@ def check_intrinsics(intrinsics: Tensor, num_frames: int, name: str = "intrinsic
     frame = _first_frame(~intrinsics.isfinite().all(1))
     if frame is not None:
         raise ValueError(f"{name}: the intrinsics of frame {frame} are not finite.")
+    frame = _first_frame((intrinsics.abs() > MAX_PIXELS).any(1))
+    if frame is not None:
+        raise ValueError(
+            f"{name}: the intrinsics of frame {frame} have {intrinsics[frame].abs().max():g} "
+            f"pixels; at most {MAX_PIXELS:g} are allowed."
+        )
     frame = _first_frame((intrinsics[:, :2] <= 0).any(1))
     if frame is not None:
         raise ValueError(
@@ -170,7 +186,7 @@ def resample_intrinsics(intrinsics: Tensor, num_frames: int) -> Tensor:
 
 
 def _places(count: int, num_frames: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Where evenly spread frames lie among ``count``: neighbours ``[T]`` and weight ``[T, 1]``."""
+    """Evenly spread positions among ``count`` frames: neighbours ``[T]`` and weight ``[T, 1]``."""
     last = count - 1
     place = torch.linspace(0, last, num_frames, dtype=torch.float64, device=device)
     before = place.floor().long().clamp(max=max(last - 1, 0))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from flashdreams.infra.config import derive_config
+from flashdreams.runtime.text import tell
 
 from .camera import TIME_FACTOR, pixel_frames
 from .runner import CameraToVideoRunner, CameraToVideoRunnerConfig
@@ -50,7 +51,7 @@ class CameraToClipRunner(CameraToVideoRunner):
         super().__init__(config)
         frames = pixel_frames(self.config.transformer.len_t)
         if self.is_rank_zero and frames < pixel_frames(full):
-            print(
+            tell(
                 f"The camera path has {self.num_poses} poses: the clip has {frames} frames "
                 f"instead of {pixel_frames(full)}."
             )

@@ -61,6 +61,10 @@ class CameraPath:
         return CameraPath(self.poses[frames], self.intrinsics[frames], keys)
 
 
+MAX_SCALE = 1e6
+"""Largest factor on distances; those of `check_poses` times it fit into float32."""
+
+
 @dataclass(kw_only=True)
 class CameraEncoderConfig(StreamingEncoderConfig):
     """Config of the camera encoder."""
@@ -85,8 +89,10 @@ class CameraEncoderConfig(StreamingEncoderConfig):
     """Latent rows and columns of a token, as in the transformer."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.world_scale < float("inf"):
-            raise ValueError(f"world_scale={self.world_scale}: must be positive and finite.")
+        if not 0 < self.world_scale <= MAX_SCALE:
+            raise ValueError(
+                f"world_scale={self.world_scale}: must be positive, at most {MAX_SCALE:g}."
+            )
         check_range(self, "len_t", "patch_size")
         if self.intrinsics not in ("per_frame", "first"):
             raise ValueError(

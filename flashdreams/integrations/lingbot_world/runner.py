@@ -25,6 +25,7 @@ from flashdreams.infra.video_runner import (
 from flashdreams.runtime.actions import KeyMotion, integrate, parse_actions
 from flashdreams.runtime.array_file import load_array
 from flashdreams.runtime.image_file import image_size, load_image
+from flashdreams.runtime.text import tell
 
 from .camera import check_intrinsics, check_poses, pixel_frames, whole_chunks
 from .encoder import CameraEncoderConfig, CameraPath, PoseMode
@@ -94,8 +95,8 @@ class CameraToVideoRunnerConfig(ImageToVideoRunnerConfig):
         for name in ("pose_path", "intrinsic_path", "key_path"):
             if getattr(self, name) is not None:
                 raise ValueError(
-                    f"--{name.replace('_', '-')}: a live session is steered by its client; leave "
-                    "it away. --intrinsics sets the lens."
+                    f"--{name.replace('_', '-')}: a live session is steered by its client; "
+                    "omit it. --intrinsics sets the lens."
                 )
         actions = self.actions or f"w{pixel_frames(self.transformer.len_t)}"
         return replace(super().for_serving(), pose_mode="streaming", actions=actions)
@@ -141,9 +142,10 @@ class CameraToVideoRunner(ImageToVideoRunner):
         transformer = config.transformer
         blocks = whole_chunks(len(path), transformer.len_t)
         if blocks < 1:
+            given = "--actions" if config.pose_path is None else f"--pose-path {config.pose_path}"
             raise ValueError(
-                f"{len(path)} poses are fewer than one chunk of {transformer.len_t} latent frames "
-                f"needs; give at least {pixel_frames(transformer.len_t)}."
+                f"{given}: {len(path)} poses are fewer than one chunk of {transformer.len_t} "
+                f"latent frames needs; give at least {pixel_frames(transformer.len_t)}."
             )
         self.num_poses = len(path)
         self.blocks = min(config.total_blocks, blocks)
@@ -184,7 +186,7 @@ class CameraToVideoRunner(ImageToVideoRunner):
                     chunk = draw_inset(chunk, self.path.poses, step.frames.start)
                 writer.write(chunk)
         if self.is_rank_zero and self.blocks < cfg.total_blocks:
-            print(
+            tell(
                 f"The poses ran out: {self.num_poses} of them suffice for {self.blocks} of "
                 f"{cfg.total_blocks} AR steps ({frame} frames)."
             )
@@ -301,6 +303,8 @@ def read_path(config: CameraToVideoRunnerConfig) -> CameraPath:
     check_intrinsics(intrinsics, len(poses), name)
     if not keyed or keys is None:
         return CameraPath(poses, intrinsics)
+    if not ((keys >= 0) & (keys <= 1)).all():  # NaN is neither
+        raise ValueError(f"--key-path {config.key_path}: the keys must be from 0 to 1 throughout.")
     if keys.shape != (len(poses), 4):
         raise ValueError(
             f"--key-path {config.key_path}: the keys w, a, s, d must be [{len(poses)}, 4] for "

@@ -43,7 +43,7 @@ PIPELINE = derive_config(
         )
     ),
 )
-"""LongLive 1.0: at another prompt the window is computed anew in one pass, the sink stays.
+"""LongLive 1.0: at another prompt the window is recomputed in one pass, the sink stays.
 
 Source: NVlabs/LongLive, branch v1.0: local 12, sink 3, ``global_sink``.
 """

@@ -90,7 +90,7 @@ class ActionEncoderConfig(StreamingEncoderConfig):
     """Actions that one latent frame sees, as in the transformer."""
     settled_after: int = 30
     """Latent frames after which the grey frames' latents no longer change and the last one is
-    repeated: the image is out of the autoencoder's sight by then, so that this is exact."""
+    repeated: the image is then outside the autoencoder's receptive field, so this is exact."""
 
     def __post_init__(self) -> None:
         check_range(self, "keyboard_dim", "mouse_dim", "len_t", "actions_per_latent")

@@ -48,7 +48,7 @@ class MatrixGameRunnerConfig(RunnerConfig):
     [frames, 2] (pitch and yaw), one row per pixel frame."""
     initial_latent: Path | None = None
     """A .safetensors file of latents of whole chunks, such as --save-latents writes: the rollout
-    begins with them, under the actions from frame 0 on, and goes on. They count among the AR
+    begins with them, under the actions from frame 0 on, and continues. They count among the AR
     steps."""
     total_blocks: int = 50
     """AR steps; each is one chunk of the video."""
@@ -78,9 +78,7 @@ class MatrixGameRunnerConfig(RunnerConfig):
             ValueError: actions from a file, which nobody could steer.
         """
         if self.action_path is not None:
-            raise ValueError(
-                "--action-path: a live session is steered by its client; leave it away."
-            )
+            raise ValueError("--action-path: a live session is steered by its client; omit it.")
         return super().for_serving()
 
     @property
@@ -121,7 +119,7 @@ class MatrixGameRunner(Runner[MatrixGameRunnerConfig, StreamInferencePipeline]):
         super().__init__(config)
 
     def conditions(self) -> dict[str, Any]:
-        """The image and, where the rollout goes on from a file, its latents."""
+        """The image and, where the rollout continues from a file, its latents."""
         found: dict[str, Any] = {"image": self.image.to(self.device)}
         if self.initial_latent is not None:
             found[INITIAL_LATENT] = self.initial_latent
@@ -165,14 +163,7 @@ def read_initial_latent(config: MatrixGameRunnerConfig) -> Tensor | None:
     if path is None:
         return None
     shape = (1, c.in_channels, c.len_t, c.latent_height, c.latent_width)
-    latent = load_initial_latent(path, shape, "--initial-latent")
-    chunks = latent.shape[2] // c.len_t
-    if chunks > config.total_blocks:
-        raise ValueError(
-            f"--initial-latent {path}: holds {chunks} chunks, and --total-blocks "
-            f"{config.total_blocks} counts them too. Type --total-blocks {chunks + 1} or more."
-        )
-    return latent
+    return load_initial_latent(path, shape, "--initial-latent", config.total_blocks)
 
 
 def read_first_frame(config: MatrixGameRunnerConfig) -> Tensor:

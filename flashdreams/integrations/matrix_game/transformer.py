@@ -131,7 +131,7 @@ class MatrixGameTransformer(WanTransformer):
         """Wan's plan and the action modules, on any number of ranks.
 
         The mouse path needs all frames of a position. The keyboard's keys are the same on all
-        ranks, so that its queries are split and nothing is exchanged.
+        ranks, so that its queries are split without communication.
         """
         c = self.config
         plan = wan_plan(image=False, control=False)

@@ -16,7 +16,7 @@ from .scene import NUM_SLOTS
 
 
 def packaged(name: str, folder: str = "weights") -> CheckpointConfig:
-    """Weights that lie beside this file."""
+    """Weights in the folder of this file."""
     return CheckpointConfig(source=f"package:{__package__}/{folder}/{name}.safetensors")
 
 

@@ -27,28 +27,28 @@ STROLL = "w20 al10 wj12 l14 al12 j10 d10 l8 dj14 wj12 d14 j12 d6 wj10"
 
 @dataclass(kw_only=True)
 class ToyWorldRunnerConfig(RunnerConfig):
-    """A walk through a courtyard that the words describe and the keys steer."""
+    """A walk through a courtyard, described by the prompt and steered by keys."""
 
     _target: type["ToyWorldRunner"] = field(default_factory=lambda: ToyWorldRunner)
 
     prompt: str = "dawn sky, gold floor, blue north wall, teal east wall, white pillars"
-    """The scene in words: colours of the floor, sky, walls and pillars, separated by commas. What
-    is not named keeps its default; "unknown floor" leaves the choice to the model."""
+    """The scene: colours of the floor, sky, walls and pillars, separated by commas. What is
+    not named keeps its default; "unknown floor" leaves the choice to the model."""
     prompt_path: Path | None = None
     """A text file to read the prompt from."""
     actions: str = STROLL
-    """Keys and how many frames they are held: w a s d move, j l turn, "wl6" holds two together.
-    After the last one the camera stands still."""
+    """Keys and the number of frames that each is held: w a s d move, j l turn, "wl6" holds two keys
+    at once. After the last one the camera stands still."""
     total_blocks: int = 160
     """AR steps; each is one frame."""
     start_from_truth: bool = False
-    """Give the first frame as a picture instead of generating it."""
+    """Start from the rendered first frame instead of generating it."""
     compare_to_truth: bool = False
-    """Show the rendered truth to the left of the generated frames and record every step's PSNR."""
+    """Show the rendered ground truth to the left of the generated frames, and record the PSNR."""
     threads: int | None = 1
-    """CPU threads; at this size one is faster than two."""
+    """CPU threads; at this size, one is faster than two."""
     scale: int = 6
-    """Enlargement of the video by whole pixels."""
+    """Integer factor by which the video is enlarged."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

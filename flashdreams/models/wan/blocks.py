@@ -197,7 +197,7 @@ class SelfAttention(nn.Module):
         """Norm, rotate, quantize and attend; ``[B, L, N, D]`` each.
 
         While the scales are not fixed the core quantizes. Later it gets e4m3 numbers, so that
-        ranks exchange no more than these.
+        ranks communicate no more than these.
         """
         norms = self.norm_q, self.norm_k
         if not cache.quantizes_early:
@@ -440,8 +440,8 @@ class FlattenTokens(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Flatten frames, rows and columns.
 
-        The result lies token by token: element-wise operations hand the layout of the residual
-        stream on from block to block, so a transposed one would slow all of them.
+        The result is contiguous token by token: element-wise operations keep the layout of the
+        residual stream from block to block, so a transposed one would slow all of them.
         """
         return x.flatten(2).transpose(1, 2).contiguous()
 

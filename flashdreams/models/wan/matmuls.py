@@ -19,7 +19,7 @@ PROBE = -2.75
 class PackedLinears:
     """Linear layers of one input whose weights are rows of one tensor, in one matmul.
 
-    Life: built from layers, whose parameters become views of it; built anew when they have moved.
+    Life: built from layers, whose parameters become views of it; rebuilt when they have moved.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, sizes: Sequence[int]) -> None:

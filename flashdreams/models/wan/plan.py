@@ -11,7 +11,7 @@ def wan_plan(*, image: bool, control: bool) -> ParallelPlan:
         control: it has a control embedding.
 
     Cross-attention cores are absent on purpose: the text is replicated, so queries that are split
-    over the sequence need no exchange.
+    over the sequence need no communication.
     """
     attention = ("blocks.*.self_attn", "blocks.*.cross_attn")
     tensor: dict[str, TensorStyle] = {

@@ -7,6 +7,8 @@ from flashdreams.runtime.checkpoint.config import (
     CheckpointConfig,
     CheckpointError,
     LoRA,
+    MissingWeightsError,
+    concerning,
     parse_lora,
 )
 from flashdreams.runtime.checkpoint.keys import KeyMap
@@ -30,7 +32,9 @@ __all__ = [
     "LoRA",
     "LoadReport",
     "LocalCheckpoint",
+    "MissingWeightsError",
     "TensorSlice",
+    "concerning",
     "describe_missing",
     "describe_size",
     "ensure_local",

@@ -2,11 +2,11 @@
 
 from pathlib import Path, PurePosixPath
 
-from flashdreams.runtime.checkpoint.config import CheckpointConfig, CheckpointError
+from flashdreams.runtime.checkpoint.config import CheckpointConfig, MissingWeightsError
 
 
 def cached_file(config: CheckpointConfig) -> Path:
-    """Where the file of an address lies once it is fetched: the folder of ``torch.hub``.
+    """Where the file of an address is once it is downloaded: the folder of ``torch.hub``.
 
     The name carries the checksum, or the commit in the address where none is known, so another file
     under the same name is another one here.
@@ -28,7 +28,7 @@ def download_file(config: CheckpointConfig) -> None:
     """Fetch the file, compare its checksum and move it into place; never half a file.
 
     Raises:
-        CheckpointError: the address cannot be reached, or holds another file.
+        MissingWeightsError: the address cannot be reached, or holds another file.
     """
     import torch
 
@@ -37,7 +37,7 @@ def download_file(config: CheckpointConfig) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(config.source, str(path), hash_prefix=config.sha256)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(
+        raise MissingWeightsError(
             f"Could not download {config.source}: {str(error).splitlines()[0]}. Without a network, "
             f"fetch it elsewhere: {fetch_command(config)}; then name the file with "
             "checkpoint.source"

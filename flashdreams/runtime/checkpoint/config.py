@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from flashdreams.infra.config import quoted
@@ -19,6 +21,20 @@ class CheckpointError(RuntimeError):
 
     checkpoint: "CheckpointConfig | None" = None
     """The one that could not be read, where that is known."""
+
+
+class MissingWeightsError(CheckpointError):
+    """Weights are not on this machine, and may not or could not be fetched."""
+
+
+@contextmanager
+def concerning(checkpoint: "CheckpointConfig") -> Iterator[None]:
+    """Note in a `CheckpointError` of the ``with`` block which checkpoint it is about."""
+    try:
+        yield
+    except CheckpointError as error:
+        error.checkpoint = error.checkpoint or checkpoint
+        raise
 
 
 @dataclass(frozen=True, kw_only=True)

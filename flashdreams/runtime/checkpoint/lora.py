@@ -7,14 +7,21 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashdreams.runtime.checkpoint.config import WRAPPER_MARKERS, CheckpointError, LoRA
+from flashdreams.runtime.checkpoint.config import (
+    WRAPPER_MARKERS,
+    CheckpointError,
+    LoRA,
+    concerning,
+)
 from flashdreams.runtime.checkpoint.keys import KeyMap, describe_mismatch, rename
-from flashdreams.runtime.checkpoint.read import TensorSlice, TensorStore, open_tensors
-from flashdreams.runtime.checkpoint.source import ensure_local
+from flashdreams.runtime.checkpoint.read import TensorInfo, TensorSlice, TensorStore, open_tensors
+from flashdreams.runtime.checkpoint.source import MAX_INDEX_BYTES, ensure_local
+from flashdreams.runtime.text import quoted, read_text, shown
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +37,10 @@ _KINDS = {
     "bias": r"\.diff_b$",
     "modulation": r"\.diff_m$",
 }
+
+
+MAX_ALPHA = 1e6
+"""Largest alpha; in use are some thousand at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +94,16 @@ def resolve_loras(
     updates: dict[str, list[Update]] = {}
     for lora in loras:
         source = lora.checkpoint.source
-        try:
-            local = ensure_local(lora.checkpoint)
-            store = open_tensors(local, lora.checkpoint.select)
-            settings = _adapter_settings(local.files[0].parent / "adapter_config.json")
-        except CheckpointError as error:
-            raise CheckpointError(f"LoRA {source}: {error}") from error
-        length = len(lora.part)
-        own = {name[length:]: x for name, x in shapes.items() if name.startswith(lora.part)}
-        found = _resolve(lora, store, own, key_maps, settings)
+        with concerning(lora.checkpoint):
+            try:
+                local = ensure_local(lora.checkpoint)
+                store = open_tensors(local, lora.checkpoint.select)
+                settings = _adapter_settings(local.files[0].parent / "adapter_config.json")
+            except CheckpointError as error:
+                raise type(error)(f"LoRA {source}: {error}") from error
+            length = len(lora.part)
+            own = {name[length:]: x for name, x in shapes.items() if name.startswith(lora.part)}
+            found = _resolve(lora, store, own, key_maps, settings)
         for name, several in found.items():
             updates.setdefault(f"{lora.part}{name}", []).extend(several)
         logger.info("LoRA %s: %d tensors, weight %g.", source, len(found), lora.weight)
@@ -141,14 +153,14 @@ def _resolve(
                 continue
             tensors = tuple(store.infos[n].shape for n in names)
             wrong = _misfit(tensors, shapes[name]) or next(
-                (info.refused for n in names if (info := store.infos[n]).refused), None
+                filter(None, (_why_refused(store.infos[n]) for n in names)), None
             )
             if any(len(update.names) == len(names) for update in found.get(name, [])):
                 wrong = f"is changed twice, the second time by {names[0]}"
             if wrong:
                 misfits[name] = wrong
                 continue
-            scale = _scale(entry, store, settings, tensors[1][0]) if names[1:] else 1.0
+            scale = _scale(entry, store, settings, tensors[1][0], source) if names[1:] else 1.0
             update = Update(store=store, scale=lora.weight * scale, names=names)
             found.setdefault(name, []).append(update)
     if unknown or misfits or not found:
@@ -213,6 +225,8 @@ def _misfit(tensors: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> str |
     up, down = tensors
     if len(up) < 2 or len(down) < 2:
         return f"up {list(up)} and down {list(down)} are no matrices"
+    if up[1] == 0:
+        return f"up {list(up)} and down {list(down)} have rank 0"
     if up[1] != down[0]:
         return f"rank {up[1]} in up {list(up)}, rank {down[0]} in down {list(down)}"
     if math.prod(up[2:]) != 1 or (up[0], *down[1:]) != shape:
@@ -220,15 +234,33 @@ def _misfit(tensors: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> str |
     return None
 
 
-def _scale(entry: _Entry, store: TensorStore, settings: Mapping[str, object], rank: int) -> float:
-    """alpha / rank."""
+def _why_refused(info: TensorInfo) -> str | None:
+    """Say what keeps a tensor from being a part of an update."""
+    return info.refused or (None if info.dtype.is_floating_point else f"{info.dtype}, no floats")
+
+
+def _scale(
+    entry: _Entry, store: TensorStore, settings: Mapping[str, object], rank: int, source: str
+) -> float:
+    """alpha / rank.
+
+    Raises:
+        CheckpointError: an alpha that is no finite number.
+    """
+    root = False
     if "alpha" in entry.names:
         name = entry.names["alpha"]
-        return float(next(value for _, value in store.read({name: None}))) / rank
-    alpha = settings.get("lora_alpha")
-    if not isinstance(alpha, int | float):
-        return 1.0
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+        if math.prod(store.infos[name].shape) != 1 or store.infos[name].refused:
+            shape = quoted(list(store.infos[name].shape))
+            raise CheckpointError(f"LoRA {source}: {shown(name)} {shape} must be one number")
+        alpha: Any = float(next(value for _, value in store.read({name: None})))
+    else:
+        name, alpha = "lora_alpha of adapter_config.json", settings.get("lora_alpha", rank)
+        root = bool(settings.get("use_rslora")) and "lora_alpha" in settings
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not number or not abs(alpha) < MAX_ALPHA:
+        raise CheckpointError(f"LoRA {source}: {shown(name)} cannot be {quoted(alpha)}")
+    return alpha / (math.sqrt(rank) if root else rank)
 
 
 def _adapter_settings(path: Path) -> Mapping[str, object]:
@@ -240,7 +272,7 @@ def _adapter_settings(path: Path) -> Mapping[str, object]:
     if not path.is_file():
         return {}
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(read_text(path, MAX_INDEX_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON. Download it again") from error
     if not isinstance(settings, dict):

@@ -202,7 +202,7 @@ class _Scan:
             return items
         items = self.stack[len(self.stack) - count :]
         if len(items) != count or _MARK in items:
-            raise ValueError("the pickle makes no sense")
+            raise ValueError("the pickle is invalid")
         del self.stack[len(self.stack) - count :]
         return items
 

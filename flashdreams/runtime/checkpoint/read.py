@@ -152,7 +152,7 @@ class SafetensorsStore:
             self.infos |= beyond  # some indexes leave tensors out
 
     def read(self, wanted: Mapping[str, TensorSlice | None]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the wanted tensors file by file, in the order in which they lie in the files.
+        """Yield the wanted tensors file by file, in the order of the files.
 
         The mapping is read-only: unlike a private writable one, the kernel does not count it as
         memory, so a file may be larger than the machine's. Writing into a view would crash.
@@ -242,13 +242,20 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         actual = path.stat().st_size
         with path.open("rb") as file:
             first = file.read(8)
-            length = struct.unpack("<Q", first)[0] if len(first) == 8 else actual
+            if len(first) < 8:
+                raise CheckpointError(
+                    f"{path} is truncated: it has {actual} bytes, fewer than any safetensors file. "
+                    "Download it again"
+                )
+            length = struct.unpack("<Q", first)[0]
             if length > min(MAX_HEADER_BYTES, actual - 8):
                 raise CheckpointError(
                     f"{path} is truncated or no safetensors file: its header should have {length} "
                     f"bytes, the file has {actual}. Download it again"
                 )
             header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError(f"it is {quoted(header)}, no JSON object")
         header.pop("__metadata__", None)
         _check_names(header)
         places = {name: _info(path, 8 + length, entry) for name, entry in header.items()}
@@ -269,8 +276,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     ) as error:
         reason = printable(str(error), 300)
         raise CheckpointError(
-            f"{path} is damaged: its safetensors header makes no sense ({reason}). Download it "
-            "again"
+            f"{path} is damaged: its safetensors header is invalid ({reason}). Download it again"
         ) from error
     if promised != actual:
         word = "truncated" if promised > actual else "damaged"
@@ -357,7 +363,7 @@ def load_pickle(path: Path) -> object:
             reason = "is no plain file of tensors (TorchScript, or older than torch 0.4)"
             advice = "Use a safetensors version of these weights"
         else:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            first = str(error).splitlines()[0] if str(error) else "it ends too early"
             first = printable(first, 300)
             reason, advice = f"is truncated or damaged: {first}", "Download it again"
         raise CheckpointError(f"{path} {reason}. {advice}") from error

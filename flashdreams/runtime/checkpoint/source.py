@@ -9,7 +9,11 @@ from pathlib import Path, PurePosixPath
 
 from flashdreams.infra.config import quoted
 from flashdreams.runtime.checkpoint.address import cached_file, download_file, fetch_command
-from flashdreams.runtime.checkpoint.config import CheckpointConfig, CheckpointError
+from flashdreams.runtime.checkpoint.config import (
+    CheckpointConfig,
+    CheckpointError,
+    MissingWeightsError,
+)
 from flashdreams.runtime.text import read_text
 
 _REPOSITORY = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -50,7 +54,8 @@ def ensure_local(
         flag: command line option that allows it, for the message; ``None``: a generic one.
 
     Raises:
-        CheckpointError: absent and not to be fetched, or the download failed.
+        MissingWeightsError: absent and not to be fetched, or the download failed.
+        CheckpointError: what is there is no checkpoint.
     """
     local = find_local(config)
     if local is not None:
@@ -58,7 +63,7 @@ def ensure_local(
     allowed = config.download if allow_download is None else allow_download
     target = _repository(config)
     if not allowed or (target is None and not config.is_address):
-        raise CheckpointError(describe_missing(config, flag=flag))
+        raise MissingWeightsError(describe_missing(config, flag=flag))
     _refuse_download(config)
     if target is None:
         download_file(config)
@@ -66,7 +71,7 @@ def ensure_local(
         _download(config, *target)
     local = find_local(config)
     if local is None:
-        raise CheckpointError(
+        raise MissingWeightsError(
             f"{_title(config)}: the download ended but files are still absent from the cache. "
             f"Try: {_fetch_command(config, target)}"
         )
@@ -236,7 +241,7 @@ def _package_folder(config: CheckpointConfig, package: str) -> Path:
 
 
 def _expanded(source: str) -> Path:
-    """A local path with ``~`` resolved; as it stands where there is no such home."""
+    """A local path with ``~`` resolved; unchanged where there is no such home."""
     try:
         return Path(source).expanduser()
     except RuntimeError:
@@ -313,7 +318,7 @@ def _refuse_download(config: CheckpointConfig) -> None:
 
     if constants.HF_HUB_OFFLINE:
         by_hand = "\n".join(describe_missing(config).splitlines()[:2])
-        raise CheckpointError(
+        raise MissingWeightsError(
             f"{by_hand}\n"
             "The download is off: HF_HUB_OFFLINE is set. Unset it, or fetch the file elsewhere"
         )
@@ -335,7 +340,7 @@ def _download(config: CheckpointConfig, repo: str, file: str) -> None:
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(
+        raise MissingWeightsError(
             f"Could not download {file} of {repo}, revision {config.revision or 'main'}: "
             f"{_reason(error)}. Without a network, fetch it elsewhere: "
             f"{_hf_command(config, repo, file)}; then name the file with checkpoint.source"
@@ -357,7 +362,7 @@ def _check_disk(config: CheckpointConfig, cache: Path, variable: str) -> None:
     existing = next(place for place in (cache, *cache.parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if free < config.size_bytes:
-        raise CheckpointError(
+        raise MissingWeightsError(
             f"{_title(config)} needs {describe_size(config.size_bytes)} on disk and {existing} has "
             f"{describe_size(free)} left. Free some, or set {variable} to a folder on a larger disk"
         )

@@ -91,7 +91,7 @@ class Fleet:
     async def of_session(self, token: str) -> Member | None:
         """The server for a session: the one that has it, else one that can take it over."""
         first = [name for name in self.members if token.startswith(f"{name}-")]
-        owner = await asyncio.to_thread(find_folder, self.root, token) if first else None
+        owner = await asyncio.to_thread(find_folder, self.root, token)
         for name in (owner, *first):
             if name is not None and self.is_ready(name):
                 return self.members[name]

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import re
 from collections.abc import AsyncIterator
 from typing import Any
@@ -17,6 +18,8 @@ from flashdreams.serving.web.app import add_errors
 from flashdreams.serving.web.guard import Guard, GuardedApp
 from flashdreams.serving.web.settings import WebSettings
 from flashdreams.serving.web.welcome import keep_token
+
+logger = logging.getLogger(__name__)
 
 REFRESH_S = 1.0
 """Between two looks at the servers."""
@@ -71,7 +74,10 @@ def create_relay(fleet: Fleet, settings: WebSettings) -> FastAPI:
 async def _watch(fleet: Fleet, client: Any) -> None:
     while True:
         await asyncio.sleep(REFRESH_S)
-        await fleet.refresh(client)
+        try:
+            await fleet.refresh(client)
+        except Exception:  # what was known before still holds
+            logger.exception("the servers cannot be asked how they are")
 
 
 def _add_probes(app: FastAPI, fleet: Fleet) -> None:
@@ -154,7 +160,7 @@ async def _converse(socket: WebSocket, fleet: Fleet, member: Member, first: str)
         while others have places.
     """
     from websockets.asyncio.client import connect
-    from websockets.exceptions import ConnectionClosed
+    from websockets.exceptions import ConnectionClosed, WebSocketException
 
     try:
         upstream = await connect(
@@ -165,11 +171,12 @@ async def _converse(socket: WebSocket, fleet: Fleet, member: Member, first: str)
             compression=None,
             proxy=None,
         )
-    except (OSError, asyncio.TimeoutError):
+    except (OSError, WebSocketException, asyncio.TimeoutError):
         fleet.lost(member)
         return False
     async with upstream:
-        await upstream.send(first)
+        with contextlib.suppress(ConnectionClosed):  # `_downwards` says why
+            await upstream.send(first)
         waits = asyncio.Event()
         moves = asyncio.create_task(_await_place(fleet, member, waits))
         tasks = [

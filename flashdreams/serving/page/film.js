@@ -30,6 +30,7 @@ export class FilmPlayer {
     this.running = true;
     this.fps = fps;
     this.epoch = 0;
+    this.seekTo = undefined;
     this.pending = [];
     this.frames = [];
     this.shown = -1;

@@ -29,6 +29,7 @@ export class CodecPlayer {
     this.playout.begin(fps);
     this.codec = codec;
     this.epoch = 0;
+    this.firstOfEpoch = 0;
     this.decoder?.state !== 'closed' && this.decoder?.close();
     this.needsKey = true;
     const decoder = new VideoDecoder({
@@ -68,7 +69,7 @@ export class CodecPlayer {
   }
 
   onPicture(picture) {
-    if (picture.timestamp < (this.firstOfEpoch ?? 0)) picture.close();
+    if (picture.timestamp < this.firstOfEpoch) picture.close();
     else this.playout.push(picture, picture.timestamp);
   }
 

@@ -4,11 +4,11 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from flashdreams.serving.interface import Full, Host, Offer, Opening, Refused
+from flashdreams.serving.interface import Full, Host, Listener, Offer, Opening, Refused
 from flashdreams.serving.protocol import Error, ImageReference, SessionStart, StartConfig
 from flashdreams.serving.web.feed import Feed
 from flashdreams.serving.web.gate import Gate, for_clients
@@ -49,6 +49,8 @@ class Accounts:
         """Begin without sessions."""
         self.gate, self.settings, self.metrics = gate, settings, metrics
         self.sessions: dict[str, Session] = {}
+        self.step_driven: Container[str] = ()
+        """Identifiers of the sessions of ``/v1/sessions``, which no socket takes up."""
         self.conversations: set[Any] = set()
         """Of the connections that are open."""
 
@@ -96,8 +98,11 @@ class Accounts:
         stops = self.gate.phase == "draining"
         return Error(message=self.gate.words(), code="draining" if stops else "not_ready")
 
-    async def open(self, start: SessionStart, feed: Feed) -> Session:
+    async def open(self, start: SessionStart, listener: Listener) -> tuple[str, StartConfig]:
         """Open a session.
+
+        Returns:
+            Its identifier, and the values that it runs with.
 
         Raises:
             Denied: it is not served like that, or there is no place.
@@ -111,28 +116,31 @@ class Accounts:
             num_frames=start.num_frames,
             image=None if image is None else await self._image(image, host.offer),
         )
-        feed.num_frames = start.num_frames
-        id = await answered(host.open, opening, feed)
-        self.forget_ended()
-        self.sessions[id] = session = Session(id, feed, config_of(start, host.offer))
-        return session
+        id = await answered(host.open, opening, listener)
+        return id, config_of(start, host.offer)
 
     async def find(self, id: str) -> Session:
         """A session by its token; one that a server before this one had gets a new feed.
 
+        It is registered at once, so that all who come for it meet in one feed.
+
         Raises:
-            Denied: there is none.
+            Denied: there is no loop, or the session is driven over HTTP.
         """
         host = self.host()
+        if id in self.step_driven:
+            text = "This session is driven over HTTP."
+            raise Denied(Error(message=text, code="unknown_session"))
         self.forget_ended()
         session = self.sessions.get(id)
         if session is None:
             feed = Feed(host.offer, self.settings, self.metrics)
-            session = Session(id, feed, config_of(SessionStart(type="session.start"), host.offer))
+            config = config_of(SessionStart(type="session.start"), host.offer)
+            session = self.sessions[id] = Session(id, feed, config)
         return session
 
     async def reap(self) -> None:
-        """Let go of what nobody comes back for, again and again."""
+        """Drop what no client comes back for, periodically."""
         while True:
             await asyncio.sleep(self.settings.reap_s)
             self.forget_ended()
@@ -140,13 +148,14 @@ class Accounts:
                 session.feed.let_go()
 
     def forget_ended(self) -> None:
-        """Let go of sessions that have ended and whose last pictures nobody comes for."""
+        """Drop sessions that have ended and whose last frames no client fetches."""
         for id in [id for id, session in self.sessions.items() if session.feed.abandoned]:
             del self.sessions[id]
 
     def forget(self, session: Session) -> None:
-        """Let go of a session."""
-        self.sessions.pop(session.id, None)
+        """Drop a session."""
+        if self.sessions.get(session.id) is session:
+            del self.sessions[session.id]
 
     async def _image(self, reference: ImageReference, offer: Offer) -> Any:
         return await answered(image_of, reference.image_url, offer, self.settings)

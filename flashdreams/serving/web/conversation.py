@@ -128,7 +128,10 @@ class Conversation:
             host = self.accounts.host()
             feed = Feed(host.offer, self.settings, self.metrics)
             feed.connect(self.outlet)
-            self.session = await self.accounts.open(first, feed)
+            feed.num_frames = first.num_frames
+            id, config = await self.accounts.open(first, feed)
+            self.accounts.forget_ended()
+            self.session = self.accounts.sessions[id] = Session(id, feed, config)
             return
         session = await self.accounts.find(first.token)
         async with session.lock:
@@ -150,13 +153,20 @@ class Conversation:
         """Have the loop go on; one that has made all its pictures may still have some here."""
         if session.feed.end is not None:
             return from_frame
-        host = self.accounts.host()
+        accounts = self.accounts
         try:
+            host = accounts.host()
             return await answered(host.attach, session.id, session.feed, from_frame)
         except Denied as denied:
-            session.feed.disconnect(self.outlet)
-            if denied.error.code == "not_allowed":
+            if accounts.gate.host is None:
+                denied.error = accounts.absence()
+            elif denied.error.code == "not_allowed":
+                known = accounts.sessions.get(session.id) is session
+                if known and session.feed.state != "waiting":
+                    return from_frame  # it has just ended; on_end follows
                 denied.error.code = "unknown_session"
+            session.feed.disconnect(self.outlet)
+            accounts.forget(session)
             raise
 
     async def _carry_on(self, writer: asyncio.Task[None]) -> Done | Error | None:

@@ -212,12 +212,15 @@ class Feed(Listener):
         """
         with self._lock:
             self._encoding = 0
-            if picture.epoch != self._epoch or outlet.purged:
+            if picture.epoch != self._epoch:
                 self.metrics.stale(1)
                 return False
             if self.outlet is not outlet:  # for the next socket
                 pending = [picture, *self._pending]
                 self._pending = deque(sorted(pending, key=lambda waiting: waiting.frame))
+                return False
+            if outlet.purged:
+                self.metrics.stale(1)
                 return False
             self._keep(picture)
             late_s = self._playout.show(time.monotonic())
@@ -258,7 +261,7 @@ class Feed(Listener):
     def connect(self, outlet: Outlet) -> None:
         """Give the session's pictures to a socket; another one gets no more of them."""
         with self._changed:
-            self.outlet = outlet
+            self.outlet, self._position = outlet, 0
             self._changed.notify_all()
         if self.state == "running":
             outlet.set_running()
@@ -269,8 +272,8 @@ class Feed(Listener):
         Returns:
             Whether it was the session's.
         """
-        outlet.close()
         with self._changed:
+            outlet.close()
             if self.outlet is not outlet:
                 return False
             self.outlet = None
@@ -326,6 +329,12 @@ class Feed(Listener):
         """Note an event: see `EventLog.accept`."""
         with self._lock:
             return self.events.accept(event_id, parts)
+
+    def withdraw(self, event_id: str) -> None:
+        """An event that was accepted is not carried out; the client may send it once more."""
+        with self._lock:
+            self.events.finish(event_id, again=True)
+            self._hurry = False
 
     def hurry(self) -> None:
         """A reset or rewind was asked for: what waits is not worth waiting for."""

@@ -94,7 +94,10 @@ class Guard:
         if origin is None or origin in self.settings.allowed_origins:
             return True
         own = headers.get("host", "").lower()
-        return bool(own) and urllib.parse.urlsplit(origin).netloc.lower() == own
+        try:
+            return bool(own) and urllib.parse.urlsplit(origin).netloc.lower() == own
+        except ValueError:  # an IPv6 address that is none
+            return False
 
 
 class GuardedApp:
@@ -159,7 +162,10 @@ def cookie_name(scope: Scope) -> str:
 
 
 def _host_name(host: str) -> str:
-    return (urllib.parse.urlsplit(f"//{host}").hostname or "") if host else ""
+    try:
+        return urllib.parse.urlsplit(f"//{host}").hostname or ""
+    except ValueError:  # an IPv6 address that is none
+        return ""
 
 
 class _Request:

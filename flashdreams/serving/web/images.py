@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import http.client
 import io
 import re
 import urllib.error
@@ -104,7 +105,7 @@ def _fetch(url: str, settings: WebSettings) -> bytes:
     try:
         with urllib.request.build_opener(_NoRedirect).open(url, timeout=FETCH_S) as answer:
             data = answer.read(limit + 1)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise Refused(f"The image cannot be fetched from {parts.hostname}.") from error
     if len(data) > limit:
         raise Refused(f"The image has more than {limit:,} bytes.")

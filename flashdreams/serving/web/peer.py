@@ -66,7 +66,7 @@ class Peer:
         return self._scope
 
     async def answer(self, sdp: str) -> str:
-        """Answer the client's offer; connecting goes on by itself.
+        """Answer the client's offer; connecting continues by itself.
 
         Args:
             sdp: one section of video that is received and one of data, with candidates.
@@ -109,7 +109,11 @@ class Peer:
         """See the contract."""
         from aiortc.exceptions import InvalidStateError
 
-        while self._channel is not None and self._channel.bufferedAmount > BUFFERED_BYTES:
+        while (
+            self._channel is not None
+            and not self._gone.is_set()
+            and self._channel.bufferedAmount > BUFFERED_BYTES
+        ):
             self._drained.clear()
             await self._drained.wait()
         if self._channel is None or self._gone.is_set():

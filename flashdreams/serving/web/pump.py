@@ -22,12 +22,7 @@ class Pump:
         """Start the thread; it ends when the socket is no longer the session's or no more comes."""
         self._feed, self._outlet, self._encoder, self._metrics = feed, outlet, encoder, metrics
         outlet.encoder = encoder
-        self._thread = threading.Thread(target=self._run, name="flashdreams-encoder", daemon=True)
-        self._thread.start()
-
-    def join(self, timeout: float | None = None) -> None:
-        """Wait for the thread, once the socket has left the feed."""
-        self._thread.join(timeout)
+        threading.Thread(target=self._run, name="flashdreams-encoder", daemon=True).start()
 
     def _run(self) -> None:
         try:

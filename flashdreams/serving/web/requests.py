@@ -35,9 +35,8 @@ class Requests:
     def __init__(self, host: Host, session: str, feed: Feed) -> None:
         """Begin, on the event loop's thread."""
         self.host, self.session, self.feed = host, session, feed
-        self._slow: asyncio.Queue[Callable[[], Coroutine[Any, Any, None]]] = asyncio.Queue(
-            MAX_SLOW_REQUESTS
-        )
+        self._slow: asyncio.Queue[tuple[str, Callable[[], Coroutine[Any, Any, None]]]]
+        self._slow = asyncio.Queue(MAX_SLOW_REQUESTS)
 
     def pause(self, paused: bool) -> None:
         """Stop at the next chunk border, or go on.
@@ -154,14 +153,20 @@ class Requests:
             await asyncio.to_thread(self._tell_loop, event, function, *values)
 
         try:
-            self._slow.put_nowait(call)
+            self._slow.put_nowait((event, call))
         except asyncio.QueueFull:
             self.feed.on_refused(event, f"More than {MAX_SLOW_REQUESTS} requests wait already.")
 
     async def work(self) -> None:
-        """Carry out, one after the other, what takes its time."""
-        while True:
-            await (await self._slow.get())()
+        """Carry out, one after the other, what takes its time; what still waits is withdrawn."""
+        try:
+            while True:
+                _, call = await self._slow.get()
+                await call()
+        finally:
+            while not self._slow.empty():
+                event, _ = self._slow.get_nowait()
+                self.feed.withdraw(event)
 
 
 def _failed(event_id: str | None, text: str) -> Error:

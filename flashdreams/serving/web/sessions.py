@@ -1,6 +1,7 @@
 """``/v1/sessions``: sessions that are driven step by step over HTTP."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from fastapi import FastAPI, HTTPException, Path
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from flashdreams.serving.interface import Chunk, Host, Opening, Refused
+from flashdreams.serving.interface import Chunk, Host, Refused
 from flashdreams.serving.protocol import (
     Error,
     EventId,
@@ -23,12 +24,10 @@ from flashdreams.serving.web.accounts import (
     Accounts,
     Denied,
     answered,
-    check_allowed,
     config_of,
 )
 from flashdreams.serving.web.chunk_files import STEP_HEADER, ChunkFormat, chunk_answer
 from flashdreams.serving.web.events import Part
-from flashdreams.serving.web.images import image_of
 from flashdreams.serving.web.messages import check_values
 from flashdreams.serving.web.stepper import Ended, Stepper
 
@@ -131,6 +130,8 @@ class Steppers:
         """Begin without sessions."""
         self.accounts = accounts
         self.sessions: dict[str, tuple[Stepper, StartConfig]] = {}
+        accounts.step_driven = self.sessions
+        self._taking_up = asyncio.Lock()
 
     async def create(self, body: SessionCreate) -> str:
         """Open a session.
@@ -138,18 +139,10 @@ class Steppers:
         Returns:
             Its identifier.
         """
-        host = self.accounts.host()
         start = SessionStart(type="session.start", **body.model_dump(exclude_unset=True))
-        check_allowed(start, host.offer)
-        image, settings = None, self.accounts.settings
-        if body.image_reference is not None:
-            image = await answered(image_of, body.image_reference.image_url, host.offer, settings)
-        opening = Opening(
-            prompt=body.prompt, seed=body.seed, num_frames=body.num_frames, image=image
-        )
         stepper = Stepper(self.accounts.metrics)
-        id = await answered(host.open, opening, stepper)
-        self.sessions[id] = stepper, config_of(start, host.offer)
+        id, config = await self.accounts.open(start, stepper)
+        self.sessions[id] = stepper, config
         return id
 
     async def find(self, id: str) -> tuple[Stepper, StartConfig]:
@@ -160,23 +153,31 @@ class Steppers:
         """
         host = self.accounts.host()
         if id not in self.sessions:
-            if id in self.accounts.sessions:
-                raise Denied(_error("unknown_session", "This session is driven over a WebSocket."))
-            stepper = Stepper(self.accounts.metrics)
-            try:
-                await answered(host.attach, id, stepper)
-            except Denied as denied:
-                raise Denied(_error("unknown_session", denied.error.message)) from None
-            self.sessions[id] = stepper, config_of(SessionStart(type="session.start"), host.offer)
+            async with self._taking_up:
+                if id not in self.sessions:
+                    await self._take_up(id, host)
         stepper, config = self.sessions[id]
         stepper.used_at = time.monotonic()
         return stepper, config
+
+    async def _take_up(self, id: str, host: Host) -> None:
+        if id in self.accounts.sessions:
+            raise Denied(_error("unknown_session", "This session is driven over a WebSocket."))
+        stepper = Stepper(self.accounts.metrics)
+        try:
+            await answered(host.attach, id, stepper)
+        except Denied as denied:
+            raise Denied(_error("unknown_session", denied.error.message)) from None
+        self.sessions[id] = stepper, config_of(SessionStart(type="session.start"), host.offer)
 
     async def info(self, id: str) -> SessionInfo:
         """What a session is, for clients."""
         stepper, config = await self.find(id)
         host = self.accounts.host()
         offer = host.offer
+        saved: list[str] = []
+        with contextlib.suppress(Refused):  # it has ended
+            saved = list(await asyncio.to_thread(host.saved, id))
         return SessionInfo(
             id=id,
             state="ended" if stepper.ended is not None else stepper.state,
@@ -185,7 +186,7 @@ class Steppers:
             controls=None if offer.controls is None else dict(offer.controls),
             prompts_change=offer.prompts_change,
             commands=list(offer.commands),
-            saved=await answered(host.saved, id),
+            saved=saved,
         )
 
     async def hand_over(
@@ -231,7 +232,7 @@ class Steppers:
             settings, host = self.accounts.settings, self.accounts.host()
             try:
                 chunk = await stepper.next_chunk(lambda: host.pause(id, False), settings.step_s)
-            except Ended as ended:
+            except (Ended, Refused) as ended:
                 raise HTTPException(410, str(ended)) from None
             except TimeoutError:
                 text = f"No chunk came within {settings.step_s:g} s; ask again."
@@ -369,11 +370,12 @@ def _figures(chunk: Chunk, stepper: Stepper) -> dict[str, Any]:
         "first_frame": chunk.first_frame,
         "num_frames": len(chunk.frames),
         "applied_event_ids": list(events.applied),
-        "kept": stepper.kept,
-        "refused": stepper.refused,
+        "kept": list(stepper.kept),
+        "refused": list(stepper.refused),
         "stage_ms": dict(chunk.stage_ms),
     }
-    stepper.kept, stepper.refused = [], []
+    stepper.kept.clear()
+    stepper.refused.clear()
     return figures
 
 

@@ -14,59 +14,59 @@ ICE_SERVER = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class WebSettings:
-    """Where the server listens, whom it lets in, and how much it takes from each client."""
+    """Address, access and per-client limits of the server."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; any but loopback needs ``token``."""
+    """Address to listen on; an address other than loopback requires ``--token``."""
     port: int = 8000
-    """TCP port; 0 takes a free one, which is printed."""
+    """TCP port; 0 picks a free one and prints it."""
     token: str | None = None
-    """What clients have to know; None lets everyone in who reaches the address."""
+    """Token that clients must send; None: anyone who reaches the address may connect."""
     allowed_origins: tuple[str, ...] = ()
-    """Origins beside the server's own whose pages may connect, such as ``https://example.org``."""
+    """Further origins whose pages may connect, such as ``https://example.org``."""
     allowed_hosts: tuple[str, ...] = ()
-    """Names beside localhost under which a loopback server may be asked for, such as those of a
-    proxy in front of it."""
+    """Further host names that requests to a loopback server may use, such as that of a proxy in
+    front of it."""
     image_hosts: tuple[str, ...] = ()
     """Hosts from which ``image_url`` may be fetched by https; empty: ``data:`` only."""
     encoder: Literal["auto", "libx264", "h264_nvenc"] = "auto"
-    """H.264 encoder; auto tries NVENC where CUDA is, and libx264 otherwise."""
+    """H.264 encoder; auto: NVENC if CUDA is available, else libx264."""
     ice_servers: tuple[str, ...] = ()
-    """For WebRTC beyond one network: ``stun:HOST:PORT``, ``turn:USER:PASSWORD@HOST:PORT``."""
+    """ICE servers for WebRTC: ``stun:HOST:PORT``, ``turn:USER:PASSWORD@HOST:PORT``."""
     start_s: float = 10.0
-    """Seconds within which a socket has to send its first message."""
+    """Timeout for the first message of a socket, in seconds."""
     stall_s: float = 60.0
-    """Seconds without a message after which a client is taken for dead."""
+    """Timeout without a message after which a client counts as disconnected, in seconds."""
     slow_s: float = 10.0
-    """Seconds after which a client is cut that reads nothing."""
+    """Timeout after which a client that reads nothing is disconnected, in seconds."""
     waiting_pictures: int = 2
-    """Encoded pictures that may wait for a socket; at this number the next ones are dropped."""
+    """Encoded frames queued per socket; further frames are dropped."""
     unshown_s: float = 2.0
-    """Seconds of pictures that may be sent without a receipt, to clients that send receipts."""
+    """Most video sent ahead of receipts, in seconds, to clients that send receipts."""
     keep_s: float = 10.0
-    """Seconds of pictures without a receipt that are kept for a reconnect."""
+    """Most video without a receipt that is kept for a reconnect, in seconds."""
     keep_bytes: int = 64 * 2**20
-    """Bytes of such pictures of one session."""
+    """The same limit in bytes, per session."""
     keep_detached_s: float = 120.0
-    """Seconds without a socket after which these are let go; the session itself may wait longer."""
+    """Time without a socket after which that video is dropped, in seconds; the session is kept."""
     stale_s: float = 0.1
-    """Older pictures are left out if they would delay the answer to an event for longer."""
+    """Frames are skipped if they would delay the response to an event by more, in seconds."""
     messages_per_s: float = 200.0
-    """Messages of one client in the long run; more are read later, and at last refused."""
+    """Sustained message rate per client; faster clients are delayed, then disconnected."""
     flood_s: float = 5.0
-    """Seconds of sending too fast after which a client is cut."""
+    """Seconds above that rate after which a client is disconnected."""
     max_message_bytes: int = 64 * 2**10
-    """Largest message, but for a first one that carries an image."""
+    """Largest message, except for a first one with an image."""
     max_upload_bytes: int = 8 * 2**20
-    """Largest image, as the bytes of its file."""
+    """Largest image file, in bytes."""
     max_sockets: int = 64
-    """Sockets at a time, whether they have a session or not."""
+    """Open sockets, with or without a session."""
     idle_s: float = 600.0
-    """Seconds without a request after which a step-driven session is closed."""
+    """Timeout without a request after which a step-driven session is closed, in seconds."""
     reap_s: float = 5.0
-    """Seconds between two looks for what is to be let go."""
+    """Interval between checks for sessions and frames to drop, in seconds."""
     step_s: float = 120.0
-    """Seconds that a request for one AR step may take."""
+    """Timeout of a request for one AR step, in seconds."""
 
     def __post_init__(self) -> None:
         for server in self.ice_servers:

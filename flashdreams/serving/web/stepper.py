@@ -3,6 +3,7 @@
 import asyncio
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,9 @@ from flashdreams.serving.interface import Chunk, Listener, State
 from flashdreams.serving.web.events import EventLog
 from flashdreams.serving.web.gate import for_clients
 from flashdreams.serving.web.metrics import Metrics
+
+NOTED = 64
+"""Commands, and refusals, that the figures of a step tell of; they go into a header."""
 
 
 class Ended(Exception):
@@ -36,10 +40,10 @@ class Stepper(Listener):
         self._loop = asyncio.get_running_loop()
         self._wanted = False
         self._chunk: asyncio.Future[Chunk] | None = None
-        self.kept: list[dict[str, Any]] = []
-        """Commands that were carried out since the last step."""
-        self.refused: list[dict[str, Any]] = []
-        """Events that were refused since the last step."""
+        self.kept: deque[dict[str, Any]] = deque(maxlen=NOTED)
+        """The last commands that were carried out since the last step."""
+        self.refused: deque[dict[str, Any]] = deque(maxlen=NOTED)
+        """The last events that were refused since the last step."""
 
     def on_state(self, state: State, position: int = 0) -> None:
         """See the contract."""

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def count_visible(visible, num_keys, HAS_VISIBLE: tl.constexpr):
-    """Number of leading keys that are attended; ``visible`` lies on the device."""
+    """Number of leading keys that are attended; ``visible`` is on the device."""
     keys = num_keys
     if HAS_VISIBLE:
         keys = tl.minimum(tl.maximum(tl.load(visible).to(tl.int32), 0), num_keys)
@@ -57,7 +57,7 @@ def load_whole(blocks, pointers, place, columns, dims, SIZES: tl.constexpr):
 def score(
     q, k, kept, MASK_KEYS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Products of queries and keys, ``[BLOCK_L, BLOCK_S]``; with ``MASK_KEYS`` of ``kept`` ones."""
+    """Attention scores, ``[BLOCK_L, BLOCK_S]``; with ``MASK_KEYS`` of ``kept`` ones."""
     if UPCAST:
         k = k.to(tl.float32)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)

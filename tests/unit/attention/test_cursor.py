@@ -56,7 +56,7 @@ def stepped(sink: int, window: int, chunk: int, steps: int) -> Cursor:
 
 
 def position(cursor: Cursor) -> dict[str, object]:
-    """All that a cursor says of itself, but for the slots of a chunk."""
+    """All that a cursor says of itself, except for the slots of a chunk."""
     return {
         "frames": cursor.frames,
         "start": cursor.start,

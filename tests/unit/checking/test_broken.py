@@ -24,12 +24,15 @@ NETWORKS = {
     "CountsCalls": ("state on modules", "CountsCalls.calls"),
     "DefaultType": ("default type", "Say dtype="),
     "HostTensor": ("devices", "add__ at broken_methods.py|add at broken_methods.py"),
+    "SaysCpu": ("devices", "add__ at broken_methods.py|add at broken_methods.py"),
+    "SeedsTheProgram": ("determinism", "a generator of the whole program"),
+    "InPlace": ("graph safety", "InPlace.forward writes into a tensor that it is given"),
     "Waits": ("graph safety", "__bool__.. at broken_methods.py"),
     "ReadsThePosition": ("graph safety", "broken_methods.py:.* in forward: .* becomes"),
     "Reallocates": ("graph safety", "is in another place in memory"),
     "WrongStyle": ("rollout", 'style "host" and holds a tensor'),
     "ForgetsGather": ("rollout", "needs all of split, gather and attention"),
-    "LosesState": ("snapshot", "saved and loaded after 3 AR steps goes on otherwise"),
+    "LosesState": ("snapshot", "saved and loaded after 3 AR steps continues otherwise"),
 }
 
 
@@ -75,6 +78,19 @@ def test_state_without_a_style_is_a_note():
     for check in ("state styles", "snapshot"):
         found = result(config, check)
         assert found.verdict == "note" and "PlainPrompt.extra" in found.text
+
+
+def test_a_network_for_float32_alone_fails_if_it_is_registered_in_bfloat16():
+    config = broken.with_network(broken.AssumesFloat32)
+    found = result(config, "bfloat16")
+    assert found.verdict == "note" and "the same dtype" in found.text
+    typed = {"diffusion_model": {"transformer": {"dtype": "bfloat16"}}}
+    assert result(derive_config(config, pipeline=typed), "bfloat16").verdict == "FAIL"
+
+
+def test_values_that_overflow_are_a_note():
+    found = result(broken.with_network(broken.Overflows), "large noise")
+    assert found.verdict == "note" and "latents that are not finite" in found.text
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def test_unknown_field_names_the_path_the_nearest_and_all(base: PipelineStandInC
 
 @pytest.mark.parametrize("name", REMOVED_FIELDS)
 def test_a_removed_field_is_refused_with_the_reason(name: str, base: PipelineStandInConfig) -> None:
-    said = f"^{name} was removed in 0.2: measured slower .* Leave it away; see CHANGELOG.md.$"
+    said = f"^{name} was removed in 0.2: measured slower .* Remove it; see CHANGELOG.md.$"
     with pytest.raises(ValueError, match=said):
         derive_config(base, transformer={name: False})
     with pytest.raises(TypeError, match=said):

@@ -1,4 +1,4 @@
-"""What a run leaves on disk while it goes on and at its end, and what it keeps in memory."""
+"""What a run leaves on disk while it is in progress and at its end, and what it keeps in memory."""
 
 import json
 import threading
@@ -86,7 +86,7 @@ class Run:
 
 @pytest.fixture
 def slow_hash(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Hashing that goes on only when the event is set."""
+    """Hashing that continues only when the event is set."""
     gate = threading.Event()
 
     def wait(tensor: Tensor) -> str:
@@ -236,7 +236,7 @@ def test_a_file_that_vanishes_is_noticed_at_the_next_step(
         index += 1
     (tmp_path / lost).unlink()
     run.steps(cache, index, 3)
-    with pytest.raises(OSError, match="was removed, renamed or replaced while the run went on"):
+    with pytest.raises(OSError, match="was removed, renamed or replaced during the run"):
         run.recorder.close()
     assert len(caplog.records) == 1
 

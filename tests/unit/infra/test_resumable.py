@@ -40,7 +40,7 @@ def test_a_full_disk_ends_the_snapshot_and_not_the_run(failing, tmp_path, monkey
     told = [r.getMessage() for r in caplog.records if r.name == resumable.__name__]
     assert len(calls) == 2 and len(told) == 1
     assert told[0].startswith(f"No snapshot before AR step {2 * failing}: ")
-    assert "No space left" in told[0] and told[0].endswith("The run goes on.")
+    assert "No space left" in told[0] and told[0].endswith("The run continues.")
     (home,) = [p for p in (tmp_path / "out" / f"resume_{SLUG}").iterdir() if p.is_dir()]
     left = [path.name for path in home.iterdir() if path.name != "segments"]
     assert left == [f"step-{6 - 2 * failing:08d}"]  # the other one, and nothing unfinished

@@ -308,7 +308,8 @@ def test_differences_of_the_numerics_are_logged(caplog):
     with caplog.at_level("INFO"):
         pipeline.load_cache(saved)
     assert [r.message for r in caplog.records] == [
-        f"The loaded rollout may go on with other bits: torch: 2.0 there, {torch.__version__} here."
+        "The loaded rollout may continue with other bits: "
+        f"torch: 2.0 there, {torch.__version__} here."
     ]
 
 

@@ -163,7 +163,7 @@ def test_whole_pipeline_rollout_matches_official_self_forcing():
 
 
 def test_given_latents_take_the_place_of_the_first_chunk():
-    """As the official rollout goes on from an initial latent: one clean pass over it."""
+    """As the official rollout continues from an initial latent: one clean pass over it."""
     inputs = load_golden("b2_self_forcing_tiny", "inputs.safetensors")
     initial = inputs["initial_latent_3"].transpose(1, 2)
     pipeline = golden_self_forcing(first_latent_from_image=True)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flashdreams.infra.component import build_component, check_loras, load_component
+from flashdreams.infra.component import build_component, check_weights, load_component
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.weights import named_checkpoints, require_weights, with_downloads
 from flashdreams.integrations.self_forcing.config import TINY_PIPELINE
@@ -257,7 +257,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(case, base, tmp_path) 
     save_file(content, tmp_path / "x.safetensors")
     config = derive_config(TINY_TRANSFORMER, checkpoint=base, loras=(f"{tmp_path}/x.safetensors",))
     component = build_component(config)
-    for refuse in (check_loras, lambda c: load_component(c, CPU)):
+    for refuse in (check_weights, lambda c: load_component(c, CPU)):
         with pytest.raises(CheckpointError, match=said) as caught:
             refuse(component)
         assert "x.safetensors" in str(caught.value)

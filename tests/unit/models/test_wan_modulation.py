@@ -51,8 +51,8 @@ def without_tables(model: WanTransformer) -> WanTransformer:
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_kept_modulations_give_the_same_bits(dtype, batch_size):
     kept = roll_out(build(dtype=dtype), batch_size)
-    anew = roll_out(without_tables(build(dtype=dtype)), batch_size)
-    assert all(torch.equal(a, b) for a, b in zip(kept, anew, strict=True))
+    again = roll_out(without_tables(build(dtype=dtype)), batch_size)
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
 def test_another_timestep_is_seen():

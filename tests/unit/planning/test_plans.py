@@ -11,12 +11,16 @@ from torch import nn
 from flashdreams import plan
 from flashdreams.infra.config import derive_config
 from flashdreams.integrations.lingbot_world.config import PIPELINE as LINGBOT
+from flashdreams.integrations.lingbot_world.config import TAEHV_PIPELINE as LINGBOT_TAEHV
+from flashdreams.integrations.lingbot_world.config import TINY_PIPELINE as LINGBOT_TINY
+from flashdreams.integrations.matrix_game.config import TINY_PIPELINE as MATRIX_GAME
 from flashdreams.integrations.self_forcing.config import TAEHV_PIPELINE, TINY_PIPELINE
 from flashdreams.parallel.dry import dry_mesh
 from flashdreams.parallel.mesh import ParallelConfig, ParallelDegrees
 from flashdreams.planning.advice import explain
-from flashdreams.planning.counts import count, storages
+from flashdreams.planning.counts import Work, count, storages
 from flashdreams.planning.devices import DEVICES, GIB, read_devices, resolve_gpus
+from flashdreams.planning.operators import OperatorTimes
 from flashdreams.planning.plans import Planner, predict_ms
 
 H200 = DEVICES["H200-141GB"]
@@ -57,7 +61,9 @@ def test_equal_layers_are_extrapolated_exactly():
     config = derive_config(TINY_PIPELINE, diffusion_model={"transformer": transformer})
     planner, mesh = Planner(config, H200), dry_mesh(ParallelDegrees(ulysses=2), ParallelConfig())
     fast, whole = planner._network(transformer, mesh), planner._run_network(transformer, mesh)
-    assert fast.call == whole.call and fast.clean == whole.clean
+    for name in ("call", "clean", "begin"):
+        found, expected = getattr(fast, name), getattr(whole, name)
+        assert replace(found, operators={}) == replace(expected, operators={})
     assert (fast.weights, fast.caches, fast.state) == (whole.weights, whole.caches, whole.state)
 
 
@@ -87,23 +93,72 @@ def test_the_step_that_was_measured_on_an_h200_is_met():
     assert found.frames == 12 and found.is_real_time and found.limit == "attention"
 
 
-def test_weights_and_narrow_convolutions_take_time_of_their_own_where_a_device_says_so():
+def test_an_fp8_cache_is_read_at_a_rate_of_its_own_by_hopper_alone():
+    """Both measured in FP8 at commit 0748e3c; LingBot's row was not used for the rate."""
+    fp8 = {"transformer": {"precision": "fp8"}}
+    for pipeline, measured_ms in ((TAEHV_PIPELINE, 287.5), (LINGBOT_TAEHV, 1525)):
+        config = derive_config(pipeline, text_encoder=None)
+        (found,) = Planner(derive_config(config, diffusion_model=fp8), H200).plans(1)
+        (native,) = Planner(config, H200).plans(1)
+        assert found.ms.total == pytest.approx(measured_ms, rel=0.05)
+        assert native.ms.total > 1.05 * measured_ms  # negative control
+        assert found.memory.kv_cache == pytest.approx(native.memory.kv_cache / 2, rel=0.01)
+    config = derive_config(TINY_PIPELINE, diffusion_model=fp8)
+    with pytest.raises(ValueError, match="FP8 attention needs a Hopper GPU"):
+        Planner(config, DEVICES["A100-80GB"]).plans(1)
+
+
+def test_layers_that_differ_are_all_run():
+    """Matrix-Game's first blocks have an action module, the others none."""
+    transformer = MATRIX_GAME.diffusion_model.transformer
+    kept = derive_config(transformer, num_layers=3, action_blocks=2)
+    config = derive_config(MATRIX_GAME, diffusion_model={"transformer": kept})
+    planner, mesh = Planner(config, H200), dry_mesh(ParallelDegrees(), ParallelConfig())
+    found = planner._network(kept, mesh)
+    assert found.call == planner._run_network(kept, mesh).call
+    all_alike = planner._run_network(derive_config(kept, action_blocks=3), mesh)
+    assert found.call.flops < all_alike.call.flops  # negative control
+
+
+def test_what_a_control_input_needs_is_counted_once_per_step():
+    """LingBot makes scale and shift of every block from the camera, before the first call."""
+    planner = Planner(LINGBOT_TINY, H200)
+    mesh = dry_mesh(ParallelDegrees(), ParallelConfig())
+    found = planner._run_network(LINGBOT_TINY.diffusion_model.transformer, mesh)
+    assert found.begin.gemm_flops > 0
+    (plan_of_it,) = planner.plans(1)
+    steps = LINGBOT_TINY.diffusion_model.scheduler.setup().num_inference_steps
+    once = plan_of_it.work.gemm_flops - steps * found.call.gemm_flops - found.clean.gemm_flops
+    decoder = planner._decoder(LINGBOT_TINY.diffusion_model.transformer, mesh)[1]
+    assert once == found.begin.gemm_flops + decoder.gemm_flops
+
+
+def test_operators_are_timed_at_their_own_shapes_where_a_device_says_so():
     with torch.device("meta"):
-        linear, narrow, wide = nn.Linear(8, 16), nn.Conv2d(4, 40, 3), nn.Conv2d(40, 40, 3)
-        rows, image, large = torch.empty(4, 8), torch.empty(1, 4, 9, 9), torch.empty(1, 40, 9, 9)
-    of_linear, _ = count(linear, lambda: linear(rows))
-    assert (of_linear.weight_bytes, of_linear.narrow_flops) == (8 * 16 * 4, 0)
-    of_narrow, _ = count(narrow, lambda: narrow(image))
-    assert of_narrow.narrow_flops == of_narrow.convolution_flops > 0 == of_narrow.weight_bytes
-    of_wide, _ = count(wide, lambda: wide(large))
-    assert of_wide.convolution_flops > 0 == of_wide.narrow_flops
-    work, one = of_linear + of_narrow + of_wide, ParallelDegrees()
-    plain = predict_ms(work, one, H200)
-    slow = replace(H200, narrow_tflops=H200.convolution_tflops / 4, weights_gb_s=1e-3)
-    found = predict_ms(work, one, slow)
-    assert found.gemm - plain.gemm == pytest.approx(1e3 * 8 * 16 * 4 / 1e6)
-    narrow_ms = 1e3 * of_narrow.narrow_flops / (H200.convolution_tflops * 1e12)
-    assert found.convolution - plain.convolution == pytest.approx(3 * narrow_ms)
+        linear, conv = nn.Linear(64, 64), nn.Conv3d(4, 4, 3)
+        rows, clip = torch.empty(8, 64), torch.empty(1, 4, 4, 9, 9)
+    work = count(linear, lambda: linear(rows).relu_())[0] + count(conv, lambda: conv(clip))[0]
+    by_kind = {operator.kind: operator for operator in work.operators}
+    assert set(by_kind) == {"gemm", "memory", "convolution"}
+    weights = by_kind["gemm"].args[2]
+    assert weights.kept and not by_kind["gemm"].args[1].kept
+    times = OperatorTimes(budget_s=0.002)
+    seconds = times.seconds(work.operators)
+    assert set(seconds) == set(work.operators) and all(0 < s < 0.1 for s in seconds.values())
+    assert times.seconds(work.operators) == seconds  # each is timed once
+    slow = replace(H200, times=times, call_us=0.0)
+    found = predict_ms(work, ParallelDegrees(), slow)
+    assert found.total == pytest.approx(1e3 * sum(seconds.values()))
+    huge = replace(by_kind["gemm"], flops=10**12)
+    assert times.seconds({huge: 1}) == {}
+    assert predict_ms(work, ParallelDegrees(), H200).total < found.total  # negative control
+
+
+def test_a_program_pushed_out_of_the_caches_takes_longer_per_operator():
+    work, one = Work(calls=10, other_bytes=10_000), ParallelDegrees()
+    device = replace(H200, call_us=5.0, cold_call_us=15.0, cold_bytes=2000.0)
+    assert predict_ms(work, one, device).calls == pytest.approx(0.1)
+    assert predict_ms(work * 1, one, replace(device, cold_bytes=500.0)).calls == pytest.approx(0.15)
 
 
 def test_all_legal_degrees_are_there_and_the_best_is_first():
@@ -118,7 +173,7 @@ def test_all_legal_degrees_are_there_and_the_best_is_first():
 def test_more_memory_is_advised_where_it_does_not_fit():
     small = DEVICES["H100-80GB"]
     text = explain(LINGBOT, small, ParallelDegrees())
-    assert "kv cache 72.48" in text and "there are 79.60 GiB" in text
+    assert "KV cache 72.48" in text and "there are 79.60 GiB" in text
     assert "The cheapest change that fits: 2 ranks: torchrun --nproc-per-node 2" in text
 
 

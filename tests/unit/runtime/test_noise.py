@@ -83,7 +83,7 @@ def test_noise_drawn_ahead_is_the_same_and_is_drawn_once(monkeypatch: pytest.Mon
 
 
 def test_what_is_drawn_ahead_serves_its_own_call_alone() -> None:
-    """Another step, index or shape is not what was drawn; the second time it is drawn anew."""
+    """Another step, index or shape is not what was drawn; the second time it is drawn again."""
     source = NoiseSource(7)
     source.draw_ahead(1, 0, SHAPE)
     for key in ((1, 1, SHAPE), (0, 0, SHAPE), (1, 0, (2, 4, 3, 8, 7))):

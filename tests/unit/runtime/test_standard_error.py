@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from flashdreams.runtime.standard_error import LossyStream
+from flashdreams.runtime.text import say
 from tests.full_disk import needs_full_device
 
 SLUG = "self-forcing-tiny-random"
@@ -22,6 +23,15 @@ def test_text_is_passed_on():
     stream.close()
     assert lossy.write("two") == 3
     lossy.flush()
+
+
+def test_a_message_begins_a_line_beside_a_bar_that_is_open(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", LossyStream(stream))
+    say("one")
+    sys.stderr.write("\r 5/9")
+    say("two")
+    assert stream.getvalue() == "one\n\r 5/9\ntwo\n"
 
 
 @needs_full_device

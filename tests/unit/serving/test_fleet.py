@@ -1,5 +1,6 @@
 """The relay in front of several servers, and how many there should be."""
 
+import asyncio
 import importlib.util
 import socket
 import threading
@@ -13,6 +14,7 @@ import httpx
 import pytest
 import uvicorn
 
+from flashdreams.serving.fleet import relay as relay_module
 from flashdreams.serving.fleet.members import Fleet, Health, Member, find_folder, read_members
 from flashdreams.serving.fleet.relay import create_relay
 from flashdreams.serving.web.settings import WebSettings
@@ -70,9 +72,9 @@ def relayed(root: Path, **settings: Any) -> Iterator[Relay]:
 
 
 @contextmanager
-def member(root: Path, name: str) -> Iterator[NamedHost]:
+def member(root: Path, name: str, **settings: Any) -> Iterator[NamedHost]:
     host = NamedHost(name)
-    with web(host, token=f"of-{name}") as server:
+    with web(host, token=f"of-{name}", **settings) as server:
         Member(name, server.url.rstrip("/"), f"of-{name}").announce(root)
         yield host
 
@@ -122,6 +124,43 @@ def test_server_that_is_lost_closes_its_sockets_with_a_word(tmp_path):
             assert late.until("error")["code"] == "not_ready"
 
 
+def test_server_that_refuses_a_socket_is_passed_over(tmp_path):
+    with member(tmp_path, "a", max_sockets=1) as a, relayed(tmp_path) as relay:
+        until(lambda: relay.fleet.is_ready("a"))
+        with PlainClient(relay) as first:  # type: ignore[arg-type]
+            first.start()
+            with PlainClient(relay) as second:  # type: ignore[arg-type]
+                second.send("session.start")
+                assert second.until("error")["code"] == "not_ready"
+                assert second.close_code() == 1013
+        assert len(a.sessions) == 1
+
+
+def test_servers_are_asked_again_after_a_failure(monkeypatch, caplog):
+    monkeypatch.setattr(relay_module, "REFRESH_S", 0.0)
+    asked_twice = asyncio.Event()
+
+    class FailingFleet(Fleet):
+        calls = 0
+
+        async def refresh(self, client: Any) -> None:
+            self.calls += 1
+            if self.calls == 1:
+                raise PermissionError("of the shared folder")
+            asked_twice.set()
+
+    async def run() -> None:
+        watch = asyncio.create_task(relay_module._watch(FailingFleet(Path()), None))
+        asked = asyncio.create_task(asked_twice.wait())
+        await asyncio.wait({watch, asked}, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+        for task in (watch, asked):
+            task.cancel()
+
+    asyncio.run(run())
+    assert asked_twice.is_set()
+    assert "of the shared folder" in caplog.text
+
+
 def test_http_goes_to_the_server_of_the_session(tmp_path):
     with member(tmp_path, "a"), member(tmp_path, "b"), relayed(tmp_path) as relay:
         ids = [httpx.post(f"{relay.url}v1/sessions", json={}).json()["id"] for _ in range(2)]
@@ -165,6 +204,18 @@ def test_session_is_where_its_folder_is(tmp_path):
     (tmp_path / "b" / token).mkdir(parents=True)
     assert find_folder(tmp_path, token) == "b"
     assert find_folder(tmp_path, "../b") is None and find_folder(tmp_path, "*" * 20) is None
+
+
+def test_session_of_a_server_that_is_gone_goes_to_the_one_that_took_it_over(tmp_path):
+    token = "gone-0123456789abcdef"
+    (tmp_path / "b" / token).mkdir(parents=True)
+    fleet = Fleet(tmp_path)
+    fleet.members = {name: Member(name, "", "") for name in ("b", "c")}
+    fleet.health = {"b": Health(True, sessions=3, places=4), "c": Health(True, places=4)}
+    owner = asyncio.run(fleet.of_session(token))
+    assert owner is not None and owner.name == "b"
+    other = asyncio.run(fleet.of_session("gone-of-nobody-at-all"))
+    assert other is not None and other.name == "c", "no folder: the one with most free places"
 
 
 def test_new_sessions_go_where_most_places_are_free(tmp_path):

@@ -235,16 +235,20 @@ def test_values_that_are_not_finite_end_one_session_alone(runner, folder, alone)
     assert torch.equal(torch.cat(frames), alone[2])
 
 
-def test_step_that_runs_out_of_memory_ends_one_session_alone(runner, folder, monkeypatch):
+def test_step_that_runs_out_of_memory_ends_one_session_alone(runner, folder, monkeypatch, caplog):
     with served(runner, state_dir=folder) as server:
         ill, well = Visit(server.host), Visit(server.host)
         ill.ask(1), well.ask(1)
 
-        monkeypatch.setattr(server.engine.live[ill.id], "step", raise_memory_error)
+        def fail(turn):
+            torch.empty(2**50, dtype=torch.uint8)  # a true error of the allocator
+
+        monkeypatch.setattr(server.engine.live[ill.id], "step", fail)
         ill.client.asked = 10
         server.host.pause(ill.id, False)
         ill.client.wait(lambda: ill.client.end is not None)
         assert ill.client.end == ("The device has no memory left for this session.", False)
+        assert "says how many sessions fit" in caplog.text and "Traceback" not in caplog.text
         well.ask(2)
         assert server.host.figures().sessions == 1
 

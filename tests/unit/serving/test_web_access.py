@@ -1,17 +1,21 @@
 """Who is let in: tokens, origins, names; and what images are taken."""
 
 import base64
+import http.client
 import io
 import json
+import urllib.request
 
 import httpx
 import pytest
 import torch
 from websockets.exceptions import InvalidStatus
 
-from flashdreams.serving.web.guard import TokenBucket
+from flashdreams.serving.interface import Refused
+from flashdreams.serving.web.guard import Guard, TokenBucket
+from flashdreams.serving.web.images import image_of
 from flashdreams.serving.web.settings import WebSettings
-from tests.unit.serving.fake_host import FakeHost
+from tests.unit.serving.fake_host import FakeHost, offer
 from tests.unit.serving.plain_client import PlainClient, web
 
 pytest.importorskip("fastapi", reason="pip install 'flashdreams[serve]'")
@@ -72,6 +76,15 @@ def test_pages_of_other_origins_may_not_connect() -> None:
         for origin in ("https://friend.example", server.url.rstrip("/")):
             with PlainClient(server, origin=origin) as client:
                 client.start(num_frames=1)
+
+
+def test_names_that_are_none_are_not_allowed() -> None:
+    guard = Guard(WebSettings())
+    for name, value in ((b"host", b"[::1"), (b"host", b"[evil]"), (b"host", b"")):
+        assert not guard.allows_host({"headers": [(name, value)]})
+    assert guard.allows_host({"headers": [(b"host", b"[::1]:8000")]})
+    for origin in (b"http://[::1", b"http://[evil]"):
+        assert not guard.allows_origin({"headers": [(b"host", b"::1"), (b"origin", origin)]})
 
 
 def test_a_loopback_server_answers_to_no_strange_name() -> None:
@@ -152,6 +165,16 @@ def test_images_with_too_many_pixels_or_bytes_are_not_decoded() -> None:
             with PlainClient(server) as client:
                 client.send("session.start", image_reference={"image_url": url})
                 assert client.until("error")["code"] == "not_allowed"
+
+
+def test_an_image_whose_server_speaks_no_http_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise http.client.BadStatusLine("SSH-2.0")
+
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", fail)
+    settings = WebSettings(image_hosts=("example.org",))
+    with pytest.raises(Refused, match=r"cannot be fetched from example\.org"):
+        image_of("https://example.org/a.png", offer(), settings)
 
 
 def test_a_model_without_a_first_image_takes_none() -> None:

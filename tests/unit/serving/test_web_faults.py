@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 import time
 import urllib.parse
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from websockets.exceptions import ConnectionClosed
 
+from flashdreams.serving.interface import Listener, Refused
 from flashdreams.serving.web.server import WebServer
 from tests.unit.serving.fake_host import FakeHost
 from tests.unit.serving.plain_client import PATIENCE_S, PlainClient, shown_frames, web
@@ -242,6 +244,32 @@ def test_a_session_that_is_complete_is_taken_up_for_its_last_pictures() -> None:
             assert late.until("error")["code"] == "unknown_session"
 
 
+class EndingHost(FakeHost):
+    """Sessions end while they are taken up, and their listener hears of it a little later."""
+
+    def attach(self, session: str, listener: Listener, from_frame: int = 0) -> int:
+        self._find(session).ended = True
+        threading.Timer(0.1, listener.on_end, (None, False)).start()
+        raise Refused("There is no such session.")
+
+
+def test_a_session_that_ends_while_it_is_taken_up_is_shown_to_its_end() -> None:
+    host = EndingHost(chunk_frames=8)
+    with web(host) as server:
+        with PlainClient(server) as client:
+            token = client.start()["token"]
+            last = client.pictures(5)[-1]["first_frame"]
+        eventually(lambda: ("detach",) in host.calls)
+        with PlainClient(server) as again:
+            again.send("session.resume", token=token, from_frame=last + 1)
+            assert again.until("session.done")["stopped"] is False
+            frames = [m["first_frame"] for m in again.of_type("video.chunk_metadata")]
+            assert frames[:3] == [last + 1, last + 2, last + 3]
+        with PlainClient(server) as other:
+            other.send("session.resume", token="nobody's")
+            assert other.until("error")["code"] == "unknown_session"
+
+
 def test_figures_of_a_session_that_has_ended_end_no_socket() -> None:
     with web(FakeHost(fps=5.0)) as server, PlainClient(server) as client:
         client.start(num_frames=8)
@@ -267,6 +295,26 @@ def test_a_second_socket_takes_the_session_over() -> None:
         first.close_code()
         second.pictures(6)
         assert ("detach",) not in host.calls
+
+
+def test_two_sockets_that_take_up_the_same_session_meet() -> None:
+    """Of a server before this one, of which the web side knows nothing yet."""
+    host = FakeHost()
+    with web(host) as server:
+        with PlainClient(server) as client:
+            token = client.start()["token"]
+        eventually(lambda: ("detach",) in host.calls)
+        server._app.state.accounts.sessions.clear()
+        with PlainClient(server) as first, PlainClient(server) as second:
+            for socket in (first, second):
+                socket.send("session.resume", token=token)
+            codes = set()
+            for socket in (first, second):
+                try:
+                    socket.pictures(6)
+                except ConnectionClosed:
+                    codes |= {error["code"] for error in socket.of_type("error")}
+            assert codes == {"unknown_session"}, "one of them goes on, the other is told"
 
 
 def test_an_unknown_token_is_refused() -> None:

@@ -3,12 +3,15 @@
 import io
 import json
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from flashdreams.serving.interface import Listener
 from flashdreams.serving.protocol import schema
 from flashdreams.serving.web.server import WebServer, _listen
 from flashdreams.serving.web.settings import WebSettings
@@ -107,6 +110,42 @@ def test_a_session_ends_when_it_is_closed_or_complete() -> None:
         other = create(http)
         assert http.delete(other).status_code == 204
         assert http.post(f"{other}/step", json={}).status_code == 404
+
+
+def test_a_session_that_has_just_ended_is_gone_and_its_figures_stay() -> None:
+    host = FakeHost()
+    with web(host) as server, client_of(server) as http:
+        session = create(http)
+        host.sessions[session.rpartition("/")[2]].ended = True  # the web side hears of it later
+        assert http.post(f"{session}/step", json={}).status_code == 410
+        answer = http.get(session)
+        assert answer.status_code == 200 and answer.json()["saved"] == []
+
+
+def test_a_session_is_driven_by_one_side_alone() -> None:
+    host = FakeHost()
+    with web(host) as server, client_of(server) as http, PlainClient(server) as client:
+        session = create(http)
+        client.send("session.resume", token=session.rpartition("/")[2])
+        error = client.until("error")
+        assert error["code"] == "unknown_session" and "HTTP" in error["message"]
+        assert http.post(f"{session}/step", json={}).status_code == 200
+
+
+class SlowHost(FakeHost):
+    def attach(self, session: str, listener: Listener, from_frame: int = 0) -> int:
+        time.sleep(0.1)
+        return super().attach(session, listener, from_frame)
+
+
+def test_requests_for_the_same_session_take_it_up_once() -> None:
+    """Of a server before this one, of which the web side knows nothing yet."""
+    host = SlowHost()
+    with web(host) as server, client_of(server) as http, ThreadPoolExecutor(4) as pool:
+        session = create(http)
+        server._app.state.steppers.sessions.clear()
+        assert {answer.status_code for answer in pool.map(http.get, 4 * [session])} == {200}
+        assert host.calls.count(("attach",)) == 1
 
 
 def test_a_session_that_nobody_asks_for_is_closed() -> None:

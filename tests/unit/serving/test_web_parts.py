@@ -18,7 +18,9 @@ from flashdreams.serving.web.gate import Gate, for_clients
 from flashdreams.serving.web.metrics import Metrics
 from flashdreams.serving.web.outlet import Outlet, TooSlow
 from flashdreams.serving.web.playout import Playout
+from flashdreams.serving.web.requests import Requests
 from flashdreams.serving.web.settings import WebSettings
+from flashdreams.serving.web.stepper import Stepper
 from tests.unit.serving.fake_host import offer
 
 pytest.importorskip("av", reason="pip install 'flashdreams[serve]'")
@@ -314,3 +316,74 @@ def test_news_of_events_go_with_the_next_picture_that_leaves() -> None:
     applied, metadata, data = asyncio.run(run())
     assert '"event_ids":["e"]' in str(applied) and '"first_frame":4' in str(applied)
     assert '"started_event_ids":["e"]' in str(metadata) and data == b"x"
+
+
+def test_a_picture_that_is_encoded_while_its_socket_goes_is_for_the_next_socket() -> None:
+    async def run() -> None:
+        feed, first, second = new_feed(), new_outlet(FakeSocket()), new_outlet(FakeSocket())
+        feed.connect(first)
+        feed.on_chunk(chunk(0, 2))
+        picture = feed.take(first)
+        assert picture is not None
+        feed.disconnect(first)
+        assert not feed.send(picture, b"x", True, first)
+        feed.connect(second)
+        assert feed.go_back(0) == 0, "it waits again"
+        picture = feed.take(second)
+        assert picture is not None and picture.frame == 0
+        feed.on_chunk(chunk(2, 1, epoch=1))
+        assert not feed.send(picture, b"x", True, second), "but not after a reset"
+        assert feed.go_back(0) == 2
+
+    asyncio.run(run())
+
+
+def test_every_socket_is_told_the_place_in_the_queue() -> None:
+    async def run() -> list[list[str | bytes]]:
+        feed, sent = new_feed(), []
+        for _ in range(2):
+            socket = FakeSocket()
+            outlet = new_outlet(socket)
+            feed.connect(outlet)
+            feed.on_state("waiting", 2)
+            feed.on_state("waiting", 2)
+            outlet.finish()
+            await outlet.run()
+            sent.append(socket.sent)
+        return sent
+
+    for texts in asyncio.run(run()):
+        (queued,) = texts
+        assert '"position":2' in str(queued)
+
+
+def test_a_step_tells_of_the_last_commands_and_refusals_only() -> None:
+    async def run() -> Stepper:
+        stepper = Stepper(Metrics(Gate()))
+        for number in range(100):
+            stepper.on_kept("save", f"s{number}", None)
+            stepper.on_refused(None, f"r{number}")
+        await asyncio.sleep(0)
+        return stepper
+
+    stepper = asyncio.run(run())
+    assert len(stepper.kept) == len(stepper.refused) == 64
+    assert stepper.kept[-1]["name"] == "s99"
+
+
+def test_requests_that_a_lost_socket_leaves_undone_may_be_sent_again() -> None:
+    async def run() -> list[object]:
+        feed = new_feed()
+        requests = Requests(None, "s", feed)  # type: ignore[arg-type]
+        for name in ("a", "b"):
+            ids = feed.accept(name, {"prompt": 1})
+            assert ids is not None
+            requests._later(ids["prompt"], lambda *values: None, "words")
+        work = asyncio.create_task(requests.work())
+        await asyncio.sleep(0)  # the first one has begun
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+        return [feed.accept(name, {"prompt": 1}) for name in ("a", "b")]
+
+    begun, withdrawn = asyncio.run(run())
+    assert begun is None and withdrawn is not None

@@ -220,7 +220,7 @@ def test_nothing_older_is_shown_after_a_reset() -> None:
             later = [m for m in client.messages[place:] if m["type"] == "video.chunk_metadata"]
             assert {m["epoch"] >= epoch for m in later} == {True}
         frames = [m["first_frame"] for m in client.of_type("video.chunk_metadata")]
-        assert frames == sorted(frames), "the counter goes on over resets"
+        assert frames == sorted(frames), "the counter continues over resets"
         greys = shown_frames(client.media)
         assert greys == [frame % 32 for frame in frames], "what was left out breaks no picture"
 

@@ -336,6 +336,23 @@ def test_what_waits_to_be_read_has_a_bound() -> None:
         asyncio.run(run(5000))
 
 
+def test_a_message_for_a_channel_that_is_full_and_lost_is_given_up() -> None:
+    class FullChannel:
+        bufferedAmount = 2**30
+
+    async def run() -> None:
+        peer = Peer({}, WebSettings())
+        peer._channel = FullChannel()
+        sending = asyncio.create_task(peer.send_text("{}"))
+        await asyncio.sleep(0)
+        assert not sending.done()
+        await peer.hang_up()
+        await asyncio.wait_for(sending, 5.0)
+
+    with pytest.raises(Gone):
+        asyncio.run(run())
+
+
 @pytest.mark.parametrize(
     ("server", "allowed"),
     [

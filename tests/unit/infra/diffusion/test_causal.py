@@ -327,7 +327,7 @@ def test_windows_of_different_lengths_are_not_rewritten(mode):
         streamed(model, state)
         before = kept(state)
         held = held_chunks(model.context_frames(state))
-        with pytest.raises(ValueError, match=r"windows of several sizes.*cannot be computed anew"):
+        with pytest.raises(ValueError, match=r"windows of several sizes.*cannot be recomputed"):
             model.rewrite_context(state, held, CLEAN, mode=mode)
         assert all(torch.equal(x, y) for x, y in zip(kept(state), before, strict=True))
 

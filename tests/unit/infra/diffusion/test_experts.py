@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flashdreams.infra.component import check_loras, load_component
+from flashdreams.infra.component import check_weights, load_component
 from flashdreams.infra.config import config_fields, derive_config
 from flashdreams.infra.diffusion.experts import EXPERTS, NoiseExpertsConfig
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
@@ -277,7 +277,7 @@ def test_a_lora_without_a_target_in_its_network_is_refused(field, apart, tmp_pat
     with torch.device("meta"):
         model = experts_config(**fields, **{field: (loras["absent"],)}).setup()
     with pytest.raises(CheckpointError, match=r"absent(.|\n)*without a target.*\n.*blocks\.9\."):
-        check_loras(model)
+        check_weights(model)
     assert all(x.is_meta for x in model.parameters())
 
 

@@ -26,7 +26,7 @@ STEPS = 3
 
 
 class BlockWithoutMemory(LingBotBlock):
-    """Reads the camera anew in every pass, as the formula is written down."""
+    """Reads the camera again in every pass, as the formula is written down."""
 
     def read_camera(self, camera):
         return camera

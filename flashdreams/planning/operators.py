@@ -1,0 +1,165 @@
+"""Single operators: the form in which they are counted, and how long one takes on a CPU."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import cycle
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_FLOPS = 1e9
+"""Operations of the largest operator that is timed; above it, rates are as good."""
+
+MAX_BYTES = 64e6
+"""Likewise, bytes that an operator reads and writes."""
+
+CLIP_DIMS = 5
+"""Dims of a clip ``[B, C, T, H, W]``; its memory layout on a CPU is not the meta device's."""
+
+COPIES_BYTES = 32e6
+"""Most that copies of weights and of rollout state may take while an operator is timed."""
+
+
+class TensorForm(NamedTuple):
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    kept: bool
+    """Whether it exists between calls: a weight, or state of a rollout. Such tensors are others at
+    each call, so they come from memory; the rest was just written and is in the caches."""
+
+    def new(self) -> Tensor:
+        """A tensor of this form on the CPU; all values are equal, and valid as indices."""
+        size = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        value = 0.5 if self.dtype.is_floating_point else 0
+        storage = torch.full((max(size, 1),), value, dtype=torch.float32, device="cpu")
+        return storage.to(self.dtype).as_strided(self.shape, self.stride)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator and its arguments without values; equal operators take equal time."""
+
+    kind: str
+    """``"gemm"``, ``"attention"``, ``"convolution"`` or ``"memory"``."""
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    """With a `TensorForm` for each tensor."""
+    kwargs: tuple[tuple[str, Any], ...]
+    flops: int
+    nbytes: int
+
+
+def form_of(value: Any, is_kept: Callable[[Tensor], bool]) -> Any:
+    """Arguments in a form that can be compared and hashed."""
+    if isinstance(value, Tensor):
+        return TensorForm(tuple(value.shape), value.stride(), value.dtype, is_kept(value))
+    if isinstance(value, list | tuple):
+        return tuple(form_of(item, is_kept) for item in value)
+    return torch.device("cpu") if isinstance(value, torch.device) else value
+
+
+class OperatorTimes:
+    """Seconds of operators on this CPU, with the threads that torch has; each is timed once."""
+
+    def __init__(self, budget_s: float = 0.02) -> None:
+        """Prepare.
+
+        Args:
+            budget_s: time that is spent on one operator.
+        """
+        self.budget_s = budget_s
+        self._known: dict[Operator, float] = {}
+
+    def seconds(self, operators: Mapping[Operator, int]) -> dict[Operator, float]:
+        """Time of one call of each operator that can be timed; rates hold for the others.
+
+        Args:
+            operators: with their number in an AR step.
+        """
+        for operator, count in operators.items():
+            if operator not in self._known and _can_be_timed(operator):
+                self._known[operator] = self._time(operator, count)
+        return {o: self._known[o] for o in operators if o in self._known}
+
+    def _time(self, operator: Operator, count: int) -> float:
+        operator = _as_on_a_cpu(operator)
+        kept = sum(_nbytes(x) for x in _forms(operator) if x.kept)
+        copies = max(1, min(count, int(COPIES_BYTES // max(kept, 1))))
+        shared: dict[TensorForm, Tensor] = {}
+        calls = [
+            (_filled(operator.args, shared), {n: _filled(v, shared) for n, v in operator.kwargs})
+            for _ in range(copies)
+        ]
+        ready = cycle(calls)
+
+        def call() -> None:
+            args, kwargs = next(ready)
+            operator.function(*args, **kwargs)
+
+        with torch.no_grad():
+            return median_s(call, self.budget_s)
+
+
+def median_s(call: Callable[[], Any], budget_s: float = 0.08) -> float:
+    """Median time of a call, of this thread alone: others may use the CPU too."""
+    call()
+    times: list[float] = []
+    end = time.perf_counter() + budget_s
+    while time.perf_counter() < end or not times:
+        start = time.thread_time()
+        for _ in range(5):
+            call()
+        times.append((time.thread_time() - start) / 5)
+    return statistics.median(times)
+
+
+def _can_be_timed(operator: Operator) -> bool:
+    """Whether it is small, and runs on a CPU as it was counted on the meta device."""
+    moves_clips = operator.kind == "memory" and any(
+        len(form.shape) == CLIP_DIMS for form in _forms(operator)
+    )
+    return operator.flops <= MAX_FLOPS and operator.nbytes <= MAX_BYTES and not moves_clips
+
+
+def _as_on_a_cpu(operator: Operator) -> Operator:
+    """Convolutions of clips in float32 as `CausalConv3d` runs them on a CPU."""
+    if operator.kind != "convolution" or len(operator.args[0].shape) != CLIP_DIMS:
+        return operator
+    x, weight, bias, stride, padding, dilation, transposed, _, groups = operator.args
+    if transposed or x.dtype != torch.float32:
+        return operator
+    innermost = torch.empty(x.shape, device="meta").to(memory_format=torch.channels_last_3d)
+    x = x._replace(stride=innermost.stride())
+    args = (x, weight, bias, padding, stride, dilation, groups)
+    return replace(operator, function=torch.ops.aten.mkldnn_convolution, args=args)
+
+
+def _filled(value: Any, shared: dict[TensorForm, Tensor]) -> Any:
+    """Arguments with tensors for their forms; those that are not kept are the same ones."""
+    if isinstance(value, TensorForm):
+        if value.kept:
+            return value.new()
+        if value not in shared:
+            shared[value] = value.new()
+        return shared[value]
+    return [_filled(item, shared) for item in value] if isinstance(value, tuple) else value
+
+
+def _forms(operator: Operator) -> Iterator[TensorForm]:
+    pending: list[Any] = [operator.args, *(value for _, value in operator.kwargs)]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, TensorForm):
+            yield value
+        elif isinstance(value, tuple):
+            pending.extend(value)
+
+
+def _nbytes(form: TensorForm) -> int:
+    return torch.Size(form.shape).numel() * form.dtype.itemsize
