@@ -190,6 +190,7 @@ def _svg(draw: Any, records: Sequence[Any]) -> str:
     axes = figure.add_subplot()
     draw(axes, records)
     axes.set_xlabel("AR step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)
     file = io.StringIO()
