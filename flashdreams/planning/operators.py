@@ -77,13 +77,14 @@ class OperatorTimes:
         self._known: dict[Operator, float] = {}
 
     def seconds(self, operators: Mapping[Operator, int]) -> dict[Operator, float]:
-        """Time of one call of each operator that can be timed; rates hold for the others.
+        """Time of one call of each operator that is small enough to be timed.
 
         Args:
             operators: with their number in an AR step.
         """
         for operator, count in operators.items():
-            if operator not in self._known and _can_be_timed(operator):
+            small = operator.flops <= MAX_FLOPS and operator.nbytes <= MAX_BYTES
+            if small and operator not in self._known:
                 self._known[operator] = self._time(operator, count)
         return {o: self._known[o] for o in operators if o in self._known}
 
@@ -119,25 +120,29 @@ def median_s(call: Callable[[], Any], budget_s: float = 0.08) -> float:
     return statistics.median(times)
 
 
-def _can_be_timed(operator: Operator) -> bool:
-    """Whether it is small, and runs on a CPU as it was counted on the meta device."""
-    moves_clips = operator.kind == "memory" and any(
-        len(form.shape) == CLIP_DIMS for form in _forms(operator)
-    )
-    return operator.flops <= MAX_FLOPS and operator.nbytes <= MAX_BYTES and not moves_clips
-
-
 def _as_on_a_cpu(operator: Operator) -> Operator:
-    """Convolutions of clips in float32 as `CausalConv3d` runs them on a CPU."""
-    if operator.kind != "convolution" or len(operator.args[0].shape) != CLIP_DIMS:
-        return operator
-    x, weight, bias, stride, padding, dilation, transposed, _, groups = operator.args
+    """The operator with clips as autoencoders keep them on a CPU, channels innermost.
+
+    Their convolutions in float32 are those that `CausalConv3d` runs there.
+    """
+    args = _innermost(operator.args)
+    if operator.kind != "convolution" or len(args[0].shape) != CLIP_DIMS:
+        return replace(operator, args=args)
+    x, _, bias, stride, padding, dilation, transposed, _, groups = args
     if transposed or x.dtype != torch.float32:
         return operator
-    innermost = torch.empty(x.shape, device="meta").to(memory_format=torch.channels_last_3d)
-    x = x._replace(stride=innermost.stride())
-    args = (x, weight, bias, padding, stride, dilation, groups)
+    args = (x, operator.args[1], bias, padding, stride, dilation, groups)
     return replace(operator, function=torch.ops.aten.mkldnn_convolution, args=args)
+
+
+def _innermost(value: Any) -> Any:
+    """Arguments with the channels of clips innermost."""
+    if isinstance(value, TensorForm):
+        if len(value.shape) != CLIP_DIMS:
+            return value
+        innermost = torch.empty(value.shape, device="meta").to(memory_format=torch.channels_last_3d)
+        return value._replace(stride=innermost.stride())
+    return tuple(map(_innermost, value)) if isinstance(value, tuple) else value
 
 
 def _filled(value: Any, shared: dict[TensorForm, Tensor]) -> Any:

@@ -182,12 +182,14 @@ def _plots(records: Sequence[Any]) -> list[tuple[str, str]]:
 def _svg(draw: Any, records: Sequence[Any]) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
     draw(axes, records)
     axes.set_xlabel("AR step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)
     file = io.StringIO()

@@ -14,7 +14,11 @@ MAX_EVENTS = 200_000
 """Spans that one rank keeps; later ones are dropped and counted, so that memory stays bounded."""
 
 TRACKS = ("stages", "collectives")
-"""Rows of a rank in the timeline, by their ``tid``."""
+"""Rows of a rank in the timeline."""
+
+FIRST_THREAD = 1000
+"""``tid`` of the first row of rank zero, beyond all ranks: Perfetto takes equal numbers of threads,
+also in different processes, and of a process and a thread, for the same thread."""
 
 MAX_STEPS = 1024
 """AR steps whose times a rank keeps."""
@@ -90,7 +94,13 @@ class Tracer:
             self.dropped += 1
             return
         event = {"name": name, "cat": category, "ph": "X", "ts": start_us, "dur": duration_us}
-        self.events.append({**event, "pid": self.rank, "tid": track, "args": args})
+        place = {"pid": self.rank, "tid": thread_id(self.rank, track)}
+        self.events.append({**event, **place, "args": args})
+
+
+def thread_id(rank: int, track: int) -> int:
+    """The ``tid`` of a row, which no other row of any rank has."""
+    return FIRST_THREAD * (rank + 1) + track
 
 
 def _since(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
@@ -115,14 +125,16 @@ def write_trace(path: Path, ranks: Sequence[Sequence[dict[str, Any]]]) -> None:
     events = [event for spans in ranks for event in spans]
     begin = min((event["ts"] for event in events), default=0.0)
     named = [
-        {"name": "process_name", "ph": "M", "pid": rank, "tid": 0, "args": {"name": f"rank {rank}"}}
+        {"name": "process_name", "ph": "M", "pid": rank, "tid": thread_id(rank, 0),
+         "args": {"name": f"rank {rank}"}}
         for rank in range(len(ranks))
-    ]
+    ]  # fmt: skip
     named += [
-        {"name": "thread_name", "ph": "M", "pid": rank, "tid": track, "args": {"name": name}}
+        {"name": "thread_name", "ph": "M", "pid": rank, "tid": thread_id(rank, track),
+         "args": {"name": name}}
         for rank in range(len(ranks))
         for track, name in enumerate(TRACKS)
-    ]
+    ]  # fmt: skip
     shifted = [{**event, "ts": event["ts"] - begin} for event in events]
     with write_whole(path) as file:
         text = json.dumps({"traceEvents": [*named, *shifted], "displayTimeUnit": "ms"})

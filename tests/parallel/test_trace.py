@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from flashdreams.runtime.trace import thread_id
+
 CLOCK_US = 1.0
 """What times in microseconds, as floating-point numbers, are off by."""
 
@@ -48,6 +50,9 @@ def check_chrome_format(trace: dict) -> None:
         tracks.setdefault((event["pid"], event["tid"]), []).append(span)
     named = {(e["pid"], e["tid"]) for e in trace["traceEvents"] if e["name"] == "thread_name"}
     assert tracks.keys() <= named
+    threads = [thread for _, thread in named]
+    processes = {process for process, _ in named}
+    assert len(set(threads)) == len(threads) and not processes & set(threads)  # as Perfetto wants
     for spans in tracks.values():
         ends: list[float] = []
         for start, negative in sorted(spans):
@@ -61,14 +66,16 @@ def test_spans_that_overlap_are_noticed():
     """Negative control of the check."""
 
     def span(ts: float, dur: float) -> dict:
-        return {"name": "s", "cat": "stage", "ph": "X", "ts": ts, "dur": dur, "pid": 0, "tid": 0}
+        return {"name": "s", "cat": "stage", "ph": "X", "ts": ts, "dur": dur, "pid": 0, "tid": 9}
 
-    track = {"name": "thread_name", "ph": "M", "pid": 0, "tid": 0, "args": {"name": "stages"}}
+    track = {"name": "thread_name", "ph": "M", "pid": 0, "tid": 9, "args": {"name": "stages"}}
     check_chrome_format({"traceEvents": [track, span(0, 100), span(10, 50), span(200, 5)]})
     with pytest.raises(AssertionError):
         check_chrome_format({"traceEvents": [track, span(0, 100), span(50, 100)]})
     with pytest.raises(AssertionError):
         check_chrome_format({"traceEvents": [span(0, 100)]})
+    with pytest.raises(AssertionError):  # two ranks with one thread
+        check_chrome_format({"traceEvents": [track, {**track, "pid": 1}, span(0, 100)]})
 
 
 @pytest.mark.slow
@@ -88,7 +95,8 @@ def test_a_run_writes_a_timeline_of_all_ranks(tmp_path, ranks):
     check_chrome_format(trace)
     collectives = [e for e in spans if e["cat"] == "collective"]
     assert bool(collectives) == (ranks == 2)
-    assert all(e["tid"] == 1 and e["args"]["bytes_sent"] >= 0 for e in collectives)
+    assert all(e["tid"] == thread_id(e["pid"], 1) for e in collectives)
+    assert all(e["args"]["bytes_sent"] >= 0 for e in collectives)
     generated = [e for e in spans if e["name"] == "generate" and e["pid"] == 0]
     for stage in generated:  # the spans within a stage add up to what it says it sent
         within = [
