@@ -258,7 +258,7 @@ def test_listener_that_cannot_say_what_it_has_harms_nobody(runner, folder, caplo
         ill, well = Visit(server.host), Visit(server.host)
         ill.client.unshown_seconds = lambda: 1 / 0
         assert len(well.ask(3)) == 3
-        until(lambda: "stands still" in caplog.text)
+        until(lambda: "its session is stopped" in caplog.text)
         assert ill.client.chunks == []
 
 
