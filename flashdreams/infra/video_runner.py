@@ -276,8 +276,7 @@ def read_embeds(
     """The embeddings ``[1, text_len, text_dim]`` in a file; None if no file is named.
 
     Raises:
-        CheckpointError: the file is absent.
-        ValueError: it is damaged, or holds something else, or several prompts.
+        ValueError: the file is absent or damaged, or holds something else, or several prompts.
     """
     if path is None:
         return None
@@ -285,8 +284,6 @@ def read_embeds(
     try:
         embeds = load_prompt_embeds(path, text_len=transformer.text_len, text_dim=text_dim)
     except (CheckpointError, ValueError) as error:
-        if not path.is_file():
-            raise
         raise ValueError(f"{option}: {error}") from error
     if len(embeds) != 1:
         raise ValueError(
