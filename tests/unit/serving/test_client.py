@@ -137,13 +137,14 @@ def test_nothing_is_recorded_for_a_place_that_takes_no_file(
     log.write_text('{"t": 1, "keys": "w"}\n')
     for words, message in (
         (["--record", "/dev/null"], "--record /dev/null cannot be written: it exists and is not"),
-        (["--seconds", "nan"], "--seconds nan"),
         (["--log", "/dev/zero"], "--log /dev/zero cannot be read: it is larger than"),
         (["\x1b[2J://"], "\\x1b[2J"),
     ):
         assert main([*words]) == 2, words
         said = capsys.readouterr().err
         assert message in said and "\x1b" not in said
+    with pytest.raises(SystemExit, match="2"):
+        main(["--seconds", "nan"])
 
 
 def test_a_wrong_line_of_a_log_is_named(tmp_path: Path) -> None:
