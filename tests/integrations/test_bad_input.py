@@ -173,6 +173,14 @@ def test_a_trace_that_could_not_be_written_is_refused_before_the_run(
     assert f"--trace {place} cannot be written: " in said
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_variables_of_torchrun_that_are_no_numbers(
+    fails: Fails, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "x")
+    assert f"{name}='x' must be a whole number" in fails(USAGE, "toy-world")
+
+
 def test_a_prompt_in_bytes_that_are_no_text(fails: Fails) -> None:
     said = fails(USAGE, "self-forcing-tiny-random", "--prompt", "a caf\udce9")
     assert "is not Unicode text" in said and "\udce9" not in said

@@ -140,6 +140,12 @@ def test_figures_of_a_file_that_are_none_are_refused(value, tmp_path):
         read_devices(path)
 
 
+@pytest.mark.parametrize("fps", ["0", "-3", "nan", "inf"])
+def test_a_rate_that_is_none_is_refused(fps, capsys):
+    assert plan.main(["toy-world", "--gpus", "H200", "--fps", fps]) == 2
+    assert f"--fps {float(fps)}: must be positive" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["3: {gemm_tflops: 1}", "a: [1]", "[" * 2000, "\xff"])
 def test_a_file_of_no_devices_is_refused(text, tmp_path):
     path = tmp_path / "devices.yaml"
