@@ -64,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         runner: Any = discover().resolve(options.slug)
+        if options.fps is not None and not 0 < options.fps < float("inf"):
+            raise ValueError(f"--fps {options.fps}: must be positive and finite.")
         devices = DEVICES if options.devices is None else read_devices(options.devices)
         config = _changed(runner, options)
         given = options.gpus

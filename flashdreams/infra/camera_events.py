@@ -17,6 +17,8 @@ MAX_DISTANCE = 1e4
 """World units along one axis that an event may name."""
 MAX_TRANSITION = 64
 """Chunks over which a target may be reached."""
+MAX_NUMBER = 1e300
+"""Larger whole numbers are no floats; none that is allowed comes near."""
 FASTER = 4.0
 """A pointer turns and a velocity moves at most so many times faster than a key."""
 
@@ -170,4 +172,4 @@ def _are_numbers(values: Any, count: int) -> bool:
 
 def _is_number(x: Any) -> bool:
     number = isinstance(x, int | float) and not isinstance(x, bool)
-    return number and math.isfinite(x)
+    return number and abs(x) < MAX_NUMBER

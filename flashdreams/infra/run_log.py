@@ -16,6 +16,7 @@ from torch import Tensor
 from flashdreams.infra.fingerprint import differences
 from flashdreams.infra.session import Command
 from flashdreams.infra.stored_choices import MAX_LINE_BYTES
+from flashdreams.runtime.files import open_owned
 from flashdreams.runtime.text import check_regular, quoted
 
 LOG_FORMAT = 1
@@ -108,8 +109,7 @@ class RunLog:
             OSError: it cannot be written.
         """
         if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("wb")
+            self._file = open_owned(self.path)
             self._write({"format": LOG_FORMAT, **self._header()})
         self._write(row)
 
@@ -124,7 +124,7 @@ class RunLog:
             last = turns if row.get("between_steps") else turns - 1
             if row.get("turn", row.get("step", -1)) <= last:
                 kept.append(line)
-        self._file = self.path.open("wb")
+        self._file = open_owned(self.path)
         self._file.writelines(kept)
         self._file.flush()
 

@@ -6,6 +6,7 @@ from types import TracebackType
 
 from torch import Tensor
 
+from flashdreams.runtime.files import open_owned
 from flashdreams.runtime.video import VideoWriter
 
 
@@ -104,15 +105,18 @@ def join_videos(segments: list[Path], path: Path) -> None:
     """
     import imageio_ffmpeg
 
-    folder = segments[0].parent
-    listing, partial = folder / "segments.txt", path.with_name(f"{path.stem}.partial.mp4")
+    # Absolute: ffmpeg reads 10:30/x as a protocol and -x as an option.
+    folder, partial = segments[0].parent.absolute(), path.absolute()
+    listing, partial = folder / "segments.txt", partial.with_name(f"{path.stem}.partial.mp4")
     listing.write_text("".join(f"file '{segment.name}'\n" for segment in segments))
     command = [
         *(imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error"),
         *("-f", "concat", "-i", str(listing), "-c", "copy", str(partial)),
     ]
-    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    with open_owned(partial):  # a link that has the name is not followed
+        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
+        partial.unlink(missing_ok=True)
         reason = done.stderr.decode(errors="replace").strip().splitlines()
         raise OSError(
             f"the video {path} could not be made of its {len(segments)} segments: "

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from flashdreams.runtime.text import quoted
 from flashdreams.serving.client_figures import ClientFigures
 from flashdreams.serving.pictures import PictureDecoder
 
@@ -119,7 +120,8 @@ class LiveClient:
 
         Raises:
             SessionError: it was refused.
-            ConnectionError: the socket was lost.
+            ConnectionError: the socket was lost, or no such server answers.
+            ValueError: the address cannot be one.
             ImportError: the extra is not installed.
             OSError: nobody listens there.
         """
@@ -250,6 +252,7 @@ class LiveClient:
     async def _open(self, first: Mapping[str, Any]) -> dict[str, Any]:
         try:
             from websockets.asyncio.client import connect
+            from websockets.exceptions import InvalidHandshake, InvalidURI
         except ImportError as error:
             raise ImportError("A client needs: pip install 'flashdreams[serve]'") from error
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
@@ -257,9 +260,14 @@ class LiveClient:
         self._pictures = asyncio.Queue()
         self.binary.clear()
         self.figures.reconnected()
-        self._socket = await connect(
-            self.address, additional_headers=headers, max_size=None, compression=None
-        )
+        try:
+            self._socket = await connect(
+                self.address, additional_headers=headers, max_size=None, compression=None
+            )
+        except InvalidURI as error:
+            raise ValueError(f"{quoted(self.address)} is not the address of a server.") from error
+        except InvalidHandshake as error:
+            raise ConnectionError(f"No live server answers at {self.address}: {error}.") from error
         self._reader = asyncio.create_task(self._read())
         self._tasks = [self._reader, asyncio.create_task(self._tell())]
         return await self._answer("start", None, first)

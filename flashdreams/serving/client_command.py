@@ -86,6 +86,8 @@ def main(argv: Sequence[str]) -> int:
         return _say(error, FAILED)
     except (ValueError, OSError, ImportError) as error:
         return _say(error, WRONG_USAGE)
+    except Exception as error:  # whatever the messages of a server that is none lead to
+        return _say(f"the server's answer makes no sense ({type(error).__name__}: {error})", FAILED)
     print(json.dumps(report) if options.json else _text(report))
     return DONE
 

@@ -164,6 +164,42 @@ def test_an_output_directory_that_cannot_be_written(
     assert (tmp_path / "taken").read_text() == "mine"
 
 
+@pytest.mark.parametrize("place", [".", "/dev/null", "taken/trace.json"])
+def test_a_trace_that_could_not_be_written_is_refused_before_the_run(
+    fails: Fails, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "taken").write_text("")
+    said = fails(USAGE, "toy-world", "--total-blocks", "1", "--trace", place)
+    assert f"--trace {place} cannot be written: " in said
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_variables_of_torchrun_that_are_no_numbers(
+    fails: Fails, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "x")
+    assert f"{name}='x' must be a whole number" in fails(USAGE, "toy-world")
+
+
+def test_a_prompt_in_bytes_that_are_no_text(fails: Fails) -> None:
+    said = fails(USAGE, "self-forcing-tiny-random", "--prompt", "a caf\udce9")
+    assert "is not Unicode text" in said and "\udce9" not in said
+
+
+@pytest.mark.parametrize("folder", ["10:30", "-x", "pipe:1", "caf\udce9"])
+def test_a_run_with_snapshots_writes_into_folders_of_any_name(
+    tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--total-blocks", "2", "--snapshot-every", "1", f"--output-dir={folder}"]
+    precious, partial = tmp_path / "precious", tmp_path / folder / "toy-world.partial.mp4"
+    precious.write_text("precious")
+    partial.parent.mkdir()
+    partial.symlink_to(precious)
+    assert run.main(["toy-world", "--scale", "1", *words]) == 0, capsys.readouterr().err
+    assert (tmp_path / folder / "toy-world.mp4").stat().st_size > 0
+    assert precious.read_text() == "precious"
+
+
 def test_an_output_directory_in_which_the_slug_is_being_written(fails: Fails) -> None:
     with open_owned(Path("out/.toy-world.lock")):
         line = fails(USAGE, "toy-world")

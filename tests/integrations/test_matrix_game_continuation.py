@@ -1,5 +1,8 @@
 """Matrix-Game from several known chunks: as the official code continues, and from a file."""
 
+import json
+import struct
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -98,3 +101,16 @@ def test_bad_files_are_refused_before_weights(tensors, message, tmp_path, capsys
     argv = [SLUG, "--test-image", "True", "--total-blocks", "2", "--device", "cpu"]
     assert main([*argv, "--initial-latent", str(path), "--output-dir", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_file_that_claims_more_than_memory_is_refused_by_its_header(tmp_path, capsys):
+    path, frames = tmp_path / "first.safetensors", 3 * 10**6
+    size = 16 * frames * 6 * 10 * 4
+    row = {"dtype": "F32", "shape": [1, 16, frames, 6, 10], "data_offsets": [0, size]}
+    header = json.dumps({"latents": row}).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size)  # a hole
+    argv = [SLUG, "--test-image", "True", "--device", "cpu", "--output-dir", str(tmp_path)]
+    assert main([*argv, "--initial-latent", str(path)]) == 2
+    assert "holds 1000000 chunks, and --total-blocks" in capsys.readouterr().err

@@ -94,10 +94,7 @@ class Guard:
         if origin is None or origin in self.settings.allowed_origins:
             return True
         own = headers.get("host", "").lower()
-        try:
-            return bool(own) and urllib.parse.urlsplit(origin).netloc.lower() == own
-        except ValueError:  # an IPv6 address that is none
-            return False
+        return bool(own) and _split(origin).netloc.lower() == own
 
 
 class GuardedApp:
@@ -162,10 +159,15 @@ def cookie_name(scope: Scope) -> str:
 
 
 def _host_name(host: str) -> str:
+    return _split(f"//{host}").hostname or ""
+
+
+def _split(address: str) -> urllib.parse.SplitResult:
+    """The parts of an address; none where it cannot be one, such as ``//[``."""
     try:
-        return urllib.parse.urlsplit(f"//{host}").hostname or ""
-    except ValueError:  # an IPv6 address that is none
-        return ""
+        return urllib.parse.urlsplit(address)
+    except ValueError:
+        return urllib.parse.urlsplit("")
 
 
 class _Request:

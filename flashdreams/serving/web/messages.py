@@ -9,6 +9,8 @@ from flashdreams.serving.protocol import CLIENT_MESSAGE, Error, SessionResume, S
 from flashdreams.serving.web.accounts import Denied
 
 MAX_DEPTH = 8
+LARGEST = 2**53
+"""Largest whole number in values: beyond it, pages and servers read different ones."""
 FORMATS = ["m4s", "jpeg"]
 FIRST = (SessionStart, SessionResume)
 
@@ -36,6 +38,9 @@ def check_values(values: Any, depth: int = 0) -> None:
     """
     if isinstance(values, float) and not math.isfinite(values):
         raise Denied(Error(message="A value is NaN or infinite.", code="bad_message"))
+    if isinstance(values, int) and abs(values) > LARGEST:
+        text = f"A whole number is larger than {LARGEST}."
+        raise Denied(Error(message=text, code="bad_message"))
     if isinstance(values, dict | list):
         if depth >= MAX_DEPTH:
             text = f"Values are nested more than {MAX_DEPTH} deep."

@@ -2,14 +2,17 @@
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Path
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from flashdreams.runtime.text import quoted
 from flashdreams.serving.interface import Chunk, Host, Refused
 from flashdreams.serving.protocol import (
     Error,
@@ -31,6 +34,8 @@ from flashdreams.serving.web.events import Part
 from flashdreams.serving.web.messages import check_values
 from flashdreams.serving.web.stepper import Ended, Stepper
 
+MAX_DETAILS = 8
+"""Most fields of a body that a refusal names."""
 _STATUS = {
     "bad_message": 422,
     "not_allowed": 422,
@@ -307,6 +312,16 @@ def add_sessions(app: FastAPI, accounts: Accounts) -> Steppers:
     @app.exception_handler(Refused)
     async def refused(request: Any, error: Refused) -> JSONResponse:
         return await denied(request, Denied(_error("not_allowed", str(error))))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Any, error: RequestValidationError) -> Response:
+        # As FastAPI does, but for input that JSON or UTF-8 cannot hold: NaN, half a surrogate pair.
+        detail = [
+            {"type": found["type"], "loc": found["loc"], "msg": found["msg"],
+             "input": quoted(found.get("input"))}
+            for found in error.errors()[:MAX_DETAILS]
+        ]  # fmt: skip
+        return Response(json.dumps({"detail": detail}), 422, media_type="application/json")
 
     @app.post("/v1/sessions", status_code=201, **add)  # type: ignore[arg-type]
     async def create(body: SessionCreate) -> SessionInfo:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,6 +134,41 @@ def test_what_is_no_log_is_refused(tmp_path, text):
         read_log(path)
     with pytest.raises(LogError, match="cannot be read"):
         read_log(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: rows[1].pop("latent_sha256"),
+        lambda rows: rows[1].update(step="0"),
+        lambda rows: rows[2].update(turn=None),
+        lambda rows: rows[0].update(method=[1]),
+        lambda rows: rows[0].update(opening=[1]),
+        lambda rows: rows.append(["step"]),
+    ],
+)
+def test_a_log_whose_lines_make_no_sense_is_refused_before_anything_runs(tmp_path, change):
+    path = tmp_path / "log.jsonl"
+    written(path).close()
+    assert len(read_log(path).steps) == 4
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+    change(rows)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(LogError, match="is no log of a run"):
+        read_log(path)
+
+
+def test_a_log_without_an_end_is_not_read():
+    with pytest.raises(LogError, match="not a regular file"):
+        read_log(Path("/dev/zero"))
+
+
+def test_a_link_under_the_name_of_a_log_is_not_followed(tmp_path):
+    other, path = tmp_path / "other", tmp_path / "log.jsonl"
+    other.write_text("precious")
+    path.symlink_to(other)
+    written(path).close()
+    assert other.read_text() == "precious" and len(read_log(path).steps) == 4
 
 
 def replayed(changed=(), steps=3):

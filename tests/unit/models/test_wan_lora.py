@@ -186,6 +186,29 @@ def test_settings_of_peft_beside_the_file_give_alpha(base, tmp_path) -> None:
         load(base, str(tmp_path))
 
 
+@pytest.mark.parametrize("alpha", ["8", True, None, float("nan"), 10**400])
+def test_an_alpha_of_peft_that_is_no_number_is_refused(alpha, base, tmp_path) -> None:
+    save_file(peft(matrices(base), float(RANK)), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}))
+    with pytest.raises(CheckpointError, match=r"lora_alpha of adapter_config\.json. cannot be"):
+        load(base, str(tmp_path))
+
+
+def test_parts_of_an_update_that_make_no_numbers_are_refused(base, tmp_path) -> None:
+    named, path = kohya(matrices(base), 3.0), tmp_path / "a.safetensors"
+    alpha = next(name for name in named if name.endswith(".alpha"))
+    stem = alpha.removesuffix(".alpha")
+    down, up = f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"
+    for changed, message in (
+        ({alpha: torch.ones(3)}, r"alpha \[3\] must be one number"),
+        ({down: named[down][:0], up: named[up][:, :0]}, "have rank 0"),
+        ({down: named[down].to(torch.int8)}, "torch.int8, no floats"),
+    ):
+        save_file({name: x.contiguous() for name, x in (named | changed).items()}, path)
+        with pytest.raises(CheckpointError, match=message):
+            load(base, str(path))
+
+
 def test_a_slice_takes_its_part_of_the_same_bits(base, tmp_path) -> None:
     save_file(kohya(matrices(base), 3.0), tmp_path / "a.safetensors")
     lora = LoRA(checkpoint=CheckpointConfig(source=f"{tmp_path}/a.safetensors"))

@@ -187,6 +187,28 @@ def test_a_file_changes_the_table(tmp_path):
         read_devices(path)
 
 
+@pytest.mark.parametrize("value", ["0", "-1", ".nan", ".inf", "'9'", "true", "[1]"])
+def test_figures_of_a_file_that_are_none_are_refused(value, tmp_path):
+    path = tmp_path / "devices.yaml"
+    path.write_text(f"H200-141GB: {{gemm_tflops: {value}}}\n")
+    with pytest.raises(ValueError, match=r"--devices .*H200-141GB: gemm_tflops cannot be"):
+        read_devices(path)
+
+
+@pytest.mark.parametrize("fps", ["0", "-3", "nan", "inf"])
+def test_a_rate_that_is_none_is_refused(fps, capsys):
+    assert plan.main(["toy-world", "--gpus", "H200", "--fps", fps]) == 2
+    assert f"--fps {float(fps)}: must be positive" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["3: {gemm_tflops: 1}", "a: [1]", "[" * 2000, "\xff"])
+def test_a_file_of_no_devices_is_refused(text, tmp_path):
+    path = tmp_path / "devices.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="--devices "):
+        read_devices(path)
+
+
 @pytest.mark.parametrize(
     ("text", "number", "name"),
     [("8xH100-80GB", 8, "H100-80GB"), ("h200", 1, "H200-141GB"), ("2xb200", 2, "B200-180GB")],

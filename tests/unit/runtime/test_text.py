@@ -1,5 +1,9 @@
 """What files hold, in messages."""
 
+import io
+import os
+import sys
+import threading
 import time
 
 import pytest
@@ -7,8 +11,9 @@ import pytest
 from flashdreams.infra.config import check_slug
 from flashdreams.infra.prompt import MAX_PROMPT_CHARACTERS, read_prompt
 from flashdreams.models.prompts import check_prompts
+from flashdreams.runtime import text as text_module
 from flashdreams.runtime.actions import parse_actions
-from flashdreams.runtime.text import printable, quoted, read_text, shown
+from flashdreams.runtime.text import check_regular, printable, quoted, read_text, shown, tell
 
 
 def test_control_characters_do_not_reach_a_terminal() -> None:
@@ -34,6 +39,29 @@ def test_a_file_is_read_up_to_a_limit(tmp_path) -> None:
         read_text(path, 19)
     with pytest.raises(ValueError, match="larger than 1000 bytes"):
         read_text(type(path)("/dev/zero"), 1000)
+
+
+def test_a_pipe_is_waited_for_but_not_for_ever(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_text, args=("words",))
+    writer.start()
+    assert read_text(path, 100) == "words"
+    writer.join()
+    monkeypatch.setattr(text_module, "PIPE_S", 0.05)
+    with pytest.raises(ValueError, match="pipe that nobody has written to"):
+        read_text(path, 100)
+    with pytest.raises(ValueError, match="not a regular file"):
+        check_regular(path)
+
+
+def test_talk_that_nobody_takes_is_no_error(monkeypatch) -> None:
+    narrow = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    tell("written: 日本/\udcff/\x1b[2J")
+    assert narrow.buffer.getvalue() == b"written: \\u65e5\\u672c/\\udcff/\\x1b[2J\n"
+    narrow.close()
+    tell("to a stream that is closed")
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,23 @@ def test_the_command_records_replays_and_measures(
     assert "flashdreams-serve" in capsys.readouterr().err
 
 
+def test_nothing_is_recorded_for_a_place_that_takes_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "keys.jsonl"
+    log.write_text('{"t": 1, "keys": "w"}\n')
+    for words, message in (
+        (["--record", "/dev/null"], "--record /dev/null cannot be written: it exists and is not"),
+        (["--log", "/dev/zero"], "--log /dev/zero cannot be read: it is larger than"),
+        (["\x1b[2J://"], "is not the address of a server"),
+    ):
+        assert main([*words]) == 2, words
+        said = capsys.readouterr().err
+        assert message in said and "\x1b" not in said
+    with pytest.raises(SystemExit, match="2"):
+        main(["--seconds", "nan"])
+
+
 def test_a_wrong_line_of_a_log_is_named(tmp_path: Path) -> None:
     file = tmp_path / "keys.jsonl"
     file.write_text('{"t": 1, "keys": "w"}\n{"keys": "w"}\n')

@@ -93,6 +93,8 @@ def test_a_loopback_server_answers_to_no_strange_name() -> None:
         for name, status in (("evil.example", 421), ("proxy.example", 200), ("localhost", 200)):
             headers = {"Host": f"{name}:{server.port}"}
             assert httpx.get(server.url + "v1/models", headers=headers).status_code == status
+        answer = httpx.get(server.url + "v1/models", headers={"Host": "["})  # no address at all
+        assert answer.status_code == 421
         with pytest.raises(InvalidStatus, match="403"):
             PlainClient(server, name="evil.example", origin=f"http://evil.example:{server.port}")
         with PlainClient(server, name="proxy.example") as client:

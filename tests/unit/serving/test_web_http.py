@@ -98,7 +98,11 @@ def test_what_is_refused_says_why_and_makes_no_chunk() -> None:
             assert http.post(f"{session}/{path}", content=text).status_code == 422, path
         assert host.chunks == 0
         assert http.post("v1/sessions/unknown-session/step", json={}).status_code == 404
-        assert http.post("v1/sessions", content=b"{").status_code == 422
+        # What a refusal repeats may be what JSON or UTF-8 cannot hold.
+        for text in (b"{", b'{"seed": NaN}', b'{"fps": 1e999}', b'{"prompt": "\\ud800"}'):
+            assert http.post("v1/sessions", content=text).status_code == 422, text
+        huge = b'{"values": {"look": [%s, 0]}}' % (b"9" * 400)
+        assert http.post(f"{session}/control", content=huge).status_code == 422
 
 
 def test_a_session_ends_when_it_is_closed_or_complete() -> None:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from flashdreams.integrations.lingbot_world.camera import (
     camera_rays,
@@ -243,6 +244,8 @@ def test_tokens_go_channel_then_pixel_then_patch():
          "frame 4 is no rotation: R R.T differs from 1 by"),
         (lambda p: torch.cat([p[:1], p[1:] * torch.tensor([[-1.0], [1], [1], [1]])]),
          "frame 1 is no rotation.*determinant is -1"),
+        (lambda p: torch.cat([p[:3], p[3:] + F.pad(torch.full((1, 3, 1), 1e19), (3, 0, 0, 1))]),
+         r"position of frame 3 has a coordinate of 1e\+19; at most 1e\+12"),
     ],
 )  # fmt: skip
 def test_no_camera_path_is_refused(change, message):
@@ -259,6 +262,7 @@ def test_no_camera_path_is_refused(change, message):
         (lambda k: k[:, :3], r"floating point \[frames, 4\]"),
         (lambda k: k.index_fill(0, torch.tensor(2), math.inf), "frame 2 are not finite"),
         (lambda k: k.index_fill(0, torch.tensor(1), 0.0), "frame 1 are 0 and 0; they must be pos"),
+        (lambda k: k.index_fill(1, torch.tensor(2), -1e30), "frame 0 have 1e.30 pixels; at most"),
     ],
 )
 def test_no_intrinsics_are_refused(change, message):
