@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -67,11 +68,15 @@ def turn_row(number: int, autoregressive_index: int, commands: Iterable[Command]
 
 def sample_of(latent: Tensor) -> str:
     """`SAMPLES` values of a latent, float32, in base64."""
-    flat = latent.detach().float().cpu().reshape(-1)
-    places = torch.linspace(
-        0, len(flat) - 1, min(SAMPLES, len(flat)), dtype=torch.float32, device="cpu"
-    ).long()
-    return base64.b64encode(flat[places].numpy().astype("<f4").tobytes()).decode()
+    flat = latent.detach().float().cpu().numpy().reshape(-1)
+    return base64.b64encode(flat[_sampled_places(flat.size)].astype("<f4").tobytes()).decode()
+
+
+@lru_cache(maxsize=8)
+def _sampled_places(count: int) -> np.ndarray:
+    """Of `sample_of` among so many values; a server asks after every AR step."""
+    places = torch.linspace(0, count - 1, min(SAMPLES, count), dtype=torch.float32, device="cpu")
+    return places.long().numpy()
 
 
 def largest_difference(a: str, b: str) -> float | None:

@@ -16,6 +16,9 @@ TIMESCALE = 90_000
 _START_CODE = re.compile(rb"\x00{2,3}\x01")
 _BASE_IS_MOOF, _HAS_TFHD_FLAGS = 0x020000, 0x000020
 _HAS_OFFSET, _HAS_DURATION, _HAS_SIZE = 0x000001, 0x000100, 0x000200
+_MOOF = struct.Struct(">I4s I4sII I4s I4sIII I4sIQ I4sII3I")
+"""``moof`` with ``mfhd`` and, in ``traf``, ``tfhd``, ``tfdt`` and ``trun`` of one sample: sizes,
+kinds, versions with flags, and fields."""
 _KEY, _NOT_KEY = 0x02000000, 0x01010000
 """Sample flags: depends on no other picture; depends on others and is no point to begin at."""
 
@@ -37,20 +40,17 @@ def fragment(sample: bytes, *, number: int, time: int, duration: int, key: bool)
         key: whether decoding can begin here.
     """
     flags = _KEY if key else _NOT_KEY
-    header = _full_box(b"mfhd", 0, 0, struct.pack(">I", number))
-    track = _full_box(b"tfhd", 0, _BASE_IS_MOOF | _HAS_TFHD_FLAGS, struct.pack(">II", 1, flags))
-    decode_time = _full_box(b"tfdt", 1, 0, struct.pack(">Q", time))
-    present = _HAS_OFFSET | _HAS_DURATION | _HAS_SIZE
-
-    def run(offset: int) -> bytes:
-        return _full_box(
-            b"trun", 0, present, struct.pack(">IIII", 1, offset, duration, len(sample))
-        )
-
-    def moof(offset: int) -> bytes:
-        return _box(b"moof", header + _box(b"traf", track + decode_time + run(offset)))
-
-    return moof(len(moof(0)) + 8) + _box(b"mdat", sample)
+    offset = _MOOF.size + 8
+    moof = _MOOF.pack(
+        *(_MOOF.size, b"moof"),
+        *(16, b"mfhd", 0, number),
+        *(_MOOF.size - 24, b"traf"),
+        *(20, b"tfhd", _BASE_IS_MOOF | _HAS_TFHD_FLAGS, 1, flags),
+        *(20, b"tfdt", 1 << 24, time),
+        *(28, b"trun", _HAS_OFFSET | _HAS_DURATION | _HAS_SIZE, 1),
+        *(offset, duration, len(sample)),
+    )
+    return moof + struct.pack(">I4s", 8 + len(sample), b"mdat") + sample
 
 
 def boxes(data: bytes, start: int = 0, end: int | None = None) -> Iterator[tuple[bytes, int, int]]:
@@ -100,11 +100,3 @@ def avcc_of(init: bytes) -> bytes:
 def codec_name(avcc: bytes) -> str:
     """As browsers name it, such as ``avc1.42c01f``."""
     return f"avc1.{avcc[1:4].hex()}"
-
-
-def _box(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I4s", 8 + len(content), kind) + content
-
-
-def _full_box(kind: bytes, version: int, flags: int, content: bytes) -> bytes:
-    return _box(kind, struct.pack(">I", version << 24 | flags) + content)

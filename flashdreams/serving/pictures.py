@@ -36,5 +36,6 @@ class PictureDecoder:
         frames = self._context.decode(av.Packet(find_box(data, b"mdat")))
         if len(frames) != 1:
             raise ValueError(f"A binary frame of {len(data)} bytes gave {len(frames)} pictures.")
-        pixels: np.ndarray = frames[0].to_ndarray(format="rgb24")
+        # without a number it starts a thread for each core, for each picture
+        pixels: np.ndarray = frames[0].to_ndarray(format="rgb24", threads=1)
         return pixels

@@ -114,7 +114,8 @@ class SessionLogs:
             return
         try:
             with readable_write_errors(log.path, log.path):
-                self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # users' prompts
+                if not self.folder.is_dir():
+                    self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # users' prompts
                 log.append(row)
         except (OSError, ValueError, TypeError) as error:
             logger.warning("%s The session continues without its log.", error)

@@ -100,6 +100,7 @@ class PlanesEncoder(Encoder):
         from av.video.reformatter import VideoReformatter
 
         self._to_yuv: Any = VideoReformatter()  # its stubs do not know names of colour spaces
+        self._threads = _threads(width, height)
         self._shape = (height * 3 // 2, width)
 
     def encode(self, pixels: np.ndarray, *, key: bool) -> tuple[bytes, bool]:
@@ -107,7 +108,9 @@ class PlanesEncoder(Encoder):
         import av
 
         frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-        frame = self._to_yuv.reformat(frame, format="yuv420p", dst_colorspace="ITU601")
+        frame = self._to_yuv.reformat(
+            frame, format="yuv420p", dst_colorspace="ITU601", threads=self._threads
+        )
         return frame.to_ndarray().tobytes(), False
 
     def wrap(self, picture: bytes, *, key: bool) -> Any:
@@ -144,6 +147,7 @@ class H264Encoder(Encoder):
 
         self.fps = fps
         self._to_yuv = VideoReformatter()
+        self._threads = _threads(width, height)
         self._stream, self.init = _open(width, height, fps, name)
         self.codec = codec_name(avcc_of(self.init))
         self._encoded = 0
@@ -156,7 +160,9 @@ class H264Encoder(Encoder):
         from av.video.reformatter import Colorspace
 
         frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-        frame = self._to_yuv.reformat(frame, format="yuv420p", dst_colorspace=Colorspace.ITU709)
+        frame = self._to_yuv.reformat(
+            frame, format="yuv420p", dst_colorspace=Colorspace.ITU709, threads=self._threads
+        )
         frame.pts, frame.time_base = self._time(self._encoded), Fraction(1, TIMESCALE)
         frame.pict_type = PictureType.I if key or not self._encoded else PictureType.NONE
         packets = self._stream.encode(frame)
@@ -187,6 +193,11 @@ def new_encoder(
     if format == "webrtc":
         return PlanesEncoder(width, height)
     return JpegEncoder() if format == "jpeg" else H264Encoder(width, height, fps, name)
+
+
+def _threads(width: int, height: int) -> int:
+    """Of an encoder and of what converts its pictures; PyAV would take one for each core."""
+    return 1 if width * height <= ONE_THREAD_PIXELS else 2
 
 
 def _open(width: int, height: int, fps: float, name: EncoderName) -> tuple[Any, bytes]:
@@ -220,7 +231,7 @@ def _open_named(width: int, height: int, fps: float, name: str) -> tuple[Any, by
     stream.time_base = Fraction(1, TIMESCALE)
     context = stream.codec_context
     context.gop_size = NO_KEYS
-    context.thread_count = 1 if width * height <= ONE_THREAD_PIXELS else 2
+    context.thread_count = _threads(width, height)
     context.colorspace = Colorspace.ITU709
     context.color_primaries = ColorPrimaries.BT709
     context.color_trc = ColorTrc.BT709

@@ -115,9 +115,12 @@ class Feed(Listener):
                 self._forget_pending()
             self._hurry = False
             stop = chunk.first_frame + len(pixels)
-            starting = replace(events, completed=())
-            self._news.append(_News(chunk.first_frame, chunk.index, starting))
-            self._news.append(_News(stop - 1, chunk.index, ChunkEvents(completed=events.completed)))
+            if events.applied or events.accepted_at:
+                starting = replace(events, completed=())
+                self._news.append(_News(chunk.first_frame, chunk.index, starting))
+            if events.completed:
+                ending = ChunkEvents(completed=events.completed)
+                self._news.append(_News(stop - 1, chunk.index, ending))
             for frame, picture in enumerate(pixels, start=chunk.first_frame):
                 if self.num_frames is None or frame < self.num_frames:
                     self._pending.append(

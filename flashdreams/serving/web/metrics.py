@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -36,11 +37,13 @@ class Metrics:
             return Histogram(name, text, labels, registry=self.registry, buckets=buckets)
 
         self._steps = counter("ar_steps", "AR steps whose pictures have arrived.")
-        self._frames = counter("frames", "Pictures by what became of them.", "fate")
+        # looking a label up takes as long as all else
+        self._frames = cache(counter("frames", "Pictures by what became of them.", "fate").labels)
         self._bytes = counter("media_bytes", "Bytes of pictures sent over WebSockets.")
         self._messages = counter("messages", "Messages of clients.", "type")
         self._refused = counter("errors", "Error messages to clients.", "code")
-        self._stages = histogram("stage", "Time of an AR step by stage.", _STAGES, "stage")
+        stages = histogram("stage", "Time of an AR step by stage.", _STAGES, "stage")
+        self._stages = cache(stages.labels)
         self._encode = histogram("encode", "Time to encode a picture.", _JITTER)
         self._late = histogram(
             "frame_lateness", "From when a picture was due to when it was sent.", _JITTER
@@ -62,21 +65,21 @@ class Metrics:
         """An AR step has given its pictures."""
         self._steps.inc()
         for stage, milliseconds in stage_ms.items():
-            self._stages.labels(stage).observe(milliseconds / 1e3)
+            self._stages(stage).observe(milliseconds / 1e3)
 
     def sent(self, size: int, late_s: float) -> None:
         """A picture was sent."""
-        self._frames.labels("sent").inc()
+        self._frames("sent").inc()
         self._bytes.inc(size)
         self._late.observe(max(0.0, late_s))
 
     def dropped(self, count: int) -> None:
         """Pictures were left out for a slow client."""
-        self._frames.labels("dropped").inc(count)
+        self._frames("dropped").inc(count)
 
     def stale(self, count: int) -> None:
         """Pictures were left out since a reset, rewind or event has made them old."""
-        self._frames.labels("stale").inc(count)
+        self._frames("stale").inc(count)
 
     def answered(self, seconds: float) -> None:
         """The first picture that answers an event was sent."""

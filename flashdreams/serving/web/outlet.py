@@ -146,8 +146,9 @@ class Outlet:
         return asked
 
     def set_running(self) -> None:
-        """The session has its place."""
-        self._call(self.running.set)
+        """The session has its place; all but the first of many calls cost nothing."""
+        if not self.running.is_set():
+            self._call(self.running.set)
 
     def finish(self) -> None:
         """Let ``run`` return behind what waits."""

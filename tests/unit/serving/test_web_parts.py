@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from flashdreams.serving.fragments import avcc_of, boxes, find_box, fragment
 from flashdreams.serving.interface import Chunk
 from flashdreams.serving.pictures import PictureDecoder
 from flashdreams.serving.protocol import Pong, VideoChunk
-from flashdreams.serving.web.codec import H264Encoder, new_encoder
+from flashdreams.serving.web.codec import Format, H264Encoder, new_encoder
 from flashdreams.serving.web.events import EventLog
 from flashdreams.serving.web.feed import Feed
 from flashdreams.serving.web.gate import Gate, for_clients
@@ -128,6 +129,16 @@ def test_pictures_that_are_left_out_leave_no_gap_in_the_times() -> None:
     with av.open(io.BytesIO(data)) as file:
         times = [float(frame.pts * frame.time_base) for frame in file.decode(video=0)]
     assert times == pytest.approx([i / 16 for i in range(4)])
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux does")
+@pytest.mark.parametrize("format", ["m4s", "webrtc"])
+def test_small_pictures_are_encoded_in_one_thread(format: Format) -> None:
+    """PyAV would convert colours with a thread for each core, which the loop wants for itself."""
+    before = len(list(Path("/proc/self/task").iterdir()))
+    encoder = new_encoder(format, 64, 64, 16.0, "libx264")
+    encoder.encode(moving(1, 64, 64)[0], key=True)
+    assert len(list(Path("/proc/self/task").iterdir())) == before
 
 
 def test_odd_sizes_and_unknown_encoders_are_refused() -> None:
