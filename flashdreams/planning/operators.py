@@ -140,7 +140,8 @@ def _innermost(value: Any) -> Any:
     if isinstance(value, TensorForm):
         if len(value.shape) != CLIP_DIMS:
             return value
-        innermost = torch.empty(value.shape, device="meta").to(memory_format=torch.channels_last_3d)
+        plain = torch.empty(value.shape, dtype=value.dtype, device="meta")
+        innermost = plain.to(memory_format=torch.channels_last_3d)
         return value._replace(stride=innermost.stride())
     return tuple(map(_innermost, value)) if isinstance(value, tuple) else value
 
