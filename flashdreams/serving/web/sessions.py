@@ -298,6 +298,15 @@ class Steppers:
                     host.close(id)
 
 
+async def _answer_invalid(request: Any, error: RequestValidationError) -> Response:
+    """As FastAPI does, but for input that JSON or UTF-8 cannot hold: NaN, half a surrogate pair."""
+    detail = [
+        {**{name: found[name] for name in ("type", "loc", "msg")}, "input": quoted(found["input"])}
+        for found in error.errors()[:MAX_DETAILS]
+    ]
+    return Response(json.dumps({"detail": detail}), 422, media_type="application/json")
+
+
 def add_sessions(app: FastAPI, accounts: Accounts) -> Steppers:
     """Add ``/v1/sessions`` and what is below it."""
     steppers = Steppers(accounts)
@@ -313,15 +322,7 @@ def add_sessions(app: FastAPI, accounts: Accounts) -> Steppers:
     async def refused(request: Any, error: Refused) -> JSONResponse:
         return await denied(request, Denied(_error("not_allowed", str(error))))
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Any, error: RequestValidationError) -> Response:
-        # As FastAPI does, but for input that JSON or UTF-8 cannot hold: NaN, half a surrogate pair.
-        detail = [
-            {"type": found["type"], "loc": found["loc"], "msg": found["msg"],
-             "input": quoted(found.get("input"))}
-            for found in error.errors()[:MAX_DETAILS]
-        ]  # fmt: skip
-        return Response(json.dumps({"detail": detail}), 422, media_type="application/json")
+    app.add_exception_handler(RequestValidationError, _answer_invalid)  # type: ignore[arg-type]
 
     @app.post("/v1/sessions", status_code=201, **add)  # type: ignore[arg-type]
     async def create(body: SessionCreate) -> SessionInfo:
