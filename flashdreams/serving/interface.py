@@ -1,9 +1,9 @@
 """What the web side and the loop of turns know of each other: plain values and two contracts.
 
 The loop runs on the main thread of every rank; the web server runs in a thread of rank zero. Calls
-of ``Host`` come from the web server's threads. Calls of ``Listener`` come from threads of the
-host's, one at a time, in the order in which things happened, and must return at once;
-``unshown_seconds`` is asked by the loop beside them.
+of ``Host`` come from the web server's threads. Calls of ``Listener`` come from one thread of the
+host's, in the order in which things happened, and must return at once; ``unshown_seconds`` alone is
+asked by the loop.
 """
 
 from abc import ABC, abstractmethod

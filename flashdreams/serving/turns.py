@@ -114,10 +114,7 @@ class Turns:
             finally:
                 self._note_arrival(live, began, now, frames, error)
 
-        if pictures.there:
-            self.host.delivery.call_here(deliver)
-        else:
-            self.host.delivery.call(deliver)
+        self.host.delivery.call(deliver)
 
     def _note_arrival(
         self, live: LiveSession, began: float, now: float, frames: int, error: str | None
