@@ -294,7 +294,7 @@ class KVCache:
         """Take the contents of a cache of the same spec, in place; the cursor comes with it.
 
         Args:
-            other: of the same spec but for its batch size.
+            other: of the same spec except for its batch size.
             rows: batch entries of it that are taken; None: all. They are repeated where this cache
                 has a multiple of them.
         """

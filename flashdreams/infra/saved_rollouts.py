@@ -284,7 +284,7 @@ class SavedRollouts(Assembly):
         found = numerics_difference(self.diffusion_model, cache.diffusion)
         if found is not None:
             logger.info(
-                "Its last chunk was computed anew with the numerics of this process: the largest "
+                "Its last chunk was computed again with the numerics of this process: the largest "
                 "difference of keys and values is %.2g of the largest value.", found
             )  # fmt: skip
 

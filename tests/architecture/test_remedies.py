@@ -193,9 +193,11 @@ def why_wrong(remedies: Remedies) -> list[str]:
     wrong += [f"command {name}" for name in remedies.commands if name not in scripts]
     code = [*python_files(*PACKAGES), ROOT / "tests/conftest.py"]
     scripts_text = "".join(file.read_text("utf-8") for file in (ROOT / "benchmarks").glob("*.sh"))
+    tests = "".join(file.read_text("utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
     ours = {
         *re.findall(r'"([A-Z][A-Z0-9_]{2,})"', "".join(file.read_text("utf-8") for file in code)),
         *re.findall(r"\$\{([A-Z_]+)", scripts_text),
+        *re.findall(r'environ\.get\("([A-Z_]+)"', tests),
     }
     return wrong + [f"variable {n}" for n in remedies.variables - ours - READ_BY_OTHERS]
 

@@ -16,7 +16,7 @@ def numerics_difference(model: DiffusionModel, cache: DiffusionCache) -> float |
     A collective call.
 
     Args:
-        model: that goes on with the rollout.
+        model: that continues the rollout.
         cache: of a loaded rollout, between AR steps.
 
     Returns:

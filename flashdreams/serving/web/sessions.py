@@ -299,7 +299,7 @@ class Steppers:
 
 
 async def _answer_invalid(request: Any, error: RequestValidationError) -> Response:
-    """As FastAPI does, but for input that JSON or UTF-8 cannot hold: NaN, half a surrogate pair."""
+    """As FastAPI does, except for input that JSON or UTF-8 cannot hold: NaN, half a surrogate."""
     detail = [
         {**{name: found[name] for name in ("type", "loc", "msg")}, "input": quoted(found["input"])}
         for found in error.errors()[:MAX_DETAILS]
