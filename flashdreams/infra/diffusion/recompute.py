@@ -38,7 +38,7 @@ def clean_pass_difference(
     """Run the clean pass of the last chunk again, and compare what it writes with what is cached.
 
     The window holds just what that pass saw, so equal numerics give equal bits. Afterwards the
-    state goes on with the bits that it had. A collective call.
+    state continues with the bits that it had. A collective call.
 
     Args:
         transformer: of the rollout.

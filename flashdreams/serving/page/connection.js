@@ -23,7 +23,7 @@ export class Connection {
     setInterval(() => this.keepAlive(), PING_MS);
   }
 
-  /** Connect, or connect anew. */
+  /** Connect, or connect again. */
   async open() {
     const attempt = {};
     this.attempt = attempt;

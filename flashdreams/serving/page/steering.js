@@ -33,7 +33,7 @@ export class Steering {
   }
 
   /**
-   * Draw a world's controls; nothing is drawn anew where nothing changed.
+   * Draw a world's controls; unchanged parts are not redrawn.
    * @param {?Object} controls JSON Schema
    * @param {Object} [kept] values that were set before
    */
