@@ -127,6 +127,6 @@ def test_a_prompt_too_long_ends_all_ranks_before_they_load(tmp_path):
 
 def test_what_rank_zero_lacks_for_prompts_ends_all_ranks_before_they_load(tmp_path):
     assert run_ranks(start_runner, 2, tmp_path, "word", without_tokenizer) == [
-        (1, "flashdreams-run: error: tokenizer.json is no tokenizer\n", False),
+        (2, "flashdreams-run: error: tokenizer.json is no tokenizer\n", False),
         (1, f"flashdreams-run: error on rank 1: {RANK_ZERO_FAILED}\n", False),
     ]

@@ -118,7 +118,7 @@ def test_the_clean_pass_computes_keys_and_values_alone(attention):
     attention.core.write = lambda k, v, cache: written.extend([k, v])
     table = torch.tensor([1.0, 0.0]).expand(1, HEAD // 2, 2).contiguous()
     with patch.object(F, "linear", wraps=F.linear) as linear:
-        attention.write(tokens(), table, SimpleNamespace(quantizes_early=False))
+        attention.write(tokens(), table, SimpleNamespace(quantizes_early=False, calibrates=False))
     assert [call.args[1].shape for call in linear.call_args_list] == [(2 * DIM, DIM)]
     _, k, v = separate(attention, tokens())
     assert close(written, [attention.norm_k(k.flatten(2)).view_as(k), v])
