@@ -71,7 +71,7 @@ class StreamInferencePipelineCache:
     controller: Any = None
     """State of the controller that steers the rollout; None without one."""
     forks: int | None = None
-    """Forks that go on as one batch here, see ``fork_batch``; ``encoder`` and ``controller`` are
+    """Forks that continue as one batch here, see ``fork_batch``; ``encoder`` and ``controller`` are
     then lists, one entry for each. None: a rollout that is no such batch."""
     finite: FiniteCheck = field(default_factory=FiniteCheck, repr=False)
     """Looks at the values of the last AR step."""

@@ -270,29 +270,25 @@ def gather_to_rank_zero(value: T) -> list[T]:
 
 def all_ranks_agree(holds: bool) -> bool:
     """Whether something holds on every rank; a collective call."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return holds
-    agreed = torch.tensor([int(holds)], dtype=torch.int32, device=_collective_device())
-    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
-    return bool(int(agreed))
+    return bool(least_of_all_ranks(int(holds)))
 
 
 def least_of_all_ranks(value: int) -> int:
     """The smallest of a number that each rank has; a collective call."""
-    if group_size() == 1:
-        return value
-    least = torch.tensor([value], dtype=torch.int64, device=_collective_device())
-    dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    return int(least)
+    return int(_reduced(value, torch.int64, dist.ReduceOp.MIN))
 
 
 def largest_of_all_ranks(value: float) -> float:
     """The largest of a number that each rank has; a collective call."""
+    return float(_reduced(value, torch.float64, dist.ReduceOp.MAX))
+
+
+def _reduced(value: float, dtype: torch.dtype, op: Any) -> float:
     if group_size() == 1:
         return value
-    largest = torch.tensor([value], dtype=torch.float64, device=_collective_device())
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return float(largest)
+    found = torch.tensor([value], dtype=dtype, device=_collective_device())
+    dist.all_reduce(found, op=op)
+    return found.item()
 
 
 def _read_int(name: str, default: int) -> int:

@@ -307,7 +307,7 @@ def local_attention(shape: AttentionShape, mesh: Mesh) -> AttentionShape:
         queries=-(-shape.queries // ring),
         keys=-(-shape.keys // ring) if rotates else shape.keys,
         num_heads=heads,
-        storage="native" if rotates else shape.storage,  # what rotates has been widened
+        storage="native" if rotates else shape.storage,  # what rotates is dequantized
     )
 
 

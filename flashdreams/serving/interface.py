@@ -59,8 +59,8 @@ class Chunk:
     epoch: int
     """Raised by reset and rewind."""
     first_frame: int
-    """Pixel frame of the first picture, counted from the beginning of the session's video; it goes
-    on counting over resets and rewinds."""
+    """Pixel frame of the first picture, counted from the beginning of the session's video; it
+    keeps counting over resets and rewinds."""
     frames: Tensor
     """``[F, height, width, 3]`` uint8 on the CPU."""
     applied: tuple[str, ...] = ()

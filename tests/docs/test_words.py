@@ -48,10 +48,11 @@ NAMED = {
 
 
 def public_text() -> Iterator[tuple[str, str]]:
-    """Place and text of pages, docstrings and messages. README and CHANGELOG tell of releases."""
-    hidden = {REPOSITORY / "CHANGELOG.md", REPOSITORY / "README.md"}
+    """Place and text of pages, pictures, docstrings and messages; releases keep their words."""
+    hidden = {REPOSITORY / "CHANGELOG.md"}
     measured = REPOSITORY / "benchmarks/results"
     files = [f for f in (*pages(), *markdown_files()) if not f.is_relative_to(measured)]
+    files += (SITE / "_static").glob("*.svg")
     for file in [f for f in files if f not in hidden]:
         yield str(file.relative_to(REPOSITORY)), file.read_text("utf-8")
     for file in python_files(*PACKAGES):
@@ -60,9 +61,10 @@ def public_text() -> Iterator[tuple[str, str]]:
 
 
 def translated(text: str) -> Iterator[str]:
+    text = " ".join(text.split())
     for pattern, better in BETTER.items():
         for found in re.finditer(rf"(?<![\w-])(?:{pattern})(?![\w-])", text, re.IGNORECASE):
-            around = " ".join(text[max(0, found.start() - 40) : found.end() + 40].split())
+            around = text[max(0, found.start() - 40) : found.end() + 40]
             yield f"{found[0]!r} (write: {better}) in: {around}"
 
 
@@ -72,7 +74,9 @@ def test_text_uses_the_words_of_the_field() -> None:
 
 def test_words_that_read_as_translated_are_noticed() -> None:
     """Negative control."""
-    assert len(list(translated("Eight bits travel; leave it away. It goes on with the past."))) == 5
+    assert (
+        len(list(translated("Eight bits travel; leave it away. It goes\non with the past."))) == 5
+    )
     assert not list(translated("See `exchange_edges`: past chunks, the value goes on the track."))
 
 

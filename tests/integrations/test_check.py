@@ -3,6 +3,7 @@
 The command without a slug checks all; at its toy size a family's other slugs run the same code.
 """
 
+import re
 import sys
 
 import pytest
@@ -35,6 +36,14 @@ def examples(monkeypatch):
 def test_a_method_passes(slug):
     report = check_method(discover().resolve(slug))
     assert report.passed and len(report.results) == len(NAMES), str(report)
+
+
+def test_the_guide_names_every_check():
+    guide = (EXAMPLES.parent / "developer_guides/checking.md").read_text("utf-8")
+    rows = re.findall(r"^\| ([a-z0-9 ]+) \|", guide, re.MULTILINE)
+    assert [row for row in rows if row != "check"] == list(NAMES)
+    drawn = (EXAMPLES.parent / "_static/check-flow.svg").read_text("utf-8")
+    assert f">{len(NAMES)} lines<" in drawn
 
 
 def test_the_command_prints_a_report(capsys):

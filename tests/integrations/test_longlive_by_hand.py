@@ -134,15 +134,21 @@ def both(case: str, **other) -> tuple[Tensor, Tensor]:
     image = IMAGE if case == "image" else None
     pipeline = build(SHOTS_PIPELINE if image is None else SHOTS_IMAGE_PIPELINE, **changes)
     offset = other.pop("offset", pipeline.diffusion_model.transformer.config.shot_rope_offset)
-    hand = ByHand(pipeline, offset, **other)
+    return rolled(pipeline, ByHand(pipeline, offset, **other), 9, cuts, switches, image)
+
+
+def rolled(pipeline, hand, count, cuts=(), switches=(), image=None, recache=None):
+    """Latents of the pipeline and of the list of frames."""
     hand.prompt(text(0))
     given = {} if image is None else {"image": image}
     cache = pipeline.initialize_cache(text=text(0), noise=noise, **given)
     found, expected = [], []
-    for index in range(9):
+    for index in range(count):
         if index in cuts or index in switches:
             pipeline.update_prompt(cache, text(index), begins_shot=index in cuts)
             hand.prompt(text(index))
+            if recache is not None:
+                hand.recache(recache)
         found.append(pipeline.generate(index, cache))
         pipeline.finalize(index, cache)
         expected.append(hand.chunk(index, noise, index in cuts, image if index == 0 else None))
@@ -190,18 +196,7 @@ def switched(case: str, kept: bool | None = None, relative: bool | None = None):
     pipeline = build(literal, **changes)
     hand = ByHand(pipeline, **({} if relative is None else {"relative_rope": relative}))
     kept = hand.c.rewritten_sink == "kept" if kept is None else kept
-    hand.prompt(text(0))
-    cache = pipeline.initialize_cache(text=text(0), noise=noise)
-    found, expected = [], []
-    for index in range(count):
-        if index in switches:
-            pipeline.update_prompt(cache, text(index))
-            hand.prompt(text(index))
-            hand.recache(kept)
-        found.append(pipeline.generate(index, cache))
-        pipeline.finalize(index, cache)
-        expected.append(hand.chunk(index, noise))
-    return torch.cat(found, 2), torch.cat(expected, 2)
+    return rolled(pipeline, hand, count, switches=switches, recache=kept)
 
 
 @pytest.mark.parametrize("case", SWITCHES)

@@ -41,14 +41,21 @@ def viewer(trace):
     with subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL) as served:
         address = f"http://127.0.0.1:{port}/"
         end = time.monotonic() + 20
-        while time.monotonic() < end:
-            try:
-                urllib.request.urlopen(address, timeout=5).close()
-                break
-            except OSError:
+        try:
+            while not answers(address):
+                assert time.monotonic() < end, "the viewer has not started"
                 time.sleep(0.1)
-        yield address
-        served.terminate()
+            yield address
+        finally:
+            served.terminate()
+
+
+def answers(address):
+    try:
+        urllib.request.urlopen(address, timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def read_by_perfetto(trace):

@@ -31,7 +31,7 @@ class Tape(TorchDispatchMode):
         return out
 
     def play(self, result: Tensor) -> Tensor:
-        """Carry all of it out again; what was recomputed then is computed, the rest is read."""
+        """Carry all of it out again; what was computed then is computed again, the rest is read."""
         new: dict[int, Tensor] = {}
 
         def current(x: Any) -> Any:

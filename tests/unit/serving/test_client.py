@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -168,7 +169,9 @@ def test_the_command_leaves_in_time_though_no_more_pictures_come(
     log = tmp_path / "pause.jsonl"
     log.write_text('{"t": 0, "type": "session.pause"}\n')
     with web(FakeHost()) as server:
+        began = time.monotonic()
         assert main([server.url, "--seconds", "0.3", "--log", str(log), "--json"]) == 0
+        assert time.monotonic() - began < 20
     assert json.loads(capsys.readouterr().out)["pictures"] >= 1
 
 

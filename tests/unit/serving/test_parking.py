@@ -226,12 +226,18 @@ def test_damaged_session_is_left_out(runner, folder, caplog):
     assert "damaged" in caplog.text
 
 
+def paused(server, state):
+    """A visit that has paused after two steps, once it is in a state."""
+    visit = Visit(server.host, Opening(seed=1))
+    walk(visit, WALK[:2])
+    server.host.pause(visit.id, True)
+    visit.client.wait(lambda: state_of(visit) == state)
+    return visit
+
+
 def test_events_of_a_paused_session_wait_for_it_on_disk(runner, folder, alone):
     with served(runner, parked_gib=0.0, state_dir=folder) as server:
-        visit = Visit(server.host, Opening(seed=1))
-        walk(visit, WALK[:2])
-        server.host.pause(visit.id, True)
-        visit.client.wait(lambda: state_of(visit) == "paused")
+        visit = paused(server, "paused")
         visit.keys("wl")
         with server.host.lock:
             server.host.limits = replace(server.host.limits, park_after_s=0.0)
@@ -263,10 +269,7 @@ def test_seed_of_a_reset_holds_on_disk_and_after_a_restart(runner, folder, alone
 
 def test_parked_session_carries_out_a_command_in_its_pause(runner, folder, alone):
     with served(runner, park_after_s=0.3, state_dir=folder) as server:
-        visit = Visit(server.host, Opening(seed=1))
-        walk(visit, WALK[:2])
-        server.host.pause(visit.id, True)
-        visit.client.wait(lambda: state_of(visit) == "parked")
+        visit = paused(server, "parked")
         visit.client.asked = 9
         visit.command("reset")
         visit.client.wait(lambda: len(visit.client.chunks) == 3)

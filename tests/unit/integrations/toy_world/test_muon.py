@@ -1,6 +1,5 @@
 """The batched optimiser of the toy worlds' training beside PyTorch's own."""
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -25,8 +24,6 @@ def moved(make) -> list[Tensor]:
 
 
 def largest_difference(**changes: float) -> float:
-    if not hasattr(torch.optim, "Muon"):
-        pytest.skip("torch.optim.Muon came with PyTorch 2.9")
     plain = moved(lambda m: torch.optim.Muon(m, lr=1.0, momentum=0.95, weight_decay=0.0))
     ours = moved(lambda m: BatchedMuon(m, **{"lr": 1.0, "momentum": 0.95, **changes}))
     return max(float((a - b).abs().max()) for a, b in zip(plain, ours, strict=True))
