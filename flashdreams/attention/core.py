@@ -110,8 +110,10 @@ def bind_cores(module: nn.Module, name: str, splits: int | None) -> None:
         name: one of `flashdreams.attention.backends.BACKENDS`.
         splits: of each call; None, where a backend has none, changes nothing.
     """
+    if splits is None:
+        return
     for core in module.modules():
-        if splits is None or not isinstance(core, AttentionCore):
+        if not isinstance(core, AttentionCore):
             continue
         core.kv_splits = splits
         if core.backend is BACKENDS[name]:

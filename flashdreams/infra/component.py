@@ -200,7 +200,7 @@ def check_weights(component: Component, slices: Mapping[str, Any] | None = None)
     for name, part in parts.items():
         check_weights(part, slices_of_part(name, slices))
     loras, checkpoint = component.loras(), component.config.checkpoint
-    if checkpoint is not None and (loras or not component.loads_parts):
+    if checkpoint is not None and not component.loads_parts:
         with concerning(checkpoint):
             load_checkpoint(component, checkpoint, device="meta", slices=slices, loras=loras)
 

@@ -4,7 +4,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -24,23 +24,6 @@ from flashdreams.runtime.stats import BYTES_PER_GIB, free_bytes
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class ForkReport:
-    """What forking took."""
-
-    forks: int
-    bytes: int
-    """Copied on this rank, for all forks together."""
-    seconds: float
-
-    def __str__(self) -> str:
-        rate = self.bytes / 2**30 / max(self.seconds, 1e-9)
-        return (
-            f"{self.forks} forks: {self.bytes / 2**20:.1f} MiB in {self.seconds * 1e3:.1f} ms "
-            f"({rate:.1f} GiB/s)"
-        )
 
 
 def copied_bytes(
@@ -104,7 +87,10 @@ def timed_forks(make: Callable[[], T], count: int, each: int, device: torch.devi
     start = time.perf_counter()
     forks = make()
     _wait_for(device)
-    logger.info("%s", ForkReport(count, count * each, time.perf_counter() - start))
+    seconds, copied = time.perf_counter() - start, count * each
+    rate = copied / BYTES_PER_GIB / max(seconds, 1e-9)
+    figures = (count, copied / 2**20, seconds * 1e3, rate)
+    logger.info("%d forks: %.1f MiB in %.1f ms (%.1f GiB/s)", *figures)
     return forks
 
 
@@ -127,10 +113,9 @@ def copy_rollout(
     Raises:
         StateError: state of a component that does not declare how it is held.
     """
-    values, live = live_state(source, layout, device, plan)
     if source.controller is not None:
         into.controller = copy.deepcopy(source.controller)
-    fill_rollout(into, values, StateDecoder(layout, device, lambda p, *_: live[p], in_process=True))
+    fill_rollout(into, *live_state(source, layout, device, plan))
 
 
 def live_state(
@@ -138,8 +123,8 @@ def live_state(
     layout: StateLayout,
     device: torch.device,
     plan: ParallelPlan | None,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The values of a running rollout, and its own tensors by path; arguments as above.
+) -> tuple[dict[str, Any], StateDecoder]:
+    """The values of a running rollout, and what reads its own tensors; arguments as above.
 
     KV caches are values themselves.
     """
@@ -149,7 +134,8 @@ def live_state(
     def of_branch(branch: str) -> StateEncoder:
         return replace(encoder, emit=lambda path, x: live.__setitem__(f"{branch}/{path}", x))
 
-    return encode_rollout(source, encoder, of_branch, plan), live
+    values = encode_rollout(source, encoder, of_branch, plan)
+    return values, StateDecoder(layout, device, lambda path, *_: live[path], in_process=True)
 
 
 def _wait_for(device: torch.device) -> None:

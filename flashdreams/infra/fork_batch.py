@@ -10,7 +10,6 @@ from torch import Tensor
 
 from flashdreams.infra.fork import live_state
 from flashdreams.infra.rollout import StreamInferencePipelineCache, fill_rollout
-from flashdreams.infra.state import StateDecoder
 from flashdreams.parallel.plan import ParallelPlan
 from flashdreams.parallel.state_layout import StateLayout
 from flashdreams.runtime.noise import NoiseFunction
@@ -110,10 +109,9 @@ def fill_batch(
         ValueError: state without a batch dim.
         StateError: state of a component that does not declare how it is held.
     """
-    values, live = live_state(source, layout, device, plan)
+    values, whole = live_state(source, layout, device, plan)
     change = repeated(source.diffusion.batch_size, len(encoders))
-    whole = StateDecoder(layout, device, lambda path, *_: live[path], in_process=True)
-    many = replace(whole, take=lambda path, *_: change(path, live[path]))
+    many = replace(whole, take=lambda path, *at: change(path, whole.take(path, *at)))
     fill_rollout(batch, values | {"encoder": None, "controller": None}, many)
     batch.encoder = [whole.restore(values["encoder"], "encoder", fresh) for fresh in encoders]
     batch.controller = [copy.deepcopy(source.controller) for _ in encoders]
@@ -129,10 +127,9 @@ def fill_pick(
     plan: ParallelPlan | None,
 ) -> None:
     """Bring a fresh rollout to where one fork of a batch is; arguments as for `fill_batch`."""
-    values, live = live_state(batch, layout, device, plan)
+    values, whole = live_state(batch, layout, device, plan)
     rows = rows_of(batch, index)
-    whole = StateDecoder(layout, device, lambda path, *_: live[path], in_process=True)
-    one = replace(whole, take=lambda path, *_: live[path][rows], rows=rows)
+    one = replace(whole, take=lambda *at: whole.take(*at)[rows], rows=rows)
     encoder, fresh = values["encoder"]["items"][index], into.encoder
     fill_rollout(into, values | {"encoder": None, "controller": None}, one)
     into.encoder = whole.restore(encoder, f"encoder/{index}", fresh)

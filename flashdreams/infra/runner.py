@@ -164,7 +164,9 @@ class Runner(Generic[ConfigT, PipelineT]):
             self._assemble(config)
         except BaseException as error:
             self._give_back_output()
-            if (found := self.explain(error)) is error:
+            found = self.explain(error)
+            self._resources.close()
+            if found is error:
                 raise
             raise found from error
 

@@ -1,6 +1,7 @@
 """Rollouts that are saved, moved between processes, and copied."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,18 +57,18 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class SavedRollouts(Assembly):
+class SavedRollouts(Assembly, ABC):
     """What of a pipeline saves, loads, clones and forks its rollouts."""
 
+    @abstractmethod
     def new_cache(
         self, context: dict[str, Any], negative_text: Any, noise: NoiseFunction
     ) -> StreamInferencePipelineCache:
         """Fresh state under a context that is encoded already; the pipeline makes it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check_values(self, cache: StreamInferencePipelineCache | None = None) -> None:
         """Refuse to continue from values that are NaN or infinite; the pipeline knows them."""
-        raise NotImplementedError
 
     @without_grad
     def save_cache(self, cache: StreamInferencePipelineCache) -> RolloutState | None:
@@ -75,10 +76,7 @@ class SavedRollouts(Assembly):
         with self.guard("export", cache.next_index, LOAD_TIMEOUT_S):
             self.check_values(cache)
             self.diffusion_model.side.join()
-            plan = self.diffusion_model.transformer.parallel_plan()
-            return save_rollout(
-                cache, self.layout, self.target_device, plan, self.config.name, self.fingerprint()
-            )
+            return save_rollout(cache, *self._place(), self.config.name, self.fingerprint())
 
     @without_grad
     def load_cache(
@@ -144,15 +142,16 @@ class SavedRollouts(Assembly):
             ValueError: ``path`` exists, the rollout is over, or it is between ``generate`` and
                 ``finalize``.
             StateError: a component's state does not declare how ranks hold it.
+            NotFiniteError: the rollout has values that are NaN or infinite.
             OSError: a file cannot be written; nothing is left of the snapshot.
             OtherRankError: that is so on another rank.
         """
         cache.require_finalized("snapshot")
         with self.guard("save", cache.next_index, LOAD_TIMEOUT_S):
+            self.check_values(cache)
             self.diffusion_model.side.join()
             origin = new_origin(self.config, self.fingerprint(), log=log, run=run, light=light)
-            plan = self.diffusion_model.transformer.parallel_plan()
-            return save_snapshot(cache, Path(path), origin, self.layout, self.target_device, plan)
+            return save_snapshot(cache, Path(path), origin, *self._place())
 
     @without_grad
     def resume(
@@ -219,9 +218,7 @@ class SavedRollouts(Assembly):
             origin = SnapshotOrigin(
                 name=self.config.name, config={}, weights={}, fingerprint=self.fingerprint()
             )
-            plan = self.diffusion_model.transformer.parallel_plan()
-            place = (self.layout, self.target_device)
-            values, parts = collect_parts(cache, origin, *place, plan)
+            values, parts = collect_parts(cache, origin, *self._place())
             return park_parts(values, parts, self.target_device)
 
     @without_grad

@@ -96,7 +96,7 @@ def typed_options(config: Any) -> Iterator[None]:
 
 
 def _is_lora(path: str) -> bool:
-    return path.rpartition(".")[2] == _LORAS
+    return path.endswith(_LORAS)
 
 
 def _with_options(text: str, path: str) -> str:
@@ -188,8 +188,9 @@ def _list_missing(
 ) -> list[str]:
     """What is not on this machine, a file to a line or two; empty where nothing is missing."""
     missing: dict[tuple[str, str | None], tuple[str, CheckpointConfig]] = {}
-    named_files = dict(named_checkpoints(config))
-    for path, checkpoint in named_checkpoints(config):
+    named_files = list(named_checkpoints(config))
+    paths = {path for path, _ in named_files}
+    for path, checkpoint in named_files:
         wanted = encodes_text or not path.startswith(_TEXT_ENCODER)
         with concerning(checkpoint):
             if wanted and not checkpoint.download and find_local(checkpoint) is None:
@@ -205,11 +206,11 @@ def _list_missing(
     for path, checkpoint in missing.values():
         owner, _, field = path.rpartition(".")
         named = "checkpoint.source"
-        if field.endswith(_LORAS):
+        if _is_lora(path):
             named = option_of(path)
             lines.append(f"LoRA of {named}:")
             beside = f"{owner}.{_checkpoint_of(field)}"
-            path = beside if beside in named_files else f"{owner}.checkpoint"
+            path = beside if beside in paths else f"{owner}.checkpoint"
         description = describe_missing(checkpoint, flag=f"{option_of(path)}.download").splitlines()
         kept = description[:2] if fetch_all else description
         lines += [_with_options(line.replace("checkpoint.source", named), path) for line in kept]

@@ -6,6 +6,8 @@ import time
 from datetime import timedelta
 from types import TracebackType
 
+import torch.distributed as dist
+
 from flashdreams.parallel.environment import Environment, OtherRankError
 from flashdreams.parallel.siblings import watch_processes
 
@@ -49,9 +51,11 @@ class PeerWatch:
 
     def explain(self, error: BaseException) -> BaseException:
         """The error to report: that a rank has died, where the given one only follows from it."""
-        follows = isinstance(error, RuntimeError) and not isinstance(error, OtherRankError)
+        # Errors of our own, such as a damaged file, are subclasses and follow from nothing else.
+        follows = type(error) is RuntimeError or isinstance(error, dist.DistError)
         text = str(error).lower()
-        if not follows or not any(word in text for word in _CONSEQUENCES):
+        alone = self.environment.world_size == 1
+        if alone or not follows or not any(word in text for word in _CONSEQUENCES):
             return error
         news = self._news()
         return error if news is None else OtherRankError(news)

@@ -134,7 +134,7 @@ def _find_siblings(own: int) -> dict[int, int]:
     job = {name: os.environ.get(name) for name in _SAME_JOB}
     found: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
+        with contextlib.suppress(OSError, ValueError, LookupError):
             if _stat(int(entry.name))[1] != parent:
                 continue
             lines = (entry / "environ").read_bytes().decode(errors="replace").split("\0")

@@ -67,7 +67,7 @@ def _read_pipe(path: Path, most_bytes: int) -> bytes:
         poll.register(file, select.POLLIN)
         while len(found) < most_bytes:
             if not poll.poll(max(0.0, end - time.monotonic()) * 1e3):
-                raise ValueError(f"it is a pipe that nobody has written to for {PIPE_S:g} s")
+                raise ValueError(f"it is a pipe that was not closed within {PIPE_S:g} s")
             block = file.read(most_bytes - len(found))
             if not block:
                 break

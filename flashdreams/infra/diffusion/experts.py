@@ -154,12 +154,12 @@ class NoiseExperts(Transformer):
 
     def loras(self) -> list[LoRA]:
         """Those of both networks where one file holds them; else they load their own."""
-        if self.loads_parts:
+        checkpoint = self.config.checkpoint
+        if checkpoint is None or self.loads_parts:
             return []
         texts = (self.config.loras, self.config.low_noise_loras)
-        download = self.config.checkpoint is not None and self.config.checkpoint.download
         return [
-            parse_lora(text, download=download, part=f"{name}.")
+            parse_lora(text, download=checkpoint.download, part=f"{name}.")
             for name, several in zip(EXPERTS, texts, strict=True)
             for text in several
         ]

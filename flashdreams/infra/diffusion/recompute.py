@@ -1,5 +1,6 @@
 """How far the numerics of this process are from those that a loaded rollout was computed with."""
 
+import torch
 from torch import Tensor
 
 from flashdreams.attention.cache import KVCache
@@ -57,16 +58,17 @@ def clean_pass_difference(
     cached = [[x.cpu() for x in layer.read_chunk()] for layer in layers]
     beside = [[x.clone() for x in _beside(layer)] for layer in layers]
     transformer.update_cache(chunk.latent, timestep, state)
-    difference = largest = 0.0
-    for layer, was, kept in zip(layers, cached, beside, strict=True):
+    changes, sizes = [], []
+    for layer, on_host, kept in zip(layers, cached, beside, strict=True):
+        was = [x.to(chunk.latent.device) for x in on_host]
         for new, old in zip(layer.read_chunk(), was, strict=True):
-            change = (new.float() - old.to(new.device).float()).abs().max()
-            difference, largest = (
-                max(difference, float(change)),
-                max(largest, float(old.abs().max())),
-            )
+            changes.append((new.float() - old.float()).abs().max())
+            sizes.append(old.float().abs().max())
         _put_back(layer, was, kept)
-    return difference / largest if largest > 0 else 0.0
+    if not changes:
+        return 0.0
+    difference, largest = (float(torch.stack(x).max()) for x in (changes, sizes))
+    return difference / largest if largest else difference
 
 
 def _beside(layer: KVCache) -> list[Tensor]:
@@ -80,4 +82,4 @@ def _put_back(layer: KVCache, chunk: list[Tensor], beside: list[Tensor]) -> None
     for into, x in zip(_beside(layer), beside, strict=True):
         into.copy_(x)
     for stored, x in zip((layer.k, layer.v), chunk, strict=True):
-        stored[:, layer.cursor.slots] = x.to(stored.device)
+        stored[:, layer.cursor.slots] = x

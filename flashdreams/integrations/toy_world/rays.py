@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -90,14 +91,16 @@ def meet_walls(position: Tensor, ray: Tensor) -> WallHits:
     return WallHits(depth, index, torch.where(sideways, y + depth * north, x + depth * east))
 
 
-def pillar_places(like: Tensor) -> Tensor:
-    """The middles of the pillars, ``[4, 2]``, in the type and on the device of ``like``."""
-    return like.new_tensor([[1, 1], [1, -1], [-1, -1], [-1, 1]]) * PILLAR_OFFSET
+@lru_cache(maxsize=8)
+def pillar_places(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The middles of the pillars, ``[4, 2]``."""
+    places = [[1, 1], [1, -1], [-1, -1], [-1, 1]]
+    return torch.tensor(places, dtype=dtype, device=device) * PILLAR_OFFSET
 
 
 def meet_pillars(position: Tensor, ray: Tensor) -> PillarHits:
     """Follow rays to the nearest pillar; arguments as for `meet_walls`."""
-    offset = position.transpose(-1, -2) - pillar_places(ray)  # [..., 4, 2]
+    offset = position.transpose(-1, -2) - pillar_places(ray.dtype, ray.device)  # [..., 4, 2]
     square = (ray * ray).sum(dim=-2, keepdim=True)
     half_b = offset @ ray
     excess = (offset * offset).sum(dim=-1, keepdim=True) - PILLAR_RADIUS**2
@@ -110,7 +113,7 @@ def meet_pillars(position: Tensor, ray: Tensor) -> PillarHits:
 
 def pillar_normals(position: Tensor, ray: Tensor, hits: PillarHits) -> tuple[Tensor, Tensor]:
     """East and north parts ``[..., W]`` of the outward normals where rays meet pillars."""
-    place = pillar_places(ray)[hits.which]
+    place = pillar_places(ray.dtype, ray.device)[hits.which]
     met = position + hits.depth[..., None, :] * ray
     east = (met[..., 0, :] - place[..., 0]) / PILLAR_RADIUS
     return east, (met[..., 1, :] - place[..., 1]) / PILLAR_RADIUS
