@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     options = tyro.cli(CheckOptions, args=list(argv), prog=PROGRAM)
     from flashdreams.checking.checks import NAMES, check_method
     from flashdreams.registry import PluginError, discover
-    from flashdreams.runtime.text import printable
+    from flashdreams.runtime.text import printable, say
 
     if options.names:
         print("\n".join(NAMES))
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
             reports.append(check_method(config, tuple(options.only)))
             print(reports[-1], flush=True)
     except (ValueError, PluginError) as error:
-        print(printable(f"{PROGRAM}: error: {error}"), file=sys.stderr)
+        say(printable(f"{PROGRAM}: error: {error}"))
         return WRONG_USAGE
     return PASSED if all(report.passed for report in reports) else FAILED
 

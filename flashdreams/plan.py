@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     from flashdreams.planning.plans import Planner
     from flashdreams.planning.table import summary, table
     from flashdreams.registry import PluginError, discover
-    from flashdreams.runtime.text import printable
+    from flashdreams.runtime.text import printable, say
 
     try:
         runner: Any = discover().resolve(options.slug)
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         fps = options.fps or runner.fps
         plans = Planner(config, device, fps=fps, parallel=runner.parallel).plans(count)
     except (ValueError, TypeError, PluginError) as error:
-        print(printable(f"{PROGRAM}: error: {error}"), file=sys.stderr)
+        say(printable(f"{PROGRAM}: error: {error}"))
         return WRONG_USAGE
     c: Any = config.diffusion_model.transformer
     print(f"{options.slug} on {count} x {device.name}, latents {c.latent_height}x{c.latent_width}")

@@ -82,7 +82,7 @@ class CommandLine:
 
 def entry_point() -> None:
     """Run the process's own command line and exit with its code."""
-    raise_on_sigterm(before_end=_say_stopped)
+    raise_on_sigterm(before_end=say_stopped)
     watch_siblings()
     prepare_streams()
     leave(main(sys.argv[1:]))
@@ -454,11 +454,12 @@ def report(
 def stopped(stop: KeyboardInterrupt, program: str = PROGRAM) -> int:
     """Say on rank zero that a signal has ended the process, and give the exit code for it."""
     code = stop.exit_code if isinstance(stop, Terminated) else INTERRUPTED
-    _say_stopped(code - 128, program)
+    say_stopped(code - 128, program)
     return code
 
 
-def _say_stopped(number: int, program: str = PROGRAM) -> None:
+def say_stopped(number: int, program: str = PROGRAM) -> None:
+    """Say on rank zero which signal ends the process."""
     # What was broken off may be the import of torch, which crashes if it is begun again.
     if "flashdreams.parallel.environment" not in sys.modules or _rank() == 0:
         say(f"{program}: {'interrupted' if number == signal.SIGINT else 'terminated'}")

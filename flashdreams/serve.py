@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from types import FrameType
 from typing import Any
@@ -22,6 +23,7 @@ from flashdreams.run import (
     leave,
     read_config,
     report,
+    say_stopped,
     stopped,
     with_advice,
 )
@@ -53,7 +55,7 @@ class ServeOptions:
 
 def entry_point() -> None:
     """Run the process's own command line and exit with its code."""
-    raise_on_sigterm(grace_s=DRAIN_S)
+    raise_on_sigterm(grace_s=DRAIN_S, before_end=partial(say_stopped, program=PROGRAM))
     watch_siblings()
     prepare_streams()
     leave(main(sys.argv[1:]))

@@ -283,7 +283,6 @@ def check_bfloat16(subject: Subject) -> str:
         Note: the same of a method that is registered in float32.
     """
     typed = subject.full.pipeline.diffusion_model.transformer.dtype
-    found: Note | Problem | None = None
     try:
         bench = subject.in_dtype("bfloat16").open()
         chunks = bench.roll(steps=min(2, bench.steps))
@@ -293,8 +292,7 @@ def check_bfloat16(subject: Subject) -> str:
             "those that they meet (dtype=x.dtype, .to(self.dtype)), and cast once after what needs "
             "float32."
         )
-        found = Note(text) if typed == "float32" else Problem(text)
-        raise found from error
+        raise (Note if typed == "float32" else Problem)(text) from error
     for chunk in chunks:
         if chunk.latent is None or chunk.latent.dtype != torch.float32:
             raise Problem("in bfloat16 the latent is no float32: predict_flow ends with .float().")

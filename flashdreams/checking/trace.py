@@ -102,7 +102,7 @@ class Recorder(TorchFunctionMode):
         device = [x for x in inputs if not getattr(x, _HOST, False)]
         where = kwargs.get("device")
         told = where is not None or any(isinstance(a, torch.device) for a in args[1:])
-        if isinstance(where, str) and where == "cpu":  # x.device is no string
+        if where == "cpu":  # x.device is no string
             told = False
         moved = name in MOVES and (told or any(isinstance(a, Tensor | str) for a in args[1:]))
         if moved and isinstance(out, Tensor) and getattr(out, _HOST, False):

@@ -64,6 +64,8 @@ class Device:
     latency_us: float = 20.0
     """Fixed time of one collective."""
     ranks_per_node: int = 8
+    is_host: bool = False
+    """A CPU: ranks share its memory, and nothing is captured or fused."""
     source: str = ""
     """Where the figures are from, and which of them are assumed."""
 
@@ -258,6 +260,7 @@ def measure_cpu(rows: int = 64, dim: int = 192) -> Device:
         times=times,
         link_gb_s=1.0,
         ranks_per_node=64,
+        is_host=True,
         source="measured now",
     )
 

@@ -247,7 +247,7 @@ class Planner:
     @property
     def on_gpu(self) -> bool:
         """Whether the device is none of this host's CPUs."""
-        return self.device.source != "measured now"
+        return not self.device.is_host
 
     def plans(self, ranks: int) -> list[Plan]:
         """All plans for a number of ranks: those that fit first, the fastest first."""
@@ -256,7 +256,7 @@ class Planner:
 
     def _degrees(self, ranks: int) -> Iterator[ParallelDegrees]:
         transformer: Any = self.config.diffusion_model.transformer
-        cut = self._plan_of_transformer
+        cut = self._transformer.parallel_plan()
         heads = getattr(transformer, "num_heads", None) if cut is not None else None
         for degrees in legal_degrees(ranks, heads, self.guided):
             if degrees.tp > 1 and not (cut and cut.tensor):
@@ -269,10 +269,6 @@ class Planner:
     def _transformer(self) -> Any:
         with torch.device("meta"):
             return self.config.diffusion_model.transformer.setup()
-
-    @property
-    def _plan_of_transformer(self) -> Any:
-        return self._transformer.parallel_plan()
 
     def _layers_are_equal(self, layers: int) -> bool:
         """Whether all layers have the same parameters; Matrix-Game's first ones have more."""

@@ -51,8 +51,6 @@ def _asked(text: str) -> str:
 
 def _situation(config: Any, on_gpu: bool) -> tuple[Any, Device, Any, Any, int | None]:
     """Pipeline, device, degrees and strategy of a run, and pixels of a row of the latent."""
-    from flashdreams.infra.video_runner import SPATIAL_FACTOR
-
     pipeline = resolved_pipeline(config)
     transformer = pipeline.diffusion_model.transformer
     degrees = resolve_degrees(
@@ -61,7 +59,7 @@ def _situation(config: Any, on_gpu: bool) -> tuple[Any, Device, Any, Any, int | 
         getattr(transformer, "num_heads", None),
         pipeline.diffusion_model.guidance_scale is not None,
     )
-    pixels = SPATIAL_FACTOR if hasattr(config, "height") else None
+    pixels = getattr(config, "spatial_factor", None)
     return pipeline, _device(on_gpu), degrees, config.parallel, pixels
 
 
@@ -83,5 +81,5 @@ def _device(on_gpu: bool) -> Device:
     return Device(
         name=name, memory_gib=total / GIB, peak_tflops=1, gemm_tflops=1, attention_tflops=1,
         fp8_tflops=1, convolution_tflops=1, bandwidth_gb_s=1, link_gb_s=1,
-        source="" if on_gpu else "measured now",
+        is_host=not on_gpu,
     )  # fmt: skip

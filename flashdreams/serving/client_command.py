@@ -14,7 +14,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from flashdreams.runtime.files import check_target, write_whole
-from flashdreams.runtime.text import printable
+from flashdreams.runtime.text import printable, say
 from flashdreams.serving.client import LiveClient, Received, SessionError
 from flashdreams.serving.replay import Logged, read_log, replay
 
@@ -144,7 +144,7 @@ def _text(report: dict[str, object]) -> str:
 
 
 def _say(error: object, code: int) -> int:
-    print(printable(f"{PROGRAM}: error: {error}"), file=sys.stderr)
+    say(printable(f"{PROGRAM}: error: {error}"))
     return code
 
 

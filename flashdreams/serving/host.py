@@ -166,8 +166,7 @@ class LiveHost(Host):
         if not self.offer.prompts_change:
             raise Refused(f"The prompt of {self.offer.model} cannot change while it runs.")
         with self.lock:
-            if self._find(session).prompts >= MAX_PROMPTS:
-                raise Refused(f"{MAX_PROMPTS} prompts wait for the next chunk; send fewer.")
+            _refuse_many_prompts(self._find(session))
         encoded = self.prompts.encode(text)
         command = Command(
             kind="prompt", id=event_id or "", values={"text": text}, tensors={"text": encoded}
@@ -179,6 +178,8 @@ class LiveHost(Host):
             live = self._find(session)
             if live.events >= MAX_EVENTS:
                 raise Refused(f"{MAX_EVENTS} events wait for the next chunk; send fewer.")
+            if command.kind == "prompt":
+                _refuse_many_prompts(live)
             # While it gets its place or leaves it, the older ones are not handed over yet.
             held = self.engine_of(session) if live.where in ("device", "host") else None
             try:
@@ -248,8 +249,8 @@ class LiveHost(Host):
     def saved(self, session: str) -> list[str]:
         """See the contract."""
         with self.lock:
-            live = self._find(session)
-            return [*live.forks, *live.saves]
+            live = self.sessions.get(session)
+            return [] if live is None else [*live.forks, *live.saves]
 
     def figures(self, session: str | None = None) -> Figures:
         """See the contract."""
@@ -317,7 +318,10 @@ class LiveHost(Host):
 
     def _note_input(self, live: LiveSession) -> None:
         live.last_input = time.monotonic()
-        self._go_on(live, "idle")
+        if "idle" in live.reasons or live.keepings:
+            self._go_on(live, "idle")
+        else:
+            self.wake()
 
     def _pause(self, live: LiveSession, reason: Any) -> None:
         live.pause(reason, time.monotonic())
@@ -342,3 +346,8 @@ class LiveHost(Host):
         live.waits = True
         ahead = sum(other.where != "nowhere" for other in self.queue)
         self.queue.insert(ahead, live)
+
+
+def _refuse_many_prompts(live: LiveSession) -> None:
+    if live.prompts >= MAX_PROMPTS:
+        raise Refused(f"{MAX_PROMPTS} prompts wait for the next chunk; send fewer.")

@@ -217,7 +217,7 @@ class Host(ABC):
 
     @abstractmethod
     def saved(self, session: str) -> list[str]:
-        """Names that can be gone back to."""
+        """Names that can be gone back to; empty for a session that has ended."""
 
     @abstractmethod
     def figures(self, session: str | None = None) -> Figures:

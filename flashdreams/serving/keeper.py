@@ -2,6 +2,7 @@
 
 import logging
 import time
+from functools import partial
 from typing import Any
 
 from flashdreams.serving.dispatch import Dispatcher, OrderError
@@ -98,16 +99,18 @@ class Keeper:
             values["name"] = keeping.name
         if keeping.values.get("seed") is not None:
             values["seed"] = keeping.values["seed"]
-        try:
-            self.dispatcher.tell(Order(kind=keeping.kind, session=live.id, values=values))
-        except OrderError as error:
-            if keeping.kind == "reset":  # the old rollout has made room for the new one
-                with self.host.lock:
-                    live.failed = str(error)
-            else:
+        order = Order(kind=keeping.kind, session=live.id, values=values)
+        tell = partial(self.dispatcher.tell, order)
+        if keeping.kind == "reset":  # the old rollout has made room for the new one
+            if not self.dispatcher.attempt(live, tell):
+                return
+        else:
+            try:
+                tell()
+            except OrderError as error:
                 text = f"No {keeping.kind}: {error} The session continues."
                 self._refuse(live, keeping.event_id, text)
-            return
+                return
         with self.host.lock:
             self._note(live, keeping)
         if live.listener is not None:

@@ -39,7 +39,7 @@ def test_what_is_advised_on_a_host_fits_with_room_to_spare():
     """Ranks on a host share its memory, so more of them are no advice."""
     config = derive_config(discover().resolve("toy-world").pipeline)
     window = dict(transformer=dict(window_size_t=400_000))
-    host = replace(DEVICES["H200-141GB"], memory_gib=2.4, source="measured now", fp8_tflops=1)
+    host = replace(DEVICES["H200-141GB"], memory_gib=2.4, is_host=True, fp8_tflops=1)
     text = explain(derive_config(config, diffusion_model=window), host, ParallelDegrees())
     size = int(re.search(r"fits: --pipeline\S+window-size-t (\d+)\.$", text)[1])
     smaller = dict(transformer=dict(window_size_t=size))
@@ -50,7 +50,7 @@ def test_what_is_advised_on_a_host_fits_with_room_to_spare():
 def test_a_smaller_video_is_advised_in_pixels_where_a_command_takes_them():
     config = derive_config(discover().resolve("self-forcing-tiny-random").pipeline)
     large = dict(transformer=dict(latent_height=128, latent_width=128))
-    host = replace(DEVICES["H200-141GB"], memory_gib=1.7, source="measured now")
+    host = replace(DEVICES["H200-141GB"], memory_gib=1.7, is_host=True)
     text = explain(derive_config(config, diffusion_model=large), host, ParallelDegrees(), pixels=8)
     assert "The cheapest change that fits: a smaller video: --height 512 --width 512." in text
     assert "torchrun" not in text

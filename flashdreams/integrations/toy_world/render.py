@@ -104,8 +104,8 @@ def _render_pass(scene: Tensor, pose: Tensor, height: int, width: int) -> Tensor
     """Draw a batch small enough for the cache, [B, 3, H, W] in [-1, 1]."""
     focal, fine, columns, rows = _rays(height, width, pose.device)
     frames = len(pose)
-    position, sine, cosine = pose[:, :2], pose[:, 2:].sin(), pose[:, 2:].cos()
-    ray = directions(pose[:, 2:], fine)
+    position = pose[:, :2]
+    ray, view = directions(pose[:, 2:], fine), directions(pose[:, 2:], columns)
     wall_depth, wall_colour, wall_panel = _hit_walls(scene, position, ray)
     pillar_depth, pillar_colour = _hit_pillars(scene, position, ray)
 
@@ -130,8 +130,8 @@ def _render_pass(scene: Tensor, pose: Tensor, height: int, width: int) -> Tensor
     def per_column(weight: Tensor) -> Tensor:
         return weight.view(frames, width, SUBCOLUMNS, height).mean(dim=2)
 
-    zenith, glow = _sky(sine, cosine, columns, rows, focal)
-    floor, floor_keep = _floor(position, sine, cosine, columns, rows, focal)
+    zenith, glow = _sky(view, columns, rows, focal)
+    floor, floor_keep = _floor(position, view, columns, rows, focal)
     above, below, half = per_column(above), per_column(below), height // 2
     weights = torch.zeros(
         frames, width, 4 + 2 * SUBCOLUMNS, height, device=pose.device, dtype=torch.float32
@@ -217,25 +217,23 @@ def _pillar_shade(scale: Tensor, rows: Tensor) -> Tensor:
     return shade.add_(0.66)
 
 
-def _sky(
-    sine: Tensor, cosine: Tensor, columns: Tensor, rows: Tensor, focal: float
-) -> tuple[Tensor, Tensor]:
+def _sky(view: Tensor, columns: Tensor, rows: Tensor, focal: float) -> tuple[Tensor, Tensor]:
     """Weights above the horizon: the zenith's colour [W, H/2], the sun's glow [B, W, H/2]."""
     rise = -rows[: len(rows) // 2] / focal
     length = (1 + columns[:, None] ** 2 + rise**2).rsqrt()
     zenith = 1 - torch.exp(-((2.3 * rise * length) ** 1.3))
-    toward_sun = SUN_EAST * (sine + cosine * columns) + SUN_NORTH * (cosine - sine * columns)
+    toward_sun = SUN_EAST * view[:, 0] + SUN_NORTH * view[:, 1]
     aligned = toward_sun[..., None] * math.cos(SUN_ELEVATION) + rise * math.sin(SUN_ELEVATION)
     return zenith, torch.exp((aligned * length - 1).mul_(7.0))
 
 
 def _floor(
-    position: Tensor, sine: Tensor, cosine: Tensor, columns: Tensor, rows: Tensor, focal: float
+    position: Tensor, view: Tensor, columns: Tensor, rows: Tensor, focal: float
 ) -> tuple[Tensor, Tensor]:
     """Brightness [B, W, H/2] below the horizon, and what the fog leaves of it [W, H/2]."""
     depth = (EYE_HEIGHT * focal / rows[len(rows) // 2 :]).clamp_max(14.0)
-    x = position[:, 0, None, None] + (sine + cosine * columns)[..., None] * depth
-    y = position[:, 1, None, None] + (cosine - sine * columns)[..., None] * depth
+    x = position[:, 0, None, None] + view[:, 0, :, None] * depth
+    y = position[:, 1, None, None] + view[:, 1, :, None] * depth
     distance = depth * (1 + columns[:, None] ** 2).sqrt()
     tile = torch.sin(x * (math.pi / 2)).mul_(2.2).clamp_(-1, 1)
     tile.mul_(torch.sin(y * (math.pi / 2)).mul_(2.2).clamp_(-1, 1))

@@ -39,7 +39,7 @@ class Session:
     feed: Feed
     config: StartConfig
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while a socket takes it up, or a request steps it."""
+    """Held while a socket takes it up."""
 
 
 class Accounts:

@@ -237,8 +237,7 @@ class Conversation:
             text = for_clients(str(error))
             allowed = {"format": ["jpeg"]}
             raise Denied(Error(message=text, code="not_allowed", allowed=allowed)) from error
-        with contextlib.suppress(Refused):  # it has just ended
-            self.feed.saved = list(await asyncio.to_thread(host.saved, session.id))
+        self.feed.saved = await asyncio.to_thread(host.saved, session.id)
         self.outlet.post(
             VideoStart(
                 request_id=self.request_id,

@@ -1,11 +1,12 @@
 """``/v1/sessions``: sessions that are driven step by step over HTTP."""
 
 import asyncio
-import contextlib
 import json
 import time
+from collections import ChainMap
 from collections.abc import Callable
 from typing import Annotated, Any
+from weakref import WeakValueDictionary
 
 from fastapi import FastAPI, HTTPException, Path
 from fastapi.exceptions import RequestValidationError
@@ -135,8 +136,8 @@ class Steppers:
         """Begin without sessions."""
         self.accounts = accounts
         self.sessions: dict[str, tuple[Stepper, StartConfig]] = {}
-        accounts.step_driven = self.sessions
-        self._taking_up = asyncio.Lock()
+        self._taking_up: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        accounts.step_driven = ChainMap[str, Any](self.sessions, self._taking_up)
 
     async def create(self, body: SessionCreate) -> str:
         """Open a session.
@@ -158,7 +159,9 @@ class Steppers:
         """
         host = self.accounts.host()
         if id not in self.sessions:
-            async with self._taking_up:
+            if id in self.accounts.sessions:
+                raise Denied(_error("unknown_session", "This session is driven over a WebSocket."))
+            async with self._taking_up.setdefault(id, asyncio.Lock()):
                 if id not in self.sessions:
                     await self._take_up(id, host)
         stepper, config = self.sessions[id]
@@ -166,8 +169,6 @@ class Steppers:
         return stepper, config
 
     async def _take_up(self, id: str, host: Host) -> None:
-        if id in self.accounts.sessions:
-            raise Denied(_error("unknown_session", "This session is driven over a WebSocket."))
         stepper = Stepper(self.accounts.metrics)
         try:
             await answered(host.attach, id, stepper)
@@ -180,9 +181,7 @@ class Steppers:
         stepper, config = await self.find(id)
         host = self.accounts.host()
         offer = host.offer
-        saved: list[str] = []
-        with contextlib.suppress(Refused):  # it has ended
-            saved = list(await asyncio.to_thread(host.saved, id))
+        saved = await asyncio.to_thread(host.saved, id)
         return SessionInfo(
             id=id,
             state="ended" if stepper.ended is not None else stepper.state,

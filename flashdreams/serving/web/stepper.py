@@ -88,7 +88,11 @@ class Stepper(Listener):
         if self._chunk is None:
             self._chunk = self._loop.create_future()
             self._wanted = True
-            wake()
+            try:
+                wake()
+            except Exception:
+                self._chunk, self._wanted = None, False
+                raise
         try:
             chunk = await asyncio.wait_for(asyncio.shield(self._chunk), timeout)
         except asyncio.TimeoutError as error:

@@ -152,7 +152,8 @@ class FakeHost(Host):
                 self._end(found, None, True)
 
     def saved(self, session: str) -> list[str]:
-        return list(self._find(session).saved)
+        found = self.sessions.get(session)
+        return [] if found is None or found.ended else list(found.saved)
 
     def figures(self, session: str | None = None) -> Figures:
         if session is not None:

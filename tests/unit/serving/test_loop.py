@@ -276,6 +276,9 @@ def test_figures_of_server_and_session(runner, folder):
     with served(runner, state_dir=folder) as server:
         visit = Visit(server.host)
         visit.ask(4)
+        visit.command("save", name="here")
+        until(lambda: server.host.saved(visit.id) == ["here"])
+        assert server.host.saved("nobody") == []
         until(lambda: server.host.figures(visit.id).frames_per_second > 0)
         own, whole = server.host.figures(visit.id), server.host.figures()
         assert (own.state, own.steps, whole.steps, whole.places) == ("running", 4, 4, 2)

@@ -5,7 +5,6 @@ import json
 import jsonschema
 import pytest
 
-from flashdreams.serving.interface import Refused
 from flashdreams.serving.protocol import schema
 from tests.unit.serving.fake_host import FakeHost
 from tests.unit.serving.plain_client import PlainClient, shown_frames, web
@@ -40,19 +39,6 @@ def test_the_check_of_shown_frames_sees_a_missing_picture() -> None:
         client.start(num_frames=8)
         client.until("session.done")
         assert shown_frames(client.media[:3] + client.media[4:]) != list(range(8))
-
-
-def test_a_session_that_ends_while_it_is_announced_is_shown_whole() -> None:
-    """The loop knows it no more when ``video.start`` is about to be sent."""
-
-    class Forgetful(FakeHost):
-        def saved(self, session: str) -> list[str]:
-            raise Refused("no such session")
-
-    with web(Forgetful()) as server, PlainClient(server) as client:
-        assert client.start(num_frames=30)["saved"] == []
-        assert client.until("session.done")["chunks"] == 30
-        assert client.close_code() == 1000
 
 
 def test_jpeg_pictures_are_files_of_their_own() -> None:
