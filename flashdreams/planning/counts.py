@@ -51,11 +51,6 @@ class Work:
         return self.gemm_flops + self.attention_flops + self.convolution_flops
 
     @property
-    def bytes_per_call(self) -> float:
-        """What one operator moves, on average."""
-        return (self.gemm_bytes + self.other_bytes) / max(self.calls, 1)
-
-    @property
     def sent_bytes(self) -> int:
         """Bytes that this rank sends."""
         return sum(traffic.bytes_sent for traffic in self.traffic.values())

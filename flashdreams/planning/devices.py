@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from flashdreams.infra.config import config_fields, conforms, field_annotation
+from flashdreams.infra.diffusion.model import DiffusionModelConfig
+from flashdreams.infra.diffusion.scheduler.fm import FlowMatchSchedulerConfig
+from flashdreams.infra.pipeline import StreamInferencePipelineConfig
 from flashdreams.models.wan.transformer import WanTransformerConfig
 from flashdreams.planning.counts import count
 from flashdreams.planning.operators import OperatorTimes, median_s
@@ -49,12 +52,9 @@ class Device:
     """Of the bytes that the operations between matmuls read and write one by one, the share that
     still moves where fused kernels run."""
     call_us: float = 0.0
-    """Time that the program around an operator takes while all that it needs is in the caches;
-    hidden on a GPU with enough work."""
-    cold_call_us: float = 0.0
-    """The same where operators move so much that the program is pushed out of the caches."""
-    cold_bytes: float = 1.0
-    """Bytes per operator that do so; below it, the time grows with the bytes."""
+    """Time that the program around an operator takes; hidden on a GPU with enough work."""
+    step_us: float = 0.0
+    """Time that the streaming loop takes per AR step around the network, likewise."""
     times: OperatorTimes | None = field(default=None, repr=False, compare=False)
     """Times small operators at their own shapes, on this CPU; None: rates hold for all."""
     link_gb_s: float = 0.0
@@ -245,7 +245,7 @@ def measure_cpu(rows: int = 64, dim: int = 192) -> Device:
 
     attended, convolved = 4 * q.numel() * 9 * rows, 2 * image.numel() * 32 * 9
     times = OperatorTimes()
-    (call_us, _), (cold_call_us, cold_bytes) = (_engine_call(times, dim) for dim in (24, dim))
+    call_us, step_us = _engine_us(times, dim)
     return Device(
         name=f"this CPU, {torch.get_num_threads()} threads",
         memory_gib=host_memory_bytes() / GIB,
@@ -255,8 +255,7 @@ def measure_cpu(rows: int = 64, dim: int = 192) -> Device:
         convolution_tflops=rate(convolved, TERA, lambda: F.conv2d(image, kernel, padding=1)),
         bandwidth_gb_s=rate(8 * big.numel(), GB, lambda: big + 1.0),
         call_us=call_us,
-        cold_call_us=max(call_us, cold_call_us),
-        cold_bytes=cold_bytes,
+        step_us=step_us,
         times=times,
         link_gb_s=1.0,
         ranks_per_node=64,
@@ -265,39 +264,54 @@ def measure_cpu(rows: int = 64, dim: int = 192) -> Device:
     )
 
 
-def _engine_call(times: OperatorTimes, dim: int) -> tuple[float, float]:
-    """Microseconds that the engine takes per operator, beside the operator itself, and its bytes.
+def _engine_us(times: OperatorTimes, dim: int) -> tuple[float, float]:
+    """Microseconds that the engine takes per operator and per AR step, beside operators.
 
     Args:
         times: of operators.
-        dim: width of the network that is run; with 24 the operators do almost nothing, with 192
-            its weights are larger than the caches that a core has for itself.
+        dim: width of the network that is run; its weights are larger than the caches that a core
+            has for itself.
     """
-    config = WanTransformerConfig(
-        dim=dim, ffn_dim=4 * dim, num_heads=dim // 12, num_layers=4, freq_dim=16, text_dim=8,
-        text_len=2, in_channels=2, out_channels=2, len_t=1, latent_height=2, latent_width=2,
-        window_size_t=2,
+    config = StreamInferencePipelineConfig(
+        name="calibration",
+        diffusion_model=DiffusionModelConfig(
+            transformer=WanTransformerConfig(
+                dim=dim, ffn_dim=4 * dim, num_heads=dim // 12, num_layers=4, freq_dim=16,
+                text_dim=8, text_len=2, in_channels=2, out_channels=2, len_t=1, latent_height=2,
+                latent_width=2, window_size_t=2,
+            ),
+            scheduler=FlowMatchSchedulerConfig(denoising_timesteps=(1000.0,)),
+        ),
     )  # fmt: skip
+    new = partial(torch.zeros, dtype=torch.float32)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        network = config.setup()
-        new = partial(torch.zeros, dtype=torch.float32)
-        cache = network.initialize_cache(text=new(1, 2, 8, device="cpu"))
-        network.begin_step(0, cache)
+        pipeline: Any = config.setup(device=torch.device("cpu"))
+        cache = pipeline.initialize_cache(text=new(1, 2, 8, device="cpu"))
+
+        def step() -> None:
+            index = cache.next_index
+            pipeline.generate(autoregressive_index=index, cache=cache)
+            pipeline.finalize(autoregressive_index=index, cache=cache)
+
+        step_s = median_s(step, 0.3)
+        network, state = pipeline.diffusion_model.transformer, cache.diffusion.conditional
+        network.begin_step(cache.next_index, state)
         latent, timestep = new(1, 2, 1, 2, 2, device="cpu"), new((), device="cpu") + 500.0
-        seconds = median_s(lambda: network.predict_flow(latent, timestep, cache), 0.3)
+        call_s = median_s(lambda: network.predict_flow(latent, timestep, state), 0.3)
     with torch.device("meta"):
-        network = config.setup()
-    cache = network.initialize_cache(text=new(1, 2, 8, device="meta"))
-    network.begin_step(0, cache)
+        network = config.diffusion_model.transformer.setup()
+    state = network.initialize_cache(text=new(1, 2, 8, device="meta"))
+    network.begin_step(0, state)
     with torch.no_grad():
-        network.modulation_of(timestep, cache)
+        network.modulation_of(timestep, state)
     on_meta = latent.to("meta")
-    work, _ = count(network, lambda: network.predict_flow(on_meta, timestep, cache), cache)
-    one = times.seconds(work.operators)
-    own_s = sum(
-        calls * one[operator] for operator, calls in work.operators.items() if operator in one
-    )
-    return 1e6 * max(0.0, seconds - own_s) / work.calls, work.bytes_per_call
+    call, _ = count(network, lambda: network.predict_flow(on_meta, timestep, state), state)
+    clean, _ = count(network, lambda: network.update_cache(on_meta, timestep, state), state)
+    one_s = times.seconds(call.operators)
+    own_s = sum(calls * one_s[operator] for operator, calls in call.operators.items())
+    per_call_s = max(0.0, call_s - own_s) / call.calls
+    clean_s = call_s * clean.calls / call.calls
+    return 1e6 * per_call_s, 1e6 * max(0.0, step_s - call_s - clean_s)
 
 
 def host_memory_bytes() -> int:

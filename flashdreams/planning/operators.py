@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -19,8 +20,8 @@ MAX_BYTES = 64e6
 CLIP_DIMS = 5
 """Dims of a clip ``[B, C, T, H, W]``; its memory layout on a CPU is not the meta device's."""
 
-COPIES_BYTES = 32e6
-"""Most that copies of weights and of rollout state may take while an operator is timed."""
+COPIES_BYTES = 512e6
+"""Most that copies of weights and of rollout state may take while operators are timed."""
 
 
 class TensorForm(NamedTuple):
@@ -79,32 +80,65 @@ class OperatorTimes:
     def seconds(self, operators: Mapping[Operator, int]) -> dict[Operator, float]:
         """Time of one call of each operator that is small enough to be timed.
 
+        Operators take turns, each as often as in an AR step: one that is called over and over
+        alone finds its weights in the caches, one that is called rarely finds not even its program.
+
         Args:
             operators: with their number in an AR step.
         """
-        for operator, count in operators.items():
-            small = operator.flops <= MAX_FLOPS and operator.nbytes <= MAX_BYTES
-            if small and operator not in self._known:
-                self._known[operator] = self._time(operator, count)
+        new = {
+            operator: calls
+            for operator, calls in operators.items()
+            if operator.flops <= MAX_FLOPS
+            and operator.nbytes <= MAX_BYTES
+            and operator not in self._known
+        }
+        self._known.update(self._time(new))
         return {o: self._known[o] for o in operators if o in self._known}
 
-    def _time(self, operator: Operator, count: int) -> float:
-        operator = _as_on_a_cpu(operator)
-        kept = sum(_nbytes(x) for x in _forms(operator) if x.kept)
-        copies = max(1, min(count, int(COPIES_BYTES // max(kept, 1))))
+    def _time(self, operators: Mapping[Operator, int]) -> dict[Operator, float]:
         shared: dict[TensorForm, Tensor] = {}
-        calls = [
-            (_filled(operator.args, shared), {n: _filled(v, shared) for n, v in operator.kwargs})
-            for _ in range(copies)
+        share = COPIES_BYTES / max(1, len(operators))
+        found: list[tuple[list[float], Iterator[Callable[[], Any]]]] = [
+            ([], cycle(_calls(operator, calls, share, shared)))
+            for operator, calls in operators.items()
         ]
-        ready = cycle(calls)
-
-        def call() -> None:
-            args, kwargs = next(ready)
-            operator.function(*args, **kwargs)
-
+        turns = [found[n] for n in _in_turn(operators.values())]
+        end = time.perf_counter() + self.budget_s * len(operators)
         with torch.no_grad():
-            return median_s(call, self.budget_s)
+            for times, ready in cycle(turns):
+                if time.perf_counter() > end and len(times) > 1:
+                    if all(len(others) > 1 for others, _ in found):
+                        break
+                    continue
+                call = next(ready)
+                start = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - start)
+        medians = (statistics.median(times[1:]) for times, _ in found)
+        return dict(zip(operators, medians, strict=True))
+
+
+def _in_turn(numbers: Iterable[int]) -> list[int]:
+    """Which is called when, if each of several is called so many times, spread evenly."""
+    turns = [((k + 0.5) / calls, n) for n, calls in enumerate(numbers) for k in range(calls)]
+    return [n for _, n in sorted(turns)]
+
+
+def _calls(
+    operator: Operator, count: int, most_bytes: float, shared: dict[TensorForm, Tensor]
+) -> list[Callable[[], Any]]:
+    """Calls of an operator, each with weights and state of its own."""
+    operator = _as_on_a_cpu(operator)
+    kept = sum(_nbytes(x) for x in _forms(operator) if x.kept)
+    return [
+        partial(
+            operator.function,
+            *_filled(operator.args, shared),
+            **{name: _filled(value, shared) for name, value in operator.kwargs},
+        )
+        for _ in range(max(1, min(count, int(most_bytes // max(kept, 1)))))
+    ]
 
 
 def median_s(call: Callable[[], Any], budget_s: float = 0.08) -> float:

@@ -73,7 +73,7 @@ class Milliseconds:
     memory: float
     """Everything that is bound by memory bandwidth."""
     calls: float
-    """Launches that nothing hides."""
+    """The program around operators and AR steps, where nothing hides it."""
     collectives: float
 
     @property
@@ -177,11 +177,9 @@ def predict_ms(
         seconds[kind] += amount / (getattr(device, f"{kind}_tflops") * TERA)
     moved_bytes *= device.fused_share if fused else 1.0
     seconds["memory"] += moved_bytes / (device.bandwidth_gb_s * GB)
-    cold = min(1.0, work.bytes_per_call / device.cold_bytes) if device.cold_call_us else 0.0
-    call_us = device.call_us + cold * (device.cold_call_us - device.call_us)
     return Milliseconds(
         **{kind: 1e3 * s for kind, s in seconds.items()},
-        calls=1e-3 * work.calls * call_us,
+        calls=1e-3 * (work.calls * device.call_us + device.step_us),
         collectives=1e3 * collectives,
     )
 
@@ -296,6 +294,9 @@ class Planner:
                 f"precision='fp8' cannot be planned for {self.device.name}: FP8 attention needs a "
                 "Hopper GPU. Plan for H100-80GB or H200-141GB, or with --precision native."
             )
+        if self.device.times is not None:
+            for part in (network.call, network.clean, network.begin, decoded):
+                self.device.times.seconds(part.operators)  # each among those that it runs with
         once = network.clean + network.begin
         work = (network.call * steps + once) * branches + decoded
         caches = network.caches * branches

@@ -20,7 +20,7 @@ from flashdreams.parallel.mesh import ParallelConfig, ParallelDegrees
 from flashdreams.planning.advice import explain
 from flashdreams.planning.counts import Work, count, storages
 from flashdreams.planning.devices import DEVICES, GIB, read_devices, resolve_gpus
-from flashdreams.planning.operators import OperatorTimes
+from flashdreams.planning.operators import OperatorTimes, _in_turn
 from flashdreams.planning.plans import Planner, predict_ms
 
 H200 = DEVICES["H200-141GB"]
@@ -158,11 +158,16 @@ def test_operators_are_timed_at_their_own_shapes_where_a_device_says_so():
     assert predict_ms(work, ParallelDegrees(), H200).total < found.total  # negative control
 
 
-def test_a_program_pushed_out_of_the_caches_takes_longer_per_operator():
-    work, one = Work(calls=10, other_bytes=10_000), ParallelDegrees()
-    device = replace(H200, call_us=5.0, cold_call_us=15.0, cold_bytes=2000.0)
-    assert predict_ms(work, one, device).calls == pytest.approx(0.1)
-    assert predict_ms(work * 1, one, replace(device, cold_bytes=500.0)).calls == pytest.approx(0.15)
+def test_operators_take_turns_as_often_as_in_a_step():
+    assert _in_turn([1, 4, 2]) == [1, 2, 1, 0, 1, 2, 1]
+    assert _in_turn([]) == []
+
+
+def test_the_program_around_operators_and_steps_takes_time():
+    work, one = Work(calls=10), ParallelDegrees()
+    device = replace(H200, call_us=5.0, step_us=300.0)
+    assert predict_ms(work, one, device).calls == pytest.approx(0.35)
+    assert predict_ms(work, one, H200).calls == 0  # negative control: hidden on a GPU
 
 
 def test_all_legal_degrees_are_there_and_the_best_is_first():
