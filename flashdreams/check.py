@@ -1,12 +1,18 @@
 """The check of a method: ``flashdreams-check <slug>``, also ``python -m flashdreams.check``."""
 
-import sys
+if __name__ == "__main__":  # before the imports below, which take time
+    from flashdreams.runtime.first_signals import end_at_once
+
+    end_at_once("flashdreams-check")
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import tyro
 from tyro.conf import Positional, arg
+
+from flashdreams.parallel.stopping import run_command
 
 PROGRAM = "flashdreams-check"
 PASSED, FAILED, WRONG_USAGE = 0, 1, 2
@@ -31,7 +37,7 @@ class CheckOptions:
 
 def entry_point() -> None:
     """Run the process's own command line and exit with its code."""
-    sys.exit(main(sys.argv[1:]))
+    run_command(PROGRAM, main)
 
 
 def main(argv: Sequence[str]) -> int:

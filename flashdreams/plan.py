@@ -1,6 +1,10 @@
 """The planner: ``flashdreams-plan <slug>``, also ``python -m flashdreams.plan <slug>``."""
 
-import sys
+if __name__ == "__main__":  # before the imports below, which take time
+    from flashdreams.runtime.first_signals import end_at_once
+
+    end_at_once("flashdreams-plan")
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, arg
+
+from flashdreams.parallel.stopping import run_command
 
 PROGRAM = "flashdreams-plan"
 DONE, DOES_NOT_FIT, WRONG_USAGE = 0, 1, 2
@@ -43,7 +49,7 @@ class PlanOptions:
 
 def entry_point() -> None:
     """Run the process's own command line and exit with its code."""
-    sys.exit(main(sys.argv[1:]))
+    run_command(PROGRAM, main)
 
 
 def main(argv: Sequence[str]) -> int:

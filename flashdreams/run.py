@@ -1,17 +1,21 @@
 """The command line: ``flashdreams-run <slug>``, also ``python -m flashdreams.run <slug>``."""
 
+if __name__ == "__main__":  # before the imports below, which take time
+    from flashdreams.runtime.first_signals import end_at_once
+
+    end_at_once("flashdreams-run")
+
 import contextlib
-import gc
 import io
 import os
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, is_dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import flashdreams
 from flashdreams.infra.config import (
@@ -23,20 +27,21 @@ from flashdreams.infra.config import (
     is_config,
 )
 from flashdreams.parallel.siblings import watch_siblings
+from flashdreams.parallel.stopping import say_stopped, stopped
 from flashdreams.registry import VARIABLE, PluginError, Registry, discover, is_runner_config
 from flashdreams.runtime.checkpoint import CheckpointError, MissingWeightsError
 from flashdreams.runtime.command_text import one_line, table, terminal_width, whole_paragraphs
 from flashdreams.runtime.standard_error import prepare_streams
 from flashdreams.runtime.termination import (
     IMPORT_DEADLINE_S,
-    Terminated,
     ends_after,
+    leave,
     raise_on_sigterm,
 )
-from flashdreams.runtime.text import printable, quoted, read_text, say
+from flashdreams.runtime.text import printable, quoted, read_text, reason_of, say
 
 PROGRAM = "flashdreams-run"
-DONE, RUN_FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+DONE, RUN_FAILED, WRONG_USAGE = 0, 1, 2
 """Exit codes: 2 means that nothing was started, 1 that what was started failed."""
 
 _OWN_OPTIONS = {
@@ -82,20 +87,10 @@ class CommandLine:
 
 def entry_point() -> None:
     """Run the process's own command line and exit with its code."""
-    raise_on_sigterm(before_end=say_stopped)
+    raise_on_sigterm(before_end=partial(say_stopped, program=PROGRAM))
     watch_siblings()
     prepare_streams()
     leave(main(sys.argv[1:]))
-
-
-def leave(code: int) -> NoReturn:
-    """End the process, quickly, once all is written."""
-    # The interpreter's own end may be cut short by a second signal.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-    # Otherwise the interpreter looks through all of PyTorch for rubbish once more, for a second.
-    gc.freeze()
-    sys.exit(code)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -116,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
             line = _split(argv)
             config = _resolve(line)
     except KeyboardInterrupt as stop:
-        return stopped(stop)
+        return stopped(stop, PROGRAM)
     except BrokenPipeError:
         # The reader of the output (head, less) has left: nothing may be flushed to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -261,9 +256,8 @@ def _read_config_file(path: Path, registry: Registry, named: Any) -> Any:
     try:
         text = read_text(path, MAX_CONFIG_BYTES)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"cannot read --config {path}: {reason}. "
+            f"cannot read --config {path}: {reason_of(error)}. "
             f"Write one with: {PROGRAM} <slug> --print-config > {path}"
         ) from error
     registered = list(registry.values()) if named is None else [*registry.values(), named]
@@ -367,7 +361,7 @@ def _run(config: Any, debug: bool, replay: Any = None) -> int:
         if replay is not None:
             runner.recorder.replay = replay
     except KeyboardInterrupt as stop:
-        return stopped(stop)
+        return stopped(stop, PROGRAM)
     except Exception as error:
         return report(with_advice(error, config), code_before_run(error), debug)
     try:
@@ -382,7 +376,7 @@ def _run(config: Any, debug: bool, replay: Any = None) -> int:
             raise found from error
         runner.close()
     except KeyboardInterrupt as stop:
-        return stopped(stop)
+        return stopped(stop, PROGRAM)
     except Exception as error:
         return report(with_advice(error, config), RUN_FAILED, debug)
     return DONE
@@ -449,20 +443,6 @@ def report(
             return code
     say(f"{program}: error on rank {_rank()}: {text}", beside=_shares_terminal())
     return code
-
-
-def stopped(stop: KeyboardInterrupt, program: str = PROGRAM) -> int:
-    """Say on rank zero that a signal has ended the process, and give the exit code for it."""
-    code = stop.exit_code if isinstance(stop, Terminated) else INTERRUPTED
-    say_stopped(code - 128, program)
-    return code
-
-
-def say_stopped(number: int, program: str = PROGRAM) -> None:
-    """Say on rank zero which signal ends the process."""
-    # What was broken off may be the import of torch, which crashes if it is begun again.
-    if "flashdreams.parallel.environment" not in sys.modules or _rank() == 0:
-        say(f"{program}: {'interrupted' if number == signal.SIGINT else 'terminated'}")
 
 
 def _say_import_hangs() -> None:

@@ -1,5 +1,10 @@
 """Live sessions: ``flashdreams-serve <slug>``, also ``python -m flashdreams.serve <slug>``."""
 
+if __name__ == "__main__":  # before the imports below, which take time
+    from flashdreams.runtime.first_signals import end_at_once
+
+    end_at_once("flashdreams-serve")
+
 import os
 import signal
 import sys
@@ -14,21 +19,19 @@ import tyro
 from tyro.conf import OmitArgPrefixes
 
 from flashdreams.parallel.siblings import watch_siblings
+from flashdreams.parallel.stopping import say_stopped, stopped
 from flashdreams.run import (
     DONE,
     RUN_FAILED,
     WRONG_USAGE,
     UsageError,
     code_before_run,
-    leave,
     read_config,
     report,
-    say_stopped,
-    stopped,
     with_advice,
 )
 from flashdreams.runtime.standard_error import prepare_streams
-from flashdreams.runtime.termination import raise_on_sigterm
+from flashdreams.runtime.termination import leave, raise_on_sigterm
 from flashdreams.runtime.text import say, tell
 from flashdreams.serving.limits import ServingLimits
 from flashdreams.serving.web.settings import WebSettings

@@ -121,14 +121,24 @@ def fill_batch(
 def fill_pick(
     batch: StreamInferencePipelineCache,
     index: int,
+    rows: slice,
     into: StreamInferencePipelineCache,
     layout: StateLayout,
     device: torch.device,
     plan: ParallelPlan | None,
 ) -> None:
-    """Bring a fresh rollout to where one fork of a batch is; arguments as for `fill_batch`."""
+    """Bring a fresh rollout to where one fork of a batch is.
+
+    Args:
+        batch: between AR steps.
+        index: of the fork.
+        rows: its batch entries.
+        into: fresh, under its part of the context.
+        layout: how ranks hold the state.
+        device: where the pipeline runs.
+        plan: of the transformer.
+    """
     values, whole = live_state(batch, layout, device, plan)
-    rows = rows_of(batch, index)
     one = replace(whole, take=lambda *at: whole.take(*at)[rows], rows=rows)
     encoder, fresh = values["encoder"]["items"][index], into.encoder
     fill_rollout(into, values | {"encoder": None, "controller": None}, one)

@@ -9,7 +9,7 @@ from flashdreams.infra.config import quoted
 from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.checkpoint.read import open_tensors
 from flashdreams.runtime.checkpoint.source import LocalCheckpoint
-from flashdreams.runtime.text import read_text, shown
+from flashdreams.runtime.text import read_text, reason_of, shown
 
 MAX_PROMPT_CHARACTERS = 20_000
 """Most characters of a prompt: several times what any text encoder takes."""
@@ -35,10 +35,9 @@ def read_prompt(prompt: str, prompt_path: Path | None) -> str:
         if len(text) > MAX_PROMPT_CHARACTERS:
             raise ValueError(f"it has more than {MAX_PROMPT_CHARACTERS} characters")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"--prompt-path {prompt_path} cannot be read: {reason}. Name a text file, or give the "
-            "words with --prompt."
+            f"--prompt-path {prompt_path} cannot be read: {reason_of(error)}. Name a text file, "
+            "or give the words with --prompt."
         ) from error
     if not text:
         raise ValueError(f"--prompt-path {prompt_path} is empty; describe the video in it.")

@@ -169,9 +169,7 @@ class StreamInferencePipelineCache:
             ValueError: memory is short, and it says how many fit; or as for ``clone``.
             StateError: a component's state does not declare how ranks hold it.
         """
-        self.require_finalized("fork")
-        if n < 1:
-            raise ValueError(f"fork({n}): a rollout forks into 1 or more.")
+        self._require_forks("fork", n)
         return self.pipeline.fork_cache(self, n)
 
     def fork_batch(self, n: int) -> "StreamInferencePipelineCache":
@@ -189,9 +187,7 @@ class StreamInferencePipelineCache:
             ValueError: memory is short, or the method takes no batch; or as for ``clone``.
             StateError: a component's state does not declare how ranks hold it.
         """
-        self.require_finalized("fork")
-        if n < 1:
-            raise ValueError(f"fork_batch({n}): a rollout forks into 1 or more.")
+        self._require_forks("fork_batch", n)
         return self.pipeline.fork_batch(self, n)
 
     def pick(self, index: int) -> "StreamInferencePipelineCache":
@@ -220,6 +216,11 @@ class StreamInferencePipelineCache:
             raise ValueError(
                 f"A batch of {self.forks} forks has no {call}. Take one out first: cache.pick(i)."
             )
+
+    def _require_forks(self, call: str, n: int) -> None:
+        self.require_finalized("fork")
+        if n < 1:
+            raise ValueError(f"{call}({n}): a rollout forks into 1 or more.")
 
     def _require_between_steps(self, call: str) -> None:
         self.require_live()

@@ -18,7 +18,7 @@ from flashdreams.infra.fingerprint import differences
 from flashdreams.infra.session import Command
 from flashdreams.infra.stored_choices import MAX_LINE_BYTES
 from flashdreams.runtime.files import open_owned
-from flashdreams.runtime.text import check_regular, quoted
+from flashdreams.runtime.text import check_regular, quoted, reason_of
 
 LOG_FORMAT = 1
 """Number of the form of the lines; another one is refused."""
@@ -268,7 +268,7 @@ def read_log(path: Path) -> Replay:
     except LogError:
         raise
     except OSError as error:
-        raise LogError(f"--replay {path} cannot be read: {error.strerror}.") from error
+        raise LogError(f"--replay {path} cannot be read: {reason_of(error)}.") from error
     except Exception as error:  # safetensors has errors of its own
         raise LogError(
             f"--replay {path} is no log of a run ({error}). Runs write log_<slug>.jsonl into "

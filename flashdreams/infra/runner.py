@@ -42,7 +42,7 @@ from flashdreams.runtime.files import InUseError, check_target, open_owned
 from flashdreams.runtime.noise import SEED_LIMIT
 from flashdreams.runtime.run_report import write_report
 from flashdreams.runtime.segments import SegmentedVideo
-from flashdreams.runtime.text import tell
+from flashdreams.runtime.text import reason_of, tell
 from flashdreams.runtime.trace import Tracer, slowest_rank, write_trace
 from flashdreams.runtime.video import VideoWriter
 
@@ -496,5 +496,5 @@ def claim_output(config: RunnerConfig) -> BinaryIO:
         ) from error
     except OSError as error:
         raise ValueError(
-            f"--output-dir {folder} cannot be written: {error.strerror}. Name another folder."
+            f"--output-dir {folder} cannot be written: {reason_of(error)}. Name another folder."
         ) from error

@@ -108,8 +108,8 @@ class SavedRollouts(Assembly, ABC):
                 lambda: checked_values(state, self.config.name, noise, controller)
             )
             decoder = StateDecoder(self.layout, self.target_device, from_state(state))
-            cache = self._restore(values, decoder, noise, controller)
-            self._measure_numerics(cache, values["fingerprint"])
+            cache, differ = self._restore(values, decoder, noise, controller)
+            self._measure_numerics(cache, differ)
             return cache
 
     @without_grad
@@ -194,11 +194,11 @@ class SavedRollouts(Assembly, ABC):
             place = (self.layout, self.target_device)
             decoder = StateDecoder(*place, no_whole_tensor, take_part=reader.take)
             with readable_damage(folder):
-                cache = self._restore(dict(header.values), decoder, noise, controller)
+                cache, differ = self._restore(dict(header.values), decoder, noise, controller)
             if header.light:
                 self.diffusion_model.rebuild_context(cache.diffusion)
             else:
-                self._measure_numerics(cache, header.fingerprint)
+                self._measure_numerics(cache, differ)
             return cache
 
     @without_grad
@@ -245,7 +245,7 @@ class SavedRollouts(Assembly, ABC):
             decoder = StateDecoder(
                 self.layout, self.target_device, no_whole_tensor, take_part=parked.take
             )
-            return self._restore(values, decoder, noise, controller)
+            return self._restore(values, decoder, noise, controller)[0]
 
     def _restore(
         self,
@@ -253,8 +253,8 @@ class SavedRollouts(Assembly, ABC):
         decoder: StateDecoder,
         noise: NoiseFunction | None,
         controller: Controller | None,
-    ) -> StreamInferencePipelineCache:
-        """A rollout from the values of a canonical form; a collective call."""
+    ) -> tuple[StreamInferencePipelineCache, list[str]]:
+        """A rollout from a canonical form, and where its numerics differ from ours; collective."""
         parts = [self.diffusion_model.transformer, self.encoder, self.decoder]
         context, negative_text = restore_context(values, decoder, parts)
         cache = self.new_cache(context, negative_text, noise or NoiseSource(values["seed"]))
@@ -265,18 +265,16 @@ class SavedRollouts(Assembly, ABC):
         differ = differences(values["fingerprint"], self.fingerprint())
         for line in [*unused, *(x for x in differ if x.split(":")[0] not in told)]:
             logger.info("The loaded rollout may continue with other bits: %s.", line)
-        return cache
+        return cache, differ
 
-    def _measure_numerics(
-        self, cache: StreamInferencePipelineCache, theirs: Mapping[str, Any]
-    ) -> None:
+    def _measure_numerics(self, cache: StreamInferencePipelineCache, differ: list[str]) -> None:
         """Say how much the numerics of a loaded rollout differ from ours, if they do; collective.
 
         Args:
             cache: loaded with its KV caches.
-            theirs: fingerprint of the numerics that it was computed with.
+            differ: from `_restore`.
         """
-        if all_ranks_agree(not differences(dict(theirs), self.fingerprint())):
+        if all_ranks_agree(not differ):
             return
         found = numerics_difference(self.diffusion_model, cache.diffusion)
         if found is not None:
@@ -332,7 +330,7 @@ class SavedRollouts(Assembly, ABC):
             noise = _noise_of_clone(batch)
             size = rows.stop - rows.start
             fork = self._resized(batch, size, lambda _, x: x[rows], noise)
-            fill_pick(batch, index, fork, *self._place())
+            fill_pick(batch, index, rows, fork, *self._place())
             return fork
 
     def _forked(self, cache: StreamInferencePipelineCache, count: int, make: Callable[[], T]) -> T:

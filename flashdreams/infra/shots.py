@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashdreams.infra.prompt import MAX_PROMPT_CHARACTERS
-from flashdreams.runtime.text import read_text
+from flashdreams.runtime.text import read_text, reason_of
 
 MAX_SHOTS = 4096
 """Most prompts of one video."""
@@ -33,9 +33,9 @@ def read_shot_file(path: Path) -> list[str]:
     try:
         text = read_text(path, 4 * MAX_PROMPT_CHARACTERS * 16, "utf-8-sig")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"--shot-path {path} cannot be read: {reason}. Name a text file with one prompt a line."
+            f"--shot-path {path} cannot be read: {reason_of(error)}. Name a text file with one "
+            "prompt a line."
         ) from error
     lines = [line.strip() for line in text.splitlines()]
     shots = [line for line in lines if line and not line.startswith("#")]

@@ -56,6 +56,7 @@ from flashdreams.runtime.region import (
     region_shape,
     select_region,
 )
+from flashdreams.runtime.text import reason_of
 
 Parts = dict[str, TensorPart]
 
@@ -290,7 +291,7 @@ def _verify(folder: Path, parts: Sequence[PartFile]) -> None:
             size = path.stat().st_size
             whole = size == part.bytes and sha256_of_file(path) == part.sha256
         except OSError as error:
-            raise SnapshotError(f"{path} cannot be read: {error.strerror}.") from error
+            raise SnapshotError(f"{path} cannot be read: {reason_of(error)}.") from error
         if not whole:
             raise SnapshotError(
                 f"{path} is damaged: it has {size} bytes of {part.bytes}, or another checksum than "

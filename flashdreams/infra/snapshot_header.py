@@ -12,6 +12,7 @@ from typing import Any
 from flashdreams.infra.fingerprint import differences
 from flashdreams.runtime.parts import PartFile
 from flashdreams.runtime.region import Region, intersect, region_shape
+from flashdreams.runtime.text import reason_of
 
 SNAPSHOT_FORMAT = 1
 """Number of the form of the files; another one is refused."""
@@ -102,7 +103,7 @@ def read_header(folder: Path) -> SnapshotHeader:
         data = path.read_bytes()
     except OSError as error:
         raise SnapshotError(
-            f"{folder} is no snapshot: {HEADER_NAME} cannot be read ({error.strerror}). Name a "
+            f"{folder} is no snapshot: {HEADER_NAME} cannot be read ({reason_of(error)}). Name a "
             "folder that pipeline.save has written."
         ) from error
     try:

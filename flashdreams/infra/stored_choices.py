@@ -13,7 +13,7 @@ from flashdreams.attention.choose import AUTO
 from flashdreams.infra.diffusion.transformer import Transformer
 from flashdreams.infra.snapshot_header import read_header
 from flashdreams.parallel.mesh import Mesh
-from flashdreams.runtime.text import check_regular, shown
+from flashdreams.runtime.text import check_regular, reason_of, shown
 
 MAX_LINE_BYTES = 2**25
 """Of a line of a log; the first one holds a config, and for a served session an image."""
@@ -83,7 +83,7 @@ def read_choices(path: Path) -> Mapping[str, Any]:
         if not isinstance(found, dict):
             raise TypeError("its fingerprint is no mapping")
     except OSError as error:
-        raise ValueError(f"--numerics-from {path} cannot be read: {error.strerror}.") from error
+        raise ValueError(f"--numerics-from {path} cannot be read: {reason_of(error)}.") from error
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(
             f"--numerics-from {path} is neither a log of a run (log_<slug>.jsonl) nor the folder "

@@ -16,6 +16,7 @@ from flashdreams.runtime.checkpoint import (
     CheckpointConfig,
     CheckpointError,
     MissingWeightsError,
+    can_download,
     concerning,
     describe_missing,
     describe_size,
@@ -193,7 +194,8 @@ def _list_missing(
     for path, checkpoint in named_files:
         wanted = encodes_text or not path.startswith(_TEXT_ENCODER)
         with concerning(checkpoint):
-            if wanted and not checkpoint.download and find_local(checkpoint) is None:
+            fetched = checkpoint.download and can_download(checkpoint)
+            if wanted and not fetched and find_local(checkpoint) is None:
                 missing.setdefault((checkpoint.source, checkpoint.file), (path, checkpoint))
     if not missing:
         return []
@@ -214,8 +216,10 @@ def _list_missing(
         description = describe_missing(checkpoint, flag=f"{option_of(path)}.download").splitlines()
         kept = description[:2] if fetch_all else description
         lines += [_with_options(line.replace("checkpoint.source", named), path) for line in kept]
-    if fetch_all:
-        lines.append(f"To let this program fetch all of them: {fetch_all}.")
+    fetchable = [can_download(checkpoint) for _, checkpoint in missing.values()]
+    if fetch_all and any(fetchable):
+        which = "all of them" if all(fetchable) else "those with a command"
+        lines.append(f"To let this program fetch {which}: {fetch_all}.")
     return lines
 
 

@@ -15,6 +15,9 @@ from flashdreams.parallel.environment import group_rank
 IDLE_PERIOD_S = 0.02
 """How long an idle rank sleeps before it looks at the store again."""
 
+_KEY = "message"
+"""In the store: the number of the last message that rank zero has announced."""
+
 
 @dataclass(frozen=True)
 class Message:
@@ -37,8 +40,8 @@ class MessageChannel:
         """Prepare; a collective call.
 
         Args:
-            store: shared by all ranks. With it, ranks that wait for an announced message wait
-                outside of a collective, for as long as it takes.
+            store: shared by all ranks, of this channel alone. With it, ranks that wait for an
+                announced message wait outside of a collective, for as long as it takes.
         """
         self._store = store
         self._count = 0
@@ -66,15 +69,19 @@ class MessageChannel:
             return given.message
         self._count += 1
         if idle and self._store is not None:
-            self._wait_for_rank_zero(f"message{self._count}")
+            self._wait_for_rank_zero()
         return self._receive() if given is None else self._send(given)
 
-    def _wait_for_rank_zero(self, key: str) -> None:
-        assert self._store is not None
+    def _wait_for_rank_zero(self) -> None:
+        store = self._store
+        assert store is not None
         if group_rank() == 0:
-            self._store.set(key, "sent")
+            # One key for ever: a key of its own for each message would fill the store, and none
+            # can be deleted before all ranks have seen it.
+            store.set(_KEY, str(self._count))
             return
-        while not self._store.check([key]):  # waiting in the store would log each time-out
+        # Waiting in the store would log each time-out.
+        while not store.check([_KEY]) or int(store.get(_KEY)) < self._count:
             time.sleep(IDLE_PERIOD_S)
 
     def _send(self, given: "_Written") -> Message:

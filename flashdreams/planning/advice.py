@@ -51,8 +51,9 @@ def explain(
         f"{device.memory_gib:.2f} GiB."
     )
     usable_gib = device.memory_gib * (1.0 if planner.on_gpu else USABLE_OF_HOST)
-    less = Planner(config, replace(device, memory_gib=usable_gib), parallel=parallel)
-    change = next(cheapest_changes(config, less, less.plan(degrees), pixels), None)
+    usable = replace(device, memory_gib=usable_gib)
+    less = Planner(config, usable, parallel=parallel)
+    change = next(cheapest_changes(config, less, replace(plan, device=usable), pixels), None)
     if change is None:
         return f"{text} No single change fits: take several, or another device."
     return f"{text} The cheapest change that fits: {change}."

@@ -18,7 +18,7 @@ from flashdreams.infra.pipeline import StreamInferencePipelineConfig
 from flashdreams.models.wan.transformer import WanTransformerConfig
 from flashdreams.planning.counts import count
 from flashdreams.planning.operators import OperatorTimes, median_s
-from flashdreams.runtime.text import quoted, read_text
+from flashdreams.runtime.text import quoted, read_text, reason_of
 
 MAX_DEVICES_BYTES = 2**17
 """Largest file of devices."""
@@ -153,8 +153,7 @@ def read_devices(path: Path) -> dict[str, Device]:
     try:
         entries = yaml.safe_load(read_text(path, MAX_DEVICES_BYTES, "utf-8-sig"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"--devices {path} cannot be read: {reason}") from error
+        raise ValueError(f"--devices {path} cannot be read: {reason_of(error)}") from error
     if not isinstance(entries, Mapping):
         raise ValueError(f"--devices {path} must hold a mapping: name -> fields of a device.")
     table = dict(DEVICES)

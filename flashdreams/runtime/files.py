@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from flashdreams.runtime.text import reason_of
+
 try:
     import fcntl
 except ImportError:  # not on Windows
@@ -181,7 +183,7 @@ def check_target(path: Path, option: str) -> None:
         elif not os.access(path.parent, os.W_OK):
             reason = os.strerror(errno.EACCES)
     except OSError as error:
-        reason = error.strerror
+        reason = reason_of(error)
     if reason is not None:
         raise ValueError(f"{option} {path} cannot be written: {reason}. Name another file.")
 
@@ -210,5 +212,5 @@ def readable_write_errors(path: Path, partial_path: Path) -> Iterator[None]:
     except OSError as error:
         kept = f" What was written before is in {partial_path}." if partial_path.exists() else ""
         raise OSError(
-            f"{path} could not be written: {error.strerror or error}. {remedy(error)}{kept}"
+            f"{path} could not be written: {reason_of(error)}. {remedy(error)}{kept}"
         ) from error

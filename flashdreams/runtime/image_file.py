@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashdreams.runtime.image_colours import as_rgb
-from flashdreams.runtime.text import check_regular
+from flashdreams.runtime.text import check_regular, reason_of
 
 ORIENTATION = 0x0112
 """Exif tag; 5 to 8 mean that rows and columns are swapped."""
@@ -87,7 +87,7 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         check_regular(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--image-path {path}: {getattr(error, 'strerror', error)}.") from error
+        raise ValueError(f"--image-path {path}: {reason_of(error)}.") from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)

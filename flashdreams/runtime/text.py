@@ -75,6 +75,11 @@ def _read_pipe(path: Path, most_bytes: int) -> bytes:
     return bytes(found)
 
 
+def reason_of(error: BaseException) -> str:
+    """What the system says of an error, without a path, which the message has already; or all."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def shown(name: object) -> str:
     """A name from a file as it is where it is a short plain one, else quoted and cut."""
     text = str(name) if isinstance(name, (str, int)) else quoted(name)
@@ -128,6 +133,7 @@ __all__ = [
     "printable",
     "quoted",
     "read_text",
+    "reason_of",
     "say",
     "shown",
     "tell",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flashdreams.runtime.files import OutputGuard, open_partial, remedy
+from flashdreams.runtime.text import reason_of
 from flashdreams.runtime.transfer import start_host_copy
 
 # Nothing waits in the encoder for later frames (zerolatency), and a fragment is closed every
@@ -182,7 +183,7 @@ class VideoWriter:
         except OSError as error:
             kept = f" It is complete in {self.partial_path}." * self.partial_path.exists()
             raise OSError(
-                f"cannot give the video its name {self.path}: {error.strerror}.{kept}"
+                f"cannot give the video its name {self.path}: {reason_of(error)}.{kept}"
             ) from error
 
     def _reserve(self) -> None:
@@ -193,7 +194,7 @@ class VideoWriter:
             self._guard = OutputGuard(self.partial_path)
         except OSError as error:
             raise OSError(
-                f"cannot write a video to {self.path.parent}: {error.strerror}. "
+                f"cannot write a video to {self.path.parent}: {reason_of(error)}. "
                 "Choose a directory that you may write to, e.g. --output-dir outputs."
             ) from error
 

@@ -1,8 +1,14 @@
 """The command line of the client: ``flashdreams-client http://127.0.0.1:8000``."""
 
+if __name__ == "__main__":  # before the imports below, which take time
+    from flashdreams.runtime.first_signals import end_at_once
+
+    end_at_once("flashdreams-client")
+
 import asyncio
 import contextlib
 import json
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -56,6 +62,8 @@ class ClientOptions:
 
 def entry_point() -> None:
     """Run the process's own command line and exit with its code."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which asyncio takes over
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.exit(main(sys.argv[1:]))
 
 

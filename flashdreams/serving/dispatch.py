@@ -11,6 +11,7 @@ from flashdreams.infra.finite import NotFiniteError
 from flashdreams.infra.snapshot_header import SnapshotError
 from flashdreams.parallel.environment import group_size
 from flashdreams.runtime.shortage import is_shortage
+from flashdreams.runtime.text import reason_of
 from flashdreams.serving.engine import SessionEngine, fails_alike
 from flashdreams.serving.host import LiveHost
 from flashdreams.serving.live import LiveSession
@@ -71,10 +72,12 @@ class Dispatcher:
             task()
             return True
         except OrderError as error:
-            if isinstance(error.__cause__, torch.OutOfMemoryError):
+            cause = error.__cause__
+            if isinstance(cause, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
             with self.host.lock:
                 live.failed = str(error)
+                live.short = cause is not None and is_shortage(cause)
             return False
 
     def rest(self) -> None:
@@ -93,7 +96,7 @@ def for_people(error: BaseException) -> str:
     if isinstance(error, SnapshotError):
         return "The snapshot is damaged, or was made by another method."
     if isinstance(error, OSError):
-        return f"A file of the server failed: {error.strerror}."
+        return f"A file of the server failed: {reason_of(error)}."
     return f"It failed ({type(error).__name__}); the server's log says why."
 
 

@@ -202,9 +202,10 @@ class SessionEngine:
     def _unpark(self, order: Order) -> None:
         parked = self.parked[order.session]
         session, controller = parked.session, parked.session.controller
-        session.cache = self.pipeline.unpark(parked.rollout, controller=controller)
-        for name, fork in parked.forks.items():
-            session.forks[name] = self.pipeline.unpark(fork, controller=controller)
+        cache = self.pipeline.unpark(parked.rollout, controller=controller)
+        forks = {n: self.pipeline.unpark(f, controller=controller) for n, f in parked.forks.items()}
+        session.cache = cache  # only now, since it stays parked where memory is short
+        session.forks.update(forks)
         self.live[order.session] = session
         del self.parked[order.session]
 

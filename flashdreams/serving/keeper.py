@@ -12,6 +12,7 @@ from flashdreams.serving.restart import Kept, SessionFolder
 
 RESTARTING = "The server restarts; take up the session again with its token."
 STOPPING = "The server stops; begin another session later."
+KEPT = "What was kept of it stays; take it up again with its token."
 
 logger = logging.getLogger(__name__)
 
@@ -188,11 +189,34 @@ class Keeper:
             return False
 
     def end(self, live: LiveSession, error: str | None, stopped: bool) -> None:
-        """End a session for good; nothing of it is kept."""
-        self._leave(live)
-        self.folder.forget(live.id)
-        if live.listener is not None:
-            self.host.delivery.call(live.listener.on_end, error, stopped)
+        """End a session for good; nothing of it is kept, unless all that failed was memory."""
+        listener, kept = live.listener, None
+        if live.short and not live.closing:
+            kept = self._set_aside(live)
+        if kept is None:
+            self._leave(live)
+            self.folder.forget(live.id)
+        if listener is not None:
+            text = error if kept is None else f"{error} {KEPT}"
+            self.host.delivery.call(listener.on_end, text, stopped)
+
+    def _set_aside(self, live: LiveSession) -> LiveSession | None:
+        """Let a session that found no memory wait for its client, who may try again.
+
+        Returns:
+            The session where it was parked, or as its last snapshot has it; None without either.
+        """
+        kept = live
+        if live.where not in ("host", "disk"):
+            found = None if live.snapshot is None else self.folder.read(live.id)
+            if found is None:
+                return None
+            self._leave(live)
+            kept = _from_disk(found)
+        with self.host.lock:
+            kept.set_aside(time.monotonic())
+            self.host.sessions[kept.id] = kept
+        return kept
 
     def _leave(self, live: LiveSession) -> None:
         with self.host.lock:
@@ -210,9 +234,10 @@ class Keeper:
             lives = list(self.host.sessions.values())
         for live in sorted(lives, key=lambda live: live.where != "device"):
             stale = live.snapshot is None or live.saved_changes != live.changes
-            kept = self.keeps and live.where in ("device", "host", "disk")
-            kept = kept and live.failed is None and not live.closing
-            if kept and stale:
+            kept = self.keeps and live.where in ("device", "host", "disk") and not live.closing
+            if live.failed is not None:
+                kept = kept and live.short and live.snapshot is not None
+            elif kept and stale:
                 kept = self._save_for_restart(live) or live.snapshot is not None
             self._leave(live)
             if not kept:
@@ -253,7 +278,6 @@ def _from_disk(kept: Kept) -> LiveSession:
         snapshots=kept.number,
         saves=kept.saves,
         saved_changes=0,
-        detached_since=now,
     )
-    live.pause("detached", now)
+    live.set_aside(now)
     return live

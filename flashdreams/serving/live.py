@@ -69,6 +69,8 @@ class LiveSession:
     """Of these, prompts."""
     failed: str | None = None
     """Why it has to end, for people."""
+    short: bool = False
+    """It has to because memory ran out, which is no fault of its state."""
     keepings: deque[Keeping] = field(default_factory=deque)
     owes_step: bool = False
     """It makes one chunk although it is paused: it shows something else now."""
@@ -120,6 +122,12 @@ class LiveSession:
         self.reasons.add(reason)
         if self.idle_since is None:
             self.idle_since = now
+
+    def set_aside(self, now: float) -> None:
+        """Wait for a client as if the one that it had were gone."""
+        self.failed, self.short, self.listener, self.told = None, False, None, None
+        self.detached_since = now
+        self.pause("detached", now)
 
     def go_on(self, *reasons: Reason) -> None:
         """Take back reasons to be paused."""

@@ -44,11 +44,16 @@ class TurnLoop:
         """Do the next thing, or wait until there may be one."""
         with self.host.lock:
             seen, task = self.host.news, self._between_steps()
+            in_flight = any(live.in_flight for live in self.host.sessions.values())
         following = task or self.turns.next()
-        if isinstance(following, float):
-            self._wait(following, seen)
-        else:
+        if not isinstance(following, float):
             following()
+            return
+        if following >= IDLE_S and not in_flight:
+            self.dispatcher.rest()
+        with self.host.lock:
+            if not self.host.draining and self.host.news == seen:
+                self.host.lock.wait(min(following, IDLE_S))
 
     def _between_steps(self) -> Callable[[], Any] | None:
         """What comes before the next AR step; the lock is held."""
@@ -79,17 +84,6 @@ class TurnLoop:
             self.keeper.snapshot(due.live)
         else:
             self.keeper.end(due.live, due.reason, stopped=False)
-
-    def _wait(self, seconds: float, seen: int) -> None:
-        """Wait, unless something has happened since ``host.news`` was ``seen``."""
-        host = self.host
-        with host.lock:
-            in_flight = any(live.in_flight for live in host.sessions.values())
-        if seconds >= IDLE_S and not in_flight:
-            self.dispatcher.rest()
-        with host.lock:
-            if not host.draining and host.news == seen:
-                host.lock.wait(min(seconds, IDLE_S))
 
     def _await_deliveries(self) -> None:
         with self.host.lock:

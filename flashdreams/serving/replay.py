@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashdreams.runtime.text import read_text
+from flashdreams.runtime.text import read_text, reason_of
 from flashdreams.serving.client import LiveClient
 
 MAX_LOG_BYTES = 2**24
@@ -37,8 +37,7 @@ def read_log(path: Path) -> list[Logged]:
     try:
         lines = read_text(path, MAX_LOG_BYTES, "utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"--log {path} cannot be read: {reason}.") from error
+        raise ValueError(f"--log {path} cannot be read: {reason_of(error)}.") from error
     return [
         parse_line(line, f"{path}, line {number}")
         for number, line in enumerate(lines, start=1)

@@ -17,6 +17,7 @@ from flashdreams.infra.identity import describe_config, hash_weights
 from flashdreams.infra.snapshot import remove_unfinished
 from flashdreams.infra.snapshot_header import SnapshotError, check_identity, read_header
 from flashdreams.runtime.files import InUseError, open_owned, write_whole
+from flashdreams.runtime.text import reason_of
 from flashdreams.serving.interface import Refused
 
 logger = logging.getLogger(__name__)
@@ -121,6 +122,10 @@ class SessionFolder:
                 found += [] if kept is None else [kept]
         return found
 
+    def read(self, session: str) -> Kept | None:
+        """A session of this folder that can be gone on with; None: there is no snapshot of it."""
+        return self._read(self.root / session)
+
     def claim(self) -> None:
         """Show other servers that this one lives, and has the sessions of its folder.
 
@@ -168,7 +173,7 @@ class SessionFolder:
             try:
                 folder.rename(own)
             except OSError as error:  # another server was faster
-                logger.warning("A session cannot be taken over: %s", error.strerror)
+                logger.warning("A session cannot be taken over: %s", reason_of(error))
                 continue
             remove_unfinished(own)
             remove_unfinished(own / "saves")

@@ -21,6 +21,7 @@ LAYERS = (
     "flashdreams.check",
     "flashdreams.run",
     "flashdreams.serve",
+    "flashdreams.commands",
 )
 """From the lowest to the highest: a module imports its own layer and those before it."""
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import flashdreams
 from flashdreams.registry import GROUP
@@ -90,13 +91,49 @@ def test_the_wheel_holds_the_page(wheel: zipfile.ZipFile) -> None:
     assert "flashdreams/serving/page/index.html" in wheel.namelist()
 
 
+SECTIONS = ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")
+"""Of a release in the form of Keep a Changelog."""
+
+
+def faults_of_changelog(text: str) -> list[str]:
+    """What is against the form: releases from the newest on, each with known sections, once."""
+    found = []
+    releases = re.findall(r"(?m)^## \[(.+?)\](?: - (\d{4}-\d{2}-\d{2}))?$", text)
+    titles = re.findall(r"(?m)^## .*", text)
+    if len(releases) != len(titles) or any(bool(d) == (v == "Unreleased") for v, d in releases):
+        found.append(f"a title is no release with its date: {titles}")
+    dated = [(Version(version), date) for version, date in releases if date]
+    if dated != sorted(dated, reverse=True) or "Unreleased" in [v for v, _ in releases[1:]]:
+        found.append(f"the newest is not first: {titles}")
+    if not dated or str(dated[0][0]) != flashdreams.__version__:
+        found.append(f"the newest release is not {flashdreams.__version__}")
+    for release in re.split(r"(?m)^## ", text)[1:]:
+        sections = re.findall(r"(?m)^### (.*)$", release)
+        if not set(sections) <= set(SECTIONS) or len(set(sections)) < len(sections):
+            found.append(f"{release.splitlines()[0]} has the sections {sections}")
+    return found
+
+
+def test_the_changelog_has_its_form() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert faults_of_changelog(text) == []
+    newest = f"## [{flashdreams.__version__}]"
+    for wrong in (
+        text.replace(newest, "## [0.0.1]"),
+        text.replace(newest, f"## {flashdreams.__version__}"),
+        text.replace("### Fixed", "### Mended", 1),
+        text.replace("### Changed", "### Added", 1),
+    ):
+        assert len(faults_of_changelog(wrong)) > 0
+
+
 @pytest.mark.slow
 def test_the_wheel_registers_the_command_and_the_shipped_runners(wheel: zipfile.ZipFile) -> None:
     (file,) = _files(wheel, ".dist-info/entry_points.txt")
     points = configparser.ConfigParser(delimiters="=")
     points.optionxform = str  # type: ignore[assignment, method-assign]
     points.read_string(wheel.read(file).decode())
-    assert points["console_scripts"]["flashdreams-run"] == "flashdreams.run:entry_point"
+    assert points["console_scripts"]["flashdreams-run"] == "flashdreams.commands:run"
     assert "toy-world" in points[GROUP]
     for reference in points[GROUP].values():
         module = reference.split(":")[0].replace(".", "/")

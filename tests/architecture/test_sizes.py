@@ -8,6 +8,8 @@ MAX_FILE_LINES = 500
 MAX_MODEL_FILE_LINES = 700
 """A model is one file, complete."""
 MAX_FUNCTION_LINES = 70
+MAX_FIRST_PAGE_LINES = 150
+"""Of the README and of the guide for contributors."""
 
 FOLDERS = tuple(
     ROOT / name
@@ -32,6 +34,11 @@ def test_no_file_is_longer_than_its_cap() -> None:
         if lines > (MAX_MODEL_FILE_LINES if is_model else MAX_FILE_LINES):
             long.append(f"{file.relative_to(ROOT)}: {lines} lines")
     assert not long
+
+
+def test_the_first_pages_stay_short() -> None:
+    for name in ("README.md", "CONTRIBUTING.md"):
+        assert len((ROOT / name).read_text("utf-8").splitlines()) <= MAX_FIRST_PAGE_LINES, name
 
 
 def test_no_function_is_longer_than_its_cap() -> None:

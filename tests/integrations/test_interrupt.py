@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,23 +25,73 @@ class Interrupt:
             sys.meta_path.remove(self)
             os.kill(os.getpid(), signal.SIGINT)
 
-from flashdreams.run import entry_point
 sys.meta_path.insert(0, Interrupt())
-entry_point()
 """
 
+SCRIPTS = re.findall(
+    r'(?m)^(flashdreams-\w+) = "([\w.]+):(\w+)"$', (ROOT / "pyproject.toml").read_text("utf-8")
+)
+"""Programs with module and function, as an installed script has them."""
 
-@pytest.mark.slow
-@pytest.mark.parametrize("module", ["torch.nn", "tyro"])
-def test_an_interrupted_import_is_not_begun_again(module: str, tmp_path: Path) -> None:
-    """A second import of half of PyTorch crashes the interpreter."""
-    words = ["toy-world", "--device", "cpu", "--output-dir", str(tmp_path)]
+
+def interrupt(code: str, module: str, *words: str) -> tuple[int, str]:
+    """Exit code and stderr of a process that is interrupted when it begins to import a module."""
     done = subprocess.run(
-        [sys.executable, "-c", AT_AN_IMPORT, module, *words],
+        [sys.executable, "-c", AT_AN_IMPORT + code, module, *words],
         capture_output=True, text=True, cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (130, "flashdreams-run: interrupted\n")
+    return done.returncode, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "module", "words"),
+    [
+        ("run", "torch.nn", ["toy-world", "--device", "cpu"]),
+        ("run", "tyro", ["toy-world", "--device", "cpu"]),
+        ("plan", "torch.nn", ["toy-world", "--gpus", "8xH100-80GB"]),
+        ("check", "torch.nn", ["toy-world"]),
+    ],
+)
+def test_an_interrupted_import_is_not_begun_again(
+    program: str, module: str, words: list[str]
+) -> None:
+    """A second import of half of PyTorch crashes the interpreter."""
+    found = interrupt(
+        f"from flashdreams.{program} import entry_point; entry_point()", module, *words
+    )
+    assert found == (130, f"flashdreams-{program}: interrupted\n")
+
+
+@pytest.mark.parametrize(("program", "module", "function"), SCRIPTS)
+def test_a_command_that_has_only_begun_ends_with_one_line(
+    program: str, module: str, function: str
+) -> None:
+    first = {"client": "flashdreams.serving"}.get(function, f"flashdreams.{function}")
+    code = f"from {module} import {function}; {function}()"
+    assert interrupt(code, first) == (130, f"{program}: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("module", "imported"),
+    [
+        ("run", "flashdreams.infra.config"),
+        ("serve", "tyro"),
+        ("plan", "tyro"),
+        ("check", "tyro"),
+        ("serving.client_command", "tyro"),
+    ],
+)
+def test_a_module_that_has_only_begun_ends_with_one_line(module: str, imported: str) -> None:
+    """``python -m``, and as the negative control an import that has a name of its own."""
+    run_it = "import runpy; runpy.run_module('flashdreams.{}', run_name='{}')"
+    code, said = interrupt(run_it.format(module, "__main__"), imported)
+    program = "client" if "client" in module else module
+    assert (code, said) == (130, f"flashdreams-{program}: interrupted\n")
+    if module == "plan":
+        code, said = interrupt(run_it.format(module, "imported"), imported)
+        assert "Traceback" in said and said.count("\n") > 3
 
 
 @pytest.mark.skipif(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.controller import Event
@@ -40,6 +41,7 @@ from flashdreams.runtime.image_file import gradient_image
 from tests.manifests import load_manifest, write_sparse_safetensors
 from tests.unit.runtime.test_cuda_graph import trace_graphs
 
+ROOT = Path(__file__).parents[2]
 SLUG, UNIVERSAL = TINY_RUNNER.runner_name, "matrix-game-2-universal"
 MANIFESTS = {
     "matrix-game-2-universal": "matrix_game_2_universal",
@@ -140,6 +142,31 @@ def test_memory_is_predicted_from_shapes():
     assert sizes[MOUSE_CACHE] * 15 / 1e9 == pytest.approx(0.32, abs=0.01)
     assert sizes[KEYBOARD_CACHE] * 15 < 1e6
     assert "KV cache 1.3 GB" in memory_estimate(PIPELINE)
+
+
+def test_action_modules_take_the_share_that_the_page_states():
+    """A denoising pass with a full window, counted by PyTorch from shapes alone."""
+    model = on_meta(UNIVERSAL)
+    model.cast()
+    example = {name: x.to("meta") for name, x in model.example_context(1).items()}
+    control = {name: x.to("meta") for name, x in model.example_control(1).items()}
+    cache = model.initialize_cache(**example)
+    for cursor in cache.cursors:
+        cursor.reset(model.config.window_size_t)
+    latent = torch.empty(model.latent_shape(1), device="meta")
+    with torch.no_grad():
+        model.begin_step(model.config.window_size_t // model.config.len_t, cache, control)
+        with FlopCounterMode(display=False, depth=8) as counter:
+            model.predict_flow(latent, torch.tensor(500.0), cache)
+    flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    mouse = ("mouse_mlp", "t_qkv", "mouse_core", "proj_mouse")
+    action = sum(flops[name] for name in flops if name.endswith("action_model"))
+    of_mouse = sum(n for name, n in flops.items() if name.split("action_model.")[-1] in mouse)
+    total = counter.get_total_flops()
+    page = (ROOT / "docs/source/models/matrix_game.md").read_text().replace("\n", " ")
+    assert f"a denoising pass is {total / 1e12:.1f} TFLOP" in page
+    assert f"action modules are {action / total:.1%}".replace("%", " %") in page
+    assert f"mouse path alone {of_mouse / total:.1%}".replace("%", " %") in page
 
 
 # Rollouts.

@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from flashdreams import run
 from flashdreams.infra import weights
 from flashdreams.models.prompts import INSTALL_HINT, TEXT_PACKAGES
+from tests.unit.runtime.hub import fetch_as_told, serve_repository
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = ROOT / "flashdreams/integrations/toy_world/weights"
@@ -62,6 +64,21 @@ def test_a_missing_file_names_the_option_that_mends_it(
     advised = re.findall(r"--pipeline[\w.-]+[\w]", text)
     assert advised == [option]
     assert run.main([*SMALL, advised[0], str(WEIGHTS / "decoder.safetensors")]) == 0
+
+
+def test_the_command_for_a_missing_file_mends_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "decoder.safetensors"
+    option = "--pipeline.decoder.checkpoint"
+    words = [*SMALL, f"{option}.source", "org/name", f"{option}.file", name]
+    (tmp_path / "repository").mkdir()
+    shutil.copy(WEIGHTS / name, tmp_path / "repository")
+    with serve_repository("org/name", tmp_path / "repository") as (url, seen):
+        text = said(capsys, 1, *words)
+        assert seen == [], "nothing is asked of the hub before"
+        assert fetch_as_told(text, url, tmp_path / "hub") == f"hf download org/name {name}"
+    assert run.main(words) == 0
 
 
 def test_a_file_of_several_dictionaries_names_the_option_that_selects(

@@ -125,6 +125,30 @@ def test_an_idle_rank_waits_outside_of_collectives(idle):
     assert (entered >= announced) == idle
 
 
+RESTS = 50
+
+
+def rest_often(port: int):
+    """Keys in the store after the first rest and after the last, and the messages after rests."""
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    channel, keys, found = MessageChannel(store), [], []
+    for number in range(RESTS):
+        channel.exchange(Message("rest"))
+        found.append(channel.exchange(Message(number), idle=True).value)
+        dist.barrier()
+        keys.append(store.num_keys())
+        dist.barrier()
+    return keys, found
+
+
+def test_rests_leave_nothing_in_the_store():
+    """An idle server rests for days; a rank that looks late must not miss the announcement."""
+    with meeting_point() as place:
+        for keys, found in run_ranks(rest_often, 2, int(place["MASTER_PORT"])):
+            assert keys == [keys[0]] * RESTS and keys[0] > 0
+            assert found == list(range(RESTS))
+
+
 def lose_the_store():
     """Rank one waits for rank zero, which ends the store and says nothing."""
     port = torch.zeros((), dtype=torch.int64)

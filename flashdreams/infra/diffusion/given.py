@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flashdreams.infra.diffusion.scheduler.base import Scheduler
-from flashdreams.runtime.text import check_regular, shown
+from flashdreams.runtime.text import check_regular, reason_of, shown
 
 INITIAL_LATENT = "initial_latent"
 """Name of the context that holds whole chunks of clean latents."""
@@ -97,8 +97,7 @@ def load_initial_latent(path: Path, shape: Sequence[int], option: str, total_blo
                 )
             latent = file.get_tensor("latents")
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{option} {path}: cannot be read: {reason}.") from error
+        raise ValueError(f"{option} {path}: cannot be read: {reason_of(error)}.") from error
     except (ValueError, RuntimeError) as error:  # RuntimeError: a shape that no tensor has
         raise ValueError(f"{option} {path}: {error}") from error
     wide = latent.float()

@@ -25,7 +25,7 @@ from flashdreams.infra.video_runner import (
 from flashdreams.runtime.actions import KeyMotion, integrate, parse_actions
 from flashdreams.runtime.array_file import load_array
 from flashdreams.runtime.image_file import image_size, load_image
-from flashdreams.runtime.text import tell
+from flashdreams.runtime.text import reason_of, tell
 
 from .camera import check_intrinsics, check_poses, pixel_frames, whole_chunks
 from .encoder import CameraEncoderConfig, CameraPath, PoseMode
@@ -322,8 +322,7 @@ def read_array(path: Path, flag: str) -> Tensor:
     try:
         array = load_array(path)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{flag} {path} cannot be read: {reason}.") from error
+        raise ValueError(f"{flag} {path} cannot be read: {reason_of(error)}.") from error
     wide = array if array.dtype in (np.float32, np.float64) else array.astype(np.float64)
     return torch.from_numpy(np.ascontiguousarray(wide))
 

@@ -14,6 +14,7 @@ from flashdreams.runtime.checkpoint.config import (
 from flashdreams.runtime.checkpoint.keys import KeyMap
 from flashdreams.runtime.checkpoint.source import (
     LocalCheckpoint,
+    can_download,
     describe_missing,
     describe_size,
     ensure_local,
@@ -34,6 +35,7 @@ __all__ = [
     "LocalCheckpoint",
     "MissingWeightsError",
     "TensorSlice",
+    "can_download",
     "concerning",
     "describe_missing",
     "describe_size",

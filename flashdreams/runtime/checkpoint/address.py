@@ -1,5 +1,6 @@
 """Checkpoints that are one file at an address on the web, known by its checksum or commit."""
 
+import shlex
 from pathlib import Path, PurePosixPath
 
 from flashdreams.runtime.checkpoint.config import CheckpointConfig, MissingWeightsError
@@ -20,8 +21,8 @@ def cached_file(config: CheckpointConfig) -> Path:
 
 
 def fetch_command(config: CheckpointConfig) -> str:
-    """What to type to fetch the file by hand."""
-    return f"curl --create-dirs -Lo {cached_file(config)} {config.source}"
+    """What to type to fetch the file by hand; the page of an HTTP error does not take its place."""
+    return shlex.join(["curl", "--create-dirs", "-fLo", str(cached_file(config)), config.source])
 
 
 def download_file(config: CheckpointConfig) -> None:

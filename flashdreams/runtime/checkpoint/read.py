@@ -19,7 +19,7 @@ from flashdreams.infra.config import quoted
 from flashdreams.runtime.checkpoint.config import CheckpointError
 from flashdreams.runtime.checkpoint.pickles import HostileFile, check_pickle_file
 from flashdreams.runtime.checkpoint.source import LocalCheckpoint
-from flashdreams.runtime.text import printable, shown
+from flashdreams.runtime.text import printable, reason_of, shown
 
 MAX_HEADER_BYTES = 2**24
 """Longest header of a safetensors file: some 100,000 tensors. The format allows 100 MB, which takes
@@ -164,7 +164,7 @@ class SafetensorsStore:
                 with path.open("rb") as file:
                     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except OSError as error:
-                raise CheckpointError(f"{path} cannot be mapped: {error.strerror}") from error
+                raise CheckpointError(f"{path} cannot be mapped: {reason_of(error)}") from error
             for name in names:
                 part = wanted[name]
                 tensor = _view(mapped, self.infos[name], part)
@@ -265,7 +265,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 raise ValueError("its tensors overlap, or leave a gap")
             promised += size
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{path} cannot be read: {reason_of(error)}") from error
     except (
         ValueError,
         LookupError,
@@ -355,7 +355,7 @@ def load_pickle(path: Path) -> object:
             "Use a safetensors version of these weights"
         ) from error
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"{path} cannot be read: {reason_of(error)}") from error
     except Exception as error:  # what a damaged file raises is no narrower
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,7 +15,7 @@ from flashdreams.runtime.checkpoint.config import (
     CheckpointError,
     MissingWeightsError,
 )
-from flashdreams.runtime.text import read_text
+from flashdreams.runtime.text import read_text, reason_of
 
 _REPOSITORY = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -62,7 +63,7 @@ def ensure_local(
         return local
     allowed = config.download if allow_download is None else allow_download
     target = _repository(config)
-    if not allowed or (target is None and not config.is_address):
+    if not allowed or not can_download(config):
         raise MissingWeightsError(describe_missing(config, flag=flag))
     _refuse_download(config)
     if target is None:
@@ -108,6 +109,15 @@ def find_local(config: CheckpointConfig) -> LocalCheckpoint | None:
         return _sharded(tensor_files, found) if len(found) == len(shards) else None
     local_path = _local_path(config)
     return None if local_path is None else _local_files(local_path)
+
+
+def can_download(config: CheckpointConfig) -> bool:
+    """Whether a checkpoint has a place on the web; a path or a file of a package has none.
+
+    Raises:
+        CheckpointError: a repository without a file, or a damaged address.
+    """
+    return config.is_address or _repository(config) is not None
 
 
 def describe_missing(config: CheckpointConfig, *, flag: str | None = None) -> str:
@@ -192,11 +202,11 @@ def _fetch_command(config: CheckpointConfig, target: tuple[str, str] | None) -> 
 
 
 def _hf_command(config: CheckpointConfig, repo: str, file: str) -> str:
-    revision = f" --revision {config.revision}" if config.revision else ""
-    if not file.endswith(_INDEX_SUFFIX):
-        return f"hf download {repo} {file}{revision}"
-    stem = file.removesuffix(_INDEX_SUFFIX).removesuffix(".safetensors")
-    return f'hf download {repo} --include "{stem}*"{revision}'
+    revision = ["--revision", config.revision] if config.revision else []
+    names = [file]
+    if file.endswith(_INDEX_SUFFIX):
+        names = ["--include", file.removesuffix(_INDEX_SUFFIX).removesuffix(".safetensors") + "*"]
+    return shlex.join(["hf", "download", repo, *names, *revision])
 
 
 def _cached(repo: str, file: str, revision: str | None) -> Path | None:
@@ -294,7 +304,7 @@ def _read_index(path: Path) -> dict[str, str]:
         weight_map = json.loads(read_text(path, MAX_INDEX_BYTES))["weight_map"]
         names = set(weight_map.values())
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{path} cannot be read: {reason_of(error)}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not a shard index: it should be JSON with an object 'weight_map' "

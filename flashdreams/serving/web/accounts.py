@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Container, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -119,13 +119,25 @@ class Accounts:
         id = await answered(host.open, opening, listener)
         return id, config_of(start, host.offer)
 
-    async def find(self, id: str) -> Session:
-        """A session by its token; one that a server before this one had gets a new feed.
-
-        It is registered at once, so that all who come for it meet in one feed.
+    @contextlib.asynccontextmanager
+    async def taking_up(self, id: str) -> AsyncIterator[Session]:
+        """A session by its token, which nobody else takes up meanwhile.
 
         Raises:
             Denied: there is no loop, or the session is driven over HTTP.
+        """
+        while True:
+            session = self._find(id)
+            async with session.lock:
+                # Not if the socket before this one was refused: then others may have come since.
+                if self.sessions.get(id) is session:
+                    yield session
+                    return
+
+    def _find(self, id: str) -> Session:
+        """A session; one that a server before this one had gets a new feed.
+
+        It is registered at once, so that all who come for it meet in one feed.
         """
         host = self.host()
         if id in self.step_driven:

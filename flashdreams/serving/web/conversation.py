@@ -133,8 +133,7 @@ class Conversation:
             self.accounts.forget_ended()
             self.session = self.accounts.sessions[id] = Session(id, feed, config)
             return
-        session = await self.accounts.find(first.token)
-        async with session.lock:
+        async with self.accounts.taking_up(first.token) as session:
             before = session.feed.outlet
             if before is not None:  # told before its thread notices
                 text = "The session was taken up by another connection."
@@ -145,7 +144,7 @@ class Conversation:
             following = await self._attach(session, first.from_frame)
             kept = session.feed.go_back(first.from_frame)
             self.resumed_at = following if kept is None else kept
-            self.session = self.accounts.sessions[session.id] = session
+            self.session = session
         if session.feed.state not in ("waiting", "parked"):
             self.outlet.set_running()
 

@@ -154,10 +154,7 @@ class Feed(Listener):
 
     def on_refused(self, event_id: str | None, message: str) -> None:
         """See the contract."""
-        with self._lock:
-            event = self.events.finish(event_id, again=True)
-            self._hurry = False
-            outlet = self.outlet
+        event, outlet = self.withdraw(event_id), self.outlet
         if outlet is not None:
             self.metrics.refused("interaction_failed")
             outlet.post(
@@ -333,11 +330,15 @@ class Feed(Listener):
         with self._lock:
             return self.events.accept(event_id, parts)
 
-    def withdraw(self, event_id: str) -> None:
-        """An event that was accepted is not carried out; the client may send it once more."""
+    def withdraw(self, event_id: str | None) -> str | None:
+        """An event that was accepted is not carried out; the client may send it once more.
+
+        Returns:
+            The client's identifier of the event.
+        """
         with self._lock:
-            self.events.finish(event_id, again=True)
             self._hurry = False
+            return self.events.finish(event_id, again=True)
 
     def hurry(self) -> None:
         """A reset or rewind was asked for: what waits is not worth waiting for."""

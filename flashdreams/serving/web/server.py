@@ -9,6 +9,7 @@ import threading
 
 import uvicorn
 
+from flashdreams.runtime.text import reason_of
 from flashdreams.serving.interface import Host
 from flashdreams.serving.web.app import create_app
 from flashdreams.serving.web.gate import Gate, Phase
@@ -157,6 +158,6 @@ def _listen(settings: WebSettings) -> socket.socket:
     except OSError as error:
         listening.close()
         raise ValueError(
-            f"--host {host} --port {port}: {error.strerror or error}. --port 0 takes a free port."
+            f"--host {host} --port {port}: {reason_of(error)}. --port 0 takes a free port."
         ) from error
     return listening

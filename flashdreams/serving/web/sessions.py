@@ -152,29 +152,36 @@ class Steppers:
         return id
 
     async def find(self, id: str) -> tuple[Stepper, StartConfig]:
-        """A session; one that a server before this one had is taken up.
+        """A session; one that is not driven from here, or no longer, is taken up.
 
         Raises:
             Denied: there is none.
         """
         host = self.accounts.host()
-        if id not in self.sessions:
+        if not self._is_driven(id):
             if id in self.accounts.sessions:
                 raise Denied(_error("unknown_session", "This session is driven over a WebSocket."))
             async with self._taking_up.setdefault(id, asyncio.Lock()):
-                if id not in self.sessions:
+                if not self._is_driven(id):
                     await self._take_up(id, host)
         stepper, config = self.sessions[id]
         stepper.used_at = time.monotonic()
         return stepper, config
+
+    def _is_driven(self, id: str) -> bool:
+        return id in self.sessions and self.sessions[id][0].ended is None
 
     async def _take_up(self, id: str, host: Host) -> None:
         stepper = Stepper(self.accounts.metrics)
         try:
             await answered(host.attach, id, stepper)
         except Denied as denied:
+            if id in self.sessions:
+                return  # it has ended for good
             raise Denied(_error("unknown_session", denied.error.message)) from None
-        self.sessions[id] = stepper, config_of(SessionStart(type="session.start"), host.offer)
+        ended = self.sessions.get(id)
+        config = ended[1] if ended else config_of(SessionStart(type="session.start"), host.offer)
+        self.sessions[id] = stepper, config
 
     async def info(self, id: str) -> SessionInfo:
         """What a session is, for clients."""
@@ -294,7 +301,8 @@ class Steppers:
                     and not stepper.lock.locked()
                 ):
                     del self.sessions[id]
-                    host.close(id)
+                    if stepper.ended is None:  # else its client may come back for what is kept
+                        host.close(id)
 
 
 async def _answer_invalid(request: Any, error: RequestValidationError) -> Response:

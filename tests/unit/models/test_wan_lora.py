@@ -336,3 +336,28 @@ def test_a_missing_file_is_said_with_all_other_weights(base) -> None:
     assert "hf download Efficient-Large-Model/LongLive-1.3B models/lora.pt" in text
     assert "--pipeline.diffusion-model.transformer.checkpoint.download True" in text
     require_weights(with_downloads(config))
+
+
+def test_a_missing_file_on_this_machine_is_not_advised_to_be_downloaded(base, tmp_path) -> None:
+    """Nor is it taken for one that will be fetched, once downloads are allowed."""
+    here, web = tmp_path / "style.safetensors", "hf://org/name/models/lora.pt"
+
+    def said(*loras: str, download: bool = False) -> str:
+        transformer = dict(checkpoint=base, loras=loras)
+        config = derive_config(TINY_PIPELINE, diffusion_model=dict(transformer=transformer))
+        with pytest.raises(CheckpointError) as caught:
+            require_weights(
+                with_downloads(config) if download else config, fetch_all="--download True"
+            )
+        return str(caught.value)
+
+    for text in (said(str(here)), said(str(here), web, download=True)):
+        assert "needs 1 checkpoint that is not on this machine" in text
+        assert f"Not on this machine: {here}." in text and "--download" not in text
+        assert text.endswith("with --pipeline.diffusion-model.transformer.loras.")
+    both = said(str(here), web)
+    assert both.endswith("To let this program fetch those with a command: --download True.")
+    assert both.count("Fetch it with: hf download org/name models/lora.pt") == 1
+    assert "fetch all of them: --download True" in said(web)
+    here.touch()
+    assert str(here) not in said(str(here), web), "the advice helps: a file of that name"

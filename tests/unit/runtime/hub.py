@@ -2,6 +2,10 @@
 
 import hashlib
 import json
+import os
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +13,25 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def fetch_as_told(message: str, endpoint: str, cache: Path) -> str:
+    """Type the command of a message about missing weights, in an environment with another hub.
+
+    Returns:
+        The command.
+    """
+    told = re.search(r"Fetch it with: (.+)", message)
+    assert told is not None, message
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    own = {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        ["bash", "-c", told[1]],
+        capture_output=True, text=True, timeout=120,
+        env={**os.environ, **own, "PATH": programs},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return told[1]
 
 
 @contextmanager

@@ -13,7 +13,15 @@ from flashdreams.infra.prompt import MAX_PROMPT_CHARACTERS, read_prompt
 from flashdreams.models.prompts import check_prompts
 from flashdreams.runtime import text as text_module
 from flashdreams.runtime.actions import parse_actions
-from flashdreams.runtime.text import check_regular, printable, quoted, read_text, shown, tell
+from flashdreams.runtime.text import (
+    check_regular,
+    printable,
+    quoted,
+    read_text,
+    reason_of,
+    shown,
+    tell,
+)
 
 
 def test_control_characters_do_not_reach_a_terminal() -> None:
@@ -29,6 +37,14 @@ def test_long_texts_are_cut() -> None:
     for value in ("a" * 10**6, [1] * 10**6, {"a": ["b" * 10**6] * 20}, (("x",) * 99,) * 99):
         assert len(quoted(value)) < 4000
     assert len(shown("a" * 10**6)) < 300 and shown("blocks.0.norm-1") == "blocks.0.norm-1"
+
+
+def test_the_reason_of_an_error_does_not_name_its_file_again() -> None:
+    with pytest.raises(OSError) as found:
+        os.stat("/nowhere/t.txt")
+    assert reason_of(found.value) == "No such file or directory"
+    assert reason_of(OSError("short read")) == "short read", "an error without a number"
+    assert reason_of(ValueError("it is larger")) == "it is larger"
 
 
 def test_a_file_is_read_up_to_a_limit(tmp_path) -> None:

@@ -1,7 +1,16 @@
 """Checkpoints at an address on the web: found, fetched, refused."""
 
 import hashlib
+import re
+import shutil
+import ssl
+import subprocess
+import threading
+import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -63,7 +72,7 @@ def test_a_file_of_another_checksum_is_thrown_away(web: list[str], tmp_path: Pat
 def test_an_address_that_cannot_be_reached_is_one_line(web: list[str]) -> None:
     with pytest.raises(CheckpointError, match="no such host") as caught:
         ensure_local(config(source="https://elsewhere.example/w.pth"))
-    assert "\n" not in str(caught.value) and "curl --create-dirs -Lo" in str(caught.value)
+    assert "\n" not in str(caught.value) and "curl --create-dirs -fLo" in str(caught.value)
 
 
 def test_nothing_is_asked_unless_allowed_nor_offline(
@@ -115,3 +124,57 @@ def test_an_address_that_names_a_commit_needs_no_checksum(
     )
     local = ensure_local(config(source=places[0], sha256=None))
     assert local.files[0].read_bytes() == CONTENT and find_local(files[places[1]]) is None
+
+
+@contextmanager
+def secure_server(folder: Path, content: bytes) -> Iterator[str]:
+    """A web server with TLS; yields settings by which curl takes it for every other one."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    request = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=weights.example"
+    subprocess.run(
+        [*request.split(), "-keyout", str(key), "-out", str(certificate)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.path == urllib.parse.urlsplit(ADDRESS).path
+            self.send_response(200 if known else 404)
+            self.end_headers()
+            self.wfile.write(content if known else b"<html>no such page</html>")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f'insecure\nconnect-to = "::127.0.0.1:{server.server_port}"\n'
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.skipif(
+    not (shutil.which("curl") and shutil.which("openssl")), reason="needs curl and openssl"
+)
+def test_the_command_of_the_message_fetches_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "a home"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    with secure_server(tmp_path, CONTENT) as settings:
+        (tmp_path / ".curlrc").write_text(settings)
+        monkeypatch.setenv("CURL_HOME", str(tmp_path))
+        for source, code in ((ADDRESS, 0), (f"{ADDRESS}.old", 22)):
+            wanted = config(source=source, download=False)
+            told = re.search(r"Fetch it with: (.+)", describe_missing(wanted))
+            assert told is not None
+            done = subprocess.run(["bash", "-c", told[1]], capture_output=True, timeout=60)
+            assert done.returncode == code
+            local = find_local(wanted)
+            assert (local is not None) == (code == 0), "an error page is no weights file"
+            assert local is None or local.files[0].read_bytes() == CONTENT

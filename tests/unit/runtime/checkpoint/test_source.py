@@ -18,7 +18,7 @@ from flashdreams.runtime.checkpoint import (
     ensure_local,
     find_local,
 )
-from tests.unit.runtime.hub import COMMIT, serve_repository
+from tests.unit.runtime.hub import COMMIT, fetch_as_told, serve_repository
 
 INDEX = "dit/model.safetensors.index.json"
 
@@ -199,8 +199,19 @@ def test_missing_weights_say_what_they_need_and_how_to_get_them(cache: Path) -> 
         assert part in text
     assert not cache.exists(), "nothing is downloaded before it is allowed"
     sharded = CheckpointConfig(source="hf://org/name", file=INDEX, size_bytes=45_000_000)
-    assert 'hf download org/name --include "dit/model*"' in describe_missing(sharded)
+    assert "hf download org/name --include 'dit/model*'" in describe_missing(sharded)
     assert "45.0 MB" in describe_missing(sharded)
+
+
+def test_the_command_of_the_message_fetches_every_shard(hub: list[str], cache: Path) -> None:
+    config = CheckpointConfig(source="org/name", file=INDEX)
+    with pytest.raises(CheckpointError, match="Not on this machine") as caught:
+        ensure_local(config)
+    assert fetch_as_told(str(caught.value), constants.ENDPOINT, cache).startswith("hf download")
+    assert [path.name for path in ensure_local(config).files] == [
+        "model-1.safetensors",
+        "model-2.safetensors",
+    ]
 
 
 def test_nothing_is_asked_of_the_hub_unless_allowed(hub: list[str]) -> None:
