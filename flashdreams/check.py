@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import tyro
 from tyro.conf import Positional, arg
 
 from flashdreams.parallel.stopping import run_command
+from flashdreams.runtime.command_text import lost_output_in_one_line, read_options
+from flashdreams.runtime.text import printable, say
 
 PROGRAM = "flashdreams-check"
 PASSED, FAILED, WRONG_USAGE = 0, 1, 2
@@ -40,6 +41,7 @@ def entry_point() -> None:
     run_command(PROGRAM, main)
 
 
+@lost_output_in_one_line(PROGRAM)
 def main(argv: Sequence[str]) -> int:
     """Carry out one command line.
 
@@ -49,10 +51,13 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0 all methods pass, 1 one fails, 2 the command line is wrong.
     """
-    options = tyro.cli(CheckOptions, args=list(argv), prog=PROGRAM)
+    try:
+        options = read_options(CheckOptions, argv, PROGRAM)
+    except ValueError as error:
+        say(printable(f"{PROGRAM}: error: {error}"))
+        return WRONG_USAGE
     from flashdreams.checking.checks import NAMES, check_method
     from flashdreams.registry import PluginError, discover
-    from flashdreams.runtime.text import printable, say
 
     if options.names:
         print("\n".join(NAMES))

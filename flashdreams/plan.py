@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
 from tyro.conf import Positional, arg
 
 from flashdreams.parallel.stopping import run_command
+from flashdreams.runtime.command_text import lost_output_in_one_line, read_options
+from flashdreams.runtime.text import printable, say
 
 PROGRAM = "flashdreams-plan"
 DONE, DOES_NOT_FIT, WRONG_USAGE = 0, 1, 2
@@ -52,6 +53,7 @@ def entry_point() -> None:
     run_command(PROGRAM, main)
 
 
+@lost_output_in_one_line(PROGRAM)
 def main(argv: Sequence[str]) -> int:
     """Carry out one command line.
 
@@ -61,12 +63,15 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0 a plan fits, 1 none does, 2 the command line is wrong.
     """
-    options = tyro.cli(PlanOptions, args=list(argv), prog=PROGRAM)
+    try:
+        options = read_options(PlanOptions, argv, PROGRAM)
+    except ValueError as error:
+        say(printable(f"{PROGRAM}: error: {error}"))
+        return WRONG_USAGE
     from flashdreams.planning.devices import DEVICES, read_devices, resolve_gpus, this_machine
     from flashdreams.planning.plans import Planner
     from flashdreams.planning.table import summary, table
     from flashdreams.registry import PluginError, discover
-    from flashdreams.runtime.text import printable, say
 
     try:
         runner: Any = discover().resolve(options.slug)

@@ -30,7 +30,7 @@ from flashdreams.parallel.siblings import watch_siblings
 from flashdreams.parallel.stopping import say_stopped, stopped
 from flashdreams.registry import VARIABLE, PluginError, Registry, discover, is_runner_config
 from flashdreams.runtime.checkpoint import CheckpointError, MissingWeightsError
-from flashdreams.runtime.command_text import one_line, table, terminal_width, whole_paragraphs
+from flashdreams.runtime.command_text import lost_output, read_options, table, whole_paragraphs
 from flashdreams.runtime.standard_error import prepare_streams
 from flashdreams.runtime.termination import (
     IMPORT_DEADLINE_S,
@@ -112,11 +112,9 @@ def main(argv: Sequence[str]) -> int:
             config = _resolve(line)
     except KeyboardInterrupt as stop:
         return stopped(stop, PROGRAM)
-    except BrokenPipeError:
-        # The reader of the output (head, less) has left: nothing may be flushed to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is None:  # of stdout, which has no name
+            return lost_output(error, PROGRAM)
         return report(error, WRONG_USAGE, debug, same_everywhere=True)
     return DONE if config is None else _run(config, debug, line.replay)
 
@@ -300,31 +298,21 @@ def _read_replay(line: CommandLine, registry: Registry) -> Any:
 
 def _apply_overrides(config: Any, line: CommandLine) -> Any:
     """The config with the flags applied; None if tyro answered ``--help``."""
-    import tyro
     from tyro.conf import AvoidSubcommands, FlagConversionOff, SuppressFixed
 
     program = f"{PROGRAM} {line.slug or config.runner_name}"
     form: Any = AvoidSubcommands[SuppressFixed[FlagConversionOff[type(config)]]]  # type: ignore[misc]
-    # Help goes out as tyro lays it out. Without --help nothing but an error is printed, and its
-    # layout is plain text of one width whatever the terminal, since stdout is no terminal then.
-    shown = line.wants_help and _rank() == 0
-    stdout, stderr = sys.stdout if shown else io.StringIO(), io.StringIO()
+    stdout = sys.stdout if _rank() == 0 else io.StringIO()
+    given = {"default": config, "description": _about(config)}
     try:
         with (
-            terminal_width(not line.wants_help),
             whole_paragraphs() if line.wants_help else contextlib.nullcontext(),
             contextlib.redirect_stdout(stdout),
-            contextlib.redirect_stderr(stderr),
         ):
-            config = tyro.cli(
-                form, default=config, args=line.overrides, prog=program, description=_about(config)
-            )
-    except SystemExit as exit:
-        if exit.code in (None, 0):
-            return None
-        raise UsageError(one_line(stderr.getvalue(), program)) from None
-    sys.stderr.write(stderr.getvalue())
-    return config
+            return read_options(form, line.overrides, program, **given)
+    except SystemExit:
+        stdout.flush()
+        return None
 
 
 def _about(config: Any) -> str:

@@ -15,7 +15,6 @@ from importlib.util import find_spec
 from types import FrameType
 from typing import Any
 
-import tyro
 from tyro.conf import OmitArgPrefixes
 
 from flashdreams.parallel.siblings import watch_siblings
@@ -30,6 +29,7 @@ from flashdreams.run import (
     report,
     with_advice,
 )
+from flashdreams.runtime.command_text import read_options
 from flashdreams.runtime.standard_error import prepare_streams
 from flashdreams.runtime.termination import leave, raise_on_sigterm
 from flashdreams.runtime.text import say, tell
@@ -100,7 +100,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[ServeOptions, Any] | None:
         ValueError: it cannot be carried out as typed, or the method cannot be served.
         ImportError: the extra is not installed.
     """
-    options, rest = tyro.cli(ServeOptions, args=list(argv), prog=PROGRAM, return_unknown_args=True)
+    options, rest = read_options(ServeOptions, argv, PROGRAM, return_unknown_args=True)
     replays = [word for word in rest if word.partition("=")[0] == "--replay"]
     if replays:
         raise UsageError("--replay makes a file: use flashdreams-run --replay FILE.")

@@ -70,10 +70,15 @@ def refuse_non_finite(name: str, value: Any) -> None:
         value: a tensor, or tensors in mappings, sequences and dataclasses; else nothing is asked.
 
     Raises:
-        ValueError: says how many values are wrong.
+        ValueError: says how many values are wrong; or a tensor without plain values (on the meta
+            device, or sparse).
     """
     for tensor in tensors_in(value):
-        wrong = int((~torch.isfinite(tensor)).sum())
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            kind = "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+            raise ValueError(f"{name} is a {kind} tensor; give a dense one that holds values.")
+        plain = tensor.float() if tensor.itemsize == 1 else tensor  # FP8 has no isfinite
+        wrong = int((~torch.isfinite(plain)).sum())
         if wrong:
             raise ValueError(
                 f"{name}: {wrong} of {tensor.numel()} values in {list(tensor.shape)} are NaN or "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flashdreams.infra.checks import refuse_non_finite, refuse_other_pixels, refuse_unknown
+from flashdreams.infra.config import quoted
 from flashdreams.infra.encoder.base import Encoder
 from flashdreams.parallel.environment import from_rank_zero
 
@@ -53,14 +54,16 @@ class ContextEncoder:
 
         Raises:
             TypeError: a keyword that no component declares, or an image that none of them takes.
-            ValueError: a prompt that the text encoder refuses, another number of negative prompts,
-                any without guidance, pixels beyond [-1, 1], or values that are not finite.
+            ValueError: no prompt, or one that the text encoder refuses; another number of negative
+                prompts, any without guidance, pixels beyond [-1, 1], or values that are not finite.
         """
         self._check_names(context, image)
         (refuse_non_finite if self.image_encoder is None else refuse_other_pixels)("image", image)
         for name, value in context.items():
             refuse_non_finite(name, value)
         batch_size = _batch_size(text, image)
+        if batch_size < 1:
+            raise ValueError("text or image is of no video: give a prompt or an image for each.")
         encoded = {**context, "batch_size": batch_size}
         if image is not None:
             found = self.image_encoder(image) if self.image_encoder is not None else image
@@ -92,12 +95,15 @@ class ContextEncoder:
                 after the text encoder was released.
         """
         refuse_non_finite("text", text)
-        if not self.encodes_text or isinstance(text, Tensor):
+        if not self.encodes_text:
             return text
-        if isinstance(text, str):
-            raise ValueError(
-                f"text must be a list of prompts; got one string. Try text=[{text!r}]."
-            )
+        if isinstance(text, Tensor):
+            if not text.is_floating_point():
+                raise ValueError(
+                    f"text must be prompts or floating-point embeddings; got {text.dtype}."
+                )
+            return text
+        _refuse_string(text)
         if not self.text_from_rank_zero:
             return self.encode_here(text)
         embeddings = from_rank_zero(lambda: self.encode_here(text).cpu())
@@ -107,8 +113,9 @@ class ContextEncoder:
         """Embeddings of prompts by the text encoder of this rank.
 
         Raises:
-            ValueError: there is none any more.
+            ValueError: there is none any more, or one string in place of a list.
         """
+        _refuse_string(text)
         if self.text_encoder is None:
             raise ValueError(
                 "The text encoder was released after the first prompt. Give text as embeddings "
@@ -150,6 +157,14 @@ class ContextEncoder:
         if image is not None and not (encoded or self.takes_image or "image" in self.known):
             raise TypeError(f"{self.method} takes no image, so image must be None.")
         refuse_unknown(context, (self.known | OWN_CONTEXT) - {"batch_size"}, self.method)
+
+
+def _refuse_string(text: Any) -> None:
+    """Refuse one prompt in place of a list, which would be one of letters."""
+    if isinstance(text, str):
+        raise ValueError(
+            f"text must be a list of prompts; got one string. Try text=[{quoted(text)}]."
+        )
 
 
 def _batch_size(text: Any, image: Any) -> int:

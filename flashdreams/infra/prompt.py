@@ -9,6 +9,7 @@ from flashdreams.infra.config import quoted
 from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.checkpoint.read import open_tensors
 from flashdreams.runtime.checkpoint.source import LocalCheckpoint
+from flashdreams.runtime.files import write_whole
 from flashdreams.runtime.text import read_text, reason_of, shown
 
 MAX_PROMPT_CHARACTERS = 20_000
@@ -94,9 +95,11 @@ def save_prompt_embeds(path: str | Path, embeds: Tensor) -> None:
     """Save what a text encoder returned, for `load_prompt_embeds`.
 
     Args:
-        path: the safetensors file to write.
+        path: the safetensors file to write; it gets its name when it is whole.
         embeds: ``[B, L, C]``.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    save_file({"prompt_embeds": embeds.detach().cpu().contiguous()}, path)
+    content = save({"prompt_embeds": embeds.detach().cpu().contiguous()})
+    with write_whole(Path(path)) as file:
+        file.write(content)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flashdreams.infra.checks import check_order
+from flashdreams.infra.config import quoted
 from flashdreams.infra.controller import Controller
 from flashdreams.infra.diffusion.model import DiffusionCache
 from flashdreams.infra.finite import FiniteCheck
@@ -389,7 +390,9 @@ def checked_values(
         raise ValueError(
             f"The state has format {state['format']}; this release reads format {FORMAT}."
         )
-    values = state["values"]
+    values, index = state["values"], state["values"]["next_index"]
+    if type(index) is not int or index < 0:
+        raise ValueError(f"The state is damaged: its next AR step is {quoted(index)}.")
     if values["name"] != name:
         raise ValueError(
             f"The state is of a rollout of {values['name']!r}; this pipeline is {name!r}."

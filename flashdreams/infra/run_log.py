@@ -123,15 +123,15 @@ class RunLog:
 
         What the session was told between those turns and the next one stays.
         """
-        kept = []
+        keep = 0
         for line in self.path.read_bytes().splitlines(keepends=True):
             row = json.loads(line) if line.endswith(b"\n") else {"turn": turns}
             last = turns if row.get("between_steps") else turns - 1
-            if row.get("turn", row.get("step", -1)) <= last:
-                kept.append(line)
-        self._file = open_owned(self.path)
-        self._file.writelines(kept)
-        self._file.flush()
+            if row.get("turn", row.get("step", -1)) > last:
+                break
+            keep += len(line)
+        # Never empty in between: a process that is killed here is to be continued as well.
+        self._file = open_owned(self.path, keep)
 
     def close(self) -> None:
         """Close the file."""

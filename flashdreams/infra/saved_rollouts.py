@@ -104,11 +104,12 @@ class SavedRollouts(Assembly, ABC):
                 ``controller`` for a rollout that was begun with one.
         """
         with self.guard("import", None, LOAD_TIMEOUT_S):
-            values = from_rank_zero(
-                lambda: checked_values(state, self.config.name, noise, controller)
-            )
-            decoder = StateDecoder(self.layout, self.target_device, from_state(state))
-            cache, differ = self._restore(values, decoder, noise, controller)
+            with readable_damage("The state"):
+                values = from_rank_zero(
+                    lambda: checked_values(state, self.config.name, noise, controller)
+                )
+                decoder = StateDecoder(self.layout, self.target_device, from_state(state))
+                cache, differ = self._restore(values, decoder, noise, controller)
             self._measure_numerics(cache, differ)
             return cache
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashdreams.infra.config import quoted
 from flashdreams.infra.identity import describe_config, hash_weights
 from flashdreams.infra.rollout import (
     StreamInferencePipelineCache,
@@ -367,8 +368,11 @@ def fill_together(cache: StreamInferencePipelineCache, work: Callable[[], None])
 
 
 @contextmanager
-def readable_damage(folder: Path) -> Iterator[None]:
+def readable_damage(source: Path | str) -> Iterator[None]:
     """Turn what values that make no sense lead to into one line.
+
+    Args:
+        source: what the line calls where the values are from.
 
     Raises:
         SnapshotError: the line.
@@ -377,6 +381,6 @@ def readable_damage(folder: Path) -> Iterator[None]:
         yield
     except (LookupError, TypeError, AttributeError) as error:
         raise SnapshotError(
-            f"{folder} holds values that make no rollout of this method "
-            f"({type(error).__name__}: {error}). Use another snapshot."
+            f"{source} holds values that make no rollout of this method "
+            f"({type(error).__name__}: {quoted(str(error))}). Use another one."
         ) from error

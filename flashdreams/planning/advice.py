@@ -51,9 +51,11 @@ def explain(
         f"{device.memory_gib:.2f} GiB."
     )
     usable_gib = device.memory_gib * (1.0 if planner.on_gpu else USABLE_OF_HOST)
-    usable = replace(device, memory_gib=usable_gib)
-    less = Planner(config, usable, parallel=parallel)
-    change = next(cheapest_changes(config, less, replace(plan, device=usable), pixels), None)
+    usable = replace(plan, device=replace(device, memory_gib=usable_gib))
+    if usable.fits:
+        return f"{text} That fits, so something else takes the memory: end other programs."
+    less = Planner(config, usable.device, parallel=parallel)
+    change = next(cheapest_changes(config, less, usable, pixels), None)
     if change is None:
         return f"{text} No single change fits: take several, or another device."
     return f"{text} The cheapest change that fits: {change}."
@@ -66,7 +68,8 @@ def cheapest_changes(
     pixels: int | None = None,
 ) -> Iterator[str]:
     """Changes after which one rollout fits, those that alter the video least first."""
-    if config.text_encoder is not None and not config.release_text_encoder:
+    takes_embeddings = pixels is not None  # commands with --height have --prompt-embeds as well
+    if takes_embeddings and config.text_encoder is not None and not config.release_text_encoder:
         without = derive_config(config, text_encoder=None)
         if _fits(without, planner, plan):
             yield "--prompt-embeds FILE, so that the text encoder is not loaded"

@@ -1,25 +1,34 @@
-"""Text of a command line: tables, tyro's help, and tyro's errors in one line."""
+"""Text of a command line: tables, tyro's help, tyro's errors in one line, output that is lost."""
 
 import contextlib
+import functools
+import io
 import os
 import re
 import shutil
+import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from flashdreams.infra.config import removed_field
+from flashdreams.runtime.text import printable, say
+
+LEAST_COLUMNS = 40
+"""Width below which tyro takes minutes to lay out help."""
+
+Main = Callable[[Sequence[str]], int]
 
 
-def table(rows: list[tuple[str, str]]) -> list[str]:
+def table(rows: list[tuple[str, object]]) -> list[str]:
     """Lines of two columns, the second one wrapped to the width of the terminal."""
     width = min(max(len(name) for name, _ in rows), 40) + 4
     columns = max(shutil.get_terminal_size().columns, width + 40)
     lines = []
     for name, text in rows:
-        text = " ".join(text.split())
-        wrapped = textwrap.wrap(text, columns - width, break_on_hyphens=False) or [""]
+        words = printable(" ".join(str(text or "").split()))
+        wrapped = textwrap.wrap(words, columns - width, break_on_hyphens=False) or [""]
         first = f"  {name}"
         if len(first) > width - 2:
             lines.append(first)
@@ -29,18 +38,90 @@ def table(rows: list[tuple[str, str]]) -> list[str]:
     return lines
 
 
+def read_options(form: Any, argv: Sequence[str], program: str, **options: Any) -> Any:
+    """What tyro makes of a command line.
+
+    Args:
+        form: the dataclass of the options.
+        argv: the words after the program's name.
+        program: its name.
+        options: of ``tyro.cli``.
+
+    Raises:
+        ValueError: it cannot be carried out as typed; one line.
+        SystemExit: ``--help`` has been answered.
+    """
+    import tyro
+
+    stderr = io.StringIO()
+    asked = bool({"-h", "--help"} & set(argv))
+    # Without --help nothing but an error is printed; its layout is plain text of one width whatever
+    # the terminal, since stdout is no terminal then.
+    stdout = sys.stdout if asked else io.StringIO()
+    try:
+        with (
+            terminal_width(not asked),
+            contextlib.redirect_stdout(stdout),
+            contextlib.redirect_stderr(stderr),
+        ):
+            read = tyro.cli(form, args=list(argv), prog=program, **options)
+    except SystemExit as exit:
+        if exit.code in (None, 0):
+            raise
+        raise ValueError(one_line(stderr.getvalue(), program)) from None
+    sys.stderr.write(stderr.getvalue())
+    return read
+
+
+def lost_output(error: OSError, program: str) -> int:
+    """The exit code where stdout takes no more; said in one line, unless its reader has left."""
+    # Nothing may be flushed to it at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        return 0
+    reason = error.strerror or error
+    say(printable(f"{program}: error: the output could not be written: {reason}."))
+    return 1
+
+
+def lost_output_in_one_line(program: str) -> Callable[[Main], Main]:
+    """A decorator of a ``main`` whose work is what it prints.
+
+    A reader that has left (``| head``) is no error; a full disk is exit code 1 and one line.
+    """
+
+    def decorate(main: Main) -> Main:
+        @functools.wraps(main)
+        def called(argv: Sequence[str]) -> int:
+            try:
+                try:
+                    return main(argv)
+                finally:
+                    if sys.stdout is not None:
+                        sys.stdout.flush()
+            except OSError as error:
+                return lost_output(error, program)
+
+        return called
+
+    return decorate
+
+
 @contextlib.contextmanager
 def terminal_width(wide: bool) -> Iterator[None]:
-    """Keep tyro from breaking flags in two when it lays out an error for a narrow terminal."""
+    """Keep tyro from breaking flags in two when it lays out an error for a narrow terminal.
+
+    Help is laid out for the terminal's width, and for `LEAST_COLUMNS` where that is less.
+    """
     before = os.environ.get("COLUMNS")
-    if wide:
-        os.environ["COLUMNS"] = "2000"
+    width = 2000 if wide else max(shutil.get_terminal_size().columns, LEAST_COLUMNS)
+    os.environ["COLUMNS"] = str(width)
     try:
         yield
     finally:
-        if wide and before is None:
+        if before is None:
             os.environ.pop("COLUMNS", None)
-        elif wide and before is not None:
+        else:
             os.environ["COLUMNS"] = before
 
 

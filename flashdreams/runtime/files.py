@@ -26,8 +26,8 @@ class InUseError(OSError):
     """Another process, or another writer of this one, is writing the same file."""
 
 
-def open_owned(path: Path) -> BinaryIO:
-    """Open a file for writing, empty, that nobody else writes as long as it stays open.
+def open_owned(path: Path, keep: int = 0) -> BinaryIO:
+    """Open a file for writing that nobody else writes as long as it stays open.
 
     A link that has the name is removed, not followed.
 
@@ -36,6 +36,7 @@ def open_owned(path: Path) -> BinaryIO:
 
     Args:
         path: the file; its directory is made where it does not exist.
+        keep: bytes at its beginning that stay, behind which is written; the rest is deleted.
 
     Raises:
         InUseError: somebody else has it.
@@ -51,8 +52,12 @@ def open_owned(path: Path) -> BinaryIO:
             if os.fstat(file.fileno()).st_nlink > 1:
                 path.unlink()
             elif _has_name(file, path):
-                if os.fstat(file.fileno()).st_size:
-                    file.truncate()
+                size = os.fstat(file.fileno()).st_size
+                if size < keep:
+                    raise OSError(errno.EIO, "it was replaced while it was read", str(path))
+                if size > keep:
+                    file.truncate(keep)
+                file.seek(keep)
                 return file
         except BaseException:
             file.close()

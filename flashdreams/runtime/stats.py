@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from flashdreams.runtime.files import OutputGuard, open_partial, write_whole
+from flashdreams.runtime.files import OutputGuard, open_owned, open_partial, write_whole
 
 BYTES_PER_GIB = 2**30
 
@@ -67,10 +67,9 @@ class StatsWriter:
         lines = self.partial_path.read_bytes().splitlines(keepends=True)[: count + 1]
         if len(lines) <= count or not lines[-1].endswith(b"\n"):
             raise ValueError(f"{self.partial_path} has fewer than {count} records.")
-        self._lines = self.partial_path.open("wb")
+        # Never empty in between: a process that is killed here is to be continued as well.
+        self._lines = open_owned(self.partial_path, keep=sum(map(len, lines)))
         self._guard = OutputGuard(self.partial_path)
-        self._lines.writelines(lines)
-        self._lines.flush()
         self._count = count
 
     def finish(self) -> None:

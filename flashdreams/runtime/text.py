@@ -91,10 +91,17 @@ def printable(text: str, most: int = MAX_MESSAGE_CHARACTERS) -> str:
 
     Line breaks and the characters of every language are left as they are.
     """
-    if len(text) > most:
-        half = (most - 60) // 2
-        text = f"{text[:half]} ... ({len(text) - 2 * half} characters left out) ... {text[-half:]}"
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    text = _cut(text, most)
+    escaped = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    return escaped if len(escaped) == len(text) else _cut(escaped, most)
+
+
+def _cut(text: str, most: int) -> str:
+    """Beginning and end of a text that is longer than ``most`` characters."""
+    if len(text) <= most:
+        return text
+    half = (most - 60) // 2
+    return f"{text[:half]} ... ({len(text) - 2 * half} characters left out) ... {text[-half:]}"
 
 
 def say(text: str, beside: bool = False) -> None:

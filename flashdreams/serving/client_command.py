@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
 from tyro.conf import Positional, arg
 
+from flashdreams.runtime.command_text import lost_output_in_one_line, read_options
 from flashdreams.runtime.files import check_target, write_whole
 from flashdreams.runtime.text import printable, say
 from flashdreams.serving.client import LiveClient, Received, SessionError
@@ -67,6 +67,7 @@ def entry_point() -> None:
     sys.exit(main(sys.argv[1:]))
 
 
+@lost_output_in_one_line(PROGRAM)
 def main(argv: Sequence[str]) -> int:
     """Carry out one command line.
 
@@ -77,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
         0 done, 1 the session failed, 2 the command line is wrong or no server answers.
     """
     try:
-        options = tyro.cli(ClientOptions, args=list(argv), prog=PROGRAM)
+        options = read_options(ClientOptions, argv, PROGRAM)
         log = [] if options.log is None else read_log(options.log)
         if options.record is not None:
             check_target(options.record, "--record")

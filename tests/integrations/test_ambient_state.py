@@ -67,6 +67,10 @@ ROLLOUTS = {
 
 @contextlib.contextmanager
 def ambient(kind: str) -> Iterator[None]:
+    if kind == "autocast":
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            yield
+        return
     if kind == "deterministic":
         torch.use_deterministic_algorithms(True)
     elif kind == "meta":
@@ -87,7 +91,7 @@ def plain(request: pytest.FixtureRequest) -> tuple[Any, Callable[[Any], Tensor],
     return config, rollout, rollout(config.setup(device="cpu"))
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "float64", "meta", "deterministic"])
+@pytest.mark.parametrize("kind", ["bfloat16", "float64", "meta", "deterministic", "autocast"])
 def test_defaults_of_torch_change_no_bit(
     plain: tuple[Any, Callable[[Any], Tensor], Tensor], kind: str
 ) -> None:

@@ -56,6 +56,15 @@ def test_a_smaller_video_is_advised_in_pixels_where_a_command_takes_them():
     assert "torchrun" not in text
 
 
+def test_nothing_is_advised_that_cannot_help_or_be_typed():
+    """What fits by count needs no change, and commands without --height have no --prompt-embeds."""
+    config = discover().resolve("self-forcing-tiny-random").pipeline
+    host = replace(DEVICES["H200-141GB"], memory_gib=64, is_host=True)
+    assert explain(config, host, ParallelDegrees(), pixels=8).endswith("end other programs.")
+    small = replace(host, memory_gib=0.1)
+    assert "No single change fits" in explain(config, small, ParallelDegrees())
+
+
 def test_other_errors_stay_as_they_are():
     """Negative control."""
     config = discover().resolve("self-forcing-tiny-random")

@@ -462,8 +462,11 @@ class DiffusionModel(nn.Module):
 
         def noise(denoising_step: int) -> Tensor:
             drawn = cache.noise(autoregressive_index, denoising_step, shape)
-            if tuple(drawn.shape) != shape:
-                raise ValueError(f"The noise must be {list(shape)}; got {list(drawn.shape)}.")
+            if not isinstance(drawn, Tensor) or drawn.is_meta or tuple(drawn.shape) != shape:
+                kind = type(drawn).__name__
+                got = list(drawn.shape) if isinstance(drawn, Tensor) else f"a {kind}"
+                where = " without values" if isinstance(drawn, Tensor) and drawn.is_meta else ""
+                raise ValueError(f"The noise must be a tensor {list(shape)}; got {got}{where}.")
             return to_device(drawn, device)
 
         return noise

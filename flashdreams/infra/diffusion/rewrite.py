@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -51,10 +51,12 @@ def check_rewrite(config: CausalTransformerConfig, cache: CausalState, mode: Rew
     """Refuse a way to recompute the window, before anything is changed.
 
     Raises:
-        ValueError: ``"once"`` with ``relative_rope``, which rotates the sink in between;
+        ValueError: an unknown mode; ``"once"`` with ``relative_rope``, which rotates the sink;
             ``"chunks"`` where the sink moves; layers whose windows hold other frames than those of
             the first; shots, whose frames have positions of their own.
     """
+    if mode not in get_args(RewriteMode):
+        raise ValueError(f'reencode_window={mode!r}: must be True, False, "chunks" or "once".')
     if mode == "once" and config.relative_rope and config.rewritten_sink != "kept":
         raise ValueError('mode="once" cannot be used with relative_rope=True; use "chunks".')
     if mode == "chunks" and config.rewritten_sink == "moved":

@@ -11,7 +11,10 @@ from flashdreams.infra.ranges import check_range
 
 from .hits import HIT_FEATURES, hit_features
 from .rays import focal_length, slopes, waves
-from .world import HALF_SIZE, camera_to_pose
+from .world import HALF_SIZE, camera_to_pose, pose_to_camera
+
+UPRIGHT_TOLERANCE = 1e-3
+"""Largest entry of a camera matrix that no turn about the vertical axis explains."""
 
 _RAYS_PER_TOKEN = 4
 _ANGLE_HARMONICS = (1, 2, 4)
@@ -128,4 +131,13 @@ class CameraEncoder(Encoder):
         c = self.config
         poses = input if input.ndim == 4 else input[None]
         plane = camera_to_pose(poses)
+        upright = pose_to_camera(plane)
+        upright[..., :3, 3] = poses[..., :3, 3]
+        error = float((poses.double() - upright).abs().amax())
+        if not error <= UPRIGHT_TOLERANCE:  # also where it is NaN
+            raise ValueError(
+                f"Camera poses must be of an upright camera: finite, a rotation about the vertical "
+                f"axis and the last row 0, 0, 0, 1; the matrices differ from that by {error:.2g}, "
+                f"at most {UPRIGHT_TOLERANCE:g} is allowed."
+            )
         return c.features(plane).flatten(1, 2)

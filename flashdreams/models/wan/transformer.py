@@ -256,7 +256,14 @@ class WanTransformer(FusesKernels):
 
     def add_control(self, x: Tensor, control: Any) -> Tensor:
         """Add an embedded control to the tokens ``[B, L, dim]`` before the first block."""
-        return x if control is None else x + control
+        if control is None:
+            return x
+        if control.shape[1] not in (1, x.shape[1]):
+            raise ValueError(
+                f"The control input has {control.shape[1]} tokens, the chunk has {x.shape[1]}: "
+                "give the control of all frames of this AR step, and of no others."
+            )
+        return x + control
 
     def forward(
         self,

@@ -81,3 +81,18 @@ def test_the_former_place_warns(function) -> None:
         assert getattr(prompts, function.__name__) is function
     with pytest.raises(AttributeError, match="no attribute 'load_prompt'"):
         prompts.load_prompt  # noqa: B018
+
+
+def test_saved_embeddings_stay_whole_where_others_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, saved = tmp_path / "e.safetensors", embeds(1, 6, 8)
+    save_prompt_embeds(path, saved)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        save_prompt_embeds(path, -saved)
+    assert torch.equal(load(path), saved) and os.listdir(tmp_path) == [path.name]

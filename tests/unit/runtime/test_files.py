@@ -88,3 +88,15 @@ def test_space_is_asked_for_only_where_it_is_lacking(tmp_path: Path, code: int) 
         raise OSError(code, os.strerror(code))
     assert ("Free some space" in str(caught.value)) == (code in (errno.ENOSPC, errno.EDQUOT))
     assert "--output-dir" in str(caught.value)
+
+
+def test_the_beginning_of_a_file_can_be_kept(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    path.write_bytes(b"one\ntwo\n")
+    with open_owned(path, keep=4) as file:
+        assert path.read_bytes() == b"one\n"
+        file.write(b"2\n")
+    assert path.read_bytes() == b"one\n2\n"
+    with pytest.raises(OSError, match="was replaced"):
+        open_owned(path, keep=7)
+    assert path.read_bytes() == b"one\n2\n"

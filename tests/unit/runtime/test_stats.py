@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from flashdreams.runtime import files
+from flashdreams.runtime import files, stats
 from flashdreams.runtime.stats import StatsWriter, memory_stats, sha256_of
 
 RECORDS = [{"autoregressive_index": 0, "total_ms": 1.5, "psnr_db": None}]
@@ -102,3 +102,15 @@ def test_memory_on_a_cpu_is_the_largest_resident_size() -> None:
     after = memory_stats("cpu")["mem_peak_gib"]
     assert block.nbytes == 2**27
     assert before <= after < before + 1
+
+
+def test_a_record_is_on_disk_at_every_moment_of_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed while it resumes leaves what the next attempt needs."""
+    write(tmp_path / "stats.json", {}, RECORDS * 3).close()
+    partial = tmp_path / "stats.partial.jsonl"
+    seen = []
+    monkeypatch.setattr(stats, "OutputGuard", lambda path: seen.append(path.read_bytes()))
+    StatsWriter(tmp_path / "stats.json", dict).resume(2)
+    assert seen == [partial.read_bytes()] and len(seen[0].splitlines()) == 3

@@ -112,3 +112,8 @@ def test_actions_have_a_bound(text) -> None:
     with pytest.raises(ValueError) as caught:
         parse_actions(text)
     assert len(str(caught.value)) < 800 and time.process_time() - begin < 5
+
+
+def test_what_is_printed_stays_short_also_where_every_character_is_escaped() -> None:
+    assert len(printable("\U000e0001\udcff" * 100_000)) <= 4000
+    assert printable("\x1b" * 9) == r"\x1b" * 9
