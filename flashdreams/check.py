@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional, arg
 
+from flashdreams.runtime.standard_error import abandon_output
+
 PROGRAM = "flashdreams-check"
 PASSED, FAILED, WRONG_USAGE = 0, 1, 2
 """Exit codes."""
@@ -31,7 +33,13 @@ class CheckOptions:
 
 def entry_point() -> None:
     """Run the process's own command line and exit with its code."""
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        abandon_output()
+        code = PASSED
+    sys.exit(code)
 
 
 def main(argv: Sequence[str]) -> int:

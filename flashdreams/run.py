@@ -26,7 +26,7 @@ from flashdreams.parallel.siblings import watch_siblings
 from flashdreams.registry import VARIABLE, PluginError, Registry, discover, is_runner_config
 from flashdreams.runtime.checkpoint import CheckpointError, MissingWeightsError
 from flashdreams.runtime.command_text import one_line, table, terminal_width, whole_paragraphs
-from flashdreams.runtime.standard_error import prepare_streams
+from flashdreams.runtime.standard_error import abandon_output, prepare_streams
 from flashdreams.runtime.termination import (
     IMPORT_DEADLINE_S,
     Terminated,
@@ -118,8 +118,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt as stop:
         return stopped(stop)
     except BrokenPipeError:
-        # The reader of the output (head, less) has left: nothing may be flushed to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        abandon_output()
         return DONE
     except Exception as error:
         return report(error, WRONG_USAGE, debug, same_everywhere=True)

@@ -27,7 +27,7 @@ from flashdreams.run import (
     stopped,
     with_advice,
 )
-from flashdreams.runtime.standard_error import prepare_streams
+from flashdreams.runtime.standard_error import abandon_output, prepare_streams
 from flashdreams.runtime.termination import raise_on_sigterm
 from flashdreams.runtime.text import say, tell
 from flashdreams.serving.limits import ServingLimits
@@ -79,6 +79,9 @@ def main(argv: Sequence[str]) -> int:
         return stopped(stop, PROGRAM)
     except SystemExit as exit:  # of tyro: --help, or an error that it has printed
         return DONE if exit.code in (None, 0) else WRONG_USAGE
+    except BrokenPipeError:
+        abandon_output()
+        return DONE
     except Exception as error:
         return report(error, WRONG_USAGE, debug, same_everywhere=True, program=PROGRAM)
     return DONE if read is None else _serve(*read, debug)
@@ -131,7 +134,7 @@ def _serve(options: ServeOptions, config: Any, debug: bool) -> int:
 
             web = WebServer(options.web)
             web.start()
-            say(f"{PROGRAM}: {web.url} shows how far {config.runner_name} is")
+            say(f"{PROGRAM}: loading {config.runner_name}; {web.url} shows the progress")
     except KeyboardInterrupt as stop:
         return stopped(stop, PROGRAM)
     except (ValueError, TypeError) as error:

@@ -46,4 +46,12 @@ def prepare_streams() -> None:
     sys.stderr = cast(TextIO, LossyStream(errors))
 
 
-__all__ = ["LossyStream", "prepare_streams"]
+def abandon_output() -> None:
+    """Let the process end in silence once the reader of its output (head, less) has left.
+
+    What is flushed at exit then goes nowhere instead of into the broken pipe.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+__all__ = ["LossyStream", "abandon_output", "prepare_streams"]
