@@ -83,14 +83,39 @@ def main(argv: Sequence[str]) -> int:
         count, device = this_machine(devices) if given is None else resolve_gpus(given, devices)
         fps = options.fps or runner.fps
         plans = Planner(config, device, fps=fps, parallel=runner.parallel).plans(count)
-    except (ValueError, TypeError, PluginError) as error:
+    except (ValueError, TypeError, ImportError, PluginError) as error:
         say(printable(f"{PROGRAM}: error: {error}"))
         return WRONG_USAGE
     c: Any = config.diffusion_model.transformer
     print(f"{options.slug} on {count} x {device.name}, latents {c.latent_height}x{c.latent_width}")
     print(f"{table(plans)}\n{summary(plans)}")
+    if plans[0].fits:
+        print(f"Type: {_command(options, runner, plans[0])}")
     print(f"Predicted, not measured. {device.name}: {device.source}.")
     return DONE if plans[0].fits else DOES_NOT_FIT
+
+
+def _command(options: PlanOptions, runner: Any, plan: Any) -> str:
+    """The command line that runs a plan."""
+    from flashdreams.infra.video_runner import SPATIAL_FACTOR
+
+    transformer = "--pipeline.diffusion-model.transformer"
+    flags: dict[str, Any] = {f"{transformer}.precision": options.precision}
+    flags[f"{transformer}.window-size-t"] = options.window
+    for name in ("height", "width"):
+        pixels = getattr(options, name)
+        if hasattr(runner, name) or pixels is None:
+            flags[f"--{name}"] = pixels
+        else:
+            flags[f"{transformer}.latent-{name}"] = pixels // SPATIAL_FACTOR
+    ranks, node = plan.degrees.world_size, plan.device.ranks_per_node
+    words = ["flashdreams-run", options.slug]
+    if ranks > 1:
+        nodes = "--standalone" if ranks <= node else f"--nnodes {-(-ranks // node)}"
+        launch = f"torchrun {nodes} --nproc-per-node {min(ranks, node)} -m flashdreams.run"
+        words = [launch, options.slug, plan.degrees.flags]
+    words += [f"{flag} {value}" for flag, value in flags.items() if value is not None]
+    return " ".join(words)
 
 
 def _changed(runner: Any, options: PlanOptions) -> Any:

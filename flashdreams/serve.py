@@ -29,7 +29,7 @@ from flashdreams.run import (
     report,
     with_advice,
 )
-from flashdreams.runtime.command_text import read_options
+from flashdreams.runtime.command_text import lost_output, read_options
 from flashdreams.runtime.standard_error import prepare_streams
 from flashdreams.runtime.termination import leave, raise_on_sigterm
 from flashdreams.runtime.text import say, tell
@@ -82,6 +82,8 @@ def main(argv: Sequence[str]) -> int:
         return stopped(stop, PROGRAM)
     except SystemExit as exit:  # of tyro: --help, or an error that it has printed
         return DONE if exit.code in (None, 0) else WRONG_USAGE
+    except BrokenPipeError as error:
+        return lost_output(error, PROGRAM)
     except Exception as error:
         return report(error, WRONG_USAGE, debug, same_everywhere=True, program=PROGRAM)
     return DONE if read is None else _serve(*read, debug)
@@ -134,7 +136,7 @@ def _serve(options: ServeOptions, config: Any, debug: bool) -> int:
 
             web = WebServer(options.web)
             web.start()
-            say(f"{PROGRAM}: {web.url} shows how far {config.runner_name} is")
+            say(f"{PROGRAM}: loading {config.runner_name}; {web.url} shows the progress")
     except KeyboardInterrupt as stop:
         return stopped(stop, PROGRAM)
     except (ValueError, TypeError) as error:

@@ -428,13 +428,22 @@ class Planner:
 
     @cached_property
     def _other_weights(self) -> int:
-        total = 0
-        for name in ("text_encoder", "image_encoder", "encoder"):
-            config = getattr(self.config, name)
-            if config is not None:
-                with torch.device("meta"):
-                    total += weight_nbytes(config.setup())
-        return total
+        names = ("text_encoder", "image_encoder", "encoder")
+        return sum(_encoder_nbytes(getattr(self.config, name)) for name in names)
+
+
+def _encoder_nbytes(config: Any) -> int:
+    """Bytes of an encoder's weights, also where the package that builds it is not installed."""
+    if config is None:
+        return 0
+    try:
+        with torch.device("meta"):
+            return weight_nbytes(config.setup())
+    except ImportError:
+        checkpoint = config.checkpoint
+        if checkpoint is None or checkpoint.size_bytes is None:
+            raise
+        return int(checkpoint.size_bytes)
 
 
 def _on_meta(control: Any) -> Any:

@@ -39,7 +39,7 @@ def _row(plan: Plan) -> tuple[str, ...]:
 
 
 def summary(plans: Sequence[Plan]) -> str:
-    """What to type for the best plan, in words."""
+    """The best plan in words."""
     best = plans[0]
     memory, room = best.memory.total / GIB, best.device.memory_gib
     if not best.fits:
@@ -51,6 +51,5 @@ def summary(plans: Sequence[Plan]) -> str:
     return (
         f"Best: {best.ms.total:.1f} ms per AR step of {best.frames} frames, {rate}: "
         f"{'real time' if best.is_real_time else 'not real time'}; {memory:.1f} of {room:.1f} GiB "
-        f"per rank; most of the time is {best.ms.largest}.\n"
-        f"Type: {best.degrees.flags}"
+        f"per rank; most of the time is {best.ms.largest}."
     )

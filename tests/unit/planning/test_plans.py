@@ -238,12 +238,23 @@ def test_the_command(capsys):
     assert plan.main(words) == 0
     printed = capsys.readouterr().out
     assert "latents 8x6" in printed and "frames/s for 24 shown" in printed
-    assert "Type: --parallel.cfg-parallel-degree 1" in printed and "ASSUMED" in printed
+    launch = "torchrun --standalone --nproc-per-node 2 -m flashdreams.run self-forcing-tiny-random"
+    assert f"Type: {launch} --parallel.cfg-parallel-degree 1" in printed and "ASSUMED" in printed
+    assert printed.split("Type: ")[1].splitlines()[0].endswith(" --height 64")
     assert plan.main(["lingbot-world-fast", "--gpus", "RTX-4090"]) == 1
     assert "No plan fits" in capsys.readouterr().out
     assert plan.main(["toy-world", "--gpus", "8xH99"]) == 2
     assert "Kinds: " in capsys.readouterr().err
     assert plan.main(["self-forcing-tiny-random", "--gpus", "H200", "--height", "63"]) == 2
+
+
+def test_a_plan_needs_no_package_of_the_text_encoder(monkeypatch):
+    planner = Planner(TAEHV_PIPELINE, H200)
+    with_package = planner._other_weights
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match="transformers"):
+        TAEHV_PIPELINE.text_encoder.setup()
+    assert Planner(TAEHV_PIPELINE, H200)._other_weights == with_package
 
 
 def test_this_machine_is_read_without_gpus(capsys, monkeypatch):

@@ -56,3 +56,13 @@ def test_a_full_disk_behind_stderr_leaves_the_exit_code(tmp_path):
         )
     assert good.returncode == os.EX_OK and "written:" in good.stdout
     assert bad.returncode == 2  # a failure stays one, though nobody reads why
+
+
+@pytest.mark.parametrize("program", ["plan", "check", "serve"])
+def test_a_reader_that_has_left_is_no_error(program):
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", f"flashdreams.{program}", "--help"]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (os.EX_OK, "")
