@@ -77,7 +77,7 @@ class Dispatcher:
                 torch.cuda.empty_cache()
             with self.host.lock:
                 live.failed = str(error)
-                live.short = cause is not None and is_shortage(cause)
+                live.blameless = isinstance(cause, OSError) or is_shortage(cause or error)
             return False
 
     def rest(self) -> None:

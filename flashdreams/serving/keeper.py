@@ -189,9 +189,9 @@ class Keeper:
             return False
 
     def end(self, live: LiveSession, error: str | None, stopped: bool) -> None:
-        """End a session for good; nothing of it is kept, unless all that failed was memory."""
+        """End a session for good; nothing of it is kept, unless its state is not to blame."""
         listener, kept = live.listener, None
-        if live.short and not live.closing:
+        if live.blameless and not live.closing:
             kept = self._set_aside(live)
         if kept is None:
             self._leave(live)
@@ -201,7 +201,7 @@ class Keeper:
             self.host.delivery.call(listener.on_end, text, stopped)
 
     def _set_aside(self, live: LiveSession) -> LiveSession | None:
-        """Let a session that found no memory wait for its client, who may try again.
+        """Let a session whose state is not to blame wait for its client, who may try again.
 
         Returns:
             The session where it was parked, or as its last snapshot has it; None without either.
@@ -236,7 +236,7 @@ class Keeper:
             stale = live.snapshot is None or live.saved_changes != live.changes
             kept = self.keeps and live.where in ("device", "host", "disk") and not live.closing
             if live.failed is not None:
-                kept = kept and live.short and live.snapshot is not None
+                kept = kept and live.blameless and live.snapshot is not None
             elif kept and stale:
                 kept = self._save_for_restart(live) or live.snapshot is not None
             self._leave(live)

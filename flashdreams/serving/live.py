@@ -69,8 +69,8 @@ class LiveSession:
     """Of these, prompts."""
     failed: str | None = None
     """Why it has to end, for people."""
-    short: bool = False
-    """It has to because memory ran out, which is no fault of its state."""
+    blameless: bool = False
+    """What failed was memory or a file, not its state: it may be tried again."""
     keepings: deque[Keeping] = field(default_factory=deque)
     owes_step: bool = False
     """It makes one chunk although it is paused: it shows something else now."""
@@ -125,7 +125,7 @@ class LiveSession:
 
     def set_aside(self, now: float) -> None:
         """Wait for a client as if the one that it had were gone."""
-        self.failed, self.short, self.listener, self.told = None, False, None, None
+        self.failed, self.blameless, self.listener, self.told = None, False, None, None
         self.detached_since = now
         self.pause("detached", now)
 

@@ -145,28 +145,37 @@ def test_memory_is_predicted_from_shapes():
 
 
 def test_action_modules_take_the_share_that_the_page_states():
-    """A denoising pass with a full window, counted by PyTorch from shapes alone."""
-    model = on_meta(UNIVERSAL)
+    """A denoising pass with a full window, counted by PyTorch from shapes alone.
+
+    All blocks with an action module are alike, and so are all others: one of each is run.
+    """
+    full = PIPELINE.diffusion_model.transformer
+    with torch.device("meta"):
+        model = derive_config(full, num_layers=2, action_blocks=1).setup()
     model.cast()
     example = {name: x.to("meta") for name, x in model.example_context(1).items()}
     control = {name: x.to("meta") for name, x in model.example_control(1).items()}
     cache = model.initialize_cache(**example)
     for cursor in cache.cursors:
-        cursor.reset(model.config.window_size_t)
+        cursor.reset(full.window_size_t)
     latent = torch.empty(model.latent_shape(1), device="meta")
     with torch.no_grad():
-        model.begin_step(model.config.window_size_t // model.config.len_t, cache, control)
+        model.begin_step(full.window_size_t // full.len_t, cache, control)
         with FlopCounterMode(display=False, depth=8) as counter:
             model.predict_flow(latent, torch.tensor(500.0), cache)
-    flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    mouse = ("mouse_mlp", "t_qkv", "mouse_core", "proj_mouse")
-    action = sum(flops[name] for name in flops if name.endswith("action_model"))
-    of_mouse = sum(n for name, n in flops.items() if name.split("action_model.")[-1] in mouse)
-    total = counter.get_total_flops()
+    name = type(model).__name__
+    flops = {n.removeprefix(f"{name}."): sum(f.values()) for n, f in counter.flop_counts.items()}
+    acting, plain = flops["blocks.0"], flops["blocks.1"]
+    total = flops[name] + (full.action_blocks - 1) * acting
+    total += (full.num_layers - full.action_blocks - 1) * plain
+    module, parts = "blocks.0.action_model", ("mouse_mlp", "t_qkv", "mouse_core", "proj_mouse")
+    action = full.action_blocks * flops[module]
+    mouse = full.action_blocks * sum(flops[f"{module}.{part}"] for part in parts)
     page = (ROOT / "docs/source/models/matrix_game.md").read_text().replace("\n", " ")
     assert f"a denoising pass is {total / 1e12:.1f} TFLOP" in page
     assert f"action modules are {action / total:.1%}".replace("%", " %") in page
-    assert f"mouse path alone {of_mouse / total:.1%}".replace("%", " %") in page
+    assert f"mouse path alone {mouse / total:.1%}".replace("%", " %") in page
+    assert total == 10_132_636_631_040, "as all layers in one run"
 
 
 # Rollouts.

@@ -1,5 +1,6 @@
 """Memory that is short ends no session whose state is kept: its client may try again."""
 
+import errno
 from unittest import mock
 
 import pytest
@@ -13,17 +14,27 @@ from tests.unit.serving.test_parking import alone, attach, state_of
 __all__ = ["alone"]
 
 
-def refuse_memory(visit) -> None:
-    """Take a session up where there is no memory for it, and hear of it."""
+def be_refused(visit, text: str) -> None:
+    """Take a session up that cannot come back, and hear of it."""
     attach(visit)
     visit.client.wait(lambda: visit.client.end is not None)
     error, stopped = visit.client.end
-    assert "no memory left" in error and "take it up again" in error and not stopped
+    assert text in error and "take it up again" in error and not stopped
     visit.client.end = None
 
 
-@pytest.mark.parametrize("parked_gib", [1.0, 0.0], ids=["in host memory", "on disk"])
-def test_session_that_finds_no_memory_stays_where_it_was_parked(runner, folder, alone, parked_gib):
+@pytest.mark.parametrize(
+    ("parked_gib", "failure", "text"),
+    [
+        (1.0, MemoryError, "no memory left"),
+        (0.0, MemoryError, "no memory left"),
+        (0.0, OSError(errno.EIO, "Input/output error"), "A file of the server failed"),
+    ],
+    ids=["in host memory", "on disk", "on a disk that fails"],
+)
+def test_session_that_cannot_come_back_stays_where_it_was_parked(
+    runner, folder, alone, parked_gib, failure, text
+):
     limits = {"park_after_s": 0.0, "parked_gib": parked_gib, "state_dir": folder}
     with served(runner, **limits) as server:
         visit = Visit(server.host, Opening(seed=1))
@@ -42,10 +53,10 @@ def test_session_that_finds_no_memory_stays_where_it_was_parked(runner, folder, 
 
             patch = mock.patch.object(pipeline, "unpark", unpark_once)
         else:
-            patch = mock.patch.object(pipeline, "resume", side_effect=MemoryError)
+            patch = mock.patch.object(pipeline, "resume", side_effect=failure)
         with patch:
             for _ in range(2):
-                refuse_memory(visit)
+                be_refused(visit, text)
                 assert server.host.figures().parked == 1
         attach(visit)
         visit.ask(1)
@@ -92,7 +103,7 @@ def test_drain_keeps_the_snapshot_of_a_session_that_found_no_memory(runner, fold
         live = server.host.sessions[visit.id]
         until(lambda: live.saved_changes == live.changes)
         with server.host.lock:
-            live.failed, live.short = "The device has no memory left for this session.", True
+            live.failed, live.blameless = "The device has no memory left for this session.", True
             server.drain()
     assert "no memory" in visit.client.end[0]
     with served(runner, state_dir=folder) as server:
