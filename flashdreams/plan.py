@@ -19,6 +19,8 @@ from flashdreams.runtime.text import printable, say
 PROGRAM = "flashdreams-plan"
 DONE, DOES_NOT_FIT, WRONG_USAGE = 0, 1, 2
 """Exit codes."""
+SHORT_MS = 5.0
+"""Predicted time of an AR step on a GPU below which the time between kernels matters."""
 
 
 @dataclass(kw_only=True)
@@ -92,6 +94,8 @@ def main(argv: Sequence[str]) -> int:
     if plans[0].fits:
         print(f"Type: {_command(options, runner, plans[0])}")
     print(f"Predicted, not measured. {device.name}: {device.source}.")
+    if not device.call_us and plans[0].ms.total < SHORT_MS:
+        print("Launching kernels is not counted: expect more time for a step this short.")
     return DONE if plans[0].fits else DOES_NOT_FIT
 
 

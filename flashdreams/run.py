@@ -321,9 +321,8 @@ def _about(config: Any) -> str:
     lines += [f"{name}: {text}." for name, text in _OWN_OPTIONS.items()]
     absent = list(_absent_components(config, ""))
     if absent:
-        lines.append(
-            f"Components that are None have no flags, set them with --config: {', '.join(absent)}."
-        )
+        names = ", ".join(absent)
+        lines += ["", f"Components that are None have no flags, set them with --config: {names}."]
     return "\n".join(lines)
 
 

@@ -89,8 +89,8 @@ def timed_forks(make: Callable[[], T], count: int, each: int, device: torch.devi
     _wait_for(device)
     seconds, copied = time.perf_counter() - start, count * each
     rate = copied / BYTES_PER_GIB / max(seconds, 1e-9)
-    figures = (count, copied / 2**20, seconds * 1e3, rate)
-    logger.info("%d forks: %.1f MiB in %.1f ms (%.1f GiB/s)", *figures)
+    figures = (count, "" if count == 1 else "s", copied / 2**20, seconds * 1e3, rate)
+    logger.info("%d fork%s: %.1f MiB in %.1f ms (%.1f GiB/s)", *figures)
     return forks
 
 

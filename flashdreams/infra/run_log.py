@@ -208,7 +208,9 @@ class Replay:
             first += f", and the largest difference of sampled latent values is {self.largest:.3g}"
         if not reasons:
             raise ReplayError(
-                f"{first}. Method and numerics are those of the log, so the hashes had to be equal."
+                f"{first}. Method and numerics are those of the log, so the hashes had to be equal"
+                ", unless a program drove the rollout by other means than Runner.open_session: its "
+                "prompt and commands are in no log."
             )
         return f"{first}. The runs differ in {'; '.join(reasons[:5])}."
 

@@ -70,7 +70,7 @@ class ParallelPlan:
 
     tensor: dict[str, TensorStyle] = field(default_factory=dict)
     """Linear or norm -> how its weight is split over the ``tp`` axis. ``"colwise_gathered"`` is
-    colwise with an output that every rank gets whole, for a result that meets whole tensors: an
+    colwise with an output that every rank gets whole, for a result that meets whole tensors: a
     collective as large as the output, so for layers that run seldom. ``"colwise_kv"`` and
     ``"colwise_qkv"`` are colwise for an output that is two or three parts side by side, of each of
     which a rank takes its share. ``"replicated"`` says that a linear stays whole on purpose."""
@@ -87,8 +87,9 @@ class ParallelPlan:
     cores: dict[str, CoreStyle] = field(default_factory=dict)
     """Attention cores of another kind -> ``"all_tokens"``: all tokens of the chunk must meet on one
     rank, as for attention over time at each position: tokens are traded for heads over all sequence
-    ranks, or gathered where these do not divide the heads. ``"split_queries"``: queries are split
-    like the tokens, keys and values are the same on every rank."""
+    ranks where these divide the heads that ``units`` gives, else gathered on every rank.
+    ``"split_queries"``: queries are split like the tokens, keys and values are the same on every
+    rank."""
 
     units: dict[str, int] = field(default_factory=dict)
     """For a model that runs on any number of ranks: submodule -> what a degree must divide to cut

@@ -83,7 +83,7 @@ HOPPER_FP8_TFLOPS = 815
 Self-Forcing step on one H200 took 169 and 175 ms. An H100 has the same multiprocessors."""
 ASSUMED = (
     "reached rates: ASSUMED, the share of the data sheet that an H200 reaches (70 % of the "
-    "products, 66 % of attention, 39 % of convolutions, 89 % of the bandwidth); not measured"
+    "matmuls, 66 % of attention, 39 % of convolutions, 89 % of the bandwidth); not measured"
 )
 
 

@@ -50,6 +50,14 @@ def test_holding_a_key_moves_the_world_and_nothing_else_does(tab: Tab) -> None:
     assert difference(walked, tab.picture()) < REST, "the key was let go"
 
 
+def test_keys_steer_before_anything_was_clicked(tab: Tab) -> None:
+    first = tab.picture()
+    tab.page.keyboard.down("w")
+    tab.rest(1200)
+    tab.page.keyboard.up("w")
+    assert difference(first, tab.picture()) > MOVED
+
+
 def test_arrow_keys_and_pads_turn(tab: Tab) -> None:
     first = tab.picture()
     tab.hold("ArrowRight", 800)
@@ -81,6 +89,9 @@ def test_a_prompt_changes_the_world_and_a_bad_one_says_why(tab: Tab) -> None:
     assert "plaid" in tab.text("#messages")
     assert tab.text("#prompt-help") == "Not applied."
     assert tab.text("#status") == "READY"
+    tab.page.fill("#prompt", "red floor")
+    tab.page.click("#prompt-apply")
+    tab.page.wait_for_selector(".message.error", state="detached", timeout=10_000)
 
 
 def test_moments_are_kept_and_gone_back_to(tab: Tab) -> None:
@@ -127,8 +138,10 @@ def test_pause_and_stop_and_begin(tab: Tab) -> None:
     tab.page.click("#pause")
     tab.wait("ready")
     token = tab.token()
+    assert not tab.page.locator("#moments-list").evaluate("(list) => list.inert")
     tab.page.click("#stop")
     tab.wait("ended")
+    assert tab.page.locator("#moments-list").evaluate("(list) => list.inert")
     tab.page.click("#begin")
     tab.wait("ready")
     assert tab.token() != token

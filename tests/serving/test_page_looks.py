@@ -48,6 +48,15 @@ SMALL = """() => [...document.querySelectorAll('button, input:not([type=file]), 
   .filter(([, box]) => box.width < 24 || box.height < 20)
   .map(([name, box]) => `${name} ${box.width}x${box.height}`)"""
 
+OUTSIDE = """() => [...document.querySelectorAll('.pad, #actions button')]
+  .filter((node) => node.checkVisibility())
+  .filter((node) => {
+    const [box, view] = [node, node.closest('#view')].map((one) => one.getBoundingClientRect());
+    return box.left < view.left || box.right > view.right;
+  })
+  .map((node) => node.textContent)"""
+"""Pads and buttons that stick out of the view."""
+
 
 @pytest.mark.parametrize("scheme", ["dark", "light"])
 @pytest.mark.parametrize("width, height", [(1280, 800), (390, 844)])
@@ -153,3 +162,17 @@ def test_fingers_hold_pads_and_drag_the_view(
     assert tab.page.evaluate("scrollY") == before, (
         "a finger on the picture looks, it does not scroll"
     )
+
+
+def test_pads_and_buttons_stay_beside_one_another_at_any_width(
+    open_tab: Callable[..., Tab], steered_world: LiveServer
+) -> None:
+    tab = open_tab(steered_world.address)
+    tab.wait("ready")
+    for width in (700, 900, 1000, 1179, 1180, 1280):
+        tab.page.set_viewport_size({"width": width, "height": 760})
+        assert tab.page.evaluate(OUTSIDE) == [], width
+    tab.page.locator("#pause").evaluate(
+        "(node) => node.style.minWidth = '2000px'"
+    )  # negative control
+    assert tab.page.evaluate(OUTSIDE)

@@ -272,7 +272,9 @@ def test_help_of_a_slug_names_the_components_that_have_no_flags(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run.main(["plain", "--help"]) == 0
-    out = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    assert "PyTorch and exit.\n\nComponents that are None" in printed, "a paragraph of its own"
+    out = " ".join(printed.split())
     assert "None have no flags, set them with --config: pipeline.encoder." in out
     assert "checkpoint" not in out
 

@@ -273,5 +273,6 @@ def _check_word(word: str, phrase: str) -> None:
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
     raise ValueError(
         f"unknown word {quoted(word)} in {quoted(phrase)}{hint} Colours: {', '.join(COLOURS)}. "
-        f"Skies: {', '.join(SKIES)}. Places: {', '.join(SLOTS)}. Or '{_UNKNOWN}' to hide a slot."
+        f"Skies: {', '.join(SKIES)}. Places: {', '.join(SLOTS)}. Or "
+        f"'{_UNKNOWN}', to leave a place to the model."
     )

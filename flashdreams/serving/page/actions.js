@@ -45,6 +45,7 @@ export class Actions {
       byId('record').title = 'This browser is sent single pictures, which are no video file.';
     }
     for (const id of ['save', 'fork', 'prompt-apply']) byId(id).disabled = !live;
+    byId('moments-list').inert = !live;
   }
 
   /** @param {boolean} paused as the server says; what was asked for takes a chunk to be true */

@@ -170,7 +170,9 @@ class Page {
 
   onShown(frame, time) {
     this.receipts.onShown(frame, time);
-    if (this.status.state === 'live') this.status.set('ready');
+    if (this.status.state !== 'live') return;
+    this.status.set('ready');
+    if (document.activeElement === document.body) byId('stage').focus({ preventScroll: true });
   }
 
   onApplied(message) {
@@ -216,8 +218,8 @@ class Page {
       return;
     }
     if (error.code === 'not_ready' || error.code === 'draining') return; // it connects again
-    this.status.show(explained(error), 'error');
-    if (this.kinds.get(error.event_id) === 'prompt') this.prompting.onRefused();
+    const message = this.status.show(explained(error), 'error');
+    if (this.kinds.get(error.event_id) === 'prompt') this.prompting.onRefused(message);
   }
 
   /** Another way to show video is needed: take the session up in its format. */

@@ -43,11 +43,14 @@ export class Prompting {
 
   /** @param {number} chunk */
   onApplied(chunk) {
+    this.refusal?.remove();
     this.say(`Applied in chunk ${chunk}.`);
   }
 
-  /** The message says why. */
-  onRefused() {
+  /** @param {HTMLElement} message says why; it goes once a prompt is applied */
+  onRefused(message) {
+    this.refusal?.remove();
+    this.refusal = message;
     this.say('Not applied.');
   }
 

@@ -83,6 +83,7 @@ export class StatusLine {
    * Show a message for some seconds.
    * @param {string} text
    * @param {"error"|"note"} kind
+   * @returns {HTMLElement} the message
    */
   show(text, kind = 'note') {
     const known = [...this.messages.children].find((node) => node.firstChild.textContent === text);
@@ -94,5 +95,6 @@ export class StatusLine {
     this.messages.append(node);
     while (this.messages.children.length > 3) this.messages.firstChild.remove();
     setTimeout(() => node.remove(), kind === 'error' ? 15_000 : 4_000);
+    return node;
   }
 }

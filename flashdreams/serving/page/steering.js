@@ -56,9 +56,8 @@ export class Steering {
     const pointer = matchMedia('(hover: hover)').matches;
     if (!keys && !look) return '';
     if (!pointer) return look ? 'Hold the keys; drag the picture to look around.' : 'Hold the keys to steer.';
-    if (!look) return 'Click the picture, then hold the keys below or the arrow keys.';
-    const hold = keys ? 'hold keys to move; ' : '';
-    return `Click the picture: ${hold}the mouse looks around until Esc. Dragging looks, too.`;
+    const steer = keys ? 'Keys steer while the picture has a blue frame. ' : '';
+    return look ? `${steer}Click the picture to look with the mouse, until Esc, or drag it.` : `${steer}Click it for the frame.`;
   }
 
   change(values, time) {

@@ -241,6 +241,7 @@ def test_the_command(capsys):
     launch = "torchrun --standalone --nproc-per-node 2 -m flashdreams.run self-forcing-tiny-random"
     assert f"Type: {launch} --parallel.cfg-parallel-degree 1" in printed and "ASSUMED" in printed
     assert printed.split("Type: ")[1].splitlines()[0].endswith(" --height 64")
+    assert "Launching kernels is not counted" in printed
     assert plan.main(["lingbot-world-fast", "--gpus", "RTX-4090"]) == 1
     assert "No plan fits" in capsys.readouterr().out
     assert plan.main(["toy-world", "--gpus", "8xH99"]) == 2
@@ -260,4 +261,6 @@ def test_a_plan_needs_no_package_of_the_text_encoder(monkeypatch):
 def test_this_machine_is_read_without_gpus(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert plan.main(["toy-world"]) == 0
-    assert "measured now" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "measured now" in printed and "Launching" not in printed
+    assert "Type: flashdreams-run toy-world\n" in printed, "no flags for one rank"
