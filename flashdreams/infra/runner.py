@@ -17,7 +17,7 @@ from flashdreams.infra.pipeline import (
     StreamInferencePipelineConfig,
 )
 from flashdreams.infra.ranges import check_range
-from flashdreams.infra.recorder import RunRecorder
+from flashdreams.infra.recorder import RunRecorder, own_files
 from flashdreams.infra.resumable import Progress, ResumableRun
 from flashdreams.infra.same_options import refuse_other_options
 from flashdreams.infra.session import Command, Session, Step
@@ -485,7 +485,7 @@ def claim_output(config: RunnerConfig) -> BinaryIO:
     """
     folder = config.output_dir
     if config.trace is not None:
-        check_target(config.trace, "--trace")
+        check_target(config.trace, "--trace", own_files(folder, config.runner_name))
     lock = folder / f".{config.runner_name}.lock"
     try:
         return open_owned(lock)
