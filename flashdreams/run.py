@@ -115,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.filename is None:  # of stdout, which has no name
             return lost_output(error, PROGRAM)
-        return report(error, WRONG_USAGE, debug, same_everywhere=True)
+        return report(error, WRONG_USAGE, debug)
     return DONE if config is None else _run(config, debug, line.replay)
 
 
@@ -388,13 +388,13 @@ def report(
     error: Exception,
     code: int,
     debug: bool,
-    same_everywhere: bool = False,
     program: str = PROGRAM,
 ) -> int:
     """Say in one line what went wrong, and give the exit code for it.
 
-    Files that have to be fetched are a list, one to a line. Where every rank has the same error,
-    rank zero alone says so; one whose only error is that of another rank lets that one speak first.
+    Files that have to be fetched are a list, one to a line. Rank zero speaks first; another rank
+    says what is wrong with its own command line, or that another one has failed, only if torchrun
+    has not ended it by then.
     On several ranks an error that is nobody's mistake shows its traceback at once: such a run is
     not easily repeated.
     """
@@ -419,8 +419,6 @@ def report(
     text = printable(text)
     if _rank() == 0:
         say(f"{program}: error: {text}")
-        return code
-    if same_everywhere:
         return code
     if code == WRONG_USAGE or repeats:
         # Another rank says the same or better, and torchrun then ends this one within the pause.

@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError as error:
         return lost_output(error, PROGRAM)
     except Exception as error:
-        return report(error, WRONG_USAGE, debug, same_everywhere=True, program=PROGRAM)
+        return report(error, WRONG_USAGE, debug, program=PROGRAM)
     return DONE if read is None else _serve(*read, debug)
 
 

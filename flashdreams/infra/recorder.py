@@ -55,6 +55,12 @@ class RecordedConfig(Protocol):
     """Whether frames are hashed, too."""
 
 
+def own_files(folder: Path, slug: str) -> list[Path]:
+    """The files that a run of a slug may write into its output folder."""
+    names = ("{}.mp4", "stats_{}.json", "latents_{}.safetensors", "log_{}.jsonl", "report_{}.html")
+    return [folder / name.format(slug) for name in names]
+
+
 @dataclass(eq=False)
 class _Rollout:
     number: int

@@ -28,6 +28,7 @@ from flashdreams.parallel.environment import (
     least_of_all_ranks,
 )
 from flashdreams.runtime.files import write_whole
+from flashdreams.runtime.text import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ MARK_NAME = "run.json"
 SHARED_FOLDER_S = 10.0
 """How long a rank waits to see the mark that rank zero has written."""
 
+MAX_MARK_BYTES = 4096
 _SNAPSHOT = re.compile(r"step-(\d{8})")
 
 
@@ -174,9 +176,7 @@ class ResumableRun:
     def _find(self, resume: bool) -> tuple[str, bool]:
         """The token, and whether the run of that token continues; on rank zero."""
         mark = self.folder / MARK_NAME
-        earlier: dict[str, Any] = {}
-        if mark.is_file():
-            earlier = json.loads(mark.read_bytes())
+        earlier = _read_mark(mark) if mark.is_file() else {}
         restarted = self._launch.restarts > 0 and earlier.get("run_id") == self._launch.run_id
         token = str(earlier.get("token", ""))
         if re.fullmatch("[0-9a-f]{8}", token) and (resume or restarted):
@@ -184,8 +184,14 @@ class ResumableRun:
             return token, True
         token = uuid.uuid4().hex[:8]
         if self.every > 0:
-            with write_whole(mark, sync=True) as file:
-                file.write(json.dumps({"token": token, **asdict(self._launch)}).encode())
+            try:
+                with write_whole(mark, sync=True) as file:
+                    file.write(json.dumps({"token": token, **asdict(self._launch)}).encode())
+            except OSError as error:
+                raise ValueError(
+                    f"--output-dir: {mark} cannot be written: {error.strerror or error}. Name "
+                    "another folder."
+                ) from error
         if resume:
             logger.info("%s has no run to continue; this one starts over.", self.folder)
         return token, False
@@ -214,3 +220,21 @@ class ResumableRun:
 
 def _run_of(path: Path) -> dict[str, Any]:
     return dict(read_header(path).run)
+
+
+def _read_mark(mark: Path) -> dict[str, Any]:
+    """What an earlier process has written about its run.
+
+    Raises:
+        ValueError: one line that says what is wrong with the file.
+    """
+    try:
+        found = json.loads(read_text(mark, MAX_MARK_BYTES))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"--output-dir: {mark} cannot be read: {reason}. Remove it to start over."
+        ) from error
+    return found

@@ -17,8 +17,9 @@ from flashdreams.infra.pipeline import (
     StreamInferencePipelineConfig,
 )
 from flashdreams.infra.ranges import check_range
-from flashdreams.infra.recorder import RunRecorder
+from flashdreams.infra.recorder import RunRecorder, own_files
 from flashdreams.infra.resumable import Progress, ResumableRun
+from flashdreams.infra.same_options import refuse_other_options
 from flashdreams.infra.session import Command, Session, Step
 from flashdreams.infra.stored_choices import read_choices
 from flashdreams.infra.traced_stages import traced
@@ -171,6 +172,8 @@ class Runner(Generic[ConfigT, PipelineT]):
             raise found from error
 
     def _assemble(self, config: ConfigT) -> None:
+        limit_s, where = config.start_deadline_s, self.environment
+        refuse_other_options(config)
         require_packages(config.pipeline, fetch_all=self.fetch_all)
         self.pipeline = config.pipeline.setup(device=self.environment.device, load=False)
         self.pipeline.default_seed = config.seed
@@ -190,13 +193,10 @@ class Runner(Generic[ConfigT, PipelineT]):
         self._videos: list[Path] = []
         self._video: SegmentedVideo | None = None
         if self.environment.world_size > 1:
-            watchdog = Watchdog(self.environment, config.step_deadline_s)
-            self._resources.enter_context(watchdog)
+            watchdog = self._resources.enter_context(Watchdog(where, config.step_deadline_s))
             self.pipeline.guard = watchdog.stage
         self.tracer = Tracer(self.environment.rank, keep=config.trace is not None)
         self.pipeline.guard = traced(self.pipeline.guard, self.tracer, self.mesh)
-        limit_s = config.start_deadline_s
-        where = self.environment
         with announced("loading weights", where), self.pipeline.guard("load", None, limit_s):
             self.pipeline.load(self.fetch_all, self.prompt_options())
         with announced("warming up", where), self.pipeline.guard("warm-up", None, limit_s):
@@ -485,7 +485,7 @@ def claim_output(config: RunnerConfig) -> BinaryIO:
     """
     folder = config.output_dir
     if config.trace is not None:
-        check_target(config.trace, "--trace")
+        check_target(config.trace, "--trace", own_files(folder, config.runner_name))
     lock = folder / f".{config.runner_name}.lock"
     try:
         return open_owned(lock)

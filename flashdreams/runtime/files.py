@@ -4,7 +4,7 @@ import errno
 import os
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -170,12 +170,13 @@ def write_whole(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
         raise
 
 
-def check_target(path: Path, option: str) -> None:
+def check_target(path: Path, option: str, taken: Collection[Path] = ()) -> None:
     """Refuse a file that could not get its name at the end, before anything is made for it.
 
     Args:
         path: of `write_whole`; its directory is made where it does not exist.
         option: what names it.
+        taken: other files that the program writes.
 
     Raises:
         ValueError: one line that says what is in the way.
@@ -185,6 +186,8 @@ def check_target(path: Path, option: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():  # a device would be replaced by a file
             reason = "it exists and is not a regular file"
+        elif path.resolve() in {other.resolve() for other in taken}:
+            reason = "the run writes another file of this name"
         elif not os.access(path.parent, os.W_OK):
             reason = os.strerror(errno.EACCES)
     except OSError as error:

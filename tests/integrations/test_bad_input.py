@@ -164,7 +164,9 @@ def test_an_output_directory_that_cannot_be_written(
     assert (tmp_path / "taken").read_text() == "mine"
 
 
-@pytest.mark.parametrize("place", [".", "/dev/null", "taken/trace.json"])
+@pytest.mark.parametrize(
+    "place", [".", "/dev/null", "taken/trace.json", "out/../out/stats_toy-world.json"]
+)
 def test_a_trace_that_could_not_be_written_is_refused_before_the_run(
     fails: Fails, tmp_path: Path, place: str
 ) -> None:

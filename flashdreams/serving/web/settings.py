@@ -4,6 +4,12 @@ import ipaddress
 import re
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
+
+from flashdreams.infra.ranges import check_range
+
+SHORTEST_S = 1e-3
+"""Of timeouts and intervals that must not be zero."""
 
 ICE_SERVER = re.compile(
     r"(?P<scheme>stun(?=:[^@]+$)|turns?(?=:.+@))"
@@ -75,6 +81,14 @@ class WebSettings:
                     f"--ice-servers {server.rpartition('@')[2]} is no ICE server; allowed: "
                     "stun:HOST:PORT, turn:USER:PASSWORD@HOST:PORT, turns:USER:PASSWORD@HOST:PORT."
                 )
+        self._check_limits()
+        for origin in self.allowed_origins:
+            parts = urlsplit(origin)
+            if origin != "null" and (not parts.scheme or not parts.netloc or parts.path):
+                raise ValueError(
+                    f"--allowed-origins {origin} is no origin; write one as https://example.org, "
+                    "without a path."
+                )
         if not 0 <= self.port <= 65535:
             raise ValueError(
                 f"--port {self.port} is no TCP port; allowed: 1 to 65535, and 0 for a free one."
@@ -85,6 +99,14 @@ class WebSettings:
                 "Give --token with some 32 random characters, or listen on 127.0.0.1 and use an "
                 "SSH tunnel."
             )
+
+    def _check_limits(self) -> None:
+        counts = ("waiting_pictures", "max_message_bytes", "max_upload_bytes", "max_sockets")
+        check_range(self, *counts, as_flags=True)
+        above_zero = ("start_s", "stall_s", "slow_s", "messages_per_s", "reap_s", "step_s")
+        check_range(self, *above_zero, least=SHORTEST_S, as_flags=True)
+        rest = ("unshown_s", "keep_s", "keep_detached_s", "stale_s", "flood_s", "idle_s")
+        check_range(self, "keep_bytes", *rest, least=0, as_flags=True)
 
     @property
     def max_socket_bytes(self) -> int:

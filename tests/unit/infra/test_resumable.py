@@ -68,3 +68,16 @@ def test_a_run_without_snapshots_asks_for_no_shared_folder(tmp_path, monkeypatch
     ResumableRun(tmp_path / "run", ALONE, every=0, kept=1, resume=True)
     with pytest.raises(OtherRankError):
         ResumableRun(tmp_path / "run", ALONE, every=1, kept=1, resume=False)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff", b"[" * 4000, b" " * 5000])
+def test_a_damaged_mark_is_named_and_not_taken_for_no_run(content, tmp_path):
+    (tmp_path / MARK_NAME).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{MARK_NAME} cannot be read: .* to start over"):
+        ResumableRun(tmp_path, ALONE, every=0, kept=1, resume=True)
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ValueError, match=f"--output-dir: .*{MARK_NAME} cannot be written"):
+        ResumableRun(tmp_path / "run", ALONE, every=1, kept=1, resume=False)

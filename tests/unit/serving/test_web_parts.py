@@ -408,3 +408,21 @@ def test_requests_that_a_lost_socket_leaves_undone_may_be_sent_again() -> None:
 
     begun, withdrawn = asyncio.run(run())
     assert begun is None and withdrawn is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_sockets", 0), ("start_s", float("nan")), ("slow_s", 0.0), ("keep_bytes", -1),
+     ("messages_per_s", float("inf")), ("idle_s", -1.0), ("waiting_pictures", 0)],
+)  # fmt: skip
+def test_limits_that_let_no_client_in_are_refused(name: str, value: float) -> None:
+    flag = name.replace("_", "-")
+    with pytest.raises(ValueError, match=rf"--{flag} {value}: must be at (least|most)"):
+        WebSettings(**{name: value})
+
+
+@pytest.mark.parametrize("origin", ["example.org", "*", "https://example.org/page"])
+def test_what_no_browser_sends_as_an_origin_is_refused(origin: str) -> None:
+    with pytest.raises(ValueError, match=r"is no origin; write one as https://example\.org"):
+        WebSettings(allowed_origins=(origin,))
+    assert WebSettings(allowed_origins=("https://example.org:8443",)).allowed_origins

@@ -1,0 +1,68 @@
+"""Whether all ranks were started with the same options."""
+
+import enum
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING
+from typing import Any
+
+from flashdreams.infra.config import config_fields, is_config
+from flashdreams.parallel.environment import from_rank_zero, gather_to_rank_zero
+from flashdreams.runtime.checkpoint import CheckpointConfig
+
+OF_A_NODE = frozenset({"description", "device", "download", "log_json", "threads"})
+"""Fields that may differ; files may too, since each node has its own."""
+
+MAX_NAMED = 3
+PLAIN = (bool, int, float, str, enum.Enum)
+
+
+def refuse_other_options(config: Any) -> None:
+    """Refuse ranks of other options than rank zero, before they compute; a collective call.
+
+    Noise, text and control inputs are computed by every rank. With another seed on one of them the
+    frames would be wrong without an error; with other components it would wait in a collective.
+
+    Args:
+        config: of the runner of this rank.
+
+    Raises:
+        ValueError: on rank zero, names options and ranks.
+        RankZeroError: the same on the other ranks.
+    """
+    found = gather_to_rank_zero(dict(_options(config, "")))
+    from_rank_zero(lambda: _compare(found))
+
+
+def _compare(found: Sequence[dict[str, str]]) -> None:
+    ours = found[0]
+    for rank, theirs in enumerate(found):
+        names = [n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)]
+        if names:
+            listed = "; ".join(
+                f"--{name.replace('_', '-')} is {theirs.get(name, 'absent')[:200]} on rank {rank}, "
+                f"{ours.get(name, 'absent')[:200]} on rank 0"
+                for name in names[:MAX_NAMED]
+            )
+            more = f"; and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+            raise ValueError(
+                f"The ranks were started with different options: {listed}{more}. Type the same "
+                "command on all nodes."
+            )
+
+
+def _options(config: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    """Dotted names and values of what has the same form in every process."""
+    if isinstance(config, CheckpointConfig):
+        return
+    for name, field in config_fields(config).items():
+        value = getattr(config, name)
+        if is_config(value):
+            yield from _options(value, f"{prefix}{name}.")
+        elif name not in OF_A_NODE and field.default_factory is MISSING and _is_plain(value):
+            yield f"{prefix}{name}", repr(value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, PLAIN)

@@ -1,0 +1,59 @@
+"""Ranks that were started with different options are refused before they compute."""
+
+import contextlib
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from flashdreams import run
+from flashdreams.infra.config import derive_config
+from flashdreams.infra.same_options import refuse_other_options
+from flashdreams.integrations.self_forcing.config import TINY_RUNNER
+from tests.harness import run_ranks
+
+RUNNER = derive_config(TINY_RUNNER, device="cpu", total_blocks=1)
+
+
+def start(folder: Path, change: dict) -> tuple[int, str]:
+    """Exit code of a rank, and what it says, where the last rank has other options."""
+    run._PAUSE_S = 0.0
+    config = replace(RUNNER, output_dir=folder)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        config = derive_config(config, **change)
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        code = run._run(config, debug=False)
+    return code, stderr.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 5}, "--seed is 5 on rank 1, 0 on rank 0"),
+        ({"prompt": "a dog"}, "--prompt is 'a dog' on rank 1"),
+        (
+            {"pipeline": {"diffusion_model": {"transformer": {"window_size_t": 9}}}},
+            "--pipeline.diffusion-model.transformer.window-size-t is 9 on rank 1",
+        ),
+    ],
+)
+def test_other_options_on_one_rank_are_named(change: dict, named: str, tmp_path: Path) -> None:
+    (code, said), (other, _) = run_ranks(start, 2, tmp_path, change)
+    assert (code, other) == (run.WRONG_USAGE, run.RUN_FAILED) and named in said
+    assert said.count("\n") == 1 and not list(tmp_path.glob("*.mp4"))
+
+
+def compare(folder: Path) -> str:
+    """What a rank is told where ranks differ in what belongs to a node."""
+    config = RUNNER
+    if dist.get_rank() == 1:
+        config = replace(config, output_dir=folder, threads=1, log_json=True, device="auto")
+    refuse_other_options(config)
+    return "same"
+
+
+def test_files_and_devices_of_a_node_may_differ(tmp_path: Path) -> None:
+    """Negative control."""
+    assert run_ranks(compare, 2, tmp_path) == ["same", "same"]
