@@ -191,7 +191,8 @@ def _decoder_launches(tensor: Callable[..., Tensor]) -> Iterator[Launch]:
     yield channels.plan_add(tensor(6 * pixels // 4, 64), tensor(64), None, True)
     phases, out = tensor(12, 241, 417, 1, 2, 2, 96), tensor(12, 1, 480, 832, 96)
     for bias in (None, gain):
-        yield channels.plan_spread_phases(phases, out, bias)
+        yield channels.plan_spread_phases(phases, out, bias, False)
+        yield channels.plan_spread_phases(phases, out.view(6, 480, 832, 2, 96), bias, True)
 
 
 def _linear_launches(target: Target, length: int, dim: int) -> Iterator[Launch]:
