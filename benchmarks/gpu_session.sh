@@ -130,7 +130,7 @@ growth() {
 }
 
 peers() {
-    mapfile -t size < <(sized --preset tiny --repeats 1 -- --preset wan-1.3b --repeats 4)
+    mapfile -t size < <(sized --preset tiny --repeats 1 -- --preset wan-1.3b --repeats 2)
     bench peers "${size[@]}"
 }
 
