@@ -3,7 +3,7 @@
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def run_over_sizes(
     presets: Mapping[str, Any],
     gpu_repeats: int,
     switch: tuple[str, str],
-    measure: Callable[[Any, torch.dtype, torch.device, int, bool], list[dict[str, Any]]],
+    measure: Callable[[Any, torch.dtype, torch.device, int, bool], Iterable[dict[str, Any]]],
     columns: Sequence[str],
 ) -> None:
     """The whole of a script that measures one size of model out of a few.
@@ -67,7 +67,8 @@ def run_over_sizes(
         presets: sizes by name; ``tiny`` is taken on a CPU, ``wan-1.3b`` on a GPU.
         gpu_repeats: timed calls of each variant on a GPU; 20 on a CPU.
         switch: name and help of the script's own switch.
-        measure: rows for sizes, dtype, device, repeats, and whether the switch is on.
+        measure: rows for sizes, dtype, device, repeats, and whether the switch is on; written as
+            they come, so that a run that is cut leaves those it had.
         columns: row fields of the table.
     """
     parser = argparse.ArgumentParser(description=(description or "").split("\n\n")[0])
@@ -81,10 +82,15 @@ def run_over_sizes(
     dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
     repeats = options.repeats or (gpu_repeats if on_gpu else 20)
     sizes, switched = presets[preset], getattr(options, switch[0])
-    with torch.no_grad():
-        rows = measure(sizes, getattr(torch, dtype), device, repeats, switched)
     config = {"preset": preset, "dtype": dtype, "repeats": repeats, **vars(sizes)}
-    found = report.new_report(benchmark, device, config, rows, options.git_commit)
+    rows: list[dict[str, Any]] = []
+    found: dict[str, Any] = {}
+    with torch.no_grad():
+        for row in measure(sizes, getattr(torch, dtype), device, repeats, switched):
+            rows.append(row)
+            found = report.new_report(benchmark, device, config, rows, options.git_commit)
+            if options.json is not None:
+                report.write(found, options.json)
     report.finish(found, options, columns)
 
 

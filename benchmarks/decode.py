@@ -38,7 +38,7 @@ COLUMNS = (
 )  # fmt: skip
 CONV_COLUMNS = (
     "case", "variant", "calls", "best_ms", "gflop", "tflops",
-    *(f"{layout} ms" for layout in convolutions.LAYOUTS), convolutions.PER_TAP,
+    *(f"{layout} ms" for layout in convolutions.LAYOUTS), convolutions.IN_PAIRS,
 )  # fmt: skip
 FIELDS = (
     "conv_ms",
@@ -59,12 +59,14 @@ CHANGES: dict[str, dict[str, Any]] = {
     GRAPH: {},
     "fast, interpolated": {"upsampling": "interpolate"},
     "fast, PyTorch between": {"pointwise": "reference"},
+    "fast, single frames": {"frames": "single"},
     "fast, stacked memory": {"memory": "stack"},
     "fast, 3 channels out": {"head_channels": 1},
     "fast, 16 channels out": {"head_channels": 16},
 }
 """What the fast variants have other than the forms that a GPU takes by default."""
 VARIANTS = (FRAMEWISE, AT_ONCE, *CHANGES)
+DEFAULT_ON_GPU = (FAST_NAME, GRAPH, "fast, single frames")
 WARM_CHUNKS = 2
 """Before the timed ones; the very first has fewer frames than all others."""
 
@@ -85,8 +87,9 @@ def build_decoders(
         torch.manual_seed(0)
         framewise = derive_config(config, decode_frames_at_once=1).setup().to(device)
         for variant in variants:
-            only_taehv = variant == GRAPH or "memory" in CHANGES.get(variant, {})
-            if only_taehv and not case.startswith("TAEHV"):
+            changes = CHANGES.get(variant, {})
+            only_taehv, only_wan = variant == GRAPH or "memory" in changes, "frames" in changes
+            if (only_taehv, only_wan)[case.startswith("TAEHV")]:
                 continue
             decoder = deepcopy(framewise)
             if variant != FRAMEWISE:
@@ -184,7 +187,7 @@ def chosen_variants(asked: str | None, device: torch.device) -> list[str]:
         ValueError: a name that there is not.
     """
     if asked is None:
-        return [FRAMEWISE, AT_ONCE, *([FAST_NAME, GRAPH] if device.type == "cuda" else [])]
+        return [FRAMEWISE, AT_ONCE, *(DEFAULT_ON_GPU if device.type == "cuda" else [])]
     names = list(VARIANTS) if asked == "all" else [name.strip() for name in asked.split(";")]
     unknown = [name for name in names if name not in VARIANTS]
     if unknown:

@@ -13,10 +13,16 @@
 # RESULTS           folder of the files, emptied first (default: outputs/gpu_session)
 # OUT               folder that gets the table, the profiles and a pack of all files; optional
 # REFERENCE         checkout of another commit, to be timed in turns with this one; optional, made by
-#                   git archive 7918d52 flashdreams kernels benchmarks | tar x -C REFERENCE
+#                   git archive 7918d52 flashdreams kernels benchmarks \
+#                       ':!flashdreams/integrations/toy_world/weights' | tar x -C REFERENCE
 # COMMIT            commit of this tree, where it has no .git
 # SECTIONS          which ones to run
 # TOTAL_S           limit of the whole, in seconds
+#
+# A machine without network needs these beside torch, triton, transformers, pyyaml, jinja2, matplotlib and
+# pytest: tyro (docstring-parser, typeguard), mediapy (ipython and what it needs), imageio-ffmpeg,
+# fa3-fwd (attention of the headline), diffusers (importlib-metadata, zipp; for peers), and where they
+# are to be had pytest-timeout and pytest-xdist.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
@@ -73,9 +79,10 @@ headline() {
 gpu_tests() {
     local workers=()
     "$PYTHON" -c "import xdist" 2>/dev/null && workers=(-n 3 --dist loadfile)
+    "$PYTHON" -c "import pytest_timeout" 2>/dev/null && workers+=(--timeout 120)
     read -ra chosen <<<"${GPU_TESTS:-tests/gpu tests/unit/runtime}"
     "$PYTHON" -m pytest "${chosen[@]}" -m gpu -v -p no:cacheprovider \
-        --timeout 120 --durations 10 "${workers[@]}"
+        --durations 10 "${workers[@]}"
 }
 
 lingbot() {
@@ -85,7 +92,7 @@ lingbot() {
     fi
     mapfile -t size < <(sized lingbot-world-tiny-random --repeats 1 --steps 1 -- \
         lingbot-world-fast-taehv-window15-sink3 --repeats "${REPEATS:-3}" --steps 2)
-    variants "${LINGBOT:-default; fp8}" 125 "${size[@]}" --one-at-a-time
+    variants "${LINGBOT:-default; fp8}" 150 "${size[@]}" --one-at-a-time
 }
 
 decoders() {
@@ -123,7 +130,7 @@ growth() {
 }
 
 peers() {
-    mapfile -t size < <(sized --preset tiny --repeats 1 -- --preset wan-1.3b --repeats 4)
+    mapfile -t size < <(sized --preset tiny --repeats 1 -- --preset wan-1.3b --repeats 2)
     bench peers "${size[@]}"
 }
 
@@ -140,9 +147,11 @@ limit_of() { # seconds of a section
     case "$1" in
         headline) echo 180 ;;
         gpu_tests) echo 110 ;;
-        lingbot) echo 135 ;;
+        lingbot) echo 160 ;;
         strict) echo 75 ;;
-        precision | peers | tiles) echo 60 ;;
+        precision | peers) echo 60 ;;
+        tiles) echo 100 ;;
+        decoders) echo 50 ;;
         *) echo 40 ;;
     esac
 }

@@ -4,7 +4,7 @@
 GPU; on a CPU it runs the PyTorch references at a tiny size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,10 +182,10 @@ def measure(case: Case, device: torch.device, repeats: int, compiled: bool) -> l
 
 def measure_all(
     sizes: Sizes, dtype: torch.dtype, device: torch.device, repeats: int, compiled: bool
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """The rows of all kernels at one size."""
-    cases = build_cases(sizes, dtype, device)
-    return [row for case in cases for row in measure(case, device, repeats, compiled)]
+    for case in build_cases(sizes, dtype, device):
+        yield from measure(case, device, repeats, compiled)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -303,7 +303,9 @@ def finish(
 def write(report: Mapping[str, Any], path: Path) -> None:
     """Write a report as JSON; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    part.replace(path)
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

@@ -191,7 +191,7 @@ def measure(case: Case, device: torch.device, repeats: int) -> list[dict[str, An
 
 def measure_all(
     sizes: Sizes, dtype: torch.dtype, device: torch.device, repeats: int, alone: bool
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """The rows of all cases.
 
     Args:
@@ -202,12 +202,9 @@ def measure_all(
         alone: linear layers alone.
     """
     cases = [linear_cases] if alone else [attention_cases, linear_cases]
-    return [
-        row
-        for build in cases
-        for case in build(sizes, dtype, device)
-        for row in measure(case, device, repeats)
-    ]
+    for build in cases:
+        for case in build(sizes, dtype, device):
+            yield from measure(case, device, repeats)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -32,6 +32,11 @@ class DecoderForms:
     channels; ``"halves"``: both halves of the weight in one convolution of twice the output
     channels, summed afterwards."""
 
+    frames: Literal["single", "pairs"] = "single"
+    """Convolutions in time at the finest level of the Wan 2.1 autoencoder. ``"pairs"``: two frames
+    at once over the channels of both, a third more operations and no half-empty steps of a matmul;
+    where channels are no multiple of `WHOLE_CHANNELS` and ``pointwise`` is not plain."""
+
     head_channels: int = 1
     """Output channels of the last convolution are padded with zeros to a multiple of this."""
 
@@ -43,8 +48,14 @@ AT_ONCE_ON_GPU = 4
 """Latent frames per pass on a GPU: a chunk of most methods, and a bound on activations for clips
 that are decoded whole."""
 
-FAST = DecoderForms(pointwise="triton", upsampling="phases", memory="halves", head_channels=8)
-"""What a GPU computes where Triton runs."""
+WHOLE_CHANNELS = 64
+"""Input channels that a step of a convolution's matmul takes on Hopper in 16 bits: 96 channels of
+the Wan autoencoder reach 294 TFLOP/s on one H200, 192 reach 647."""
+
+FAST = DecoderForms(
+    pointwise="triton", upsampling="phases", memory="halves", frames="pairs", head_channels=8
+)
+"""What a GPU computes where Triton runs: one of the Hopper generation, in 16 bits."""
 
 
 def forms_for(device: torch.device, dtype: torch.dtype) -> DecoderForms:
@@ -56,9 +67,12 @@ def forms_for(device: torch.device, dtype: torch.dtype) -> DecoderForms:
     """
     if device.type != "cuda":
         return PLAIN
+    forms = FAST
+    if dtype.itemsize != 2 or torch.cuda.get_device_capability(device)[0] != 9:
+        forms = replace(forms, frames="single")
     if why_unusable("triton", device, dtype) is not None:
-        return replace(FAST, pointwise="reference")
-    return FAST
+        forms = replace(forms, pointwise="reference")
+    return forms
 
 
 @torch.no_grad()
@@ -72,7 +86,7 @@ def select_forms(decoder: nn.Module, forms: DecoderForms) -> None:
         decoder: on its device, with its weights.
         forms: the choice.
     """
-    for module in decoder.modules():
+    for module in reversed(list(decoder.modules())):  # parts before what owns them
         weight: Any = getattr(module, "weight", None)
         if forms != PLAIN and isinstance(weight, nn.Parameter) and weight.dim() in (4, 5):
             layout = torch.channels_last if weight.dim() == 4 else torch.channels_last_3d
@@ -93,6 +107,12 @@ def frames_at_once(asked: int | str | None, device: torch.device, frames: int) -
     if asked == "auto":
         return AT_ONCE_ON_GPU if device.type == "cuda" else 1
     return int(asked or frames)
+
+
+def takes_pairs(forms: DecoderForms, channels: int) -> bool:
+    """Whether convolutions of so many input channels work on pairs of frames."""
+    fused = forms.pointwise != "plain"
+    return fused and forms.frames == "pairs" and channels % WHOLE_CHANNELS != 0
 
 
 def pointwise_ops(forms: DecoderForms) -> Any:
@@ -118,7 +138,11 @@ def phase_weight(weight: Tensor) -> Tensor:
 
 
 def place_phases(
-    y: Tensor, growth: int, bias: Tensor | None = None, forms: DecoderForms = PLAIN
+    y: Tensor,
+    growth: int,
+    bias: Tensor | None = None,
+    forms: DecoderForms = PLAIN,
+    pairs: bool = False,
 ) -> Tensor:
     """``[N, growth * 4 C, H + 1, W + 1]`` to ``[N * growth, C, 2 H, 2 W]``.
 
@@ -127,13 +151,17 @@ def place_phases(
         growth: frames that one frame becomes.
         bias: C values, added.
         forms: who does it.
+        pairs: the result is ``[N / 2, 2 C, 2 H, 2 W]``, two frames beside each other; ``growth``
+            is 1.
     """
     count, _width, rows, columns = y.shape
     cells = by_pixel(y).unflatten(3, (growth, 2, 2, -1))
-    shape = (count, growth, 2 * rows - 2, 2 * columns - 2, cells.shape[-1])
+    large, width = (2 * rows - 2, 2 * columns - 2), cells.shape[-1]
+    shape = (count // 2, *large, 2, width) if pairs else (count, growth, *large, width)
     out = torch.empty(shape, dtype=y.dtype, device=y.device)
-    pointwise_ops(forms).spread_phases(cells, out, bias)
-    return out.flatten(0, 1).permute(0, 3, 1, 2)
+    pointwise_ops(forms).spread_phases(cells, out, bias, pairs=pairs)
+    frames = out.flatten(3) if pairs else out.flatten(0, 1)
+    return frames.permute(0, 3, 1, 2)
 
 
 class PaddedConv2d(nn.Conv2d):
@@ -178,19 +206,24 @@ class UpsampledConv2d(PaddedConv2d):
         if forms.upsampling == "phases":
             self.phases = channels_last(phase_weight(self.weight).flatten(0, 2), self.weight.dtype)
 
-    def convolve(self, x: Tensor, weight: Tensor | None = None, growth: int = 1) -> Tensor:
+    def convolve(
+        self, x: Tensor, weight: Tensor | None = None, growth: int = 1, pairs: bool = False
+    ) -> Tensor:
         """``[N, C, H, W]`` to ``[N * growth, C', 2 H, 2 W]``; zeros around every large frame.
 
         Args:
             x: small frames.
             weight: on small frames, ``[growth * 4 C', C, 2, 2]``; None takes the layer's own.
             growth: frames that one frame becomes.
+            pairs: as in `place_phases`.
         """
         weight = self.phases if weight is None else weight
-        if weight is None:
-            large = F.interpolate(x, scale_factor=2.0, mode="nearest")
-            return F.conv2d(large, self.weight, self.bias, padding=1)
-        return place_phases(F.conv2d(x, weight, padding=1), growth, self.bias, self.forms)
+        if weight is not None:
+            y = F.conv2d(x, weight, padding=1)
+            return place_phases(y, growth, self.bias, self.forms, pairs)
+        large = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        y = F.conv2d(large, self.weight, self.bias, padding=1)
+        return join_pairs(y) if pairs else y
 
 
 def activated(
@@ -213,6 +246,27 @@ def activated(
     rows = None if residual is None else by_pixel(residual).flatten(0, -2)
     pointwise_ops(forms).add_(y.flatten(0, -2), conv.bias, rows, relu=True)
     return y.movedim(-1, 1)
+
+
+def join_pairs(frames: Tensor) -> Tensor:
+    """``[N, C, H, W]`` to ``[N / 2, 2 C, H, W]``: each two frames beside each other."""
+    cells = frames.unflatten(0, (-1, 2)).permute(0, 3, 4, 1, 2)
+    return cells.flatten(3).permute(0, 3, 1, 2)
+
+
+def pair_weight(weight: Tensor) -> Tensor:
+    """The weight of a causal convolution over pairs of frames.
+
+    Args:
+        weight: ``[C', C, 3, 3, 3]``, over two frames that precede and one's own.
+
+    Returns:
+        ``[2 C', 2 C, 2, 3, 3]``, over the pair that precedes and one's own; a frame's taps stand
+        one frame later for the second frame of a pair.
+    """
+    taps = torch.stack([F.pad(weight, (0, 0, 0, 0, late, 1 - late)) for late in (0, 1)])
+    pairs = taps.unflatten(3, (2, 2))  # [own frame, C', C, pair, frame of it, 3, 3]
+    return pairs.permute(0, 1, 4, 2, 3, 5, 6).flatten(2, 3).flatten(0, 1)
 
 
 def by_pixel(x: Tensor) -> Tensor:

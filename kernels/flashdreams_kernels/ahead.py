@@ -152,11 +152,13 @@ def real_launches(
     def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    visible, lse = tensor(1, dtype=torch.int64), tensor(1, num_heads, length, dtype=torch.float32)
+    for size in (64, head_dim):  # tiles differ
+        q, kv = tensor(1, length, num_heads, size), tensor(1, slots, num_heads, size)
+        for splits in num_splits:
+            yield from attention.plan(q, kv, kv, visible, factor, q, lse, splits, target)
     chunk = tensor(1, length, num_heads, head_dim)
     cache = tensor(1, slots, num_heads, head_dim)
-    visible, lse = tensor(1, dtype=torch.int64), tensor(1, num_heads, length, dtype=torch.float32)
-    for splits in num_splits:
-        yield from attention.plan(chunk, cache, cache, visible, factor, chunk, lse, splits, target)
     weight, table = tensor(dim), tensor(length, head_dim // 2, 2, dtype=torch.float32)
     indices = tensor(length, dtype=torch.int64)
     outputs = (chunk, cache, cache)
@@ -191,7 +193,8 @@ def _decoder_launches(tensor: Callable[..., Tensor]) -> Iterator[Launch]:
     yield channels.plan_add(tensor(6 * pixels // 4, 64), tensor(64), None, True)
     phases, out = tensor(12, 241, 417, 1, 2, 2, 96), tensor(12, 1, 480, 832, 96)
     for bias in (None, gain):
-        yield channels.plan_spread_phases(phases, out, bias)
+        yield channels.plan_spread_phases(phases, out, bias, False)
+        yield channels.plan_spread_phases(phases, out.view(6, 480, 832, 2, 96), bias, True)
 
 
 def _linear_launches(target: Target, length: int, dim: int) -> Iterator[Launch]:
@@ -201,6 +204,7 @@ def _linear_launches(target: Target, length: int, dim: int) -> Iterator[Launch]:
         (dim, 6 * dim, torch.bfloat16),
         (6 * dim, dim, torch.bfloat16),
         (dim, 64, torch.float32),
+        (100, 6 * dim, torch.bfloat16),
     ):
         x, weight, bias, out = (
             torch.empty(shape, dtype=dtype, device="meta")

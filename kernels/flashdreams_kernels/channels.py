@@ -102,25 +102,32 @@ def sum_halves(y: Tensor, last: Tensor, bias: Tensor, out: Tensor) -> None:
         plan_sum_halves(y, last, bias, out).run()
 
 
-def spread_phases(y: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+def spread_phases(
+    y: Tensor, out: Tensor, bias: Tensor | None = None, *, pairs: bool = False
+) -> None:
     """Place the four phases of an upsampling convolution, and add its bias.
 
     Args:
         y: ``[N, H + 1, W + 1, G, 2, 2, C]``, contiguous. Phase (a, b) of the pixel (2 i + a,
             2 j + b) is at (i + a, j + b).
-        out: ``[N, G, 2 H, 2 W, C]``, contiguous.
+        out: ``[N, G, 2 H, 2 W, C]``, contiguous; with ``pairs`` ``[N / 2, 2 H, 2 W, 2, C]``.
         bias: C values; None adds nothing.
+        pairs: two frames go beside each other, pixel by pixel. N is even, G is 1.
 
     Raises:
         ValueError, TypeError, ImportError: as for ``norm_silu``.
     """
     count, rows, columns, growth, _, _, width = _shape("y", y, 7)
+    if pairs and (count % 2 or growth != 1):
+        raise ValueError(f"{count} frames that become {growth} each are not pairs.")
+    large = 2 * rows - 2, 2 * columns - 2
+    shape = (count // 2, *large, 2, width) if pairs else (count, growth, *large, width)
     _check("y", y, (count, rows, columns, growth, 2, 2, width), y)
-    _check("out", out, (count, growth, 2 * rows - 2, 2 * columns - 2, width), y)
+    _check("out", out, shape, y)
     _check_vectors(y, width, bias=bias)
     if out.numel():
         target_of(y.device)
-        plan_spread_phases(y, out, bias).run()
+        plan_spread_phases(y, out, bias, pairs).run()
 
 
 def _shape(name: str, x: Tensor, ndim: int) -> Sequence[int]:
@@ -163,13 +170,14 @@ def _sizes(width: int, rows: int) -> tuple[tuple[int], dict[str, int], int]:
 
 def _plan(program: str, x: Tensor, width: int, rows: int, arguments: dict[str, Any]) -> Launch:
     grid, constants, warps = _sizes(width, rows)
-    relu = {"RELU": arguments.pop("RELU")} if "RELU" in arguments else {}
+    switches = {name: value for name, value in arguments.items() if name.isupper()}
+    arguments = {name: value for name, value in arguments.items() if name not in switches}
     return Launch(
         "channels",
         program,
         grid,
         {**arguments, "rows": rows},
-        {**relu, **constants},
+        {**switches, **constants},
         num_warps=warps,
         device=x.device,
     )
@@ -200,9 +208,9 @@ def plan_sum_halves(y: Tensor, last: Tensor, bias: Tensor, out: Tensor) -> Launc
     return _plan("sum_halves", y, width, batch * frames * pixels, arguments)
 
 
-def plan_spread_phases(y: Tensor, out: Tensor, bias: Tensor | None) -> Launch:
+def plan_spread_phases(y: Tensor, out: Tensor, bias: Tensor | None, pairs: bool) -> Launch:
     """The launch of :func:`spread_phases`; arguments checked."""
-    count, growth, rows, columns, width = out.shape
+    _, rows, columns, growth, _, _, width = y.shape
     arguments = {"y": y, "bias": bias, "out": out, "growth": growth}
-    arguments |= {"height": rows // 2, "width": columns // 2}
-    return _plan("spread_phases", y, width, count * growth * rows * columns, arguments)
+    arguments |= {"height": rows - 1, "width": columns - 1, "PAIRS": pairs}
+    return _plan("spread_phases", y, width, out.numel() // width, arguments)

@@ -65,6 +65,9 @@ LINEAR_TILES: LinearTable = {
 FLOAT32_TILE = LinearTile(64, 64, 32, 4, 3)
 """Float32 is multiplied on the ordinary cores, in full precision."""
 
+UNALIGNED_TILE = LinearTile(128, 128, 32, 8, 3)
+"""For 16-bit layers whose rows are no whole vectors: reading them takes more registers."""
+
 INTERPRETER_TILE = LinearTile(32, 32, 32, 1, 1)
 
 
@@ -160,6 +163,9 @@ def plan(
     """
     num_rows, width = x.shape
     num_columns = len(weight)
+    is_whole = _whole_vectors(num_columns, width, x.element_size())
+    if not (is_whole or target.interpreted or x.element_size() > 2):
+        tile = UNALIGNED_TILE
     tiles = ceil_div(num_rows, tile.block_m) * ceil_div(num_columns, tile.block_n)
     arguments: dict[str, Any] = {
         "bias": bias,
@@ -175,7 +181,7 @@ def plan(
         "HAS_BIAS": bias is not None,
         "UPCAST": target.interpreted and x.dtype != torch.float32,
     }
-    if tile.descriptors and _whole_vectors(num_columns, width, x.element_size()):
+    if tile.descriptors and is_whole:
         programs = min(tiles, target.num_processors) if tile.persistent else tiles
         return Launch(
             "linear",

@@ -177,3 +177,19 @@ def test_a_picture_names_every_variant(script, tmp_path, count):
     drawn = path.read_text()
     assert all(f"<!-- way-{i} -->" in drawn or f"\nway-{i} -->" in drawn for i in range(count))
     assert ("<!-- 16.8 -->" in drawn) == (count <= report.MAX_BARS), "bars bear their figure"
+
+
+def test_a_run_that_is_cut_leaves_the_rows_it_had(script, tmp_path, monkeypatch):
+    tiles, path = script("tiles"), tmp_path / "tiles.json"
+    whole = tiles.measure
+
+    def measure(case, device, repeats):
+        if case.name.startswith("linear"):
+            raise KeyboardInterrupt
+        return whole(case, device, repeats)
+
+    monkeypatch.setattr(tiles, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        tiles.main(["--repeats", "1", "--device", "cpu", "--json", str(path), "--git-commit", "a"])
+    assert {row["case"] for row in json.loads(path.read_text())["rows"]} == {"attention 48 x 96"}
+    assert [file.name for file in tmp_path.iterdir()] == ["tiles.json"]

@@ -225,7 +225,12 @@ def test_decode_times_every_variant_and_the_convolutions_alone(script, tmp_path)
     path = tmp_path / "decode.json"
     rows = decode(script, path, "--variants", "all", "--repeats", "1")
     variants = script("decode").VARIANTS
-    assert [row["variant"] for row in rows if row["case"].startswith("TAEHV")] == list(variants)
+    for case, alone in (
+        ("Wan", ("fast, graph", "fast, stacked memory")),
+        ("TAEHV", ("fast, single frames",)),
+    ):
+        found = [row["variant"] for row in rows if row["case"].startswith(case)]
+        assert found == [name for name in variants if name not in alone]
     assert all(0 < row["max_difference"] < 1e-5 for row in rows if row["variant"] != variants[0])
     found = json.loads(path.read_text())["convolutions"]
     for case, parts in found.items():

@@ -17,7 +17,8 @@ DEVICE = torch.device("cuda")
 def test_the_time_of_a_launch_is_no_part_of_a_call() -> None:
     """Some milliseconds of device work, of which the host spends a quarter on the launch.
 
-    Tolerance: 10 %; with the launch it would be 25 % or more.
+    Tolerance: 10 %, in one of three tries, as other tests may use the GPU; with the launch it
+    would be 25 % or more in each.
     """
     x = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
 
@@ -41,8 +42,8 @@ def test_the_time_of_a_launch_is_no_part_of_a_call() -> None:
         return work()
 
     calls = {"plain": work, "slow launch": slowly}
-    times = choose._time_in_turns(calls, DEVICE, 5)
-    assert times["slow launch"] < 1.1 * times["plain"]
+    tries = [choose._time_in_turns(calls, DEVICE, 5) for _ in range(3)]
+    assert min(times["slow launch"] / times["plain"] for times in tries) < 1.1, tries
 
 
 def test_what_writes_all_scores_is_not_measured_and_says_so() -> None:

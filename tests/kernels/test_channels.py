@@ -115,6 +115,26 @@ def test_spread_phases_equals_reference(
     assert error(out.tensor, expected) > 0.1
 
 
+@pytest.mark.parametrize(("count", "height", "width"), [(2, 1, 1), (4, 3, 5)])
+def test_phases_are_spread_in_pairs_of_frames(
+    count: int, height: int, width: int, device: torch.device
+) -> None:
+    y = Guarded.around(
+        normal(count, height + 1, width + 1, 1, 2, 2, 12, dtype=torch.float32, device=device)
+    )
+    frames = torch.empty(count, 1, 2 * height, 2 * width, 12, device=device)
+    out = Guarded((count // 2, 2 * height, 2 * width, 2, 12), torch.float32, device)
+    expected = torch.empty_like(out.tensor)
+    channels.spread_phases(y.tensor, out.tensor, pairs=True)
+    channels_reference.spread_phases(y.tensor, expected, pairs=True)
+    assert torch.equal(out.tensor, expected) and out.intact()
+    channels_reference.spread_phases(y.tensor, frames)
+    wanted = torch.stack([frames[0::2, 0], frames[1::2, 0]], dim=3)
+    assert torch.equal(out.tensor, wanted) and not torch.equal(wanted.flip(3), wanted)
+    with pytest.raises(ValueError, match="1 frames that become 1 each are not pairs"):
+        channels.spread_phases(y.tensor[:1], out.tensor, pairs=True)
+
+
 def test_what_does_not_fit_is_named(device: torch.device) -> None:
     x, gain = torch.zeros(1, 4, 8, device=device), torch.ones(8, device=device)
     with pytest.raises(ValueError, match=r"gain must be \[8\], got \[7\]"):

@@ -113,6 +113,11 @@ def test_rows_that_descriptors_cannot_take_go_through_pointers(device: torch.dev
         x, weight, bias = inputs(shape, torch.bfloat16, device)
         out = x.new_empty(len(x), len(weight))
         assert linear.plan(x, weight, bias, out, target, DESCRIPTORS).program == program
+    hopper, x = Target(90, 132), torch.empty(5, 100, dtype=torch.bfloat16, device="meta")
+    out, weight = x.new_empty(5, 8960), x.new_empty(8960, 100)
+    wide = linear.linear_tile(hopper, 8960, 2)
+    launch = linear.plan(x, weight, None, out, hopper, wide)  # 256 columns would spill registers
+    assert launch.program == "linear_pointers" and launch.constants["BLOCK_N"] < wide.block_n
     x, weight, bias = inputs((5, 16, 24), torch.bfloat16, device)
     shifted = torch.zeros(5 * 24 + 1, dtype=x.dtype, device=device)[1:].view(5, 24).copy_(x)
     strided = torch.zeros(5, 48, dtype=x.dtype, device=device)[:, 8:32].copy_(x)

@@ -23,6 +23,7 @@ from flashdreams.models.decoder_forms import (
     forms_for,
     frames_at_once,
     select_forms,
+    takes_pairs,
 )
 from flashdreams.models.wan.keys import VAE_DIFFUSERS_KEYS
 from flashdreams.models.wan.vae_blocks import (
@@ -123,9 +124,26 @@ class WanVAEDecoderNetwork(nn.Module):
             if level < len(temporal):
                 half = channels // 2
                 self.upsamples.append(Upsample(channels, half, temporal[level]))
+        self.finest_channels = channels
         self.head = nn.ModuleDict(
             {"0": RMSNorm(channels, 3), "2": CausalConv3d(channels, 3, (3, 3, 3))}
         )
+
+    def take_form(self, forms: DecoderForms) -> None:
+        """Let the finest level work on pairs of frames, where its channels ask for it."""
+        steps = [i for i, layer in enumerate(self.upsamples) if isinstance(layer, Upsample)]
+        if not steps:
+            return
+        layers: Any = self.upsamples[steps[-1] :]
+        upsample, *blocks = layers
+        channels = self.finest_channels
+        alike = all(block.shortcut is None for block in blocks)
+        upsample.in_pairs = alike and takes_pairs(forms, channels)
+        if upsample.in_pairs:
+            for layer in (*blocks, self.head):
+                for module in layer.modules():
+                    if isinstance(module, CausalConv3d):
+                        module.take_pairs()
 
     def forward(self, z: Tensor, carried: CarriedFrames) -> Tensor:
         """Decode ``[B, C, T, H, W]`` as the continuation of what ``carried`` has seen."""

@@ -16,6 +16,7 @@ from flashdreams.models.decoder_forms import (
     UpsampledConv2d,
     by_pixel,
     padded_channels,
+    pair_weight,
     pointwise_ops,
 )
 
@@ -46,6 +47,7 @@ class CausalConv3d(nn.Module):
         self.slot = ""
         self.forms = PLAIN
         self.padded: tuple[Tensor, Tensor] | None = None
+        self.paired: tuple[Tensor, Tensor] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -56,11 +58,14 @@ class CausalConv3d(nn.Module):
 
     def take_form(self, forms: DecoderForms) -> None:
         """See `flashdreams.models.decoder_forms.select_forms`."""
-        self.forms, self.padded = forms, None
+        self.forms, self.padded, self.paired = forms, None, None
         if self.weight.shape[0] % forms.head_channels:
-            weight = padded_channels(self.weight, forms.head_channels)
-            weight = weight.contiguous(memory_format=torch.channels_last_3d)
-            self.padded = weight, padded_channels(self.bias, forms.head_channels)
+            self.padded = _padded(self.weight, self.bias, forms.head_channels)
+
+    def take_pairs(self) -> None:
+        """Prepare for inputs of two frames beside each other, ``[B, 2 C, T / 2, H, W]``."""
+        both = pair_weight(self.weight), self.bias.repeat(2)
+        self.paired = _padded(*both, self.forms.head_channels)
 
     def forward(self, x: Tensor, carried: CarriedFrames) -> Tensor:
         """Convolve ``[B, C, T, H, W]`` as the continuation of what ``carried`` has seen."""
@@ -73,15 +78,18 @@ class CausalConv3d(nn.Module):
 
     def reserve(self, x: Tensor, carried: CarriedFrames) -> Tensor:
         """This layer's left context for inputs like ``x``; zeros at the start of a rollout."""
-        batch, channels, _, height, width = x.shape
+        batch, _, _, height, width = x.shape
+        channels = self.weight.shape[1]
         return carried.slot(self.slot, (batch, channels, self.carried_frames, height, width), x)
 
     def convolve(self, x: Tensor, with_bias: bool = True) -> Tensor:
         """Convolve without left context, with zeros of ``padding`` around every frame."""
-        if self.padded is not None:
-            weight, padded_bias = self.padded
-            y = F.conv3d(x, weight, padded_bias if with_bias else None, self.stride, self.padding)
-            return y[:, : self.weight.shape[0]]
+        own = self.weight.shape
+        form, frames = (self.padded, 1) if x.shape[1] == own[1] else (self.paired, 2)
+        if form is not None:
+            weight, form_bias = form
+            y = F.conv3d(x, weight, form_bias if with_bias else None, self.stride, self.padding)
+            return y[:, : frames * own[0]]
         bias = self.bias if with_bias else None
         if x.device.type == "cpu" and x.dtype == torch.float32 and _ONEDNN:
             # torch 2.13 takes its own kernel for float32 below 20480 rows of one clip, which is 2
@@ -90,6 +98,12 @@ class CausalConv3d(nn.Module):
                 x, self.weight, bias, self.padding, self.stride, (1, 1, 1), 1
             )
         return F.conv3d(x, self.weight, bias, self.stride, self.padding)
+
+
+def _padded(weight: Tensor, bias: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    """Weight, with channels innermost in memory, and bias for more output channels, of zeros."""
+    weight = padded_channels(weight, multiple)
+    return weight.contiguous(memory_format=torch.channels_last_3d), padded_channels(bias, multiple)
 
 
 class RMSNorm(nn.Module):
@@ -146,7 +160,7 @@ class ResidualBlock(nn.Module):
         y = first.convolve(normed_input(layers["0"], first, x, carried), with_bias=False)
         joined = normed_input(layers["3"], second, y, carried, first.bias)
         cells = by_pixel(second.convolve(joined, with_bias=False))
-        rows, residual = cells.flatten(0, 3), by_pixel(shortcut).flatten(0, 3)
+        rows, residual = (part.view(-1, len(bias)) for part in (cells, by_pixel(shortcut)))
         pointwise_ops(first.forms).add_(rows, bias, residual)
         return cells.movedim(-1, 1)
 
@@ -156,7 +170,9 @@ def run_head(head: Any, x: Tensor, carried: CarriedFrames) -> Tensor:
     norm, conv = head["0"], head["2"]
     if conv.forms.pointwise == "plain":
         return conv(F.silu(norm(x), inplace=True), carried)
-    return conv.convolve(normed_input(norm, conv, x, carried))
+    frames = conv.convolve(normed_input(norm, conv, x, carried))
+    group = x.shape[1] // conv.weight.shape[1]
+    return frames.unflatten(1, (group, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
 
 
 def normed_input(
@@ -171,25 +187,26 @@ def normed_input(
     Args:
         norm: gives the gains.
         conv: its carried frames are replaced by the last ones of the result.
-        x: ``[B, C, T, H, W]``.
+        x: ``[B, C, T, H, W]``, or pairs of frames ``[B, 2 C, T / 2, H, W]``.
         carried: this rollout's state.
         bias: C values; None adds nothing.
 
     Returns:
-        ``[B, C, carried + T, H, W]``, what ``conv.convolve`` takes.
+        ``[B, C, carried + T, H, W]`` or likewise in pairs, what ``conv.convolve`` takes.
     """
-    cells, context = by_pixel(x), conv.reserve(x, carried)
+    cells, context, gain = by_pixel(x), conv.reserve(x, carried), norm.gamma.flatten()
     batch, frames, *size = cells.shape
-    lead = context.shape[2]
+    group = x.shape[1] // len(gain)  # frames beside each other
+    lead = context.shape[2] // group
     joined = torch.empty((batch, lead + frames, *size), dtype=x.dtype, device=x.device)
-    result = joined.movedim(-1, 1)
-    result[:, :, :lead] = context
+    steps = joined.unflatten(-1, (group, -1)).permute(0, 5, 1, 4, 2, 3)  # [B, C, T, group, H, W]
+    stored = context.unflatten(2, (lead, group))
+    steps[:, :, :lead] = stored
     least = max(1e-12, torch.finfo(x.dtype).tiny)
-    rows, out = cells.flatten(1, 3), joined[:, lead:].flatten(1, 3)
-    ops = pointwise_ops(conv.forms)
-    ops.norm_silu(rows, norm.gamma.flatten(), norm.scale, least, out, bias)
-    context.copy_(result[:, :, -lead:])
-    return result
+    rows, out = (part.view(batch, -1, len(gain)) for part in (cells, joined[:, lead:]))
+    pointwise_ops(conv.forms).norm_silu(rows, gain, norm.scale, least, out, bias)
+    stored.copy_(steps[:, :, -lead:])
+    return joined.movedim(-1, 1)
 
 
 class FrameAttention(nn.Module):
@@ -244,15 +261,22 @@ class Upsample(nn.Module):
         super().__init__()
         self.resample = nn.ModuleDict({"1": UpsampledConv2d(channels, out_channels)})
         self.time_conv: CausalConv3d | None = None
+        self.in_pairs = False
         if temporal:
             self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1))
 
     def forward(self, x: Tensor, carried: CarriedFrames) -> Tensor:
-        """Upsample ``[B, C, T, H, W]``; the very first frame of a rollout stays one frame."""
+        """Upsample ``[B, C, T, H, W]``; the very first frame of a rollout stays one frame.
+
+        With ``in_pairs`` an even number of frames becomes pairs, ``[B, 2 C', T / 2, 2 H, 2 W]``.
+        """
         batch = x.shape[0]
         if self.time_conv is not None:
             x = self._double_frames(self.time_conv, x, carried)
-        return unfold_frames(self.resample["1"](fold_frames(x)), batch)
+        conv: Any = self.resample["1"]
+        pairs = self.in_pairs and x.shape[2] % 2 == 0
+        frames = fold_frames(x)
+        return unfold_frames(conv.convolve(frames, pairs=True) if pairs else conv(frames), batch)
 
     def _double_frames(self, conv: CausalConv3d, x: Tensor, carried: CarriedFrames) -> Tensor:
         if carried.position > 0:

@@ -112,21 +112,25 @@ def spread_phases(
     height,
     width,
     growth,
+    PAIRS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Phases on a grid of ``height + 1`` x ``width + 1`` to frames of twice the size.
 
-    Rows are pixels of the result, ``[N, growth, 2 height, 2 width]``; grid
-    ``(ceil(rows / ROWS),)``.
+    Rows are pixels of the result, ``[N, growth, 2 height, 2 width]``, with ``PAIRS``
+    ``[N / 2, 2 height, 2 width, 2]``; grid ``(ceil(rows / ROWS),)``.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (columns < WIDTH)[None, :]
-    column = row % (2 * width)
-    line = row // (2 * width) % (2 * height)
-    frame = row // (4 * height * width)
+    pixel = row // 2 if PAIRS else row
+    column = pixel % (2 * width)
+    line = pixel // (2 * width) % (2 * height)
+    frame = pixel // (4 * height * width)
+    if PAIRS:
+        frame = 2 * frame + row % 2
     down, right = line % 2, column % 2
     cell = frame // growth * (height + 1) + line // 2 + down
     cell = cell * (width + 1) + column // 2 + right

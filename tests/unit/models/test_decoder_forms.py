@@ -5,15 +5,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from flashdreams.models import decoder_forms
 from flashdreams.models.decoder_forms import (
     FAST,
     PLAIN,
     DecoderForms,
     forms_for,
     frames_at_once,
+    join_pairs,
+    pair_weight,
     select_forms,
+    takes_pairs,
 )
 from flashdreams.models.taehv import TAEHVDecoderConfig
 from flashdreams.models.wan.vae import WanVAEDecoderConfig
@@ -37,6 +42,7 @@ FORMS = {
     "halves": DecoderForms(memory="halves"),
     "16 channels out": replace(ON_CPU, head_channels=16),
     "stacked": replace(ON_CPU, memory="stack"),
+    "single frames": replace(ON_CPU, frames="single"),
 }
 
 
@@ -117,6 +123,42 @@ def test_in_bfloat16_the_fast_forms_are_as_near_to_float32_as_the_plain_one(kind
         for forms in (PLAIN, ON_CPU)
     )
     assert 0 < fast.square().mean() < 1.2**2 * plain.square().mean()
+
+
+def test_a_convolution_over_pairs_of_frames_is_the_causal_one() -> None:
+    """float64, 1e-12."""
+    x, weight = torch.randn(1, 3, 8, 4, 5).double(), torch.randn(2, 3, 3, 3, 3).double()
+    expected = F.conv3d(x, weight, padding=(0, 1, 1))
+
+    def in_pairs(weight: Tensor) -> Tensor:
+        pairs = join_pairs(x[0].transpose(0, 1)).transpose(0, 1)[None]
+        return F.conv3d(pairs, pair_weight(weight), padding=(0, 1, 1))
+
+    wanted = join_pairs(expected[0].transpose(0, 1)).transpose(0, 1)[None]
+    torch.testing.assert_close(in_pairs(weight), wanted, rtol=0, atol=1e-12)
+    assert (in_pairs(weight.flip(2)) - wanted).abs().max() > 0.1  # negative control
+
+
+@pytest.mark.parametrize("dim", [4, 64])
+def test_pairs_are_for_channels_that_fill_no_whole_step(dim: int) -> None:
+    """And for chunks of an even number of frames: the first has one less than a multiple of 4."""
+    decoder, z, seen = decoder_of("wan", ON_CPU, dim=dim), latents("wan")[..., :2, :1], []
+    last = decoder.decoder.upsamples[-1]
+    last.register_forward_pre_hook(lambda module, inputs: seen.append(list(inputs[0].shape[1:3])))
+    decode(decoder, z[:, :, :3], [1, 2])
+    assert seen == ([[4, 1], [8, 4]] if dim == 4 else [[64, 1], [64, 8]])
+    assert not takes_pairs(PLAIN, 96) and not takes_pairs(replace(PLAIN, frames="pairs"), 96)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "frames"),
+    [((9, 0), "bfloat16", "pairs"), ((9, 0), "float32", "single"), ((8, 0), "float16", "single")],
+)
+def test_pairs_are_for_hopper_in_16_bits(monkeypatch, capability, dtype, frames) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(decoder_forms, "why_unusable", lambda *_: None)
+    forms = forms_for(torch.device("cuda", 0), getattr(torch, dtype))
+    assert forms == replace(FAST, frames=frames)
 
 
 def test_a_cpu_takes_the_plain_form_and_a_gpu_the_fast_one() -> None:
