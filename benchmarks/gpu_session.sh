@@ -73,7 +73,7 @@ variants() { # NAMES SECONDS ARGUMENTS...
 headline() {
     mapfile -t size < <(sized self-forcing-tiny-random --repeats 2 --steps 1 -- \
         self-forcing-wan2.1-t2v-1.3b-taehv --repeats "${REPEATS:-6}" --steps 4)
-    variants "${HEADLINE:-default; reference; fp8; reference, all flags; graphs off}" 165 "${size[@]}"
+    variants "${HEADLINE:-default; reference; fp8; fp8_gemm; fp8_gemm, all widths; reference, all flags; graphs off}" 165 "${size[@]}"
 }
 
 gpu_tests() {
@@ -92,7 +92,7 @@ lingbot() {
     fi
     mapfile -t size < <(sized lingbot-world-tiny-random --repeats 1 --steps 1 -- \
         lingbot-world-fast-taehv-window15-sink3 --repeats "${REPEATS:-3}" --steps 2)
-    variants "${LINGBOT:-default; fp8}" 150 "${size[@]}" --one-at-a-time
+    variants "${LINGBOT:-default; fp8_gemm; fp8}" 170 "${size[@]}" --one-at-a-time
 }
 
 decoders() {
@@ -147,7 +147,7 @@ limit_of() { # seconds of a section
     case "$1" in
         headline) echo 180 ;;
         gpu_tests) echo 110 ;;
-        lingbot) echo 160 ;;
+        lingbot) echo 180 ;;
         strict) echo 75 ;;
         precision | peers) echo 60 ;;
         tiles) echo 100 ;;

@@ -1,4 +1,4 @@
-"""Every fused kernel against its unfused form.
+"""Every fused kernel against its unfused form, and FP8 matmuls against those of the network's type.
 
 ``python benchmarks/kernels.py --json out.json`` measures a chunk of the 1.3B model at 480x832 on a
 GPU; on a CPU it runs the PyTorch references at a tiny size.
@@ -6,19 +6,25 @@ GPU; on a CPU it runs the PyTorch references at a tiny size.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import command
 import report
 import torch
 import torch.nn.functional as F
-from flashdreams_kernels import adaln, reference, rope_qknorm
-from torch import Tensor
+from flashdreams_kernels import adaln, fp8_rows, reference, rope_qknorm
+from torch import Tensor, nn
 
+from flashdreams.models.wan.fp8_linear import FP8Linear, quantize_rows
 from flashdreams.runtime.stats import sha256_of
 
 EPS = 1e-6
-COLUMNS = ("case", "variant", "p50_ms", "p95_ms", "p99_ms", "gib_per_s", "error", "speedup")
+COLUMNS = (
+    "case", "variant", "p50_ms", "p95_ms", "p99_ms", "gib_per_s", "tflops", "error", "speedup",
+)  # fmt: skip
+LINGBOT_DIM, LINGBOT_FFN_DIM = 5120, 13824
+"""Widths of LingBot-World 14B."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Sizes:
     slots: int
     num_heads: int
     head_dim: int
+    ffn_dim: int
 
     @property
     def dim(self) -> int:
@@ -38,18 +45,22 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel: two ways to the same result, and the bytes that must move for it."""
+    """One kernel: two ways to the same result, and the bytes that must move for it.
+
+    A result of two tensors is their product.
+    """
 
     name: str
-    unfused: Callable[[], Tensor]
-    fused: Callable[[], Tensor]
+    unfused: Callable[[], Any]
+    fused: Callable[[], Any]
     nbytes: int
+    flops: int = 0
 
 
 PRESETS = {
-    "tiny": Sizes(length=48, slots=96, num_heads=2, head_dim=32),
-    "wan-1.3b": Sizes(length=4680, slots=32760, num_heads=12, head_dim=128),
-    "wan-14b": Sizes(length=4680, slots=32760, num_heads=40, head_dim=128),
+    "tiny": Sizes(length=48, slots=96, num_heads=2, head_dim=32, ffn_dim=96),
+    "wan-1.3b": Sizes(length=4680, slots=32760, num_heads=12, head_dim=128, ffn_dim=8960),
+    "wan-14b": Sizes(length=4680, slots=32760, num_heads=40, head_dim=128, ffn_dim=13824),
 }
 
 
@@ -107,7 +118,52 @@ def build_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[
             3 * chunk_bytes,
         ),
         *residual_cases(x, y, vectors, normal(*x.shape), normal(*x.shape)),
+        *fp8_cases(sizes, dtype, device),
     ]
+
+
+def fp8_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[Case]:
+    """FP8 matmuls of a block and what comes before them, for this model and LingBot-World 14B.
+
+    The two ways of a matmul are a layer in ``dtype`` and one in FP8 whose input is quantized.
+    """
+    widths = {sizes.dim: sizes.ffn_dim}
+    if device.type == "cuda":
+        widths[LINGBOT_DIM] = LINGBOT_FFN_DIM
+    torch.manual_seed(0)
+    cases = []
+    for dim, ffn_dim in widths.items():
+        x = torch.randn(1, sizes.length, dim, device=device)
+        hidden = torch.randn(1, sizes.length, ffn_dim, device=device).to(dtype)
+        row = torch.randn(1, 1, dim, device=device)
+        modulation = (x, row, row, EPS)
+        cases += [
+            Case(
+                f"layer_norm_quantize of float32, {dim}",
+                partial(reference.layer_norm_quantize, *modulation),
+                partial(fp8_rows.layer_norm_quantize, *modulation),
+                5 * x.numel(),
+            ),
+            Case(
+                f"gelu_quantize, {ffn_dim}",
+                partial(reference.gelu_quantize, hidden),
+                partial(fp8_rows.gelu_quantize, hidden),
+                hidden.nbytes + hidden.numel(),
+            ),
+        ]
+        for inputs, outputs in ((dim, 3 * dim), (dim, dim), (dim, ffn_dim), (ffn_dim, dim)):
+            layer = nn.Linear(inputs, outputs, device=device, dtype=dtype)
+            y = (x if inputs == dim else hidden).to(dtype)
+            cases.append(
+                Case(
+                    f"linear, {inputs} to {outputs}",
+                    partial(layer, y),
+                    partial(FP8Linear(layer), quantize_rows(y)),
+                    y.numel() + inputs * outputs + 2 * sizes.length * outputs,
+                    2 * sizes.length * inputs * outputs,
+                )
+            )
+    return cases
 
 
 def residual_cases(
@@ -160,10 +216,10 @@ def measure(case: Case, device: torch.device, repeats: int, compiled: bool) -> l
         variants["fused"] = case.fused
     if compiled:
         variants["compiled"] = torch.compile(case.unfused)
-    expected = case.unfused().clone()
+    expected = whole(case.unfused()).clone()
     rows: list[dict[str, Any]] = []
     for name, function in variants.items():
-        result = function().clone()
+        result = whole(function()).clone()
         timing = report.timing_fields(report.time_calls(function, device, repeats))
         difference = (result.float() - expected.float()).abs().max()
         rows.append(
@@ -171,6 +227,7 @@ def measure(case: Case, device: torch.device, repeats: int, compiled: bool) -> l
                 "case": case.name,
                 "variant": name,
                 **timing,
+                **({"tflops": case.flops / 1e9 / timing["p50_ms"]} if case.flops else {}),
                 "gib_per_s": case.nbytes / 2**30 / timing["p50_ms"] * 1e3,
                 "error": (difference / expected.float().abs().max()).item(),
                 "output_sha256": sha256_of(result),
@@ -178,6 +235,11 @@ def measure(case: Case, device: torch.device, repeats: int, compiled: bool) -> l
             }
         )
     return rows
+
+
+def whole(result: Any) -> Tensor:
+    """A result as one tensor."""
+    return result if isinstance(result, Tensor) else result[0].float() * result[1]
 
 
 def measure_all(

@@ -29,7 +29,7 @@ SLUGS = (
     "toy-world", "courtyard", "self-forcing-tiny-random", "lingbot-world-tiny-random",
     "matrix-game-2-tiny-random", "wan22-ti2v-tiny-random",
 )  # fmt: skip
-PRECISIONS = {table.AS_IT_IS: "native", "fp8": "fp8"}
+PRECISIONS = {table.AS_IT_IS: "native", "fp8": "fp8", "fp8_gemm": "fp8_gemm"}
 """Variant of a report -> what the planner is asked for."""
 ROUNDS = 5
 """Predictions of a method, each with the machine measured anew, and measurements, in turn: a

@@ -64,6 +64,10 @@ FA3 = {"flash_attn_interface": "fa3_fwd_interface"}
 VARIANTS = {
     "default": Variant(),
     "fp8": Variant({"transformer": {"precision": "fp8"}}),
+    "fp8_gemm": Variant({"transformer": {"precision": "fp8_gemm"}}),
+    "fp8_gemm, all widths": Variant(
+        {"transformer": {"precision": "fp8_gemm", "fp8_gemm_min_width": 16}}
+    ),
     "graphs off": Variant({"use_cuda_graph": False}),
     "strict": Variant({"strict": True}),
     "strict, graphs off": Variant({"strict": True, "use_cuda_graph": False}),

@@ -44,8 +44,8 @@ class PlanOptions:
     """Width of the video in pixels; None: the method's default."""
     fps: float | None = None
     """Frames per second that count as real time; None: the method's default."""
-    precision: Literal["native", "fp8"] | None = None
-    """Precision of attention over the KV cache; None: the method's default."""
+    precision: Literal["native", "fp8", "fp8_gemm"] | None = None
+    """Precision of attention over the KV cache, and of wide matmuls; None: the method's default."""
     window: int | None = None
     """Latent frames of the sliding window; None: the method's default."""
 

@@ -213,12 +213,19 @@ def why_no_fp8(device: torch.device, head_dim: int) -> str | None:
     return None
 
 
-def check_fp8(device: torch.device, head_dim: int) -> None:
+def check_fp8(device: torch.device, head_dim: int, precision: str = "fp8") -> None:
     """Refuse e4m3 attention where it cannot run: another way would give other results.
+
+    Args:
+        device: where it shall run.
+        head_dim: channels of a head.
+        precision: what was asked for.
 
     Raises:
         ValueError: says what is missing, and what runs.
     """
     reason = why_no_fp8(device, head_dim)
     if reason is not None:
-        raise ValueError(f"precision='fp8' cannot be used here: {reason}. precision='native' runs.")
+        raise ValueError(
+            f"precision={precision!r} cannot be used here: {reason}. precision='native' runs."
+        )

@@ -166,8 +166,13 @@ class Assembly(nn.Module):
             any_degree=plan is not None and bool(plan.units),
         )
         rotates = degrees.ring > 1 and parallel.ring_method == "rotate"
-        if rotates and getattr(sizes, "precision", "native") == "fp8":
+        if rotates and getattr(sizes, "kv_storage", "native") == "fp8":
             raise ValueError(NO_FP8)
+        if parallel.strict and getattr(sizes, "precision", "native") == "fp8_gemm":
+            raise ValueError(
+                "--parallel.strict True cannot be used with precision='fp8_gemm': the bits of a "
+                "row of its matmuls depend on the number of rows. Use precision='fp8'."
+            )
         return build_mesh(degrees, self.target_device.type, parallel)
 
     def parallelize(self, mesh: Mesh) -> dict[str, ParallelReport]:

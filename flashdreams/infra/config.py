@@ -23,8 +23,8 @@ UNRESOLVED: Any = object()
 REMOVED_FIELDS = {
     "fuse_clean_pass": "measured slower (380 ms against 372 per AR step on an H200)",
     "compile_blocks": "measured slower (379 ms against 372 per AR step on an H200)",
-    "linear_precision": "measured slower (475 ms against 374 per AR step on an H200), and "
-    "precision='fp8' is FP8 attention",
+    "linear_precision": "measured slower (475 ms against 374 per AR step on an H200); "
+    "precision='fp8' is FP8 attention, 'fp8_gemm' also FP8 matmuls with quantization fused",
 }
 """Fields of version 0.1 that are gone, and why."""
 

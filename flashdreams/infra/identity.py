@@ -18,6 +18,7 @@ HOW_IT_RUNS = frozenset(
     {
         *("attention_backend", "fused_kernels", "precision", "kv_cache_dtype"),
         *("residual_dtype", "use_cuda_graph", "overlap_clean_pass", "max_rollouts", "checkpoint"),
+        "fp8_gemm_min_width",
     }
 )
 """Fields that choose how a method is computed, not which one: the numerics fingerprint has those

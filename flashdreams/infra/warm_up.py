@@ -138,7 +138,7 @@ def _choose_strict(
 ) -> BackendChoice:
     """Select the backend of strict ranks on a GPU, and whether it must be tiled."""
     names, dtype = PREFERENCE if name == AUTO else (name,), transformer.dtype
-    if getattr(transformer.config, "precision", "native") == "fp8":
+    if getattr(transformer.config, "kv_storage", "native") == "fp8":
         from_rank_zero(lambda: check_fp8_invariance(shape, device, dtype))
     choice = from_rank_zero(lambda: choose_invariant_backend(shape, device, dtype, names))
     transformer.set_attention_backend(choice.name)

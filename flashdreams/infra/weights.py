@@ -265,6 +265,7 @@ def memory_estimate(config: NamedPipelineConfig, batch_size: int = 1) -> str:
     """Bytes of the weights and of one rollout's KV cache, in words; from shapes, not measured."""
     with torch.device("meta"):
         transformer = config.diffusion_model.transformer.setup()
+        transformer.quantize_weights()
     branches = 1 if config.diffusion_model.guidance_scale is None else 2
     cache = transformer.cache_nbytes(batch_size) * branches
     dtype_of = transformer.dtype_of

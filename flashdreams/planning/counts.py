@@ -18,7 +18,8 @@ from flashdreams.attention.fp8 import FP8
 from flashdreams.parallel.collectives import Traffic
 from flashdreams.planning.operators import Operator, form_of
 
-GEMMS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_scaled_mm"})
+FP8_GEMM = "_scaled_mm"
+GEMMS = frozenset({"mm", "addmm", "bmm", "baddbmm", FP8_GEMM})
 CONVOLUTIONS = frozenset({"convolution", "_convolution"})
 
 
@@ -28,6 +29,8 @@ class Work:
 
     gemm_flops: int = 0
     """Operations of matmuls."""
+    fp8_gemm_flops: int = 0
+    """The part of ``gemm_flops`` whose inputs are FP8."""
     attention_flops: int = 0
     """Operations of attention, as backends do it: no scores in memory."""
     fp8_flops: int = 0
@@ -78,8 +81,8 @@ class Work:
 
 
 _NUMBERS = (
-    "gemm_flops", "attention_flops", "fp8_flops", "convolution_flops", "gemm_bytes",
-    "other_bytes", "calls",
+    "gemm_flops", "fp8_gemm_flops", "attention_flops", "fp8_flops", "convolution_flops",
+    "gemm_bytes", "other_bytes", "calls",
 )  # fmt: skip
 
 
@@ -132,6 +135,7 @@ class Counter(TorchDispatchMode):
             flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
             kind = "gemm" if name in GEMMS else "convolution"
             self.numbers[f"{kind}_flops"] += flops
+            self.numbers["fp8_gemm_flops"] += flops if name == FP8_GEMM else 0
         self.numbers["other_bytes" if kind == "memory" else "gemm_bytes"] += nbytes
         self._add(kind, func, args, kwargs, flops, nbytes)
 

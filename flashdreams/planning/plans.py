@@ -166,6 +166,9 @@ def predict_ms(
     if work.fp8_flops:
         flops["attention"] -= work.fp8_flops
         seconds["attention"] += work.fp8_flops / (device.fp8_tflops * TERA)
+    if work.fp8_gemm_flops:
+        flops["gemm"] -= work.fp8_gemm_flops
+        seconds["gemm"] += work.fp8_gemm_flops / (device.fp8_gemm_tflops * TERA)
     for operator, one_s in timed.items():
         calls = work.operators[operator]
         seconds[operator.kind] += calls * one_s
@@ -289,10 +292,12 @@ class Planner:
         decoder, decoded, decoder_state, decoding = self._decoder(config, mesh)
         branches = 2 if self.guided and degrees.cfg == 1 else 1
         steps = int(self.config.diffusion_model.scheduler.setup().num_inference_steps)
-        if network.call.fp8_flops and not self.device.fp8_tflops:
+        call, rates = network.call, self.device
+        unknown = call.fp8_flops and not rates.fp8_tflops
+        if unknown or (call.fp8_gemm_flops and not rates.fp8_gemm_tflops):
             raise ValueError(
-                f"precision='fp8' cannot be planned for {self.device.name}: FP8 attention needs a "
-                "Hopper GPU. Plan for H100-80GB or H200-141GB, or with --precision native."
+                f"precision={config.precision!r} cannot be planned for {rates.name}: FP8 attention "
+                "needs a Hopper GPU. Plan for H100-80GB or H200-141GB, or with --precision native."
             )
         if self.device.times is not None:
             for part in (network.call, network.clean, network.begin, decoded):
@@ -346,6 +351,7 @@ class Planner:
     def _run_network(self, config: Any, mesh: DryMesh) -> "Network":
         """Run a denoising step and a clean pass with a full window on the meta device."""
         transformer = self._on_meta(config, mesh)
+        transformer.quantize_weights()
         if not isinstance(transformer, CausalTransformer | NoiseExperts):
             raise ValueError(
                 f"{type(transformer).__name__} is no CausalTransformer: the planner does not know "

@@ -80,6 +80,6 @@ def _device(on_gpu: bool) -> Device:
         name, total = "the host", host_memory_bytes()
     return Device(
         name=name, memory_gib=total / GIB, peak_tflops=1, gemm_tflops=1, attention_tflops=1,
-        fp8_tflops=1, convolution_tflops=1, bandwidth_gb_s=1, link_gb_s=1,
+        fp8_tflops=1, fp8_gemm_tflops=1, convolution_tflops=1, bandwidth_gb_s=1, link_gb_s=1,
         is_host=not on_gpu,
     )  # fmt: skip

@@ -43,7 +43,7 @@ def layer_norm_modulate(
 
     Source: adaLN of DiT, arXiv:2212.09748, section 3.2.
     """
-    _check(x, {"shift": shift, "scale": scale})
+    check_modulation(x, {"shift": shift, "scale": scale})
     return _normed(x, shift, scale, eps, dtype, 1.0)
 
 
@@ -73,7 +73,7 @@ def layer_norm_affine(
     Raises:
         ValueError, TypeError, ImportError: as for :func:`layer_norm_modulate`.
     """
-    _check(x, {})
+    check_modulation(x, {})
     for name, tensor in {"weight": weight, "bias": bias}.items():
         check_tensor(name, tensor, (x.shape[-1],), x, FLOAT_TYPES)
     return _normed(x, bias[None, None], weight[None, None], eps, dtype, 0.0)
@@ -130,7 +130,7 @@ def gate_residual(
     if (scale is None) != (shift is None):
         alone = "shift" if scale is None else "scale"
         raise ValueError(f"{alone} is given alone; give scale and shift, or neither.")
-    _check(x, {name: tensor for name, tensor in given.items() if tensor is not None})
+    check_modulation(x, {name: tensor for name, tensor in given.items() if tensor is not None})
     check_tensor("y", y, x.shape, x, FLOAT_TYPES)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
@@ -150,7 +150,13 @@ def _(
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _check(x: Tensor, modulation: dict[str, Tensor]) -> None:
+def check_modulation(x: Tensor, modulation: dict[str, Tensor]) -> None:
+    """Check tokens ``[B, L, dim]`` and what broadcasts to them.
+
+    Raises:
+        ValueError: shapes, strides or devices that do not fit.
+        TypeError: a dtype that does not fit.
+    """
     check_tensor("x", x, (None, None, None), x, FLOAT_TYPES)
     batch, length, width = x.shape
     if width > MAX_WIDTH:
@@ -168,11 +174,18 @@ def _broadcast_strides(x: Tensor | None) -> tuple[int, int]:
 
 
 def plan_norm_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, eps: float, out: Tensor, added: float = 1.0
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    out: Tensor,
+    added: float = 1.0,
+    out_scale: Tensor | None = None,
 ) -> Launch:
     """The launch of :func:`layer_norm_modulate` into ``out``; arguments checked.
 
-    ``added`` is what is added to ``scale``: 0 for :func:`layer_norm_affine`.
+    ``added`` is what is added to ``scale``: 0 for :func:`layer_norm_affine`. With ``out_scale``,
+    ``[B, L, 1]``, it is that of `fp8_rows.layer_norm_quantize`.
     """
     batch, length, width = x.shape
     block = next_power_of_2(width)
@@ -185,13 +198,19 @@ def plan_norm_modulate(
             "shift": shift,
             "scale": scale,
             "out": out,
+            "out_scale": out_scale,
             "eps": eps,
             "num_tokens": length,
             **named_strides("x", "bl", x.stride()[:2]),
             **named_strides("shift", "bl", _broadcast_strides(shift)),
             **named_strides("scale", "bl", _broadcast_strides(scale)),
         },
-        {"ADDED": added, "WIDTH": width, "BLOCK": block},
+        {
+            "ADDED": added,
+            "WIDTH": width,
+            "BLOCK": block,
+            "INTERPRETED": out_scale is not None and x.device.type == "cpu",
+        },
         num_warps=warps_of(block),
         device=x.device,
     )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashdreams_kernels import adaln, attention, channels, linear, rope_qknorm
+from flashdreams_kernels import adaln, attention, channels, fp8_rows, linear, rope_qknorm
 from flashdreams_kernels.launch import Block, Launch, Target, load_programs
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -176,8 +176,23 @@ def real_launches(
         yield adaln.plan_gate_add(residual, tokens, shift, residual)
         yield adaln.plan_gate_add(residual, tokens, None, residual)
         yield adaln.plan_gate_add(residual, tokens, shift, residual, tokens, tokens)
+    if capability >= FP8_CAPABILITY:
+        yield from _fp8_row_launches(tensor, length)
     yield from _linear_launches(target, length, dim)
     yield from _decoder_launches(tensor)
+
+
+def _fp8_row_launches(tensor: Callable[..., Tensor], length: int) -> Iterator[Launch]:
+    """What comes before the FP8 matmuls of LingBot-World 14B, and GELU of the 1.3B model."""
+    wide = tensor(1, length, 5120, dtype=torch.float32)
+    row, out_scale = wide[:, :1], tensor(1, length, 1, dtype=torch.float32)
+    out = torch.empty_like(wide, dtype=torch.float8_e4m3fn)
+    for added in (0.0, 1.0):
+        yield adaln.plan_norm_modulate(wide, row, row, 1e-6, out, added, out_scale)
+    for width in (8960, 13824):
+        hidden = tensor(1, length, width)
+        out = torch.empty_like(hidden, dtype=torch.float8_e4m3fn)
+        yield fp8_rows.plan_gelu(hidden, out, out_scale)
 
 
 def _decoder_launches(tensor: Callable[..., Tensor]) -> Iterator[Launch]:

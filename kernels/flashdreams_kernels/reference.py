@@ -190,6 +190,36 @@ def layer_norm_affine(
     return wide.to(dtype or x.dtype)
 
 
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize to e4m3 with a scale per row, to nearest, ties to even; NaN stays NaN.
+
+    Args:
+        x: ``[..., dim]``.
+
+    Returns:
+        ``[..., dim]`` e4m3 and ``[..., 1]`` float32, whose product is ``x``. A scale is the least
+        power of two that brings the row's largest number to 448 or less, found in its bits.
+    """
+    limit = torch.finfo(torch.float8_e4m3fn).max
+    wide = x.float()
+    bits = wide.abs().amax(-1, keepdim=True).clamp_(min=2.0**-100).view(torch.int32)
+    scale = (((bits + 0x1FFFFF) & 0x7F800000) - 0x4000000).view(torch.float32)
+    return (wide / scale).clamp_(-limit, limit).to(torch.float8_e4m3fn), scale
+
+
+def layer_norm_quantize(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, added: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """:func:`quantize_rows` of ``layer_norm(x) * (added + scale) + shift`` in float32."""
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    return quantize_rows(normed * (added + scale.float()) + shift.float())
+
+
+def gelu_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`quantize_rows` of the tanh form of GELU in float32."""
+    return quantize_rows(F.gelu(x.float(), approximate="tanh"))
+
+
 def gate_residual(
     x: Tensor,
     y: Tensor,

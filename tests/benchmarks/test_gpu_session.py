@@ -40,11 +40,13 @@ def start(tmp_path: Path, sections: str, **variables: str) -> subprocess.Complet
 
 
 def test_the_headline_compares_variants_and_another_checkout(tmp_path):
-    done = start(tmp_path, "headline", REFERENCE=str(ROOT), REFERENCE_COMMIT="1" * 40)
+    names = "default; reference; fp8_gemm; reference, all flags; graphs off"
+    reference = {"REFERENCE": str(ROOT), "REFERENCE_COMMIT": "1" * 40}
+    done = start(tmp_path, "headline", HEADLINE=names, **reference)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "results/headline.json").read_text())
     rows = {row["variant"]: row for row in report["rows"]}
-    assert {"default", "reference", "graphs off"} <= set(rows)
+    assert {"default", "reference", "fp8_gemm", "graphs off"} <= set(rows)
     assert rows["reference"]["commit"] == "1" * 40 != rows["default"]["commit"]
     for name in ("reference", "graphs off"):
         assert rows[name]["latent_error_last"] == 0, "float32 on a CPU: the same bits"

@@ -32,6 +32,7 @@ STRATEGIES = {
 def rollout_of(config: ParallelConfig, world_size: int, **changes):
     model = build_model(**{**SIZES, **changes})
     parallelize(model, model.parallel_plan(), make_mesh(config, world_size, 12))
+    model.after_load()
     return roll_out(model, STEPS)
 
 
@@ -47,6 +48,29 @@ def test_ranks_give_the_rollout_of_one(world_size):
     for found in run_ranks(rollouts, world_size, world_size):
         for name, latents in found.items():
             assert relative_error(latents, expected) < 1e-3, name
+
+
+GEMM = {"precision": "fp8_gemm", "fp8_gemm_min_width": 16, "dim": 96, "ffn_dim": 96}
+
+
+def gemm_rollouts(world_size: int):
+    return {name: rollout_of(c, world_size, **GEMM) for name, c in STRATEGIES[world_size].items()}
+
+
+def test_ranks_that_cut_tokens_have_the_fp8_matmuls_of_one():
+    """Scales of rows follow from whole rows, wherever they are. Ranks that cut the second matmul of
+    the feed-forward do not have these, and keep it in the type of the network: nearer to it."""
+    expected, wide = (
+        rollout_of(ParallelConfig(), 1, **{**GEMM, **change})
+        for change in ({}, {"precision": "native"})
+    )
+    own_error = relative_error(expected, wide)
+    assert own_error > 5e-3
+    for found in run_ranks(gemm_rollouts, 2, 2):
+        for name in ("ulysses", "gather"):
+            assert relative_error(found[name], expected) < own_error / 4, name
+        assert relative_error(found["tensor"], expected) > own_error / 4  # negative control
+        assert relative_error(found["tensor"], wide) < 1.5 * own_error
 
 
 def strict_rollouts(world_size: int):

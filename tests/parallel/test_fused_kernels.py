@@ -38,6 +38,7 @@ def roll(
     dtype: str = "float32",
     mesh: Mesh | None = None,
     kernels: tuple[str, ...] = KERNELS,
+    steps: int = STEPS,
     **changes,
 ):
     """Latents of a rollout, and how often each kernel was called."""
@@ -49,7 +50,7 @@ def roll(
         patches = [patch.object(fused, name, wraps=getattr(fused, name)) for name in kernels]
         calls = [p.start() for p in patches]
         try:
-            latents = roll_out(model, STEPS)
+            latents = roll_out(model, steps)
         finally:
             for p in patches:
                 p.stop()
@@ -87,6 +88,18 @@ def test_the_fused_fp8_rollout_equals_the_plain_one():
     in_a_step = 2 * 3 - 1  # two blocks, two denoising steps and the clean pass
     assert called[2:] == [in_a_step + 1, 0, 0, (STEPS - 1) * in_a_step]
     assert relative_error(same, roll(False)[0]) > 1e-3
+
+
+def test_the_fused_fp8_gemm_rollout_equals_the_plain_one():
+    """All three norms of a block and its GELU quantize."""
+    changes = {"precision": "fp8_gemm", "fp8_gemm_min_width": 16, "ffn_dim": 96}
+    plain, _ = roll(False, steps=2, **changes)
+    names = ("layer_norm_quantize", "gelu_quantize", "layer_norm_modulate", "layer_norm_affine")
+    same, called = roll(True, kernels=names, steps=2, **changes)
+    assert relative_error(same, plain) < 3e-3
+    blocks = 2 * 2 * 3 - 2  # in two AR steps; the last one of a clean pass has one norm alone
+    assert called == [3 * blocks + 2, blocks, 0, 0]
+    assert relative_error(same, roll(False, steps=2, **{**changes, "precision": "fp8"})[0]) > 1e-2
 
 
 @pytest.mark.slow

@@ -355,8 +355,8 @@ class CausalTransformer(Transformer):
     def check_device(self, device: torch.device) -> None:
         """Refuse a ``precision`` that cannot run there, too; see the contract."""
         super().check_device(device)
-        if self.config.precision == "fp8":
-            check_fp8(device, self.config.head_dim)
+        if self.config.kv_storage == "fp8":
+            check_fp8(device, self.config.head_dim, self.config.precision)
 
     @cached_property
     def network(self) -> Callable[..., Tensor]:

@@ -1,14 +1,15 @@
 """The config that every network of the causal engine has."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal
 
 from flashdreams.attention.quantized import KVStorage
 from flashdreams.infra.diffusion.transformer import TransformerConfig
 from flashdreams.infra.ranges import check_range
 
-Precision = Literal["native", "fp8"]
-"""What attention over the KV cache is computed from: numbers of ``dtype``, or e4m3."""
+Precision = Literal["native", "fp8", "fp8_gemm"]
+"""What attention over the KV cache is computed from, numbers of ``dtype`` or e4m3; ``"fp8_gemm"``:
+wide linear layers from e4m3, too."""
 
 
 @dataclass(kw_only=True)
@@ -47,10 +48,14 @@ class CausalTransformerConfig(TransformerConfig):
     precision: Precision = "native"
     """``"fp8"``: KV cache and queries are e4m3 with a fixed scale per head, and FlashAttention-3
     reads them as they are, which is faster and less exact. Needs a Hopper GPU; a CPU dequantizes
-    them, to look at the error."""
+    them, to look at the error. ``"fp8_gemm"``: also the matmuls of wide linear layers are FP8, for
+    families whose ``precisions`` name it."""
     kv_cache_dtype: Literal["native", "int8"] = "native"
     """How cached keys and values are stored: ``"native"`` as ``precision`` says; ``"int8"`` takes a
     byte each, which costs accuracy and the time to dequantize them."""
+
+    precisions: ClassVar[tuple[str, ...]] = ("native", "fp8")
+    """What ``precision`` may be in this family."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +79,7 @@ class CausalTransformerConfig(TransformerConfig):
     @property
     def kv_storage(self) -> KVStorage:
         """How self-attention's keys and values are stored."""
-        return "fp8" if self.precision == "fp8" else self.kv_cache_dtype
+        return self.kv_cache_dtype if self.precision == "native" else "fp8"
 
     @property
     def head_dim(self) -> int:
@@ -106,18 +111,20 @@ def _check_precision(config: CausalTransformerConfig) -> None:
             f"kv_cache_dtype={config.kv_cache_dtype!r} with streaming={config.streaming}: "
             f"allowed is {', '.join(map(repr, allowed))}."
         )
-    if config.precision not in get_args(Precision):
+    precision = config.precision
+    if precision not in config.precisions:
+        *others, last = map(repr, config.precisions)
         raise ValueError(
-            f"precision={config.precision!r} is unknown; allowed are 'native' and 'fp8'."
+            f"precision={precision!r} is unknown; allowed are {', '.join(others)} and {last}."
         )
-    if config.precision == "fp8" and not config.streaming:
+    if precision != "native" and not config.streaming:
         raise ValueError(
-            "precision='fp8' is for a KV cache, and a model with streaming=False has none. Use "
-            "precision='native'."
+            f"precision={precision!r} is for a KV cache, and a model with streaming=False has "
+            "none. Use precision='native'."
         )
-    if config.precision == "fp8" and config.kv_cache_dtype != "native":
+    if precision != "native" and config.kv_cache_dtype != "native":
         raise ValueError(
-            f"precision='fp8' says how keys and values are stored, too; got kv_cache_dtype="
+            f"precision={precision!r} says how keys and values are stored, too; got kv_cache_dtype="
             f"{config.kv_cache_dtype!r}. Omit that, or use precision='native'."
         )
 

@@ -185,6 +185,11 @@ class NoiseExperts(Transformer):
             for expert in self.experts:
                 expert.after_load()
 
+    def quantize_weights(self) -> None:
+        """Those of both networks; see the contract."""
+        for expert in self.experts:
+            expert.quantize_weights()
+
     def resolved_choices(self) -> dict[str, Any]:
         """Those of either network; see the contract."""
         return self.high_noise.resolved_choices()

@@ -249,6 +249,12 @@ class Transformer(Component):
             )
         resolve_backend(name, device, self.dtype, shape.head_dim)
 
+    def quantize_weights(self) -> None:
+        """Replace weights by quantized ones, as far as ``precision`` asks for it.
+
+        Called once they are loaded, merged with LoRAs and cut; also on the meta device, to count.
+        """
+
     def resolved_choices(self) -> dict[str, Any]:
         """What the config left open and this device decided, for the numerics fingerprint.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flashdreams.attention.cache import KVCache
 from flashdreams.attention.core import AttentionCore
 from flashdreams.attention.rope import apply_rope
-from flashdreams.models.wan import fused
+from flashdreams.models.wan import fp8_linear, fused
 from flashdreams.models.wan.matmuls import (
     PackedLinears,
     fuses_gelu,
@@ -169,17 +169,17 @@ class SelfAttention(nn.Module):
         super().__setstate__(state)
         repack(self)  # a copy's parameters are tensors of their own
 
-    def _project(self, x: Tensor) -> list[Tensor]:
+    def _project(self, x: Any) -> list[Tensor]:
         """Queries, keys and values ``[B, L, N, D]``, views or not."""
         packed = self.packed
         projected = packed(x) if packed is not None else (self.q(x), self.k(x), self.v(x))
         return [y.unflatten(-1, (-1, self.head_dim)) for y in projected]
 
-    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Any, rope: Tensor, cache: KVCache | None) -> Tensor:
         """Attend.
 
         Args:
-            x: ``[B, L, dim]``.
+            x: ``[B, L, dim]``; also as `QuantizedRows` where the layers are FP8.
             rope: ``[L, D/2, 2]``.
             cache: of this block; None attends to ``x`` alone.
         """
@@ -210,7 +210,7 @@ class SelfAttention(nn.Module):
         q, k = self.norm_rope(q, k, *norms, rope)
         return self.core(*cache.quantize(q, k, v), cache)
 
-    def write(self, x: Tensor, rope: Tensor, cache: KVCache) -> None:
+    def write(self, x: Any, rope: Tensor, cache: KVCache) -> None:
         """Leave the keys and values of one chunk in the cache; arguments as in ``forward``."""
         if cache.calibrates:  # the scale of queries follows from this pass, too
             self.forward(x, rope, cache)
@@ -261,11 +261,11 @@ class CrossAttention(nn.Module):
             pairs.append((k, self.v_img(image).unflatten(-1, heads)))
         return pairs
 
-    def forward(self, x: Tensor, context: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(self, x: Any, context: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Attend to each source on its own and add the results.
 
         Args:
-            x: ``[B, L, dim]``.
+            x: ``[B, L, dim]``; also as `QuantizedRows` where the layers are FP8.
             context: what ``project`` made of ``B`` prompts.
         """
         q = self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_dim))
@@ -282,9 +282,9 @@ class WanBlock(nn.Module):
         self.eps = c.eps
         self.config = c
         self.branch_dtype: torch.dtype = getattr(torch, c.dtype)
-        self.modulated_norm: Callable[..., Tensor] = modulated_norm
+        self.modulated_norm: Callable[..., Any] = modulated_norm
         self.gated_sum: Callable[..., Tensor] = gated_sum
-        self.affine_norm: Callable[..., Tensor] = affine_norm
+        self.affine_norm: Callable[..., Any] = affine_norm
         self.branch_sum: Callable[..., Tensor] = operator.add
         self.self_attn = SelfAttention(c.dim, c.head_dim, c.eps)
         self.norm3 = nn.LayerNorm(c.dim, eps=c.eps)
@@ -294,6 +294,7 @@ class WanBlock(nn.Module):
         )
         self.modulation = new_modulation(6, c.dim)
         self.fuses_gelu = False
+        self.quantized_gelu: Callable[[Tensor], Any] | None = None
 
     def select_implementations(self, fused_kernels: bool) -> None:
         """Choose how the block computes; called once, after ranks have taken their parts of it.
@@ -301,8 +302,17 @@ class WanBlock(nn.Module):
         Args:
             fused_kernels: whether small operations run as Triton kernels.
         """
-        if not fused_kernels:
-            return
+        if fused_kernels:
+            self._fuse()
+        forms: Any = fused if fused_kernels else fp8_linear
+        if isinstance(self.ffn[0], fp8_linear.FP8Linear):
+            self.modulated_norm = forms.quantized_norm
+            self.affine_norm = forms.quantized_affine_norm
+        if isinstance(self.ffn[2], fp8_linear.FP8Linear):
+            self.quantized_gelu = forms.quantized_gelu
+
+    def _fuse(self) -> None:
+        """Let small operations run as Triton kernels."""
         attention = self.self_attn
         attention.pack()
         self.fuses_gelu = fuses_gelu(self.ffn[0], self.ffn[1])
@@ -346,8 +356,13 @@ class WanBlock(nn.Module):
         y = self.modulated_norm(x, e[3], e[4], self.eps, self.branch_dtype)
         return self.gated_sum(x, self.feed_forward(y), e[5])
 
-    def feed_forward(self, y: Tensor) -> Tensor:
-        """``ffn``, with GELU in the epilogue of its first matmul where that is possible."""
+    def feed_forward(self, y: Any) -> Tensor:
+        """``ffn``, with GELU in the epilogue of its first matmul where that is possible.
+
+        Where the second matmul is FP8, GELU and quantization are one operation instead.
+        """
+        if self.quantized_gelu is not None:
+            return self.ffn[2](self.quantized_gelu(self.ffn[0](y)))
         if not self.fuses_gelu:
             return self.ffn(y)
         return self.ffn[2](linear_gelu(cast(nn.Linear, self.ffn[0]), y))

@@ -4,6 +4,7 @@ from typing import Protocol
 
 import torch
 from flashdreams_kernels.adaln import gate_residual, layer_norm_affine, layer_norm_modulate
+from flashdreams_kernels.fp8_rows import gelu_quantize, layer_norm_quantize
 from flashdreams_kernels.rope_qknorm import (
     qk_norm_rope,
     qk_norm_rope_quantize,
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from flashdreams.attention.backends import why_unusable
 from flashdreams.attention.cache import KVCache
+from flashdreams.models.wan.fp8_linear import QuantizedRows
 
 
 class Norm(Protocol):
@@ -54,6 +56,24 @@ def affine_norm(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
     if x.dtype == dtype:
         return norm(x)
     return layer_norm_affine(x, norm.weight, norm.bias, norm.eps, dtype)
+
+
+def quantized_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> QuantizedRows:
+    """See `flashdreams.models.wan.fp8_linear.quantized_norm`."""
+    return QuantizedRows(*layer_norm_quantize(x, shift, scale, eps))
+
+
+def quantized_affine_norm(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> QuantizedRows:
+    """See `flashdreams.models.wan.fp8_linear.quantized_affine_norm`."""
+    rows = norm.bias[None, None], norm.weight[None, None]
+    return QuantizedRows(*layer_norm_quantize(x, *rows, norm.eps, 0.0))
+
+
+def quantized_gelu(x: Tensor) -> QuantizedRows:
+    """See `flashdreams.models.wan.fp8_linear.quantized_gelu`."""
+    return QuantizedRows(*gelu_quantize(x))
 
 
 def norm_rope(

@@ -1,7 +1,7 @@
 """Linear layers of a Wan block in fewer kernels: several of one input in one matmul, GELU inside.
 
 The layers stay what they are: they load, shard, save and move under their own names. Layers with a
-``forward`` of their own, such as those of a strict run or in FP8, are left alone.
+``forward`` of their own, such as those of a strict run, are left alone.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from flashdreams.models.wan.fp8_linear import FP8, FP8Linear, fp8_linear
 
 PROBE = -2.75
 """Where the two forms of GELU differ by 5 %, far more than 16 bits hide."""
@@ -22,27 +24,38 @@ class PackedLinears:
     Life: built from layers, whose parameters become views of it; rebuilt when they have moved.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, sizes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        sizes: Sequence[int],
+        scale: Tensor | None = None,
+    ) -> None:
         """Refer to packed parameters; see `pack_linears`.
 
         Args:
             weight: ``[sum of sizes, in_features]``.
             bias: ``[sum of sizes]``.
             sizes: output features of each layer.
+            scale: ``[sum of sizes]`` of an e4m3 weight.
         """
         self.weight = weight
         self.bias = bias
         self.sizes = list(sizes)
+        self.scale = scale
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, x: Any) -> tuple[Tensor, ...]:
         """Each layer's ``[..., size]`` of ``[..., in_features]``; views of one tensor."""
-        return F.linear(x, self.weight, self.bias).split(self.sizes, -1)
+        if self.scale is None or self.bias is None:
+            return F.linear(x, self.weight, self.bias).split(self.sizes, -1)
+        return fp8_linear(x, self.weight, self.scale, self.bias).split(self.sizes, -1)
 
     def last(self, count: int) -> "PackedLinears":
         """The last layers alone."""
         rows = sum(self.sizes[-count:])
         bias = None if self.bias is None else self.bias[-rows:]
-        return PackedLinears(self.weight[-rows:], bias, self.sizes[-count:])
+        scale = None if self.scale is None else self.scale[-rows:]
+        return PackedLinears(self.weight[-rows:], bias, self.sizes[-count:], scale)
 
 
 @torch.no_grad()
@@ -55,9 +68,11 @@ def pack_linears(layers: Sequence[nn.Module]) -> PackedLinears | None:
         layers: with the same input.
 
     Returns:
-        What computes all of them at once; None if some layer is not a plain linear one.
+        What computes all of them at once; None if some layer is not a plain linear one, unless all
+        are FP8.
     """
-    if not all(is_plain_linear(layer) for layer in layers):
+    quantized = all(isinstance(layer, FP8Linear) for layer in layers)
+    if not quantized and not all(is_plain_linear(layer) for layer in layers):
         return None
     linears = cast(Sequence[nn.Linear], layers)
     kinds = {(x.weight.dtype, x.weight.device, x.in_features, x.bias is None) for x in linears}
@@ -67,11 +82,16 @@ def pack_linears(layers: Sequence[nn.Module]) -> PackedLinears | None:
     bias = None
     if linears[0].bias is not None:
         bias = _pack([linear.bias for linear in linears])
-    return PackedLinears(weight, bias, [len(linear.weight) for linear in linears])
+    scale = _pack([cast(Any, linear).weight_scale for linear in linears]) if quantized else None
+    return PackedLinears(weight, bias, [len(linear.weight) for linear in linears], scale)
 
 
 def _pack(parameters: Sequence[Tensor]) -> Tensor:
-    packed = torch.cat([parameter.detach() for parameter in parameters])
+    kept = [parameter.detach() for parameter in parameters]
+    if kept[0].dtype == FP8:  # which not every build of PyTorch can put together
+        packed = torch.cat([x.view(torch.uint8) for x in kept]).view(FP8)
+    else:
+        packed = torch.cat(kept)
     parts = packed.split([len(parameter) for parameter in parameters])
     for parameter, part in zip(parameters, parts, strict=True):
         parameter.data = part
@@ -134,6 +154,42 @@ def _gives_tanh_gelu(device: torch.device, dtype: torch.dtype) -> bool:
         torch.tensor(PROBE, dtype=torch.float32, device="cpu"), approximate="tanh"
     ).item()
     return abs(linear_gelu(probe, x)[0, 0].item() / wanted - 1) < 0.02
+
+
+NORMED = ("self_attn.q", "self_attn.k", "self_attn.v", "cross_attn.q", "ffn.0")
+"""Layers of a block whose input is a norm; they are quantized together or not at all."""
+SIXTEENS = 16
+"""FP8 matmuls want input and output widths that are multiples of it."""
+
+
+@torch.no_grad()
+def quantize_linears(block: nn.Module, least_width: int) -> list[str]:
+    """Replace linear layers of a block by FP8 ones, as far as they are wide enough and plain.
+
+    Both follow from sizes and from how ranks cut the layers, never from a measurement.
+
+    Args:
+        block: a `WanBlock` with its weights.
+        least_width: input features from which on a layer is quantized.
+
+    Returns:
+        Names of the layers.
+    """
+
+    def fits(name: str) -> bool:
+        layer = block.get_submodule(name)
+        if not is_plain_linear(layer) or layer.bias is None:
+            return False
+        sizes = cast(nn.Linear, layer).in_features, cast(nn.Linear, layer).out_features
+        return sizes[0] >= least_width and not any(size % SIXTEENS for size in sizes)
+
+    names = list(NORMED) if all(map(fits, NORMED)) else []
+    names += ["ffn.2"] if fits("ffn.2") else []
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        layer = cast(nn.Linear, block.get_submodule(name))
+        setattr(block.get_submodule(parent), leaf, FP8Linear(layer))
+    return names
 
 
 def repack(module: Any, _: Any = None) -> None:

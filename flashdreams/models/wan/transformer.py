@@ -7,7 +7,7 @@ of the official checkpoints.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from flashdreams.attention.cache import KVCacheSpec
 from flashdreams.attention.choose import AUTO
-from flashdreams.infra.diffusion.causal_config import CausalTransformerConfig
+from flashdreams.attention.fp8 import FP8
+from flashdreams.infra.diffusion.causal_config import CausalTransformerConfig, Precision
 from flashdreams.infra.diffusion.causal_state import CausalState, StepInputs
 from flashdreams.infra.ranges import check_range
 from flashdreams.models.wan.blocks import (
@@ -82,11 +83,17 @@ class WanTransformerConfig(CausalTransformerConfig):
     """Run modulated norms, gated sums, and norm, rotation and cache write of queries and keys as
     Triton kernels. None is yes on a GPU for which Triton is installed, and no elsewhere; True is
     refused where they cannot run (for tests, TRITON_INTERPRET=1 interprets them on a CPU)."""
+    fp8_gemm_min_width: int = 4096
+    """Input features from which on ``precision="fp8_gemm"`` quantizes a linear layer of a block. At
+    a width of 1536, FP8 matmuls with quantization apart were no faster than bf16 on an H200."""
+
+    precisions: ClassVar[tuple[str, ...]] = get_args(Precision)
+    """All of them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, "ffn_dim", "num_layers", "out_channels", "freq_dim")
-        check_range(self, "text_len", "image_dim", "image_len", "control_dim")
+        check_range(self, "text_len", "image_dim", "image_len", "control_dim", "fp8_gemm_min_width")
         check_range(self, "eps", "text_dim", least=0)
         if not self.text_dim and self.image_dim is None:
             raise ValueError("text_dim=0 leaves cross-attention to the image; set image_dim.")
@@ -155,7 +162,13 @@ class WanTransformer(FusesKernels):
         return getattr(torch, self.config.residual_dtype or self.config.dtype)
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """``residual_dtype`` for what computes on the sum through the blocks; see the contract."""
+        """``residual_dtype`` for what computes on the sum through the blocks; see the contract.
+
+        Weights of FP8 layers are e4m3, their scales float32.
+        """
+        layer, _, leaf = name.rpartition(".")
+        if layer in self.fp8_layers and leaf != "bias":
+            return FP8 if leaf == "weight" else torch.float32
         follows = any(pattern.fullmatch(name) for pattern in RESIDUAL_PARAMETERS)
         return self.residual_dtype if follows else self.dtype
 

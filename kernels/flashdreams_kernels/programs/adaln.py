@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from flashdreams_kernels.programs.e4m3 import store_row
+
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def norm_modulate(
@@ -10,6 +12,7 @@ def norm_modulate(
     shift,
     scale,
     out,
+    out_scale,
     eps,
     num_tokens,
     x_stride_b,
@@ -21,8 +24,12 @@ def norm_modulate(
     ADDED: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
-    """One token: ``layer_norm(x) * (ADDED + scale) + shift``; grid ``(B * L,)``."""
+    """One token: ``layer_norm(x) * (ADDED + scale) + shift``; grid ``(B * L,)``.
+
+    In e4m3 with a scale per token where ``out_scale`` is not None.
+    """
     row = tl.program_id(0).to(tl.int64)
     batch = row // num_tokens
     token = row % num_tokens
@@ -38,8 +45,12 @@ def norm_modulate(
     scale += batch * scale_stride_b + token * scale_stride_l
     factor = tl.load(scale + columns, mask=mask, other=0.0).to(tl.float32) + ADDED
     offset = tl.load(shift + columns, mask=mask, other=0.0).to(tl.float32)
-    result = (normed * factor + offset).to(out.dtype.element_ty)
-    tl.store(out + row * WIDTH + columns, result, mask=mask)
+    result = normed * factor + offset
+    out += row * WIDTH
+    if out_scale is not None:
+        store_row(result, out, out_scale + row, columns, mask, INTERPRETED)
+    else:
+        tl.store(out + columns, result.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from flashdreams_kernels.programs.e4m3 import to_e4m3
+
 
 @triton.jit
 def load_heads(x, stride_n, heads, dims, mask):
@@ -56,14 +58,7 @@ def quantize(values, scales, heads, num_heads, INTERPRETED: tl.constexpr):
         tl.int32, bitcast=True
     )
     inverse = (0x7F000000 - exponents).to(tl.float32, bitcast=True)
-    scaled = values.to(tl.float32) * inverse[:, None]
-    scaled = tl.clamp(scaled, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    if INTERPRETED:  # its own conversion truncates, where a GPU rounds
-        bits = scaled.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
-        subnormal = (scaled + 24576.0) - 24576.0  # the unit in the last place is 2 ** -9
-        scaled = tl.where(tl.abs(scaled) < 0.015625, subnormal, bits.to(tl.float32, bitcast=True))
-    return scaled.to(tl.float8e4nv)
+    return to_e4m3(values.to(tl.float32) * inverse[:, None], INTERPRETED)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_heads", "num_slots"])

@@ -112,6 +112,26 @@ def test_an_fp8_cache_is_read_at_a_rate_of_its_own_by_hopper_alone():
         Planner(config, DEVICES["A100-80GB"]).plans(1)
 
 
+def test_fp8_matmuls_are_counted_apart_and_weigh_a_byte():
+    """Of LingBot's matmuls, all of a block but output projections and camera: 77 %."""
+    config = derive_config(LINGBOT_TAEHV, text_encoder=None)
+    plans = {}
+    for precision in ("fp8", "fp8_gemm"):
+        change = {"transformer": {"precision": precision}}
+        (plans[precision],) = Planner(derive_config(config, diffusion_model=change), H200).plans(1)
+    plain, found = plans["fp8"], plans["fp8_gemm"]
+    assert plain.work.fp8_gemm_flops == 0 and found.work.gemm_flops == plain.work.gemm_flops
+    assert found.work.fp8_gemm_flops / found.work.gemm_flops == pytest.approx(0.77, abs=0.01)
+    assert found.ms.gemm < 0.7 * plain.ms.gemm and found.ms.attention == plain.ms.attention
+    weights = 40 * (4 * 5120**2 + 2 * 5120 * 13824)  # bfloat16 before
+    saved = plain.memory.transformer - found.memory.transformer
+    assert saved == pytest.approx(weights, rel=1e-3)
+    with pytest.raises(ValueError, match="precision='fp8_gemm' cannot be planned"):
+        Planner(
+            derive_config(config, diffusion_model=change), replace(H200, fp8_gemm_tflops=0)
+        ).plans(1)
+
+
 def test_layers_that_differ_are_all_run():
     """Matrix-Game's first blocks have an action module, the others none."""
     transformer = MATRIX_GAME.diffusion_model.transformer
