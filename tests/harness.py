@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,4 +80,36 @@ def _be_rank(
     target(*args)
 
 
-__all__ = ["FORKS", "RankError", "meeting_point", "new_process", "run_like_torchrun", "run_ranks"]
+def run_engine(count: int, words: Sequence[str], said: Path) -> None:
+    """What ``torchrun --nproc-per-node COUNT -m flashdreams.run WORDS`` does, without torchrun.
+
+    Args:
+        count: number of ranks; 1 is a group of one.
+        words: of the command line.
+        said: file to which what the ranks print is added.
+
+    Raises:
+        AssertionError: they did not all end well.
+    """
+    code = run_like_torchrun(count, _run_engine, list(words), said)
+    assert code == 0, f"exit code {code}: {said.read_text()[-3000:]}"
+
+
+def _run_engine(words: list[str], said: Path) -> None:
+    from flashdreams import run
+
+    with said.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(run.main(words))
+
+
+__all__ = [
+    "FORKS",
+    "RankError",
+    "meeting_point",
+    "new_process",
+    "run_engine",
+    "run_like_torchrun",
+    "run_ranks",
+]
