@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,17 +46,30 @@ class GoldenCases:
     """
 
     HARMLESS = frozenset({"-q", "-v", "-s", "-x"})
-    """Arguments that select nothing."""
+    """Arguments that select nothing; ``PYTEST_ADDOPTS`` is not looked at."""
+    MARK = ("reads golden numbers", True)
+    """A property of the report of such a case, which reaches the process that counts."""
 
     def __init__(self, cases: int = CASES) -> None:
         self.cases = cases
         self.passed: set[str] = set()
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        if item.nodeid in _readers:
+            report.user_properties.append(self.MARK)
+        return report
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" and report.passed and report.nodeid in _readers:
+        if report.when == "call" and report.passed and self.MARK in report.user_properties:
             self.passed.add(report.nodeid)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workerinput"):
+            return  # a worker of pytest-xdist has run a part; the process that started it counts
         selects = not self.HARMLESS.issuperset(session.config.invocation_params.args)
         if selects or session.exitstatus != pytest.ExitCode.OK or not os.environ.get(VARIABLE):
             return

@@ -29,13 +29,17 @@ def pytest_configure(config):
 """
 
 
-def run_pytest(folder: Path, tests: str, *arguments: str, goldens: bool = True) -> tuple[int, str]:
+def run_pytest(
+    folder: Path, tests: str, *arguments: str, goldens: bool = True, options: str = ""
+) -> tuple[int, str]:
     """Exit code and output of a run over some tests, of which two cases read golden numbers."""
     (folder / "pytest.ini").write_text("[pytest]\n")
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_some.py").write_text(tests)
-    environment = {k: v for k, v in os.environ.items() if k not in (VARIABLE, "PYTEST_ADDOPTS")}
+    outer = (VARIABLE, "PYTEST_ADDOPTS", "PYTEST_XDIST_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
     environment |= {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment["PYTEST_ADDOPTS"] = options
     if goldens:
         environment[VARIABLE] = str(folder)
     command = [sys.executable, "-m", "pytest", *arguments]
@@ -43,6 +47,10 @@ def run_pytest(folder: Path, tests: str, *arguments: str, goldens: bool = True) 
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60
     )
     return done.returncode, done.stdout
+
+
+WORKERS = "-p xdist.plugin -n 2 --dist loadgroup"
+"""Two processes, of which each runs a part."""
 
 
 @pytest.fixture
@@ -75,6 +83,16 @@ def test_a_whole_run_with_other_cases_fails(folder: Path, old: str, new: str, fo
     code, output = run_pytest(folder, other)
     assert code == 1 and f"{found} golden cases have run and passed, not 2" in output
     assert run_pytest(folder, other, "-k", "case or without or other")[0] == 0, "not all tests"
+
+
+def test_the_cases_of_all_workers_are_counted_together(folder: Path) -> None:
+    pytest.importorskip("xdist")
+    code, output = run_pytest(folder, TESTS, options=WORKERS)
+    assert code == 0 and "created: 2/2 workers" in output
+    code, output = run_pytest(folder, TESTS.replace('["a", "b"]', '["a"]'), options=WORKERS)
+    assert code == 1 and "1 golden cases have run and passed, not 2" in output
+    code, output = run_pytest(folder, TESTS, options=WORKERS, goldens=False)
+    assert code == 0 and "1 passed, 2 skipped" in output
 
 
 def test_a_golden_file_that_is_missing_is_a_failure(folder: Path) -> None:

@@ -4,13 +4,15 @@ import copy
 import importlib
 import json
 import os
-import subprocess
+import runpy
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.harness import run_like_torchrun
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 COMMIT = ["--git-commit", "0" * 40, "--device", "cpu"]
@@ -75,14 +77,16 @@ def test_fps_steers_a_camera(script, tmp_path):
 def test_streaming_methods_under_torchrun(tmp_path, name, repeats):
     path = tmp_path / "report.json"
     words = [FOLDER / f"{name}.py", "self-forcing-tiny-random", "--repeats", repeats]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    subprocess.run(
-        [*command, "--standalone", *map(str, words), "--json", str(path), *COMMIT],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=240,
-    )
+    words = [*map(str, words), "--json", str(path), *COMMIT]
+    assert run_like_torchrun(2, run_script, words) == 0
     assert "ulysses 2" in read_report(path)["config"]["parallel"]
+
+
+def run_script(words):
+    """As Python runs a script by its path."""
+    sys.argv = words
+    sys.path.insert(0, str(FOLDER))
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def test_weights_that_are_not_here_are_drawn(script):

@@ -22,7 +22,7 @@ def test_site_builds_with_warnings_as_errors(tmp_path: Path) -> None:
             pytest.skip(f"building the site needs {package}: pip install -e '.[docs]'")
     done = subprocess.run(
         [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", str(SITE), str(tmp_path)],
-        capture_output=True, text=True, timeout=280,
+        capture_output=True, text=True, timeout=540,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for page in (tmp_path / "api").glob("*.html"):

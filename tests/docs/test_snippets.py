@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from flashdreams import run, serve
 from flashdreams.registry import discover
@@ -27,7 +26,7 @@ from tests.docs.snippets import (
     pages,
     snippets_of,
 )
-from tests.harness import meeting_point, new_process
+from tests.harness import run_like_torchrun
 
 SHARED = ("benchmarks", "training", "docs", "launch", "kernels", "tests", "flashdreams")
 """Folders of the checkout that commands may name."""
@@ -73,8 +72,7 @@ def engine(arguments: list[str]) -> tuple[int, str]:
 def start(words: list[str]) -> tuple[int, str]:
     """Exit code and output of a call of the engine or of Python, in this process.
 
-    Importing torch again for every command would take most of the time. So ranks are forked, too;
-    ``tests/parallel`` starts torchrun itself.
+    Importing torch again for every command would take most of the time.
     """
     if words[0] == "flashdreams-run":
         return engine(words[1:])
@@ -100,29 +98,10 @@ def start(words: list[str]) -> tuple[int, str]:
 def start_ranks(words: list[str]) -> int:
     """The exit code of the ranks of a torchrun command on one node; 0 if all ended well."""
     count = int(words[words.index("--nproc-per-node") + 1])
-    arguments = engine_arguments(words)
-    with meeting_point() as place:
-        ranks = [
-            new_process(be_rank, rank, count, place, arguments, os.getcwd())
-            for rank in range(count)
-        ]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join(240)
-    codes = [rank.exitcode for rank in ranks]
-    for rank in ranks:
-        rank.kill()
-    return max(1 if code is None else abs(code) for code in codes)
+    return run_like_torchrun(count, run_and_exit, engine_arguments(words))
 
 
-def be_rank(
-    rank: int, count: int, place: dict[str, str], arguments: list[str], folder: str
-) -> None:
-    """Do what torchrun would let one rank do."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), **place)
-    os.chdir(folder)
-    torch.set_num_threads(1)
+def run_and_exit(arguments: list[str]) -> None:
     sys.exit(run.main(arguments))
 
 

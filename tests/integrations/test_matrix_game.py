@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import mediapy
@@ -38,6 +36,7 @@ from flashdreams.registry import discover
 from flashdreams.run import main
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load_checkpoint
 from flashdreams.runtime.image_file import gradient_image
+from tests.harness import run_engine
 from tests.manifests import load_manifest, write_sparse_safetensors
 from tests.unit.runtime.test_cuda_graph import trace_graphs
 
@@ -428,12 +427,8 @@ def test_command_line_gives_the_same_world_on_one_rank_and_three(tmp_path):
     latents = []
     for ranks in (1, 3):
         folder = tmp_path / str(ranks)
-        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
         flags = ["--total-blocks", "3", "--device", "cpu", "--save-latents", "True"]
-        command = [sys.executable, "-m", *torchrun, "flashdreams.run", SLUG, *flags]
-        subprocess.run(
-            [*command, "--output-dir", str(folder)], check=True, capture_output=True, timeout=240
-        )
+        run_engine(ranks, [SLUG, *flags, "--output-dir", str(folder)], tmp_path / "said")
         latents.append(load_file(folder / f"latents_{SLUG}.safetensors")["latents"])
     torch.testing.assert_close(latents[1], latents[0], atol=1e-5 * latents[0].abs().max(), rtol=0)
 

@@ -1,13 +1,11 @@
 """Logs that are replayed from the command line: as they were, and changed by further flags."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from flashdreams.run import main
+from tests.harness import run_engine
 
 SLUG = "self-forcing-tiny-random"
 STEPS = 4
@@ -92,13 +90,7 @@ def test_choices_of_another_run_can_be_named(logged, capsys, tmp_path):
 def test_a_strict_log_of_one_rank_is_reached_by_two(tmp_path):
     words = [SLUG, "--total-blocks", f"{STEPS}", "--output-dir", str(tmp_path)]
     assert main([*words, "--parallel.strict", "True"]) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    replayed = ["-m", "flashdreams.run", "--replay", str(tmp_path / f"log_{SLUG}.jsonl")]
-    done = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", *replayed],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said
+    run_engine(2, ["--replay", str(tmp_path / f"log_{SLUG}.jsonl")], tmp_path / "said")
+    said = (tmp_path / "said").read_text()
     assert f"{STEPS} of {STEPS} AR steps have the hashes of the log." in said
     assert "ulysses 2" in said  # they shared the work

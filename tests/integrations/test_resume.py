@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from flashdreams.integrations.toy_world import config
+from tests.harness import run_engine
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 30, 4
@@ -40,18 +41,24 @@ pytestmark = [
 
 
 def start(folder, ranks, *words, launcher=("--standalone",), restarts=3):
-    """A run in its own process group; torchrun for several ranks or restarts."""
+    """A run in its own process group, under torchrun."""
     torchrun = ["-m", "torch.distributed.run", *launcher, "--nproc-per-node", str(ranks)]
     torchrun += ["--max-restarts", str(restarts), "-m", "flashdreams.run"]
-    program = torchrun if restarts else ["-m", "flashdreams.run"]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".txt").open("ab") as out:
         return subprocess.Popen(
-            [sys.executable, *program, *WORDS, *words, "--output-dir", str(folder)],
+            [sys.executable, *torchrun, *WORDS, *words, "--output-dir", str(folder)],
             stdout=out, stderr=out, cwd=ROOT, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1",
                  "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
         )  # fmt: skip
+
+
+def complete(folder, ranks, *words):
+    """The folder of a run that nobody kills, without torchrun."""
+    words = [*WORDS, *words, "--output-dir", str(folder)]
+    run_engine(ranks, words, folder.with_suffix(".txt"))
+    return folder
 
 
 def said(folder):
@@ -129,9 +136,7 @@ def assert_same(folder, reference, bits=True):
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """The run that never fails, on one process."""
-    folder = tmp_path_factory.mktemp("reference") / "out"
-    finish(start(folder, 1, restarts=0), folder)
-    return folder
+    return complete(tmp_path_factory.mktemp("reference") / "out", 1)
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +146,7 @@ def reference_on(tmp_path_factory):
 
     def get(ranks):
         if ranks not in made:
-            made[ranks] = tmp_path_factory.mktemp(f"reference{ranks}") / "out"
-            finish(start(made[ranks], ranks), made[ranks])
+            made[ranks] = complete(tmp_path_factory.mktemp(f"reference{ranks}") / "out", ranks)
         return made[ranks]
 
     return get
@@ -248,7 +252,7 @@ def test_a_fresh_run_in_an_old_folder_begins_anew(tmp_path, reference):
     folder = tmp_path / "out"
     kill_all_after(10, folder, 1)
     old = {path.name for path in (folder / "resume_toy-world").iterdir()} - {"run.json"}
-    finish(start(folder, 1, restarts=0), folder)
+    complete(folder, 1)
     assert "resumed" not in said(folder)
     assert_same(folder, reference)
     left = {path.name for path in (folder / "resume_toy-world").iterdir()}
@@ -264,16 +268,14 @@ def test_a_damaged_snapshot_falls_back_to_the_one_before(tmp_path, reference):
     part = snapshots[-1] / "part-00000.safetensors"
     part.write_bytes(part.read_bytes()[:-100])
     copy = shutil.copytree(folder, tmp_path / "undamaged")
-    finish(start(folder, 1, "--resume", "True", restarts=0), folder)
+    complete(folder, 1, "--resume", "True")
     step = int(snapshots[-2].name.removeprefix("step-"))
     assert "An older snapshot is tried." in said(folder)
     assert f"resumed before AR step {step}" in said(folder)
     assert_same(folder, reference)
     assert copy.exists()
     with pytest.raises(AssertionError):  # negative control: another seed is another run
-        other = tmp_path / "other"
-        finish(start(other, 1, "--seed", "9", restarts=0), other)
-        assert_same(other, reference)
+        assert_same(complete(tmp_path / "other", 1, "--seed", "9"), reference)
 
 
 def free_port():

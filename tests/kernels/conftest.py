@@ -3,6 +3,8 @@
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ PROGRAMS = "flashdreams_kernels.programs"
 def switch_to_interpreter(patch: pytest.MonkeyPatch) -> None:
     """Interpret all programs, also if triton was imported long ago as a compiler."""
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -24,6 +27,16 @@ def switch_to_interpreter(patch: pytest.MonkeyPatch) -> None:
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction):
                 patch.setattr(module, name, InterpretedFunction(value.fn))
+    # Triton 3.7 looks through the whole language again whenever a program calls a function, which
+    # takes longer than the function: let it do so once, where a program starts.
+    patch_language = interpreter._patch_lang
+    everything = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    patch.setattr(interpreter, "_patch_lang", lambda _: patch_language(everything))
+    patch.setattr(InterpretedFunction, "__call__", _call_as_is)
+
+
+def _call_as_is(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return self.rewrite()(*args, **kwargs)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,5 @@
 """LingBot-World on several ranks: the camera branch and its weights; float32."""
 
-import os
-import subprocess
-import sys
 from functools import cache
 
 import pytest
@@ -18,7 +15,7 @@ from flashdreams.parallel.mesh import Mesh, ParallelConfig
 from flashdreams.parallel.parallelize import parallelize
 from flashdreams.parallel.tensor import GatheredColwiseLinear
 from flashdreams.runtime.checkpoint import CheckpointConfig, load_checkpoint
-from tests.harness import run_ranks
+from tests.harness import run_engine, run_ranks
 from tests.manifests import load_manifest, write_sparse_safetensors
 from tests.parallel.rollout import make_mesh, relative_error
 
@@ -206,16 +203,8 @@ def test_command_line_gives_the_same_world_on_one_rank_and_two(tmp_path):
     slug, latents = "lingbot-world-tiny-random", []
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
-        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
         flags = ["--total-blocks", "3", "--device", "cpu", "--save-latents", "True"]
-        flags += ["--output-dir", str(folder)]
-        subprocess.run(
-            [sys.executable, "-m", *torchrun, "flashdreams.run", slug, *flags],
-            check=True,
-            capture_output=True,
-            timeout=240,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        run_engine(ranks, [slug, *flags, "--output-dir", str(folder)], tmp_path / "said")
         assert (folder / f"{slug}.mp4").stat().st_size > 500
         latents.append(load_file(folder / f"latents_{slug}.safetensors")["latents"])
     assert latents[0].shape == (1, 16, 9, 8, 14)

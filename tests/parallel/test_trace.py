@@ -1,13 +1,11 @@
 """The timeline of a run: all ranks, their stages and what these sent."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from flashdreams.runtime.trace import thread_id
+from tests.harness import run_engine
 
 CLOCK_US = 1.0
 """What times in microseconds, as floating-point numbers, are off by."""
@@ -16,23 +14,10 @@ WORDS = ["self-forcing-tiny-random", "--total-blocks", "2"]
 
 
 def run(tmp_path, ranks: int) -> tuple[dict, dict]:
-    launch = ["-m", "flashdreams.run"]
-    if ranks > 1:
-        launch = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={ranks}",
-            *launch,
-        ]
     trace = tmp_path / "deep" / "trace.json"
     options = ["--trace", str(trace), "--output-dir", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, *launch, *WORDS, *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert str(trace) in done.stdout
+    run_engine(ranks, [*WORDS, *options], tmp_path / "said")
+    assert str(trace) in (tmp_path / "said").read_text()
     stats = json.loads((tmp_path / "stats_self-forcing-tiny-random.json").read_text())
     return json.loads(trace.read_text()), stats["header"]
 

@@ -213,10 +213,11 @@ def test_an_aborted_run_says_that_its_stats_are_lost(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    fill_disk(monkeypatch, stats, "stats_toy.partial.jsonl")
-    run = Run(tmp_path)
-    run.steps(FakeCache(), 0, 3)
-    run.recorder.abort()
+    with monkeypatch.context() as disk:
+        fill_disk(disk, stats, "stats_toy.partial.jsonl")
+        run = Run(tmp_path)
+        run.steps(FakeCache(), 0, 3)
+        run.recorder.abort()
     assert "stats_toy.json could not be written: No space left on device" in caplog.text
     run = Run(tmp_path / "later")
     run.steps(FakeCache(), 0, 3)
@@ -225,13 +226,18 @@ def test_an_aborted_run_says_that_its_stats_are_lost(
     assert "stats_toy.json could not be written: No such file" in capsys.readouterr().err
 
 
+def has_content(path: Path) -> bool:
+    """Whether its writer, which may be another thread, has opened it and gone on."""
+    return path.exists() and path.stat().st_size > 0
+
+
 @pytest.mark.parametrize("lost", ["stats_toy.partial.jsonl", "latents_toy.partial.npy"])
 def test_a_file_that_vanishes_is_noticed_at_the_next_step(
     lost: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run, cache = Run(tmp_path, save_latents=True), FakeCache()
     index = 0
-    while not (tmp_path / lost).exists() and index < 1000:
+    while not has_content(tmp_path / lost) and index < 1000:
         run.steps(cache, index, 1)
         index += 1
     (tmp_path / lost).unlink()

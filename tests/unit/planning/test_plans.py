@@ -168,7 +168,7 @@ def test_operators_are_timed_at_their_own_shapes_where_a_device_says_so():
     assert weights.kept and not by_kind["gemm"].args[1].kept
     times = OperatorTimes(budget_s=0.002)
     seconds = times.seconds(work.operators)
-    assert set(seconds) == set(work.operators) and all(0 < s < 0.1 for s in seconds.values())
+    assert set(seconds) == set(work.operators) and all(0 < s < 1 for s in seconds.values())
     assert times.seconds(work.operators) == seconds  # each is timed once
     slow = replace(H200, times=times, call_us=0.0)
     found = predict_ms(work, ParallelDegrees(), slow)

@@ -25,8 +25,11 @@ _VALIDATOR = jsonschema.Draft202012Validator(schema()["server"])
 
 @contextmanager
 def web(host: FakeHost, **settings: Any) -> Iterator[WebServer]:
-    """A server on a free port with this loop behind it."""
-    server = WebServer(WebSettings(**({"port": 0} | settings)))
+    """A server on a free port with this loop behind it.
+
+    By itself it leaves out no picture of a client that is slow because the machine is.
+    """
+    server = WebServer(WebSettings(**({"port": 0, "waiting_pictures": 1000} | settings)))
     server.start()
     server.serve(host)
     try:

@@ -179,7 +179,10 @@ def test_a_flood_is_slowed_and_then_cut_and_others_go_on() -> None:
 
 def test_a_reader_that_takes_nothing_is_dropped_from_and_then_cut() -> None:
     host = FakeHost(noise=True, width=640, height=480)
-    with web(host, slow_s=1.0) as server, raw_socket(server, receive_bytes=4096) as raw:
+    with (
+        web(host, slow_s=1.0, waiting_pictures=2) as server,
+        raw_socket(server, receive_bytes=4096) as raw,
+    ):
         raw.sendall(masked_text('{"type": "session.start", "format": "jpeg"}'))
         with PlainClient(server) as other:
             other.start(format="jpeg")
