@@ -59,14 +59,14 @@ CHANGES: dict[str, dict[str, Any]] = {
     GRAPH: {},
     "fast, interpolated": {"upsampling": "interpolate"},
     "fast, PyTorch between": {"pointwise": "reference"},
-    "fast, single frames": {"frames": "single"},
+    "fast, pairs of frames": {"frames": "pairs"},
     "fast, stacked memory": {"memory": "stack"},
     "fast, 3 channels out": {"head_channels": 1},
     "fast, 16 channels out": {"head_channels": 16},
 }
 """What the fast variants have other than the forms that a GPU takes by default."""
 VARIANTS = (FRAMEWISE, AT_ONCE, *CHANGES)
-DEFAULT_ON_GPU = (FAST_NAME, GRAPH, "fast, single frames")
+DEFAULT_ON_GPU = (FAST_NAME, GRAPH, "fast, pairs of frames")
 WARM_CHUNKS = 2
 """Before the timed ones; the very first has fewer frames than all others."""
 

@@ -52,10 +52,11 @@ WHOLE_CHANNELS = 64
 """Input channels that a step of a convolution's matmul takes on Hopper in 16 bits: 96 channels of
 the Wan autoencoder reach 294 TFLOP/s on one H200, 192 reach 647."""
 
-FAST = DecoderForms(
-    pointwise="triton", upsampling="phases", memory="halves", frames="pairs", head_channels=8
-)
-"""What a GPU computes where Triton runs: one of the Hopper generation, in 16 bits."""
+FAST = DecoderForms(pointwise="triton", upsampling="phases", memory="halves", head_channels=8)
+"""What a GPU computes where Triton runs."""
+
+PAIRED = replace(FAST, frames="pairs")
+"""The same on pairs of frames; no decoder takes it by itself until it has been timed on a GPU."""
 
 
 def forms_for(device: torch.device, dtype: torch.dtype) -> DecoderForms:
@@ -67,12 +68,9 @@ def forms_for(device: torch.device, dtype: torch.dtype) -> DecoderForms:
     """
     if device.type != "cuda":
         return PLAIN
-    forms = FAST
-    if dtype.itemsize != 2 or torch.cuda.get_device_capability(device)[0] != 9:
-        forms = replace(forms, frames="single")
     if why_unusable("triton", device, dtype) is not None:
-        forms = replace(forms, pointwise="reference")
-    return forms
+        return replace(FAST, pointwise="reference")
+    return FAST
 
 
 @torch.no_grad()

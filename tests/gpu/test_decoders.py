@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flashdreams.models.decode_graph import DecodeGraph
-from flashdreams.models.decoder_forms import FAST, PLAIN, DecoderForms, forms_for
+from flashdreams.models.decoder_forms import FAST, PAIRED, PLAIN, DecoderForms, forms_for
 from tests.unit.models.test_decoder_forms import CONFIGS, decoder_of, latents
 
 pytestmark = [
@@ -24,7 +24,7 @@ FORMS = {
     "PyTorch between": replace(FAST, pointwise="reference"),
     "interpolated": replace(FAST, upsampling="interpolate"),
     "stacked": replace(FAST, memory="stack"),
-    "single frames": replace(FAST, frames="single"),
+    "pairs of frames": PAIRED,
 }
 
 
@@ -72,7 +72,7 @@ def test_every_form_gives_the_frames_of_the_plain_one(kind: str, form: str) -> N
 def test_in_bfloat16_the_fast_forms_are_as_near_to_float32_as_the_plain_one(kind: str) -> None:
     z = clip(kind)
     exact = decode(on_gpu(kind, PLAIN), z)
-    plain, fast = (decode(on_gpu(kind, f, "bfloat16"), z) - exact for f in (PLAIN, FAST))
+    plain, fast = (decode(on_gpu(kind, f, "bfloat16"), z) - exact for f in (PLAIN, PAIRED))
     assert 0 < fast.square().mean() < BF16_RMS**2 * plain.square().mean()
 
 
@@ -105,7 +105,7 @@ def test_a_decoder_on_a_gpu_takes_the_fast_forms_and_captures_its_chunk() -> Non
     decoder = on_gpu("taehv", PLAIN, "bfloat16")
     decoder.after_load()
     chosen = forms_for(decoder.device, decoder.dtype)
-    assert replace(chosen, frames=FAST.frames) == FAST
+    assert chosen == FAST
     assert {m.forms for m in decoder.modules() if hasattr(m, "forms")} == {chosen}
     z = clip("taehv")
     expected = decode(decoder, z)

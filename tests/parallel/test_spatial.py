@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashdreams.models.decoder_forms import FAST
+from flashdreams.models.decoder_forms import PAIRED
 from flashdreams.models.taehv import TAEHVDecoderConfig
 from flashdreams.models.wan.vae import WanVAEDecoderConfig
 from flashdreams.models.wan.vae22 import WanVAE22DecoderConfig
@@ -43,7 +43,7 @@ def as_it_is(decoder):
 
 def fast(decoder):
     """The forms of a GPU, their data flow in PyTorch."""
-    decoder.take_forms(replace(FAST, pointwise="reference"))
+    decoder.take_forms(replace(PAIRED, pointwise="reference"))
     return decoder
 
 

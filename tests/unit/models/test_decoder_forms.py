@@ -11,6 +11,7 @@ from torch import Tensor
 from flashdreams.models import decoder_forms
 from flashdreams.models.decoder_forms import (
     FAST,
+    PAIRED,
     PLAIN,
     DecoderForms,
     forms_for,
@@ -34,7 +35,7 @@ CONFIGS = {
         channels=(16, 8, 6, 6), latent_channels=48, patch_size=2
     ),
 }
-ON_CPU = replace(FAST, pointwise="reference")
+ON_CPU = replace(PAIRED, pointwise="reference")
 FORMS = {
     "all": ON_CPU,
     "pointwise": DecoderForms(pointwise="reference"),
@@ -109,7 +110,7 @@ def test_kernels_in_the_interpreter_give_the_same_frames(
     switch_to_interpreter(monkeypatch)
     z = latents(kind)[..., :2, :1]
     expected = decode(decoder_of(kind), z[:, :, :3], [1, 2])
-    found = decode(decoder_of(kind, FAST), z[:, :, :3], [1, 2])
+    found = decode(decoder_of(kind, PAIRED), z[:, :, :3], [1, 2])
     torch.testing.assert_close(found, expected, rtol=0, atol=ATOL)
 
 
@@ -150,15 +151,10 @@ def test_pairs_are_for_channels_that_fill_no_whole_step(dim: int) -> None:
     assert not takes_pairs(PLAIN, 96) and not takes_pairs(replace(PLAIN, frames="pairs"), 96)
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype", "frames"),
-    [((9, 0), "bfloat16", "pairs"), ((9, 0), "float32", "single"), ((8, 0), "float16", "single")],
-)
-def test_pairs_are_for_hopper_in_16_bits(monkeypatch, capability, dtype, frames) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+def test_a_gpu_takes_pairs_only_where_it_is_told_to(monkeypatch) -> None:
     monkeypatch.setattr(decoder_forms, "why_unusable", lambda *_: None)
-    forms = forms_for(torch.device("cuda", 0), getattr(torch, dtype))
-    assert forms == replace(FAST, frames=frames)
+    assert forms_for(torch.device("cuda", 0), torch.bfloat16) == FAST
+    assert not takes_pairs(FAST, 96) and takes_pairs(PAIRED, 96)
 
 
 def test_a_cpu_takes_the_plain_form_and_a_gpu_the_fast_one() -> None:
