@@ -47,9 +47,10 @@ def summary(plans: Sequence[Plan]) -> str:
             f"No plan fits: the smallest takes {memory:.1f} GiB per rank of {room:.1f} GiB, most "
             f"of it {best.limit}."
         )
+    plural = "" if best.frames == 1 else "s"
     rate = f"{best.frames_per_second:.1f} frames/s for {best.fps:g} shown"
     return (
-        f"Best: {best.ms.total:.1f} ms per AR step of {best.frames} frames, {rate}: "
+        f"Best: {best.ms.total:.1f} ms per AR step of {best.frames} frame{plural}, {rate}: "
         f"{'real time' if best.is_real_time else 'not real time'}; {memory:.1f} of {room:.1f} GiB "
         f"per rank; most of the time is {best.ms.largest}."
     )
