@@ -231,7 +231,7 @@ def test_decode_times_every_variant_and_the_convolutions_alone(script, tmp_path)
     variants = script("decode").VARIANTS
     for case, alone in (
         ("Wan", ("fast, graph", "fast, stacked memory")),
-        ("TAEHV", ("fast, single frames",)),
+        ("TAEHV", ("fast, pairs of frames",)),
     ):
         found = [row["variant"] for row in rows if row["case"].startswith(case)]
         assert found == [name for name in variants if name not in alone]
