@@ -28,7 +28,7 @@ from flashdreams.parallel.environment import (
     least_of_all_ranks,
 )
 from flashdreams.runtime.files import write_whole
-from flashdreams.runtime.text import read_text
+from flashdreams.runtime.text import read_text, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ class ResumableRun:
                     file.write(json.dumps({"token": token, **asdict(self._launch)}).encode())
             except OSError as error:
                 raise ValueError(
-                    f"--output-dir: {mark} cannot be written: {error.strerror or error}. Name "
+                    f"--output-dir: {mark} cannot be written: {reason_of(error)}. Name "
                     "another folder."
                 ) from error
         if resume:
@@ -233,8 +233,7 @@ def _read_mark(mark: Path) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError("it holds no object")
     except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"--output-dir: {mark} cannot be read: {reason}. Remove it to start over."
+            f"--output-dir: {mark} cannot be read: {reason_of(error)}. Remove it to start over."
         ) from error
     return found

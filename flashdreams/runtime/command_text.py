@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from flashdreams.infra.config import removed_field
-from flashdreams.runtime.text import printable, say
+from flashdreams.runtime.text import printable, reason_of, say
 
 LEAST_COLUMNS = 40
 """Width below which tyro takes minutes to lay out help."""
@@ -79,8 +79,7 @@ def lost_output(error: OSError, program: str) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):
         return 0
-    reason = error.strerror or error
-    say(printable(f"{program}: error: the output could not be written: {reason}."))
+    say(printable(f"{program}: error: the output could not be written: {reason_of(error)}."))
     return 1
 
 

@@ -425,11 +425,8 @@ def test_other_ranks_stay_silent_unless_they_fail(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    for argv, code in (
-        (["--help"], 0), (["plain", "--help"], 0), (["plain", "--no-instantiate"], 0),
-        (["plain"], 0),
-    ):  # fmt: skip
-        assert run.main(argv) == code
+    for argv in (["--help"], ["plain", "--help"], ["plain", "--no-instantiate"], ["plain"]):
+        assert run.main(argv) == 0
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
     RunnerStandIn.errors["run"] = KeyError("x")
