@@ -252,7 +252,7 @@ def legacy(pipeline, **rollout):
 
 def test_a_deprecated_plan_is_read_and_warned_about():
     pipeline = legacy(tiny_pipeline().setup(device="cpu"), modulations="rebuilt")
-    with pytest.warns(DeprecationWarning, match=r"ParallelPlan\.rollout goes in 0\.3"):
+    with pytest.warns(DeprecationWarning, match=r"ParallelPlan\.rollout will be removed in 0\.3"):
         pipeline.initialize_cache(text=prompt(0))
 
 

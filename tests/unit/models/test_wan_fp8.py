@@ -76,7 +76,7 @@ def test_a_saved_rollout_may_go_on_wide_and_a_wide_one_is_refused():
     assert 0 < error(latents, run(narrow, cache)) < BOUND
     cache = begin(wide)
     run(wide, cache, 4)
-    with pytest.raises(ValueError, match="no scales of heads"):
+    with pytest.raises(ValueError, match="no scales per head"):
         narrow.load_cache(cache.state_dict())
 
 
