@@ -127,7 +127,7 @@ def test_steering_by_keys_runs_from_presses_and_from_files(tmp_path, capsys):
     folder = ["--device", "cpu", "--output-dir", str(tmp_path)]
     assert main([SLUG, *act, "--actions", "w12", *folder]) == 0
     assert main([*files, *act]) == 2
-    assert "give them with --key-path FILE" in capsys.readouterr().err
+    assert "give --key-path FILE" in capsys.readouterr().err
     np.save(tmp_path / "keys.npy", np.eye(4)[np.zeros(21, dtype=int)])
     assert main([*files, *act, "--key-path", str(tmp_path / "keys.npy")]) == 0
     assert len(frames_of(tmp_path)) == 21
@@ -396,7 +396,7 @@ BAD_FILES = [
     (save("poses.npy", lambda p: p[:, :3]), r"--pose-path .*must be \[frames, 4, 4\]; got \[21, 3"),
     (save("poses.npy", lambda p: p.astype(complex)), "no .npy file of numbers"),
     (save("poses.npy", set_entry((7, 0, 3), np.nan)), "pose of frame 7 is not finite"),
-    (save("poses.npy", set_entry((5, 0, 0), 2.0)), "3x3 of frame 5 is no rotation"),
+    (save("poses.npy", set_entry((5, 0, 0), 2.0)), "3x3 of frame 5 is not a rotation"),
     (save("poses.npy", set_entry((6, 3, 3), 0.0)), "last row of frame 6 is 0, 0, 0, 0"),
     (lambda folder: [save(f, lambda a: a[:8])(folder) for f in ("poses.npy", "intrinsics.npy")],
      "8 poses are fewer than one chunk of 3 latent frames needs; give at least 9"),
@@ -406,7 +406,7 @@ BAD_FILES = [
     (save("intrinsics.npy", set_entry((2, slice(0, 2)), 3.63)),
      "frame 2, 3.63 and 3.63, are a view of 179 degrees; at most 150 .* fx of at least 112 and fy"),
     (save("intrinsics.npy", lambda k: k / np.float32([832, 480, 832, 480])),
-     "are a view of 180 degrees.*not in fractions of it"),
+     "give a view of 180 degrees.*not in fractions of it"),
     (replace_by("poses.npy", b"not an array"), "--pose-path .*no .npy file of numbers"),
     (replace_by("poses.npy", b""), "--pose-path .*no .npy file of numbers"),
     (lambda folder: (folder / "poses.npy").unlink(), "--pose-path .* cannot be read: No such file"),
@@ -446,7 +446,7 @@ def test_bad_files_are_refused_before_weights(spoil, message, tmp_path, capsys, 
         (["--actions", "w8"], "begins with an image"),
         (["--actions", "w7"], "8 poses are fewer than one chunk"),
         (["--actions", "w8", "--intrinsics", "0", "1", "1", "1"], "--intrinsics: the focal"),
-        (["--actions", "w8", "--intrinsics", "112", "64", "9", "9"], "are a view of 150 degrees"),
+        (["--actions", "w8", "--intrinsics", "112", "64", "9", "9"], "give a view of 150 degrees"),
         ([], "give --pose-path FILE, or type key presses"),
     ],
 )

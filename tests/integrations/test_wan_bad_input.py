@@ -213,7 +213,7 @@ def test_no_image_and_no_readable_image_are_refused(tmp_path):
     with pytest.raises(ValueError, match="No such file"):
         load_image(tmp_path / "absent.png", 32, 48)
     config = derive_config(CAUSAL_FORCING, test_image=False, output_dir=tmp_path)
-    with pytest.raises(ValueError, match="begins with an image of 48x32"):
+    with pytest.raises(ValueError, match="starts from an image of 48x32"):
         config.setup()
 
 
@@ -264,7 +264,7 @@ def test_options_are_refused_before_weights_are_asked_for(
     code, line = error_of([slug], tmp_path, capsys)
     assert code == 1
     assert "needs 4 checkpoints that are not on this machine, 17.6 GB" in line
-    assert line.endswith("To let this program fetch all of them: --download True.\n")
+    assert line.endswith("To let this program download all of them: --download True.\n")
 
 
 @pytest.mark.parametrize("suffix", ["gif", "tiff", "ppm", "eps", "ico", "pcx"])

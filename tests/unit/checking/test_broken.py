@@ -51,7 +51,7 @@ def test_a_broken_network_fails_on_its_line(name):
         (broken.BytesDecoderConfig(), "shapes and frames", "x / 127.5 - 1"),
         (broken.ChannelsFirstConfig(), "shapes and frames", "frames before channels"),
         (broken.SeamsConfig(), "chunk split", "seams between chunks"),
-        (broken.AveragesConfig(), "bad input", "decoder.mean hold NaN"),
+        (broken.AveragesConfig(), "bad input", "decoder.mean contain NaN"),
         (broken.AveragesConfig(), "state on modules", "Averages.mean"),
     ],
 )

@@ -25,7 +25,7 @@ def test_counts_are_taken_and_the_last_shot_goes_on() -> None:
 @pytest.mark.parametrize(
     ("texts", "said"),
     [
-        (["a", "2:b"], "1 of 2 shots say how many chunks"),
+        (["a", "2:b"], "1 of 2 shots have a number of chunks"),
         (["a", "b", "c"], "3 shots of 3 chunks do not fit --total-blocks 2"),
         (["2:a", "1:b"], "2 shots of 3 chunks do not fit --total-blocks 2"),
         (["0:a", "1:b"], "each has at least one chunk"),
