@@ -86,7 +86,7 @@ def test_every_slug_of_the_issue_is_registered():
 def test_files_become_a_video_that_ends_with_the_poses(tmp_path, capsys):
     assert main(example_files(tmp_path, poses=25)) == 0
     said = capsys.readouterr().out
-    assert "The poses ran out: 25 of them suffice for 2 of 4 AR steps (21 frames)" in said
+    assert "The poses ended: 25 of them cover 2 of 4 AR steps (21 frames)" in said
     assert frames_of(tmp_path).shape == (21, 64, 112, 3)
     records = json.loads((tmp_path / f"stats_{SLUG}.json").read_text())["records"]
     assert len(records) == 2
@@ -443,7 +443,7 @@ def test_bad_files_are_refused_before_weights(spoil, message, tmp_path, capsys, 
         (["--world-scale", "0"], "world_scale=0.*must be positive"),
         (["--move-per-frame", "-1"], "move_per_frame=-1.0 is not a speed"),
         (["--total-blocks", "0"], "--total-blocks 0"),
-        (["--actions", "w8"], "begins with an image"),
+        (["--actions", "w8"], "starts from an image"),
         (["--actions", "w7"], "8 poses are fewer than one chunk"),
         (["--actions", "w8", "--intrinsics", "0", "1", "1", "1"], "--intrinsics: the focal"),
         (["--actions", "w8", "--intrinsics", "112", "64", "9", "9"], "give a view of 150 degrees"),

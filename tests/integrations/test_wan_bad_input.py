@@ -116,7 +116,7 @@ def test_a_bidirectional_model_has_one_step():
 
 def test_an_image_is_one_latent_frame():
     longer = {"transformer": {"len_t": 3, "window_size_t": 6}}
-    with pytest.raises(ValueError, match=r"begins with an image.*len_t must be 1, got 3"):
+    with pytest.raises(ValueError, match=r"starts from an image.*len_t must be 1, got 3"):
         derive_config(CAUSAL_FORCING, pipeline={"diffusion_model": longer})
 
 
