@@ -215,7 +215,7 @@ def load_tokenizer(config: CheckpointConfig, *, allow_download: bool | None = No
         except Exception as error:  # the package raises nothing narrower
             reason = printable(str(error), 300)
             text = f"{path} is not a tokenizer: {reason}. Download it again"
-        raise CheckpointError(text) from error
+            raise CheckpointError(text) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

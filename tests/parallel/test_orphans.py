@@ -174,7 +174,7 @@ def test_a_rank_that_does_not_come_is_named(start) -> None:
     job.wait_for(lambda: job.pid(1))
     os.kill(job.pid(1), signal.SIGSTOP)
     job.wait_for(lambda: "did not arrive" in job.said())
-    assert "1 of 2 ranks have not come within 15 s: 1." in job.said()
+    assert "1 of 2 ranks did not arrive within 15 s: 1." in job.said()
 
 
 MEETS = """

@@ -241,7 +241,7 @@ def test_a_session_goes_on_where_nothing_can_be_kept(tmp_path, caplog):
     (tmp_path / "a").mkdir()
     session.submit(Command(kind="save", values={"name": "a"}))
     assert session.step().autoregressive_index == 0
-    assert "exists already" in caplog.text and "The session continues." in caplog.text
+    assert "already exists" in caplog.text and "The session continues." in caplog.text
 
 
 @settings(max_examples=12, deadline=None)
