@@ -42,7 +42,7 @@ def test_packages_and_weights_are_in_one_answer(
     first, *listed = text.splitlines()
     assert "packages that are not installed: transformers, ftfy. Install them with: pip" in first
     assert "needs 4 checkpoints that are not on this machine, 17.6 GB on disk" in listed[0]
-    assert sum("Fetch it with: " in line for line in listed) == 4
+    assert sum("Download it with: " in line for line in listed) == 4
     assert all(line.startswith("  ") for line in listed)
     assert not Path("outputs").exists() or not list(Path("outputs").iterdir())
 

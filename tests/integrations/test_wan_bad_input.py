@@ -299,4 +299,4 @@ def test_damaged_poses_are_one_line_with_file_and_option(content, tmp_path, caps
     path.write_bytes(content)
     argv = ["lingbot-world-tiny-random", "--test-image", "True", "--pose-path", str(path)]
     code, line = error_of(argv, tmp_path, capsys)
-    assert code == 2 and f"--pose-path {path} cannot be read: it is no .npy file" in line
+    assert code == 2 and f"--pose-path {path} cannot be read: it is not a .npy file" in line

@@ -193,7 +193,7 @@ def test_load_takes_a_wrapped_sub_dictionary_of_a_pt_file(tmp_path: Path, wrappe
     assert equals(module, content)
     load_checkpoint(module, CheckpointConfig(select=("generator",), **rules))
     assert equals(module, tensors(seed=1))
-    with pytest.raises(CheckpointError, match="generator, generator_ema; none of critic is there"):
+    with pytest.raises(CheckpointError, match="generator, generator_ema; none of critic is in it"):
         load_checkpoint(module, CheckpointConfig(select=("critic",), **rules))
 
 
