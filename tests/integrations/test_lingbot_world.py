@@ -394,7 +394,7 @@ def picture(mode: str, size: tuple[int, int]):
 
 BAD_FILES = [
     (save("poses.npy", lambda p: p[:, :3]), r"--pose-path .*must be \[frames, 4, 4\]; got \[21, 3"),
-    (save("poses.npy", lambda p: p.astype(complex)), "no .npy file of numbers"),
+    (save("poses.npy", lambda p: p.astype(complex)), "not a .npy file of numbers"),
     (save("poses.npy", set_entry((7, 0, 3), np.nan)), "pose of frame 7 is not finite"),
     (save("poses.npy", set_entry((5, 0, 0), 2.0)), "3x3 of frame 5 is not a rotation"),
     (save("poses.npy", set_entry((6, 3, 3), 0.0)), "last row of frame 6 is 0, 0, 0, 0"),
@@ -407,10 +407,10 @@ BAD_FILES = [
      "frame 2, 3.63 and 3.63, are a view of 179 degrees; at most 150 .* fx of at least 112 and fy"),
     (save("intrinsics.npy", lambda k: k / np.float32([832, 480, 832, 480])),
      "give a view of 180 degrees.*not in fractions of it"),
-    (replace_by("poses.npy", b"not an array"), "--pose-path .*no .npy file of numbers"),
-    (replace_by("poses.npy", b""), "--pose-path .*no .npy file of numbers"),
+    (replace_by("poses.npy", b"not an array"), "--pose-path .*not a .npy file of numbers"),
+    (replace_by("poses.npy", b""), "--pose-path .*not a .npy file of numbers"),
     (lambda folder: (folder / "poses.npy").unlink(), "--pose-path .* cannot be read: No such file"),
-    (replace_by("image.jpg", b"no image"), "--image-path .*no image that can be read"),
+    (replace_by("image.jpg", b"no image"), "--image-path .*not a readable image"),
     (lambda folder: (folder / "image.jpg").unlink(), "--image-path .*No such file"),
     (header_of_png(8000, 7000), "the image is huge, 8000x7000"),
     (header_of_png(30000, 20000), "the image is huge"),

@@ -103,7 +103,7 @@ def test_a_type_that_is_not_known_is_no_damage(
         re.sub(rb'("dtype": *)"[BF]+[0-9]+"', rb'\1"F4X"', data)
     )
     text = said(capsys, 2, *SMALL, "--pipeline.decoder.checkpoint.source", "odd.safetensors")
-    assert "is of type F4X, which is not read here; known: " in text
+    assert "is of type F4X, which is not supported; known: " in text
     assert "damaged" not in text and "Download" not in text
 
 

@@ -208,7 +208,7 @@ def test_damaged_images_are_read_or_refused_in_one_line(suffix, tmp_path):
 
 def test_no_image_and_no_readable_image_are_refused(tmp_path):
     (tmp_path / "in.png").write_bytes(b"not an image")
-    with pytest.raises(ValueError, match="it is no image that can be read"):
+    with pytest.raises(ValueError, match="it is not a readable image"):
         load_image(tmp_path / "in.png", 32, 48)
     with pytest.raises(ValueError, match="No such file"):
         load_image(tmp_path / "absent.png", 32, 48)

@@ -103,8 +103,8 @@ def test_no_file_of_latents_is_refused(tmp_path: Path) -> None:
     assert read_latent_parts(tmp_path / "a.npy").shape == (1, 3, 2, 4, 5)
     for array in (np.eye(2, dtype=np.float32), np.zeros((1, 1, 1, 1, 1))):
         np.save(tmp_path / "b.npy", array)
-        with pytest.raises(ValueError, match=r"b\.npy is no file of latents: it holds float"):
+        with pytest.raises(ValueError, match=r"b\.npy is not a file of latents: it holds float"):
             read_latent_parts(tmp_path / "b.npy")
     write(tmp_path / "c.npy", b"{")
-    with pytest.raises(ValueError, match=r"c\.npy is no file of latents"):
+    with pytest.raises(ValueError, match=r"c\.npy is not a file of latents"):
         read_latent_parts(tmp_path / "c.npy")
