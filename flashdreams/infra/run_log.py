@@ -271,7 +271,7 @@ def read_log(path: Path) -> Replay:
         raise
     except OSError as error:
         raise LogError(f"--replay {path} cannot be read: {reason_of(error)}.") from error
-    except Exception as error:  # safetensors has errors of its own
+    except Exception as error:  # safetensors has its own errors
         raise LogError(
             f"--replay {path} is not a log of a run ({error}). Runs write log_<slug>.jsonl into "
             "their output folder."

@@ -103,8 +103,8 @@ def read_header(folder: Path) -> SnapshotHeader:
         data = path.read_bytes()
     except OSError as error:
         raise SnapshotError(
-            f"{folder} is no snapshot: {HEADER_NAME} cannot be read ({reason_of(error)}). Name a "
-            "folder that pipeline.save has written."
+            f"{folder} is not a snapshot: {HEADER_NAME} cannot be read ({reason_of(error)}). Name "
+            "a folder that pipeline.save has written."
         ) from error
     try:
         content = json.loads(data)["content"]

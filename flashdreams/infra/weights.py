@@ -219,7 +219,7 @@ def _list_missing(
     fetchable = [can_download(checkpoint) for _, checkpoint in missing.values()]
     if fetch_all and any(fetchable):
         which = "all of them" if all(fetchable) else "those with a command"
-        lines.append(f"To let this program fetch {which}: {fetch_all}.")
+        lines.append(f"To let this program download {which}: {fetch_all}.")
     return lines
 
 

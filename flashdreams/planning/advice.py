@@ -67,7 +67,7 @@ def cheapest_changes(
     plan: Plan,
     pixels: int | None = None,
 ) -> Iterator[str]:
-    """Changes after which one rollout fits, those that alter the video least first."""
+    """Changes after which one rollout fits, those with the least effect on the video first."""
     takes_embeddings = pixels is not None  # commands with --height have --prompt-embeds as well
     if takes_embeddings and config.text_encoder is not None and not config.release_text_encoder:
         without = derive_config(config, text_encoder=None)

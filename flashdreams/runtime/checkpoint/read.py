@@ -356,7 +356,7 @@ def load_pickle(path: Path) -> object:
         ) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {reason_of(error)}") from error
-    except Exception as error:  # what a damaged file raises is no narrower
+    except Exception as error:  # damaged files raise all kinds of errors
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise
         if "weights_only" in str(error):  # torch advises to load these without it, which runs code

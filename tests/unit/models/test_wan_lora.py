@@ -356,7 +356,7 @@ def test_a_missing_file_on_this_machine_is_not_advised_to_be_downloaded(base, tm
         assert f"Not on this machine: {here}." in text and "--download" not in text
         assert text.endswith("with --pipeline.diffusion-model.transformer.loras.")
     both = said(str(here), web)
-    assert both.endswith("To let this program fetch those with a command: --download True.")
+    assert both.endswith("To let this program download those with a command: --download True.")
     assert both.count("Fetch it with: hf download org/name models/lora.pt") == 1
     assert "fetch all of them: --download True" in said(web)
     here.touch()
