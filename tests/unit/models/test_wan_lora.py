@@ -357,7 +357,7 @@ def test_a_missing_file_on_this_machine_is_not_advised_to_be_downloaded(base, tm
         assert text.endswith("with --pipeline.diffusion-model.transformer.loras.")
     both = said(str(here), web)
     assert both.endswith("To let this program download those with a command: --download True.")
-    assert both.count("Fetch it with: hf download org/name models/lora.pt") == 1
+    assert both.count("Download it with: hf download org/name models/lora.pt") == 1
     assert "fetch all of them: --download True" in said(web)
     here.touch()
     assert str(here) not in said(str(here), web), "the advice helps: a file of that name"
