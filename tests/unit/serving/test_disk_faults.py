@@ -74,7 +74,7 @@ def test_drain_that_cannot_write_keeps_the_older_snapshot(runner, folder, monkey
         until(lambda: snapshots(folder, visit.id))
         monkeypatch.setattr(server.engine, "_snapshot", full_disk)
         visit.ask(3)
-    assert "take up the session again" in visit.client.end[0]
+    assert "resume the session" in visit.client.end[0]
     assert len(snapshots(folder, visit.id)) == 1
     with served(runner, state_dir=folder) as server:
         assert len(Visit(server.host, session=visit.id).ask(1)) == 1
@@ -96,7 +96,7 @@ def test_drain_goes_on_after_a_session_that_cannot_come_back_to_the_device(
 
         monkeypatch.setattr(server.engine, "_unpark", fail)
     assert "stops" in ill.client.end[0] and not (folder / ill.id).exists()
-    assert "take up the session again" in well.client.end[0] and snapshots(folder, well.id)
+    assert "resume the session" in well.client.end[0] and snapshots(folder, well.id)
 
 
 def test_drain_brings_no_session_back_that_has_ended(runner, folder, monkeypatch):

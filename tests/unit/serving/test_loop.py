@@ -149,7 +149,7 @@ def test_save_fork_and_rewind_lead_back_to_the_same_frames(runner, folder):
         for name in ("here", "there"):
             visit.command("rewind", name=name)
             assert torch.equal(walk(visit, ["wl", "wl"]), once)
-        with pytest.raises(Refused, match="Nothing is kept"):
+        with pytest.raises(Refused, match="There is no kept state"):
             visit.command("rewind", name="nowhere")
         with pytest.raises(Refused, match="is taken"):
             visit.command("save", name="there")
