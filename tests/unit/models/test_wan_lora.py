@@ -202,7 +202,7 @@ def test_parts_of_an_update_that_make_no_numbers_are_refused(base, tmp_path) -> 
     for changed, message in (
         ({alpha: torch.ones(3)}, r"alpha \[3\] must be a single number"),
         ({down: named[down][:0], up: named[up][:, :0]}, "have rank 0"),
-        ({down: named[down].to(torch.int8)}, "torch.int8, no floats"),
+        ({down: named[down].to(torch.int8)}, "torch.int8, not a float"),
     ):
         save_file({name: x.contiguous() for name, x in (named | changed).items()}, path)
         with pytest.raises(CheckpointError, match=message):
@@ -358,6 +358,6 @@ def test_a_missing_file_on_this_machine_is_not_advised_to_be_downloaded(base, tm
     both = said(str(here), web)
     assert both.endswith("To let this program download those with a command: --download True.")
     assert both.count("Download it with: hf download org/name models/lora.pt") == 1
-    assert "fetch all of them: --download True" in said(web)
+    assert "download all of them: --download True" in said(web)
     here.touch()
     assert str(here) not in said(str(here), web), "the advice helps: a file of that name"

@@ -115,7 +115,7 @@ def test_only_so_many_sessions_are_kept_for_clients_that_are_gone(runner, folder
             server.host.detach(visits[-1].id)
             visits[-1].client.wait(lambda: state_of(visits[-1]) == "parked")
         visits[0].client.wait(lambda: visits[0].client.end is not None)
-        assert "longest ago" in visits[0].client.end[0]
+        assert "idle the longest" in visits[0].client.end[0]
         assert [visit.client.end for visit in visits[1:]] == [None, None]
         attach(visits[1])
         visits[1].ask(1)

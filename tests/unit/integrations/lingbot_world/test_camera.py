@@ -243,7 +243,7 @@ def test_tokens_go_channel_then_pixel_then_patch():
         (lambda p: torch.cat([p[:4], p[4:] * torch.tensor([[2.0], [1], [1], [1]])]),
          "frame 4 is not a rotation: R R.T is off 1 by"),
         (lambda p: torch.cat([p[:1], p[1:] * torch.tensor([[-1.0], [1], [1], [1]])]),
-         "frame 1 is no rotation.*determinant is -1"),
+         "frame 1 is not a rotation.*determinant is -1"),
         (lambda p: torch.cat([p[:3], p[3:] + F.pad(torch.full((1, 3, 1), 1e19), (3, 0, 0, 1))]),
          r"position of frame 3 has a coordinate of 1e\+19; at most 1e\+12"),
     ],

@@ -364,7 +364,7 @@ def test_load_refuses_what_is_no_dictionary_of_tensors(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds a list"):
         load_checkpoint(Tiny(), CheckpointConfig(source=str(path)))
     torch.save({**tensors(), "step": 3}, path)
-    with pytest.raises(CheckpointError, match="1 entries are no dense tensors with a name: step"):
+    with pytest.raises(CheckpointError, match="1 entries are not dense tensors with a name: step"):
         load_checkpoint(Tiny(), CheckpointConfig(source=str(path)))
     (tmp_path / "w.txt").touch()
     with pytest.raises(CheckpointError, match="not a known kind of checkpoint"):
