@@ -52,7 +52,7 @@ BAD_FILES = [
     (bad_array(mouse=nan_at(7)), "mouse: row 7 has a value that is not finite"),
     (bad_array(mouse=np.full((33, 2), 12.0)), "mouse must be from -1 to 1"),
     (bad_array(mouse=np.full((33, 2), 1e300)), "row 0 has a value that is not finite"),
-    (bad_array(mouse=None), r"holds keyboard; .*wants keyboard \[frames, 4\] and mouse"),
+    (bad_array(mouse=None), r"holds keyboard; .*needs keyboard \[frames, 4\] and mouse"),
     (bad_array(wheel=np.zeros(3)), "holds keyboard, mouse, wheel"),
     (bad_array(keyboard=np.array([None] * 33, dtype=object)), "not an .npz file of numbers"),
     (lambda f: (f / "a.npz").write_bytes(b"no archive"), "not an .npz file of numbers"),
