@@ -43,7 +43,7 @@ def entry_point() -> None:
 
 @lost_output_in_one_line(PROGRAM)
 def main(argv: Sequence[str]) -> int:
-    """Carry out one command line.
+    """Run one command line.
 
     Args:
         argv: the words after the program's name.

@@ -57,7 +57,7 @@ def entry_point() -> None:
 
 @lost_output_in_one_line(PROGRAM)
 def main(argv: Sequence[str]) -> int:
-    """Carry out one command line.
+    """Run one command line.
 
     Args:
         argv: the words after the program's name.
@@ -123,7 +123,7 @@ def _command(options: PlanOptions, runner: Any, plan: Any) -> str:
 
 
 def _changed(runner: Any, options: PlanOptions) -> Any:
-    """The pipeline at the size that is asked for."""
+    """The pipeline at the requested size."""
     from flashdreams.infra.config import derive_config
     from flashdreams.infra.video_runner import SPATIAL_FACTOR, check_size
 

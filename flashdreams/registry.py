@@ -15,21 +15,21 @@ GROUP = "flashdreams.runner_configs"
 """The entry-point group in which packages, this one included, name their runner configs."""
 
 VARIABLE = "FLASHDREAMS_RUNNER_CONFIGS"
-"""The environment variable that registers for the time being: ``slug=module:attr,...``."""
+"""The environment variable for temporary registration: ``slug=module:attr,...``."""
 
 _REFERENCE = re.compile(r"[\w.]+:[\w.]+")
 
 
 class PluginError(Exception):
-    """A plug-in that was asked for cannot be used; its own error is the cause."""
+    """A requested plug-in cannot be used; its own error is the cause."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One registration: where the name of an attribute came from, before it is imported."""
+    """One registration: the reference to an attribute, before it is imported."""
 
     label: str
-    """The entry point's name, or what is left of ``=`` in the variable."""
+    """The entry point's name, or the part before ``=`` in the variable."""
 
     reference: str
     """``module:attr``."""
@@ -41,14 +41,14 @@ class Source:
         return f"{self.label}={self.reference} from {self.place}"
 
     def load(self) -> dict[str, Any]:
-        """Import the attribute and, where it is a callable, call it.
+        """Import the attribute and, if it is callable, call it.
 
         Returns:
-            What it registers by slug, unchecked.
+            The registered configs by slug, unchecked.
 
         Raises:
             ValueError: the reference is not of the form ``module:attr``.
-            TypeError: the attribute is nothing that can be registered.
+            TypeError: the attribute cannot be registered.
             Exception: whatever the plug-in raises.
         """
         if not _REFERENCE.fullmatch(self.reference):
@@ -71,7 +71,7 @@ class BrokenPlugin:
     """A registration that cannot be used."""
 
     slug: str
-    """The slug where it is known, else the label."""
+    """The slug if known, else the label."""
 
     source: Source
     error: BaseException
@@ -82,9 +82,9 @@ class Registry(Mapping[str, InstantiateConfig]):
 
     def __init__(self, sources: Iterable[Source]) -> None:
         self.broken: list[BrokenPlugin] = []
-        """What cannot be used, each with its own error."""
+        """Registrations that cannot be used, with their errors."""
         self.collisions: dict[str, list[str]] = {}
-        """Messages by slug, each naming the origin that won and the one that it hides."""
+        """Messages by slug: the origin that is used, and the one that it hides."""
         self._configs: dict[str, InstantiateConfig] = {}
         self._origins: dict[str, Source] = {}
         self._labels: dict[str, dict[str, InstantiateConfig]] = {}
@@ -101,11 +101,11 @@ class Registry(Mapping[str, InstantiateConfig]):
         return len(self._configs)
 
     def origin(self, slug: str) -> Source:
-        """Who registered a slug."""
+        """The source that registered a slug."""
         return self._origins[slug]
 
     def resolve(self, name: str) -> InstantiateConfig:
-        """The config of a slug, or of a label that stands for one.
+        """The config of a slug, or of a label for one.
 
         Raises:
             ValueError: no such slug (the nearest and all are listed), or a label of several.
@@ -125,7 +125,7 @@ class Registry(Mapping[str, InstantiateConfig]):
                 ) from broken.error
         if labelled:
             raise ValueError(
-                f"{name!r} registers several runners: {', '.join(labelled)}. Take one."
+                f"{name!r} registers several runners: {', '.join(labelled)}. Choose one."
             )
         raise ValueError(unknown_name(name, self._configs, f"slug {name!r}", "slugs"))
 
@@ -169,7 +169,7 @@ def discover() -> Registry:
 
 
 def is_runner_config(value: Any) -> bool:
-    """Whether a value is what a plug-in registers: a config that has a ``runner_name``."""
+    """Whether a value can be registered: a config with a ``runner_name``."""
     return isinstance(value, InstantiateConfig) and hasattr(value, "runner_name")
 
 

@@ -54,13 +54,13 @@ _OWN_OPTIONS = {
 }
 
 _PAUSE_S = 3.0
-"""How long a rank waits for another one to say what is wrong."""
+"""Seconds that a rank waits for another rank to report the cause."""
 
 _HINT = " (run again with --debug for the traceback)"
 
 
 class UsageError(ValueError):
-    """A command line that cannot be carried out as typed."""
+    """An invalid command line."""
 
 
 @dataclass(kw_only=True)
@@ -94,7 +94,7 @@ def entry_point() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Carry out one command line.
+    """Run one command line.
 
     Args:
         argv: the words after the program's name.
@@ -126,7 +126,7 @@ def read_config(argv: Sequence[str]) -> Any:
         argv: the words after the program's name, as for `main`.
 
     Raises:
-        ValueError: it cannot be carried out as typed; also other errors of configs and plug-ins.
+        ValueError: it is invalid; also other errors of configs and plug-ins.
     """
     return _resolve(_split(argv))
 
@@ -179,7 +179,7 @@ def _resolve(line: CommandLine) -> Any:
     config = _apply_overrides(config, line)
     if config is None:
         return None
-    check_slug(config.runner_name)  # also of configs that are no RunnerConfig
+    check_slug(config.runner_name)  # also for configs that are not a RunnerConfig
     return _show(config, line)
 
 
@@ -218,7 +218,7 @@ def _versions() -> str:
 
 
 def _example(registry: Registry) -> str:
-    """A slug to begin with: one whose weights come with its package, if there is one."""
+    """A slug for the example: one with packaged weights, if there is one."""
     from flashdreams.infra.weights import named_checkpoints
 
     for slug, config in registry.items():
@@ -229,7 +229,7 @@ def _example(registry: Registry) -> str:
 
 
 def _listing(registry: Registry) -> str:
-    """Every slug with its description, broken plug-ins with a mark, and how to go on."""
+    """Every slug with its description, broken plug-ins with a mark, and further help."""
     rows = [(slug, getattr(config, "description", "")) for slug, config in registry.items()]
     for broken in registry.broken:
         kind = type(broken.error).__name__
@@ -266,11 +266,11 @@ def _read_config_file(path: Path, registry: Registry, named: Any) -> Any:
         lambda note: _print_on_rank_zero(f"{PROGRAM}: note: {note}", sys.stderr),
     )
     if not is_runner_config(config):
-        raise UsageError(f"{path} holds a {type(config).__name__}, which is no runner's config.")
+        raise UsageError(f"{path} holds a {type(config).__name__}, which is not a runner's config.")
     if named is not None and config.runner_name != named.runner_name:
         raise UsageError(
             f"{path} is a config of {quoted(config.runner_name)}, not of {named.runner_name!r}: "
-            f"omit the slug, or name the file's own."
+            f"omit the slug, or use that of the file."
         )
     return config
 
@@ -287,7 +287,7 @@ def _read_replay(line: CommandLine, registry: Registry) -> Any:
     line.replay = read_log(path)
     text = line.replay.header["config"]
     if text is None:
-        raise UsageError(f"--replay {path}: its config cannot be kept in a file.")
+        raise UsageError(f"--replay {path}: its config cannot be written to a file.")
     config = load_config(text, list(registry.values()), str(path))
     folder = config.output_dir / "replay"
     config = replace(config, output_dir=folder, resume=False, numerics_from=path)
@@ -339,7 +339,7 @@ def _absent_components(config: Any, prefix: str) -> Iterator[str]:
 
 
 def _run(config: Any, debug: bool, replay: Any = None) -> int:
-    """Set up the runner and run it; what it has recorded is written whatever happens."""
+    """Set up the runner and run it; its records are written whatever happens."""
     from flashdreams.parallel.agent import watch_agent
 
     try:
@@ -356,7 +356,7 @@ def _run(config: Any, debug: bool, replay: Any = None) -> int:
             runner.run()
         except BaseException as error:
             runner.abort()
-            explain = getattr(runner, "explain", None)  # a runner may be none of ours
+            explain = getattr(runner, "explain", None)  # a runner may have another base class
             found = explain(error) if explain is not None else error
             if found is error:
                 raise
@@ -370,13 +370,13 @@ def _run(config: Any, debug: bool, replay: Any = None) -> int:
 
 
 def code_before_run(error: Exception) -> int:
-    """Exit code of a set-up that failed: 2 for what config and headers of files tell."""
+    """Exit code of a failed set-up: 2 for errors in the config or in file headers."""
     damaged = isinstance(error, CheckpointError) and not isinstance(error, MissingWeightsError)
     return WRONG_USAGE if damaged or isinstance(error, ValueError | TypeError) else RUN_FAILED
 
 
 def with_advice(error: Exception, config: Any) -> Exception:
-    """Where memory ran out, what was needed and what would fit."""
+    """If memory ran out, what was needed and what would fit."""
     if not isinstance(error, RuntimeError | MemoryError):
         return error
     from flashdreams.planning.shortage import with_advice as advised
@@ -390,7 +390,7 @@ def report(
     debug: bool,
     program: str = PROGRAM,
 ) -> int:
-    """Say in one line what went wrong, and give the exit code for it.
+    """Report an error in one line, and return its exit code.
 
     Files that have to be fetched are a list, one to a line. Rank zero speaks first; another rank
     says what is wrong with its own command line, or that another one has failed, only if torchrun
@@ -421,7 +421,7 @@ def report(
         say(f"{program}: error: {text}")
         return code
     if code == WRONG_USAGE or repeats:
-        # Another rank says the same or better, and torchrun then ends this one within the pause.
+        # Another rank reports the same or more, and torchrun then ends this one during the pause.
         try:
             time.sleep(_PAUSE_S)
         except KeyboardInterrupt:
@@ -456,7 +456,7 @@ def _ranks() -> int:
 def _rank() -> int:
     from flashdreams.parallel.environment import process_rank
 
-    with contextlib.suppress(ValueError):  # RANK is no number: said when the ranks are to meet
+    with contextlib.suppress(ValueError):  # RANK is not a number: reported at rendezvous
         return process_rank()
     return 0
 

@@ -65,7 +65,7 @@ def entry_point() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Carry out one command line.
+    """Run one command line.
 
     Args:
         argv: the words after the program's name.
@@ -99,13 +99,13 @@ def read_command_line(argv: Sequence[str]) -> tuple[ServeOptions, Any] | None:
         None if the command line only asked for something to be printed.
 
     Raises:
-        ValueError: it cannot be carried out as typed, or the method cannot be served.
+        ValueError: it is invalid, or the method cannot be served.
         ImportError: the extra is not installed.
     """
     options, rest = read_options(ServeOptions, argv, PROGRAM, return_unknown_args=True)
     replays = [word for word in rest if word.partition("=")[0] == "--replay"]
     if replays:
-        raise UsageError("--replay makes a file: use flashdreams-run --replay FILE.")
+        raise UsageError("--replay writes a file: use flashdreams-run --replay FILE.")
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise ImportError(
@@ -124,7 +124,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[ServeOptions, Any] | None:
 
 
 def _serve(options: ServeOptions, config: Any, debug: bool) -> int:
-    """Start the web side, load the method and give turns until the process is asked to end."""
+    """Start the web server, load the method and serve until the process is asked to end."""
     from flashdreams.parallel.agent import watch_agent
     from flashdreams.parallel.environment import process_rank
 

@@ -37,7 +37,7 @@ class AttentionBackend(Protocol):
 
 
 class LseBackend(Protocol):
-    """An attention backend that can also say how much weight its keys had, for merging."""
+    """An attention backend that can also return its log-sum-exp, for merging."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, return_lse: bool = False
@@ -95,7 +95,7 @@ def sdpa_efficient(
     found = torch.ops.aten._scaled_dot_product_efficient_attention(
         *heads_first, None, True, scale=scale
     )
-    # The kernel pads its sums to whole tiles of queries.
+    # The kernel pads its log-sum-exp to whole tiles of queries.
     return found[0].transpose(1, 2), found[1][..., : q.shape[1]]
 
 
@@ -118,7 +118,7 @@ def triton(
     return_lse: bool = False,
     num_splits: int | None = None,
 ) -> Any:
-    """The package's own kernel; without ``num_splits`` it fits the KV splits to the call."""
+    """The package's own kernel; without ``num_splits`` it chooses the KV splits per call."""
     from flashdreams_kernels.attention import chunk_attention
 
     return chunk_attention(q, k, v, scale=scale, return_lse=return_lse, num_splits=num_splits)
@@ -153,17 +153,17 @@ BACKENDS: Mapping[str, LseBackend] = MappingProxyType(
 """Every backend by name."""
 
 PREFERENCE = ("flash_attn_3", "sdpa_cudnn", "flash_attn", "triton", "sdpa")
-"""Which of two equally fast backends is taken: the former."""
+"""Order of preference among equally fast backends."""
 
 SPLIT_BACKENDS = frozenset({"flash_attn_3", "triton"})
-"""Backends that take ``num_splits``, which is bound at set-up."""
+"""Backends with a parameter ``num_splits``, which is bound at set-up."""
 
 CHOOSES_SPLITS = frozenset({"triton"})
-"""Those of them that fit it to every call where none is bound, which strict does not allow."""
+"""Of these, the ones that choose it per call if none is bound; strict does not allow that."""
 
 
 def bind_kv_splits(name: str, splits: int) -> LseBackend:
-    """A backend with its number of KV splits; one that takes none is returned as it is."""
+    """A backend with its number of KV splits bound; one without splits is returned unchanged."""
     if name in SPLIT_BACKENDS and (splits > 1 or name in CHOOSES_SPLITS):
         return partial(BACKENDS[name], num_splits=splits)  # type: ignore[call-arg]
     return BACKENDS[name]
@@ -172,7 +172,7 @@ def bind_kv_splits(name: str, splits: int) -> LseBackend:
 def why_unusable(
     name: str, device: torch.device, dtype: torch.dtype, head_dim: int = 64
 ) -> str | None:
-    """Why a backend cannot serve tensors of a kind on a device; None if it can.
+    """Why a backend cannot run on a device, dtype and head size; None if it can.
 
     Args:
         name: one of :data:`BACKENDS`.
@@ -224,7 +224,7 @@ def _why_no_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
 
 
 def usable_backends(device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> list[str]:
-    """Names of the backends that can serve, in the order of the table."""
+    """Names of the backends that can run, in the order of the table."""
     return [name for name in BACKENDS if why_unusable(name, device, dtype, head_dim) is None]
 
 
@@ -243,7 +243,7 @@ def resolve_backend(
         head_dim: channels of a head.
 
     Raises:
-        ValueError: no backend of that name, or one that cannot serve here; the message lists all,
+        ValueError: no backend of that name, or one that cannot run here; the message lists all,
             or those that can.
     """
     if name not in BACKENDS:

@@ -24,7 +24,7 @@ from flashdreams.runtime.region import (
 
 @dataclass(frozen=True, kw_only=True)
 class KVCacheSpec:
-    """Size of one layer's cache, said for the whole model: no rank appears in it.
+    """Size of one layer's cache for the whole model, independent of the number of ranks.
 
     A parallel strategy that splits the cache divides the one field that it splits and hands the
     rest on.
@@ -32,7 +32,7 @@ class KVCacheSpec:
 
     batch_size: int
     sink_size_t: int
-    """Latent frames that are kept for ever, from frame 0 on."""
+    """Latent frames that are never evicted, from frame 0 on."""
 
     window_size_t: int
     """Latent frames of the sliding window, the current chunk included, the sink not."""
@@ -43,7 +43,7 @@ class KVCacheSpec:
     dtype: torch.dtype
     device: torch.device
     relative_sink: bool = False
-    """Keep the sink keys as first rotated too, for cache-relative RoPE."""
+    """Also keep the sink keys with their first rotation, for cache-relative RoPE."""
     storage: KVStorage = "native"
     """Keep keys and values in ``dtype``, in INT8 with a scale per token and head, or in e4m3 with a
     fixed scale per head. The stored sink keys beside an fp8 cache are in ``dtype``."""
@@ -63,7 +63,7 @@ class KVCacheSpec:
         return self.batch_size * frame * self.tokens_per_frame * self.num_heads
 
     def new_tokens(self, frames: int) -> Tensor | QuantizedTokens:
-        """Zeros ``[B, tokens, N, D]`` for some latent frames; of an fp8 cache for its wide sink."""
+        """Zeros ``[B, tokens, N, D]`` for some latent frames; native, also of an fp8 cache."""
         shape = self._shape(frames)
         if self.storage == "int8":
             return QuantizedTokens(shape, self.dtype, self.device)
@@ -88,7 +88,7 @@ class KVCacheSpec:
 
 
 class CacheLayout(Protocol):
-    """How a rank's part of a cache becomes the whole and back; an attention core is one."""
+    """Converts between a rank's part of a cache and the whole; an attention core is one."""
 
     def gather_cache(self, x: Tensor) -> Tensor:
         """``[B, slots, N, D]`` of the whole model from this rank's part; a collective call."""
@@ -106,12 +106,12 @@ class CacheLayout(Protocol):
 class KVCache:
     """Keys and values of one layer, ``[B, slots, N, D]``, written in place and never rolled.
 
-    Softmax does not care for the order of keys once the rotation is in them, so the ring needs no
+    Softmax does not depend on the order of keys once they are rotated, so the ring needs no
     unwrapping. In an int8 cache the frames before the current chunk are quantized; the chunk
     attends to its own keys and values as they are.
 
     An fp8 cache has a scale per batch entry and head for queries, keys and values each. Every pass
-    over the first chunk sets them, the clean pass at last; from then on they are fixed.
+    over the first chunk sets them, the clean pass last; from then on they are fixed.
     """
 
     def __init__(
@@ -176,9 +176,9 @@ class KVCache:
 
     @property
     def quantizes_early(self) -> bool:
-        """Whether the core gets queries, keys and values in e4m3.
+        """Whether the core receives queries, keys and values in e4m3.
 
-        It does where scales are fixed and no sink is written, which is kept in ``dtype``, too.
+        True once scales are fixed, unless a sink is written, which is also kept in ``dtype``.
         """
         if self.scales is None or self.cursor.is_rewriting:
             return False
@@ -196,13 +196,13 @@ class KVCache:
 
     @property
     def calibrates(self) -> bool:
-        """Whether the current pass sets the scales: it is one over the first chunk."""
+        """Whether the current pass sets the scales, as every pass over the first chunk does."""
         if self.scales is None:
             return False
         return self.cursor.start == 0 and not self.cursor.is_rewriting
 
     def calibrate(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Set the scales from the first chunk, ``[B, L, N, D]`` each; later nothing; collective.
+        """Set the scales from the first chunk, ``[B, L, N, D]`` each; no-op later; collective.
 
         Args:
             q: rotated queries.
@@ -227,7 +227,7 @@ class KVCache:
         return tuple(None if x is None else quantize(x, scale) for x, scale in pairs)
 
     def stored(self) -> tuple[Tensor, Tensor]:
-        """The visible e4m3 numbers of keys and values of an fp8 cache, ``[B, S, N, D]`` views."""
+        """The visible e4m3 values of keys and values of an fp8 cache, ``[B, S, N, D]`` views."""
         length = self.cursor.visible_tokens
         return self.k.values[:, :length], self.v.values[:, :length]
 
@@ -264,7 +264,7 @@ class KVCache:
     def rotate_sink(self, rotation: Tensor | None = None) -> None:
         """Move the sink to right before the window (cache-relative RoPE).
 
-        Dot products see differences of positions alone, so shifting the sink forward by the
+        Dot products depend on position differences only, so shifting the sink forward by the
         number of evicted frames equals numbering the slots. Always from the stored keys.
 
         Args:
@@ -278,7 +278,7 @@ class KVCache:
         self.k[:, : self.sink_tokens] = apply_rope(self.sink_k[:, :], rotation)
 
     def scatter(self, frame_slots: Sequence[int], first_slot: int = 0) -> None:
-        """Move frame ``i`` of those rewritten to slot ``frame_slots[i]``; one copy, in place.
+        """Move rewritten frame ``i`` to slot ``frame_slots[i]``; one copy, in place.
 
         Slots that are not named keep what they hold. The frames were written from ``first_slot``
         on.
@@ -342,7 +342,7 @@ class KVCache:
         return whole if self.layout is None else self.layout.cache_region(whole)
 
     def canonical_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """What is held of the whole model, frames in the order of their positions, one by one.
+        """The cached tensors of the whole model one by one, frames ordered by position.
 
         A collective call. The frames are those of ``cursor.past_frames()``.
 
@@ -365,7 +365,7 @@ class KVCache:
         Args:
             frames: positions that the tensors hold.
             state: the tensors by name.
-            is_cut: they are this rank's parts already.
+            is_cut: they are already this rank's parts.
 
         Raises:
             ValueError: other frames than this sink and window hold, or another size of model.
@@ -378,11 +378,11 @@ class KVCache:
                 "here. Load it with the sink and window that it was exported with."
             )
         if ("sink_k" in state) != (self.sink_k is not None):
-            raise ValueError("The state and this model differ in relative_rope; set it alike.")
+            raise ValueError("The state and this model differ in relative_rope; set it equally.")
         if self.scales is not None and not bool(self.scales.all()):
             raise ValueError(
-                "The state has no scales of heads: it was exported with precision='native'. Load "
-                "it with that."
+                "The state has no scales per head: it was exported with precision='native'. Load "
+                "it with that setting."
             )
         tokens = self._tokens_of(self._slots_of(held))
         for name, stored in (("k", self.k), ("v", self.v)):
@@ -428,7 +428,7 @@ def __getattr__(name: str) -> Any:
     if name == "CacheCursor":
         warnings.warn(
             "flashdreams.attention.cache.CacheCursor is flashdreams.attention.cursor.Cursor now; "
-            "the old name goes in 0.3.",
+            "the old name will be removed in 0.3.",
             DeprecationWarning,
             stacklevel=2,
         )

@@ -27,26 +27,26 @@ from flashdreams.attention.quantized import KVStorage
 from flashdreams.attention.splits import choose_kv_splits, count_processors
 
 ERROR_BOUNDS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""Largest difference to float32 attention over the same values that is accepted, as a share of the
-reference's largest value; some four roundings of the type, and headroom for TF32."""
+"""Largest accepted difference to float32 attention over the same values, as a fraction of the
+reference's largest value: about four rounding errors of the dtype, with headroom for TF32."""
 
 COMPARED_QUERIES = 64
-"""Queries that are held against the reference, which needs a score for every key."""
+"""Queries that are compared with the reference, which needs a score for every key."""
 
 CLEARLY_FASTER = 1.03
-"""How much faster a backend must be to be taken before one that `PREFERENCE` names earlier; less
-may be noise, and two starts should choose alike."""
+"""How much faster a backend must be to be preferred to one earlier in `PREFERENCE`; smaller
+differences may be noise, and two runs should make the same choice."""
 
 WRITES_SCORES = "sdpa_math"
-"""Backend that holds every score in memory, gigabytes at full size: on a GPU it is not measured."""
+"""Backend that materializes all scores, gigabytes at full size; not measured on a GPU."""
 
 AUTO = "auto"
-"""What a config says to have the backend measured."""
+"""Config value for a measured choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
-    """One attention call as this rank makes it."""
+    """Shape of one attention call of this rank."""
 
     batch_size: int
     queries: int
@@ -57,8 +57,8 @@ class AttentionShape:
     """Heads on this rank."""
     head_dim: int
     storage: KVStorage = "native"
-    """How keys beside the chunk's own are stored. In 8 bits the call of a whole core is
-    measured: the write and the wide copy included."""
+    """How keys beside the chunk's own are stored. For 8-bit caches the call of a whole core is
+    measured, including the write and the dequantized copy."""
 
 
 KVSplitsOf = Callable[[str, AttentionShape], int | None]
@@ -67,7 +67,7 @@ KVSplitsOf = Callable[[str, AttentionShape], int | None]
 
 @dataclass(frozen=True)
 class MeasuredBackend:
-    """What was found out about one candidate."""
+    """The measurement of one candidate."""
 
     name: str
     ms: float | None
@@ -80,7 +80,7 @@ class MeasuredBackend:
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """The backend that was chosen, and why; plain data, so that one rank can tell the others."""
+    """The chosen backend, and why; plain data, so that one rank can send it to the others."""
 
     name: str
     rows: tuple[MeasuredBackend, ...]
@@ -144,21 +144,21 @@ def choose_backend(
     *,
     repeats: int = 10,
 ) -> BackendChoice:
-    """Measure the candidates on the real shape and keep the fastest that is right.
+    """Measure the candidates on the real shape and choose the fastest accurate one.
 
-    A candidate is right if it stays within :data:`ERROR_BOUNDS` of attention in float32. Of those
-    that are nearly as fast as the fastest, the one that `PREFERENCE` names first is kept. Several
-    ranks let rank zero choose and broadcast the name, so that all run the same one.
+    A candidate is accurate if it stays within :data:`ERROR_BOUNDS` of float32 attention. Of those
+    that are nearly as fast as the fastest, the first in `PREFERENCE` is chosen. With several
+    ranks, rank zero chooses and broadcasts the name, so that all run the same one.
 
     Args:
         shape: the call that is made once the window is full.
         device: where it is made.
         dtype: of queries, keys and values.
-        candidates: backends by name; those that cannot serve here are left out with the reason.
+        candidates: backends by name; those that cannot run here are listed with the reason.
         repeats: timed calls of each; the candidates take turns.
 
     Raises:
-        ValueError: the dtype has no bound, or no candidate is right; the message has the table.
+        ValueError: the dtype has no bound, or no candidate is accurate; the message has the table.
     """
     if dtype not in ERROR_BOUNDS:
         allowed = ", ".join(str(t).removeprefix("torch.") for t in ERROR_BOUNDS)
@@ -188,7 +188,7 @@ def _measure(
         known = name in BACKENDS and backend is BACKENDS[name]
         reason = why_unusable(name, device, dtype, shape.head_dim) if known else None
         if known and name == WRITES_SCORES and device.type == "cuda":
-            reason = "not measured: it writes out every score; name it to have it"
+            reason = "not measured: it materializes all scores; select it by name to use it"
         splits = kv_splits_of(name, shape, device) if known else None
         if splits is not None:
             backend = bind_kv_splits(name, splits)
@@ -212,12 +212,12 @@ def _measure(
     )
     choice = BackendChoice(chosen, rows, kv_splits_of(chosen, shape, device))
     if not chosen:
-        raise ValueError(f"No attention backend is right for {shape} here.\n{choice.table()}")
+        raise ValueError(f"No attention backend is accurate for {shape} here.\n{choice.table()}")
     return choice
 
 
 def preferred(times: Mapping[str, float]) -> str:
-    """The first in `PREFERENCE` that no other is clearly faster than; names beyond it come last.
+    """The first in `PREFERENCE` that no other clearly beats; names not in it come last.
 
     Args:
         times: milliseconds by name, at least one.
@@ -260,7 +260,7 @@ def _prepare(
 def _judge(
     call: Callable[[], Tensor], q: Tensor, places: Tensor, expected: Tensor, bound: float
 ) -> tuple[float | None, str | None]:
-    """The error of a candidate, and why it is left out, if it is."""
+    """The error of a candidate, and the reason if it is rejected."""
     try:
         out = call()
     except Exception as caught:
@@ -284,10 +284,10 @@ def check_backend(
     device: torch.device,
     dtype: torch.dtype,
 ) -> MeasuredBackend:
-    """Whether a backend is right at a shape, without timing it; the verdict is "right" if so.
+    """Whether a backend is accurate at a shape, without timing it; if so the verdict is "right".
 
     Args:
-        name: if it is one of the table's, its reasons to be unusable are asked first.
+        name: for a name of the table, its usability is checked first.
         backend: what to call; it may have arguments bound.
         shape: the call.
         device: where it is made.
@@ -308,10 +308,10 @@ def check_backend(
 def draw_inputs(
     shape: AttentionShape, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random queries, keys and values in which single keys matter.
+    """Random queries, keys and values for which single keys matter.
 
-    Attention over thousands of random keys is nearly their mean, where a missing key does not show.
-    So some queries, from the first to the last, point at one key each, from the first to the last:
+    Attention over thousands of random keys is close to their mean, which hides a missing key.
+    So some queries, spread over all of them, point at one key each, spread over all keys:
     their result is that key's value.
     """
     generator = torch.Generator().manual_seed(0)
@@ -329,7 +329,7 @@ def draw_inputs(
 
 
 def compared_places(queries: int) -> Tensor:
-    """The queries that are held against the reference, from the first to the last."""
+    """The queries that are compared with the reference, spread over all of them."""
     count = min(queries, COMPARED_QUERIES)
     return torch.linspace(0, queries - 1, count, dtype=torch.float32, device="cpu").long()
 
@@ -345,8 +345,8 @@ def _time_in_turns(
 ) -> dict[str, float]:
     """Median milliseconds of each call; they have been called once before.
 
-    On CUDA an untimed call goes before the timed one: while the device is busy with it the host
-    launches the other, whose launch is then no part of its time.
+    On CUDA an untimed call precedes the timed one: while the device is busy with it, the host
+    launches the timed one, so the launch is not part of the measured time.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""The attention core: write the cache, attend. The one seam that parallel strategies wrap."""
+"""The attention core: write the cache, attend. Parallel strategies wrap it."""
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ from flashdreams.runtime.region import Region
 class AttentionCore(nn.Module):
     """Attention without projections; owns no parameters, so wrapping it renames none.
 
-    The number of heads is read off the tensors: a shard changes it from outside.
+    The number of heads is taken from the tensors, because sharding changes it.
     """
 
     def __init__(self, head_dim: int, backend: AttentionBackend = sdpa) -> None:
@@ -20,16 +20,16 @@ class AttentionCore(nn.Module):
         self.scale = head_dim**-0.5
         self.backend = backend
         self.strict = False
-        """Whether a head must have the same bits whatever the number of heads."""
+        """Whether a head's result must not depend on the number of heads."""
         self.kv_splits = 1
-        """Shares of the keys that attention to an fp8 cache computes side by side on a GPU."""
+        """KV splits of attention over an fp8 cache on a GPU."""
 
     def new_cache(self, spec: KVCacheSpec, cursor: Cursor) -> KVCache:
-        """Storage for one rollout; a wrapper rewrites the spec on the way in."""
+        """Allocate storage for one rollout; a wrapper changes the spec first."""
         return KVCache(spec, cursor, layout=self)
 
     def gather_cache(self, x: Tensor) -> Tensor:
-        """Cached keys or values of the whole model, of which a core without wrappers holds all.
+        """Cached keys or values of the whole model; a core without wrappers holds all of them.
 
         Args:
             x: ``[B, slots, N, D]``, any number of slots, in whole frames.
@@ -45,11 +45,11 @@ class AttentionCore(nn.Module):
         return region
 
     def share_maxima(self, maxima: Tensor) -> Tensor:
-        """Largest values of all ranks; see `CacheLayout`. A core without wrappers has them all."""
+        """Largest values over all ranks; see `CacheLayout`. Without wrappers, its own."""
         return maxima
 
     def shard_cache(self, x: Tensor) -> Tensor:
-        """What is cached here of keys or values of the whole model: the inverse."""
+        """This rank's part of keys or values of the whole model: the inverse."""
         return x
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -89,7 +89,7 @@ class AttentionCore(nn.Module):
         return attend(q, *cache.stored(), scales, **options, num_splits=self.kv_splits)
 
     def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
-        """Write the current chunk into the cache and attend to nothing; as in ``forward``.
+        """Write the current chunk into the cache without attending; arguments as in ``forward``.
 
         Raises:
             ValueError: the cache still needs the queries of this pass for its scales.
@@ -103,10 +103,10 @@ class AttentionCore(nn.Module):
 
 
 def bind_cores(module: nn.Module, name: str, splits: int | None) -> None:
-    """Fix the KV splits of the cores in a module that run a backend by name.
+    """Set the KV splits of all cores in a module that run a backend by name.
 
     Args:
-        module: a core, or what wraps one; cores with a backend of their own are left alone.
+        module: a core, or a wrapper of one; cores with their own backend are not changed.
         name: one of `flashdreams.attention.backends.BACKENDS`.
         splits: of each call; None, where a backend has none, changes nothing.
     """

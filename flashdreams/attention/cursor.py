@@ -27,7 +27,7 @@ class Cursor:
     oldest frame that is neither in a sink slot nor pinned. Unless something was pinned, that is a
     ring: frame ``p`` is in slot ``p`` while ``p < sink``, else in ``sink + (p - sink) % window``.
 
-    ``begin_step`` starts an AR step, ``advance`` ends it; a step that is begun again overwrites
+    ``begin_step`` starts an AR step, ``advance`` ends it; a step that is started again overwrites
     itself. ``begin_rewrite_chunk`` points at the slots from 0 on, for frames that are computed
     again, and ``end_rewrite`` returns to the current chunk.
 
@@ -49,7 +49,7 @@ class Cursor:
         self.len_t = 0
         self.frames: list[int] = []
         self.pinned: tuple[int, ...] = ()
-        """Latent frames that are not evicted until others are pinned in their place."""
+        """Latent frames that are not evicted until others replace them as pinned."""
         self.slots: Tensor | None = None
         self.frame_slots_written: list[int] = []
         """Slots of the latent frames that are written now, in order."""
@@ -63,17 +63,17 @@ class Cursor:
 
     @property
     def end(self) -> int:
-        """Latent frames seen when the current chunk is counted in."""
+        """Latent frames seen, including the current chunk."""
         return self.start + self.len_t
 
     @property
     def evicted(self) -> int:
-        """Latent frames that have left the window, the current chunk counted in."""
+        """Latent frames that have left the window, including for the current chunk."""
         return max(0, self.end - self.capacity_t)
 
     @property
     def is_full(self) -> bool:
-        """Whether attention reads every slot; it is so from some AR step on."""
+        """Whether attention reads every slot; stays true once the window is full."""
         return self._rewritten_t is None and len(self.frames) == self.capacity_t
 
     @property
@@ -106,7 +106,7 @@ class Cursor:
         return sorted(frame for frame in self.frames if frame < self.start)
 
     def begin_step(self, len_t: int, device: torch.device) -> None:
-        """Point at the slots of the next ``len_t`` latent frames; what they evict is gone.
+        """Point at the slots of the next ``len_t`` latent frames and evict what was there.
 
         Args:
             len_t: latent frames of the chunk.
@@ -139,7 +139,7 @@ class Cursor:
         """Keep latent frames from being evicted, in place of those that were pinned before.
 
         Raises:
-            ValueError: so many that the window would have no room for the next chunk.
+            ValueError: too many, so that the next chunk would not fit in the window.
         """
         if len(frames) + self.len_t > self.window_size_t:
             raise ValueError(
@@ -149,18 +149,18 @@ class Cursor:
         self.pinned = tuple(frames)
 
     def drop_past(self, device: torch.device) -> None:
-        """Forget all but the sink and the current chunk, which moves up and is to be rewritten."""
+        """Drop all frames but the sink and the current chunk, which moves up to be rewritten."""
         sink = [frame for frame in self.frames[: self.sink_size_t] if frame < self.start]
         self.frames = [*sink, *range(self.start, self.end)]
         self.pinned = ()
         self._point_at(self.frame_slots(self.start, self.end), device)
 
     def hold(self, frames: Sequence[int]) -> None:
-        """Say which frames are in the slots from 0 on, after these were written there."""
+        """Record which frames were written to the slots from 0 on."""
         self.frames = list(frames)
 
     def advance(self) -> None:
-        """End the AR step: its frames are clean now and the next chunk comes after them."""
+        """End the AR step: its frames are clean, and the next chunk follows them."""
         self.start = self.end
         self.len_t = 0
 
@@ -186,7 +186,7 @@ class Cursor:
         frames: Sequence[int] | None = None,
         pinned: Sequence[int] = (),
     ) -> None:
-        """Move to between AR steps, after ``start`` latent frames; slots keep their storage.
+        """Set the position to between AR steps, after ``start`` latent frames, in the same storage.
 
         Args:
             start: latent frames seen.
@@ -203,7 +203,7 @@ class Cursor:
         return sorted(held, key=self._ring_slot)
 
     def off_ring(self) -> dict[str, list[int]]:
-        """What ``reset`` needs beside ``start``: nothing, unless something was pinned or moved."""
+        """What ``reset`` needs beside ``start``: nothing unless frames were pinned or moved."""
         if not self.pinned and self.frames == self._ring_frames():
             return {}
         return {"frames": list(self.frames), "pinned": list(self.pinned)}
@@ -224,7 +224,7 @@ class Cursor:
 
 
 class CacheCursor(Cursor):
-    """Deprecated form of `Cursor` with its old calls; goes in 0.3."""
+    """Deprecated form of `Cursor` with its old calls; will be removed in 0.3."""
 
     def place(self, len_t: int, device: torch.device) -> None:
         """Deprecated: ``begin_step``."""
@@ -256,7 +256,7 @@ class CacheCursor(Cursor):
 
 def _deprecated(old: str, new: str) -> None:
     warnings.warn(
-        f"CacheCursor.{old} is Cursor.{new} now; the old name goes in 0.3.",
+        f"CacheCursor.{old} is Cursor.{new} now; the old name will be removed in 0.3.",
         DeprecationWarning,
         stacklevel=3,
     )

@@ -1,4 +1,4 @@
-"""FlashAttention-3, from whichever package has it, with a fixed number of KV splits."""
+"""FlashAttention-3 from any package that provides it, with a fixed number of KV splits."""
 
 import importlib
 import importlib.util
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 MODULES = ("fa3_fwd_interface", "flash_attn_interface")
-"""Modules with the kernels, the preferred one first: the package ``fa3-fwd`` (forward passes alone,
-ready-made), and FlashAttention's own, which is compiled on the spot."""
+"""Modules with the kernels, the preferred one first: the package ``fa3-fwd`` (forward passes only,
+prebuilt), and FlashAttention's own, which is compiled from source."""
 
 HINT = "pip install 'flashdreams[gpu]'"
 
@@ -35,7 +35,7 @@ def flash_attn_3(
         v: ``[B, S, N, D]``.
         scale: factor on the scores.
         return_lse: also return the logarithm of each query's sum of exponentials.
-        num_splits: shares of the keys that are computed side by side and merged, at least 1; the
+        num_splits: KV splits, computed in parallel and merged, at least 1; the
             kernels' own choice (0) would depend on the call.
 
     Raises:
@@ -59,7 +59,7 @@ def flash_attn_3(
 
 
 def installed_modules() -> Iterator[str]:
-    """Those of `MODULES` that are there, looked for one by one; no loading is tried."""
+    """Those of `MODULES` that are installed, without importing them."""
     return (name for name in MODULES if importlib.util.find_spec(name) is not None)
 
 
@@ -87,7 +87,7 @@ def load_flash_attn_3() -> ModuleType:
 def why_flash_attn_3_is_unusable(
     device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> str | None:
-    """Why FlashAttention-3 cannot serve here; None if it can, which loads it."""
+    """Why FlashAttention-3 cannot run here; None if it can. Imports it."""
     names = list(installed_modules())
     if not names:
         return f"FlashAttention-3 is not installed; {HINT}"

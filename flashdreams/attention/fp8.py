@@ -16,7 +16,7 @@ from flashdreams.attention.quantized import least_exponents, power_of_two, scale
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
 HEADROOM = 8.0
-"""How much larger than in the first chunk values may become before they are cut at the largest
+"""How much larger than in the first chunk values may become before they saturate at the largest
 e4m3 number. It costs no accuracy: e4m3 keeps its three bits over 14 powers of two."""
 DESCALES = ("q_descale", "k_descale", "v_descale")
 """Arguments of FlashAttention-3 for the scales, ``[B, N]`` float32."""
@@ -51,12 +51,12 @@ class ScaledTokens:
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Its device."""
         return self.values.device
 
     @property
     def parts(self) -> list[Tensor]:
-        """The stored values, ``[B, ...]``; scales belong to whoever owns them."""
+        """The stored values, ``[B, ...]``; the scales have their own owner."""
         return [self.values]
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -97,7 +97,7 @@ def head_maxima(x: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
-    """Quantize to e4m3, to nearest, ties to even; what is too large is cut, NaN stays NaN.
+    """Quantize to e4m3, to nearest, ties to even; large values saturate, NaN stays NaN.
 
     Args:
         x: ``[B, L, N, D]``.
@@ -191,13 +191,13 @@ def why_no_fp8(device: torch.device, head_dim: int) -> str | None:
     """Why e4m3 attention cannot run on a device; None if it can.
 
     Args:
-        device: where it shall run.
+        device: where it will run.
         head_dim: channels of a head.
     """
     if device.type == "cpu":
         return None
     if device.type != "cuda":
-        return f"it needs a Hopper GPU, or a CPU to look at its error, not {device.type}"
+        return f"it needs a Hopper GPU, or a CPU to evaluate its error, not {device.type}"
     capability = torch.cuda.get_device_capability(device)
     if capability[0] != 9:
         found = ".".join(map(str, capability))

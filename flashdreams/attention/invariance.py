@@ -1,4 +1,4 @@
-"""Whether a backend gives a query the same bits whatever else is computed with it."""
+"""Whether a backend's bits for a query are independent of the rest of the call."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -32,10 +32,10 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def choose_invariant_backend(
     shape: AttentionShape, device: torch.device, dtype: torch.dtype, names: Sequence[str]
 ) -> BackendChoice:
-    """The first backend that is right and invariant; else the first right one, to be tiled.
+    """The first accurate and invariant backend; else the first accurate one, to be tiled.
 
-    KV splits follow from the shape. Processes of any number of ranks come to the same choice, for
-    no clock is asked; rank zero's is broadcast.
+    KV splits follow from the shape. Any number of ranks makes the same choice, because
+    nothing is timed; rank zero's is broadcast.
 
     Args:
         shape: self-attention of the whole model once the window is full.
@@ -47,7 +47,7 @@ def choose_invariant_backend(
         The choice; ``tiled`` says that bits depend on the number of heads or rows.
 
     Raises:
-        ValueError: no backend is right; the message has the table.
+        ValueError: no backend is accurate; the message has the table.
     """
     rows: list[MeasuredBackend] = []
     whole, right = "", ""
@@ -70,7 +70,7 @@ def choose_invariant_backend(
     splits = kv_splits_of(chosen, shape, device, strict=True)
     choice = BackendChoice(chosen, tuple(rows), splits, tiled=not whole)
     if not chosen:
-        raise ValueError(f"No attention backend is right for {shape} here.\n{choice.table()}")
+        raise ValueError(f"No attention backend is accurate for {shape} here.\n{choice.table()}")
     return choice
 
 
@@ -78,11 +78,11 @@ def choose_invariant_backend(
 def find_variance(
     backend: AttentionBackend, shape: AttentionShape, device: torch.device, dtype: torch.dtype
 ) -> str | None:
-    """What the bits of a query of one head depend on beside it; None where on nothing.
+    """What else the bits of a query of one head depend on; None for an invariant backend.
 
     The backend is called at the whole shape and as other numbers of ranks would call it: with
     fewer heads, fewer queries, padded and permuted ones, over a full window, over one chunk and
-    over a prompt. A library picks its kernels by size, so small shapes would prove nothing.
+    over a prompt. Libraries choose kernels by size, so small shapes would prove nothing.
 
     Args:
         backend: right at this shape.
@@ -106,7 +106,7 @@ def find_variance(
 
 
 def fp8_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, num_splits: int = 1) -> Tensor:
-    """Attention as over an fp8 cache, of what is not yet quantized; see `fp8.attend`."""
+    """Attention as over an fp8 cache, for unquantized inputs; see `fp8.attend`."""
     ones = q.new_ones((q.shape[0], q.shape[2]), dtype=torch.float32)
     return attend(
         quantize(q, ones),
@@ -121,7 +121,7 @@ def fp8_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, num_splits: 
 
 
 def check_fp8_invariance(shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse strict runs over an fp8 cache where its attention has bits of its own on each rank.
+    """Refuse strict runs over an fp8 cache if its attention depends on the ranks.
 
     Args:
         shape: as for `find_variance`.
@@ -152,7 +152,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _shares(shape: AttentionShape) -> Iterator[tuple[str, slice, Tensor, int]]:
-    """What differs, heads, places of queries and padding of calls as some rank would make them."""
+    """Description, heads, query indices and padding of the calls that some rank would make."""
     every, length, heads = slice(None), shape.queries, shape.num_heads
     places = torch.arange(length, dtype=torch.int64, device="cpu")
     yield "the call: two equal ones differ", every, places, 0

@@ -20,7 +20,7 @@ class QuantizedTokens:
     """``[B, tokens, N, D]`` in INT8, with one scale per token and head.
 
     Read and written along its tokens like the tensor that it represents: ``x[:, a:b]`` gives new
-    numbers in ``dtype``, assignments and ``index_copy_`` round to what can be stored. Scales are
+    numbers in ``dtype``, assignments and ``index_copy_`` quantize. Scales are
     powers of two, one byte each. So what is read is exact in every ``dtype`` that was written, and
     writing it again changes nothing: moving, exporting and importing tokens lose nothing more.
     """
@@ -101,7 +101,7 @@ def least_exponents(x: Tensor) -> Tensor:
 
 
 def dequantize(values: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
-    """``values * 2 ** exponents`` in ``dtype``: what `quantize` was given, except for its rounding.
+    """``values * 2 ** exponents`` in ``dtype``: the inverse of `quantize`, up to rounding.
 
     Args:
         values: ``[..., D]`` int8.
@@ -114,8 +114,8 @@ def dequantize(values: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
 def scaled(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``values * factor`` in ``dtype``.
 
-    Float16 holds few powers of two. There the product is taken in float32, and where rounding went
-    past the largest float16 it is cut to that.
+    Float16 holds few powers of two. There the multiplication is in float32, and where rounding went
+    past the largest float16 the value saturates.
 
     Args:
         values: ``[..., D]``, 8 bits.

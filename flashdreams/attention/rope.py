@@ -9,7 +9,7 @@ from flashdreams.runtime.transfer import to_device
 def axis_frequencies(head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor, Tensor]:
     """Angular frequencies of the three axes, in radians per position.
 
-    The ``D/2`` complex pairs of a head are shared out as ``[c - 2*(c//3), c//3, c//3]`` for
+    The ``D/2`` complex pairs of a head are divided as ``[c - 2*(c//3), c//3, c//3]`` for
     (time, height, width), and every axis has its own geometric series.
 
     Args:
@@ -53,7 +53,7 @@ class RotaryEmbedding3D(nn.Module):
             frames: ``[T]``, position of each latent frame.
             height: token rows of a frame.
             width: token columns of a frame.
-            device: where the table is wanted.
+            device: of the table.
 
         Returns:
             ``[T * height * width, D/2, 2]`` float32: cosine and sine of every pair's angle.

@@ -1,4 +1,4 @@
-"""Into how many shares the keys of an attention call are cut, by how well waves fill the GPU."""
+"""The number of KV splits of an attention call, by how well its waves fill the GPU."""
 
 import math
 
@@ -10,10 +10,10 @@ TILE_QUERIES = 128
 MAX_SPLITS = 4
 
 COST_OF_A_SPLIT = 0.045
-"""Share of the time that each further split costs, whatever the number of keys."""
+"""Fraction of the time that each further split costs, independent of the number of keys."""
 
 KEYS_PER_COST = 900
-"""The same in proportion to the keys: shares of so many keys cost as much again as they save.
+"""The same in proportion to the keys: splits of so many keys cost as much as they save.
 
 Both are fitted to FlashAttention-3 on an H200, 4680 queries, 12 heads of 128, 1 to 4 splits:
 664, 703, 593, 587 TFLOP/s over 32760 keys, 655 and 666 with 1 and 2 over 14040.
@@ -23,11 +23,11 @@ Both are fitted to FlashAttention-3 on an H200, 4680 queries, 12 heads of 128, 1
 def choose_kv_splits(
     queries: int, keys: int, num_heads: int, batch_size: int, num_processors: int
 ) -> int:
-    """The number of KV splits, 1 to `MAX_SPLITS`, that leaves multiprocessors idle the least.
+    """The number of KV splits, 1 to `MAX_SPLITS`, that keeps multiprocessors busiest.
 
     A call is as many tiles as there are runs of 128 queries, heads and batch entries; they run in
-    waves of one per multiprocessor, and the last wave is rarely full. Twice as many tiles of half
-    the keys fill it better, for the price of a second pass that merges them.
+    waves of one per multiprocessor, and the last wave is rarely full. Twice as many tiles with half
+    the keys fill it better, at the cost of a second pass that merges them.
 
     Args:
         queries: query tokens L of the call.

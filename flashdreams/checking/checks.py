@@ -41,12 +41,12 @@ from flashdreams.infra.runner import RunnerConfig
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a check may look at."""
+    """What a check works on."""
 
     subject: Subject
     bench: Bench
     base: list[Chunk]
-    """A rollout of seed 0, before anything else was run."""
+    """A rollout with seed 0, made before anything else."""
 
 
 WITHOUT_ROLLOUT: dict[str, Callable[[Subject], str]] = {
@@ -71,7 +71,7 @@ WITH_ROLLOUT: dict[str, Callable[[Prepared], str]] = {
     "bad input": lambda p: check_bad_input(p.bench, p.base),
     "two ranks": lambda p: check_ranks(p.subject, p.bench),
 }
-"""Name -> check; each begins rollouts of its own."""
+"""Name -> check; each makes its own rollouts."""
 
 NAMES = (*WITHOUT_ROLLOUT, "rollout", *WITH_ROLLOUT)
 """Of all checks, in order."""
@@ -85,7 +85,7 @@ def check_method(config: RunnerConfig, only: tuple[str, ...] = ()) -> Report:
         only: names of the checks to make; empty for all.
 
     Returns:
-        One result per check. Nothing that the method raises is passed on.
+        One result per check. Errors of the method become results, not exceptions.
 
     Raises:
         ValueError: an unknown name of a check.
@@ -127,7 +127,7 @@ def _prepare(subject: Subject) -> tuple[Prepared | None, Result]:
     def build() -> str:
         bench = subject.open()
         kept.append(Prepared(subject, bench, bench.roll()))
-        return f"built, and {bench.steps} AR steps made"
+        return f"built; {bench.steps} AR steps run"
 
     return (kept[0] if (result := _timed("rollout", build)).verdict == "pass" else None), result
 
@@ -146,13 +146,13 @@ def _timed(name: str, check: Callable[[], str]) -> Result:
         verdict, text = "skip", str(skipped)
     except Exception as error:
         verdict = "FAIL"
-        text = f"it ends in {describe_error(error)}"
+        text = f"it fails with {describe_error(error)}"
     return Result(name, verdict, text, time.perf_counter() - start)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars, log lines or warnings of the many small runs."""
+    """Suppress progress bars, log lines and warnings of the many small runs."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

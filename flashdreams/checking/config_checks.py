@@ -15,7 +15,7 @@ COMPONENTS = ("text_encoder", "image_encoder", "encoder", "decoder")
 
 
 def check_config(subject: Subject) -> str:
-    """The config survives a file and an empty derivation.
+    """The config is unchanged by a file round trip and an empty derivation.
 
     Raises:
         Problem: names the field.
@@ -50,10 +50,10 @@ def _difference(a: Any, b: Any, path: str) -> str | None:
 
 
 def check_meta(subject: Subject) -> str:
-    """Every component is built on the meta device at full size, so that weights come from files.
+    """Every component is built on the meta device at full size, so weights can come from files.
 
     Raises:
-        Problem: names the tensor that is somewhere else.
+        Problem: names the tensor that is on another device.
     """
     pipeline, counts = subject.full.pipeline, []
     configs = {name: getattr(pipeline, name) for name in COMPONENTS}
@@ -69,7 +69,7 @@ def check_meta(subject: Subject) -> str:
             if what != "attribute" and not tensor.is_meta:
                 raise Problem(
                     f"{name}: {tensor_name} is on {tensor.device} after a build on the meta "
-                    "device, so its memory is taken before weights are read. Make it without "
+                    "device, so it takes memory before weights are read. Create it without "
                     "device= and without reading values; fill buffers in init_buffers."
                 )
             if what == "attribute" and tensor.is_meta:
@@ -94,7 +94,7 @@ def _drawn_parts(component: nn.Module) -> tuple[str, ...]:
 
 
 def _check_buffers(subject: Subject) -> None:
-    """``init_buffers`` fills what a build on the meta device leaves empty."""
+    """``init_buffers`` fills the buffers that a build on the meta device leaves empty."""
     pipeline = subject.config.pipeline
     configs = {name: getattr(pipeline, name) for name in COMPONENTS}
     for name, config in {**configs, "transformer": pipeline.diffusion_model.transformer}.items():

@@ -1,4 +1,4 @@
-"""Checks of a network call: whether a GPU could run it, and replay it as a CUDA graph."""
+"""Checks of a network call: whether a GPU can run it and replay it as a CUDA graph."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,15 +25,15 @@ class TracedCall:
 
     @property
     def changes_input(self) -> bool:
-        """Whether a tensor that it was given has other values afterwards."""
+        """Whether the call changed one of its input tensors."""
         return any(not torch.equal(x, before) for x, before in self.given)
 
 
 def check_devices(bench: Bench) -> str:
-    """Tensors of the host and of the device do not meet; found on a CPU by tracing.
+    """Host and device tensors are not mixed; found on a CPU by tracing.
 
     Raises:
-        Problem: where they do.
+        Problem: where they are.
     """
     session = bench.begin()
     names = ("forward",) if isinstance(bench.transformer, CausalTransformer) else _PLAIN
@@ -47,9 +47,9 @@ def check_devices(bench: Bench) -> str:
     for call in traced:
         if call.trace.mixes:
             raise Problem(
-                f"in {call.name}, a tensor made without device= meets one of the device: "
-                f"{_listed(call.trace.mixes)}. On a GPU that is an error. Say "
-                "device=x.device where tensors are made, or .to(x.device) after."
+                f"in {call.name}, a tensor made without device= is mixed with one on the device: "
+                f"{_listed(call.trace.mixes)}. On a GPU that is an error. Pass "
+                "device=x.device where tensors are created, or use .to(x.device)."
             )
     return f"{sum(len(c.trace.calls) for c in traced)} torch calls traced as if on a GPU"
 
@@ -58,11 +58,11 @@ _PLAIN = ("predict_flow", "update_cache")
 
 
 def check_graphs(bench: Bench) -> str:
-    """Two network calls of the steady state are the same calls on the same addresses.
+    """Two network calls in the steady state make the same torch calls on the same addresses.
 
     Raises:
-        Problem: what a replayed CUDA graph would get wrong.
-        Note: a transformer that is never captured, and waits for the device.
+        Problem: what a replayed CUDA graph would compute wrongly.
+        Note: a transformer that is never captured, but waits for the device.
     """
     transformer = bench.transformer
     if not isinstance(transformer, CausalTransformer):
@@ -95,8 +95,8 @@ def _check_inputs(calls: list[TracedCall]) -> None:
     for call in calls:
         if call.changes_input:
             raise Problem(
-                f"{call.name} writes into a tensor that it is given. It is the rollout's own "
-                "latent, and a CUDA graph gets a copy: the two ways would differ. Write "
+                f"{call.name} writes into an input tensor. Eagerly that is the rollout's own "
+                "latent; a CUDA graph gets a copy, so the results would differ. Write "
                 "x = x * 2 instead of x.mul_(2), x *= 2 or x[...] = 2."
             )
 
@@ -112,7 +112,7 @@ def _compare(before: Recorder, after: Recorder) -> None:
     if len(before.calls) != len(after.calls):
         raise Problem(
             f"one AR step makes {len(before.calls)} torch calls per network call, the next "
-            f"{len(after.calls)}. A replayed CUDA graph would repeat the first: decide in "
+            f"{len(after.calls)}. A replayed CUDA graph would repeat the first one: decide in "
             "begin_step, not in forward."
         )
     for old_address, new_address, place in zip(
@@ -120,7 +120,7 @@ def _compare(before: Recorder, after: Recorder) -> None:
     ):
         if old_address != new_address:
             raise Problem(
-                f"from one AR step to the next, a tensor read at {place} is in another place in "
+                f"from one AR step to the next, a tensor read at {place} is at another address in "
                 "memory. A replayed CUDA graph would read the old one. Keep it in storage that is "
                 "written in place (x.copy_(new)), or return it from embed_control."
             )
@@ -142,7 +142,7 @@ def _check_plain(bench: Bench) -> str:
     found = [sync for call in traced for sync in call.trace.syncs]
     if found:
         raise Note(
-            f"the network waits for the device: {_listed(found)}. Each wait leaves a GPU idle; "
+            f"the network waits for the device: {_listed(found)}. Each wait leaves the GPU idle; "
             "compute the value in begin_step, on the host."
         )
     return "no waits for the device; the transformer is no CausalTransformer, so never captured"
@@ -176,7 +176,7 @@ def _traced(module: Any, names: tuple[str, ...], into: list[TracedCall]) -> Iter
 
 
 def _as_given(x: Any, trace: Recorder) -> Any:
-    """Arguments are copied into a graph for every call; a timestep is a number of the host."""
+    """Arguments are copied into a graph for every call; a timestep is a host number."""
     if not isinstance(x, Tensor):
         return x
     if x.ndim == 0:

@@ -1,4 +1,4 @@
-"""Checks of a method on two ranks: equality, and what a plan left out."""
+"""Checks of a method on two ranks: equality, and omissions of its plan."""
 
 import re
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ TOLERANCE = 1e-5
 """Largest difference of float32 latents on two ranks, as a share of the largest latent."""
 
 STATE_TOLERANCE = 1e-2
-"""The same for saved state, which a decoder amplifies; a wrong style is far beyond it."""
+"""The same for saved state, which a decoder amplifies; a wrong style exceeds it by far."""
 
 RANKS = 2
 LIMIT_S = 120.0
 MAX_TRIALS = 12
-"""Additions to a plan that are tried out."""
+"""Maximum number of additions to a plan that are tried."""
 
 WAYS: dict[str, dict[str, Any]] = {
     "ulysses": {"ulysses_degree": 2, "ring_degree": 1, "tensor_parallel_degree": 1},
@@ -32,22 +32,22 @@ WAYS: dict[str, dict[str, Any]] = {
     "tensor": {"ulysses_degree": 1, "ring_degree": 1, "tensor_parallel_degree": 2},
     "guidance": {"cfg_parallel_degree": 2},
 }
-"""How two ranks may share a rollout."""
+"""A way to split a rollout over two ranks."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """What rank zero of two has seen."""
+    """The results on rank zero of two."""
 
     chunks: list[Chunk]
     installed: dict[str, int]
-    """What was put into the transformer."""
+    """What was installed in the transformer."""
     state: RolloutState | None
     """The saved rollout; None for state that cannot be saved."""
 
 
 def roll_on_ranks(subject: Subject, degrees: dict[str, Any], steps: int) -> Ranks:
-    """A rollout on the ranks that there are; runs in processes of their own."""
+    """A rollout on all ranks; runs in separate processes."""
     bench = subject.open(**degrees)
     session = bench.begin()
     chunks = [bench.step(session) for _ in range(steps)]
@@ -60,11 +60,11 @@ def roll_on_ranks(subject: Subject, degrees: dict[str, Any], steps: int) -> Rank
 
 
 def check_ranks(subject: Subject, bench: Bench) -> str:
-    """Two ranks make the latents of one, in every way that the plan and the heads allow.
+    """Two ranks give the latents of one, for every split that the plan and the heads allow.
 
     Raises:
-        Problem: what differs, and what the plan leaves out.
-        Skipped: nothing can be shared.
+        Problem: what differs, and what the plan omits.
+        Skipped: nothing can be split.
     """
     plan = bench.transformer.parallel_plan()
     steps = bench.steps
@@ -86,15 +86,15 @@ def check_ranks(subject: Subject, bench: Bench) -> str:
         heads = getattr(subject.transformer, "num_heads", None)
         raise Skipped(
             "the transformer has no parallel plan, so every rank computes all of it. Write "
-            "parallel_plan() to share the work."
+            "parallel_plan() to split the work."
             if plan is None
-            else f"{RANKS} ranks cannot share {heads} heads"
+            else f"{RANKS} ranks cannot split {heads} heads"
         )
     return f"{steps} AR steps within {TOLERANCE:g} of one rank: {'; '.join(done)}"
 
 
 def _what(installed: dict[str, int]) -> str:
-    return ", ".join(f"{count} x {what}" for what, count in installed.items()) or "nothing to cut"
+    return ", ".join(f"{count} x {what}" for what, count in installed.items()) or "nothing to split"
 
 
 def _is_possible(
@@ -142,7 +142,7 @@ def _attempt(
     try:
         found = run_ranks(roll_on_ranks, RANKS, subject, degrees, steps, timeout_s=LIMIT_S)[0]
     except RankError as error:
-        return None, f"the rollout ends in {_last_line(str(error))}"
+        return None, f"the rollout fails with {_last_line(str(error))}"
     except TimeoutError:
         return None, f"the rollout did not end within {LIMIT_S:g} s: the ranks wait for each other"
     off = relative_error(found.chunks, base[:steps])
@@ -165,7 +165,7 @@ def _last_line(trace: str) -> str:
 def _diagnose(
     subject: Subject, bench: Bench, way: str, degrees: dict[str, Any], base: list[Chunk]
 ) -> str:
-    """What the plan leaves out: additions are tried out until one makes the ranks agree."""
+    """What the plan omits: additions are tried until one makes the ranks agree."""
     plan = bench.transformer.parallel_plan()
     if plan is None or way == "guidance":
         return "Look for state that is kept per branch of guidance on a module."
@@ -184,9 +184,9 @@ def _diagnose(
             '"norm", and head counts must be taken from tensor shapes, not from the config.'
         )
     return (
-        f"No single addition to the plan mends it. Modules whose output has all {tokens} tokens: "
-        f"{names or 'none'}. Each tensor with that dim that meets the split tokens must be split: "
-        "name its module in the plan's split, or wrap the operation in a module of its own."
+        f"No single addition to the plan fixes it. Modules whose output has all {tokens} tokens: "
+        f"{names or 'none'}. Each of these that is combined with split tokens must be split: "
+        "name its module in the plan's split, or wrap the operation in a separate module."
     )
 
 
@@ -225,7 +225,7 @@ def _additions(
     outputs: dict[str, tuple[int, ...]],
     tokens: int,
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Fields of a plan to add, each with the words for it; the likely ones first."""
+    """Fields of a plan to add, each with its description; the likely ones first."""
     if way == "tensor":
         yield from _tensor_additions(transformer, plan)
         return
@@ -274,7 +274,7 @@ def _matched(globs: Any, names: set[str]) -> set[str]:
 
 
 def _compare_states(found: RolloutState, expected: RolloutState, way: str) -> None:
-    """A rollout that two ranks save is the one that one rank saves.
+    """Two ranks save the same rollout as one rank.
 
     Raises:
         Problem: names the field.
@@ -303,7 +303,7 @@ def _compare_states(found: RolloutState, expected: RolloutState, way: str) -> No
 
 
 def warm_forkserver() -> None:
-    """Let the process that ranks come from import what they need, beside other checks."""
+    """Let the forkserver import what ranks need while other checks run."""
     import multiprocessing
     from multiprocessing.forkserver import ensure_running
 

@@ -22,11 +22,11 @@ class Problem(Exception):
 
 
 class Note(Exception):
-    """Something that a method works without, and what it loses."""
+    """Something that a method works without, and which feature it lacks."""
 
 
 class Skipped(Exception):
-    """A check that does not concern the method, or cannot be made; the message says why."""
+    """A check that does not apply to the method, or cannot run; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Result:
     check: str
     """Its name."""
     verdict: Verdict
-    """``"note"``: the method runs, but something will not be possible with it."""
+    """``"note"``: the method runs, but lacks a feature."""
     text: str
-    """What was seen; of a failure, what to change."""
+    """The observation; for a failure, what to change."""
     seconds: float = 0.0
     """How long it took."""
 
@@ -49,7 +49,7 @@ class Report:
 
     slug: str
     size: str
-    """What ran: the method as it is, or how it was made small."""
+    """What ran: the method as registered, or how it was scaled down."""
     results: Sequence[Result]
 
     @property

@@ -23,10 +23,10 @@ from flashdreams.infra.decoder.base import StreamingDecoder
 from flashdreams.infra.state import StateError
 
 SPLIT_ERROR = 1e-4
-"""Largest difference, on the scale of -1 to 1, between a decode in one piece and one in parts."""
+"""Largest difference, on a scale of -1 to 1, between decoding at once and in parts."""
 
 LARGE = 100.0
-"""Factor on the noise of a rollout whose values are far out."""
+"""Noise factor of the rollout with large values."""
 
 RANGE_MARGIN = 1e-3
 """By how much frames may leave [-1, 1]; the video clips them."""
@@ -55,7 +55,7 @@ def check_shapes(subject: Subject, bench: Bench) -> str:
             if resizable:
                 raise Problem(
                     f"a latent of {other[0]}x{other[1]} fails with {describe_error(error)}. "
-                    "--height and --width promise other sizes: derive every size from the config."
+                    "--height and --width allow other sizes: derive every size from the config."
                 ) from error
             return f"{sizes[0]}; one size only (its config has no height and width)"
     return f"{sizes[0]}; also at latents of {', '.join(f'{h}x{w}' for h, w in others)}"
@@ -84,9 +84,9 @@ def _check_chunks(subject: Subject, bench: Bench, chunks: list[Chunk]) -> str:
         if pixels.shape[1] != len(chunk.frames):
             raise Problem(
                 f"the decoder makes {pixels.shape[1]} frames of AR step {index}, and its "
-                f"frame_count announces {len(chunk.frames)} (frames {chunk.frames.start} to "
+                f"frame_count gives {len(chunk.frames)} (frames {chunk.frames.start} to "
                 f"{chunk.frames.stop - 1}). Override frame_count(latent_frames): pixel frames that "
-                "the first latent frames of a rollout decode to. Cameras are steered by it."
+                "the first latent frames of a rollout decode to. Controllers depend on it."
             )
         largest = float(pixels.abs().max())
         if largest > 1 + RANGE_MARGIN:
@@ -95,7 +95,7 @@ def _check_chunks(subject: Subject, bench: Bench, chunks: list[Chunk]) -> str:
                 "255 by x / 127.5 - 1, and clamp what may leave the range."
             )
     if len(pictures) > 1 and bench.has_decoder:
-        raise Problem(f"the picture's size changes within a rollout: {sorted(pictures)}.")
+        raise Problem(f"the frame size changes within a rollout: {sorted(pictures)}.")
     count = sum(chunk.pixels.shape[1] for chunk in chunks if chunk.pixels is not None)
     return f"{len(chunks)} AR steps, {count} frames, latents {list(expected)}"
 
@@ -117,30 +117,30 @@ def check_determinism(bench: Bench, base: list[Chunk]) -> str:
         if not same_bits(base, other):
             raise Problem(
                 f"two rollouts of seed 0 differ {first_difference(other, base)}. Take randomness "
-                "from the noise that the pipeline hands in, never from torch.rand, torch.randn, "
-                "dropout or numpy; keep sets and hash() out of the computation, "
-                "and counters out of globals."
+                "from the noise that the pipeline passes, never from torch.rand, torch.randn, "
+                "dropout or numpy; do not use sets or hash() in the computation, "
+                "or global counters."
             )
     if not kept:
         raise Problem(
-            "a rollout draws from a generator of the whole program (torch's, numpy's or "
-            "random's) or seeds it, so the program around gets other numbers, and a CUDA graph "
-            "cannot be captured. Take randomness from the noise that the pipeline hands in, or "
-            "from a torch.Generator of your own."
+            "a rollout draws from or seeds a global generator (torch's, numpy's or "
+            "random's), so the calling program gets other numbers, and a CUDA graph "
+            "cannot be captured. Take randomness from the noise that the pipeline passes, or "
+            "from your own torch.Generator."
         )
-    return f"{len(base)} AR steps, three times the same bits"
+    return f"{len(base)} AR steps, the same bits three times"
 
 
 def _generator_states() -> tuple[bytes, str, Any]:
-    """Of the generators that a whole program shares."""
+    """The states of the global generators."""
     return torch.get_rng_state().numpy().tobytes(), str(np.random.get_state()), random.getstate()
 
 
 def check_interleaving(bench: Bench, base: list[Chunk]) -> str:
-    """Two rollouts that take turns are those that ran alone.
+    """Two interleaved rollouts equal the same rollouts run alone.
 
     Raises:
-        Problem: from which AR step on they mix.
+        Problem: from which AR step on they differ.
     """
     alone = bench.roll(seed=1)
     sessions = (bench.begin(0), bench.begin(1))
@@ -151,16 +151,16 @@ def check_interleaving(bench: Bench, base: list[Chunk]) -> str:
     for chunks, expected in zip(turns, (base, alone), strict=True):
         if not same_bits(chunks, expected):
             raise Problem(
-                "two rollouts that take turns on one pipeline mix, "
-                f"{first_difference(chunks, expected)}. Something of a rollout is kept on a "
+                "two interleaved rollouts on one pipeline differ from rollouts run alone, "
+                f"{first_difference(chunks, expected)}. Some rollout state is kept on a "
                 "module, in a default argument or in a global: keep it in what initialize_cache "
                 "returns."
             )
-    return f"{bench.steps} AR steps of two rollouts in turns"
+    return f"{bench.steps} AR steps of two interleaved rollouts"
 
 
 def check_chunk_split(bench: Bench) -> str:
-    """A streaming decoder gives the same frames whether latents come in few or many parts.
+    """A streaming decoder gives the same frames for few or many parts.
 
     Raises:
         Problem: the largest difference.
@@ -168,7 +168,7 @@ def check_chunk_split(bench: Bench) -> str:
     """
     decoder = bench.pipeline.decoder
     if not isinstance(decoder, StreamingDecoder):
-        return "the decoder keeps no state: every chunk is decoded alone"
+        return "the decoder has no state: every chunk is decoded separately"
     shape = list(bench.transformer.latent_shape(1))
     shape[2] = 4 * max(1, shape[2])
     latent = torch.randn(shape, **PLAIN, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
@@ -189,7 +189,7 @@ def check_chunk_split(bench: Bench) -> str:
             raise Problem(
                 f"{shape[2]} latent frames decode to {whole.shape[1]} frames at once and to "
                 f"{frames.shape[1]} in parts of {part}. A streaming decoder keeps the trailing "
-                "frames of its causal layers in its cache, so that the parts join."
+                "frames of its causal layers in its cache, so that the parts match."
             )
         error = float((frames - whole).abs().max())
         if not error <= SPLIT_ERROR:
@@ -232,7 +232,7 @@ def check_snapshot(bench: Bench, base: list[Chunk]) -> str:
         expected = base[half:]
         if not same_bits(found, expected):
             raise Problem(
-                f"a rollout that is {how} after {half} AR steps continues otherwise, "
+                f"a rollout that is {how} after {half} AR steps continues differently, "
                 f"{first_difference(found, expected)} of the rest. Some state is not in the fields "
                 'of what initialize_cache returns, or is declared "rebuilt" and is not rebuilt by '
                 "begin_step."
@@ -253,7 +253,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def check_default_dtype(subject: Subject, bench: Bench, base: list[Chunk]) -> str:
-    """The program around the method may have set torch's default type.
+    """The calling program may have set torch's default dtype.
 
     Raises:
         Problem: where the rollout differs.
@@ -264,7 +264,7 @@ def check_default_dtype(subject: Subject, bench: Bench, base: list[Chunk]) -> st
                 found = bench.roll()
             except Exception as error:
                 raise Problem(
-                    f"under torch.set_default_dtype({dtype}) a rollout ends in "
+                    f"under torch.set_default_dtype({dtype}) a rollout fails with "
                     f"{describe_error(error)}. {_SAY_DTYPE}"
                 ) from error
         if not same_bits(found, base):
@@ -272,15 +272,15 @@ def check_default_dtype(subject: Subject, bench: Bench, base: list[Chunk]) -> st
                 f"under torch.set_default_dtype({dtype}) the rollout differs by "
                 f"{relative_error(found, base):.1e} {first_difference(found, base)}. {_SAY_DTYPE}"
             )
-    return "the same bits under float64 and bfloat16 as default type"
+    return "the same bits with float64 and bfloat16 as default dtype"
 
 
 def check_bfloat16(subject: Subject) -> str:
-    """The transformer runs in bfloat16, in which a GPU runs it; on a CPU all else is in float32.
+    """The transformer runs in bfloat16, as on a GPU; everything else is in float32.
 
     Raises:
-        Problem: it ends in an error, or not in finite float32 latents.
-        Note: the same of a method that is registered in float32.
+        Problem: it fails, or its latents are not finite float32.
+        Note: the same for a method that is registered in float32.
     """
     typed = subject.full.pipeline.diffusion_model.transformer.dtype
     try:
@@ -288,28 +288,28 @@ def check_bfloat16(subject: Subject) -> str:
         chunks = bench.roll(steps=min(2, bench.steps))
     except Exception as error:
         text = (
-            f"in bfloat16 a rollout ends in {describe_error(error)}. Make tensors in the type of "
-            "those that they meet (dtype=x.dtype, .to(self.dtype)), and cast once after what needs "
+            f"in bfloat16 a rollout fails with {describe_error(error)}. Make tensors in the type "
+            "of their operands (dtype=x.dtype, .to(self.dtype)), and cast once after what needs "
             "float32."
         )
         raise (Note if typed == "float32" else Problem)(text) from error
     for chunk in chunks:
         if chunk.latent is None or chunk.latent.dtype != torch.float32:
-            raise Problem("in bfloat16 the latent is no float32: predict_flow ends with .float().")
+            raise Problem("in bfloat16 the latent is not float32; return .float() in predict_flow.")
     return f"{len(chunks)} AR steps"
 
 
 _SAY_DTYPE = (
-    "Say dtype= where tensors are made (torch.arange, linspace, zeros, tensor, full), and divide "
+    "Pass dtype= where tensors are made (torch.arange, linspace, zeros, tensor, full), and divide "
     "integers only after .float()."
 )
 
 
 def check_large_noise(bench: Bench) -> str:
-    """Values far beyond noise are no NaN.
+    """Large values do not become NaN.
 
     Raises:
-        Note: they are.
+        Note: they do.
     """
     session = bench.begin()
     drawn = session.cache.diffusion.noise
@@ -322,18 +322,18 @@ def check_large_noise(bench: Bench) -> str:
         text = describe_error(error)
     if text:
         raise Note(
-            f"noise {LARGE:g} times as large as usual ends in {text}. Latents of a long rollout "
+            f"noise {LARGE:g} times as large as usual gives {text}. Latents of a long rollout "
             "may grow: keep exp, powers and divisions in range (norms, clamp, softmax)."
         )
     return f"noise {LARGE:g} times as large gives finite latents"
 
 
 def check_bad_input(bench: Bench, base: list[Chunk]) -> str:
-    """NaN stays in its rollout, and input that cannot be right is refused in words.
+    """NaN stays in its rollout, and invalid input is refused with a clear message.
 
     Raises:
-        Problem: what was let pass.
-        Note: an input that ends in an error of torch instead of words.
+        Problem: what was accepted.
+        Note: an input that causes an error of torch instead of a clear message.
     """
     _check_nan_stays(bench, base)
     conditions = bench.conditions()
@@ -383,8 +383,8 @@ def _check_nan_stays(bench: Bench, base: list[Chunk]) -> None:
     after = bench.roll()
     if not same_bits(after, base):
         raise Problem(
-            "after a rollout with NaN in its noise, the next rollout is another one "
-            f"{first_difference(after, base)}. Something that was computed stays on a module."
+            "after a rollout with NaN in its noise, the next rollout differs "
+            f"{first_difference(after, base)}. A computed value stays on a module."
         )
 
 
@@ -401,4 +401,4 @@ def _expect_refusal(call: Any, what: str) -> None:
     if text is None:
         raise Problem(f"{what} is accepted. Name context in the signature of initialize_cache.")
     if not text.startswith(("ValueError", "TypeError")):
-        raise Problem(f"{what} ends in {text} instead of a ValueError that says what is allowed.")
+        raise Problem(f"{what} causes {text} instead of a ValueError that says what is allowed.")

@@ -18,7 +18,7 @@ from flashdreams.models.wan.vae import WanVAEConfig
 from flashdreams.runtime.checkpoint import CheckpointConfig, find_local
 
 MAX_PARAMETERS = 20_000_000
-"""Components of up to so many parameters run as they are."""
+"""Components with at most this many parameters run unchanged."""
 
 TRANSFORMER_SIZES = {
     "dim": 48,
@@ -55,17 +55,17 @@ class SmallPipeline:
 
     config: StreamInferencePipelineConfig
     shrunk: tuple[str, ...]
-    """Components that were made small."""
+    """Components that were scaled down."""
     text_size: tuple[int, int] | None
-    """Rows and channels of embeddings to give in place of prompts; None: the text encoder runs."""
+    """Rows and channels of embeddings that replace prompts; None: the text encoder runs."""
 
 
 def small_pipeline(config: StreamInferencePipelineConfig) -> SmallPipeline:
     """A pipeline of the same classes that needs no download, in float32.
 
-    Components with more than :data:`MAX_PARAMETERS` are made small: by ``tiny()`` of their config
-    where it has that method, which returns a small variant, else by the names of their fields.
-    Weights that are not on this machine are drawn. A text encoder that needs a file is left out.
+    Components with more than :data:`MAX_PARAMETERS` are scaled down: by ``tiny()`` of their config
+    if it has that method, which returns a small variant, else by known fields.
+    Weights that are not on this machine are random. A text encoder that needs a file is omitted.
 
     Args:
         config: at full size.
@@ -73,7 +73,7 @@ def small_pipeline(config: StreamInferencePipelineConfig) -> SmallPipeline:
     Raises:
         ValueError: a component stays large, or the fields that were changed do not fit together.
     """
-    # What conditions a transformer has to fit it, so everything is small or nothing.
+    # Conditioning must fit the transformer, so either everything is small or nothing.
     transformer: Any = config.diffusion_model.transformer
     everything = parameter_count(transformer) > MAX_PARAMETERS
     shrunk: list[str] = []
@@ -105,7 +105,7 @@ def parameter_count(config: ComponentConfig) -> int:
 
 
 def _small(config: Any, name: str, everything: bool, shrunk: list[str]) -> Any:
-    """A component's config in float32, small if it has to be, without absent checkpoints."""
+    """A component's config in float32, scaled down if needed, without absent checkpoints."""
     large = parameter_count(config) > MAX_PARAMETERS
     if large or everything:
         tiny = getattr(config, "tiny", None)
@@ -113,7 +113,7 @@ def _small(config: Any, name: str, everything: bool, shrunk: list[str]) -> Any:
         if large and parameter_count(smaller) > MAX_PARAMETERS:
             raise ValueError(
                 f"{name}: {type(config).__name__} has {parameter_count(config) / 1e6:.0f} million "
-                "parameters and none of its fields is known to make it small. Give the config a "
+                "parameters and no known field to scale it down. Give the config a "
                 "method tiny(self) that returns a small variant, for example with derive_config."
             )
         if smaller != config:

@@ -23,7 +23,7 @@ def check_modules(bench: Bench) -> str:
     Raises:
         Problem: module and attribute that a rollout changed.
     """
-    bench.roll(seed=2)  # what is made once, such as a table of sines, is made now
+    bench.roll(seed=2)  # what is created once, such as a table of sines, is created now
     count = 0
     before = {name: _contents(part) for name, part in bench.pipeline.components().items()}
     bench.roll(seed=3)
@@ -33,10 +33,10 @@ def check_modules(bench: Bench) -> str:
         for place in {**before[name], **after}:
             if before[name].get(place) != after.get(place):
                 raise Problem(
-                    f"{name}: a rollout changes {place}. State of a rollout belongs in what "
+                    f"{name}: a rollout changes {place}. The state of a rollout belongs in what "
                     "initialize_cache returns, never on a module: another rollout would read it."
                 )
-    return f"{count} attributes, buffers and parameters are as before a rollout"
+    return f"{count} attributes, buffers and parameters are unchanged by a rollout"
 
 
 def _contents(component: nn.Module) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _form(value: Any, depth: int) -> Any:
 
 
 def check_state_styles(bench: Bench) -> str:
-    """Every field of a rollout's state says how ranks hold it, and holds what it says.
+    """Every field of a rollout's state declares a style, and the style fits the field.
 
     Raises:
         Problem: a style that does not fit.

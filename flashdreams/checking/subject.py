@@ -1,4 +1,4 @@
-"""What is checked: a registered method, made small, and rollouts of it."""
+"""The object of the checks: a registered method, scaled down, and its rollouts."""
 
 import contextlib
 import dataclasses
@@ -25,13 +25,13 @@ PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 """Of tensors that a method is given."""
 
 MAX_STEPS = 9
-"""AR steps of a checked rollout, at most; as many as fill the window and evict once, if fewer."""
+"""Most AR steps of a checked rollout; fewer if they fill the window and evict once."""
 
 EXAMPLE_INPUT: dict[str, Any] = {"test_image": True, "actions": "w9 l5 wj8 d24 wl24"}
 """Values for fields of a runner's config that a user has to fill in."""
 
 STREAMED = {"pose_mode": "streaming"}
-"""Values of fields that choose between a path known beforehand and one that is streamed."""
+"""Values of fields that choose between a path known in advance and a streamed one."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Subject:
 
 @contextlib.contextmanager
 def _changed_plan(config: RunnerConfig, changes: Mapping[str, Any]) -> Iterator[None]:
-    """Let the transformer's class give a plan with other fields, while a pipeline is built."""
+    """Change fields of the transformer's plan while a pipeline is built."""
     kind = config.pipeline.diffusion_model.transformer._target
     if not changes:
         yield
@@ -146,7 +146,7 @@ class Bench:
         return session
 
     def submit(self, session: Session, first_frame: int) -> None:
-        """Tell a session what is due from a pixel frame on."""
+        """Submit commands to a session from a pixel frame on."""
         if self.runner.is_rank_zero and session.controller is not None:
             for command in self.runner.commands():
                 if command.at_frame is None or command.at_frame >= first_frame:
@@ -188,14 +188,14 @@ class Chunk:
 
 
 def same_bits(a: list[Chunk], b: list[Chunk]) -> bool:
-    """Whether two rollouts made the same latents and frames."""
+    """Whether two rollouts have the same latents and frames."""
     pairs = [(x.latent, y.latent) for x, y in zip(a, b, strict=True)]
     pairs += [(x.pixels, y.pixels) for x, y in zip(a, b, strict=True)]
     return all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)
 
 
 def first_difference(a: list[Chunk], b: list[Chunk]) -> str:
-    """Where two rollouts part, for a message."""
+    """Where two rollouts begin to differ, for a message."""
     for index, (x, y) in enumerate(zip(a, b, strict=True)):
         if not same_bits([x], [y]):
             return f"from AR step {index} on (largest difference {relative_error([x], [y]):.1e})"
@@ -240,8 +240,8 @@ def new_subject(full: RunnerConfig, folder: Path) -> Subject:
 def _with_drawn_weights(pipeline: Any, folder: Path) -> Any:
     """The pipeline with a file for the transformer's weights, where it has none.
 
-    Parameters that begin as zeros are drawn too: what they multiply would be checked for nothing.
-    A file lets the checks go the way of real weights: built on meta, loaded, cut over ranks.
+    Zero-initialised parameters are random too: otherwise their inputs would not be checked.
+    With a file, the checks follow the path of real weights: meta build, load, split over ranks.
     """
     config = pipeline.diffusion_model.transformer
     if config.checkpoint is not None:

@@ -1,4 +1,4 @@
-"""A record of the torch calls that a network makes, with what a GPU would mind about them."""
+"""A record of the torch calls of a network, with those that a GPU could not run well."""
 
 import traceback
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ FACTORIES = frozenset(
     {"arange", "zeros", "ones", "full", "tensor", "linspace", "logspace", "empty", "eye", "rand",
      "randn", "randint", "randperm", "scalar_tensor", "as_tensor", "from_numpy"}
 )  # fmt: skip
-"""Functions that make tensors on the host unless they are told a device."""
+"""Functions that create tensors on the host by default."""
 
 SYNCS = frozenset(
     {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__",
@@ -30,21 +30,21 @@ MOVES = frozenset({"to", "cuda", "type_as"})
 READ_ONLY = frozenset({"__get__", "size", "dim", "stride", "data_ptr", "numel", "is_contiguous",
                        "element_size", "__len__", "is_floating_point", "storage_offset", "ndim",
                        "shape", "requires_grad_"})  # fmt: skip
-"""Functions that look at a tensor's form, not at its values."""
+"""Functions that read a tensor's metadata, not its values."""
 
 
 class Recorder(TorchFunctionMode):
-    """Records torch calls; plays a CPU as if it were a GPU.
+    """Records torch calls on a CPU as if it were a GPU.
 
-    Tensors that exist beforehand are those of the device. A tensor that is made without ``device=``
-    is one of the host until it is moved with ``.to``; using both in one operation, and asking for
-    the value of a device tensor, are noted with their places.
+    Existing tensors count as device tensors. A tensor that is created without ``device=``
+    is a host tensor until it is moved with ``.to``; using both in one operation, and reading
+    the value of a device tensor, are recorded with their source locations.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
-        """Name and everything but the values of tensors."""
+        """Name and all arguments except the values of tensors."""
         self.places: list[str] = []
         """Where each call is in the source."""
         self.read: list[int] = []
@@ -53,7 +53,7 @@ class Recorder(TorchFunctionMode):
         self.syncs: list[str] = []
         """Places where the host waits for the device."""
         self.mixes: list[str] = []
-        """Places where a tensor of the host meets one of the device."""
+        """Places where a host tensor is combined with a device tensor."""
         self._key = object()
         self.ignored: set[int] = set()
         """Addresses that may change: arguments that are copied for every call."""
@@ -102,11 +102,11 @@ class Recorder(TorchFunctionMode):
         device = [x for x in inputs if not getattr(x, _HOST, False)]
         where = kwargs.get("device")
         told = where is not None or any(isinstance(a, torch.device) for a in args[1:])
-        if where == "cpu":  # x.device is no string
+        if where == "cpu":  # x.device is not a string
             told = False
         moved = name in MOVES and (told or any(isinstance(a, Tensor | str) for a in args[1:]))
         if moved and isinstance(out, Tensor) and getattr(out, _HOST, False):
-            out = out.view(out.shape)  # a tensor of its own: the host's stays where it is
+            out = out.view(out.shape)  # a new tensor: the host tensor stays on the host
             setattr(out, _HOST, False)
         on_host = (name in FACTORIES and not told and not device) or (
             bool(inputs) and not device and not moved

@@ -1,4 +1,4 @@
-"""Assembly: what happens to a pipeline once, before its first rollout."""
+"""Assembly of a pipeline: what happens once, before its first rollout."""
 
 import contextlib
 import logging
@@ -38,18 +38,18 @@ from flashdreams.runtime.cuda_graph import GraphedCallable
 from flashdreams.runtime.grad_mode import without_grad
 
 HEAD_FIELDS = ("num_heads", "num_attention_heads", "n_heads", "heads")
-"""Fields of a transformer's config that may give its attention heads; the first that is there."""
+"""Fields of a transformer's config that may give its attention heads; the first one counts."""
 
 logger = logging.getLogger(__name__)
 
 INIT_SEED = 0
-"""Seed of weights that no checkpoint gives, so that every rank draws the same ones."""
+"""Seed of weights without a checkpoint, so that every rank draws the same ones."""
 
 _DRAWING = threading.RLock()
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device of a name; ``"auto"`` is CUDA where there is one, else the CPU."""
+    """The device for a name; ``"auto"`` is CUDA if available, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
@@ -64,8 +64,8 @@ def count_heads(transformer: Any) -> int | None:
     plan = transformer.parallel_plan()
     if plan is not None and plan.attention and process_count() > 1:
         logger.warning(
-            "%s has no field num_heads, so its heads are not cut: no Ulysses, no tensor "
-            "parallelism. Give it one, or a property of that name.",
+            "%s has no field num_heads, so its heads are not split: no Ulysses, no tensor "
+            "parallelism. Add the field, or a property of that name.",
             type(transformer.config).__name__,
         )
     return None
@@ -73,7 +73,7 @@ def count_heads(transformer: Any) -> int | None:
 
 @contextlib.contextmanager
 def plain_defaults() -> Iterator[None]:
-    """Build under PyTorch's own default type and device, whatever the program has set."""
+    """Build with PyTorch's original default dtype and device, whatever the program has set."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -84,9 +84,9 @@ def plain_defaults() -> Iterator[None]:
 
 
 class Assembly(nn.Module):
-    """The components of a pipeline, and how they come to be ready.
+    """The components of a pipeline, from construction to warm-up.
 
-    Life: construction (on meta where a checkpoint gives the weights) -> ``parallelize`` -> ``load``
+    Life: construction (on meta if a checkpoint provides the weights) -> ``parallelize`` -> ``load``
     -> ``warm_up``.
     """
 
@@ -100,9 +100,9 @@ class Assembly(nn.Module):
 
         Args:
             config: the composition.
-            device: where it shall run; ``"auto"`` is CUDA where there is one.
+            device: where it will run; ``"auto"`` is CUDA if available.
             load: False leaves components that name a checkpoint on the meta device until ``load``
-                is called, so that others may cut them first.
+                is called, so that they can be split first.
         """
         super().__init__()
         self.config = config
@@ -147,10 +147,10 @@ class Assembly(nn.Module):
 
         Args:
             world_size: number of ranks.
-            parallel: what is asked for; None leaves everything to "auto".
+            parallel: the request; None leaves everything to "auto".
 
         Raises:
-            ValueError: impossible degrees; the message names some that would work.
+            ValueError: impossible degrees; the message suggests some that work.
         """
         parallel = parallel or ParallelConfig()
         transformer = self.diffusion_model.transformer
@@ -176,16 +176,16 @@ class Assembly(nn.Module):
         return build_mesh(degrees, self.target_device.type, parallel)
 
     def parallelize(self, mesh: Mesh) -> dict[str, ParallelReport]:
-        """Cut every component as its plan allows; call before ``load``.
+        """Split every component according to its plan; call before ``load``.
 
         Args:
-            mesh: the ranks and the strategy; one rank leaves everything as it is, unless strict.
+            mesh: the ranks and the strategy; on one rank nothing changes, unless strict.
 
         Returns:
             What was done, by component.
 
         Raises:
-            ValueError: a plan that does not fit its component, or an impossible way to decode.
+            ValueError: a plan that does not fit its component, or an impossible ``decode``.
         """
         self.text_from_rank_zero = mesh.degrees.world_size > 1
         if self.text_from_rank_zero and group_rank() != 0:
@@ -199,7 +199,7 @@ class Assembly(nn.Module):
         plan = self.decoder.parallel_plan() if self.decoder is not None else None
         decode = resolve_decode(mesh, plan, self._latent_width)
         self.decodes_here = decode != "rank0" or mesh.decode.rank == 0
-        # Collectives of two groups at once may wait for each other for ever.
+        # Concurrent collectives of two groups may deadlock.
         self.diffusion_model.may_overlap &= decode != "split"
         width = reports["decoder"].width_layout if "decoder" in reports else None
         cut = self.diffusion_model.transformer.parallel_plan()
@@ -208,7 +208,7 @@ class Assembly(nn.Module):
 
     @property
     def context_encoder(self) -> ContextEncoder:
-        """What checks and encodes the context of a rollout, as things are now."""
+        """The object that checks and encodes the context of a rollout, in the current state."""
         known = set(self.diffusion_model.known_context())
         for part in (self.encoder, self.decoder):
             if part is not None and hasattr(part, "initialize_cache"):
@@ -226,20 +226,20 @@ class Assembly(nn.Module):
         )
 
     def load(self, fetch_all: str | None = None, prompts: Mapping[str, str] | None = None) -> None:
-        """Read the weights, once, and move every component to its device and type.
+        """Read the weights, once, and move every component to its device and dtype.
 
         Args:
-            fetch_all: what to type to have all missing weights fetched, for the error; None names
+            fetch_all: the option that downloads all missing weights, for the error; None names
                 an option per file.
-            prompts: texts that will be encoded, each by its name in an error; asked about before
-                weights are fetched or read.
+            prompts: texts that will be encoded, each by its name in an error; checked before
+                weights are downloaded or read.
 
         Raises:
             ValueError: the device, or this rank's share, does not allow what the config asks for,
                 or the text encoder refuses a prompt.
             MissingWeightsError: weights are missing.
             CheckpointError: they are damaged or do not fit; nothing has been loaded.
-            OtherRankError: they are missing, which the first rank of a node says in full.
+            OtherRankError: they are missing; the first rank of a node reports the details.
         """
         for component in self.components().values():
             component.check_device(self.target_device)
@@ -265,7 +265,7 @@ class Assembly(nn.Module):
         """Use the numerics choices of an earlier run instead of measuring; a collective call.
 
         These are attention backend and KV splits, and whether small operations run as fused
-        kernels, as far as the config leaves them open. Call after ``parallelize`` and before
+        kernels, unless the config sets them. Call after ``parallelize`` and before
         ``load``; attention may also be chosen after that, up to ``warm_up``.
 
         Args:
@@ -295,9 +295,9 @@ class Assembly(nn.Module):
 
     @without_grad
     def warm_up(self) -> WarmUp:
-        """Build whatever is built once, so that no rollout pays for it; a collective call.
+        """Do all one-time work now, so that no rollout has to; a collective call.
 
-        Afterwards nothing is compiled, captured or measured any more. Call after ``load``; a second
+        Afterwards nothing is compiled, captured or measured. Call after ``load``; a second
         call does nothing. On a CPU there is usually nothing to build.
 
         Returns:
@@ -316,7 +316,7 @@ class Assembly(nn.Module):
         if steps and self.decodes_here:
             shape = model.transformer.latent_shape(1)
             graphs = any(call.can_capture for call in model.transformer.graphed_calls())
-            # A decoder that is cut exchanges columns, which stay out of graphs.
+            # A split decoder communicates columns, which cannot be in a graph.
             decode_zeros(
                 self.decoder, shape, self.target_device, graphs and not self.layout.splits_width
             )
@@ -337,9 +337,9 @@ class Assembly(nn.Module):
         return self.warmed_up
 
     def stats(self) -> dict[str, Any]:
-        """What was built at warm-up and what happened to it since, as JSON values.
+        """What warm-up built and its use since then, as JSON values.
 
-        Figures of graphs are there only where calls are captured.
+        Figures of graphs are included only if calls are captured.
         """
         calls = self.diffusion_model.transformer.graphed_calls()
         found = stats(self.warmed_up, calls, self._decoder_calls())
@@ -350,7 +350,7 @@ class Assembly(nn.Module):
         return self.decoder.graphed_calls() if isinstance(self.decoder, StreamingDecoder) else ()
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the bits of a rollout depend on beside config, weights and seed, as JSON values."""
+        """What the bits of a rollout depend on besides config, weights and seed, as JSON values."""
         done = self.warmed_up
         backend = done.attention.name if done is not None and done.attention is not None else None
         transformer = self.diffusion_model.transformer
@@ -369,7 +369,7 @@ class Assembly(nn.Module):
     def drop_graphs(self) -> None:
         """Free all CUDA graphs; before the process group ends, since they hold its collectives.
 
-        Rollouts can go on without them.
+        Rollouts can continue without them.
         """
         self.diffusion_model.side.join()
         for call in self.diffusion_model.transformer.graphed_calls():

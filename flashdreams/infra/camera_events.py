@@ -1,4 +1,4 @@
-"""What clients say of a camera: pointer motion, velocities and targets, and how it follows them.
+"""Camera events of clients: pointer motion, velocities and targets, and how a camera follows them.
 
 Cameras of events have +x to the right, +y up and +z forward; poses of the engine have y down.
 """
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 MAX_LOOK = 360.0
-"""Degrees that a pointer may turn the camera in one event."""
+"""Most degrees that a pointer may turn the camera in one event."""
 MAX_DISTANCE = 1e4
-"""World units along one axis that an event may name."""
+"""Largest coordinate in an event, in world units."""
 MAX_TRANSITION = 64
-"""Chunks over which a target may be reached."""
+"""Most chunks over which a target may be reached."""
 MAX_NUMBER = 1e300
-"""Larger whole numbers are no floats; none that is allowed comes near."""
+"""Larger integers do not fit a float; all allowed values are far smaller."""
 FASTER = 4.0
-"""A pointer turns and a velocity moves at most so many times faster than a key."""
+"""Pointer and velocity move the camera at most this many times as fast as a key."""
 
 LOOK_SCHEMA: dict[str, Any] = {
     "title": "Look",
@@ -54,7 +54,7 @@ CAMERA_SCHEMA: dict[str, Any] = {
     "description": (
         "velocity: a motion per frame in the camera's axes, held until replaced; target: a pose in "
         "the axes of the first frame, reached over some chunks; +x right, +y up, +z forward, "
-        "rotation as a quaternion x, y, z, w; roll is left out"
+        "rotation as a quaternion x, y, z, w; roll is ignored"
     ),
 }
 
@@ -78,7 +78,7 @@ def check_look(look: Any) -> tuple[float, float]:
     """Yaw to the right and pitch up, in radians, of ``[yaw, pitch]`` in degrees.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is invalid.
     """
     pair = isinstance(look, list | tuple) and len(look) == 2
     if not pair or not all(_is_number(x) and abs(x) <= MAX_LOOK for x in look):
@@ -93,7 +93,7 @@ def check_camera(camera: Any) -> CameraEvent:
     """A camera event of JSON values.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is invalid.
     """
     known = CAMERA_SCHEMA["properties"].keys()
     if not isinstance(camera, Mapping) or not known >= camera.keys():

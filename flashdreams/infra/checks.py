@@ -1,4 +1,4 @@
-"""What a rollout may be asked for, and in which order."""
+"""Checks of the calls of a rollout: their order and arguments."""
 
 import difflib
 from collections.abc import Collection, Iterable
@@ -10,16 +10,16 @@ from torch import Tensor
 from flashdreams.infra.finite import tensors_in
 
 PIXEL_LIMIT = 1.5
-"""Largest size of a pixel: what interpolation overshoots [-1, 1] by stays below."""
+"""Largest absolute pixel value: [-1, 1] with room for the overshoot of interpolation."""
 
 
 def check_order(call: str, index: int, next_index: int, pending: bool) -> None:
-    """Refuse an AR step out of turn.
+    """Refuse an AR step out of order.
 
     Args:
         call: ``"generate"`` or ``"finalize"``.
         index: the AR step asked for.
-        next_index: the AR step that the next ``generate`` makes.
+        next_index: the AR step of the next ``generate``.
         pending: whether the chunk before it is not finalized yet.
 
     Raises:
@@ -41,12 +41,12 @@ def check_order(call: str, index: int, next_index: int, pending: bool) -> None:
 
 
 def refuse_unknown(names: Iterable[str], known: Collection[str], method: str) -> None:
-    """Refuse context that no component takes.
+    """Refuse context that no component declares.
 
     Args:
         names: keywords that were given.
         known: keywords that some component declares.
-        method: how the message calls what was called.
+        method: name of the called function in the message.
 
     Raises:
         TypeError: names the nearest and all that are known.
@@ -63,11 +63,11 @@ def refuse_unknown(names: Iterable[str], known: Collection[str], method: str) ->
 
 
 def refuse_non_finite(name: str, value: Any) -> None:
-    """Refuse what a rollout is conditioned on where it is NaN or infinite.
+    """Refuse conditions of a rollout that contain NaN or infinity.
 
     Args:
         name: what the message calls it.
-        value: a tensor, or tensors in mappings, sequences and dataclasses; else nothing is asked.
+        value: a tensor, or tensors in mappings, sequences and dataclasses; other values pass.
 
     Raises:
         ValueError: says how many values are wrong; or a tensor without plain values (on the meta
@@ -91,10 +91,10 @@ def refuse_other_pixels(name: str, image: Any) -> None:
 
     Args:
         name: what the message calls them.
-        image: a tensor of any shape; anything else is for the encoder to judge.
+        image: a tensor of any shape; anything else is left to the encoder.
 
     Raises:
-        ValueError: says from where to where they go, and what to do about it.
+        ValueError: states their range and how to convert them.
     """
     refuse_non_finite(name, image)
     if not isinstance(image, Tensor) or not image.is_floating_point() or not image.numel():

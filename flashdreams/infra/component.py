@@ -1,4 +1,4 @@
-"""The common base of everything a pipeline is composed of."""
+"""The common base of all pipeline components."""
 
 import inspect
 import warnings
@@ -27,19 +27,19 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(kw_only=True)
 class ComponentConfig(InstantiateConfig):
-    """What every pipeline component can be told."""
+    """The fields that every component config has."""
 
     _target: type["Component"] = field(default_factory=lambda: Component)
 
     packages: ClassVar[Mapping[str, str]] = {}
-    """Optional packages that the component imports, by module: what pip is to be given. A runner
-    asks for them before it builds anything."""
+    """Optional packages that the component imports: module -> pip requirement. A runner
+    checks them before it builds anything."""
 
     checkpoint: CheckpointConfig | None = None
     """Where the weights come from; None leaves the parameters as they were initialised."""
 
     dtype: DTypeName = "float32"
-    """Storage type of the parameters. What must be more precise inside stays more precise."""
+    """Storage dtype of the parameters. Internal computations that need more precision keep it."""
 
 
 class Component(nn.Module):
@@ -62,7 +62,7 @@ class Component(nn.Module):
         return getattr(torch, self.config.dtype)
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """Storage type of one parameter or floating-point buffer; a subclass may keep some wider.
+        """Storage type of one parameter or floating-point buffer; a subclass may override it.
 
         Args:
             name: as in ``named_parameters``.
@@ -70,7 +70,7 @@ class Component(nn.Module):
         return self.dtype
 
     def cast(self: ComponentT) -> ComponentT:
-        """Bring every parameter and floating-point buffer to its storage type, in place."""
+        """Cast every parameter and floating-point buffer to its storage dtype, in place."""
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(self.dtype_of(name))
@@ -84,25 +84,25 @@ class Component(nn.Module):
         return torch.device("cpu")
 
     def check_device(self, device: torch.device) -> None:
-        """Refuse a device on which this config cannot run; asked before any weights are read.
+        """Refuse a device on which this config cannot run; called before any weights are read.
 
         Raises:
             ValueError: says what is missing and what to set instead.
         """
 
     def parallel_plan(self) -> ParallelPlan | None:
-        """Where this component may be cut; None means that every rank runs it whole."""
+        """How this component may be split; None: every rank runs all of it."""
         return None
 
     @property
     def loads_parts(self) -> bool:
-        """Whether the components inside load their weights themselves, from their own configs."""
+        """Whether nested components load their own weights, from their own configs."""
         return self.config.checkpoint is None
 
     def loras(self) -> list[LoRA]:
-        """What is merged into the weights that this component loads itself.
+        """The LoRAs to merge into the weights that this component loads.
 
-        It is fetched where its checkpoint may be.
+        They are downloaded if its checkpoint may be.
         """
         checkpoint = self.config.checkpoint
         download = checkpoint is not None and checkpoint.download
@@ -112,11 +112,11 @@ class Component(nn.Module):
         """Fill the non-persistent buffers after a build on the meta device."""
 
     def after_load(self) -> None:
-        """Change what follows from the weights; called once they are loaded, cut and in place."""
+        """Update what depends on the weights; called once they are loaded, split and in place."""
         if type(self).finish_loading is not Component.finish_loading:
             warnings.warn(
-                f"{type(self).__name__}.finish_loading is named after_load now; the old name goes "
-                "in 0.3.",
+                f"{type(self).__name__}.finish_loading is now after_load; the old name will "
+                "be removed in 0.3.",
                 DeprecationWarning,
                 stacklevel=2,
             )
@@ -133,8 +133,8 @@ class Component(nn.Module):
 def build_component(config: ComponentConfig | None) -> Any:
     """Set up a component, on the meta device if a checkpoint will give its weights.
 
-    It draws from a generator of its own, whose seed is one number of the current one. So its
-    weights depend neither on whether other components draw any, nor on whether they are there.
+    It draws from its own generator, which is seeded with one number of the current one. So its
+    weights do not depend on the other components.
 
     Args:
         config: None for a component that the pipeline does not have.
@@ -154,13 +154,13 @@ def build_component(config: ComponentConfig | None) -> Any:
 def load_component(
     component: Component, device: torch.device, slices: Mapping[str, Any] | None = None
 ) -> None:
-    """Load one component and bring it to its device and type.
+    """Load one component and move it to its device and dtype.
 
     One that ``loads_parts`` may be made of others that have checkpoints.
 
     Args:
         component: on the meta device where it names a checkpoint.
-        device: where it shall run.
+        device: where it will run.
         slices: this rank's parts, by parameter.
 
     Raises:
@@ -180,17 +180,17 @@ def load_component(
         component.init_buffers()
     elif loras:
         merge_loras(component, loras, slices=slices)
-    if not parts:  # these keep their own types: a pipeline may mix them
+    if not parts:  # these keep their own dtypes: a pipeline may mix them
         component.cast()
     component.to(device)
     component.after_load()
 
 
 def check_weights(component: Component, slices: Mapping[str, Any] | None = None) -> None:
-    """Compare a component with its checkpoint and its LoRAs; reads headers, and no weights.
+    """Compare a component with its checkpoint and its LoRAs; reads headers only.
 
     Args:
-        component: and those that it is made of, as for `load_component`.
+        component: including nested ones, as for `load_component`.
         slices: this rank's parts, by parameter.
 
     Raises:
@@ -206,7 +206,7 @@ def check_weights(component: Component, slices: Mapping[str, Any] | None = None)
 
 
 def nested_components(component: Component) -> dict[str, Component]:
-    """The components that a component is directly made of, by their dotted names in it."""
+    """The directly nested components of a component, by their dotted names in it."""
     found: dict[str, Component] = {}
     waiting: list[tuple[str, nn.Module]] = list(component.named_children())
     for name, module in waiting:
@@ -231,7 +231,7 @@ def slices_of_part(name: str, slices: Mapping[str, Any] | None) -> dict[str, Any
 
 
 def declared_context(function: Callable[..., Any]) -> frozenset[str]:
-    """Names of the keyword context that a component's function declares."""
+    """Names of the keyword arguments that a component's method declares."""
     method = getattr(function, "__func__", None)
     if method is None:
         return frozenset(_keyword_names(function))
@@ -240,7 +240,7 @@ def declared_context(function: Callable[..., Any]) -> frozenset[str]:
 
 @lru_cache(maxsize=1024)
 def _names_of_method(method: Callable[..., Any]) -> frozenset[str]:
-    """Of a function of a class, without its first parameter; asked once per AR step."""
+    """The same for a method of a class, without ``self``; cached, as AR steps need it."""
     return frozenset(_keyword_names(method.__get__(object())))
 
 

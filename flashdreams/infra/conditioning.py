@@ -1,4 +1,4 @@
-"""What a rollout is conditioned on, encoded once at its beginning."""
+"""The conditions of a rollout, encoded once at its start."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from flashdreams.infra.encoder.base import Encoder
 from flashdreams.parallel.environment import from_rank_zero
 
 OWN_CONTEXT = frozenset({"text", "negative_text", "image", "seed", "noise"})
-"""Context that the pipeline itself understands."""
+"""Context that the pipeline itself handles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,21 +23,21 @@ class ContextEncoder:
     method: str
     """Name of the pipeline, for messages."""
     text_encoder: Any
-    """None: ``text`` is handed on as it is, unless the encoder was released or is elsewhere."""
+    """None: ``text`` is passed through, unless the encoder was released or is on another rank."""
     image_encoder: Any
-    """None: ``image`` is handed on as it is."""
+    """None: ``image`` is passed through."""
     encodes_text: bool
     """Whether the pipeline has a text encoder, on this rank or on rank zero."""
     text_from_rank_zero: bool
     """Only rank zero has the text encoder: it may be larger than the transformer."""
     device: torch.device
-    """Where embeddings are wanted."""
+    """The device of the embeddings."""
     guided: bool
     """Whether there is an unconditional branch."""
     known: frozenset[str]
     """Context that the components declare."""
     takes_image: bool
-    """Whether the diffusion model begins with the latents of an image."""
+    """Whether the diffusion model starts from the latents of an image."""
 
     def encode(
         self,
@@ -86,12 +86,12 @@ class ContextEncoder:
         return encoded, self.encode_text(prompts)
 
     def encode_text(self, text: Sequence[str] | Tensor) -> Any:
-        """Embeddings ``[B, S, text_dim]`` of prompts; embeddings are handed on.
+        """Embeddings ``[B, S, text_dim]`` of prompts; embeddings are returned unchanged.
 
-        A collective call where the text encoder is on rank zero alone.
+        A collective call if only rank zero has the text encoder.
 
         Raises:
-            ValueError: one string in place of a list, embeddings that are not finite, or prompts
+            ValueError: one string instead of a list, embeddings that are not finite, or prompts
                 after the text encoder was released.
         """
         refuse_non_finite("text", text)
@@ -124,7 +124,7 @@ class ContextEncoder:
         return self.text_encoder(list(text))
 
     def refuse_prompts(self, prompts: Mapping[str, str]) -> None:
-        """Refuse prompts that the text encoder would refuse; needs no weights.
+        """Refuse prompts that the text encoder would refuse; works without weights.
 
         Collective where several ranks share the pipeline: rank zero, which runs the text encoder,
         asks.
@@ -133,8 +133,8 @@ class ContextEncoder:
             prompts: each by its name in the message, such as the option that gives it.
 
         Raises:
-            ValueError: names the prompt and says what is wrong with it, the same on all ranks.
-            CheckpointError: what reads prompts is not on this machine.
+            ValueError: names the prompt and what is wrong with it, the same on all ranks.
+            CheckpointError: the tokenizer is not on this machine.
             ImportError: a package for text is not installed.
             RankZeroError: on the other ranks, if rank zero has raised one of the last two.
         """

@@ -1,4 +1,4 @@
-"""The config system: dataclasses that name the class they set up, and the variants of them."""
+"""The config system: dataclasses that name the class they set up, and their variants."""
 
 import collections.abc
 import copy
@@ -18,7 +18,7 @@ from typing import Any, TypeVar, overload
 ConfigT = TypeVar("ConfigT")
 
 UNRESOLVED: Any = object()
-"""Stands for an annotation that cannot be evaluated; every value conforms to it."""
+"""Placeholder for an annotation that cannot be evaluated; every value conforms to it."""
 
 REMOVED_FIELDS = {
     "fuse_clean_pass": "measured slower (380 ms against 372 per AR step on an H200)",
@@ -26,7 +26,7 @@ REMOVED_FIELDS = {
     "linear_precision": "measured slower (475 ms against 374 per AR step on an H200); "
     "precision='fp8' is FP8 attention, 'fp8_gemm' also FP8 matmuls with quantization fused",
 }
-"""Fields of version 0.1 that are gone, and why."""
+"""Removed fields of version 0.1, and the reasons."""
 
 _SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 _QUOTE = reprlib.Repr()
@@ -51,19 +51,19 @@ class InstantiateConfig:
     _target: type
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse a ``__post_init__`` that leaves out the inherited one, which checks fields."""
+        """Refuse a ``__post_init__`` that does not call the inherited one, which checks fields."""
         super().__init_subclass__(**kwargs)
         own = cls.__dict__.get("__post_init__")
         code = getattr(own, "__code__", None)
         inherited = any("__post_init__" in base.__dict__ for base in cls.__mro__[1:])
         if code is not None and inherited and "__post_init__" not in code.co_names:
             raise TypeError(
-                f"{cls.__name__}.__post_init__ leaves out the checks that it inherits: begin it "
+                f"{cls.__name__}.__post_init__ skips the inherited checks: begin it "
                 "with super().__post_init__()."
             )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "InstantiateConfig":
-        """Refuse a keyword that was a field in a former version, and say why it is gone."""
+        """Refuse a keyword that was a field in an earlier version, with the reason."""
         for name in REMOVED_FIELDS.keys() & kwargs.keys():
             if name not in cls.__dataclass_fields__:
                 raise TypeError(removed_field(name))
@@ -82,7 +82,7 @@ def derive_config(base: type[ConfigT], /, **overrides: Any) -> ConfigT: ...
 @overload
 def derive_config(base: ConfigT, /, **overrides: Any) -> ConfigT: ...
 def derive_config(base: Any, /, **overrides: Any) -> Any:
-    """Make a variant of a config: everything inherited but what is overridden.
+    """Make a variant of a config: all fields except the overridden ones are kept.
 
     Args:
         base: a config, or a config class, which is instantiated first. It is never changed, and
@@ -95,9 +95,9 @@ def derive_config(base: Any, /, **overrides: Any) -> Any:
         A new config of the same class; ``__post_init__`` has run again at every changed level.
 
     Raises:
-        ValueError: a field that the config does not have, or one that it computes itself.
+        ValueError: an unknown field, or one that the config computes itself.
         TypeError: a value that does not conform to the field's annotation, a dict for a field that
-            is no component, or a base that is no config.
+            is not a component, or a base that is not a config.
     """
     if not dataclasses.is_dataclass(base):
         raise TypeError(
@@ -117,7 +117,7 @@ def format_config(config: Any) -> str:
 def expand_home(config: ConfigT) -> ConfigT:
     """The config with ``~`` in all its paths read as the home directory.
 
-    A shell does that at the beginning of a word only, so neither after ``=`` nor in a file.
+    A shell does that only at the start of a word, so not after ``=`` and not in a file.
     """
     changed: dict[str, Any] = {}
     for name in config_fields(config):
@@ -139,13 +139,13 @@ def is_config(value: Any) -> bool:
 
 
 def config_fields(config_type: Any) -> dict[str, dataclasses.Field]:
-    """Fields that a person sets on a config or config class, by name; ``_target`` is not one."""
+    """The user-settable fields of a config or config class, by name, without ``_target``."""
     fields = dataclasses.fields(config_type)
     return {f.name: f for f in fields if f.init and f.name != "_target"}
 
 
 def has_default(field: dataclasses.Field) -> bool:
-    """Whether a config can be made without a value for this field."""
+    """Whether the field has a default."""
     missing = dataclasses.MISSING
     return field.default is not missing or field.default_factory is not missing
 
@@ -160,8 +160,8 @@ def field_default(field: dataclasses.Field) -> Any:
 def field_annotation(config_type: type, name: str) -> Any:
     """The evaluated annotation of one field, or :data:`UNRESOLVED`.
 
-    Each annotation is evaluated alone, in the module of the class that wrote it: one that names a
-    type which exists for type checkers only does not spoil the others.
+    Each annotation is evaluated separately, in the module of its class: one that names a
+    type that exists only for type checkers does not affect the others.
     """
     field = config_type.__dataclass_fields__[name]  # type: ignore[attr-defined]
     owners = [c for c in config_type.__mro__ if _declares(c, name, field)]
@@ -182,21 +182,21 @@ def _declares(owner: type, name: str, field: dataclasses.Field) -> bool:
 
 
 def removed_field(name: str) -> str | None:
-    """Text for a field of a former version; None for any other name."""
+    """Text for a field of an earlier version; None for any other name."""
     reason = REMOVED_FIELDS.get(name)
     return reason and f"{name} was removed in 0.2: {reason}. Remove it; see CHANGELOG.md."
 
 
 def unknown_name(name: str, valid: Iterable[str], what: str, kind: str = "fields") -> str:
-    """Text for a name that does not exist: the nearest ones, then all valid ones.
+    """Text for an unknown name: the nearest ones, then all valid ones.
 
-    Of a field that was removed, why it was.
+    For a removed field, the reason.
 
     Args:
-        name: the last part of what was asked for.
-        valid: every name that would have been right.
-        what: how the text calls the thing asked for, e.g. ``"field 'encoder.dmi' of EncConfig"``.
-        kind: how it calls the valid ones.
+        name: the last part of the requested name.
+        valid: all valid names.
+        what: the requested thing in the text, e.g. ``"field 'encoder.dmi' of EncConfig"``.
+        kind: description of the valid names.
     """
     name = name[:200]
     removed = removed_field(name) if kind == "fields" else None
@@ -214,10 +214,10 @@ def quoted(value: Any) -> str:
 
 
 def check_slug(name: Any) -> None:
-    """Refuse a ``runner_name`` that is no slug; file names are made of it.
+    """Refuse a ``runner_name`` that is not a slug; it is used in file names.
 
     Raises:
-        ValueError: says what is allowed.
+        ValueError: states what is allowed.
     """
     if not isinstance(name, str) or not _SLUG.fullmatch(name):
         raise ValueError(
@@ -227,20 +227,20 @@ def check_slug(name: Any) -> None:
 
 
 def _nearest(name: str, valid: list[str]) -> list[str]:
-    """At most three names, those nearly as near as the nearest."""
+    """At most three names, those about as near as the nearest."""
     found = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
     ratios = [difflib.SequenceMatcher(None, other, name).ratio() for other in found]
     return [n for n, ratio in zip(found, ratios, strict=True) if ratio > max(ratios) - 0.1]
 
 
 def check_leaf(config_type: type, name: str, value: Any, path: str) -> None:
-    """Check one value against the annotation of the field that is to hold it.
+    """Check one value against the annotation of its field.
 
     Args:
         config_type: the config class.
         name: the field.
-        value: what it is to hold.
-        path: how messages call the field (dotted, from the outermost config).
+        value: the value.
+        path: name of the field in messages (dotted, from the outermost config).
 
     Raises:
         TypeError: the value does not conform. An annotation that cannot be evaluated is skipped.
@@ -257,7 +257,7 @@ def check_leaf(config_type: type, name: str, value: Any, path: str) -> None:
 
 
 def conforms(value: Any, annotation: Any) -> bool:
-    """Whether a value is what an annotation promises; True where that cannot be decided.
+    """Whether a value conforms to an annotation; True if that cannot be decided.
 
     An int conforms to float, a bool to neither int nor float, a str to no sequence of str.
     """
@@ -297,7 +297,7 @@ def _elements_conform(value: Any, expected: type, args: tuple[Any, ...]) -> bool
 
 
 def _plain(annotation: Any) -> Any:
-    """An annotation without the wrappers that do not change which values it admits."""
+    """An annotation without wrappers that do not affect the allowed values."""
     while True:
         if typing.get_origin(annotation) in (typing.Annotated, typing.Final):
             annotation = typing.get_args(annotation)[0]
@@ -310,7 +310,7 @@ def _plain(annotation: Any) -> Any:
 
 
 def type_name(annotation: Any) -> str:
-    """An annotation as a person would write it."""
+    """An annotation in readable form."""
     if annotation is UNRESOLVED:
         return "unknown type"
     if annotation is type(None):
@@ -379,7 +379,7 @@ def _check_names(config_type: type, names: Iterable[Any], path: str) -> None:
 
 
 def _new_value(config_type: type, name: str, current: Any, value: Any, path: str) -> Any:
-    """What a field becomes when ``value`` is given for it and it holds ``current``."""
+    """The new value of a field that holds ``current`` and is given ``value``."""
     if isinstance(value, Mapping):
         if is_config(current):
             return _derive(current, value, f"{path}.")
@@ -397,7 +397,7 @@ def _new_value(config_type: type, name: str, current: Any, value: Any, path: str
 
 
 def _component_types(annotation: Any) -> list[type]:
-    """The config classes among the arms of an annotation such as ``EncoderConfig | None``."""
+    """The config classes in an annotation such as ``EncoderConfig | None``."""
     annotation = _plain(annotation)
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     arms = typing.get_args(annotation) if union else (annotation,)

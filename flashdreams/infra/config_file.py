@@ -1,4 +1,4 @@
-"""Configs as YAML text, for people who keep their runs under version control, and their hash."""
+"""Configs as YAML text, to keep runs under version control, and their hash."""
 
 import dataclasses
 import enum
@@ -42,13 +42,13 @@ MOVED_MODULES = {
     "flashdreams.runtime.checkpoint": "flashdreams.runtime.checkpoint.config",
     "flashdreams.runtime.checkpoint_config": "flashdreams.runtime.checkpoint.config",
 }
-"""Present modules of the classes that config files of 0.1 name, by former module."""
+"""Current modules of the classes that config files of 0.1 name, by old module."""
 MAX_CONFIG_BYTES = 2**17
 """Largest config file; one of all fields of a shipped method has some 7,000 bytes."""
 MAX_DEPTH = 32
 """Most levels of a config file; a shipped method has 5."""
 MAX_NUMBER = 64
-"""Most characters of a number, which takes time with the square of its length."""
+"""Most characters of a number; parsing takes time quadratic in the length."""
 
 _STANDARD = "tag:yaml.org,2002:"
 _SCALARS = {_STANDARD + kind for kind in ("null", "bool", "int", "float", "str")}
@@ -79,13 +79,13 @@ class _Loader(yaml.SafeLoader):
 
 
 for _class in (_Dumper, _Loader):
-    # YAML 1.1 takes 1e-3 for a string; a person means a number.
+    # YAML 1.1 reads 1e-3 as a string, but a number is meant.
     _class.add_implicit_resolver(_STANDARD + "float", _EXPONENT, list("-+0123456789"))
 
 
 @dataclass(kw_only=True)
 class KnownTypes:
-    """The types that a config file may name: nothing else is looked up, let alone imported."""
+    """The types that a config file may name; nothing else is looked up or imported."""
 
     tagged: dict[str, type] = field(default_factory=dict)
     """Config classes and enums by tag."""
@@ -105,7 +105,7 @@ def dump_config(config: Any) -> str:
         The text. Configs and enums carry ``!module:Class``, paths ``!path``, tuples ``!tuple``.
 
     Raises:
-        TypeError: a value that a file cannot hold, with its dotted path.
+        TypeError: a value that a file cannot represent, with its dotted path.
     """
     return yaml.serialize(
         _node(config, type(config).__name__),
@@ -123,14 +123,14 @@ def load_config(
 ) -> Any:
     """The config that a YAML text describes.
 
-    Fields that the text leaves out keep their defaults. All tags are checked before anything is
+    Fields that the text omits keep their defaults. All tags are checked before anything is
     built: they must belong to types of the registered configs. A file of 0.1 is read as well: moved
     classes are found, and removed fields that are off are ignored with a note.
 
     Args:
-        text: what :func:`dump_config` wrote, or a person.
+        text: written by :func:`dump_config` or by hand.
         registered: the configs whose types the text may name (see :func:`known_types`).
-        source: how messages call the text, e.g. its file name.
+        source: name of the text in messages, e.g. its file name.
         note: is called with one sentence for every removed field that is ignored.
 
     Returns:
@@ -156,7 +156,7 @@ def load_config(
     reader.check_tags(root)
     config = reader.read(root, "")
     for name in reader.ignored:
-        note(f"{source}: {name} was removed in 0.2 and is ignored, since it is off.")
+        note(f"{source}: {name} was removed in 0.2 and is ignored because it is off.")
     return config
 
 
@@ -187,13 +187,13 @@ def _reference(kind: Any) -> str:
 
 
 def _moved(reference: str) -> str:
-    """A ``module:name`` with the module in which the name is now."""
+    """A ``module:name`` with the current module of the name."""
     module, colon, name = reference.partition(":")
     return MOVED_MODULES.get(module, module) + colon + name
 
 
 def _own_target(config: Any) -> type | None:
-    """The target of a config where it is not the one that its class names."""
+    """The target of a config if it differs from the one of its class."""
     fields = {f.name: f for f in dataclasses.fields(config)}
     target = getattr(config, "_target", None)
     if "_target" not in fields or target is field_default(fields["_target"]):
@@ -359,7 +359,7 @@ class _Reader:
         return self.types.targets[name]
 
     def pairs(self, node: yaml.MappingNode, names: bool = False) -> Iterator[tuple[Any, yaml.Node]]:
-        """Keys and value nodes; with ``names`` the keys are names of fields, whatever they say."""
+        """Keys and value nodes; with ``names`` all keys are taken as field names."""
         seen = set()
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):

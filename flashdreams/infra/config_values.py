@@ -1,4 +1,4 @@
-"""Values of a config file as the fields want them, and errors in the words of YAML."""
+"""Conversion of config file values to the types of fields, and errors in YAML terms."""
 
 import collections.abc
 import enum
@@ -16,7 +16,7 @@ SURPRISES = {
     "float": re.compile(r"[-+]?[0-9]+(:[0-9]+)+\.[0-9]*|[-+]?[0-9.]*_[0-9_.]*"),
     "bool": re.compile(r"(?i)yes|no|on|off"),
 }
-"""Unquoted words that YAML 1.1 takes for something else than what a person reads, by type."""
+"""Unquoted words that YAML 1.1 misreads, by the type that it gives them."""
 
 _ANYTHING = object()
 _NAMES = {
@@ -29,18 +29,18 @@ _NAMES = {
 
 
 def fit(value: Any, text: str | None, annotation: Any) -> Any:
-    """A value as its field wants it: a list as a tuple, text as a path, an unquoted word as text.
+    """Convert a value for its field: a list to a tuple, text to a path, an unquoted word to text.
 
     Args:
-        value: what YAML makes of it.
-        text: what was written, for a value without quotes; None for all others.
+        value: the value as YAML parsed it.
+        text: the source text of an unquoted value; None for all others.
         annotation: of the field, evaluated.
 
     Returns:
-        A value that conforms to the annotation, or the value as it is where none does.
+        A value that conforms to the annotation, or the value unchanged if none does.
 
     Raises:
-        ValueError: an unquoted word that readers of YAML take for different numbers.
+        ValueError: an unquoted word that YAML parsers read as different numbers.
     """
     flag = isinstance(value, bool) and conforms(value, annotation)
     if text is not None and _is_surprise(value, text) and not flag:
@@ -94,12 +94,12 @@ def value_annotation(annotation: Any) -> Any:
 
 
 def yaml_name(annotation: Any) -> str:
-    """What to write for an annotation, in the words of YAML."""
+    """What to write for an annotation, in YAML terms."""
     return " or ".join(dict.fromkeys(_yaml_name(arm) for arm in _arms(annotation)))
 
 
 def yaml_text(value: Any) -> str:
-    """A value as it was written, or nearly so."""
+    """A value approximately as it was written."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (list, tuple)):
@@ -115,7 +115,7 @@ def _is_surprise(value: Any, text: str) -> bool:
 
 
 def _admits(annotation: Any, kind: type) -> bool:
-    """Whether an annotation names a kind, rather than just anything."""
+    """Whether an annotation restricts the value."""
     return not conforms(_ANYTHING, annotation) and conforms(kind(), annotation)
 
 

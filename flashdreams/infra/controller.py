@@ -1,4 +1,4 @@
-"""Controllers: what steers a rollout, and the control input that it leads to."""
+"""Controllers, which turn user events into control input."""
 
 import math
 from abc import ABC, abstractmethod
@@ -26,32 +26,32 @@ from flashdreams.runtime.actions import KEYS, KeyMotion, check_keys, move
 
 @dataclass(frozen=True)
 class Event:
-    """Something that a user did."""
+    """A user event."""
 
     frame: int
-    """Pixel frame within the chunk from which it holds; 0 for what happened before the chunk."""
+    """Pixel frame within the chunk from which it applies; 0 for events before the chunk."""
     values: Mapping[str, Any]
-    """What the controller accepts, by name; JSON values."""
+    """Values that the controller accepts, by name; JSON."""
 
 
 class Controller(ABC):
     """Turns events into the control input of one AR step.
 
-    A controller holds no state of a rollout: what it has to remember is plain data that
+    A controller holds no state of a rollout: its state is plain data that
     ``new_state`` makes and ``advance`` changes. It is kept in ``cache.controller`` and saved with
     the rest of the rollout.
     """
 
     @abstractmethod
     def accepts(self) -> dict[str, Any]:
-        """What events may hold, as a JSON Schema of their values; pages are drawn from it."""
+        """JSON Schema of the values of events; the live page draws its controls from it."""
 
     @abstractmethod
     def check(self, values: Mapping[str, Any]) -> None:
-        """Refuse the values of an event.
+        """Refuse invalid values of an event.
 
         Raises:
-            ValueError: says what is wrong, and what is allowed.
+            ValueError: states what is wrong and what is allowed.
         """
 
     @abstractmethod
@@ -74,14 +74,14 @@ class Controller(ABC):
 
 @dataclass
 class CameraState:
-    """Where a camera is, and what moves it."""
+    """Pose of a camera, and what moves it."""
 
     pose: Tensor = state("whole")
     """``[4, 4]`` float64 on the CPU, camera-to-world, of the last pixel frame; upright."""
     held: str = state("host", default="")
     """The held keys, one letter each."""
     pitch: float = state("host", default=0.0)
-    """Radians that it looks up."""
+    """Upward pitch in radians."""
     velocity: list[float] = state("host", default_factory=list)
     """x, y, z, yaw and pitch per pixel frame, in the camera's upright axes; empty: none."""
     target: list[float] = state("host", default_factory=list)
@@ -94,12 +94,12 @@ class KeyCamera(Controller):
     """A camera that held keys move and turn, one pixel frame at a time.
 
     Frame 0 shows the start pose; every later frame follows one frame of held keys. An event
-    ``{"keys": "wl"}`` says which keys are held from its frame on. ``{"look": [yaw, pitch]}``, in
-    degrees to the right and up, is what a pointer moved since the last event: it is spread over the
+    ``{"keys": "wl"}`` sets the keys that are held from its frame on. ``{"look": [yaw, pitch]}``, in
+    degrees to the right and up, is the pointer motion since the last event, spread over the
     rest of the chunk. ``{"camera": {"mode": ..., ...}}`` gives it a velocity or a target, as
     `flashdreams.infra.camera_events` describes. An event may have several of these. The camera
-    stays upright, pitch apart, and pointer and camera events are no more than
-    `flashdreams.infra.camera_events.FASTER` times faster than keys.
+    does not roll, and pointer and camera events move it at most
+    `flashdreams.infra.camera_events.FASTER` times as fast as keys.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class KeyCamera(Controller):
                 input.
             start: ``[4, 4]`` pose of frame 0; None is the identity.
             collide: maps a position ``[3]`` float64 to the nearest allowed one; None allows all.
-            max_pitch: degrees that the camera may look up and down; 0: it cannot.
+            max_pitch: largest pitch in degrees; 0: none.
         """
         self.motion = motion
         self.to_input = to_input
@@ -170,7 +170,7 @@ class KeyCamera(Controller):
         return CameraState(self.start.clone())
 
     def advance(self, state: CameraState, events: Sequence[Event], frames: range) -> Any:
-        """Follow what was told over the frames of a chunk; see the contract."""
+        """Apply the events over the frames of a chunk; see the contract."""
         poses, held, waiting = [], [], list(events)
         yaw, pitch = 0.0, 0.0
         for offset, frame in enumerate(frames):
@@ -187,13 +187,13 @@ class KeyCamera(Controller):
                 self._follow(state)
             poses.append(pitched(state.pose, state.pitch))
             held.append(keys)
-        self._turn(state, yaw, pitch)  # left over where frame 0 is the whole chunk
+        self._turn(state, yaw, pitch)  # left over if frame 0 is the whole chunk
         return self.to_input(torch.stack(poses), held)
 
     def _take(
         self, state: CameraState, values: Mapping[str, Any], frames: int
     ) -> tuple[float, float]:
-        """Note an event; returns the yaw and pitch of its pointer."""
+        """Apply an event; returns the yaw and pitch of its pointer."""
         state.held = values.get("keys", state.held)
         if "camera" in values:
             event = check_camera(values["camera"])

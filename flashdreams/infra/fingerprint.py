@@ -1,4 +1,4 @@
-"""The numerics fingerprint of a run: what its bits depend on beside config, weights and seed."""
+"""The numerics fingerprint of a run: what its bits depend on besides config, weights and seed."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -24,7 +24,7 @@ def fingerprint(
 
     Args:
         transformer: config of the transformer.
-        resolved: what it leaves open and the device decides, by field.
+        resolved: choices that it leaves open and the device determines, by field.
         attention_backend: the one that was chosen; None before warm-up or without attention cores.
         mesh: the ranks.
         device: where it runs.

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from flashdreams.runtime.transfer import start_host_copy
 
 MAX_NAMED = 5
-"""Weights that an error names."""
+"""Most weights that an error names."""
 
 
 class NotFiniteError(FloatingPointError):
-    """An AR step has made NaN or infinite values; says which step and stage."""
+    """An AR step has produced NaN or infinite values; names step and stage."""
 
 
 class FiniteCheck:
-    """Looks at the values of one rollout without making the host wait for the device.
+    """Checks the values of one rollout without making the host wait for the device.
 
-    Each AR step queues one sum per tensor, which is not finite if it meets NaN or infinity, and one
+    Each AR step queues one sum per tensor, which is not finite if any value is not, and one
     copy of all sums, which is read when a later step begins: the next one on a CPU; on a GPU the
-    first one that finds it arrived, at the latest the second. So the host need not wait for the
+    first one that finds it ready, at the latest the second. So the host need not wait for the
     decoder before it queues the next step. Several threads may read.
     """
 
@@ -35,11 +35,11 @@ class FiniteCheck:
         self._lock = threading.RLock()
 
     def submit(self, autoregressive_index: int, stages: Mapping[str, Any]) -> None:
-        """Have the values of an AR step looked at.
+        """Queue a check of the values of an AR step.
 
         Args:
             autoregressive_index: number of the AR step.
-            stages: what each stage made, by its name in the order of the data: tensors of any
+            stages: the output of each stage, by its name in data-flow order: tensors of any
                 shape, also in mappings, sequences and dataclasses.
         """
         names: list[str] = []
@@ -58,7 +58,7 @@ class FiniteCheck:
 
     @property
     def is_settled(self) -> bool:
-        """Whether all sums have arrived and all is finite, so that nobody needs to read them."""
+        """Whether all sums have arrived and are finite, so none has to be read."""
         with self._lock:
             return self.read(wait=False) is None and not self._waiting
 
@@ -125,16 +125,16 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def name_bad_weights(module: nn.Module) -> str:
-    """One sentence on the weights of a module that are not finite; asked once a run has failed."""
+    """One sentence on non-finite weights of a module; called once a run has failed."""
     bad = [
         name
         for name, tensor in (*module.named_parameters(), *module.named_buffers())
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all())
     ]
     if not bad:
-        return "All weights are finite, so it comes from an input or from a number type too narrow."
+        return "All weights are finite, so the cause is an input or the range of the dtype."
     more = f" and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
     return (
-        f"The weights {', '.join(bad[:MAX_NAMED])}{more} hold NaN or infinity: "
-        "fetch their file again, or name another one."
+        f"The weights {', '.join(bad[:MAX_NAMED])}{more} contain NaN or infinity: "
+        "download their file again, or use another one."
     )

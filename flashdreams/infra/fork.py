@@ -1,4 +1,4 @@
-"""Forks of a rollout: several futures from one state."""
+"""Forks of a rollout: several continuations of one state."""
 
 import copy
 import logging
@@ -32,7 +32,7 @@ def copied_bytes(
     device: torch.device,
     plan: ParallelPlan | None,
 ) -> int:
-    """Bytes that a clone of a rollout takes on this rank: what is written in place, not prompts.
+    """Bytes of a clone of a rollout on this rank: state that is written in place, without prompts.
 
     Args:
         cache: between AR steps.
@@ -54,15 +54,15 @@ def copied_bytes(
 
 
 def require_room(count: int, each: int, device: torch.device) -> None:
-    """Refuse forks for which there is no memory, on any rank; a collective call.
+    """Refuse forks that do not fit in memory on some rank; a collective call.
 
     Args:
-        count: forks that are asked for.
+        count: requested forks.
         each: bytes of one of them on this rank.
-        device: that shall hold them.
+        device: that will hold them.
 
     Raises:
-        ValueError: it says how many fit.
+        ValueError: states how many fit.
     """
     free = free_bytes(device)
     fits = least_of_all_ranks(count if free is None else free // max(each, 1))
@@ -75,7 +75,7 @@ def require_room(count: int, each: int, device: torch.device) -> None:
 
 
 def timed_forks(make: Callable[[], T], count: int, each: int, device: torch.device) -> T:
-    """Make forks, and log what that took.
+    """Make forks, and log time and size.
 
     Args:
         make: returns them.
@@ -101,7 +101,7 @@ def copy_rollout(
     device: torch.device,
     plan: ParallelPlan | None,
 ) -> None:
-    """Bring fresh state to where a running rollout is, on the device and without collectives.
+    """Copy a running rollout into fresh state, on the device and without collectives.
 
     Args:
         source: between AR steps.
@@ -124,9 +124,9 @@ def live_state(
     device: torch.device,
     plan: ParallelPlan | None,
 ) -> tuple[dict[str, Any], StateDecoder]:
-    """The values of a running rollout, and what reads its own tensors; arguments as above.
+    """The values of a running rollout, and a reader of its tensors; arguments as above.
 
-    KV caches are values themselves.
+    KV caches are included as values.
     """
     live: dict[str, Tensor] = {}
     encoder = StateEncoder(layout, device, live.__setitem__, in_process=True)

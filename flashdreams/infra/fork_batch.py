@@ -1,4 +1,4 @@
-"""Forks of a rollout as one batch: made on the device, steered one by one, and taken out again."""
+"""Forks of a rollout as one batch: made on the device, steered individually, and picked again."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from flashdreams.parallel.state_layout import StateLayout
 from flashdreams.runtime.noise import NoiseFunction
 
 Change = Callable[[str, Tensor], Tensor]
-"""From name and tensor ``[B, ...]`` to the same for another number of batch entries."""
+"""Maps name and tensor ``[B, ...]`` to a tensor for another batch size."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def repeated(batch_size: int, forks: int) -> Change:
         if x.ndim == 0 or x.shape[0] != batch_size:
             raise ValueError(
                 f"{name} {list(x.shape)} does not have the batch ({batch_size}) as its first dim, "
-                "so this method takes no batch of forks. Run them in turn: cache.fork(n)."
+                "so this method cannot run a batch of forks. Run them in turn: cache.fork(n)."
             )
         return x.expand(forks, *x.shape).flatten(0, 1)
 
@@ -54,10 +54,10 @@ def rows_of(batch: StreamInferencePipelineCache, index: int) -> slice:
     """The batch entries of a fork.
 
     Raises:
-        ValueError: no such fork, or the rollout is no batch of them.
+        ValueError: no such fork, or the rollout is not a batch of forks.
     """
     if batch.forks is None:
-        raise ValueError("This rollout is no batch of forks; cache.fork_batch(n) makes one.")
+        raise ValueError("This rollout is not a batch of forks; cache.fork_batch(n) makes one.")
     if not 0 <= index < batch.forks:
         raise ValueError(f"pick({index}): the batch has the forks 0 to {batch.forks - 1}.")
     size = batch.diffusion.batch_size // batch.forks
@@ -95,7 +95,7 @@ def fill_batch(
     device: torch.device,
     plan: ParallelPlan | None,
 ) -> None:
-    """Bring a fresh batch to where a running rollout is, on the device and without collectives.
+    """Copy a running rollout into a fresh batch, on the device and without collectives.
 
     Args:
         source: between AR steps.
@@ -157,7 +157,7 @@ def encode_each(
         batch: of forks.
 
     Raises:
-        ValueError: another number of inputs, or controls that make no batch.
+        ValueError: a wrong number of inputs, or controls that cannot be batched.
     """
     forks = len(batch.encoder)
     if not isinstance(inputs, Sequence) or len(inputs) != forks:

@@ -1,4 +1,4 @@
-"""What a rollout's state belongs to: the method's config and its weights."""
+"""The identity of a rollout's state: the method's config and its weights."""
 
 import enum
 import hashlib
@@ -21,7 +21,7 @@ HOW_IT_RUNS = frozenset(
         "fp8_gemm_min_width",
     }
 )
-"""Fields that choose how a method is computed, not which one: the numerics fingerprint has those
+"""Fields that select how a method is computed, not which one: the numerics fingerprint has those
 that change bits, and weights have a hash of their own."""
 
 WHERE_IT_GOES = frozenset(
@@ -32,7 +32,7 @@ WHERE_IT_GOES = frozenset(
         *("parallel", "download", "compare_to_truth", "total_blocks"),
     }
 )
-"""Fields of a runner's config that leave the latents of an AR step as they are."""
+"""Fields of a runner's config that do not affect the latents of an AR step."""
 
 HEAD_BYTES = 2**20
 """The beginning of a weights file that goes into its hash: names, types and shapes."""
@@ -58,7 +58,7 @@ def describe_config(pipeline: Any) -> dict[str, Any]:
 
 
 def describe_inputs(runner: Any) -> dict[str, Any]:
-    """The fields of a runner's config that say what a rollout shows: seed, prompt, actions.
+    """The fields of a runner's config that determine a rollout's content: seed, prompt, actions.
 
     Args:
         runner: a `RunnerConfig`.
@@ -76,8 +76,8 @@ def describe_inputs(runner: Any) -> dict[str, Any]:
 def hash_weights(pipeline: Any) -> dict[str, str]:
     """A hash for each checkpoint that the state of a rollout depends on, by its field.
 
-    Of each file count its size, its beginning and `SAMPLES` blocks: a checkpoint of many gigabytes
-    takes milliseconds, and weights that were trained further differ in nearly every block.
+    It covers each file's size, its beginning and `SAMPLES` blocks: a checkpoint of many gigabytes
+    takes milliseconds, and fine-tuned weights differ in nearly every block.
     Components without a checkpoint have weights that follow from the config.
 
     Args:

@@ -1,4 +1,4 @@
-"""Rollouts that wait in host memory, so that others have the device."""
+"""Rollouts parked in host memory, to free the device for others."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from flashdreams.runtime.region import (
 
 @dataclass(frozen=True)
 class ParkedRollout:
-    """A rollout in host memory: of every tensor what this rank holds of it.
+    """A rollout in host memory: this rank's part of every tensor.
 
     Made by ``pipeline.park``; ``pipeline.unpark`` takes it back on the same ranks.
     """
@@ -27,7 +27,7 @@ class ParkedRollout:
     values: Mapping[str, Any]
     """The state's values, as `flashdreams.infra.state.StateEncoder` gives them."""
     parts: Mapping[str, tuple[Region, Tensor]]
-    """By path: the entries that are held, and they themselves; pinned where there is a GPU."""
+    """By path: the region that is held, and its values; pinned if there is a GPU."""
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""The pipeline: encoders, diffusion model and decoder, conducted through one rollout."""
+"""The pipeline, which runs encoders, diffusion model and decoder through rollouts."""
 
 import logging
 import warnings
@@ -42,14 +42,14 @@ class StreamInferencePipelineConfig(InstantiateConfig):
     """The transformer and its scheduler."""
 
     text_encoder: EncoderConfig | None = None
-    """Turns prompts into embeddings, once per rollout; None hands ``text`` on as it is given."""
+    """Turns prompts into embeddings, once per rollout; None passes ``text`` through."""
 
     release_text_encoder: bool = False
     """Free the text encoder once the first rollout has its prompt; later prompts are embeddings."""
 
     image_encoder: EncoderConfig | None = None
     """Turns an image into latents, or into a mapping of context names to tensors, once per rollout;
-    None hands ``image`` on as it is given."""
+    None passes ``image`` through."""
 
     encoder: EncoderConfig | None = None
     """Encodes the control input of every AR step; None for methods without one."""
@@ -62,11 +62,11 @@ class StreamInferencePipelineConfig(InstantiateConfig):
     ``"once"`` recompute them; see ``update_prompt``."""
 
     scene_cut_prefix: str | None = None
-    """Beginning of a prompt that cuts to another scene, for models with shots; it stays in the
+    """Prefix of a prompt that cuts to another scene, for models with shots; it stays in the
     prompt."""
 
     max_rollouts: int = 1
-    """Rollouts of one prompt each that may run as CUDA graphs at the same time: storage for so many
+    """Rollouts of one prompt each that can run as CUDA graphs at a time: storage for that many
     is allocated and captured at warm-up. Further ones run without graphs."""
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ class StreamInferencePipeline(SavedRollouts):
             chunk = pipeline.generate(autoregressive_index=i, cache=cache)
             pipeline.finalize(autoregressive_index=i, cache=cache)
 
-    Any number of rollouts may interleave: each lives in its own cache alone.
+    Any number of rollouts may interleave: each has its own cache.
     """
 
     config: StreamInferencePipelineConfig
@@ -101,7 +101,7 @@ class StreamInferencePipeline(SavedRollouts):
         super().__init__(config, device=device, load=load)
         self.observers: list[ChunkObserver] = []
         self.default_seed = 0
-        """Seed of rollouts that are begun without one; a runner puts its own here."""
+        """Seed of rollouts that are started without one; a runner sets it to its own."""
         self._unread: list[FiniteCheck] = []
         self._state_is_checked = False
 
@@ -116,14 +116,14 @@ class StreamInferencePipeline(SavedRollouts):
         noise: NoiseFunction | None = None,
         **context: Any,
     ) -> StreamInferencePipelineCache:
-        """Begin a rollout.
+        """Start a rollout.
 
         Args:
             text: one prompt per batch entry, or embeddings ``[B, S, text_dim]``.
             negative_text: the same for the unconditional branch of guidance; None is ``""``.
-            image: what the image encoder, or without one the diffusion model, takes.
+            image: input of the image encoder or, without one, of the diffusion model.
             seed: of the rollout's noise; None is ``default_seed``.
-            noise: takes the place of the seeded noise: ``(AR index, denoising step, shape)`` to a
+            noise: replaces the seeded noise: maps ``(AR index, denoising step, shape)`` to a
                 float32 tensor of that shape.
             context: keyword context of the components, by the names that they declare.
 
@@ -145,7 +145,7 @@ class StreamInferencePipeline(SavedRollouts):
     def new_cache(
         self, context: dict[str, Any], negative_text: Any, noise: NoiseFunction
     ) -> StreamInferencePipelineCache:
-        """Fresh state under a context that is encoded already; see ``initialize_cache``.
+        """Fresh state for an encoded context; see ``initialize_cache``.
 
         Args:
             context: by name, ``batch_size`` among it.
@@ -172,7 +172,7 @@ class StreamInferencePipeline(SavedRollouts):
     def pixel_frames(self, autoregressive_index: int) -> range:
         """Pixel frames of the chunk of an AR step, counted from the beginning of the rollout.
 
-        Without a decoder these are latent frames.
+        Without a decoder, latent frames.
         """
         len_t = self.diffusion_model.transformer.config.len_t
         count = self.decoder.frame_count if isinstance(self.decoder, Decoder) else int
@@ -182,7 +182,7 @@ class StreamInferencePipeline(SavedRollouts):
     def encode_prompts(self, text: Sequence[str]) -> Tensor:
         """Embeddings ``[B, S, text_dim]`` of prompts, by this rank's text encoder.
 
-        Not a collective call: ranks that have no text encoder cannot make it.
+        Not a collective call; only for ranks with a text encoder.
         """
         return self.context_encoder.encode_here(text)
 
@@ -202,12 +202,12 @@ class StreamInferencePipeline(SavedRollouts):
 
         Returns:
             ``[B, F, 3, height, width]`` in [-1, 1]; without a decoder the latent
-            ``[B, C, T, H, W]``. None on a rank that leaves decoding to rank zero.
+            ``[B, C, T, H, W]``. None on a rank that does not decode.
 
         Raises:
-            ValueError: a step out of order, or an input that no encoder takes.
+            ValueError: a step out of order, or an input without an encoder.
             NotFiniteError: the AR step before this one has made NaN or infinite values; on a GPU,
-                where nobody waits for them, also the one before that.
+                where checks are read late, also the one before that.
         """
         cache.check_order("generate", autoregressive_index)
         self._refuse_bad_values([cache.finite], wait=False)
@@ -235,16 +235,16 @@ class StreamInferencePipeline(SavedRollouts):
         return chunk
 
     def check_values(self, cache: StreamInferencePipelineCache | None = None) -> None:
-        """Refuse to continue from values that are NaN or infinite.
+        """Refuse to continue from NaN or infinite values.
 
-        ``generate`` asks this about the AR steps before; ask it after the last one. May wait for
+        ``generate`` checks the AR steps before; call this after the last one. May wait for
         that step.
 
         Args:
             cache: the rollout; None asks about the last AR steps of all rollouts.
 
         Raises:
-            NotFiniteError: names AR step, stage and, if there are any, weights that are not finite.
+            NotFiniteError: names AR step, stage and any non-finite weights.
         """
         asked = self._unread if cache is None else [cache.finite]
         self._unread = [check for check in self._unread if check not in asked]
@@ -266,8 +266,8 @@ class StreamInferencePipeline(SavedRollouts):
         """Change the prompt of a running rollout.
 
         May be called before any ``generate`` or ``finalize``. Cross-attention keys and values are
-        recomputed in the storage that they have; the cached keys and values of earlier frames
-        stay as they were computed under the old prompt, unless asked otherwise. Under guidance the
+        recomputed in place; the cached keys and values of earlier frames
+        stay those of the old prompt, unless requested otherwise. Under guidance the
         negative prompt stays.
 
         Args:
@@ -277,14 +277,14 @@ class StreamInferencePipeline(SavedRollouts):
             reencode_window: recompute sink and window under the new prompt, from the clean
                 latents that the rollout keeps. True or ``"chunks"``: one clean pass per chunk,
                 oldest first; ``"once"``: one pass over all frames. Follows a prompt sooner. None:
-                as the config says.
-            begins_shot: whether the next chunk begins a shot, for models that treat these apart;
+                the config's choice.
+            begins_shot: whether the next chunk begins a shot, for models with shots;
                 None: whether the text begins with the config's ``scene_cut_prefix``.
 
         Raises:
-            ValueError: another number of prompts than the rollout has, a prompt that the text
-                encoder refuses, or a shot that begins while a chunk waits for ``finalize``.
-            TypeError: the transformer has no prompt that it could change.
+            ValueError: a number of prompts that does not fit the rollout, a prompt that the text
+                encoder refuses, or a shot that begins while a chunk is not finalized.
+            TypeError: the transformer cannot change its prompt.
         """
         cache.require_live()
         batch_size = cache.diffusion.batch_size
@@ -314,20 +314,20 @@ class StreamInferencePipeline(SavedRollouts):
         cache.context["text"] = encoded
 
     def begins_shot(self, text: str | None) -> bool:
-        """Whether a prompt cuts to another scene, by the prefix that the config names."""
+        """Whether a prompt cuts to another scene, by the prefix in the config."""
         prefix = self.config.scene_cut_prefix
         return text is not None and prefix is not None and text.startswith(prefix)
 
     @without_grad
     def finalize(self, autoregressive_index: int, cache: StreamInferencePipelineCache) -> None:
-        """Make the chunk just generated part of the context; optional after the last chunk.
+        """Make the generated chunk part of the context; optional after the last chunk.
 
         Args:
             autoregressive_index: number of the AR step, as given to ``generate``.
             cache: this rollout's state.
 
         Raises:
-            ValueError: the step is not the one just generated.
+            ValueError: the step is not the one that was generated last.
         """
         cache.check_order("finalize", autoregressive_index)
         beside = self.diffusion_model.side.work(cache.diffusion)
@@ -336,7 +336,7 @@ class StreamInferencePipeline(SavedRollouts):
 
     def end_step(self, autoregressive_index: int, cache: StreamInferencePipelineCache) -> None:
         """Deprecated alias of ``finalize``, to be removed in 0.3; arguments as there."""
-        message = "end_step is deprecated and goes in 0.3; call finalize"
+        message = "end_step is deprecated and will be removed in 0.3; call finalize"
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         self.finalize(autoregressive_index, cache)
 

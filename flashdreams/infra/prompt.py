@@ -1,4 +1,4 @@
-"""Where a runner's prompt comes from: the command line, a text file, a file of embeddings."""
+"""Sources of a runner's prompt: the command line, a text file, a file of embeddings."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def read_prompt(prompt: str, prompt_path: Path | None) -> str:
     """The prompt as typed, or the text of its file if one is named.
 
     Raises:
-        ValueError: the file cannot be read or holds nothing.
+        ValueError: the file cannot be read or is empty.
     """
     if prompt_path is None:
         if len(prompt) > MAX_PROMPT_CHARACTERS:
@@ -46,19 +46,19 @@ def read_prompt(prompt: str, prompt_path: Path | None) -> str:
 
 
 def load_prompt_embeds(path: str | Path, *, text_len: int = 512, text_dim: int = 4096) -> Tensor:
-    """Load text embeddings that were made beforehand, in place of a text encoder.
+    """Load pre-computed text embeddings, in place of a text encoder.
 
     Args:
         path: safetensors file with one tensor, or one called ``prompt_embeds``: ``[rows, C]`` for
             one prompt or ``[B, rows, C]``, floating point, at most ``text_len`` rows.
-        text_len: rows that the model wants.
-        text_dim: channels that the model wants.
+        text_len: rows that the model takes.
+        text_dim: channels that the model takes.
 
     Returns:
         ``[B, text_len, text_dim]`` in the file's dtype; missing rows are zero.
 
     Raises:
-        CheckpointError: the file is absent or damaged.
+        CheckpointError: the file is missing or damaged.
         ValueError: the tensor is not of this form.
     """
     path = Path(path)
@@ -81,18 +81,18 @@ def load_prompt_embeds(path: str | Path, *, text_len: int = 512, text_dim: int =
     if len(shape) == 3 and shape[0] > MAX_PROMPTS:
         raise ValueError(f"{path} holds {shape[0]} prompts; at most {MAX_PROMPTS} are read")
     if store.infos[name].refused or not dtype.is_floating_point:
-        raise ValueError(f"{path}: prompt embeddings are {dtype} {size}; floats are wanted")
+        raise ValueError(f"{path}: prompt embeddings are {dtype} {size}; use floating point")
     found = next(tensor for _, tensor in store.read({name: None}))
     found = found if len(shape) == 3 else found[None]
     if not torch.isfinite(found.float()).all():
-        raise ValueError(f"{path}: prompt embeddings hold values that are not finite")
+        raise ValueError(f"{path}: prompt embeddings contain values that are not finite")
     embeds = torch.zeros(found.shape[0], text_len, text_dim, dtype=dtype, device="cpu")
     embeds[:, : found.shape[1]] = found
     return embeds
 
 
 def save_prompt_embeds(path: str | Path, embeds: Tensor) -> None:
-    """Save what a text encoder returned, for `load_prompt_embeds`.
+    """Save the output of a text encoder, for `load_prompt_embeds`.
 
     Args:
         path: the safetensors file to write; it gets its name when it is whole.

@@ -3,7 +3,7 @@
 from typing import Any
 
 LARGEST_SIZE = 2**31 - 1
-"""Of anything that is counted: larger numbers are mistakes, and no tensor takes all of them."""
+"""Largest count of anything: larger numbers are mistakes, and some tensors cannot hold them."""
 
 
 def check_range(
@@ -13,17 +13,17 @@ def check_range(
     most: float = LARGEST_SIZE,
     as_flags: bool = False,
 ) -> None:
-    """Refuse numbers that no config may hold; to be called from ``__post_init__``.
+    """Refuse out-of-range numbers of a config; call from ``__post_init__``.
 
     Args:
-        config: whose fields are looked at.
-        names: the fields; one that is None is let pass.
+        config: whose fields are checked.
+        names: the fields; None passes.
         least: the smallest number allowed.
         most: the largest; NaN is never allowed.
-        as_flags: the fields are options on the command line, so the message calls them that.
+        as_flags: name the fields as command-line options in the message.
 
     Raises:
-        ValueError: says which number it is and what is allowed.
+        ValueError: names the number and the allowed range.
     """
     for name in names:
         value = getattr(config, name)

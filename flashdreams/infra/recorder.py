@@ -1,4 +1,4 @@
-"""The record of a run: stage times, checksums and latents, gathered by watching the pipeline."""
+"""The record of a run: stage times, checksums and latents, collected by observing the pipeline."""
 
 import atexit
 import logging
@@ -32,16 +32,16 @@ from flashdreams.runtime.text import printable, say
 from flashdreams.runtime.transfer import copy_to_host
 
 MAX_COPIES = 4
-"""Tensors copied to the host and not yet hashed; the loop waits for the oldest one beyond that."""
+"""Most tensors copied to the host and not yet hashed; beyond that the loop waits for the oldest."""
 
 LOCK_S = 1.0
-"""How long the end of a run waits for a thread that writes a record."""
+"""Seconds that the end of a run waits for a thread that writes a record."""
 
 log = logging.getLogger(__name__)
 
 
 class RecordedConfig(Protocol):
-    """What the recorder reads of a runner's config."""
+    """The fields of a runner's config that the recorder reads."""
 
     runner_name: str
     """The slug."""
@@ -50,9 +50,9 @@ class RecordedConfig(Protocol):
     seed: int
     """Of the noise."""
     save_latents: bool
-    """Whether latents are written, too."""
+    """Whether latents are written."""
     hash_frames: bool
-    """Whether frames are hashed, too."""
+    """Whether frames are hashed."""
 
 
 def own_files(folder: Path, slug: str) -> list[Path]:
@@ -66,22 +66,22 @@ class _Rollout:
     number: int
     timer: StageTimer
     cache: "weakref.ref[StreamInferencePipelineCache]"
-    """Weak, because its memory is for other rollouts."""
+    """A weak reference, so that its memory can be freed."""
 
 
 @dataclass(eq=False)
 class _Step:
-    """An AR step whose record is yet to be written."""
+    """An AR step whose record is not yet written."""
 
     rollout: _Rollout
     record: dict[str, Any]
     checksums: dict[str, Future[str]]
     sample: dict[str, Any]
-    """Shape and values of the latent, for the log; there when the checksum is."""
+    """Shape and values of the latent, for the log; set together with the checksum."""
     turn: int
 
     def is_complete(self) -> bool:
-        """Whether nothing will be added to the record any more."""
+        """Whether the record is complete."""
         timer = self.rollout.timer
         is_last = timer.records[-1] is self.record and self.rollout.cache() is not None
         hashed = all(checksum.done() for checksum in self.checksums.values())
@@ -89,13 +89,13 @@ class _Step:
 
 
 class RunRecorder:
-    """Watches rollouts and writes ``stats_<slug>.json`` when the run is over.
+    """Observes rollouts and writes ``stats_<slug>.json`` when the run is over.
 
-    ``log_<slug>.jsonl`` has what a replay needs; see `flashdreams.infra.run_log`.
+    ``log_<slug>.jsonl`` is the input of a replay; see `flashdreams.infra.run_log`.
 
     Until then the record of a step goes to ``stats_<slug>.partial.jsonl`` once the next step has
-    begun, and its latent, if asked for, to ``latents_<slug>.partial.npy``. Both are left by a
-    process that is killed. Memory does not grow with the number of steps.
+    begun, and its latent, if asked for, to ``latents_<slug>.partial.npy``. Both remain if the
+    process is killed. Memory does not grow with the number of steps.
 
     One thread hashes and writes latents, from copies that the loop does not wait for unless
     :data:`MAX_COPIES` are outstanding. After a failed write nothing more is added to that file;
@@ -114,7 +114,7 @@ class RunRecorder:
         self.environment = environment
         self.mesh = mesh
         self.ranks: dict[str, Any] = {}
-        """How long AR steps took on each rank, and which was the slowest; known at the end."""
+        """Median step time of each rank and the slowest rank; set at the end."""
         self.steps = 0
         """AR steps of all rollouts so far; 0 on ranks that record nothing."""
         self._ready = time.perf_counter()
@@ -122,7 +122,7 @@ class RunRecorder:
         self._first_seen = 0.0
         self._frames_since = 0
         self._rollout_count = 0
-        self._rollouts: list[_Rollout] = []  # with steps to write, or with more to come
+        self._rollouts: list[_Rollout] = []  # with steps to write, or still running
         self._steps: list[_Step] = []
         self._copies: deque[Future[str]] = deque()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checksum")
@@ -130,17 +130,17 @@ class RunRecorder:
         self._stats = StatsWriter(folder / f"stats_{slug}.json", self.header)
         self._latents = LatentWriter(folder / f"latents_{slug}.safetensors")
         self.log = RunLog(folder / f"log_{slug}.jsonl", self.log_header)
-        """What the run was told and the hashes that it reached."""
+        """Commands and hashes of the run."""
         self.replay: Replay | None = None
         """The log that this run replays."""
         self.resumable = False
-        """Whether a run that fails leaves its partial files to a process that continues."""
+        """Whether a failed run keeps its partial files for a process that resumes it."""
         self._errors: dict[Path, Exception] = {}
         self._lock = threading.RLock()
         self._closed = False
 
     def observe(self, cache: StreamInferencePipelineCache, chunk: Tensor) -> None:
-        """Note one chunk; called by the pipeline right after it was generated.
+        """Record one chunk; called by the pipeline right after it was generated.
 
         Args:
             cache: the rollout that it belongs to.
@@ -187,18 +187,18 @@ class RunRecorder:
 
     @property
     def frames_per_second(self) -> float:
-        """Rate since the first chunk, which start-up slows; 0 until the second."""
+        """Frames per second since the first chunk, without start-up; 0 until the second."""
         elapsed = time.perf_counter() - self._first_seen
         return self._frames_since / elapsed if self._frames_since > 0 else 0.0
 
     def _start_checksum(
         self, tensor: Tensor, save: Callable[[Tensor], None] | None = None
     ) -> Future[str]:
-        """Have a tensor hashed, and its copy given to ``save``, by the thread."""
+        """Queue a tensor to be hashed, and its copy passed to ``save``, in the thread."""
         while self._copies and self._copies[0].done():
             self._copies.popleft()
         if len(self._copies) >= MAX_COPIES:
-            with self.pipeline.guard("checksum", self.steps):  # a hung device never delivers it
+            with self.pipeline.guard("checksum", self.steps):  # a hung device never returns it
                 wait_for([self._copies.popleft()])
         copy, arrived = copy_to_host(tensor)
 
@@ -215,7 +215,7 @@ class RunRecorder:
     def _write_records(self, wait: bool = False) -> None:
         """Write the records that are complete; with ``wait`` those of all steps.
 
-        A step that was broken off made no frames and has none.
+        An interrupted step has no frames and no record.
         """
         if wait:
             for rollout in self._rollouts:
@@ -237,7 +237,7 @@ class RunRecorder:
         self._rollouts = [r for r in self._rollouts if id(r) in busy or r.cache() is not None]
 
     def note_turn(self, number: int, turn: Turn) -> None:
-        """Log what a session was told; called before the turn is applied."""
+        """Log the commands of a session; called before the turn is applied."""
         if self.environment.is_rank_zero and turn.commands:
             row = turn_row(number, turn.autoregressive_index, turn.commands)
             self._append(self.log, row)
@@ -276,7 +276,7 @@ class RunRecorder:
             self._write_records(wait=True)
 
     def resume(self, steps: int, latent_frames: int) -> None:
-        """Go on after the first steps of an earlier process; what it wrote later is deleted.
+        """Continue after the first steps of an earlier process; its later output is deleted.
 
         Raises:
             ValueError: it wrote fewer.
@@ -301,7 +301,7 @@ class RunRecorder:
             log.warning("%s The run continues without it.", error)
 
     def header(self) -> dict[str, Any]:
-        """What holds for the run as a whole."""
+        """Data of the run as a whole."""
         device = self.environment.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         return {
@@ -320,14 +320,14 @@ class RunRecorder:
         }
 
     def close(self) -> list[Path]:
-        """Write the stats and, if asked for, the latents; only rank zero does.
+        """Write the stats and, if requested, the latents; on rank zero only.
 
         Returns:
             The files that were written.
 
         Raises:
             OSError: a file could not be written, now or during the run.
-            ValueError: a record has a value that JSON does not know, or latents differ in size.
+            ValueError: a record has a value that JSON cannot represent, or latents differ in size.
             TypeError: likewise.
         """
         if not self.environment.is_rank_zero:
@@ -345,10 +345,10 @@ class RunRecorder:
         return files
 
     def abort(self) -> None:
-        """Write what there is of a run that has failed or hangs; any thread may call it.
+        """Write what is available of a run that has failed or hangs; any thread may call it.
 
-        Stats of the steps that are complete come first: what is asked of the device may hang. What
-        cannot be written is said on stderr, once; nothing is raised.
+        Stats of complete steps come first: requests to the device may hang. What
+        cannot be written is reported on stderr, once; nothing is raised.
         """
         if not self.environment.is_rank_zero or self._closed:
             return
@@ -362,7 +362,7 @@ class RunRecorder:
             elif free:
                 self.close()
         except Exception as error:
-            if error not in self._errors.values():  # those were logged when they came
+            if error not in self._errors.values():  # those were logged when they occurred
                 say(f"flashdreams: {printable(str(error))}")
         finally:
             if free:
@@ -384,7 +384,7 @@ class RunRecorder:
 
 
 def _dumped(config: Any) -> str | None:
-    """The config as YAML; None for one that a file cannot hold, whose log cannot be replayed."""
+    """The config as YAML; None if it cannot be written as a file; such a log cannot be replayed."""
     try:
         return dump_config(config)
     except TypeError:

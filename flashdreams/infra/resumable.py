@@ -33,10 +33,10 @@ from flashdreams.runtime.text import read_text, reason_of
 logger = logging.getLogger(__name__)
 
 MARK_NAME = "run.json"
-"""The file that says which run a folder is of."""
+"""The file that identifies the run of a folder."""
 
 SHARED_FOLDER_S = 10.0
-"""How long a rank waits to see the mark that rank zero has written."""
+"""Seconds that a rank waits to see the mark that rank zero has written."""
 
 MAX_MARK_BYTES = 4096
 _SNAPSHOT = re.compile(r"step-(\d{8})")
@@ -44,7 +44,7 @@ _SNAPSHOT = re.compile(r"step-(\d{8})")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a resumed run has come."""
+    """Progress of a resumed run."""
 
     cache: StreamInferencePipelineCache
     turns: int
@@ -56,21 +56,21 @@ class ResumableRun:
     """The folder ``<output_dir>/resume_<slug>`` of one run and its snapshots.
 
     A run has a token; snapshots and segments are in a folder of that name. A run that starts over
-    takes a new token, so it never meets the snapshots of an earlier one; these are deleted when its
-    own first snapshot is whole. All calls are collective; rank zero alone writes.
+    takes a new token, so it never reads the snapshots of an earlier one; these are deleted when its
+    own first snapshot is complete. All calls are collective; rank zero alone writes.
     """
 
     def __init__(
         self, folder: Path, launch: Launch, *, every: int, kept: int, resume: bool
     ) -> None:
-        """Find out whether this process continues with a run.
+        """Determine whether this process continues a run.
 
         Args:
             folder: as above.
-            launch: who started this process, and how often.
+            launch: launch id and restart count of this process.
             every: AR steps between snapshots; 0 saves none.
-            kept: snapshots that stay; the oldest ones go.
-            resume: continue with the run of the folder, whoever began it.
+            kept: number of snapshots to keep; older ones are deleted.
+            resume: continue the run of the folder, whichever process started it.
         """
         self.folder, self.every, self.kept = folder, every, kept
         # An agent that joined later counts fewer restarts than the others.
@@ -100,7 +100,7 @@ class ResumableRun:
         )
 
     def _sees_mark(self) -> bool:
-        """Whether this rank reads the run's mark; a network file system gets a moment for it."""
+        """Whether this rank reads the run's mark; with some time for network file systems."""
         deadline = time.monotonic() + SHARED_FOLDER_S
         while True:
             with suppress(OSError, ValueError, AttributeError):
@@ -118,7 +118,7 @@ class ResumableRun:
     def resume(
         self, pipeline: StreamInferencePipeline, controller: Controller | None
     ) -> Progress | None:
-        """The rollout of the newest snapshot that is whole; None if the run starts over."""
+        """The rollout of the newest complete snapshot; None if the run starts over."""
         if not self.goes_on:
             return None
         for name in from_rank_zero(self._newest_first):
@@ -127,14 +127,14 @@ class ResumableRun:
                 cache = pipeline.resume(path, controller=controller)
                 run = from_rank_zero(partial(_run_of, path))
             except (SnapshotError, OtherRankError) as error:
-                logger.warning("%s An older snapshot is tried.", error)
+                logger.warning("%s Trying an older snapshot.", error)
                 continue
             self.progress = Progress(cache, run["turns"], run["seed"])
             return self.progress
         return None
 
     def choices(self) -> Mapping[str, Any] | None:
-        """Numerics fingerprint of the newest snapshot whose header is whole; None without one."""
+        """Numerics fingerprint of the newest snapshot with a complete header; None without one."""
         return from_rank_zero(self._read_choices) if self.goes_on else None
 
     def _read_choices(self) -> Mapping[str, Any] | None:
@@ -144,13 +144,13 @@ class ResumableRun:
         return None
 
     def is_due(self, autoregressive_index: int) -> bool:
-        """Whether a snapshot follows after so many AR steps."""
+        """Whether a snapshot is due after so many AR steps."""
         return self.every > 0 and autoregressive_index % self.every == 0
 
     def save(
         self, pipeline: StreamInferencePipeline, cache: StreamInferencePipelineCache, run: Any
     ) -> None:
-        """Save a snapshot and delete what the ring no longer keeps; the run continues if it fails.
+        """Save a snapshot and delete older ones; the run continues if it fails.
 
         Args:
             pipeline: of the rollout.
@@ -169,12 +169,12 @@ class ResumableRun:
         logger.info("snapshot before AR step %d: %s", cache.next_index, report)
 
     def finish(self) -> None:
-        """The run is over: its snapshots stay, its segments and its mark go. On rank zero."""
+        """End the run: keep its snapshots, delete its segments and its mark. On rank zero."""
         shutil.rmtree(self.home / "segments", ignore_errors=True)
         (self.folder / MARK_NAME).unlink(missing_ok=True)
 
     def _find(self, resume: bool) -> tuple[str, bool]:
-        """The token, and whether the run of that token continues; on rank zero."""
+        """The token, and whether that run continues; on rank zero."""
         mark = self.folder / MARK_NAME
         earlier = _read_mark(mark) if mark.is_file() else {}
         restarted = self._launch.restarts > 0 and earlier.get("run_id") == self._launch.run_id
@@ -211,7 +211,7 @@ class ResumableRun:
                 shutil.rmtree(other, ignore_errors=True)
 
     def _forget(self, path: Path) -> None:
-        """Delete a snapshot, which loses its name first: half of one never has it."""
+        """Delete a snapshot, after renaming it, so that a partial one never has its name."""
         if path.exists():
             dying = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
             path.rename(dying)

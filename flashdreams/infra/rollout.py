@@ -31,17 +31,17 @@ from flashdreams.runtime.profiler import StageTimer
 
 
 class Conductor(Protocol):
-    """What a rollout's state asks of the pipeline that it runs on."""
+    """The interface of the pipeline that a rollout uses."""
 
     diffusion_model: Any
     decodes_here: bool
-    """False on a rank that leaves decoding to rank zero."""
+    """False on a rank that does not decode."""
 
     def save_cache(self, cache: Any) -> RolloutState | None:
         """The canonical form."""
 
     def clone_cache(self, cache: Any, noise: NoiseFunction | None = None) -> Any:
-        """A rollout of its own with the same state."""
+        """An independent rollout with the same state."""
 
     def fork_cache(self, cache: Any, count: int) -> list[Any]:
         """Several of them."""
@@ -50,18 +50,18 @@ class Conductor(Protocol):
         """Several of them as one rollout."""
 
     def pick_fork(self, batch: Any, index: int) -> Any:
-        """One of these as a rollout of its own."""
+        """One of these as an independent rollout."""
 
 
 @dataclass
 class StreamInferencePipelineCache:
-    """ALL state of one rollout; the pipeline itself has none."""
+    """All state of one rollout; the pipeline itself has none."""
 
     diffusion: DiffusionCache
     pipeline: Conductor = field(repr=False)
     """The pipeline that the rollout runs on."""
     context: dict[str, Any] = field(repr=False)
-    """What the rollout is conditioned on, encoded, by name."""
+    """The encoded conditions of the rollout, by name."""
     encoder: Any
     decoder: Any
     timer: StageTimer
@@ -73,13 +73,13 @@ class StreamInferencePipelineCache:
     """State of the controller that steers the rollout; None without one."""
     forks: int | None = None
     """Forks that continue as one batch here, see ``fork_batch``; ``encoder`` and ``controller`` are
-    then lists, one entry for each. None: a rollout that is no such batch."""
+    then lists, one entry for each. None: not a batch."""
     finite: FiniteCheck = field(default_factory=FiniteCheck, repr=False)
-    """Looks at the values of the last AR step."""
+    """Checks the values of the last AR step."""
 
     @property
     def pending(self) -> bool:
-        """A chunk is generated and its clean pass is yet to come."""
+        """A chunk is generated but not finalized."""
         return self.diffusion.pending
 
     @property
@@ -93,29 +93,29 @@ class StreamInferencePipelineCache:
         return self.diffusion.latent
 
     def release(self) -> None:
-        """End the rollout: its memory is free for another one. Records and last latent stay.
+        """End the rollout and free its memory for another one. Records and last latent remain.
 
-        A rollout that nobody refers to any more is released as well.
+        A rollout is also released when it is garbage-collected.
         """
         self.pipeline.diffusion_model.side.join()
         self.diffusion.release()
         self.encoder = self.decoder = None
 
     def check_order(self, call: str, autoregressive_index: int) -> None:
-        """Refuse a call out of turn.
+        """Refuse a call out of order.
 
         Args:
             call: ``"generate"`` or ``"finalize"``.
             autoregressive_index: the AR step asked for.
 
         Raises:
-            ValueError: says what was expected; or the rollout was released.
+            ValueError: states what was expected; or the rollout was released.
         """
         self.require_live()
         check_order(call, autoregressive_index, self.next_index, self.pending)
 
     def require_live(self) -> None:
-        """Refuse a rollout that is over.
+        """Refuse a released rollout.
 
         Raises:
             ValueError: it was released.
@@ -123,11 +123,11 @@ class StreamInferencePipelineCache:
         if self.diffusion.released:
             raise ValueError(
                 f"This rollout was released after {self.next_index} AR steps, and another one may "
-                "live in its storage. Begin a new one with pipeline.initialize_cache(...)."
+                "use its storage. Start a new one with pipeline.initialize_cache(...)."
             )
 
     def state_dict(self) -> RolloutState | None:
-        """The rollout in a form that does not know the number of ranks; a collective call.
+        """The rollout in a form independent of the number of ranks; a collective call.
 
         Gathered one tensor at a time; `StreamInferencePipeline.load_cache` takes it back, on any
         number of ranks. See `flashdreams.infra.state` for the form.
@@ -159,7 +159,7 @@ class StreamInferencePipelineCache:
         return self.pipeline.clone_cache(self, noise)
 
     def fork(self, n: int) -> list["StreamInferencePipelineCache"]:
-        """``n`` clones on the device, for futures that are tried one after the other.
+        """``n`` clones on the device, to try continuations one after the other.
 
         Their bytes are computed first. Milliseconds and bytes are logged. A collective call.
 
@@ -167,7 +167,7 @@ class StreamInferencePipelineCache:
             n: at least 1.
 
         Raises:
-            ValueError: memory is short, and it says how many fit; or as for ``clone``.
+            ValueError: not enough memory, with the number that fits; or as for ``clone``.
             StateError: a component's state does not declare how ranks hold it.
         """
         self._require_forks("fork", n)
@@ -178,33 +178,33 @@ class StreamInferencePipelineCache:
 
         Batch entries of the first fork come first. ``generate`` takes a list of ``n`` control
         inputs, and ``controller`` is a list of ``n`` states, with which these are made. Frames are
-        those of forks that run in turn, within the tolerance of parallel runs. A batch runs without
+        those of forks run in turn, within the tolerance of parallel runs. A batch runs without
         CUDA graphs. A collective call.
 
         Args:
             n: at least 1.
 
         Raises:
-            ValueError: memory is short, or the method takes no batch; or as for ``clone``.
+            ValueError: not enough memory, or the method cannot be batched; or as for ``clone``.
             StateError: a component's state does not declare how ranks hold it.
         """
         self._require_forks("fork_batch", n)
         return self.pipeline.fork_batch(self, n)
 
     def pick(self, index: int) -> "StreamInferencePipelineCache":
-        """One fork of a batch as a rollout of its own; the batch stays as it is.
+        """One fork of a batch as an independent rollout; the batch is unchanged.
 
         Args:
             index: of the fork, from 0.
 
         Raises:
-            ValueError: no batch of forks, or no such fork; or as for ``clone``.
+            ValueError: not a batch of forks, or no such fork; or as for ``clone``.
         """
         self._require_between_steps("pick")
         return self.pipeline.pick_fork(self, index)
 
     def require_finalized(self, call: str) -> None:
-        """Refuse what can only be done between AR steps, and not to a batch of forks.
+        """Refuse calls that are only possible between AR steps, and not for a batch of forks.
 
         Args:
             call: what it is, for the message.
@@ -233,7 +233,7 @@ class StreamInferencePipelineCache:
 
 
 def check_state(cache: StreamInferencePipelineCache, plan: ParallelPlan | None) -> None:
-    """See that declared styles fit what the fields hold; asked once per pipeline.
+    """Check that declared styles fit their fields; done once per pipeline.
 
     Args:
         cache: fresh.
@@ -250,7 +250,7 @@ def check_state(cache: StreamInferencePipelineCache, plan: ParallelPlan | None) 
             check_plan_styles(branch, styles)
     if styles is not None:
         warnings.warn(
-            "ParallelPlan.rollout goes in 0.3: declare the style of each field of the state where "
+            "ParallelPlan.rollout will be removed in 0.3: declare each state field's style where "
             "it is defined, with flashdreams.parallel.plan.state.",
             DeprecationWarning,
             stacklevel=3,
@@ -309,7 +309,7 @@ def encode_origin(
     name: str,
     fingerprint: dict[str, Any],
 ) -> dict[str, Any]:
-    """What the rollout was begun with, and by whom; the same on all ranks.
+    """How the rollout was started; the same on all ranks.
 
     Args:
         cache: between AR steps.
@@ -375,12 +375,12 @@ def checked_values(
 
     Args:
         state: what ``state_dict`` returned.
-        name: of the pipeline that shall continue with it.
+        name: of the pipeline that will continue it.
         noise: that the caller gives.
         controller: that the caller gives.
 
     Raises:
-        ValueError: another format or pipeline, or noise or a controller that is missing.
+        ValueError: another format or pipeline, or missing noise or controller.
     """
     if state is None or not {"format", "values", "tensors"} <= set(state):
         raise ValueError(
@@ -399,12 +399,12 @@ def checked_values(
         )
     if noise is None and values["seed"] is None:
         raise ValueError(
-            "The rollout was begun with a noise callable, which is not part of its state. "
+            "The rollout was started with a noise callable, which is not part of its state. "
             "Give it again: pipeline.load_cache(state, noise=...)."
         )
     if controller is None and values["controller"] is not None:
         raise ValueError(
-            "A controller steered the rollout; give one of the same kind: "
+            "The rollout has a controller; pass one of the same kind: "
             "pipeline.load_cache(state, controller=...)."
         )
     return values
@@ -413,7 +413,7 @@ def checked_values(
 def restore_context(
     values: dict[str, Any], decoder: StateDecoder, parts: Sequence[Any]
 ) -> tuple[dict[str, Any], Any]:
-    """What a saved rollout is conditioned on; a collective call.
+    """The conditions of a saved rollout; a collective call.
 
     Args:
         values: of the canonical form, the same on all ranks.
@@ -437,7 +437,7 @@ def restore_context(
 def fill_rollout(
     cache: StreamInferencePipelineCache, values: dict[str, Any], decoder: StateDecoder
 ) -> None:
-    """Bring fresh state to where a saved rollout was, in place; a collective call.
+    """Load a saved rollout into fresh state, in place; a collective call.
 
     Tensors of the same shape keep their storage, so graphs that were captured for it stay valid.
 
@@ -470,7 +470,7 @@ def fill_rollout(
 
 
 def from_state(state: RolloutState | None) -> Any:
-    """Tensors of a form that rank zero has, for every rank; a collective call each."""
+    """Tensors of rank zero's form, for every rank; a collective call each."""
 
     def take(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         stored = state["tensors"][path] if state is not None and group_rank() == 0 else None

@@ -1,4 +1,4 @@
-"""The log of a run: what it was told and the hashes that it reached, so that it can be replayed."""
+"""The log of a run: its commands and hashes, so that it can be replayed."""
 
 import base64
 import json
@@ -24,10 +24,10 @@ LOG_FORMAT = 1
 """Number of the form of the lines; another one is refused."""
 
 SAMPLES = 256
-"""Values of each latent that the log keeps, evenly spread, to say how far a replay is off."""
+"""Values of each latent that the log keeps, evenly spread, to measure the error of a replay."""
 
 BIT_NEUTRAL = ("degrees", "decode")
-"""What two strict runs may differ in and still have the same bits."""
+"""Entries in which two strict runs may differ and still have the same bits."""
 
 
 class LogError(ValueError):
@@ -35,11 +35,11 @@ class LogError(ValueError):
 
 
 class ReplayError(ValueError):
-    """A replay that had to reach the hashes of its log and did not."""
+    """A replay whose hashes had to match its log and did not."""
 
 
 def command_to_json(command: Command) -> dict[str, Any]:
-    """A command as JSON values; embeddings of a prompt whose text is known are left out."""
+    """A command as JSON values; without the embeddings of a prompt whose text is known."""
     row: dict[str, Any] = {"kind": command.kind, "values": dict(command.values)}
     if command.at_frame is not None:
         row["at_frame"] = command.at_frame
@@ -58,7 +58,7 @@ def command_from_json(row: Mapping[str, Any]) -> Command:
 
 
 def turn_row(number: int, autoregressive_index: int, commands: Iterable[Command]) -> dict[str, Any]:
-    """The line of a turn: what the session was told before an AR step."""
+    """The line of a turn: the commands before an AR step."""
     return {
         "turn": number,
         "autoregressive_index": autoregressive_index,
@@ -74,13 +74,13 @@ def sample_of(latent: Tensor) -> str:
 
 @lru_cache(maxsize=8)
 def _sampled_places(count: int) -> np.ndarray:
-    """Of `sample_of` among so many values; a server asks after every AR step."""
+    """Indices of `sample_of` among so many values; a server needs them after every AR step."""
     places = torch.linspace(0, count - 1, min(SAMPLES, count), dtype=torch.float32, device="cpu")
     return places.long().numpy()
 
 
 def largest_difference(a: str, b: str) -> float | None:
-    """Of two samples; None if they are of latents of different sizes."""
+    """Largest difference of two samples; None if their latents have different sizes."""
     x, y = (np.frombuffer(base64.b64decode(text), dtype="<f4") for text in (a, b))
     return float(np.abs(x - y).max()) if len(x) == len(y) else None
 
@@ -88,11 +88,11 @@ def largest_difference(a: str, b: str) -> float | None:
 class RunLog:
     """Appends to ``log_<slug>.jsonl``: a header, then a line per turn with commands and per step.
 
-    Lines are handed to the system at once, so a process that is killed leaves them.
+    Lines are flushed at once, so they survive a killed process.
     """
 
     def __init__(self, path: Path, header: Callable[[], Mapping[str, Any]]) -> None:
-        """Write nothing yet.
+        """Prepare, without writing.
 
         Args:
             path: the file, replaced at the first line; its directory is made.
@@ -119,9 +119,9 @@ class RunLog:
         self._write(row)
 
     def resume(self, turns: int) -> None:
-        """Go on after the first turns of the file that is there; what came later is deleted.
+        """Continue after the first turns of the existing file; later lines are deleted.
 
-        What the session was told between those turns and the next one stays.
+        Commands between those turns and the next one are kept.
         """
         keep = 0
         for line in self.path.read_bytes().splitlines(keepends=True):
@@ -136,11 +136,11 @@ class RunLog:
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            with suppress(OSError):  # what a full disk did not take is lost, and reported before
+            with suppress(OSError):  # what did not fit on a full disk is lost, and was reported
                 self._file.close()
 
     def finish(self) -> None:
-        """Close the file, which is whole already."""
+        """Close the file, which is already complete."""
         self.close()
 
     def _write(self, row: Mapping[str, Any]) -> None:
@@ -151,15 +151,15 @@ class RunLog:
 
 @dataclass
 class Replay:
-    """A log that is replayed, and how the replay compares to it."""
+    """A log that is replayed, and its comparison with the replay."""
 
     header: Mapping[str, Any]
     turns: Mapping[int, list[Command]]
-    """What the session was told, by the number of its turn."""
+    """Commands, by the number of their turn."""
     steps: Mapping[int, Mapping[str, Any]]
     """Hash and sample of each step, by the number of its turn."""
     opening: Mapping[str, Any] = field(default_factory=dict)
-    """Conditions that a served session brought in place of its server's: ``text``, ``image``."""
+    """Conditions of a served session that replace those of its server: ``text``, ``image``."""
     compared: int = 0
     different: list[int] = field(default_factory=list)
     """Steps with another hash."""
@@ -167,7 +167,7 @@ class Replay:
     """Largest difference of sampled latent values."""
 
     def compare(self, row: Mapping[str, Any]) -> None:
-        """Hold a step of the replay against the log."""
+        """Compare a step of the replay with the log."""
         logged = self.steps.get(row["step"])
         if logged is None:
             return
@@ -180,13 +180,13 @@ class Replay:
         self.largest = max(self.largest, float("inf") if found is None else found)
 
     def verdict(self, header: Mapping[str, Any]) -> str:
-        """One line on what came out.
+        """One line with the result.
 
         Args:
             header: of the replay's own log.
 
         Raises:
-            ReplayError: hashes differ that had to be equal: the same method at an equal numerics
+            ReplayError: hashes differ that had to be equal: the same method with an equal numerics
                 fingerprint, or both strict.
         """
         same = f"replay: {self.compared - len(self.different)} of {self.compared} AR steps have "
@@ -227,21 +227,21 @@ def _check_kinds(row: Mapping[str, Any], **kinds: Any) -> None:
 
 
 def _rows(file: BinaryIO) -> Iterator[Any]:
-    """The lines of a log, one at a time, so that the first that is none ends the reading."""
+    """The lines of a log, one at a time, so that reading stops at the first invalid one."""
     while (line := file.readline(MAX_LINE_BYTES)).endswith(b"\n"):
         row = json.loads(line)
         if not isinstance(row, dict):
-            raise TypeError("a line is no object")
+            raise TypeError("a line is not an object")
         yield row
     if len(line) == MAX_LINE_BYTES:
         raise ValueError(f"a line is longer than {MAX_LINE_BYTES} bytes")
 
 
 def read_log(path: Path) -> Replay:
-    """Read a log; a last line that was cut off is left out.
+    """Read a log; an incomplete last line is ignored.
 
     Raises:
-        LogError: it cannot be read, or is none.
+        LogError: it cannot be read, or is not a log.
     """
     try:
         check_regular(path)
@@ -271,8 +271,8 @@ def read_log(path: Path) -> Replay:
         raise
     except OSError as error:
         raise LogError(f"--replay {path} cannot be read: {reason_of(error)}.") from error
-    except Exception as error:  # safetensors has errors of its own
+    except Exception as error:  # safetensors has its own errors
         raise LogError(
-            f"--replay {path} is no log of a run ({error}). Runs write log_<slug>.jsonl into "
+            f"--replay {path} is not a log of a run ({error}). Runs write log_<slug>.jsonl into "
             "their output folder."
         ) from error

@@ -1,4 +1,4 @@
-"""The runner: one method on the command line, its files and its figures."""
+"""The runner: one method on the command line, with its files and stats."""
 
 import contextlib
 import os
@@ -49,14 +49,14 @@ from flashdreams.runtime.video import VideoWriter
 
 MAX_THREADS = 1024
 SMALL_PARAMETERS = 10_000_000
-"""Size of a pipeline below which one CPU thread is faster than two; the toy world has 4 million."""
+"""Parameters below which one CPU thread is faster than two; the toy world has 4 million."""
 
 ConfigT = TypeVar("ConfigT", bound="RunnerConfig")
 
 
 @dataclass(kw_only=True)
 class RunnerConfig(InstantiateConfig):
-    """What every method on the command line has."""
+    """The fields of every method on the command line."""
 
     _target: type["Runner"] = field(default_factory=lambda: Runner)
 
@@ -120,10 +120,10 @@ class RunnerConfig(InstantiateConfig):
             raise ValueError(f"--seed {self.seed}: must be from 0 to 2**64 - 1.")
 
     def for_serving(self: ConfigT) -> ConfigT:
-        """The config with what live sessions need in place of what a run to a file does.
+        """The config for live sessions, without options of a run to a file.
 
         Raises:
-            ValueError: something that was asked for cannot be had live.
+            ValueError: an option does not apply to live sessions.
         """
         return replace(self, snapshot_every=0, resume=False)
 
@@ -132,17 +132,17 @@ PipelineT = TypeVar("PipelineT", bound=StreamInferencePipeline)
 
 
 class Runner(Generic[ConfigT, PipelineT]):
-    """Sets up a pipeline, drives rollouts in ``run`` and writes the stats in ``close``.
+    """Sets up a pipeline, runs rollouts in ``run`` and writes the stats in ``close``.
 
-    ``run`` streams one session into a video. Subclasses say what it begins with in ``conditions``
-    and what steers it in ``controller`` and ``commands``, or override ``run``. The stats come
-    from watching the pipeline, so they are written whatever ``run`` does.
+    ``run`` streams one session into a video. Subclasses define its inputs in ``conditions``
+    and its control in ``controller`` and ``commands``, or override ``run``. The stats come
+    from observing the pipeline, so they are written whatever ``run`` does.
     """
 
     config: ConfigT
     pipeline: PipelineT
     fetch_all: ClassVar[str | None] = None
-    """What to type to have all weights fetched that are missing; None names a flag for each."""
+    """The option that downloads all missing weights; None names a flag for each."""
 
     def __init__(self, config: ConfigT) -> None:
         """Join the process group, build the pipeline and open the output folder.
@@ -150,7 +150,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         Raises:
             ValueError: the config cannot be run, or the text encoder refuses a prompt; no weights
                 have been read yet.
-            ValueError: the output folder cannot be written, or another run writes the same files.
+            ValueError: the output folder is not writable, or another run writes the same files.
             CheckpointError: weights are missing or damaged.
         """
         self.config = config
@@ -208,7 +208,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         self.pipeline.observers.append(self.recorder.observe)
 
     def _apply_choices(self) -> None:
-        """Use the numerics choices of the run that this one continues with or repeats."""
+        """Use the numerics choices of the run that this one continues or repeats."""
         source = self.config.numerics_from
         if source is None:
             stored = self.resumable.choices()
@@ -219,7 +219,7 @@ class Runner(Generic[ConfigT, PipelineT]):
                 tell(f"numerics: {line}.")
 
     def _build_mesh(self) -> Mesh:
-        """The mesh that is asked for; a run that continues takes one that fits its ranks."""
+        """The requested mesh; a resumed run uses one that fits its ranks."""
         ranks, asked = self.environment.world_size, self.config.parallel
         try:
             return self.pipeline.build_mesh(ranks, asked)
@@ -242,14 +242,14 @@ class Runner(Generic[ConfigT, PipelineT]):
         return self.environment.device
 
     def prompt_options(self) -> dict[str, str]:
-        """The texts that ``run`` will have encoded, each by the option that gives it.
+        """The texts that ``run`` will encode, by the option that gives them.
 
-        A prompt that the text encoder refuses ends the program before weights are fetched or read.
+        A prompt that the encoder refuses ends the program before weights are downloaded or read.
         """
         return {}
 
     def conditions(self) -> dict[str, Any]:
-        """What the rollout begins with: keywords of ``pipeline.initialize_cache``.
+        """Conditions of the rollout: keyword arguments of ``pipeline.initialize_cache``.
 
         The default is the prompt of the config.
 
@@ -260,20 +260,20 @@ class Runner(Generic[ConfigT, PipelineT]):
         if not isinstance(prompt, str):
             raise TypeError(
                 f"{type(self).__name__} has no prompt in its config; define conditions(), which "
-                "returns the keywords of pipeline.initialize_cache."
+                "returns the keyword arguments of pipeline.initialize_cache."
             )
         return {"text": [prompt]}
 
     def controller(self) -> Controller | None:
-        """What makes the control input of every AR step; None for methods without control."""
+        """The controller that makes each control input; None for methods without control."""
         return None
 
     def commands(self) -> Sequence[Command]:
-        """What the session of ``run`` is told beforehand, such as the key presses of a flag."""
+        """Commands for the session of ``run``, such as the key presses of a flag."""
         return ()
 
     def open_session(self, name: str = "session") -> Session:
-        """Begin a rollout that can be steered, or continue with it; a collective call."""
+        """Start or resume a rollout that can be steered; a collective call."""
         controller = self.controller()
         progress = self.resumable.resume(self.pipeline, controller)
         replay = self.recorder.replay
@@ -293,7 +293,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         return session
 
     def _go_on(self, session: Session, progress: Progress) -> None:
-        """Bring the files of the run to where its snapshot is; a collective call."""
+        """Truncate the files of the run to its snapshot; a collective call."""
         session.turns = progress.turns
         frames = progress.turns * self.pipeline.diffusion_model.transformer.config.len_t
         from_rank_zero(lambda: self.recorder.resume(progress.turns, frames))
@@ -301,7 +301,7 @@ class Runner(Generic[ConfigT, PipelineT]):
             tell(f"resumed before AR step {progress.cache.next_index}")
 
     def stream(self, total_blocks: int) -> Iterator[Step]:
-        """AR steps of a session that is told ``commands``, with a progress bar on rank zero.
+        """AR steps of a session with ``commands``, with a progress bar on rank zero.
 
         Args:
             total_blocks: AR steps.
@@ -314,7 +314,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         told = [c for c in self.commands() if first == 0 or (c.at_frame or -1) >= seen]
         for command in told if self.is_rank_zero and replay is None else ():
             session.submit(command)
-        # Runners of before 0.2 have a progress of one argument.
+        # Runners written for 0.1 have a ``progress`` with one argument.
         for _ in self.progress(total_blocks, *([first] if first else [])):
             if replay is not None and self.is_rank_zero:
                 for command in replay.turns.get(session.turns, []):
@@ -326,7 +326,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         self.pipeline.check_values(session.cache)
 
     def _save_snapshot(self, session: Session) -> None:
-        """A snapshot, after all that came before it is in its files; a collective call."""
+        """Save a snapshot, after all earlier output is in its files; a collective call."""
         done = session.cache.next_index
         self.recorder.flush()
         if self._video is not None:
@@ -383,7 +383,7 @@ class Runner(Generic[ConfigT, PipelineT]):
                 bar.update()
 
     def close(self) -> None:
-        """Write the stats, and the latents if asked for, say so, then leave the process group.
+        """Write the stats and, if requested, the latents, then leave the process group.
 
         Raises:
             NotFiniteError: the last AR step has made NaN or infinite values.
@@ -413,12 +413,12 @@ class Runner(Generic[ConfigT, PipelineT]):
         self._leave()
 
     def serve(self) -> None:
-        """Record nothing from here on: what follows is no run with a video and stats."""
+        """Record nothing from now on, for a runner that serves sessions."""
         observers = self.pipeline.observers
         observers[:] = [observe for observe in observers if observe != self.recorder.observe]
 
     def end_serving(self) -> None:
-        """Give back the output folder and leave the process group; writes no files."""
+        """Unlock the output folder and leave the process group; writes no files."""
         self._give_back_output()
         self._leave()
 
@@ -435,22 +435,22 @@ class Runner(Generic[ConfigT, PipelineT]):
         return [path]
 
     def explain(self, error: BaseException) -> BaseException:
-        """The error to report: that another rank has died, where this one only follows from it."""
+        """The error to report: the death of another rank, if this error only follows from it."""
         return self._peers.explain(error)
 
     def abort(self) -> None:
-        """Write the stats of what was done before the run failed.
+        """Write the stats of the steps before the failure.
 
         The process group is left to torchrun: other ranks may hang in a collective.
         """
-        guard = self.pipeline.guard("abort", self.recorder.steps)  # a hung device keeps checksums
+        guard = self.pipeline.guard("abort", self.recorder.steps)  # a hung device blocks checksums
         with contextlib.suppress(Exception), guard:
             self.recorder.abort()
         self._give_back_output()
 
     def _give_back_output(self) -> None:
         if self._claim is not None:
-            with contextlib.suppress(OSError):  # the folder may be gone
+            with contextlib.suppress(OSError):  # the folder may have been deleted
                 Path(self._claim.name).unlink(missing_ok=True)
             self._claim.close()
             self._claim = None
@@ -465,7 +465,7 @@ def to_device(conditions: Mapping[str, Any], device: torch.device) -> dict[str, 
 
 
 def set_threads(threads: int | None, pipeline: StreamInferencePipeline) -> None:
-    """Set the CPU threads of PyTorch as `RunnerConfig.threads` says."""
+    """Set the CPU threads of PyTorch by `RunnerConfig.threads`."""
     if threads is None:
         small = sum(p.numel() for p in pipeline.parameters()) < SMALL_PARAMETERS
         if pipeline.target_device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or not small:
@@ -475,13 +475,13 @@ def set_threads(threads: int | None, pipeline: StreamInferencePipeline) -> None:
 
 
 def claim_output(config: RunnerConfig) -> BinaryIO:
-    """Make the output folder and see that no other run writes files of this slug into it.
+    """Make the output folder and check that no other run writes files of this slug into it.
 
     Returns:
-        ``.<slug>.lock`` in the folder; closing it, or the end of the process, gives the names free.
+        ``.<slug>.lock`` in the folder; closing it, or the end of the process, releases the names.
 
     Raises:
-        ValueError: one line that says what is in the way.
+        ValueError: one line with the reason.
     """
     folder = config.output_dir
     if config.trace is not None:
@@ -492,7 +492,7 @@ def claim_output(config: RunnerConfig) -> BinaryIO:
     except InUseError as error:
         raise ValueError(
             f"--output-dir {folder}: another run of {config.runner_name} writes its files there. "
-            f"Name another folder, such as --output-dir {folder}-2, or wait for its end."
+            f"Use another folder, such as --output-dir {folder}-2, or wait until it ends."
         ) from error
     except OSError as error:
         raise ValueError(

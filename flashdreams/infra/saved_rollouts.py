@@ -1,4 +1,4 @@
-"""Rollouts that are saved, moved between processes, and copied."""
+"""Saving, moving and copying rollouts."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -58,17 +58,17 @@ T = TypeVar("T")
 
 
 class SavedRollouts(Assembly, ABC):
-    """What of a pipeline saves, loads, clones and forks its rollouts."""
+    """The part of a pipeline that saves, loads, clones and forks its rollouts."""
 
     @abstractmethod
     def new_cache(
         self, context: dict[str, Any], negative_text: Any, noise: NoiseFunction
     ) -> StreamInferencePipelineCache:
-        """Fresh state under a context that is encoded already; the pipeline makes it."""
+        """Fresh state for an encoded context; implemented by the pipeline."""
 
     @abstractmethod
     def check_values(self, cache: StreamInferencePipelineCache | None = None) -> None:
-        """Refuse to continue from values that are NaN or infinite; the pipeline knows them."""
+        """Refuse to continue from NaN or infinite values; implemented by the pipeline."""
 
     @without_grad
     def save_cache(self, cache: StreamInferencePipelineCache) -> RolloutState | None:
@@ -85,23 +85,23 @@ class SavedRollouts(Assembly, ABC):
         noise: NoiseFunction | None = None,
         controller: Controller | None = None,
     ) -> StreamInferencePipelineCache:
-        """Continue with a rollout that ``cache.state_dict()`` has exported; a collective call.
+        """Continue a rollout that ``cache.state_dict()`` has exported; a collective call.
 
-        Where both ranks and numerics fingerprint are those of the export, the frames that follow
+        If ranks and numerics fingerprint are those of the export, the following frames
         have the same bits as those of the run that was exported; else differences are logged, as in
         ``resume``.
 
         Args:
             state: on rank zero the canonical form; elsewhere it is ignored.
-            noise: as in ``initialize_cache``; needed if the rollout was begun with one.
+            noise: as in ``initialize_cache``; needed if the rollout was started with one.
             controller: the one that steered the rollout; needed if one did.
 
         Returns:
             The rollout's state: the next call is ``generate`` for its next AR step.
 
         Raises:
-            ValueError: a state of another format, pipeline, sink or window, or no ``noise`` or
-                ``controller`` for a rollout that was begun with one.
+            ValueError: a state of another format, pipeline, sink or window, or missing ``noise`` or
+                ``controller`` for a rollout that was started with one.
         """
         with self.guard("import", None, LOAD_TIMEOUT_S):
             with readable_damage("The state"):
@@ -123,29 +123,29 @@ class SavedRollouts(Assembly, ABC):
         log: Sequence[Any] = (),
         run: Mapping[str, Any] | None = None,
     ) -> SnapshotReport:
-        """Write a rollout into a folder, from which ``resume`` continues; a collective call.
+        """Write a rollout into a folder for ``resume``; a collective call.
 
-        Each rank writes its own part, one tensor at a time. The folder gets its name when all of it
-        is on the disk.
+        Each rank writes its own part, one tensor at a time. The folder is renamed when all of it
+        is on disk.
 
         Args:
             cache: between AR steps.
             path: of the folder; it must not exist. Several nodes need a file system they share.
-            light: leave the KV caches out; ``resume`` recomputes them from the clean latents of
-                the window, which is not what a rollout that has evicted frames had.
-            log: JSON values to keep with it, such as the commands of a session.
-            run: likewise, for the program that saves it.
+            light: omit the KV caches; ``resume`` recomputes them from the clean latents of
+                the window, which is approximate once frames have been evicted.
+            log: JSON values to store with it, such as the commands of a session.
+            run: likewise, for use by the calling program.
 
         Returns:
             Bytes and seconds.
 
         Raises:
-            ValueError: ``path`` exists, the rollout is over, or it is between ``generate`` and
+            ValueError: ``path`` exists, the rollout was released, or it is between ``generate`` and
                 ``finalize``.
             StateError: a component's state does not declare how ranks hold it.
             NotFiniteError: the rollout has values that are NaN or infinite.
-            OSError: a file cannot be written; nothing is left of the snapshot.
-            OtherRankError: that is so on another rank.
+            OSError: a file cannot be written; no partial snapshot remains.
+            OtherRankError: a file cannot be written on another rank.
         """
         cache.require_finalized("snapshot")
         with self.guard("save", cache.next_index, LOAD_TIMEOUT_S):
@@ -161,11 +161,11 @@ class SavedRollouts(Assembly, ABC):
         noise: NoiseFunction | None = None,
         controller: Controller | None = None,
     ) -> StreamInferencePipelineCache:
-        """Continue with a rollout that ``save`` has written, on any number of ranks; collective.
+        """Continue a rollout that ``save`` has written, on any number of ranks; collective.
 
-        At an equal numerics fingerprint, and with ``strict``, the frames that follow have the same
-        bits as those of the run that never stopped. Else each difference is logged, and the clean
-        pass of the last chunk is run again, to say how far its keys and values are from those that
+        With an equal numerics fingerprint, and with ``strict``, the following frames have the same
+        bits as those of an uninterrupted run. Otherwise each difference is logged, and the clean
+        pass of the last chunk is run again, to compare its keys and values with those that
         were saved. Each rank maps the files and reads what it holds. Nothing but numbers is taken
         from them.
 
@@ -178,8 +178,8 @@ class SavedRollouts(Assembly, ABC):
             The rollout's state: the next call is ``generate`` for its next AR step.
 
         Raises:
-            SnapshotError: damaged files, a newer format, another config or other weights; it says
-                which. No rollout was begun.
+            SnapshotError: damaged files, a newer format, another config or other weights; it names
+                which. No rollout was started.
             ValueError: no ``noise`` or ``controller`` for a rollout that was begun with one.
             OtherRankError: the same on another rank.
         """
@@ -207,10 +207,10 @@ class SavedRollouts(Assembly, ABC):
         """Copy a rollout into host memory, each rank its own part; a collective call.
 
         Args:
-            cache: between AR steps; it stays as it is, to be released by the caller.
+            cache: between AR steps; it is unchanged; the caller releases it.
 
         Raises:
-            ValueError: the rollout is over, or between ``generate`` and ``finalize``.
+            ValueError: the rollout was released, or is between ``generate`` and ``finalize``.
             StateError: a component's state does not declare how ranks hold it.
         """
         cache.require_finalized("parking")
@@ -232,7 +232,7 @@ class SavedRollouts(Assembly, ABC):
         """Bring a parked rollout back to the device, with the same bits; a collective call.
 
         Args:
-            parked: from ``park``, by this very process.
+            parked: from ``park``, by this process.
             noise: as for ``resume``.
             controller: likewise.
 
@@ -280,7 +280,7 @@ class SavedRollouts(Assembly, ABC):
         found = numerics_difference(self.diffusion_model, cache.diffusion)
         if found is not None:
             logger.info(
-                "Its last chunk was computed again with the numerics of this process: the largest "
+                "Its last chunk was recomputed with the numerics of this process: the largest "
                 "difference of keys and values is %.2g of the largest value.", found
             )  # fmt: skip
 
@@ -335,7 +335,7 @@ class SavedRollouts(Assembly, ABC):
             return fork
 
     def _forked(self, cache: StreamInferencePipelineCache, count: int, make: Callable[[], T]) -> T:
-        """What ``make`` gives, where there is memory for so many forks; it is timed."""
+        """The result of ``make``, if there is memory for so many forks; timed."""
         self.diffusion_model.side.join()
         each = copied_bytes(cache, *self._place())
         require_room(count, each, self.target_device)
@@ -352,7 +352,7 @@ class SavedRollouts(Assembly, ABC):
         change: Change,
         noise: NoiseFunction,
     ) -> StreamInferencePipelineCache:
-        """Fresh state under the context of a rollout for another number of batch entries."""
+        """Fresh state for the context of a rollout at another batch size."""
         context = dict(cache.context)
         del context["batch_size"]
         encoded = changed_context({**context, "negative_text": cache.negative_text}, change)
@@ -365,7 +365,7 @@ def new_state(part: Component | None, context: dict[str, Any]) -> Any:
 
     Args:
         part: of a pipeline.
-        context: what the rollout is conditioned on, encoded, by name.
+        context: the encoded conditions of the rollout, by name.
     """
     if not isinstance(part, StreamingEncoder | StreamingDecoder):
         return None

@@ -1,4 +1,4 @@
-"""Sessions: a rollout, what steers it, and the log of what it was told."""
+"""Sessions: a rollout, its controller, and a log of its commands."""
 
 import json
 import logging
@@ -25,23 +25,23 @@ _NAME = re.compile(r"[\w-]{1,64}")
 logger = logging.getLogger(__name__)
 
 REMEMBERED_IDS = 4096
-"""Identifiers of commands that a session remembers, to drop what arrives twice."""
+"""Number of command identifiers that a session remembers, to drop duplicates."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """Something that a session is told; plain values, the same on all ranks."""
+    """A command to a session; plain values, the same on all ranks."""
 
     kind: CommandKind
     """``"prompt"``: another prompt from the next AR step on. ``"control"``: an event for the
-    controller. ``"reset"``: begin again, with the seed in ``values`` or the session's own.
+    controller. ``"reset"``: restart, with the seed in ``values`` or the session's own.
     ``"save"``, ``"fork"``: keep the state under ``{"name": ...}``, in a snapshot or on the device.
-    ``"rewind"``: continue from what was kept under that name. ``"end"``: the rollout is over."""
+    ``"rewind"``: continue from the state kept under that name. ``"end"``: end the rollout."""
     id: str = ""
-    """Of the sender; a second command of the same identifier is dropped. Empty: never dropped."""
+    """Set by the sender; a second command with the same one is dropped. Empty: never dropped."""
     at_frame: int | None = None
-    """Control: the pixel frame of the rollout from which it holds. None, or a frame that was
-    generated already, is the beginning of the next chunk."""
+    """Control: the pixel frame of the rollout from which it applies. None, or a frame that was
+    already generated, is the start of the next chunk."""
     values: Mapping[str, Any] = field(default_factory=dict)
     """JSON values: what the controller accepts; ``{"text": ...}`` of a prompt."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Turn:
-    """What rank zero tells all ranks before an AR step."""
+    """Message from rank zero to all ranks before an AR step."""
 
     session: str
     autoregressive_index: int
@@ -101,15 +101,15 @@ class Step:
 
 
 class Session:
-    """A rollout that is told what to do while it runs::
+    """A rollout that is controlled by commands while it runs::
 
         session = Session(pipeline, {"text": ["a forest"]}, controller=camera)
         session.submit(Command(kind="control", values={"keys": "w"}))
         step = session.step()
 
-    On several ranks every rank makes a session and calls ``step``; commands are submitted on rank
-    zero and reach the others with the turn of the next AR step. ``submit`` may be called from
-    another thread. A command that is submitted during an AR step acts on the next one.
+    On several ranks every rank creates a session and calls ``step``; commands are submitted on rank
+    zero and are sent to the others with the turn of the next AR step. ``submit`` may be called from
+    another thread. A command submitted during an AR step acts on the next one.
     """
 
     def __init__(
@@ -124,17 +124,17 @@ class Session:
         cache: StreamInferencePipelineCache | None = None,
         folder: Path | None = None,
     ) -> None:
-        """Begin the rollout; a collective call.
+        """Start the rollout; a collective call.
 
         Args:
             pipeline: loaded.
-            conditions: keywords of ``pipeline.initialize_cache``, the same on all ranks.
+            conditions: keyword arguments of ``pipeline.initialize_cache``, the same on all ranks.
             seed: of the noise.
-            controller: makes the control inputs; None: AR steps have none.
+            controller: makes the control inputs; None: no control input.
             channel: to the other ranks; None makes one.
             name: of the session, in its turns.
-            cache: a rollout to continue with, such as a resumed one; None begins one.
-            folder: of the snapshots of ``"save"``; None: the session takes no such command.
+            cache: a rollout to continue, such as a resumed one; None starts one.
+            folder: of the snapshots of ``"save"``; None: the session refuses this command.
         """
         self.pipeline = pipeline
         self.conditions = dict(conditions)
@@ -144,9 +144,9 @@ class Session:
         self.log: list[tuple[int, Command]] = []
         """(AR step before which it was applied, command); without embeddings of a known text."""
         self.turns = 0
-        """AR steps so far, also those that were rewound."""
+        """AR steps so far, including rewound ones."""
         self.forks: dict[str, StreamInferencePipelineCache] = {}
-        """What ``"fork"`` has kept, by name."""
+        """States kept by ``"fork"``, by name."""
         self.folder = folder
         self.on_turn: Callable[[int, Turn], None] | None = None
         """Called with its number and each turn, before it is applied."""
@@ -156,24 +156,24 @@ class Session:
         self._ids: dict[str, None] = {}
         self._closed = False
         self.ended = False
-        """An ``"end"`` was applied; ``step`` raises from then on."""
+        """An ``"end"`` was applied; ``step`` raises from now on."""
         self.cache = cache or self._begin(seed)
 
     def submit(self, command: Command) -> bool:
-        """Hand in a command; to be called on rank zero.
+        """Submit a command; call on rank zero.
 
         Prompts are encoded here, outside of the AR step.
 
         Returns:
-            Whether it was taken; False if one of its identifier was before.
+            Whether it was accepted; False for a duplicate identifier.
 
         Raises:
-            ValueError: the session has ended, or the command is none that it can carry out.
+            ValueError: the session has ended, or cannot carry out the command.
         """
         self._refuse(command)
         with self._lock:
             if self._closed:
-                raise ValueError(f"Session {self.name!r} has ended; begin a new one.")
+                raise ValueError(f"Session {self.name!r} has ended; start a new one.")
             if command.id and command.id in self._ids:
                 return False
             if command.id:
@@ -186,7 +186,7 @@ class Session:
                 text = [command.values["text"]] * self.cache.diffusion.batch_size
                 encoded = self.pipeline.encode_prompts(text)
             except Exception:
-                with self._lock:  # the sender may mend it
+                with self._lock:  # the sender may correct it
                     self._ids.pop(command.id, None)
                 raise
             command = replace(command, tensors={"text": encoded.cpu()})
@@ -195,14 +195,14 @@ class Session:
         return True
 
     def step(self, turn: Turn | None = None) -> Step:
-        """One AR step: apply what is due, generate a chunk and finalize it; a collective call.
+        """One AR step: apply due commands, generate a chunk and finalize it; a collective call.
 
         Args:
-            turn: rank zero's ``next_turn()``, of which all ranks know already; None: rank zero
+            turn: rank zero's ``next_turn()``, if all ranks already have it; None: rank zero
                 tells them.
 
         Raises:
-            SessionEnded: an ``"end"`` is due, or was before; nothing is generated.
+            SessionEnded: an ``"end"`` is due or was applied; nothing is generated.
         """
         if turn is None:
             turn = Turn.from_message(self._channel.exchange(self.next_turn().to_message()))
@@ -225,7 +225,7 @@ class Session:
         return cache
 
     def next_turn(self) -> Turn:
-        """Take out what is due before the next AR step; no command on other ranks than zero."""
+        """Take the commands due before the next AR step; none on ranks other than zero."""
         index = self.cache.next_index
         if group_rank() != 0:
             return Turn(self.name, index)
@@ -239,8 +239,8 @@ class Session:
                     continue
                 due.append(command)
                 if command.kind == "reset":
-                    # What came before it was meant for frames that are not made any more; what
-                    # comes after it counts from the new beginning.
+                    # Earlier commands were meant for frames that are no longer generated;
+                    # later ones count frames from the new start.
                     self._waiting.clear()
                     stop = self.pipeline.pixel_frames(0).stop
         return Turn(self.name, index, tuple(due))
@@ -249,7 +249,7 @@ class Session:
         """Carry out the commands of a turn; returns the events for the controller."""
         events: list[Event] = []
         for command in turn.commands:
-            # Of a prompt the text says all; embeddings have megabytes.
+            # The text of a prompt suffices; embeddings take megabytes.
             told = replace(command, tensors={}) if "text" in command.values else command
             self.log.append((turn.autoregressive_index, told))
             if command.kind == "end":
@@ -275,7 +275,7 @@ class Session:
         return sorted(events, key=lambda event: event.frame)
 
     def reset(self, seed: int | None = None) -> None:
-        """Begin the rollout again, between AR steps; a collective call.
+        """Restart the rollout, between AR steps; a collective call.
 
         Args:
             seed: of the noise; None is the session's own.
@@ -288,14 +288,14 @@ class Session:
         """Keep the state under a name, between AR steps; a collective call.
 
         Args:
-            kind: ``"fork"``: on the device, in place of an earlier fork of that name; ``"save"``:
+            kind: ``"fork"``: on the device, replacing an earlier fork of that name; ``"save"``:
                 in the session's folder.
             name: of what is kept.
 
         Raises:
-            ValueError: memory is short, or a snapshot of that name exists.
+            ValueError: not enough memory, or a snapshot of that name exists.
             OSError: the snapshot cannot be written.
-            OtherRankError: that is so on another rank.
+            OtherRankError: it failed on another rank.
         """
         if kind == "fork":
             kept = self.cache.fork(1)[0]
@@ -306,23 +306,23 @@ class Session:
             self.pipeline.save(self.cache, self.folder / name)
 
     def rewind(self, name: str) -> None:
-        """Continue from what was kept under a name, between AR steps; a collective call.
+        """Continue from a kept state, between AR steps; a collective call.
 
         Raises:
-            ValueError: nothing was, or memory is short.
-            SnapshotError: the snapshot of that name is damaged; the session stays as it is.
+            ValueError: no such state, or not enough memory.
+            SnapshotError: the snapshot of that name is damaged; the session is unchanged.
         """
         if name in self.forks:
             earlier = self.forks[name].fork(1)[0]
         elif self.folder is not None:
             earlier = self.pipeline.resume(self.folder / name, controller=self.controller)
         else:
-            raise ValueError(f"Session {self.name!r} has kept nothing under {name!r}.")
+            raise ValueError(f"Session {self.name!r} has no kept state {name!r}.")
         self.cache.release()
         self.cache = earlier
 
     def release(self) -> None:
-        """Free the memory of the rollout and of its forks; the session is over."""
+        """Free the memory of the rollout and of its forks, and end the session."""
         with self._lock:
             self._closed = self.ended = True
         for cache in (self.cache, *self.forks.values()):
@@ -330,7 +330,7 @@ class Session:
         self.forks.clear()
 
     def _try_to_keep(self, kind: CommandKind, name: str) -> None:
-        """Keep the state under a name. Without enough memory for it the session continues."""
+        """Keep the state under a name. If memory does not suffice, the session continues."""
         try:
             self.keep(kind, name)
         except (OSError, ValueError, OtherRankError) as error:
@@ -341,10 +341,10 @@ class Session:
         try:
             json.dumps(dict(values), allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"The values of a command are JSON: {error}.") from error
+            raise ValueError(f"The values of a command must be JSON: {error}.") from error
         if command.kind == "control":
             if self.controller is None:
-                raise ValueError(f"Session {self.name!r} has no controller and takes no control.")
+                raise ValueError(f"Session {self.name!r} has no controller and accepts no control.")
             self.controller.check(values)
         text = values.get("text")
         given = isinstance(text, str) or "text" in command.tensors
@@ -386,7 +386,7 @@ def key_commands(
 
 
 class SessionEnded(RuntimeError):
-    """The session is over; it was told to end."""
+    """The session was ended by an ``"end"`` command."""
 
 
 __all__ = ["Command", "Session", "SessionEnded", "Step", "Turn", "key_commands"]

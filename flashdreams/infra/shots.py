@@ -1,4 +1,4 @@
-"""Several prompts for one video: which chunk begins under which."""
+"""Several prompts for one video: the chunks at which they begin."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _COUNTED = re.compile(r"(\d{1,9})\s*:\s*(.*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Shot:
-    """A prompt and the AR step that it holds from."""
+    """A prompt and the AR step at which it begins."""
 
     first_block: int
     """AR step of its first chunk."""
@@ -25,10 +25,10 @@ class Shot:
 
 
 def read_shot_file(path: Path) -> list[str]:
-    """The shots of a text file, one a line; empty lines and lines that begin with # are skipped.
+    """The shots of a text file, one per line; empty lines and lines that begin with # are skipped.
 
     Raises:
-        ValueError: the file cannot be read, or holds no shot.
+        ValueError: the file cannot be read, or has no shot.
     """
     try:
         text = read_text(path, 4 * MAX_PROMPT_CHARACTERS * 16, "utf-8-sig")
@@ -40,16 +40,16 @@ def read_shot_file(path: Path) -> list[str]:
     lines = [line.strip() for line in text.splitlines()]
     shots = [line for line in lines if line and not line.startswith("#")]
     if not shots:
-        raise ValueError(f"--shot-path {path} holds no prompt; write one a line.")
+        raise ValueError(f"--shot-path {path} contains no prompt; write one per line.")
     return shots
 
 
 def plan_shots(texts: Sequence[str], total_blocks: int) -> list[Shot]:
-    """When each shot begins.
+    """The AR step at which each shot begins.
 
     Args:
         texts: prompts, each ``TEXT`` or ``CHUNKS:TEXT``. Without numbers the chunks are spread
-            evenly, the first shots taking what remains; with numbers the last shot continues to the
+            evenly, the first shots taking the rest; with numbers the last shot continues to the
             end.
         total_blocks: AR steps of the video.
 
@@ -59,13 +59,13 @@ def plan_shots(texts: Sequence[str], total_blocks: int) -> list[Shot]:
     if not texts:
         return []
     if len(texts) > MAX_SHOTS:
-        raise ValueError(f"{len(texts)} shots; at most {MAX_SHOTS} are taken.")
+        raise ValueError(f"{len(texts)} shots; at most {MAX_SHOTS} are allowed.")
     matches = [_COUNTED.fullmatch(text.strip()) for text in texts]
     counted = [match for match in matches if match is not None]
     if counted and len(counted) != len(texts):
         raise ValueError(
-            f"{len(counted)} of {len(texts)} shots say how many chunks they have: give CHUNKS:TEXT "
-            "for all of them, or TEXT alone."
+            f"{len(counted)} of {len(texts)} shots have a number of chunks: give CHUNKS:TEXT "
+            "for all of them, or only TEXT."
         )
     prompts = [match[2].strip() for match in counted] or [text.strip() for text in texts]
     for number, prompt in enumerate(prompts, start=1):

@@ -64,13 +64,13 @@ Parts = dict[str, TensorPart]
 
 @dataclass(frozen=True)
 class SnapshotReport:
-    """What was saved."""
+    """Report of a save."""
 
     path: Path
     bytes: int
-    """Of all files together."""
+    """Total size of all files."""
     seconds: float
-    """From the first tensor to the final name."""
+    """Time from the first tensor to the final name."""
 
     def __str__(self) -> str:
         rate = self.bytes / 2**20 / max(self.seconds, 1e-9)
@@ -79,7 +79,7 @@ class SnapshotReport:
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotOrigin:
-    """What a snapshot says beside the state; the same on all ranks."""
+    """Metadata of a snapshot besides the state; the same on all ranks."""
 
     name: str
     config: Mapping[str, Any]
@@ -112,9 +112,9 @@ def save_snapshot(
     device: torch.device,
     plan: ParallelPlan | None,
 ) -> SnapshotReport:
-    """Write a rollout into a folder that gets its name when it is whole; a collective call.
+    """Write a rollout into a folder that gets its final name when complete; a collective call.
 
-    Each rank writes what it holds, one tensor at a time; nothing is gathered.
+    Each rank writes its part, one tensor at a time; nothing is gathered.
 
     Args:
         cache: between AR steps.
@@ -127,7 +127,7 @@ def save_snapshot(
     Raises:
         ValueError: ``path`` exists.
         StateError: state of a component that does not declare how it is held.
-        OSError: a file cannot be written; nothing is left of the snapshot.
+        OSError: a file cannot be written; no partial snapshot remains.
         OtherRankError: the same on another rank.
     """
     start = time.perf_counter()
@@ -149,7 +149,7 @@ def collect_parts(
     device: torch.device,
     plan: ParallelPlan | None,
 ) -> tuple[dict[str, Any], Parts]:
-    """The values of the state, and this rank's parts of its tensors; none of these is read.
+    """The values of the state, and this rank's parts of its tensors, without reading them.
 
     Arguments as for `save_snapshot`.
     """
@@ -171,24 +171,24 @@ def collect_parts(
 
 def _new_folder(path: Path) -> Path:
     if path.exists():
-        raise ValueError(f"{path} exists already; give the snapshot another name.")
+        raise ValueError(f"{path} already exists; give the snapshot another name.")
     folder = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     folder.mkdir(parents=True)
     return folder
 
 
 def remove_unfinished(parent: Path) -> None:
-    """Delete what saves that were killed have left in a folder of snapshots."""
+    """Delete the leftovers of killed saves in a folder of snapshots."""
     for folder in parent.glob(".*.tmp") if parent.is_dir() else ():
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_own(folder: Path, parts: Parts) -> None:
-    """Write this rank's part and, beside it, what is in it."""
+    """Write this rank's part and a description of its content."""
     if not folder.is_dir():
         raise OSError(
             f"rank {group_rank()} does not see {folder}, which rank zero has made: several nodes "
-            "need a folder that all of them share."
+            "need a shared folder."
         )
     owned = {path: part for path, part in parts.items() if part.written is not None}
     file = folder / f"part-{group_rank():05d}.safetensors"
@@ -217,7 +217,7 @@ def _entry(path: str, part: TensorPart) -> Entry:
 def _finish(
     folder: Path, path: Path, values: dict[str, Any], origin: SnapshotOrigin, start: float
 ) -> SnapshotReport:
-    """Make one header of what the ranks have written, and give the folder its name."""
+    """Merge the ranks' descriptions into one header, and rename the folder."""
     files: list[PartFile] = []
     tensors: dict[str, StoredTensor] = {}
     for index in sorted(folder.glob("rank-*.json")):
@@ -255,13 +255,13 @@ def _finish(
 def open_snapshot(
     folder: Path, config: Any, check: Callable[[Mapping[str, Any]], None]
 ) -> SnapshotHeader:
-    """The header of a snapshot whose files are whole; a collective call.
+    """The header of a snapshot whose files are intact; a collective call.
 
     The ranks share the work of checking the files.
 
     Args:
         folder: of the snapshot, seen by all ranks.
-        config: of the pipeline that shall go on.
+        config: of the pipeline that will continue.
         check: raises for values that cannot be used here; called on rank zero, before the tensors
             are looked at.
 
@@ -287,7 +287,7 @@ def _verify(folder: Path, parts: Sequence[PartFile]) -> None:
     for part in parts:
         path = folder / part.file
         if path.exists() and not path.is_file():
-            raise SnapshotError(f"{path} is no file. Use another snapshot.")
+            raise SnapshotError(f"{path} is not a file. Use another snapshot.")
         try:
             size = path.stat().st_size
             whole = size == part.bytes and sha256_of_file(path) == part.sha256
@@ -295,8 +295,8 @@ def _verify(folder: Path, parts: Sequence[PartFile]) -> None:
             raise SnapshotError(f"{path} cannot be read: {reason_of(error)}.") from error
         if not whole:
             raise SnapshotError(
-                f"{path} is damaged: it has {size} bytes of {part.bytes}, or another checksum than "
-                f"{HEADER_NAME} names. Use another snapshot."
+                f"{path} is damaged: it has {size} of {part.bytes} bytes, or another checksum than "
+                f"{HEADER_NAME} states. Use another snapshot."
             )
 
 
@@ -313,9 +313,9 @@ class SnapshotReader:
 
         Args:
             path: of the tensor.
-            shape: of the whole tensor, as it is expected.
-            region: the entries that are wanted.
-            dtype: of the tensor, as it is expected.
+            shape: expected shape of the whole tensor.
+            region: the requested entries.
+            dtype: expected dtype of the tensor.
 
         Raises:
             SnapshotError: no such tensor in the snapshot.
@@ -344,7 +344,7 @@ class SnapshotReader:
 
 
 def _together(work: Callable[[], None], what: str) -> None:
-    """Do something on every rank; if it fails on one, it fails on all. A collective call."""
+    """Run something on every rank; if it fails on one, it fails on all. A collective call."""
     error: Exception | None = None
     try:
         work()
@@ -354,11 +354,11 @@ def _together(work: Callable[[], None], what: str) -> None:
     if error is not None:
         raise error
     if not agreed:
-        raise OtherRankError(f"Another rank {what}; its own message says why.")
+        raise OtherRankError(f"Another rank {what}; see its own message.")
 
 
 def fill_together(cache: StreamInferencePipelineCache, work: Callable[[], None]) -> None:
-    """Fill a fresh rollout; where that fails on any rank, none has one. A collective call."""
+    """Fill a fresh rollout; if that fails on any rank, it fails on all. A collective call."""
     try:
         _together(work, "could not read the snapshot")
     except BaseException:

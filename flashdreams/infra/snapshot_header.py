@@ -1,4 +1,4 @@
-"""The header of a snapshot: what the files of a saved rollout hold, checked before use."""
+"""The header of a snapshot: the contents of a saved rollout's files, checked before use."""
 
 import hashlib
 import json
@@ -27,12 +27,12 @@ _TYPES = {
 
 
 class SnapshotError(ValueError):
-    """A snapshot that is damaged, of another method, or of a newer release; nothing was loaded."""
+    """A snapshot is damaged, of another method, or of a newer release; nothing was loaded."""
 
 
 @dataclass(frozen=True)
 class StoredSlice:
-    """The part of a tensor that one file holds, under the tensor's path."""
+    """The part of a tensor in one file, under the tensor's path."""
 
     file: str
     region: Region
@@ -64,11 +64,11 @@ class SnapshotHeader:
     seed: int | None
     """Of the noise; None for a noise callable."""
     light: bool
-    """KV caches are left out, to be recomputed from the clean latents."""
+    """KV caches are omitted and recomputed from the clean latents."""
     log: list[Any] = field(default_factory=list)
     """Commands of the session, oldest first."""
     run: Mapping[str, Any] = field(default_factory=dict)
-    """What the program that saved it wants to know again."""
+    """Data for the program that saved it."""
     values: Mapping[str, Any]
     """The state's values, as `flashdreams.infra.state.StateEncoder` gives them."""
     tensors: Mapping[str, StoredTensor]
@@ -91,25 +91,25 @@ class SnapshotHeader:
 
 
 def read_header(folder: Path) -> SnapshotHeader:
-    """The header of a snapshot, when it is whole and fits itself.
+    """The header of a snapshot, after checks for completeness and consistency.
 
     Raises:
-        SnapshotError: it is absent, damaged or of another format.
+        SnapshotError: it is missing, damaged or of another format.
     """
     path = folder / HEADER_NAME
-    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-        raise SnapshotError(f"{folder} is no snapshot: {HEADER_NAME} is no file.")
+    if path.exists() and not path.is_file():  # reading a pipe would block
+        raise SnapshotError(f"{folder} is not a snapshot: {HEADER_NAME} is not a file.")
     try:
         data = path.read_bytes()
     except OSError as error:
         raise SnapshotError(
-            f"{folder} is no snapshot: {HEADER_NAME} cannot be read ({reason_of(error)}). Name a "
-            "folder that pipeline.save has written."
+            f"{folder} is not a snapshot: {HEADER_NAME} cannot be read ({reason_of(error)}). Name "
+            "a folder that pipeline.save has written."
         ) from error
     try:
         content = json.loads(data)["content"]
         if _sealed(content) != data:
-            raise ValueError("its checksum is another one")
+            raise ValueError("its checksum does not match")
         if content["format"] != SNAPSHOT_FORMAT:
             raise _NewerFormatError(content["format"])
         return _from_json(content)
@@ -147,7 +147,7 @@ class _NewerFormatError(Exception):
 
 
 def _sealed(content: Any) -> bytes:
-    """The bytes of a header file; a file of any other bytes is no header."""
+    """The bytes of a header file; any other bytes are refused."""
     text = _dump(content)
     return b'{"content":%b,"sha256":"%b"}\n' % (text, hashlib.sha256(text).hexdigest().encode())
 
@@ -163,14 +163,14 @@ def _slice_to_json(stored: StoredSlice) -> list[Any]:
 def _from_json(content: dict[str, Any]) -> SnapshotHeader:
     for name, kind in _TYPES.items():
         if type(content[name]) is not kind:
-            raise ValueError(f"{name} is {content[name]!r:.40}, which is no {kind.__name__}")
+            raise ValueError(f"{name} is {content[name]!r:.40}, which is not a {kind.__name__}")
     index, seed, values = content["autoregressive_index"], content["seed"], content["values"]
     if index < 0 or (values["next_index"], values["seed"]) != (index, seed):
-        raise ValueError("its values are of another AR step or seed than it says")
+        raise ValueError("its values are of another AR step or seed than it states")
     parts = tuple(PartFile(**part) for part in content["parts"])
     for part in parts:
         if not _PART_NAME.fullmatch(part.file):
-            raise ValueError(f"{part.file!r} is no name of a part")
+            raise ValueError(f"{part.file!r} is not the name of a part")
     names = {part.file for part in parts}
     tensors = {path: _tensor(path, entry, names) for path, entry in content["tensors"].items()}
     plain = {f.name: content[f.name] for f in fields(SnapshotHeader)}
@@ -188,12 +188,12 @@ def _tensor(path: str, entry: Any, files: set[str]) -> StoredTensor:
             for r, size in zip(region, shape, strict=True)
         )
         if not inside or file not in files or len(shape) > _MAX_DIMS:
-            raise ValueError(f"a slice of {path} is not in it")
+            raise ValueError(f"a slice of {path} is out of its bounds")
         slices.append(StoredSlice(file, region))
     stored = sum(math.prod(region_shape(s.region)) for s in slices)
     twice = any(
         intersect(a.region, b.region) for i, a in enumerate(slices) for b in slices[:i] if shape
     )
     if stored != math.prod(shape) or twice:
-        raise ValueError(f"the slices of {path} do not make it up")
+        raise ValueError(f"the slices of {path} do not cover it")
     return StoredTensor(shape, dtype, tuple(slices))

@@ -1,8 +1,8 @@
-"""Rollout state by the styles of its fields: to plain values and tensors, and back.
+"""Conversion of rollout state to plain values and tensors and back, by field style.
 
-The canonical form knows no number of ranks: ``{"format": 2, "values": ..., "tensors": {path:
+The form does not depend on the number of ranks: ``{"format": 2, "values": ..., "tensors": {path:
 tensor}}``. ``values`` may be written as JSON, ``tensors`` (contiguous, on the CPU) as safetensors.
-A value that stands for a tensor says its shape, type and memory format; the tensor's name is the
+A value that represents a tensor has its shape, dtype and memory format; the tensor's name is the
 path of fields that leads to it. No class name is stored: a load fills fresh state by field path.
 """
 
@@ -48,7 +48,7 @@ PlanStyles = Mapping[str, StateStyle]
 
 
 class StateError(TypeError):
-    """State that cannot be saved, moved or copied, since a field does not say how."""
+    """State that cannot be saved, moved or copied, because a field declares no style."""
 
 
 def plan_styles(plan: ParallelPlan | None) -> PlanStyles | None:
@@ -57,7 +57,7 @@ def plan_styles(plan: ParallelPlan | None) -> PlanStyles | None:
 
 
 def check_plan_styles(state: Any, styles: PlanStyles) -> None:
-    """See that a plan's ``rollout`` names fields of the state.
+    """Check that a plan's ``rollout`` names fields of the state.
 
     Raises:
         ValueError: it names something else; the message has the nearest field.
@@ -68,22 +68,22 @@ def check_plan_styles(state: Any, styles: PlanStyles) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"The plan's rollout names {name!r}, which is no field of "
+                f"The plan's rollout names {name!r}, which is not a field of "
                 f"{type(state).__name__}.{hint} Fields: {', '.join(known)}."
             )
 
 
 def check_styles(state: Any, path: str) -> None:
-    """See that what state dataclasses declare fits what their fields hold.
+    """Check that the declared styles of state dataclasses fit their fields.
 
-    Fields without a style are let pass: such state runs, and is refused where it is saved.
+    Fields without a style pass: such state can run, but cannot be saved.
 
     Args:
         state: as ``initialize_cache`` returned it.
         path: for the message.
 
     Raises:
-        StateError: names class and field, and says what would fit.
+        StateError: names class and field, and what would fit.
     """
     if not is_dataclass(state) or isinstance(state, type):
         return
@@ -106,7 +106,7 @@ def _check_leaves(value: Any, style: StateStyle, where: str) -> None:
         got = "a KV cache" if isinstance(value, KVCache) else f"a {type(value).__name__}"
         raise StateError(
             f"{where} declares the style {style!r} and holds {got}. "
-            'KV caches have the style "cache", and nothing else has.'
+            'KV caches, and only they, have the style "cache".'
         )
     elif isinstance(value, Tensor) and style == "host":
         raise StateError(
@@ -122,10 +122,10 @@ def _check_leaves(value: Any, style: StateStyle, where: str) -> None:
 
 @dataclass(frozen=True)
 class StateEncoder:
-    """Turns state into values, and hands its tensors out one by one; a collective call."""
+    """Converts state to values and emits its tensors one by one; a collective call."""
 
     layout: StateLayout
-    """Makes tensors whole."""
+    """Gathers tensors."""
     device: torch.device
     """Where the pipeline runs; tensors elsewhere are host tensors."""
     emit: Emit
@@ -133,14 +133,14 @@ class StateEncoder:
     styles: PlanStyles | None = None
     """Of a deprecated plan: fields without a style are then ``"whole"``."""
     in_process: bool = False
-    """The values stay in this process: tensors are emitted as this rank holds them, and KV caches
-    are values themselves."""
+    """The values stay in this process: this rank's part of each tensor is emitted, and KV caches
+    are included as values."""
     emit_part: EmitPart | None = None
     """Takes this rank's part of every tensor in the place of ``emit``: nothing is gathered."""
     in_branch: bool = False
     """The state is of a branch of guidance, which other ranks may not have."""
     without_caches: bool = False
-    """KV caches are left out; whoever loads the state recomputes them."""
+    """KV caches are omitted and recomputed on load."""
 
     def encode(self, value: Any, path: str, style: StateStyle | None) -> Any:
         """The values of ``value``.
@@ -151,7 +151,7 @@ class StateEncoder:
             style: of the field that holds it; None for one that declares none.
 
         Raises:
-            StateError: a field without a style, or something that has no plain form.
+            StateError: a field without a style, or an object without a plain form.
         """
         if value is None or isinstance(value, bool | int | float | str):
             return value
@@ -243,21 +243,21 @@ class StateDecoder:
     in_process: bool = False
     """The values are of an encoder with ``in_process``."""
     rows: slice | None = None
-    """Batch entries that are taken of KV caches, with ``in_process``; None: all of them."""
+    """Batch entries to take from KV caches, with ``in_process``; None: all of them."""
     take_part: TakePart | None = None
     """Gives this rank's part of every tensor in the place of ``take``, in any order."""
 
     def restore(self, value: Any, path: str, into: Any = None, hint: Any = None) -> Any:
-        """What ``encode`` was given.
+        """The state that ``encode`` received.
 
         Args:
             value: from ``encode``.
             path: as there.
             into: fresh state of the same kind, filled in place where it can be.
-            hint: type of the field that holds it, for what ``into`` does not have yet.
+            hint: type of the field, for values that ``into`` does not have yet.
 
         Raises:
-            ValueError: state that does not fit ``into``, or an object that nothing can make.
+            ValueError: state that does not fit ``into``, or an object that cannot be created.
         """
         if not isinstance(value, dict):
             return value
@@ -286,7 +286,7 @@ class StateDecoder:
                 for name, x in value["parts"].items()
             }
         if into is None:
-            raise ValueError(f"{path}: nothing here that could take the state of an object.")
+            raise ValueError(f"{path}: there is no object here to load this state into.")
         if kind == "cache" and self.take_part is not None:
             into.load_canonical(value["frames"], self._cache_parts(value, path, into), is_cut=True)
             return into
@@ -311,7 +311,7 @@ class StateDecoder:
         return found
 
     def skip(self, value: Any, path: str) -> None:
-        """Take the tensors of ``value`` in their turn and drop them."""
+        """Take the tensors of ``value`` in order and drop them."""
         if not isinstance(value, dict) or self.take_part is not None:
             return
         if value["kind"] == "tensor":
@@ -340,7 +340,7 @@ class StateDecoder:
             made = _dataclass_in(hint)
             if made is None:
                 raise ValueError(
-                    f"{path}: nothing here that could take these fields: {', '.join(parts)}. "
+                    f"{path}: no object here to load these fields into: {', '.join(parts)}. "
                     "Annotate the field that holds them with their dataclass."
                 )
             hints = get_type_hints(made)
@@ -379,25 +379,25 @@ class StateDecoder:
 
 def no_whole_tensor(path: str, *_: Any) -> Tensor:
     """The ``take`` of a decoder that reads parts only."""
-    raise ValueError(f"{path}: this state comes in parts, and nothing of it may be read whole.")
+    raise ValueError(f"{path}: this state is stored in parts and cannot be read whole.")
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The type of tensors that a name such as ``"float32"`` stands for.
+    """The dtype for a name such as ``"float32"``.
 
     Raises:
-        ValueError: it stands for none.
+        ValueError: an unknown name.
     """
     found = getattr(torch, str(name), None)
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"{name!r} is no type of tensors.")
+        raise ValueError(f"{name!r} is not a dtype.")
     return found
 
 
 def _describe(
     shape: Sequence[int], dtype: torch.dtype, style: StateStyle, order: str | None, on_host: bool
 ) -> dict[str, Any]:
-    """The value that stands for a tensor."""
+    """The value that represents a tensor."""
     return {
         "kind": "tensor",
         "style": style,
@@ -409,7 +409,7 @@ def _describe(
 
 
 def _needs_style(value: Any) -> bool:
-    """Whether a value cannot speak for itself: a dataclass can, and so can a cursor."""
+    """Whether a value needs a declared style: dataclasses and cursors do not."""
     if value is None or isinstance(value, Cursor):
         return False
     return not is_dataclass(value)

@@ -1,4 +1,4 @@
-"""Numerics choices of an earlier run, used again instead of being measured."""
+"""Numerics choices of an earlier run, reused instead of measured."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from flashdreams.parallel.mesh import Mesh
 from flashdreams.runtime.text import check_regular, reason_of, shown
 
 MAX_LINE_BYTES = 2**25
-"""Of a line of a log; the first one holds a config, and for a served session an image."""
+"""Longest line of a log; the first one has a config and, for a served session, an image."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,17 @@ class StoredAttention:
     name: str
     """Of the backend."""
     processors: int | None = None
-    """Multiprocessors that its KV splits were chosen for; None asks the device."""
+    """Multiprocessors for which its KV splits were chosen; None reads the device."""
 
 
 def find_attention(
     stored: Mapping[str, Any], transformer: Transformer, mesh: Mesh, device: torch.device
 ) -> tuple[StoredAttention | None, list[str]]:
-    """The attention of an earlier run, as far as it can be had here.
+    """The attention of an earlier run, if it can be used here.
 
     Args:
         stored: numerics fingerprint of that run.
-        transformer: that shall run it.
+        transformer: that will run it.
         mesh: the ranks.
         device: where it runs.
 
@@ -50,7 +50,7 @@ def find_attention(
     if name == asked and mesh.config.strict:
         return None, []
     if asked not in (AUTO, name):
-        reason = f"the config asks for {asked}"
+        reason = f"the config sets {asked}"
     elif name not in BACKENDS:
         reason = "no backend of this release has that name"
     elif mesh.config.strict:
@@ -81,12 +81,12 @@ def read_choices(path: Path) -> Mapping[str, Any]:
         with path.open("rb") as file:
             found = json.loads(file.readline(MAX_LINE_BYTES))["fingerprint"]
         if not isinstance(found, dict):
-            raise TypeError("its fingerprint is no mapping")
+            raise TypeError("its fingerprint is not a mapping")
     except OSError as error:
         raise ValueError(f"--numerics-from {path} cannot be read: {reason_of(error)}.") from error
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(
             f"--numerics-from {path} is neither a log of a run (log_<slug>.jsonl) nor the folder "
-            "of a snapshot. Name one of them, or omit the option."
+            "of a snapshot. Use one of these, or omit the option."
         ) from error
     return found

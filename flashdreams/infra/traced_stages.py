@@ -11,9 +11,9 @@ from flashdreams.runtime.trace import Tracer
 
 
 def traced(guard: StageGuard, tracer: Tracer, mesh: Mesh) -> StageGuard:
-    """A guard that also notes how long each stage took, and what it sent.
+    """A guard that also records the duration of each stage, and what it sent.
 
-    Where spans are kept, each collective is one as well.
+    If spans are recorded, each collective is one as well.
 
     Args:
         guard: watches the stages.

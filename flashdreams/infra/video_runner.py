@@ -18,16 +18,16 @@ from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.image_file import gradient_image, load_image
 
 SPATIAL_FACTOR = 8
-"""Pixels per latent row or column where the decoder's config does not say ``spatial_factor``."""
+"""Pixels per latent row or column if the decoder's config has no ``spatial_factor``."""
 
 
 MAX_PIXELS = 2**14
-"""Largest height and width; larger ones are mistakes that would take minutes to show."""
+"""Largest height and width; larger ones are mistakes that would take minutes to fail."""
 
 
 @runtime_checkable
 class VideoTransformerConfig(Protocol):
-    """What the runners read of a transformer's config; `WanTransformerConfig` has all of it."""
+    """Fields of a transformer's config that the runners read; `WanTransformerConfig` has all."""
 
     len_t: int
     """Latent frames of one chunk."""
@@ -42,7 +42,7 @@ class VideoTransformerConfig(Protocol):
     text_len: int
     """Rows of a prompt's embeddings."""
     streaming: bool
-    """Whether the video is made chunk by chunk; if not, in one AR step."""
+    """Whether the video is generated chunk by chunk; if not, in one AR step."""
 
 
 @dataclass(kw_only=True)
@@ -59,10 +59,10 @@ class TextToVideoRunnerConfig(RunnerConfig):
     prompt_path: Path | None = None
     """A text file to read the prompt from."""
     shot: tuple[str, ...] = ()
-    """Prompts that follow one another, in place of --prompt: TEXT for each, spread evenly over the
+    """Several prompts in order, instead of --prompt: TEXT for each, spread evenly over the
     chunks, or CHUNKS:TEXT."""
     shot_path: Path | None = None
-    """A text file of such prompts, one a line; lines that begin with # are skipped."""
+    """A text file of such prompts, one per line; lines that begin with # are skipped."""
     prompt_embeds: Path | None = None
     """A safetensors file with the prompt's embeddings; the text encoder is then not loaded."""
     negative_prompt: str | None = None
@@ -72,11 +72,11 @@ class TextToVideoRunnerConfig(RunnerConfig):
     total_blocks: int = 60
     """AR steps; each is one chunk of the video."""
     height: int | None = None
-    """Height of the video in pixels; None is the method's own."""
+    """Height of the video in pixels; None: the method's default."""
     width: int | None = None
-    """Width of the video in pixels; None is the method's own."""
+    """Width of the video in pixels; None: the method's default."""
     download: bool = False
-    """Fetch all weights that are not on this machine."""
+    """Download all weights that are not on this machine."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,7 +103,7 @@ class TextToVideoRunnerConfig(RunnerConfig):
         }
         given = [name for name, there in others.items() if there]
         if given[1:]:
-            raise ValueError(f"{' and '.join(given)}: give one of them.")
+            raise ValueError(f"{' and '.join(given)}: give only one of them.")
         if self.pipeline.release_text_encoder:
             raise ValueError("Shots need the text encoder; set release_text_encoder to False.")
         if self.shot:
@@ -113,7 +113,7 @@ class TextToVideoRunnerConfig(RunnerConfig):
         if not self.guided and (self.negative_prompt or self.negative_prompt_embeds):
             raise ValueError(
                 f"{self.runner_name} runs without guidance, so it takes no negative prompt. "
-                "--pipeline.diffusion-model.guidance-scale switches guidance on."
+                "--pipeline.diffusion-model.guidance-scale enables guidance."
             )
         given = (self.prompt_embeds is not None, self.negative_prompt_embeds is not None)
         if self.guided and given[0] != given[1]:
@@ -129,7 +129,7 @@ class TextToVideoRunnerConfig(RunnerConfig):
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels per latent row or column, as the decoder's config says."""
+        """Pixels per latent row or column, from the decoder's config."""
         return getattr(self.pipeline.decoder, "spatial_factor", SPATIAL_FACTOR)
 
     @property
@@ -159,7 +159,7 @@ class TextToVideoRunnerConfig(RunnerConfig):
 
 @dataclass(kw_only=True)
 class ImageToVideoRunnerConfig(TextToVideoRunnerConfig):
-    """An image and text to video."""
+    """Image and text to video."""
 
     _target: type["ImageToVideoRunner"] = field(default_factory=lambda: ImageToVideoRunner)
 
@@ -175,7 +175,7 @@ class ImageToVideoRunnerConfig(TextToVideoRunnerConfig):
         len_t = self.transformer.len_t
         if self.pipeline.diffusion_model.first_latent_from_image and len_t != 1:
             raise ValueError(
-                f"{self.runner_name} begins with an image, which is one latent frame: len_t must "
+                f"{self.runner_name} starts from an image, which is one latent frame: len_t must "
                 f"be 1, got {len_t}."
             )
 
@@ -204,14 +204,14 @@ class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]
         super().__init__(config)
 
     def first_image(self, config: TextToVideoRunnerConfig) -> Tensor | None:
-        """The image that the video begins with, ``[1, 3, height, width]`` in [-1, 1].
+        """The first frame of the video, ``[1, 3, height, width]`` in [-1, 1].
 
-        None for text alone.
+        None for text-to-video.
         """
         return None
 
     def prompt_options(self) -> dict[str, str]:
-        """The prompt and, with guidance, the negative one, unless they are given as embeddings."""
+        """The prompt and, with guidance, the negative one, unless given as embeddings."""
         if self.prompt_embeds is not None:
             return {}
         path = self.config.prompt_path
@@ -222,7 +222,7 @@ class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]
         return found | shots
 
     def commands(self) -> Sequence[Command]:
-        """A change of the prompt at the first frame of every shot but the first."""
+        """A prompt change at the first frame of every shot but the first."""
         return [
             Command(
                 kind="prompt",
@@ -233,7 +233,7 @@ class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]
         ]
 
     def conditions(self) -> dict[str, Any]:
-        """What the rollout is conditioned on, for ``initialize_cache``."""
+        """The conditions of the rollout, for ``initialize_cache``."""
         embeds, negative = self.prompt_embeds, self.negative_prompt_embeds
         conditions: dict[str, Any] = {"text": [self.prompt] if embeds is None else embeds}
         if self.image is not None:
@@ -244,7 +244,7 @@ class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]
 
 
 class ImageToVideoRunner(TextToVideoRunner):
-    """Streams one video that begins with an image into a file."""
+    """Streams one video that starts from an image into a file."""
 
     config: ImageToVideoRunnerConfig
 
@@ -254,7 +254,7 @@ class ImageToVideoRunner(TextToVideoRunner):
 
 
 def resolve_config(config: ConfigT) -> ConfigT:
-    """The config with its shorthands carried over to the pipeline."""
+    """The config with its shorthand fields applied to the pipeline."""
     sizes = {
         f"latent_{name}": getattr(config, name) // config.spatial_factor
         for name in ("height", "width")
@@ -276,7 +276,7 @@ def read_embeds(
     """The embeddings ``[1, text_len, text_dim]`` in a file; None if no file is named.
 
     Raises:
-        ValueError: the file is absent or damaged, or holds something else, or several prompts.
+        ValueError: the file is missing or damaged, has other content, or several prompts.
     """
     if path is None:
         return None
@@ -299,22 +299,22 @@ def check_size(
     transformer: VideoTransformerConfig,
     spatial_factor: int = SPATIAL_FACTOR,
 ) -> None:
-    """Refuse a height or width in pixels that the latent and its patches do not divide.
+    """Refuse a height or width that is not a multiple of the latent and patch size.
 
     Args:
         name: ``"height"`` or ``"width"``.
-        pixels: the size; None is not looked at.
-        transformer: says the patch size.
+        pixels: the size; None passes.
+        transformer: gives the patch size.
         spatial_factor: pixels per latent row or column.
 
     Raises:
-        ValueError: the message names the nearest sizes that do.
+        ValueError: the message names the nearest valid sizes.
     """
     if pixels is None:
         return
     unit = spatial_factor * transformer.patch_size[1 if name == "height" else 2]
     if pixels > MAX_PIXELS:
-        raise ValueError(f"--{name} {pixels}: at most {MAX_PIXELS} pixels are made.")
+        raise ValueError(f"--{name} {pixels}: at most {MAX_PIXELS} pixels are allowed.")
     if pixels < unit or pixels % unit:
         below = max(unit, pixels // unit * unit)
         raise ValueError(
@@ -336,6 +336,6 @@ def read_image(config: ImageToVideoRunnerConfig) -> Tensor:
     if config.test_image:
         return gradient_image(height, width)
     raise ValueError(
-        f"{config.runner_name} begins with an image of {width}x{height} (width x height): name it "
+        f"{config.runner_name} starts from an image of {width}x{height} (width x height): name it "
         "with --image-path FILE, or type --test-image True for a colour gradient."
     )

@@ -1,4 +1,4 @@
-"""What a pipeline does before its first rollout, so that no rollout pays for it."""
+"""One-time work of a pipeline before its first rollout."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -32,10 +32,10 @@ from flashdreams.runtime.cuda_graph import GraphedCallable
 
 @dataclass(frozen=True, kw_only=True)
 class WarmUp:
-    """What was built before the first rollout."""
+    """Report of the warm-up."""
 
     ms: float
-    """Milliseconds that it took."""
+    """Its duration."""
 
     steps: int
     """AR steps that were run with dummy values."""
@@ -47,7 +47,7 @@ class WarmUp:
     """What torch.compile built."""
 
     compiled_so_far: Compilation
-    """The same since the process began, to know later what is new."""
+    """The same since the process started, to detect later compilation."""
 
     attention: BackendChoice | None
     """The attention backend, and how it was chosen; None without attention cores."""
@@ -70,9 +70,9 @@ class WarmUp:
 
 
 def run_encoders(encoders: Iterable[Any]) -> None:
-    """Call once what is called once per rollout.
+    """Call once what every rollout calls once.
 
-    What is missing for it is not missed yet: rollouts may be given embeddings.
+    Missing packages or files are ignored here: rollouts may use embeddings.
 
     Args:
         encoders: of text and image; None on ranks that have none.
@@ -94,17 +94,17 @@ def choose_attention(
 
     Splits follow from the sizes of this rank's calls, under strict from those of the whole model.
     "auto" is measured on a GPU. A CPU has one fused kernel, so a measurement would only make runs
-    differ; strict ranks must not depend on the clock: they take the first backend with the same
+    differ; strict ranks must not depend on timing: they use the first backend with the same
     bits for any number of heads and rows; xfuser's attention has no core.
 
     Args:
-        transformer: whose attention cores are meant.
+        transformer: whose attention cores are set.
         mesh: the ranks.
         device: where they run.
-        stored: what an earlier run used, taken without a measurement.
+        stored: choices of an earlier run, used without a measurement.
 
     Returns:
-        The choice, without rows where nothing was measured; None without attention cores.
+        The choice, without rows if nothing was measured; None without attention cores.
     """
     shape, name = transformer.attention_shape(1), transformer.config.attention_backend
     if shape is None:
@@ -159,7 +159,7 @@ def decode_zeros(
     device: torch.device,
     capture: bool = False,
 ) -> None:
-    """Decode two chunks of zeros, since the first one may take a path of its own.
+    """Decode two chunks of zeros, because the first one may take a different path.
 
     Args:
         decoder: None does nothing.
@@ -174,7 +174,7 @@ def decode_zeros(
         decoder(latent)
         return
     if declared_context(decoder.initialize_cache):
-        return  # it wants context, of which there is no dummy
+        return  # it needs context for which there is no dummy
     cache = decoder.initialize_cache()
     for index in range(2):
         decoder(latent, autoregressive_index=index, cache=cache)
@@ -187,7 +187,7 @@ def stats(
     calls: Sequence[GraphedCallable],
     decoder_calls: Sequence[GraphedCallable] = (),
 ) -> dict[str, Any]:
-    """Figures of warm-up and of what came after it, as JSON values.
+    """Figures of warm-up and of later captures, as JSON values.
 
     Args:
         done: None before warm-up.

@@ -1,4 +1,4 @@
-"""What a pipeline needs before it can run: files, disk and memory."""
+"""Requirements of a pipeline: files, disk and memory."""
 
 import importlib.util
 import re
@@ -29,7 +29,7 @@ _FIELD = re.compile(r"(?<![\w.-])checkpoint\.(source|file|select|download|ignore
 
 
 class NamedPipelineConfig(Protocol):
-    """What is read here of a `StreamInferencePipelineConfig`."""
+    """The fields of a `StreamInferencePipelineConfig` that are read here."""
 
     name: str
     """Name of the method."""
@@ -40,10 +40,10 @@ class NamedPipelineConfig(Protocol):
 PipelineConfigT = TypeVar("PipelineConfigT", bound=NamedPipelineConfig)
 
 _TEXT_ENCODER = "text_encoder."
-"""What the paths of the text encoder's files begin with."""
+"""Prefix of the paths of the text encoder's files."""
 
 _LORAS = "loras"
-"""End of the fields whose texts name LoRAs; these are fetched where the checkpoint of their network
+"""Suffix of the fields that name LoRAs; these are downloaded if the checkpoint of their network
 may be."""
 
 
@@ -68,13 +68,13 @@ def named_checkpoints(config: Any, prefix: str = "") -> Iterator[tuple[str, Chec
 
 
 def option_of(path: str) -> str:
-    """What names a field of the pipeline on the command line, from its dotted path."""
+    """The command-line option of a pipeline field, from its dotted path."""
     return f"--pipeline.{path.replace('_', '-')}"
 
 
 @contextmanager
 def typed_options(config: Any) -> Iterator[None]:
-    """Let an error of a checkpoint name options as they are typed.
+    """Rewrite checkpoint errors to name command-line options.
 
     Args:
         config: the pipeline that the checkpoint belongs to.
@@ -113,7 +113,7 @@ def _with_options(text: str, path: str) -> str:
 def require_packages(config: NamedPipelineConfig, *, fetch_all: str | None = None) -> None:
     """Refuse a pipeline whose text encoder needs packages that are not installed.
 
-    Asked before anything is built. Weights that are missing too are in the same answer.
+    Called before anything is built. The same error also lists missing weights.
 
     Args:
         config: the pipeline.
@@ -151,23 +151,23 @@ def require_weights(
     encodes_text: bool | None = None,
     shared: bool = False,
 ) -> None:
-    """Refuse a pipeline whose weights are neither on this machine nor allowed to be fetched.
+    """Refuse a pipeline whose weights are neither on this machine nor allowed to be downloaded.
 
     Nothing is read or downloaded. Collective where several ranks share the pipeline.
 
     Args:
         config: the pipeline.
-        fetch_all: what to type to have all of them fetched; None names one option per file.
+        fetch_all: the option that downloads all of them; None names one option per file.
         encodes_text: whether this process runs the text encoder; None: it does on rank zero, as
             with a runner.
-        shared: whether all ranks of the process group share the pipeline: the first one of each
-            node then asks for its node.
+        shared: whether all ranks of the process group share the pipeline: the first rank of each
+            node then checks for its node.
 
     Raises:
-        MissingWeightsError: all that is missing, with its size, the memory that a rollout will
+        MissingWeightsError: all missing files, with sizes, the memory that a rollout will
             take, and how to get it.
-        CheckpointError: what is there is no checkpoint.
-        OtherRankError: the first rank of some node has raised that.
+        CheckpointError: an existing file is not a checkpoint.
+        OtherRankError: the first rank of some node has raised it.
     """
     if encodes_text is None:
         encodes_text = process_rank() == 0
@@ -187,7 +187,7 @@ def _refuse_missing(config: NamedPipelineConfig, fetch_all: str | None, encodes_
 def _list_missing(
     config: NamedPipelineConfig, fetch_all: str | None, encodes_text: bool
 ) -> list[str]:
-    """What is not on this machine, a file to a line or two; empty where nothing is missing."""
+    """The missing files, one or two lines each; empty if nothing is missing."""
     missing: dict[tuple[str, str | None], tuple[str, CheckpointConfig]] = {}
     named_files = list(named_checkpoints(config))
     paths = {path for path, _ in named_files}
@@ -219,7 +219,7 @@ def _list_missing(
     fetchable = [can_download(checkpoint) for _, checkpoint in missing.values()]
     if fetch_all and any(fetchable):
         which = "all of them" if all(fetchable) else "those with a command"
-        lines.append(f"To let this program fetch {which}: {fetch_all}.")
+        lines.append(f"To let this program download {which}: {fetch_all}.")
     return lines
 
 
@@ -232,13 +232,13 @@ def _total(sizes: list[int | None]) -> str:
 
 
 def fetch_weights(config: NamedPipelineConfig, *, text_on_rank_zero: bool = False) -> None:
-    """Download what may be downloaded and is not here yet; one rank per node does it.
+    """Download missing files that may be downloaded; one rank per node does it.
 
     Collective where there are several ranks.
 
     Args:
         config: the pipeline.
-        text_on_rank_zero: rank zero alone runs the text encoder and fetches its files.
+        text_on_rank_zero: only rank zero runs the text encoder and downloads its files.
 
     Raises:
         MissingWeightsError: a download failed.
@@ -256,13 +256,13 @@ def _fetch(checkpoint: CheckpointConfig) -> None:
 
 
 def weight_nbytes(component: Component) -> int:
-    """Bytes of a component's weights in their storage types; it may be on ``meta``."""
+    """Bytes of a component's weights in their storage dtypes; it may be on ``meta``."""
     named = component.named_parameters()
     return sum(x.numel() * component.dtype_of(name).itemsize for name, x in named)
 
 
 def memory_estimate(config: NamedPipelineConfig, batch_size: int = 1) -> str:
-    """Bytes of the weights and of one rollout's KV cache, in words; from shapes, not measured."""
+    """Text with the bytes of weights and one rollout's KV cache, from shapes, not measured."""
     with torch.device("meta"):
         transformer = config.diffusion_model.transformer.setup()
         transformer.quantize_weights()
@@ -284,7 +284,7 @@ def memory_estimate(config: NamedPipelineConfig, batch_size: int = 1) -> str:
 
 
 def with_downloads(config: PipelineConfigT) -> PipelineConfigT:
-    """The same pipeline with every missing checkpoint allowed to be fetched."""
+    """The same pipeline with downloads of missing checkpoints enabled."""
     overrides: dict[str, Any] = {}
     for path, _ in named_checkpoints(config):
         *owners, leaf = path.split(".")

@@ -12,8 +12,8 @@ from flashdreams.parallel.plan import state
 class CarriedFrames:
     """Trailing input frames of every causal layer of one network, for one rollout.
 
-    A slot belongs to one layer and is named after it. It is allocated with zeros at the first call
-    and written in place ever after, so the memory of a rollout is constant. Modules hold none of
+    A slot belongs to one layer and has its name. It is allocated with zeros at the first call
+    and written in place afterwards, so the memory of a rollout is constant. Modules hold none of
     this: two rollouts use two objects.
     """
 
@@ -35,10 +35,10 @@ class CarriedFrames:
             like: activation that gives device, dtype and memory format.
 
         Returns:
-            The stored tensor itself: what is copied into it is what the next call sees.
+            The stored tensor itself: the next call reads what is copied into it.
 
         Raises:
-            ValueError: the rollout was begun with another shape or another network.
+            ValueError: the rollout was started with another shape or another network.
         """
         stored = self.slots.get(name)
         if stored is None:
@@ -57,7 +57,7 @@ class CarriedFrames:
             raise ValueError(
                 f"{name} carries frames of shape {list(stored.shape)} from the last chunk, but "
                 f"this chunk needs {list(shape)}. Batch, height and width are fixed for a rollout: "
-                "begin a new one with initialize_cache()."
+                "start a new one with initialize_cache()."
             )
         if stored.device != like.device or stored.dtype != like.dtype:
             with torch.inference_mode(False):
@@ -70,7 +70,7 @@ class CarriedFrames:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.slots.values())
 
     def begin_chunk(self, autoregressive_index: int) -> None:
-        """Check that a chunk comes in its turn.
+        """Check that a chunk comes in order.
 
         Raises:
             ValueError: ``autoregressive_index`` is not the number of finished chunks.
@@ -79,7 +79,7 @@ class CarriedFrames:
             raise ValueError(
                 f"autoregressive_index={autoregressive_index}, but this cache has seen "
                 f"{self.chunks} chunks and expects {self.chunks}. Chunks go in order; a new "
-                "rollout begins with initialize_cache()."
+                "rollout starts with initialize_cache()."
             )
 
 

@@ -28,7 +28,7 @@ class CLIPImageEncoderConfig(EncoderConfig):
     _target: type["CLIPImageEncoder"] = field(default_factory=lambda: CLIPImageEncoder)
 
     image_size: int = 224
-    """Height and width in pixels to which images are resized, whatever their shape."""
+    """Height and width in pixels to which all images are resized."""
 
     patch_size: int = 14
     """Height and width of a patch in pixels."""
@@ -40,7 +40,7 @@ class CLIPImageEncoderConfig(EncoderConfig):
     """Channels inside the feed-forward layers, in multiples of ``dim``."""
 
     out_dim: int = 1024
-    """Channels of the shared space of text and images, which Wan does not enter."""
+    """Channels of the shared space of text and images, which Wan does not use."""
 
     num_heads: int = 16
     """Attention heads."""
@@ -58,7 +58,7 @@ class CLIPImageEncoderConfig(EncoderConfig):
 
 
 class CLIPImageEncoder(Encoder):
-    """Images to the tokens before the tower's last block, as Wan's image-to-video models want them.
+    """Images to the tokens before the tower's last block, the input of Wan's image-to-video models.
 
     The names are those of ``models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth``; its text
     tower is dropped by ``CheckpointConfig(ignore=UNUSED_TENSORS)``. The last block, the closing
@@ -116,7 +116,7 @@ class CLIPImageEncoder(Encoder):
         """
         if images.ndim not in (3, 4) or images.shape[-3] != 3 or not images.is_floating_point():
             raise ValueError(
-                "CLIP wants RGB images [B, 3, height, width] of floating point in [-1, 1], "
+                "CLIP takes RGB images [B, 3, height, width] of floating point in [-1, 1], "
                 f"got {images.dtype} {list(images.shape)}"
             )
         pixels = images if images.ndim == 4 else images[None]

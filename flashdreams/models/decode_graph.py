@@ -1,4 +1,4 @@
-"""Decoding of the steady state replayed as a CUDA graph."""
+"""Steady-state decoding, replayed as a CUDA graph."""
 
 import weakref
 from collections.abc import Callable
@@ -18,8 +18,8 @@ class DecodeGraph:
 
     The graph reads and writes carried frames at fixed addresses. They are those of the rollout that
     was decoded last: the slots of its `CarriedFrames` are the graph's own memory. When another
-    rollout is decoded, the former takes its frames along into memory of its own. So a rollout alone
-    costs no copies, any number of rollouts may take turns, and whatever reads or copies the state
+    rollout is decoded, the former one's frames move to separate memory. So a single rollout
+    costs no copies, any number of rollouts may interleave, and code that reads or copies the state
     of a rollout (saves, forks, clones) finds it in its slots as without a graph.
 
     Life: ``capture`` once, at warm-up -> calls -> ``drop``.

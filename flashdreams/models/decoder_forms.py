@@ -16,7 +16,7 @@ from flashdreams.attention.backends import why_unusable
 
 @dataclass(frozen=True)
 class DecoderForms:
-    """Which form of each kind of layer a decoder takes; the default is the plain one."""
+    """The form of each kind of layer of a decoder; the default is the plain one."""
 
     pointwise: Literal["plain", "reference", "triton"] = "plain"
     """Norm with SiLU, and sums of bias, residual and ReLU. ``"plain"``: one PyTorch operator each;
@@ -60,7 +60,7 @@ PAIRED = replace(FAST, frames="pairs")
 
 
 def forms_for(device: torch.device, dtype: torch.dtype) -> DecoderForms:
-    """The forms that a decoder takes unless told otherwise.
+    """The default forms of a decoder.
 
     Args:
         device: of the weights.
@@ -75,10 +75,10 @@ def forms_for(device: torch.device, dtype: torch.dtype) -> DecoderForms:
 
 @torch.no_grad()
 def select_forms(decoder: nn.Module, forms: DecoderForms) -> None:
-    """Let every layer of a decoder take its form, in place; call again when weights change.
+    """Set the form of every layer of a decoder, in place; call again when weights change.
 
-    Layers that have other forms say so by a method ``take_form``. Weights of convolutions are laid
-    out with channels innermost, unless all forms are plain.
+    Layers with other forms have a method ``take_form``. Convolution weights are stored
+    with channels innermost, unless all forms are plain.
 
     Args:
         decoder: on its device, with its weights.
@@ -173,7 +173,7 @@ class PaddedConv2d(nn.Conv2d):
 
     @property
     def is_whole(self) -> bool:
-        """Whether it sees whole frames: nothing has replaced ``convolve``."""
+        """Whether it sees whole frames, that is ``convolve`` is not replaced."""
         return "convolve" not in vars(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ def activated(
     Args:
         conv: has the bias.
         x: ``[N, C, H, W]``.
-        forms: who makes the pass.
+        forms: the implementation.
         residual: ``[N, C', H, W]``.
         weight: as in `PaddedConv2d.convolve`.
     """

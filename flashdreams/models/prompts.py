@@ -24,19 +24,19 @@ TEXT_PACKAGES = {"transformers": "transformers>=5,<6", "ftfy": "ftfy>=6"}
 
 INSTALL_HINT = (
     f"Install what prompts need with: pip install {' '.join(map(repr, TEXT_PACKAGES.values()))}; "
-    "or give embeddings made beforehand"
+    "or use pre-computed embeddings"
 )
-"""What to do where the optional packages for text are missing."""
+"""Remedy for missing optional packages for text."""
 
 _EMPTY = "prompt {} is empty; describe what the video shows"
 
 
 def __getattr__(name: str) -> Any:
-    """Find what moved to `flashdreams.infra.prompt` at its former place; goes in 0.3."""
+    """Old location of names in `flashdreams.infra.prompt`; will be removed in 0.3."""
     if name not in ("load_prompt_embeds", "save_prompt_embeds"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     warnings.warn(
-        f"{name} moved from {__name__} to flashdreams.infra.prompt; this name goes in 0.3.",
+        f"{name} moved from {__name__} to flashdreams.infra.prompt; the old name will go in 0.3.",
         DeprecationWarning,
         stacklevel=2,
     )
@@ -44,14 +44,14 @@ def __getattr__(name: str) -> Any:
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
-    """Return the prompts as a list, or say which of them is no usable text.
+    """Return the prompts as a list, or refuse unusable text.
 
-    ``""`` is usable: it is what guidance takes for no prompt at all. Whoever knows that a prompt is
-    meant to describe something refuses it there.
+    ``""`` is usable: guidance uses it as the empty prompt. Callers that need a description
+    refuse it themselves.
 
     Raises:
         TypeError: not a list of texts.
-        ValueError: no prompt, one of nothing but white space, or one that is far too long.
+        ValueError: no prompt, one of white space only, or one that is far too long.
     """
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
         raise TypeError(
@@ -63,7 +63,7 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
         if len(text) > prompt.MAX_PROMPT_CHARACTERS:
             raise ValueError(
                 f"prompt {number} has {len(text)} characters; at most "
-                f"{prompt.MAX_PROMPT_CHARACTERS} are taken"
+                f"{prompt.MAX_PROMPT_CHARACTERS} are allowed"
             )
         if text and not text.strip():
             raise ValueError(_EMPTY.format(number))
@@ -79,7 +79,7 @@ def clean_prompts(prompts: Sequence[str]) -> list[str]:
 
     Raises:
         TypeError: not a list of texts.
-        ValueError: no prompt, or one of which nothing is left.
+        ValueError: no prompt, or one that is empty after cleaning.
         ImportError: ``ftfy`` is not installed.
     """
     checked = check_prompts(prompts)
@@ -101,7 +101,7 @@ def clean_prompt(text: str) -> str:
     try:
         import ftfy
     except ImportError as error:
-        raise ImportError(f"Prompts are cleaned with the package ftfy. {INSTALL_HINT}") from error
+        raise ImportError(f"Cleaning prompts needs the package ftfy. {INSTALL_HINT}") from error
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
 
@@ -126,7 +126,7 @@ class HashTextEncoderConfig(EncoderConfig):
 
 
 class HashTextEncoder(Encoder):
-    """Words to rows of unit variance that depend on nothing but the word and the seed.
+    """Words to rows of unit variance that depend only on the word and the seed.
 
     The values come from a hash (SHAKE-256), so they are the same on every machine and version.
     """
@@ -138,7 +138,7 @@ class HashTextEncoder(Encoder):
         self.register_buffer("_place", torch.zeros((), dtype=self.dtype), persistent=False)
 
     def init_buffers(self) -> None:
-        """Leave the meta device: the buffer only says where results are wanted."""
+        """Leave the meta device: the buffer only marks the device of results."""
         if self.device.type == "meta":
             self._place = torch.zeros((), dtype=self.dtype, device="cpu")
 

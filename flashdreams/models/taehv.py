@@ -120,7 +120,7 @@ class MemoryBlock(nn.Module):
     def _first(
         self, conv: PaddedConv2d, frames: Tensor, batch: int, carried: CarriedFrames
     ) -> Tensor:
-        """The first convolution with its ReLU, in the form that was taken."""
+        """The first convolution with its ReLU, in the selected form."""
         if self.pair is None:
             both = self._with_previous(frames, batch, carried)
             return activated(conv, both, self.forms)
@@ -259,7 +259,7 @@ class TAEHVDecoderConfig(TAEHVConfig, StreamingDecoderConfig):
 
 
 class TAEHVDecoder(StreamingDecoder):
-    """Latents to frames, chunk by chunk, at a small part of the full decoder's cost."""
+    """Latents to frames, chunk by chunk, at a small fraction of the full decoder's cost."""
 
     config: TAEHVDecoderConfig
 
@@ -276,13 +276,13 @@ class TAEHVDecoder(StreamingDecoder):
         self.take_forms(forms_for(self.device, self.dtype))
 
     def take_forms(self, forms: DecoderForms) -> None:
-        """Compute every layer in the form asked for; the weights are in place."""
+        """Set the requested form of every layer; the weights are in place."""
         self.graph = None
         select_forms(self, forms)
 
     @torch.no_grad()
     def capture(self, latent: Tensor) -> None:
-        """Replay chunks like this one as a CUDA graph from now on, from the second one on."""
+        """Capture a CUDA graph for chunks of this shape, used from the second chunk on."""
         self.graph = DecodeGraph(self.decode, self.device)
         self.graph.capture(latent)
 
@@ -291,7 +291,7 @@ class TAEHVDecoder(StreamingDecoder):
         return [] if self.graph is None else [self.graph.call]
 
     def drop_graphs(self) -> None:
-        """Free the graph; rollouts go on eagerly."""
+        """Free the graph; rollouts continue eagerly."""
         if self.graph is not None:
             self.graph.drop()
 
@@ -310,7 +310,7 @@ class TAEHVDecoder(StreamingDecoder):
         """Decode one chunk.
 
         Args:
-            latent: ``[B, C, T, H, W]``, normalised (whatever the weights want), any floating dtype.
+            latent: ``[B, C, T, H, W]``, normalised (for all weights), any floating dtype.
             autoregressive_index: number of the chunk, from 0; must follow what ``cache`` has seen.
             cache: this rollout's state, updated in place; ``None`` decodes a whole clip at once.
 
@@ -319,7 +319,7 @@ class TAEHVDecoder(StreamingDecoder):
             chunk, ``4 T`` for later ones.
 
         Raises:
-            ValueError: wrong shape, or a chunk out of turn.
+            ValueError: wrong shape, or a chunk out of order.
         """
         check_latent(latent, self.config.latent_channels)
         carried = self.initialize_cache() if cache is None else cache
@@ -330,7 +330,7 @@ class TAEHVDecoder(StreamingDecoder):
         return video
 
     def decode(self, latent: Tensor, carried: CarriedFrames) -> Tensor:
-        """The arithmetic of ``forward``, of any chunk after what ``carried`` has seen."""
+        """The computation of ``forward``, for a chunk that follows ``carried``."""
         config = self.config
         if config.latents == "raw":
             latent = denormalise(latent, config.latent_mean, config.latent_std)
@@ -363,7 +363,7 @@ class TAEHVDecoder(StreamingDecoder):
         return slices
 
     def parallel_plan(self) -> ParallelPlan:
-        """Where frames may be cut by width: every convolution that looks sideways."""
+        """Where frames may be split by width: at every convolution over columns."""
         halo = {"decoder.1", f"decoder.{self.decoder.last}"}
         for blocks, _, conv in self.decoder.levels:
             halo.add(f"decoder.{conv}")

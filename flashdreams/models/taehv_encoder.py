@@ -102,8 +102,8 @@ class TAEHVEncoderConfig(TAEHVConfig, EncoderConfig):
 class TAEHVEncoder(Encoder):
     """An image or a video to normalised latents.
 
-    Latent frame i stands for the pixel frames 4 i .. 4 i + 3, so it looks up to three frames ahead
-    of where the Wan autoencoder's latent i ends.
+    Latent frame i stands for the pixel frames 4 i .. 4 i + 3, so it sees up to three frames beyond
+    the end of the Wan autoencoder's latent i.
     """
 
     config: TAEHVEncoderConfig
@@ -130,7 +130,7 @@ class TAEHVEncoder(Encoder):
 
         Raises:
             ValueError: wrong shape or size.
-            TypeError: integer pixels, or no tensor.
+            TypeError: integer pixels, or not a tensor.
         """
         video = as_video(input)
         if video.dim() == 5 and (lacking := -video.shape[2] % self.config.time_factor):

@@ -47,7 +47,7 @@ Source: the state dicts of both beside each other; Wan-Video/Wan2.1, wan/modules
 COMFYUI_KEYS = KeyMap(
     name="comfyui", marker=r"spiece_model$", rename=(), ignore=(r"spiece_model$",)
 )
-"""ComfyUI's files hold the names of ``transformers`` and, as bytes, the tokenizer's model, which is
+"""ComfyUI's files use the names of ``transformers`` and, as bytes, the tokenizer's model, which is
 not read: ``tokenizer.json`` is the same tokenizer."""
 
 
@@ -122,7 +122,7 @@ class UMT5TextEncoder(Encoder):
         """Encode prompts.
 
         Args:
-            input: one text per prompt, in any language; ``""`` is guidance without a prompt.
+            input: one text per prompt, in any language; ``""`` is the empty prompt of guidance.
 
         Returns:
             ``[B, L, C]`` in the encoder's dtype; zero rows beyond each prompt's tokens.
@@ -136,7 +136,7 @@ class UMT5TextEncoder(Encoder):
         return self.embed(self.tokenize(input))
 
     def check_input(self, input: Sequence[str]) -> None:
-        """Refuse prompts that `forward` would refuse; takes the tokenizer, but no weights.
+        """Refuse prompts that `forward` would refuse; needs the tokenizer, but no weights.
 
         Raises:
             As `forward`.
@@ -198,10 +198,10 @@ def load_tokenizer(config: CheckpointConfig, *, allow_download: bool | None = No
 
     Args:
         config: names the file.
-        allow_download: may it be fetched; ``None``: as ``config.download`` says.
+        allow_download: whether it may be downloaded; ``None``: as ``config.download`` says.
 
     Raises:
-        CheckpointError: the file is not there, or is no tokenizer.
+        CheckpointError: the file is missing or is not a tokenizer.
         ImportError: ``tokenizers``, which comes with ``transformers``, is not installed.
     """
     try:
@@ -214,7 +214,8 @@ def load_tokenizer(config: CheckpointConfig, *, allow_download: bool | None = No
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing narrower
             reason = printable(str(error), 300)
-            raise CheckpointError(f"{path} is no tokenizer: {reason}. Download it again") from error
+            text = f"{path} is not a tokenizer: {reason}. Download it again"
+            raise CheckpointError(text) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -1,4 +1,4 @@
-"""The torchrun agent that started this rank, watched so that no rank outlives it."""
+"""Watches the torchrun agent that started this rank, so that no rank outlives it."""
 
 import os
 import signal
@@ -19,13 +19,13 @@ _CONNECT_S = 10.0
 
 
 def watch_agent() -> None:
-    """End this rank by SIGTERM once torchrun's agent has gone; without torchrun do nothing.
+    """End this rank by SIGTERM once torchrun's agent has ended; without torchrun do nothing.
 
-    The agent's store is asked for once, since the agent may have gone while this rank imported
-    PyTorch; after that the parent is watched, by a thread. An agent that is killed tells nobody.
+    The agent's store is checked once, because the agent may have ended while this rank imported
+    PyTorch; after that a thread watches the parent. A killed agent gives no notice.
 
     Raises:
-        OtherRankError: the agent has gone already.
+        OtherRankError: the agent has already ended.
     """
     if not started_by_torchrun() or os.name != "posix":
         return

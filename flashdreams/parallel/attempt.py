@@ -1,4 +1,4 @@
-"""A name for one start of a group of ranks, in a store that outlives it."""
+"""A unique name for one start of a group of ranks, in a store that outlives it."""
 
 import json
 import time
@@ -16,17 +16,17 @@ class Attempt:
     name: str
     """The same on all ranks of this start, and of no other one."""
     starts: int
-    """Processes that the store has seen, this one included."""
+    """Processes registered in the store, including this one."""
 
 
 def agree_on_attempt(store: Any, rank: int, world_size: int, timeout_s: float) -> Attempt:
-    """Give this start of the group a name; a collective call that needs the store alone.
+    """Agree on a name for this start of the group; a collective call that needs only the store.
 
     torchrun keeps its store when it restarts the ranks, and what an earlier start has left there
-    looks like an answer. Neither the number of restarts nor that of ranks tells starts apart:
-    agents count restarts each for itself. So every rank says a number of its own, rank zero
+    looks like an answer. Neither the number of restarts nor that of ranks distinguishes starts:
+    agents count restarts separately. So every rank publishes a random number, rank zero
     publishes a name together with the numbers that it has seen, and the name holds once every rank
-    has found its own number beside it.
+    has found its own number with it.
 
     Args:
         store: a key-value store that all ranks share.
@@ -65,12 +65,12 @@ def agree_on_attempt(store: Any, rank: int, world_size: int, timeout_s: float) -
     missing = [
         str(other) for other in range(world_size) if _read(store, f"attempt/hello{other}") is None
     ]
-    if not missing:  # those of an earlier start have left their numbers
+    if not missing:  # the found numbers are of an earlier start
         raise TimeoutError(
             f"Rank {rank} waited {timeout_s:.0f} s for the other {world_size - 1} ranks."
         )
     raise TimeoutError(
-        f"{len(missing)} of {world_size} ranks have not come within {timeout_s:.0f} s: "
+        f"{len(missing)} of {world_size} ranks did not arrive within {timeout_s:.0f} s: "
         f"{', '.join(missing[:20])}. They hang in an import, or were not started."
     )
 

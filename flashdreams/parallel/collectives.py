@@ -1,6 +1,6 @@
 """Collectives as functions of a tensor and a group, and a meter of their bytes.
 
-Gloo takes tensors of a GPU in some collectives only: over a gloo group each of them goes through
+Gloo accepts GPU tensors only in some collectives: over a gloo group they are staged through
 the host. That is slow and cannot be captured in a graph; it lets several ranks share one GPU, which
 NCCL refuses.
 """
@@ -21,7 +21,7 @@ _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather
 
 
 def needs_host(device: torch.device, group: ProcessGroup) -> bool:
-    """Whether tensors of a device go through the host: those of a GPU, over gloo."""
+    """Whether tensors of a device are staged through the host: GPU tensors over gloo."""
     if device.type == "cpu":
         return False
     return _backends_of(dist.get_backend_config(group)).get(device.type) == "gloo"
@@ -29,13 +29,13 @@ def needs_host(device: torch.device, group: ProcessGroup) -> bool:
 
 @lru_cache(maxsize=16)
 def _backends_of(config: str) -> dict[str, str]:
-    """Device type -> backend, of a text such as ``cpu:gloo,cuda:nccl``; asked per collective."""
+    """Device type -> backend, of a text such as ``cpu:gloo,cuda:nccl``; cached."""
     pairs = (pair.partition(":") for pair in config.split(","))
     return {kind: backend for kind, _, backend in pairs}
 
 
 def _to_wire(x: Tensor, group: ProcessGroup) -> Tensor:
-    """What is handed to the group for ``x``: itself, or a copy on the host."""
+    """The tensor passed to the group for ``x``: itself, or a host copy."""
     return x.cpu() if needs_host(x.device, group) else x
 
 
@@ -77,7 +77,7 @@ def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _plain(x: Tensor) -> Tensor:
-    """The same storage in a type that every library of collectives knows: 8-bit floats as bytes."""
+    """The same storage in a dtype that all backends support: 8-bit floats as bytes."""
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
@@ -85,7 +85,7 @@ def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
     """The sum over all ranks.
 
     Args:
-        x: any shape, the same on every rank; used up as storage.
+        x: any shape, the same on every rank; overwritten.
         group: the ranks, in any order.
 
     Returns:
@@ -97,7 +97,7 @@ def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def start_rotate(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
-    """Begin to send ``x`` to the next rank of a ring; the result waits for the previous rank's.
+    """Start sending ``x`` to the next rank of a ring; the result waits for the previous rank's.
 
     Args:
         x: any shape, contiguous; the same shape and dtype on every rank; not to be written to
@@ -118,7 +118,7 @@ def start_rotate(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
     def finish() -> Tensor:
         for work in pending:
             work.wait()
-        operations.clear()  # until here they keep what is sent
+        operations.clear()  # they keep the sent tensor alive until here
         return received.to(x.device)
 
     return finish
@@ -159,7 +159,7 @@ def sent_bytes(collective: str, nbytes: int, size: int) -> int:
 
     Args:
         collective: ``"all_gather"``, ``"all_to_all"``, ``"all_reduce"`` or ``"rotate"``.
-        nbytes: bytes of the tensor that this rank hands over.
+        nbytes: bytes of this rank's input tensor.
         size: number of ranks.
 
     Raises:
@@ -200,13 +200,13 @@ class TrafficMeter:
     """What this rank sent, by name of the collective; counted on the host as calls are issued.
 
     A replayed CUDA graph issues no calls: whoever captures takes ``since(snapshot)`` of the capture
-    and hands it to ``add_all`` at every replay. What warm-up sent is forgotten by ``rewind``.
+    and hands it to ``add_all`` at every replay. ``rewind`` drops the counts of warm-up.
     """
 
     counts: dict[str, Traffic] = field(default_factory=dict)
     """Name such as ``"ulysses.all_to_all"`` -> its traffic since the meter was made."""
     watch: Callable[[str, int, int], None] | None = field(default=None, repr=False, compare=False)
-    """Called after each call with its name, bytes sent and the ``time.time_ns`` of its begin."""
+    """Called after each call with its name, bytes sent and its start ``time.time_ns``."""
 
     def add(self, name: str, bytes_sent: int) -> None:
         """Count one call."""
@@ -214,14 +214,14 @@ class TrafficMeter:
 
     @contextmanager
     def call(self, name: str, bytes_sent: int) -> Iterator[None]:
-        """Count the call inside, and show it to ``watch``."""
+        """Count the enclosed call, and report it to ``watch``."""
         self.add(name, bytes_sent)
         with self.watched(name, bytes_sent):
             yield
 
     @contextmanager
     def watched(self, name: str, bytes_sent: int = 0) -> Iterator[None]:
-        """Show what is inside to ``watch``, and do not count it."""
+        """Report the enclosed call to ``watch`` without counting it."""
         watch = self.watch
         start_ns = 0 if watch is None else time.time_ns()
         yield
@@ -238,7 +238,7 @@ class TrafficMeter:
         return dict(self.counts)
 
     def rewind(self, snapshot: Mapping[str, Traffic]) -> None:
-        """Forget what was counted after a snapshot."""
+        """Drop the counts after a snapshot."""
         self.counts = dict(snapshot)
 
     def since(self, snapshot: Mapping[str, Traffic]) -> dict[str, Traffic]:

@@ -16,9 +16,9 @@ from flashdreams.runtime.region import Region, select_region, whole_region
 
 
 class AttentionWrapper(nn.Module):
-    """Something with the interface of a core around a core.
+    """A wrapper around a core, with the interface of a core.
 
-    Subclasses rewrite the cache's spec on the way in, and say how a rank's part of a cache becomes
+    Subclasses change the cache's spec, and convert a rank's part of a cache to
     the whole and back.
     """
 
@@ -86,13 +86,13 @@ class AttentionWrapper(nn.Module):
     def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
         """Write this rank's part of the chunk; see `AttentionCore.write`.
 
-        A strategy whose ``forward`` communicates or trims does the same here, without queries.
+        A strategy whose ``forward`` communicates or trims also does so here, without queries.
         """
         self.core.write(k, v, cache)
 
 
 class HeadShardAttention(AttentionWrapper):
-    """Attention over the heads that tensor parallelism left to this rank; no communication."""
+    """Attention over this rank's tensor-parallel heads; no communication."""
 
     def __init__(self, core: AttentionCore | AttentionWrapper, channel: Channel) -> None:
         super().__init__(core)
@@ -122,7 +122,7 @@ class HeadShardAttention(AttentionWrapper):
 
 
 class UlyssesAttention(HeadShardAttention):
-    """Trades a split sequence for split heads around the core, and back.
+    """Swaps a split sequence for split heads around the core, and back.
 
     The cache is head-sharded: it holds all tokens of this rank's heads.
 
@@ -136,7 +136,7 @@ class UlyssesAttention(HeadShardAttention):
         self.layout = layout
 
     def new_cache(self, spec: KVCacheSpec, cursor: Cursor) -> KVCache:
-        """A cache for this rank's heads, with the scales of all, which are needed before."""
+        """A cache for this rank's heads, with the scales of all heads, for use before it."""
         cache = super().new_cache(spec, cursor)
         cache.share_scales(self.channel.size, self.channel.rank)
         return cache
@@ -153,7 +153,7 @@ class UlyssesAttention(HeadShardAttention):
         return self._to_tokens(out)
 
     def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
-        """See `AttentionWrapper.write`; an all-to-all of keys and values alone."""
+        """See `AttentionWrapper.write`; an all-to-all of keys and values only."""
         k, v = self._to_heads(k, v)
         self.core.write(k, v, cache)
 
@@ -177,7 +177,7 @@ class UlyssesAttention(HeadShardAttention):
 class GatherKVAttention(AttentionWrapper):
     """Queries stay split; every rank gets all keys and values of the new chunk.
 
-    The cache is the same as on one rank, and on every rank. Asks nothing of the number of heads.
+    The cache is the same as on one rank, and on every rank. Works for any number of heads.
     """
 
     def __init__(

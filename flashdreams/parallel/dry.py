@@ -1,4 +1,4 @@
-"""A mesh of ranks that are not there, for counting what one of them would do on the meta device."""
+"""A mesh without processes, to count the work of one rank on the meta device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from flashdreams.parallel.mesh import Axis, Mesh, ParallelConfig, ParallelDegree
 
 @dataclass(frozen=True)
 class DryGroup:
-    """The form of a process group: its size, and this rank's place in it."""
+    """The interface of a process group: its size, and this rank's index."""
 
     ranks: int
     place: int = 0
@@ -63,12 +63,12 @@ class DryChannel(Channel):
 
 @dataclass(frozen=True)
 class DryMesh(Mesh):
-    """Rank zero of ranks that are not there."""
+    """Rank zero of a mesh without processes."""
 
     def channel(self, axis: Axis) -> Channel:
         """The channel that counts."""
         if axis.group is None:
-            raise ValueError(f"Axis {axis.name!r} has a single rank: there is no one to talk to.")
+            raise ValueError(f"Axis {axis.name!r} has a single rank, so it has no channel.")
         return DryChannel(axis.name, axis.group, self.meter)
 
 

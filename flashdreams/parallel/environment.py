@@ -1,4 +1,4 @@
-"""The process's place among its ranks: torchrun's variables, process group and logging."""
+"""The process's environment: torchrun's variables and the process group."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,16 +17,16 @@ from flashdreams.parallel.siblings import watch_siblings
 T = TypeVar("T")
 
 LOAD_TIMEOUT_S = 1800.0
-"""Limit of one collective while weights are fetched and loaded; AR steps have a deadline of their
+"""Limit of one collective while weights are downloaded and loaded; AR steps have their own
 own (`flashdreams.parallel.watchdog`)."""
 
 MEETING_DEADLINE_S = 300.0
-"""Limit of the rendezvous: from the first rank that has imported all to the last."""
+"""Limit of the rendezvous: from the first rank that is ready to the last."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Who this process is: made once by `init` and handed down, never stored globally."""
+    """Ranks and device of this process: made once by `init` and passed down, never global."""
 
     rank: int
     """Number of this process among all, from 0."""
@@ -38,7 +38,7 @@ class Environment:
     """Number of processes."""
 
     device: torch.device
-    """Where this process computes."""
+    """Device of this process."""
 
     store: dist.Store | None = field(default=None, repr=False, compare=False)
     """Key-value store that all ranks share, with their heartbeats; None for a single rank, or if
@@ -58,7 +58,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Launch:
-    """Who started this process, as torchrun says it."""
+    """Launch of this process, from torchrun's variables."""
 
     run_id: str
     """``--rdzv-id``, the same for every start of a job; "" without torchrun."""
@@ -67,7 +67,7 @@ class Launch:
 
 
 def read_launch(environment: Environment) -> Launch:
-    """Who started this process.
+    """The launch of this process.
 
     An agent that restarts its ranks because another agent came or went counts no restart.
     """
@@ -103,7 +103,7 @@ def init(
     timeout_s: float = LOAD_TIMEOUT_S,
     meeting_s: float = MEETING_DEADLINE_S,
 ) -> Environment:
-    """Take this process's place among the ranks that torchrun started.
+    """Join the ranks that torchrun started.
 
     Without torchrun, or with one rank, no process group is made. A process group that exists
     already is used as it is.
@@ -112,11 +112,11 @@ def init(
         device: ``"auto"`` (CUDA where there is one, else the CPU), ``"cpu"``, ``"cuda"`` or, for a
             single rank, ``"cuda:N"``.
         timeout_s: limit of one collective, in seconds.
-        meeting_s: how long a rank waits for the others to come, in seconds.
+        meeting_s: seconds that a rank waits for the others.
 
     Raises:
         ValueError: the device does not exist, or torchrun's variables contradict each other.
-        OtherRankError: some ranks have not come in time; names them.
+        OtherRankError: some ranks did not arrive in time; names them.
     """
     if dist.is_initialized():
         rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -148,9 +148,9 @@ def shutdown() -> None:
 
 
 def first_on_node(fn: Callable[[], T]) -> T:
-    """Call ``fn`` on one rank of each node, and on the other ranks once all of these are done.
+    """Call ``fn`` on one rank of each node, then on the other ranks.
 
-    For downloads and caches on a node's disk: the later callers find the work done.
+    For downloads and caches on a node's disk: the other ranks find the work done.
 
     Raises:
         OtherRankError: ``fn`` failed on the first rank of some node, which raises the true error.
@@ -172,7 +172,7 @@ def first_on_node(fn: Callable[[], T]) -> T:
         raise error
     if int(failed):
         raise OtherRankError(
-            f"The first rank of {int(failed)} node(s) failed; its own message says why."
+            f"The first rank of {int(failed)} node(s) failed; see its own message."
         )
     return result if is_first else fn()  # type: ignore[return-value]
 
@@ -188,11 +188,11 @@ def group_size() -> int:
 
 
 class OtherRankError(RuntimeError):
-    """Another rank failed at what all of them need; its own message says why."""
+    """Another rank failed at a common task; its own message has the reason."""
 
 
 class RankZeroError(OtherRankError):
-    """Rank zero failed at what it did for all; its own message says why."""
+    """Rank zero failed at a task for all ranks; its own message has the reason."""
 
 
 def broadcast_from_rank_zero(x: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -207,7 +207,7 @@ def broadcast_from_rank_zero(x: Tensor | None, shape: Sequence[int], dtype: torc
         The tensor, contiguous.
 
     Raises:
-        ValueError: rank zero's tensor is another one than was announced.
+        ValueError: rank zero's tensor differs from the given shape or dtype.
     """
     alone = not dist.is_initialized() or dist.get_world_size() == 1
     if group_rank() == 0:
@@ -226,7 +226,7 @@ def broadcast_from_rank_zero(x: Tensor | None, shape: Sequence[int], dtype: torc
 def from_rank_zero(fn: Callable[[], T]) -> T:
     """Call ``fn`` on rank zero alone and give every rank its result; a collective call.
 
-    For what one rank decides or computes for all: a measured choice, text embeddings, whether a
+    For decisions and results of one rank for all: a measured choice, text embeddings, whether a
     file could be written.
 
     Args:
@@ -248,7 +248,7 @@ def from_rank_zero(fn: Callable[[], T]) -> T:
     if error is not None:
         raise error
     if box[0] is None:
-        raise RankZeroError("Rank zero failed; its own message says why.")
+        raise RankZeroError("Rank zero failed; see its own message.")
     return box[0][0]
 
 
@@ -314,7 +314,7 @@ def _pick_device(name: str, local_rank: int, many_ranks: bool) -> torch.device:
     index = local_rank if many_ranks or device.index is None else device.index
     if index >= count:
         request = (
-            f"local rank {local_rank} wants cuda:{index}" if many_ranks else f"device={name!r}"
+            f"local rank {local_rank} needs cuda:{index}" if many_ranks else f"device={name!r}"
         )
         allowed = f"at most {count} ranks per node" if count else "--device cpu"
         raise ValueError(f"{request}, but this node has {count} CUDA devices. Allowed: {allowed}.")
@@ -339,7 +339,7 @@ def _connect(
             "it is held by torchrun's agent or by rank 0."
         ) from error
     store.set_timeout(timeout)
-    # An agent keeps its store over restarts, with the addresses of ranks that are gone.
+    # An agent keeps its store over restarts, with the addresses of ended ranks.
     try:
         attempt = agree_on_attempt(store, rank, world_size, limit_s)
     except TimeoutError as error:
@@ -355,7 +355,7 @@ def _connect(
         timeout=timeout,
         device_id=device if on_cuda else None,
     )
-    # A connection of its own: a thread that reports must not wait behind a blocked one.
+    # A separate connection: a reporting thread must not wait behind a blocked one.
     heartbeat = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
     )
@@ -364,7 +364,7 @@ def _connect(
 
 
 def _local_pids(store: dist.Store, rank: int, world_size: int) -> dict[int, int]:
-    """The process of every rank on this machine; all ranks have come."""
+    """The process of every rank on this machine; all ranks have joined."""
     keys = [f"here{other}" for other in range(world_size)]
     store.set(keys[rank], f"{os.getpid()} {_machine()}")
     told = [store.get(key).decode().split(" ", 1) for key in keys]
@@ -374,7 +374,7 @@ def _local_pids(store: dist.Store, rank: int, world_size: int) -> dict[int, int]
 
 
 def _machine() -> str:
-    """What only processes that see each other's pids have in common; empty where nobody says."""
+    """An identifier shared by processes that see each other's pids; empty if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -48,7 +48,7 @@ class SerialGuidance:
 
 
 class CfgParallelGuidance:
-    """The conditional branch on the first rank, the other on the second; one all-gather."""
+    """The conditional branch on the first rank, the unconditional on the second; one all-gather."""
 
     def __init__(self, channel: Channel) -> None:
         if channel.size != 2:

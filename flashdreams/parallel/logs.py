@@ -1,4 +1,4 @@
-"""What a rank writes to its log, and how."""
+"""Logging of a rank."""
 
 import json
 import logging
@@ -13,11 +13,11 @@ from flashdreams.parallel.environment import Environment
 log = logging.getLogger(__name__)
 
 QUIET_S = 1.0
-"""A phase of the start that is over sooner is not announced."""
+"""Start-up phases shorter than this are not announced."""
 
 
 class JsonFormatter(logging.Formatter):
-    """Log records as JSON objects, one a line."""
+    """Log records as JSON objects, one per line."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -40,10 +40,10 @@ class JsonFormatter(logging.Formatter):
 def set_up_logging(
     environment: Environment, level: int = logging.INFO, *, as_json: bool = False
 ) -> None:
-    """Let rank zero log from ``level`` on and the others from warnings on, under their number.
+    """Log from ``level`` up on rank zero and from warnings up on others, with the rank's number.
 
     The level is that of this package. Messages of other packages, plug-ins among them, appear from
-    warnings on and bear the rank as well. A program that has set up logging itself keeps its form.
+    warnings up, also with the rank. A program that has configured logging keeps its format.
     """
     mark = f"[rank {environment.rank}] " if environment.world_size > 1 else ""
     handler = logging.StreamHandler()
@@ -56,7 +56,7 @@ def set_up_logging(
 
 @contextmanager
 def announced(phase: str, environment: Environment) -> Iterator[None]:
-    """Say on rank zero that a phase of the start lasts, and at its end how long it took.
+    """Log on rank zero that a start-up phase is running, and its duration at the end.
 
     Args:
         phase: what is going on, such as ``"loading weights"``.

@@ -1,4 +1,4 @@
-"""Degrees of parallelism: what the user asks for, what it resolves to, and the groups of ranks."""
+"""Degrees of parallelism: the request, the resolved degrees, and the groups of ranks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -91,20 +91,20 @@ def resolve_degrees(
     cached_frame_tokens: int | None = None,
     any_degree: bool = False,
 ) -> ParallelDegrees:
-    """Resolve every ``"auto"`` and refuse what cannot work, before any weight is read.
+    """Resolve every ``"auto"`` and refuse impossible requests, before any weight is read.
 
     Args:
         config: the request.
         world_size: number of ranks.
-        num_heads: attention heads of the model; None for a model that cannot be cut.
+        num_heads: attention heads of the model; None for a model that cannot be split.
         guided: whether the model is evaluated twice per denoising step.
         cached_frame_tokens: tokens per latent frame of a streaming model, which keeps a cache; None
             for a bidirectional one.
-        any_degree: take degrees that are asked for, also where they do not divide the heads: the
+        any_degree: accept requested degrees that do not divide the heads: the
             model then computes attention whole on every rank (`ParallelPlan.units`).
 
     Raises:
-        ValueError: impossible degrees; the message names some that would work.
+        ValueError: impossible degrees; the message suggests some that work.
     """
     _refuse_conflicts(config, guided)
     # Guidance over two ranks first, then as much Ulysses as the heads allow.
@@ -128,7 +128,7 @@ def legal_degrees(
 
     Args:
         world_size: number of ranks.
-        num_heads: attention heads of the model; None for a model that cannot be cut, 0 for one
+        num_heads: attention heads of the model; None for a model that cannot be split, 0 for one
             that every degree divides.
         guided: whether the model is evaluated twice per denoising step.
     """
@@ -171,7 +171,7 @@ def _refuse_conflicts(config: ParallelConfig, guided: bool) -> None:
         )
     if config.cfg_parallel_degree == 2 and not guided:
         raise ValueError(
-            "cfg_parallel_degree=2, but this model is not guided: there is no second branch. "
+            "cfg_parallel_degree=2, but this model uses no guidance, so it has no second branch. "
             "Use --parallel.cfg-parallel-degree 1."
         )
     if config.context_backend == "xfuser" and config.tensor_parallel_degree not in ("auto", 1):
@@ -183,11 +183,11 @@ def _refuse_conflicts(config: ParallelConfig, guided: bool) -> None:
     if config.strict and config.tensor_parallel_degree not in ("auto", 1):
         raise ValueError(
             f"strict=True with tensor_parallel_degree={config.tensor_parallel_degree}: a sum over "
-            "ranks has other bits. Use --parallel.tensor-parallel-degree 1."
+            "ranks changes bits. Use --parallel.tensor-parallel-degree 1."
         )
     if config.strict and config.ring_method == "rotate":
         raise ValueError(
-            "strict=True with ring_method='rotate': merged partial sums have other bits. "
+            "strict=True with ring_method='rotate': merged partial sums change bits. "
             "Use --parallel.ring-method gather."
         )
     if config.strict and config.context_backend == "xfuser":
@@ -258,7 +258,7 @@ class Axis:
 
     @property
     def is_shared(self) -> bool:
-        """Whether what is cut along the axis communicates: over several ranks, or a test's one."""
+        """Whether splits along the axis communicate: over several ranks, or a test's one."""
         return self.size > 1 or self.group is not None
 
 
@@ -276,7 +276,7 @@ class Mesh:
     sequence: Axis = Axis("sequence")
     """Ring and Ulysses as one axis, in the order of the tokens."""
     decode: Axis = Axis("decode")
-    """All ranks, in a group of their own, because decoding runs beside the clean pass."""
+    """All ranks, in a separate group, because decoding runs concurrently with the clean pass."""
     meter: TrafficMeter = field(default_factory=TrafficMeter)
     """Counts what every collective of this rank sends."""
 
@@ -287,7 +287,7 @@ class Mesh:
             ValueError: the axis has one rank.
         """
         if axis.group is None:
-            raise ValueError(f"Axis {axis.name!r} has a single rank: there is no one to talk to.")
+            raise ValueError(f"Axis {axis.name!r} has a single rank, so it has no channel.")
         return Channel(axis.name, axis.group, self.meter)
 
 
@@ -300,7 +300,7 @@ def local_attention(shape: AttentionShape, mesh: Mesh) -> AttentionShape:
     """
     ring, heads = mesh.ring.size, shape.num_heads
     rotates = mesh.config.ring_method == "rotate" and ring > 1
-    for axis in (mesh.tp, mesh.ulysses):  # what does not divide the heads leaves them whole
+    for axis in (mesh.tp, mesh.ulysses):  # degrees that do not divide the heads leave them whole
         heads = heads // axis.size if heads % axis.size == 0 else heads
     return replace(
         shape,

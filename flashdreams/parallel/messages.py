@@ -13,7 +13,7 @@ from torch import Tensor
 from flashdreams.parallel.environment import group_rank
 
 IDLE_PERIOD_S = 0.02
-"""How long an idle rank sleeps before it looks at the store again."""
+"""Seconds that an idle rank sleeps between checks of the store."""
 
 _KEY = "message"
 """In the store: the number of the last message that rank zero has announced."""
@@ -21,7 +21,7 @@ _KEY = "message"
 
 @dataclass(frozen=True)
 class Message:
-    """What rank zero tells the others."""
+    """A message from rank zero to the others."""
 
     value: Any
     """JSON: None, numbers, strings, lists and mappings with string keys."""
@@ -32,8 +32,8 @@ class Message:
 class MessageChannel:
     """Broadcasts messages in order; every rank calls ``send`` or ``receive`` alike.
 
-    Never pickle and never NCCL: what arrives is data, and rank zero gets what the others get. Made
-    by all ranks together. Without a process group there is nobody to tell, but the same is refused.
+    Never pickle and never NCCL: messages are data, and rank zero gets the same as the others. Made
+    by all ranks together. Without a process group nothing is sent, but the same checks apply.
     """
 
     def __init__(self, store: "dist.Store | None" = None) -> None:
@@ -51,7 +51,7 @@ class MessageChannel:
             self._group = dist.new_group(backend="gloo")
 
     def exchange(self, message: Message | None, *, idle: bool = False) -> Message:
-        """Hand rank zero's message to all ranks; a collective call.
+        """Send rank zero's message to all ranks; a collective call.
 
         Args:
             message: on rank zero the message, elsewhere ignored.
@@ -61,7 +61,7 @@ class MessageChannel:
             Rank zero's message, on every rank.
 
         Raises:
-            ValueError: rank zero has no message, or there is a number in it that is not finite.
+            ValueError: rank zero has no message, or it contains a number that is not finite.
             TypeError: its value is not JSON. Nothing was sent then, and rank zero may send another.
         """
         given = _Written(message) if group_rank() == 0 else None
@@ -110,11 +110,11 @@ class MessageChannel:
 
 
 class _Written:
-    """A message as text, and as it arrives."""
+    """A message as text, and as received."""
 
     def __init__(self, message: Message | None) -> None:
         if message is None:
-            raise ValueError("Rank zero has to give the message.")
+            raise ValueError("Rank zero must pass the message.")
         tensors = {name: x.detach().cpu().contiguous() for name, x in message.tensors.items()}
         described = [[name, str(x.dtype)[6:], list(x.shape)] for name, x in tensors.items()]
         text = json.dumps([message.value, described], allow_nan=False)

@@ -1,4 +1,4 @@
-"""The one public verb: apply a plan to a plain module."""
+"""Applies a plan to a plain module."""
 
 import difflib
 import re
@@ -48,7 +48,7 @@ _LINEARS: dict[str, Callable[[nn.Linear, Channel, str], ShardedLayer]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelReport:
-    """What `parallelize` did to a module."""
+    """Report of `parallelize`."""
 
     installed: dict[str, int] = field(default_factory=dict)
     """What was installed -> how many times; empty: the module is untouched."""
@@ -57,20 +57,20 @@ class ParallelReport:
     """Parameter name -> the part of it that this rank holds, for sharded loading."""
 
     replicated: bool = False
-    """Several ranks run the whole module each, because it ships no plan that fits the mesh."""
+    """Several ranks run the whole module each, because it has no plan that fits the mesh."""
 
     width_layout: WidthLayout | None = None
     """How a decoder's columns are shared; it gathers and shards the decoder's rollout state."""
 
     def __str__(self) -> str:
         if self.replicated:
-            return "replicated: every rank runs all of it, because it ships no parallel plan"
+            return "replicated: every rank runs all of it, because it has no parallel plan"
         done = ", ".join(f"{count} x {what}" for what, count in self.installed.items())
         return done or "untouched"
 
 
 def parallelize(module: nn.Module, plan: ParallelPlan | None, mesh: Mesh) -> ParallelReport:
-    """Cut a module over the ranks, from outside and in place.
+    """Split a module over the ranks, from outside and in place.
 
     State-dict names never change; sliced parameters are the only difference. Modules may be on the
     meta device: load them afterwards with the report's ``slices``. Degrees of 1 install nothing,
@@ -78,14 +78,14 @@ def parallelize(module: nn.Module, plan: ParallelPlan | None, mesh: Mesh) -> Par
 
     Args:
         module: plain, single-device.
-        plan: where it may be cut; None: every rank runs it whole.
+        plan: how it may be split; None: every rank runs all of it.
         mesh: the ranks, the strategy and whether to be strict.
 
     Raises:
         ValueError: the plan does not fit the module, or the module was parallelized before.
     """
     if hasattr(module, _MARK):
-        raise ValueError(f"This {type(module).__name__} is parallelized already; build a new one.")
+        raise ValueError(f"This {type(module).__name__} is already parallelized; build a new one.")
     plan = plan or ParallelPlan()
     matches = _Matches(module, plan)
     installed: dict[str, int] = {}
@@ -101,7 +101,7 @@ def parallelize(module: nn.Module, plan: ParallelPlan | None, mesh: Mesh) -> Par
         installed["sliced layer"] = len(matches.styles)
     cut_sequence = mesh.sequence.is_shared and bool(plan.split)
     layout = None
-    # Strict tiles pad the tokens of one rank too: the ends of long vectors are rounded otherwise.
+    # Strict tiles also pad on one rank: the ends of long vectors are rounded differently.
     if cut_sequence or (unit > 1 and plan.split):
         layout = _split_sequence(module, matches, mesh, unit)
         installed["split"], installed["gather"] = len(matches.split), len(matches.gather)
@@ -143,12 +143,12 @@ class _Matches:
         parts = (plan.split, plan.gather, plan.attention)
         if any(parts) and not all(parts):
             raise ValueError(
-                "A plan that cuts the sequence needs all of split, gather and attention; got "
+                "A plan that splits the sequence needs all of split, gather and attention; got "
                 f"split={plan.split}, gather={plan.gather}, attention={plan.attention}."
             )
 
     def leave_whole(self, plan: ParallelPlan, degree: int) -> None:
-        """Take out the weights of what the tensor parallel ranks do not divide."""
+        """Remove the entries that the tensor-parallel degree does not divide."""
         for name in list(self.styles):
             if (units_of(plan, name) or degree) % degree:
                 del self.styles[name]
@@ -172,7 +172,7 @@ class _Matches:
     def _refuse_unnamed_linears(
         self, module: nn.Module, plan: ParallelPlan, named: dict[str, Any]
     ) -> None:
-        """Every linear of a block must be named: a forgotten one would see a part for the whole."""
+        """Every linear of a block must be named: an omitted one would get a part of its input."""
         blocks = {glob[: glob.rfind("*") + 1] for glob in plan.tensor if "*" in glob}
         inside = [re.compile(glob_pattern(block).pattern + r"\..+") for block in blocks]
         unnamed = [
@@ -185,7 +185,7 @@ class _Matches:
         if unnamed:
             shapes = sorted({re.sub(r"\b\d+\b", "*", name, count=1) for name in unnamed})
             raise ValueError(
-                f"The plan's tensor leaves out linear layers of a block: {', '.join(shapes)}. "
+                f"The plan's tensor omits linear layers of a block: {', '.join(shapes)}. "
                 'Name each as "colwise", "colwise_gathered", "rowwise" or "replicated".'
             )
 
@@ -236,7 +236,7 @@ def _wrap_cores(
     layout: SequenceLayout | None,
     mesh: Mesh,
 ) -> list[str]:
-    """Put the strategies of the mesh around the attention cores; returns their names."""
+    """Wrap the attention cores in the strategies of the mesh; returns their names."""
     use_xfuser = mesh.sequence.size > 1 and mesh.config.context_backend == "xfuser"
     long_context = build_long_context(mesh) if use_xfuser else None
     names = []
@@ -261,11 +261,11 @@ def _wrap_cores(
 def _split_over_sequence(
     core: AttentionCore, layout: SequenceLayout | None, heads: int | None, mesh: Mesh
 ) -> AttentionCore | AttentionWrapper:
-    """Put strategies around a core of the sequence, the innermost axis of heads outermost.
+    """Wrap a core of the sequence in strategies, the innermost axis of heads outermost.
 
     Args:
         core: to be wrapped.
-        layout: how tokens are cut; None where they are not.
+        layout: how tokens are split; None if they are not.
         heads: of the core where the plan lets it stay whole; None: the degrees divide it.
         mesh: the ranks.
     """
@@ -285,7 +285,7 @@ def _split_over_sequence(
 def _unite_tokens(
     core: AttentionCore, layout: SequenceLayout, heads: int | None, mesh: Mesh
 ) -> AttentionWrapper:
-    """Let a core see all tokens: those of fewer heads, where the sequence ranks divide these."""
+    """Give a core all tokens: of fewer heads, if the sequence ranks divide them."""
     if layout.channel is None:
         return PaddedAttention(core, layout)
     if layout.interleaved or heads is None or not _divides(heads, mesh.sequence, mesh):

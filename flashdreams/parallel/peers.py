@@ -1,4 +1,4 @@
-"""The death of another rank as the reason of an error that only follows from it."""
+"""Explains errors that are caused by the death of another rank."""
 
 import contextlib
 import threading
@@ -20,7 +20,7 @@ class PeerWatch:
     """Watches the ranks of this node, so that a killed one is named instead of an address.
 
     The collectives of the other ranks fail at the same moment, with an error of their own that
-    knows nothing but an address. So the error of a rank goes through `explain` before it is
+    names only an address. So the error of a rank goes through `explain` before it is
     reported. Linux only; elsewhere nothing is known.
     """
 
@@ -32,7 +32,7 @@ class PeerWatch:
         """
         self.environment = environment
         self.died: dict[int, str] = {}
-        """What is known of ranks of this node that are gone."""
+        """Descriptions of the ended ranks of this node."""
         self._stopped = threading.Event()
 
     def __enter__(self) -> "PeerWatch":
@@ -50,8 +50,8 @@ class PeerWatch:
         self._stopped.set()
 
     def explain(self, error: BaseException) -> BaseException:
-        """The error to report: that a rank has died, where the given one only follows from it."""
-        # Errors of our own, such as a damaged file, are subclasses and follow from nothing else.
+        """The error to report: the death of a rank, if the given error only follows from it."""
+        # Errors of our own, such as a damaged file, are subclasses and have other causes.
         follows = type(error) is RuntimeError or isinstance(error, dist.DistError)
         text = str(error).lower()
         alone = self.environment.world_size == 1
@@ -66,7 +66,7 @@ class PeerWatch:
             if self.died:
                 return self.died[min(self.died)]
             store = self.environment.store
-            with contextlib.suppress(RuntimeError):  # the rank that holds the store has gone
+            with contextlib.suppress(RuntimeError):  # the rank that holds the store has ended
                 if store is not None and store.check([_KEY]):
                     return store.get(_KEY).decode()
             time.sleep(0.05)

@@ -62,7 +62,7 @@ def style_of(declared: "Field[Any]") -> StateStyle | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelPlan:
-    """Where a plain, single-device module may be cut, said beside the module.
+    """How a plain, single-device module may be split.
 
     Keys are globs over submodule names (``*`` matches one path component). Every glob must match
     at least one submodule when the plan is applied. The module itself never reads its plan.
@@ -73,7 +73,7 @@ class ParallelPlan:
     colwise with an output that every rank gets whole, for a result that meets whole tensors: a
     collective as large as the output, so for layers that run seldom. ``"colwise_kv"`` and
     ``"colwise_qkv"`` are colwise for an output that is two or three parts side by side, of each of
-    which a rank takes its share. ``"replicated"`` says that a linear stays whole on purpose."""
+    which a rank takes its share. ``"replicated"``: a linear that is intentionally not split."""
 
     split: dict[str, int] = field(default_factory=dict)
     """Submodule -> dim of its output that is cut over the sequence ranks."""
@@ -94,19 +94,19 @@ class ParallelPlan:
     units: dict[str, int] = field(default_factory=dict)
     """For a model that runs on any number of ranks: submodule -> what a degree must divide to cut
     it, its attention heads or the width of its feed-forward. What a degree does not divide is
-    computed whole on every rank, the rest is cut as usual. The first is the trunk, whose heads also
-    state of the style ``"heads"`` has. Empty: degrees must divide."""
+    computed in full on every rank, the rest is split. The first is the backbone, whose heads
+    also apply to state of the style ``"heads"``. Empty: degrees must divide."""
 
     rollout: dict[str, RolloutStyle] = field(default_factory=dict)
     """Deprecated, read until 0.3: field of the transformer's rollout state -> ``"heads"`` or
     ``"rebuilt"``. Declare the style at the field instead, with `state`."""
 
     low_precision: tuple[str, ...] = ()
-    """Deprecated, ignored until 0.3: linears whose products could be computed in FP8."""
+    """Deprecated, ignored until 0.3: linears that could run in FP8."""
 
     spatial: dict[str, SpatialStyle] = field(default_factory=dict)
     """Decoder submodule -> ``"halo"`` (a convolution that needs its neighbours' columns) or
-    ``"gather_width"`` (a module that must see the full width)."""
+    ``"gather_width"`` (a module that needs the full width)."""
 
     def __post_init__(self) -> None:
         for name, kind in (("tensor", TensorStyle), ("spatial", SpatialStyle)):
@@ -119,7 +119,7 @@ class ParallelPlan:
 
 
 def units_of(plan: ParallelPlan, name: str) -> int | None:
-    """What a degree must divide to cut a submodule; None where the plan does not name it.
+    """The size that a degree must divide to split a submodule; None if the plan does not name it.
 
     Args:
         plan: with ``units``.
@@ -132,7 +132,7 @@ def units_of(plan: ParallelPlan, name: str) -> int | None:
 
 
 def trunk_is_cut(plan: ParallelPlan, degree: int) -> bool:
-    """Whether tensor parallelism of a degree cuts the heads of the trunk."""
+    """Whether a tensor-parallel degree splits the heads of the backbone."""
     return bool(plan.tensor) and next(iter(plan.units.values()), degree) % degree == 0
 
 

@@ -16,7 +16,7 @@ from flashdreams.parallel.sequence import SequenceLayout, pad_dim
 from flashdreams.runtime.region import Region
 
 NO_FP8 = (
-    "precision='fp8' cannot be used with ring_method='rotate', whose partial results need wide "
+    "precision='fp8' cannot be used with ring_method='rotate', whose partial results need native "
     "keys. Use --parallel.ring-method gather, or precision='native'."
 )
 

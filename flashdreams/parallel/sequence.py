@@ -1,4 +1,4 @@
-"""How a token sequence is cut over the ranks, and put together again."""
+"""Splitting a token sequence over the ranks, and gathering it."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +17,7 @@ class SequenceLayout:
     nothing is left to do but that padding.
 
     ``length`` is the true number of tokens in the current forward pass: the first split
-    of a pass sets it and the last gather reads it. It is no state of a rollout.
+    of a pass sets it and the last gather reads it. It is not rollout state.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class SequenceLayout:
             dim: the token dim.
 
         Raises:
-            ValueError: ``x`` has another number of tokens than the last split gave out.
+            ValueError: ``x`` has another number of tokens than the last split returned.
         """
         if x.shape[dim] != self.tokens_per_rank:
             raise ValueError(

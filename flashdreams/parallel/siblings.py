@@ -20,14 +20,14 @@ _PERIOD_MS = 250
 _SAME_JOB = ("MASTER_ADDR", "MASTER_PORT")
 
 Note = Callable[[int, int, str], None]
-"""Is told a rank, the signal that killed it (0: none, or not known) and a line about its end."""
+"""Called with a rank, the signal that killed it (0: none or unknown) and a line about its end."""
 
 
 def watch_siblings() -> None:
-    """Say which rank of this machine was killed, until this process ends.
+    """Report a killed rank of this machine, until this process ends.
 
-    Without it the others end by torchrun's SIGTERM, or with an error of their own that knows an
-    address. The lowest rank that is left says it. Siblings are the ranks that the same parent has
+    Without it the others end by torchrun's SIGTERM, or with an error of their own that only has an
+    address. The lowest remaining rank reports it. Siblings are the ranks that the same parent has
     started for the same job. Linux only; elsewhere, and with one rank, nothing is done. A second
     call does nothing.
     """
@@ -62,7 +62,7 @@ def watch_processes(pids: Mapping[int, int], note: Note, stopped: threading.Even
 
 
 def _open(pids: Mapping[int, int]) -> dict[int, int]:
-    """File descriptor by rank of the processes that are there and may be watched."""
+    """File descriptor by rank of the existing processes that may be watched."""
     files: dict[int, int] = {}
     for rank, pid in pids.items():
         with contextlib.suppress(OSError, AttributeError):  # not allowed here, gone, or no Linux
@@ -85,13 +85,13 @@ def _ended(files: dict[int, int]) -> list[int]:
 def _how_it_ended(rank: int, pid: int) -> tuple[int, str]:
     """The signal that killed a process (0: none, or not known), and a line about it.
 
-    Its parent has usually not asked yet, so the kernel still knows.
+    Its parent has usually not reaped it yet, so the kernel still has it.
     Source: proc_pid_stat(5), field 52.
     """
     try:
         status = int(_stat(pid)[-1])
     except (OSError, ValueError, IndexError):
-        return 0, f"Rank {rank} (process {pid}) has gone."
+        return 0, f"Rank {rank} (process {pid}) has ended."
     number = status & 0x7F
     if number == 0:
         code = status >> 8

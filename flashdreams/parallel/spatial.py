@@ -1,6 +1,6 @@
 """Decoding split over the ranks by width: halo convolutions around unchanged layers.
 
-Every rank decodes its columns. A convolution that looks sideways first receives its neighbours'
+Every rank decodes its columns. A convolution over columns first receives its neighbours'
 border columns; attention over a frame gathers its keys and values. Carried frames stay with the
 columns that they belong to.
 """
@@ -24,7 +24,7 @@ class WidthLayout:
     """Which latent columns each rank holds: runs whose lengths differ by one at most.
 
     Where there are fewer columns than ranks, every rank decodes all of them without communication.
-    ``widths`` belongs to the current forward pass; it is no state of a rollout.
+    ``widths`` belongs to the current forward pass; it is not rollout state.
     """
 
     def __init__(self, channel: Channel) -> None:
@@ -130,18 +130,18 @@ def resolve_decode(
         latent_width: columns of the latents.
 
     Raises:
-        ValueError: ``decode="split"`` where it cannot be done.
+        ValueError: ``decode="split"`` is impossible here.
     """
     request, ranks = mesh.config.decode, mesh.decode.size
     if request in ("replicated", "rank0"):
         return request
     reason = None
     if plan is None or not plan.spatial:
-        reason = "the decoder ships no spatial plan"
+        reason = "the decoder has no spatial plan"
     elif latent_width < ranks:
         reason = f"{latent_width} latent columns cannot be split over {ranks} ranks"
     elif mesh.config.strict:
-        reason = "strict=True: a convolution over fewer columns has other bits"
+        reason = "strict=True: a convolution over fewer columns changes bits"
     shared = mesh.decode.is_shared
     if request == "split" and shared and reason is not None:
         raise ValueError(f"decode='split': {reason}. Use --parallel.decode replicated.")
@@ -149,7 +149,7 @@ def resolve_decode(
 
 
 def split_by_width(module: nn.Module, spatial: dict[str, str], channel: Channel) -> WidthLayout:
-    """Cut a decoder by width, in place; its parameters are untouched.
+    """Split a decoder by width, in place; its parameters are unchanged.
 
     Args:
         module: ``module(latent, ...)`` maps ``[..., W]`` to frames ``[..., width]``.
@@ -174,7 +174,7 @@ def split_by_width(module: nn.Module, spatial: dict[str, str], channel: Channel)
 
 
 def _add_halo(conv: Any, name: str, layout: WidthLayout) -> None:
-    """Let a convolution see its neighbours' columns and keep its own columns of the result.
+    """Give a convolution its neighbours' columns and keep its own columns of the result.
 
     A causal convolution pads in space in its ``convolve``, after its carried frames were put in
     front, and so does one that upsamples, which says by ``upscale`` how many columns a column
@@ -202,7 +202,7 @@ def _add_halo(conv: Any, name: str, layout: WidthLayout) -> None:
 def _gather_keys(
     layout: WidthLayout, module: nn.Module, args: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """Queries stay; keys and values ``[..., H w, C]`` become those of the whole frame."""
+    """Queries stay local; keys and values ``[..., H w, C]`` become those of the whole frame."""
     q, k, v = args
     return q, layout.gather(k, -2), layout.gather(v, -2)
 

@@ -1,9 +1,9 @@
-"""Bit-equal results on any number of ranks: a token sees the same arithmetic wherever it is.
+"""Bit-equal results on any number of ranks: each token gets the same arithmetic on any rank.
 
 The bits of a matmul change with its number of rows, because libraries pick kernels by
 size. On a GPU linear layers run through one kernel that picks nothing by the number of rows, and
-attention through a backend that was shown at set-up to give the same bits whatever the number of
-heads and rows. On a CPU every product of tokens has the same number of rows, and the sequence is
+attention through a backend that was tested at set-up to give the same bits for any number of
+heads and rows. On a CPU every matmul over tokens has the same number of rows, and the sequence is
 split at the borders of these tiles. There one rank pads its tokens to whole tiles as well:
 element-wise loops round the end of a vector that their registers do not fill in another way than
 the rest. A GPU computes element by element and norms row by row, which asks for no padding.
@@ -94,10 +94,10 @@ class InvariantLinear(StrictLinear):
 
 @dataclass(frozen=True)
 class Strictness:
-    """How a module was made strict."""
+    """Report of `make_strict`."""
 
     installed: str
-    """What computes its linear layers, in words."""
+    """Description of its linear layers."""
     unit: int
     """A sequence must be split in multiples of so many tokens."""
 
@@ -107,11 +107,11 @@ def make_strict(module: nn.Module, device_type: str) -> Strictness:
 
     On a GPU linear layers run through one batch-invariant kernel; without Triton, and on a CPU, in
     tiles of fixed size. Attention runs in tiles until warm-up has compared bits without them.
-    On a CPU this also sets one intra-op thread for the process: the split of a product over
+    On a CPU this also sets one intra-op thread for the process: the split of a matmul over
     threads changes its bits.
 
-    Whatever fuses linear layers must leave these alone: it may take a layer for which
-    ``type(layer) is nn.Linear`` holds, and no other.
+    Code that fuses linear layers must not change these: it may only take a layer for which
+    ``type(layer) is nn.Linear`` holds.
 
     Args:
         module: changed in place; parameters keep their names.

@@ -1,4 +1,4 @@
-"""A deadline for every stage, watched from the host, and what each rank last reported."""
+"""A deadline for every stage, watched from the host, and the last report of each rank."""
 
 import atexit
 import json
@@ -52,11 +52,11 @@ class StageGuard(Protocol):
     def __call__(
         self, stage: str, autoregressive_index: int | None, limit_s: float | None = None, /
     ) -> AbstractContextManager[Any]:
-        """The context of the stage; ``limit_s`` None: as long as a stage of an AR step may take."""
+        """The context of the stage; ``limit_s`` None: the limit of a stage of an AR step."""
 
 
 def no_guard(*_: Any) -> AbstractContextManager[Any]:
-    """The guard of a pipeline that nobody watches."""
+    """The guard of a pipeline without a watchdog."""
     return nullcontext()
 
 
@@ -106,7 +106,7 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         for thread in self._threads:
             thread.start()
-        # A run that fails ends without leaving this context, and a thread that is cut off inside
+        # A failed run ends without leaving this context, and a thread that is stopped inside
         # the store's client aborts the process.
         atexit.register(self._stop)
         return self
@@ -148,7 +148,7 @@ class Watchdog:
             self._beat = after if self._expires is None else beat
 
     def report(self) -> str:
-        """What every rank last reported, one line each, this one first."""
+        """The last report of every rank, one line each, this one first."""
         now = time.time()
         lines = [self._beat.describe(now)]
         lines += [beat.describe(now) for beat in self._peers()]
@@ -168,10 +168,10 @@ class Watchdog:
         found: list[str] = []
 
         def ask() -> None:
-            with suppress(RuntimeError):  # the rank that holds the store may have gone
+            with suppress(RuntimeError):  # the rank that holds the store may have ended
                 found.append(self.report())
 
-        # The store may hang with the rest of the run: do not wait for it for ever.
+        # The store may hang with the rest of the run: do not wait for it indefinitely.
         reader = threading.Thread(target=ask, daemon=True)
         reader.start()
         reader.join(timeout=_PEERS_S)
@@ -194,7 +194,7 @@ class Watchdog:
             published, again = beat, time.monotonic() + _AGAIN_S
 
     def _lose_store(self) -> None:
-        """The store has gone, and with it torchrun's agent or rank zero: end this rank, too."""
+        """The store has ended, and with it torchrun's agent or rank zero: also end this rank."""
         if not self._stopped.wait(_LEAVE_S):  # at the end of a run others may leave before this one
             rank = self.environment.rank
             say(f"flashdreams: rank {rank}: the ranks' store has gone; this rank ends", rank > 0)
@@ -210,7 +210,7 @@ class Watchdog:
 
 
 def end_process(report: str) -> None:
-    """Print a report and end the process, whatever its main thread does."""
+    """Print a report and end the process, whatever its main thread is doing."""
     say(report)
     end_now(EXIT_CODE)
 

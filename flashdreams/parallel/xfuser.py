@@ -1,4 +1,4 @@
-"""xDiT's long-context attention behind the seam of the core, for bidirectional models."""
+"""xDiT's long-context attention as a wrapper of the core, for bidirectional models."""
 
 import importlib
 from typing import Any
@@ -54,7 +54,7 @@ class XfuserAttention(AttentionWrapper):
         if self.layout.length % self.layout.size:
             raise ValueError(
                 f"{self.layout.length} tokens are not divisible by {self.layout.size} ranks, and "
-                "context_backend='xfuser' cannot leave out padding. Use "
+                "context_backend='xfuser' cannot mask padding. Use "
                 "--parallel.context-backend native."
             )
         module = (None,) if self.takes_module else ()
@@ -65,8 +65,8 @@ def build_long_context(mesh: Mesh) -> nn.Module:
     """The attention module of xfuser or yunchang on this mesh; a collective call.
 
     Raises:
-        ValueError: tensor parallelism, whose groups these packages do not know.
-        ImportError: neither package imports; the message says what to type.
+        ValueError: tensor parallelism, which these packages do not support.
+        ImportError: neither package can be imported; the message says what to install.
     """
     if mesh.tp.size > 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What did not fit into memory, and the cheapest change that would."""
+"""Advice for a run out of memory: what it needs, and the cheapest change that fits."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,17 +12,17 @@ from flashdreams.planning.plans import Plan, Planner
 
 MORE_RANKS = (2, 4, 8)
 SMALLER = (0.75, 0.5, 0.25)
-"""Shares of height and width that are tried."""
+"""Fractions of height and width that are tried."""
 
 USABLE_OF_HOST = 0.9
-"""Share of a host's memory that a change may take; other programs and its allocator take some."""
+"""Fraction of a host's memory for a change; other programs and the allocator take some."""
 
 WORTH_SAYING_GIB = 0.005
 NAMES = {
     "kv_cache": "KV cache", "others": "other networks", "reserve": "libraries",
     "state": "other state", "transformer": "weights of the transformer",
 }  # fmt: skip
-"""Parts of a plan's memory in words."""
+"""Names of the parts of a plan's memory."""
 
 
 def explain(
@@ -32,7 +32,7 @@ def explain(
     parallel: ParallelConfig | None = None,
     pixels: int | None = None,
 ) -> str:
-    """What a rollout needs on a rank and for what, what there is, and what would fit.
+    """Memory that a rollout needs per rank, by part, what is available, and what would fit.
 
     Args:
         config: the pipeline that ran out of memory.
@@ -57,7 +57,7 @@ def explain(
     less = Planner(config, usable.device, parallel=parallel)
     change = next(cheapest_changes(config, less, usable, pixels), None)
     if change is None:
-        return f"{text} No single change fits: take several, or another device."
+        return f"{text} No single change fits: combine several, or use another device."
     return f"{text} The cheapest change that fits: {change}."
 
 
@@ -67,7 +67,7 @@ def cheapest_changes(
     plan: Plan,
     pixels: int | None = None,
 ) -> Iterator[str]:
-    """Changes after which one rollout fits, those that alter the video least first."""
+    """Changes after which one rollout fits, those with the least effect on the video first."""
     takes_embeddings = pixels is not None  # commands with --height have --prompt-embeds as well
     if takes_embeddings and config.text_encoder is not None and not config.release_text_encoder:
         without = derive_config(config, text_encoder=None)
@@ -97,7 +97,7 @@ def cheapest_changes(
 def _smaller_sizes(
     config: StreamInferencePipelineConfig, planner: Planner, plan: Plan, pixels: int | None
 ) -> Iterator[str]:
-    """The largest size that fits of those that are tried."""
+    """The largest of the tried sizes that fits."""
     transformer: Any = config.diffusion_model.transformer
     _, rows, columns = getattr(transformer, "patch_size", (1, 1, 1))
     for share in SMALLER:

@@ -32,7 +32,7 @@ class Work:
     fp8_gemm_flops: int = 0
     """The part of ``gemm_flops`` whose inputs are FP8."""
     attention_flops: int = 0
-    """Operations of attention, as backends do it: no scores in memory."""
+    """Operations of attention, as in backends: no scores in memory."""
     fp8_flops: int = 0
     """The part of ``attention_flops`` that reads an FP8 cache."""
     convolution_flops: int = 0
@@ -44,13 +44,13 @@ class Work:
     calls: int = 0
     """Kernels."""
     traffic: Mapping[str, Traffic] = field(default_factory=dict)
-    """What this rank sends."""
+    """Collectives of this rank."""
     operators: Mapping[Operator, int] = field(default_factory=dict)
     """Number of each distinct operator; with ``calls`` in all."""
 
     @property
     def flops(self) -> int:
-        """All operations that are counted."""
+        """All counted operations."""
         return self.gemm_flops + self.attention_flops + self.convolution_flops
 
     @property
@@ -87,9 +87,9 @@ _NUMBERS = (
 
 
 class Counter(TorchDispatchMode):
-    """Counts the operations of what runs inside, and the memory of tensors that it makes.
+    """Counts the operations of the enclosed code, and the memory of its tensors.
 
-    Views and the making of tensors cost nothing. Attention is counted by the backend that
+    Views and allocations cost nothing. Attention is counted by the backend that
     `count_attention` puts into the cores.
     """
 
@@ -142,7 +142,7 @@ class Counter(TorchDispatchMode):
     def _add(
         self, kind: str, func: Any, args: Any, kwargs: Mapping[str, Any], flops: int, nbytes: int
     ) -> None:
-        """Count one operator by its form."""
+        """Count one operator by its shapes."""
         named = tuple((n, form_of(v, self._is_kept)) for n, v in kwargs.items())
         operator = Operator(kind, func, form_of(args, self._is_kept), named, flops, nbytes)
         self.operators[operator] = self.operators.get(operator, 0) + 1
@@ -162,7 +162,7 @@ class Counter(TorchDispatchMode):
         self._add("attention", sdpa, (q, k, v), {"scale": dim**-0.5}, flops, nbytes)
 
     def _follow(self, x: Tensor) -> None:
-        """Count a storage as long as a tensor refers to it."""
+        """Count a storage while a tensor refers to it."""
         storage = x.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
@@ -180,11 +180,11 @@ class Counter(TorchDispatchMode):
             self.live_bytes -= size
 
     def leave_out(self, value: Any) -> None:
-        """Do not count the memory of tensors that exist beforehand."""
+        """Do not count the memory of existing tensors."""
         storages(value, self._known)
 
     def work(self, traffic: Mapping[str, Traffic] | None = None) -> Work:
-        """What was counted."""
+        """The counts."""
         return Work(**self.numbers, traffic=dict(traffic or {}), operators=self.operators)
 
 
@@ -229,10 +229,10 @@ def count(
         module: whose attention cores are counted.
         call: runs it.
         state: of the rollout, whose memory is not that of the call.
-        traffic: what was sent in the call.
+        traffic: the collectives of the call.
 
     Returns:
-        The work, and the most bytes that tensors of the call took at a time.
+        The work, and the peak bytes of the call's tensors.
     """
     counter = Counter()
     counter.leave_out([*module.parameters(), *module.buffers(), state])

@@ -1,4 +1,4 @@
-"""What devices can do: peak figures of data sheets, and what was reached."""
+"""Devices: peak figures of data sheets, and achieved rates."""
 
 import contextlib
 import os
@@ -31,36 +31,36 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """One kind of device, and how several are joined."""
+    """One kind of device, and its interconnect."""
 
     name: str
     memory_gib: float
-    """Memory of one, in GiB."""
+    """Memory of one device, in GiB."""
     peak_tflops: float
     """Dense bfloat16 matmuls with float32 accumulation, 10^12 operations per second."""
     gemm_tflops: float
-    """The same, reached by the matmuls of a network."""
+    """The same, achieved by the matmuls of a network."""
     attention_tflops: float
-    """Reached by attention within a run."""
+    """Achieved by attention in a run."""
     fp8_tflops: float = 0.0
     """Reached by attention to an FP8 KV cache; 0 where the engine has no kernel for it."""
     fp8_gemm_tflops: float = 0.0
     """Reached by matmuls of e4m3; 0 where the engine has no FP8."""
     convolution_tflops: float
-    """Reached by the convolutions of decoders."""
+    """Achieved by the convolutions of decoders."""
     bandwidth_gb_s: float
-    """Bytes to and from memory per second, in 10^9, reached by a copy."""
+    """Bytes to and from memory per second, in 10^9, achieved by a copy."""
     fused_share: float = 1.0
-    """Of the bytes that the operations between matmuls read and write one by one, the share that
-    still moves where fused kernels run."""
+    """Fraction of the memory traffic of the operations between matmuls that
+    remains when fused kernels run."""
     call_us: float = 0.0
     """Time that the program around an operator takes; hidden on a GPU with enough work."""
     step_us: float = 0.0
     """Time that the streaming loop takes per AR step around the network, likewise."""
     times: OperatorTimes | None = field(default=None, repr=False, compare=False)
-    """Times small operators at their own shapes, on this CPU; None: rates hold for all."""
+    """Times small operators at their own shapes, on this CPU; None: rates apply to all."""
     link_gb_s: float = 0.0
-    """Bytes that one device sends to others of its node per second, in 10^9."""
+    """Bytes that one device sends to others in its node per second, in 10^9."""
     internode_gb_s: float = 40.0
     """The same between nodes."""
     latency_us: float = 20.0
@@ -69,11 +69,11 @@ class Device:
     is_host: bool = False
     """A CPU: ranks share its memory, and nothing is captured or fused."""
     source: str = ""
-    """Where the figures are from, and which of them are assumed."""
+    """Source of the figures, and which are assumed."""
 
 
 H200_REACHED = (
-    "reached rates: measured on one H200 on 2026-11-26 (of a Self-Forcing step matmuls take 85 to "
+    "achieved rates: measured on one H200 on 2026-11-26 (of a Self-Forcing step matmuls take 85 to "
     "87 ms, attention 210 to 216 ms, small operations 21 ms; convolutions of TAEHV alone 4.0 ms; "
     "copies 4.26 TB/s)"
 )
@@ -81,7 +81,7 @@ FUSED_SHARE = 0.25
 """Measured with Self-Forcing 1.3B; LingBot-World 14B had 0.47, because its camera branch and the
 sum after cross-attention were not fused."""
 HOPPER_FP8_TFLOPS = 815
-"""Reached by FlashAttention-3 with an FP8 cache, merge of KV splits included: 140.4 TFLOP of a
+"""Achieved by FlashAttention-3 with an FP8 cache, merge of KV splits included: 140.4 TFLOP of a
 Self-Forcing step on one H200 took 169 and 175 ms. An H100 has the same multiprocessors."""
 HOPPER_FP8_GEMM_TFLOPS = 1437 * 690 / 784
 """ASSUMED, not measured: of the 1437 that an e4m3 matmul of 8192^3 reached on an H200, the share
@@ -153,7 +153,7 @@ def read_devices(path: Path) -> dict[str, Device]:
     A name that is not in the table needs all fields without a default.
 
     Raises:
-        ValueError: the file is no such mapping, or names an unknown field.
+        ValueError: the file is not such a mapping, or has an unknown field.
     """
     import yaml
 
@@ -180,7 +180,7 @@ def read_devices(path: Path) -> dict[str, Device]:
 
 
 def _check_figures(device: Device, title: str) -> None:
-    """Refuse what is no figure of a device.
+    """Refuse an invalid figure of a device.
 
     Raises:
         ValueError: a field of another type, or a number that is negative, not finite, or 0 where
@@ -196,7 +196,7 @@ def _check_figures(device: Device, title: str) -> None:
 
 
 def resolve_gpus(text: str, table: Mapping[str, Device]) -> tuple[int, Device]:
-    """Count and kind of devices of a text such as ``"8xH100-80GB"``.
+    """Count and kind of devices from a text such as ``"8xH100-80GB"``.
 
     Raises:
         ValueError: unknown; the message lists all kinds.
@@ -208,7 +208,7 @@ def resolve_gpus(text: str, table: Mapping[str, Device]) -> tuple[int, Device]:
     found = found or [d for n, d in table.items() if n.lower().startswith(f"{name.lower()}-")]
     if len(found) != 1 or not 1 <= int(count) <= 4096:
         raise ValueError(
-            f"--gpus {text}: write a count and a kind, such as 8xH100-80GB. Kinds: "
+            f"--gpus {text}: give a count and a kind, such as 8xH100-80GB. Kinds: "
             f"{', '.join(table)}; add others with --devices FILE."
         )
     return int(count), found[0]
@@ -231,9 +231,9 @@ def this_machine(table: Mapping[str, Device]) -> tuple[int, Device]:
 
 
 def measure_cpu(rows: int = 64, dim: int = 192) -> Device:
-    """What a CPU reaches, with the threads that torch has, in float32.
+    """Achieved rates of the CPU, with torch's threads, in float32.
 
-    The rates are for operators that are too large to be timed one by one.
+    The rates are for operators that are too large to be timed individually.
 
     Args:
         rows: tokens of the matmuls that are timed.
@@ -321,7 +321,7 @@ def _engine_us(times: OperatorTimes, dim: int) -> tuple[float, float]:
 
 
 def host_memory_bytes() -> int:
-    """Memory of the host that this process may use: the machine's, its container's or its own."""
+    """Host memory that this process may use: the limit of machine, container or process."""
     import resource
 
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]

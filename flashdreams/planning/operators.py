@@ -1,4 +1,4 @@
-"""Single operators: the form in which they are counted, and how long one takes on a CPU."""
+"""Single operators: their shapes, and their time on a CPU."""
 
 import statistics
 import time
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 MAX_FLOPS = 1e9
-"""Operations of the largest operator that is timed; above it, rates are as good."""
+"""Operations of the largest timed operator; above it, rates are accurate enough."""
 
 MAX_BYTES = 64e6
 """Likewise, bytes that an operator reads and writes."""
@@ -25,14 +25,14 @@ COPIES_BYTES = 512e6
 
 
 class TensorForm(NamedTuple):
-    """A tensor without its values."""
+    """Metadata of a tensor."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     kept: bool
-    """Whether it exists between calls: a weight, or state of a rollout. Such tensors are others at
-    each call, so they come from memory; the rest was just written and is in the caches."""
+    """Whether it exists between calls: a weight, or state of a rollout. Such tensors differ in
+    each call, so they come from memory; the others were just written and are in the caches."""
 
     def new(self) -> Tensor:
         """A tensor of this form on the CPU; all values are equal, and valid as indices."""
@@ -44,7 +44,7 @@ class TensorForm(NamedTuple):
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator and its arguments without values; equal operators take equal time."""
+    """One operator and its arguments without values; equal operators take the same time."""
 
     kind: str
     """``"gemm"``, ``"attention"``, ``"convolution"`` or ``"memory"``."""
@@ -72,13 +72,13 @@ class OperatorTimes:
         """Prepare.
 
         Args:
-            budget_s: time that is spent on one operator.
+            budget_s: time to spend on one operator.
         """
         self.budget_s = budget_s
         self._known: dict[Operator, float] = {}
 
     def seconds(self, operators: Mapping[Operator, int]) -> dict[Operator, float]:
-        """Time of one call of each operator that is small enough to be timed.
+        """Time of one call of each operator that is small enough.
 
         Operators take turns, each as often as in an AR step: one that is called over and over
         alone finds its weights in the caches, one that is called rarely finds not even its program.
@@ -142,7 +142,7 @@ def _calls(
 
 
 def median_s(call: Callable[[], Any], budget_s: float = 0.08) -> float:
-    """Median time of a call, of this thread alone: others may use the CPU too."""
+    """Median CPU time of a call, of this thread only: others may use the CPU too."""
     call()
     times: list[float] = []
     end = time.perf_counter() + budget_s

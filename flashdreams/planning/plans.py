@@ -1,4 +1,4 @@
-"""Every way in which ranks may share a method: memory, traffic and time of an AR step."""
+"""Every mesh for a method: memory, traffic and time of an AR step."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ STEADY_CHUNKS = 64
 """AR steps after which every window is full."""
 
 RESERVE_GIB = 1.5
-"""GiB of a GPU that the CUDA context, libraries and the allocator's gaps take; assumed."""
+"""GiB of a GPU that the CUDA context, libraries and allocator fragmentation take; assumed."""
 
 HOST_RESERVE_GIB = 0.75
 """GiB of address space that Python, torch and this package take; measured on Linux."""
@@ -32,7 +32,7 @@ HOST_RESERVE_GIB = 0.75
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, rank zero, which holds most."""
+    """Bytes on rank zero, which holds most."""
 
     transformer: int
     """Weights of the transformer."""
@@ -43,11 +43,11 @@ class Memory:
     state: int
     """Other state of a rollout: prompt keys and values, step inputs, decoder state."""
     activations: int
-    """Most that the tensors of a network call or a decode take."""
+    """Peak bytes of the tensors of a network call or a decode."""
     graphs: int
-    """Private memory of CUDA graphs: as much as activations, where they are on."""
+    """Private memory of CUDA graphs: as much as activations, if graphs are on."""
     reserve: int
-    """Context, libraries and gaps; assumed."""
+    """Context, libraries and fragmentation; assumed."""
 
     @property
     def session(self) -> int:
@@ -71,7 +71,7 @@ class Milliseconds:
     attention: float
     convolution: float
     memory: float
-    """Everything that is bound by memory bandwidth."""
+    """Everything bound by memory bandwidth."""
     calls: float
     """The program around operators and AR steps, where nothing hides it."""
     collectives: float
@@ -83,13 +83,13 @@ class Milliseconds:
 
     @property
     def largest(self) -> str:
-        """What takes most."""
+        """The largest part."""
         return max(vars(self), key=lambda name: vars(self)[name])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to run a method."""
+    """One mesh and its predictions."""
 
     degrees: ParallelDegrees
     device: Device
@@ -100,7 +100,7 @@ class Plan:
     frames: int
     """Frames of an AR step."""
     fps: float
-    """Frames per second that are to be shown."""
+    """Frames per second to display."""
     window_t: int
     """Latent frames of sink and window."""
 
@@ -116,12 +116,12 @@ class Plan:
 
     @property
     def is_real_time(self) -> bool:
-        """Whether frames come as fast as they are shown."""
+        """Whether frames are generated as fast as they are shown."""
         return self.fits and self.frames_per_second >= self.fps
 
     @property
     def sessions(self) -> int:
-        """Rollouts whose state fits at a time."""
+        """Number of rollouts whose state fits at the same time."""
         room = self.device.memory_gib * GIB - (self.memory.total - self.memory.session)
         return max(0, int(room // max(self.memory.session, 1)))
 
@@ -135,7 +135,7 @@ class Plan:
 
     @property
     def limit(self) -> str:
-        """What binds: memory, or the part of the time that is largest."""
+        """The bottleneck: memory, or the largest part of the time."""
         if not self.fits:
             parts = {n: v for n, v in vars(self.memory).items() if n != "reserve"}
             return f"memory ({max(parts, key=lambda n: parts[n])})"
@@ -149,9 +149,9 @@ def predict_ms(
 
     Args:
         work: of the rank.
-        degrees: which collectives leave a node: those of the outer axes, in larger worlds.
+        degrees: determine which collectives cross nodes: those of the outer axes.
         device: its rates.
-        fused: whether fused kernels run, of which `count` sees the single operations.
+        fused: whether fused kernels run, which `count` sees as single operations.
     """
     collectives = 0.0
     for name, traffic in work.traffic.items():
@@ -189,14 +189,14 @@ def predict_ms(
 
 @dataclass(frozen=True)
 class Network:
-    """What a transformer takes on one rank and branch of guidance."""
+    """Cost of a transformer on one rank and branch of guidance."""
 
     call: Work
     """A denoising step."""
     clean: Work
     """The clean pass."""
     begin: Work
-    """What is computed once per AR step: control inputs."""
+    """Work once per AR step: control inputs."""
     weights: int
     """Bytes."""
     caches: int
@@ -204,10 +204,10 @@ class Network:
     state: int
     """Bytes of all state of a rollout."""
     activations: int
-    """Most bytes of a call's tensors at a time."""
+    """Peak bytes of a call's tensors."""
 
     def extrapolate(self, two: "Network", layers: int) -> "Network":
-        """This is of one layer, the other of two; what many equal layers take."""
+        """The cost of many equal layers, from one layer (this) and two (the other)."""
         more = layers - 1
         return Network(
             call=self.call + (two.call - self.call) * more,
@@ -234,8 +234,8 @@ class Planner:
         """Prepare.
 
         Args:
-            config: the pipeline, at the size that it shall run at.
-            device: what every rank has.
+            config: the pipeline, at its final size.
+            device: the device of every rank.
             fps: frames per second of the video.
             parallel: strategy; its degrees are not read.
         """
@@ -247,11 +247,11 @@ class Planner:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the device is none of this host's CPUs."""
+        """Whether the device is a GPU."""
         return not self.device.is_host
 
     def plans(self, ranks: int) -> list[Plan]:
-        """All plans for a number of ranks: those that fit first, the fastest first."""
+        """All plans for a number of ranks: those that fit first, then by speed."""
         found = [self.plan(degrees) for degrees in self._degrees(ranks)]
         return sorted(found, key=lambda p: (not p.fits, p.ms.total if p.fits else p.memory.total))
 
@@ -340,9 +340,9 @@ class Planner:
         return component
 
     def _network(self, config: Any, mesh: DryMesh) -> "Network":
-        """What the transformer takes; of many equal layers, two are run."""
+        """Cost of the transformer; of many equal layers, two are run."""
         layers = getattr(config, "num_layers", 0)
-        timed = self.device.times is not None  # forms of operators are not linear in the layers
+        timed = self.device.times is not None  # operator shapes are not linear in the layers
         if layers <= 2 or timed or not self._layers_are_equal(layers):
             return self._run_network(config, mesh)
         one, two = (self._run_network(replace(config, num_layers=n), mesh) for n in (1, 2))
@@ -354,13 +354,13 @@ class Planner:
         transformer.quantize_weights()
         if not isinstance(transformer, CausalTransformer | NoiseExperts):
             raise ValueError(
-                f"{type(transformer).__name__} is no CausalTransformer: the planner does not know "
-                "how to run it on the meta device. Measure it: python benchmarks/fps.py <slug>."
+                f"{type(transformer).__name__} is not a CausalTransformer: the planner cannot "
+                "run it on the meta device. Measure it: python benchmarks/fps.py <slug>."
             )
         context = transformer.example_context(1)
         if context is None:
             raise ValueError(
-                f"{type(transformer).__name__} names no example_context(batch_size), which the "
+                f"{type(transformer).__name__} has no example_context(batch_size), which the "
                 "planner needs: zeros of the shapes that initialize_cache takes."
             )
         context = {name: x.to("meta") for name, x in context.items()}

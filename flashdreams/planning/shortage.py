@@ -1,4 +1,4 @@
-"""Out-of-memory errors of torch in words: what was needed and for what, and what would fit."""
+"""Readable out-of-memory errors: what was needed, and what would fit."""
 
 import re
 import traceback
@@ -18,7 +18,7 @@ class ShortageError(OSError):
 
 
 def with_advice(error: Exception, config: Any) -> Exception:
-    """The error, or one that says what was needed and what would fit if memory ran out.
+    """The error or, if memory ran out, one with what was needed and what would fit.
 
     Args:
         error: of a run.
@@ -33,7 +33,7 @@ def with_advice(error: Exception, config: Any) -> Exception:
     try:
         advice = explain(*_situation(config, on_gpu))
     except Exception as problem:  # the advice may fail, the error stays
-        advice = f"What it needs cannot be said: {problem}"
+        advice = f"What it needs is unknown: {problem}"
     found = ShortageError(f"{text} {advice}")
     found.__cause__ = error
     return found
@@ -46,7 +46,7 @@ def _asked(text: str) -> str:
         return ""
     size, unit = found[1].split()
     asked = f"{int(size) / GIB:.2f} GiB" if unit == "bytes" else found[1]
-    return f" (it had no room for {asked} more)"
+    return f" ({asked} more could not be allocated)"
 
 
 def _situation(config: Any, on_gpu: bool) -> tuple[Any, Device, Any, Any, int | None]:
@@ -64,7 +64,7 @@ def _situation(config: Any, on_gpu: bool) -> tuple[Any, Device, Any, Any, int | 
 
 
 def resolved_pipeline(config: Any) -> Any:
-    """The pipeline of a runner's config, with the size that its shorthands ask for."""
+    """The pipeline of a runner's config, with the size of its shorthand fields."""
     from flashdreams.infra.video_runner import TextToVideoRunnerConfig, resolve_config
 
     return (

@@ -1,4 +1,4 @@
-"""Key presses as text, and the camera poses they lead to."""
+"""Key presses as text, and the resulting camera poses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAX_CHARACTERS = 4 * MAX_FRAMES
 
 @dataclass(frozen=True, kw_only=True)
 class KeyMotion:
-    """How far a held key carries the camera in one pixel frame."""
+    """Motion of the camera per pixel frame while a key is held."""
 
     move_per_frame: float
     """Distance per pixel frame, in world units; diagonal movement is no faster."""
@@ -48,12 +48,12 @@ def parse_actions(text: str, keys: Mapping[str, str] = KEYS) -> list[frozenset[s
     """Read key presses such as ``"w8 l4 wl6 d"``.
 
     Each word, separated by spaces or commas, is one or more keys held together and a number of
-    pixel frames (1 if left out): ``w8`` walks forward for 8 frames, ``wl6`` walks forward for 6
+    pixel frames (1 if omitted): ``w8`` walks forward for 8 frames, ``wl6`` walks forward for 6
     while turning right.
 
     Args:
         text: the key presses; an empty text gives no frames.
-        keys: those that there are, and what they do.
+        keys: the known keys, and what they do.
 
     Returns:
         One set of held keys per pixel frame.
@@ -63,7 +63,7 @@ def parse_actions(text: str, keys: Mapping[str, str] = KEYS) -> list[frozenset[s
             ``MAX_FRAMES`` frames in all.
     """
     if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"actions of {len(text)} characters; at most {MAX_CHARACTERS} are read")
+        raise ValueError(f"actions of {len(text)} characters; at most {MAX_CHARACTERS} are allowed")
     frames: list[frozenset[str]] = []
     for word in re.split(r"[\s,]+", text.strip()):
         if not word:
@@ -91,7 +91,7 @@ def integrate(
     start: Tensor | None = None,
     collide: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Follow key presses with a camera that stays upright.
+    """Integrate key presses to poses of an upright camera.
 
     In every pixel frame the camera first turns, then moves along its new axes; opposite keys
     cancel.
@@ -152,7 +152,7 @@ def move(
 
 
 def hold(poses: Tensor, num_frames: int) -> Tensor:
-    """Bring a camera path to a given length: the last pose is held, a longer path is cut.
+    """Extend a camera path to a given length with its last pose, or cut it.
 
     Args:
         poses: ``[F, 4, 4]`` with F >= 1 (any trailing shape).
@@ -167,7 +167,7 @@ def hold(poses: Tensor, num_frames: int) -> Tensor:
     if len(poses) < 1:
         raise ValueError("there is no pose to hold: poses is empty, at least 1 is needed")
     if num_frames < 1:
-        raise ValueError(f"num_frames={num_frames}, at least 1 is needed")
+        raise ValueError(f"num_frames={num_frames} must be at least 1")
     index = torch.arange(num_frames, device=poses.device, dtype=torch.int64).clamp_max(
         len(poses) - 1
     )
@@ -175,7 +175,7 @@ def hold(poses: Tensor, num_frames: int) -> Tensor:
 
 
 def key_directions(keys: frozenset[str]) -> tuple[int, int, int]:
-    """Sum held keys up.
+    """Sum up held keys.
 
     Args:
         keys: held keys.
@@ -195,7 +195,7 @@ def key_directions(keys: frozenset[str]) -> tuple[int, int, int]:
 
 
 def check_keys(keys: frozenset[str]) -> None:
-    """Refuse keys that do not exist.
+    """Refuse unknown keys.
 
     Raises:
         ValueError: names one, and lists the keys.
@@ -206,7 +206,7 @@ def check_keys(keys: frozenset[str]) -> None:
 
 
 def _yaw(angle_rad: float) -> Tensor:
-    """Rotation [3, 3] float64 by which a camera (x right, y down, z forward) turns right."""
+    """Rotation [3, 3] float64 that turns a camera (x right, y down, z forward) to the right."""
     sine, cosine = math.sin(angle_rad), math.cos(angle_rad)
     return torch.tensor(
         [[cosine, 0.0, sine], [0.0, 1.0, 0.0], [-sine, 0.0, cosine]],
@@ -216,7 +216,7 @@ def _yaw(angle_rad: float) -> Tensor:
 
 
 def _frame_count(word: str, count: str, keys: Mapping[str, str]) -> int:
-    """Number of frames behind the keys of a word."""
+    """Number of frames after the keys of a word."""
     if not count:
         return 1
     if not re.fullmatch(r"[0-9]+", count):

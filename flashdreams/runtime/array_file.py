@@ -48,8 +48,8 @@ def load_array(path: str | Path, most_bytes: int | None = MAX_ARRAY_BYTES) -> np
         return np.load(path, allow_pickle=False)
     except OSError:
         raise
-    except Exception as error:  # what a damaged file raises is no narrower
-        raise ValueError("it is no .npy file of numbers") from error
+    except Exception as error:  # damaged files raise all kinds of errors
+        raise ValueError("it is not a .npy file of numbers") from error
 
 
 def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
@@ -67,8 +67,8 @@ def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
     except OSError:
         raise
     except Exception as error:  # NumPy evaluates the header as Python: any error may come of it
-        raise ValueError("it is no .npy file of numbers") from error
+        raise ValueError("it is not a .npy file of numbers") from error
     sizes_fit = all(type(size) is int and 0 <= size < 2**48 for size in shape)
     if dtype.kind not in "fiub" or dtype.itemsize == 0 or len(shape) > 16 or not sizes_fit:
-        raise ValueError("it is no .npy file of numbers")
+        raise ValueError("it is not a .npy file of numbers")
     return shape, dtype

@@ -126,7 +126,7 @@ def terminal_width(wide: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_paragraphs() -> Iterator[None]:
-    """Let a field's help flow into the width of the terminal.
+    """Wrap a field's help to the width of the terminal.
 
     tyro 1.0.17 keeps the line breaks of an indented docstring. Not needed once it joins its lines.
     """
@@ -158,10 +158,10 @@ def whole_paragraphs() -> Iterator[None]:
 
 
 def one_line(rendered: str, program: str) -> str:
-    """What tyro says in a box, in one line: the problem, the nearest flags, what to type."""
+    """An error box of tyro in one line: the problem, the nearest flags, what to type."""
     blocks = re.split(r"\n *-{5,} *\n", rendered)  # title, problem, more on it, how to get help
     text = " ".join((blocks[1] if len(blocks) > 1 else rendered).split()).rstrip(".")
-    text = re.sub(r"^Error parsing (?!--)\S+: ", "", text)  # what a config's own check says
+    text = re.sub(r"^Error parsing (?!--)\S+: ", "", text)  # the message of a config's own check
     if text.startswith("Unrecognized options"):
         for name in re.findall(r"--(?:[\w-]+\.)*([\w-]+)", text):
             removed = removed_field(name.replace("-", "_"))

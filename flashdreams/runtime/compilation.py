@@ -1,4 +1,4 @@
-"""What torch.compile has cost in this process."""
+"""Cost of torch.compile in this process."""
 
 import sys
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ class Compilation:
     """Pieces of code that were compiled, again for another shape included."""
 
     ms: float = 0.0
-    """Milliseconds that it took."""
+    """Milliseconds spent."""
 
     def __sub__(self, other: "Compilation") -> "Compilation":
         return Compilation(self.graphs - other.graphs, self.ms - other.ms)
 
 
 def compiled_so_far() -> Compilation:
-    """All that this process has compiled; asked before and after to know what was new."""
+    """Totals of this process; differences give what was compiled in between."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     if dynamo is None:
         return Compilation()

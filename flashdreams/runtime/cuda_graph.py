@@ -26,7 +26,7 @@ class Captured:
     replay: Callable[[], None]
     output: Tensor
     counted: Any = None
-    """What the captured call counted, to be counted again at every replay; None without a meter."""
+    """Counts of the captured call, added again at every replay; None without a meter."""
 
 
 class CaptureBackend(Protocol):
@@ -40,7 +40,7 @@ class CaptureBackend(Protocol):
         """
 
     def wait(self) -> None:
-        """Wait for all replays, and raise what went wrong in them."""
+        """Wait for all replays, and raise their errors."""
 
 
 class CallMeter(Protocol):
@@ -70,10 +70,10 @@ class CudaCapture:
         self._stream: Any = None
 
     def capture(self, function: Callable[[], Tensor]) -> Captured:
-        """Run ``function`` on a side stream until nothing is built any more, then capture it.
+        """Run ``function`` on a side stream until nothing new is built, then capture it.
 
-        It is one stream for all captures: blocks of a pool belong to the stream that took them,
-        so on another one a capture could use nothing that those before it have freed.
+        All captures use one stream: blocks of a pool belong to the stream that allocated them,
+        so on another stream a capture could not reuse freed blocks.
 
         Errors in other threads do not break the capture, but no other thread may issue work that
         the captured stream waits for.
@@ -86,13 +86,13 @@ class CudaCapture:
                 self._stream = torch.cuda.Stream()
             stream = self._stream
             stream.wait_stream(torch.cuda.current_stream())
-            # Also around the capture: one that fails does not put the caller's stream back.
+            # Also around the capture: a failed one does not restore the caller's stream.
             with torch.cuda.stream(stream):
                 for _ in range(self.warmup_runs):
                     function()
                 graph = torch.cuda.CUDAGraph()
                 pool = self._pool or torch.cuda.graph_pool_handle()
-                # A capture that fails may keep its pool for ever: the next one begins a new one.
+                # A failed capture may keep its pool forever: the next one starts a new pool.
                 self._pool = None
                 try:
                     with torch.cuda.graph(
@@ -110,10 +110,10 @@ class CudaCapture:
 
     @staticmethod
     def _clean_up(pool: Any) -> None:
-        """Take back what a failed capture leaves behind in PyTorch's allocator and generator.
+        """Reset the state that a failed capture leaves in PyTorch's allocator and generator.
 
-        Both would believe for ever that a capture is running: the allocator would refuse the next
-        one, the generator eager random numbers. Releases that clean up by themselves say that
+        Both would treat a capture as still running: the allocator would refuse the next
+        one, the generator eager random numbers. Releases that clean up themselves report that
         there is nothing to stop.
         """
         device = torch.cuda.current_device()
@@ -133,7 +133,7 @@ class GraphedCallable:
 
     ``graphed(latent, timestep, cache)`` copies the leading tensors into static buffers; the
     arguments after them are state, whose tensors the function reads and writes in place. A graph
-    belongs to one state object and to what ``key`` says of it (the visible length, for example,
+    belongs to one state object and to its ``key`` (the visible length, for example,
     which is a Python number). The tensors of a state must keep their storage: whatever changes from
     call to call is copied into them.
 
@@ -143,10 +143,10 @@ class GraphedCallable:
     A meter given as ``meter`` counts replays, too.
 
     A function that runs but cannot be captured, such as one that waits for the GPU, is called
-    eagerly from then on; a warning says why, once, and ``failure`` keeps it.
+    eagerly from then on; a warning says why, once, and ``failure`` has the reason.
 
     Life: capture (warm-up) -> :meth:`seal` (from then on a new key raises) -> :meth:`drop`. On a
-    CPU the function is simply called.
+    CPU the function is just called.
     """
 
     def __init__(
@@ -163,8 +163,8 @@ class GraphedCallable:
         Args:
             function: takes the tensors, then the state; returns one tensor.
             device: where it runs; anything but CUDA means that nothing is captured.
-            key: of the state's arguments: what the function depends on beside tensors. Returning
-                None says that this state is not worth a graph: the call is then eager.
+            key: of the state's arguments: what the function depends on besides tensors. Returning
+                None makes the call eager.
             state_of: of the state's arguments: the object that the graphs belong to; None: the
                 first of them.
             backend: what captures; None means CUDA's own on CUDA.
@@ -184,18 +184,18 @@ class GraphedCallable:
         self._signature: Signature | None = None
         self._inputs: list[Tensor] = []
         self._graphs: dict[tuple[int, Hashable], Captured] = {}
-        self._captured_states: dict[int, object] = {}  # held, so that no other gets their id
+        self._captured_states: dict[int, object] = {}  # kept, so that their ids are not reused
         self.meter: CallMeter | None = None
         self._states: Sequence[object] | None = None
 
     def __call__(self, *arguments: Any) -> Tensor:
-        """Call the function, by replay where it can.
+        """Call the function, by replay if possible.
 
         Args:
             arguments: the tensors, then the state.
 
         Returns:
-            The result, in memory of its own.
+            The result, in separate memory.
 
         Raises:
             ValueError: shapes or dtypes of the tensors are not those captured.
@@ -242,7 +242,7 @@ class GraphedCallable:
         return self._backend is not None
 
     def seal(self, states: Sequence[object] | None = None) -> None:
-        """Declare warm-up over: whatever is not captured by now will never be.
+        """End warm-up: nothing is captured afterwards.
 
         Args:
             states: the states that were captured. A call on any other object is eager from now on;
@@ -272,7 +272,7 @@ class GraphedCallable:
             self._states = ()
 
     def _give_up(self, error: CaptureError) -> None:
-        """Call eagerly from now on, and say why."""
+        """Call eagerly from now on, and log the reason."""
         self.failure = str(error)
         logger.warning(
             "CUDA graphs are off, the network runs eagerly: its call cannot be captured (%s). A "
@@ -330,13 +330,13 @@ class GraphedCallable:
 
 
 def copy_in_place(stored: Tensor | None, new: Tensor) -> Tensor:
-    """Deprecated, goes in 0.3: ``stored.copy_(new)`` where shape, dtype and device are the same.
+    """Deprecated, will be removed in 0.3: ``stored.copy_(new)`` for equal shape, dtype and device.
 
     Returns:
         ``stored`` with the values of ``new``; ``new`` itself where it does not fit.
     """
     warnings.warn(
-        "copy_in_place goes in 0.3; copy into the stored tensor with Tensor.copy_.",
+        "copy_in_place will be removed in 0.3; copy into the stored tensor with Tensor.copy_.",
         DeprecationWarning,
         stacklevel=2,
     )
@@ -347,7 +347,7 @@ def copy_in_place(stored: Tensor | None, new: Tensor) -> Tensor:
 
 
 def _first_reason(error: BaseException) -> str:
-    """One line of the error that began it: those of ending the capture follow from it."""
+    """One line of the original error; errors from ending the capture follow from it."""
     while isinstance(error.__context__, Exception):
         error = error.__context__
     lines = str(error).strip().splitlines()

@@ -1,4 +1,4 @@
-"""Files with one owner that get their final name when they are whole, and readable errors."""
+"""Files with one writer that get their final name when complete, and readable errors."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-"""What a file system without locks answers."""
+"""Error numbers of a file system without locks."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -29,17 +29,17 @@ class InUseError(OSError):
 def open_owned(path: Path, keep: int = 0) -> BinaryIO:
     """Open a file for writing that nobody else writes as long as it stays open.
 
-    A link that has the name is removed, not followed.
+    A link with that name is removed, not followed.
 
-    The lock belongs to the open file: a killed process leaves none, and it goes with the file when
-    that is renamed. File systems without locks give none.
+    The lock belongs to the open file: a killed process leaves none, and it moves with the file when
+    that is renamed. File systems without locks provide none.
 
     Args:
         path: the file; its directory is made where it does not exist.
         keep: bytes at its beginning that stay, behind which is written; the rest is deleted.
 
     Raises:
-        InUseError: somebody else has it.
+        InUseError: another writer has it.
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,15 +66,15 @@ def open_owned(path: Path, keep: int = 0) -> BinaryIO:
 
 
 def open_partial(path: Path, suffix: str) -> tuple[BinaryIO, Path, Path]:
-    """Open a file in which something grows before it gets its final name.
+    """Open a file for partial output before it gets its final name.
 
     Args:
         path: the final name.
-        suffix: what takes the place of its ending, e.g. ``".partial.mp4"``.
+        suffix: replacement of its extension, e.g. ``".partial.mp4"``.
 
     Returns:
         The file as from `open_owned`, its name ``<stem><suffix>``, and its final name. Both names
-        have a number before their ending where others are writing files of these names.
+        have a number before their extension if others are writing files with these names.
 
     Raises:
         OSError: it cannot be written.
@@ -111,7 +111,7 @@ def _has_name(file: BinaryIO, path: Path) -> bool:
 
 
 class OutputGuard:
-    """Notices that a file which a run still writes has been removed, renamed or replaced."""
+    """Detects that a file which a run is writing has been removed, renamed or replaced."""
 
     def __init__(self, path: Path) -> None:
         """Look at the file, which exists.
@@ -123,10 +123,10 @@ class OutputGuard:
         self._place = self._look()
 
     def check(self) -> None:
-        """Refuse to go on writing into a file that nobody will find; takes microseconds.
+        """Refuse to continue writing into a file that has lost its name; takes microseconds.
 
         Raises:
-            FileNotFoundError: the name is gone, or belongs to another file.
+            FileNotFoundError: the name does not exist, or belongs to another file.
         """
         try:
             same = self._look() == self._place
@@ -143,14 +143,14 @@ class OutputGuard:
 
 @contextmanager
 def write_whole(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
-    """Open a file that gets its name at the end of the ``with`` block.
+    """Open a file that gets its final name at the end of the ``with`` block.
 
-    It is written beside its place. If the block fails, it is removed, and what had the name before
+    It is written in the same folder. If the block fails, it is removed, and an existing file
     stays.
 
     Args:
         path: the file; its directory is made where it does not exist.
-        sync: wait until the disk has it before it gets its name.
+        sync: sync it to disk before it gets its name.
 
     Raises:
         OSError: the file cannot be written.
@@ -179,7 +179,7 @@ def check_target(path: Path, option: str, taken: Collection[Path] = ()) -> None:
         taken: other files that the program writes.
 
     Raises:
-        ValueError: one line that says what is in the way.
+        ValueError: one line with the reason.
     """
     reason = None
     try:
@@ -213,12 +213,12 @@ def readable_write_errors(path: Path, partial_path: Path) -> Iterator[None]:
         partial_path: the file that has what was written before.
 
     Raises:
-        OSError: the line, in the place of the system's error.
+        OSError: the line, instead of the system's error.
     """
     try:
         yield
     except OSError as error:
-        kept = f" What was written before is in {partial_path}." if partial_path.exists() else ""
+        kept = f" What was written so far is in {partial_path}." if partial_path.exists() else ""
         raise OSError(
             f"{path} could not be written: {reason_of(error)}. {remedy(error)}{kept}"
         ) from error

@@ -1,4 +1,4 @@
-"""Any picture as the 8-bit RGB that a viewer shows."""
+"""Conversion of any image to the 8-bit RGB that a viewer shows."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def as_rgb(image: Any) -> Any:
     scaled to 8; CMYK with a colour profile goes through that.
 
     Raises:
-        ValueError: numbers without a fixed range, of which nobody knows how bright they look.
+        ValueError: pixel values without a fixed range, whose brightness is undefined.
     """
     from PIL import Image
 
@@ -40,7 +40,7 @@ def _from_sixteen_bits(image: Any) -> Any:
     if image.mode == "F" or levels.min() < 0 or levels.max() > _SIXTEEN_BITS:
         raise ValueError(
             f"the image holds numbers from {levels.min():g} to {levels.max():g} (mode "
-            f"{image.mode}), of which nothing says how bright they are; save it with 8 or 16 bits "
+            f"{image.mode}), without a defined range; save it with 8 or 16 bits "
             "per channel."
         )
     grey = Image.fromarray(np.rint(levels / (_SIXTEEN_BITS / 255)).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""The image that a video begins with: read from a file, or drawn."""
+"""The first frame of a video: read from a file, or drawn."""
 
 import warnings
 from pathlib import Path
@@ -35,14 +35,14 @@ def load_image(path: Path, height: int, width: int, *, fit: bool = False) -> Ten
         ``[1, 3, height, width]`` float32 in [-1, 1].
 
     Raises:
-        ValueError: no readable image, a huge one, or one of another size.
+        ValueError: not a readable image, too large, or of another size.
     """
     image = open_image(path)
     if image.size != (width, height):
         if not fit:
             raise ValueError(
                 f"--image-path {path}: the image is {image.width}x{image.height} (width x height); "
-                f"this run wants {width}x{height}. Type --fit-image True to scale and crop it, or "
+                f"this run needs {width}x{height}. Type --fit-image True to scale and crop it, or "
                 "give --height and --width."
             )
         image = cover(image, height, width)
@@ -53,7 +53,7 @@ def open_image(path: Path) -> Any:
     """Read an image, set upright, as Pillow holds it.
 
     Raises:
-        ValueError: no readable image, a huge one, or not RGB.
+        ValueError: not a readable image, too large, or not RGB.
     """
     from PIL import Image, ImageOps
 
@@ -61,7 +61,7 @@ def open_image(path: Path) -> Any:
     try:
         with Image.open(path, formats=FORMATS) as opened:
             image = ImageOps.exif_transpose(opened)
-    except Exception as error:  # what a damaged image raises is no narrower
+    except Exception as error:  # damaged images raise all kinds of errors
         raise _unreadable(path, error) from error
     try:
         return as_rgb(image)
@@ -80,7 +80,7 @@ def image_size(path: Path) -> tuple[int, int]:
     """Width and height in pixels of an image file, set upright; a huge one is not decoded.
 
     Raises:
-        ValueError: no image, or a huge one.
+        ValueError: not an image, or too large.
     """
     from PIL import Image
 
@@ -99,7 +99,7 @@ def image_size(path: Path) -> tuple[int, int]:
         raise ValueError(
             f"--image-path {path}: the image is huge; at most {MAX_IMAGE_PIXELS:,} pixels are read."
         ) from error
-    except Exception as error:  # what a damaged image raises is no narrower
+    except Exception as error:  # damaged images raise all kinds of errors
         raise _unreadable(path, error) from error
     if huge:
         raise ValueError(
@@ -111,7 +111,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
     reason = getattr(error, "strerror", None)
-    reason = reason or f"it is no image that can be read ({', '.join(FORMATS)})"
+    reason = reason or f"it is not a readable image ({', '.join(FORMATS)})"
     return ValueError(f"--image-path {path}: {reason}.")
 
 

@@ -56,7 +56,7 @@ class LatentWriter:
         if frames.shape[1:] != self._shape[1:]:
             raise ValueError(
                 f"The latent [B, C, H, W] = {list(frames.shape[1:])} does not fit into {self.path} "
-                f"after ones of {list(self._shape[1:])}: one file has latents of one size."
+                f"after ones of {list(self._shape[1:])}: all latents of a file have the same size."
             )
         self._guard.check()
         self._file.write(frames.astype("<f4", copy=False).data)
@@ -65,10 +65,10 @@ class LatentWriter:
         self._write_header()
 
     def resume(self, latent_frames: int) -> None:
-        """Go on after the first latent frames of the partial file; later ones are deleted.
+        """Continue after the first latent frames of the partial file; later ones are deleted.
 
         Raises:
-            ValueError: it has fewer, or is no such file.
+            ValueError: it has fewer, or is not such a file.
             OSError: it cannot be read or written.
         """
         stored = np.load(self.partial_path, mmap_mode="r")
@@ -129,7 +129,7 @@ def read_latent_parts(path: str | Path) -> Tensor:
         if frames.ndim != 5 or frames.dtype != np.float32:
             raise ValueError(f"it holds {frames.dtype} {quoted(list(frames.shape))}")
     except ValueError as error:
-        raise ValueError(f"{path} is no file of latents: {error}.") from error
+        raise ValueError(f"{path} is not a file of latents: {error}.") from error
     return torch.from_numpy(frames).permute(1, 2, 0, 3, 4)
 
 

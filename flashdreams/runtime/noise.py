@@ -1,4 +1,4 @@
-"""Noise that depends on nothing but what it is for."""
+"""Noise as a pure function of its place in the rollout."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 NoiseFunction = Callable[[int, int, Sequence[int]], Tensor]
-"""``(autoregressive_index, denoising_step, shape) -> float32 CPU tensor``; what a rollout asks."""
+"""``(autoregressive_index, denoising_step, shape) -> float32 CPU tensor``; called by a rollout."""
 
 SEED_LIMIT = 2**64
 """Seeds and indices are unsigned 64-bit numbers."""
@@ -18,11 +18,11 @@ class NoiseSource:
     """Standard normal noise as a pure function of seed, AR step, denoising step and shape.
 
     Drawn on the CPU with a counter-based generator, so that the values are the same on every
-    device and every rank, in whatever order and however often they are asked for. Any callable of
+    device and every rank, in any order and number of calls. Any callable with
     the same signature (:data:`NoiseFunction`) may replace it.
 
     The seed is the generator's key; AR step and denoising step are the upper half of its counter.
-    Streams cannot meet: a stream would have to draw 2**128 blocks first. Of two shapes the smaller
+    Streams cannot overlap: one would have to draw 2**128 blocks first. Of two shapes the smaller
     one gets the first values of the larger, so the first sample of a batch is the same at every
     batch size.
 
@@ -40,10 +40,10 @@ class NoiseSource:
     def draw_ahead(
         self, autoregressive_index: int, denoising_step: int, shape: Sequence[int]
     ) -> None:
-        """Draw now what the next call is likely to ask for, while the host has nothing to do.
+        """Draw the noise that the next call is likely to need, while the host is idle.
 
-        Arguments as in a call. Where there is CUDA the noise waits in pinned memory. A call for
-        anything else draws that, and leaves this where it is.
+        Arguments as in a call. With CUDA the noise is kept in pinned memory. A call for
+        anything else draws it without using this.
         """
         key = (autoregressive_index, denoising_step, tuple(shape))
         noise = self._draw(*key)
@@ -57,7 +57,7 @@ class NoiseSource:
         Args:
             autoregressive_index: the AR step, from 0.
             denoising_step: 0 for the initial latent, k >= 1 for the re-noising before step k.
-            shape: of the tensor wanted.
+            shape: of the tensor.
 
         Returns:
             float32, CPU. Drawn in float64 and rounded, so that two machines whose math libraries

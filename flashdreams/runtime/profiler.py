@@ -1,4 +1,4 @@
-"""Stage times of AR steps, taken without making the device wait."""
+"""Stage times of AR steps, measured without synchronizing the device."""
 
 import time
 from collections import deque
@@ -54,7 +54,7 @@ class StageTimer:
             raise ValueError(
                 f"AR step {autoregressive_index} begins while AR step "
                 f"{self.records[-1]['autoregressive_index']} has not ended. "
-                "Steps follow one another; a second rollout needs a timer of its own."
+                "Steps follow one another; a second rollout needs its own timer."
             )
         self._clock.collect(wait=False)
         record: dict[str, Any] = {"autoregressive_index": autoregressive_index, **_NO_TIMES}
@@ -69,7 +69,7 @@ class StageTimer:
             ValueError: no step has begun.
         """
         if not self.records:
-            raise ValueError(f"stage {name!r} has no AR step to belong to: enter timer.step(0).")
+            raise ValueError(f"stage {name!r} is outside an AR step: enter timer.step(0).")
         keys = (f"{name}_ms",) if self._in_step else (f"{name}_ms", "total_ms")
         return _Span(self, self.records[-1], keys, is_step=False)
 

@@ -1,4 +1,4 @@
-"""A video in segments that end at snapshots, joined without encoding anything again."""
+"""A video in segments that end at snapshots, joined without re-encoding."""
 
 import subprocess
 from pathlib import Path
@@ -13,8 +13,8 @@ from flashdreams.runtime.video import VideoWriter
 class SegmentedVideo:
     """Writes ``<folder>/<first AR step>.mp4`` one after the other, and joins them at the end.
 
-    Each segment is whole once the next one has begun, so that a run which is killed loses the
-    current one alone. As a context manager it closes at the end, and aborts if the body raises.
+    Each segment is complete once the next one has begun, so a killed run loses only the
+    current one. As a context manager it closes at the end, and aborts if the body raises.
     """
 
     def __init__(self, path: Path, folder: Path, *, fps: float, scale: int) -> None:
@@ -31,7 +31,7 @@ class SegmentedVideo:
         self._segment: VideoWriter | None = None
 
     def begin(self, first: int) -> None:
-        """Begin, or go on, with the frames of an AR step.
+        """Start, or continue, with the frames of an AR step.
 
         Segments from there on and unfinished ones are deleted.
         """
@@ -94,11 +94,11 @@ class SegmentedVideo:
 
 
 def join_videos(segments: list[Path], path: Path) -> None:
-    """Put videos of one codec, size and rate behind one another; their packets stay as they are.
+    """Concatenate videos of one codec, size and rate without changing their packets.
 
     Args:
         segments: the videos, in their order, all in one folder.
-        path: the video, which gets its name when it is whole.
+        path: the video, which gets its name when it is complete.
 
     Raises:
         OSError: it could not be written.
@@ -119,8 +119,8 @@ def join_videos(segments: list[Path], path: Path) -> None:
         partial.unlink(missing_ok=True)
         reason = done.stderr.decode(errors="replace").strip().splitlines()
         raise OSError(
-            f"the video {path} could not be made of its {len(segments)} segments: "
-            f"{reason[0] if reason else 'ffmpeg was stopped from outside'}. They are in {folder}."
+            f"the video {path} could not be joined from its {len(segments)} segments: "
+            f"{reason[0] if reason else 'ffmpeg was stopped by a signal'}. They are in {folder}."
         )
     listing.unlink()
     partial.replace(path)

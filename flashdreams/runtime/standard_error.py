@@ -1,4 +1,4 @@
-"""A stream for messages and progress bars whose loss is no error of the run."""
+"""A stream for messages and progress bars whose loss is not an error."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ from typing import Any, TextIO, cast
 
 
 class LossyStream:
-    """Passes text on to a stream, and drops what that one cannot take.
+    """Writes text to a stream, and drops text that cannot be written.
 
     A full disk behind ``2>`` or a terminal that has gone away would otherwise end a run in the
     middle of a progress bar, and change the exit code of one that is done.
@@ -17,7 +17,7 @@ class LossyStream:
         """Wrap a stream, such as ``sys.stderr``.
 
         Args:
-            stream: the one to write to; all that is not writing is asked of it.
+            stream: the stream to write to; other attributes are delegated to it.
         """
         self._stream = stream
         self.begins_line = True
@@ -40,7 +40,7 @@ class LossyStream:
 
 
 def prepare_streams() -> None:
-    """Let the process work in silence where it was started without them (``>&- 2>&-``)."""
+    """Let the process run silently if it was started without them (``>&- 2>&-``)."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     errors = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = cast(TextIO, LossyStream(errors))

@@ -25,11 +25,11 @@ class StatsWriter:
     """
 
     def __init__(self, path: str | Path, header: Callable[[], Mapping[str, Any]]) -> None:
-        """Write nothing yet.
+        """Prepare, without writing.
 
         Args:
             path: the final file, ``.json``; its directory is made where it does not exist.
-            header: gives what holds for the run; asked at the first record and at the end.
+            header: returns the header; called at the first record and at the end.
         """
         self.path = Path(path)
         self.partial_path = self.path.with_name(f"{self.path.stem}.partial.jsonl")
@@ -43,7 +43,7 @@ class StatsWriter:
 
         Raises:
             ValueError: a value is NaN or infinite, which JSON cannot hold; it names the place.
-            TypeError: a value that JSON does not know, e.g. a tensor.
+            TypeError: a value that JSON cannot represent, e.g. a tensor.
             OSError: the line cannot be written.
         """
         line = _to_json(record, f"records[{self._count}]")
@@ -58,7 +58,7 @@ class StatsWriter:
         self._count += 1
 
     def resume(self, count: int) -> None:
-        """Go on after the first records of the partial file; those after them are deleted.
+        """Continue after the first records of the partial file; later ones are deleted.
 
         Raises:
             ValueError: it has fewer.
@@ -147,10 +147,10 @@ def memory_stats(device: torch.device | str) -> dict[str, float]:
 
 
 def free_bytes(device: torch.device | str) -> int | None:
-    """Bytes that may still be allocated on a device; None where the system does not tell.
+    """Bytes that may still be allocated on a device; None if unknown.
 
-    On CUDA what the driver has and what PyTorch's allocator holds unused; on a CPU the memory that
-    Linux calls available.
+    On CUDA the driver's free memory plus the allocator's unused memory; on a CPU the memory that
+    Linux reports as available.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -171,7 +171,7 @@ def _to_json(value: Mapping[str, Any], path: str, indent: int | None = None) -> 
 
 def _refuse_non_finite(value: Any, path: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{path} is {value}, which JSON cannot hold; use null (None) instead.")
+        raise ValueError(f"{path} is {value}, which JSON cannot represent; use null (None).")
     if isinstance(value, Mapping):
         for key, item in value.items():
             _refuse_non_finite(item, f"{path}.{key}")

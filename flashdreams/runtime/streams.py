@@ -1,4 +1,4 @@
-"""Work beside the caller's stream."""
+"""Work on a second CUDA stream."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ import torch
 class SideStream:
     """A second CUDA stream, for work whose result is not needed at once.
 
-    The work begins behind a mark and ends before whatever touches the same state next::
+    The work starts after a mark and ends before the next use of the same state::
 
         side.mark()             # all that the work builds on is queued
         ...                     # the caller continues: frames are decoded and copied
@@ -18,8 +18,8 @@ class SideStream:
             ...
         side.join()             # what the caller queues from here on comes after the work
 
-    The state that is handed in is kept until the join: its memory must not go to others while the
-    work is running. One stream serves one piece of work after the other. Away from CUDA the work
+    The given state is kept until the join: its memory must not be reused while the
+    work is running. One stream serves one piece of work after the other. Without CUDA the work
     is done in place, and nothing is kept.
     """
 
@@ -39,7 +39,7 @@ class SideStream:
         self._kept: Any = None
 
     def mark(self) -> None:
-        """What the caller has queued by now comes before the work that begins next."""
+        """Work queued by the caller so far comes before the next side work."""
         if self._beside:
             self._ready = self._cuda.Event()
             self._ready.record(self._cuda.current_stream(self.device))
@@ -68,7 +68,7 @@ class SideStream:
             self._done.record(self._stream)
 
     def join(self) -> None:
-        """What the caller queues from here on comes after the work on the side."""
+        """Work queued by the caller from now on comes after the side work."""
         if self._done is not None:
             self._cuda.current_stream(self.device).wait_event(self._done)
             self._done = self._kept = None

@@ -1,4 +1,4 @@
-"""How a process ends that somebody else ends: a scheduler, a terminal, a person, a deadline."""
+"""Termination of a process by a scheduler, a terminal, a user or a deadline."""
 
 import atexit
 import contextlib
@@ -33,7 +33,7 @@ _PERIOD_S = 0.05
 
 
 class Terminated(KeyboardInterrupt):
-    """Somebody has asked the process to end; treated as an interrupt from the keyboard."""
+    """The process was asked to end; treated as an interrupt from the keyboard."""
 
     def __init__(self, number: int = signal.SIGTERM) -> None:
         super().__init__()
@@ -48,10 +48,10 @@ def raise_on_sigterm(
 
     SIGTERM and SIGHUP (unless it is ignored, as under nohup) raise `Terminated`, SIGINT
     `KeyboardInterrupt`. While a module is imported nothing is raised: packages swallow such errors,
-    or crash when the import is begun again. The signal then waits for the end of the import, for
+    or crash when the import is repeated. The signal then waits for the end of the import, for
     ``IMPORT_GRACE_S`` seconds, after which `end_now` ends the process.
 
-    A main thread that hangs in a collective or on a device raises nothing: after
+    If the main thread hangs in a collective or on a device, nothing is raised: after
     ``grace_s`` seconds `end_now` ends the process. To be called from the main thread.
 
     Args:
@@ -121,9 +121,9 @@ def leave(code: int) -> NoReturn:
 
 
 def end_now(code: int, limit_s: float = FINISH_S) -> None:
-    """End the process whatever its main thread does, after what is registered with `atexit`.
+    """End the process whatever its main thread is doing, after the functions of `atexit`.
 
-    So a run that hangs leaves the same files as one that is interrupted.
+    So a hung run leaves the same files as an interrupted one.
 
     Args:
         code: exit code.

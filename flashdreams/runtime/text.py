@@ -1,4 +1,4 @@
-"""Text from files and into messages: read up to a limit, printed up to a limit."""
+"""Size-limited text from files and in messages."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ MAX_MESSAGE_CHARACTERS = 4000
 """Most characters of one error message."""
 
 PIPE_S = 30.0
-"""How long a named pipe is waited for."""
+"""Seconds to wait for a named pipe."""
 
 _PLAIN_NAME = re.compile(r"[\w./+-]{1,200}", re.ASCII)
 
@@ -23,7 +23,7 @@ _PLAIN_NAME = re.compile(r"[\w./+-]{1,200}", re.ASCII)
 def read_text(path: Path, most_bytes: int, encoding: str = "utf-8") -> str:
     """Read a text file that must not be larger than a limit; also a pipe or a device.
 
-    A named pipe is waited for at most `PIPE_S` seconds.
+    Waits at most `PIPE_S` seconds for a named pipe.
 
     Args:
         path: the file.
@@ -32,7 +32,7 @@ def read_text(path: Path, most_bytes: int, encoding: str = "utf-8") -> str:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is larger, or not text; says only which, for the caller to name the file.
+        ValueError: it is larger, or not text; states only which, for the caller to name the file.
     """
     if stat.S_ISFIFO(path.stat().st_mode):
         content = _read_pipe(path, most_bytes + 1)
@@ -48,11 +48,11 @@ def read_text(path: Path, most_bytes: int, encoding: str = "utf-8") -> str:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse a file before it is opened that may never open, such as a pipe, or never end.
+    """Refuse, before opening it, a file that may block, such as a pipe, or never end.
 
     Raises:
-        OSError: there is none.
-        ValueError: it is no regular file; says only that, for the caller to name it.
+        OSError: it does not exist.
+        ValueError: it is not a regular file; states only that, for the caller to name it.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("it is not a regular file")
@@ -81,7 +81,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def shown(name: object) -> str:
-    """A name from a file as it is where it is a short plain one, else quoted and cut."""
+    """A name from a file unchanged if it is short and plain, else quoted and cut."""
     text = str(name) if isinstance(name, (str, int)) else quoted(name)
     return text if _PLAIN_NAME.fullmatch(text) else quoted(name)
 
@@ -89,7 +89,7 @@ def shown(name: object) -> str:
 def printable(text: str, most: int = MAX_MESSAGE_CHARACTERS) -> str:
     """Text for a terminal: control characters escaped, and no longer than ``most`` characters.
 
-    Line breaks and the characters of every language are left as they are.
+    Line breaks and characters of all languages are kept.
     """
     text = _cut(text, most)
     escaped = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
@@ -105,9 +105,9 @@ def _cut(text: str, most: int) -> str:
 
 
 def say(text: str, beside: bool = False) -> None:
-    """Print a line on stderr that begins a line, also where a progress bar is.
+    """Print a line on stderr on a new line, even with a progress bar.
 
-    A terminal that has gone away is no error.
+    A closed terminal is not an error.
 
     Args:
         text: the line, already `printable`.
@@ -124,9 +124,9 @@ def say(text: str, beside: bool = False) -> None:
 
 
 def tell(text: str) -> None:
-    """Print a line on stdout that a run says beside its work.
+    """Print an informational line of a run on stdout.
 
-    A closed pipe or a full disk behind it is no error of the run. Control characters, and those
+    A closed pipe or a full disk is not an error of the run. Control characters, and those
     that the stream cannot encode, are escaped.
     """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"

@@ -32,7 +32,7 @@ class Tracer:
 
         Args:
             rank: of this process.
-            keep: keep every span; else only how long the last AR steps took.
+            keep: keep every span; else only the durations of the last AR steps.
         """
         self.rank = rank
         self.keep = keep

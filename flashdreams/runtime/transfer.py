@@ -1,11 +1,11 @@
-"""Copies between the host and a device that make neither wait."""
+"""Asynchronous copies between the host and a device."""
 
 import torch
 from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Bring a tensor, of any shape and type, to a device without making the host wait.
+    """Copy a tensor, of any shape and dtype, to a device without making the host wait.
 
     For CUDA it goes through pinned memory, and the current stream copies it from there: the host
     may queue the next AR step while the last one is computed. An expanded tensor has no pinned

@@ -1,4 +1,4 @@
-"""A video file that grows while its frames are made."""
+"""A video file that is written while its frames are generated."""
 
 import atexit
 import contextlib
@@ -39,14 +39,14 @@ class VideoWriter:
     """Streams chunks into ``<name>.partial.mp4``, which becomes ``<name>.mp4`` at the end.
 
     H.264 in fragmented mp4: a process that is killed leaves a partial file which plays up to its
-    last fragment. The final name is only ever given to a video that was written whole, and it has
+    last fragment. Only a completely written video gets the final name, and the name has
     one writer at a time: a second one writes ``<name>.2.mp4``, see ``path``. Encoding runs in a
     thread behind a bounded queue, so memory stays constant and a slow disk slows the caller. What
-    goes wrong there is raised, as OSError, by the next :meth:`write` or by
+    fails there is raised, as OSError, by the next :meth:`write` or by
     :meth:`close`.
 
     As a context manager it closes at the end, and aborts if the body raises. A program that ends
-    without either is taken to have failed: its video is aborted. Width or height that
+    without either counts as failed: its video is aborted. Width or height that
     is odd after enlargement gets its last column or row twice: the 4:2:0 format needs even sizes.
 
     Frames go to imageio-ffmpeg's binary through mediapy's writer, which passes further ffmpeg
@@ -87,7 +87,7 @@ class VideoWriter:
                 "fps must be above 0, scale at least 1, crf from 0 to 51, "
                 "max_pending_chunks at least 1."
             )
-        self.frames_written = 0  # handed over, that is; the file grows a little later
+        self.frames_written = 0  # queued, that is; the file grows later
         self._fps, self._scale, self._crf, self._preset = fps, scale, crf, preset
         self._frame_shape: tuple[int, int] | None = None
         self._error: OSError | None = None
@@ -112,12 +112,12 @@ class VideoWriter:
                 CUDA. The samples of a batch are side by side in the video.
 
         Raises:
-            OSError: the video could not be written; nothing is left under the final name.
+            OSError: the video could not be written; no file has the final name.
             ValueError: the chunk has another form, or its frames another size than those before.
             TypeError: the chunk is not of a floating type.
         """
         if self._closed:
-            raise ValueError(f"{self.path} is closed; a further video needs a writer of its own.")
+            raise ValueError(f"{self.path} is closed; another video needs its own writer.")
         self._check_place()
         self._raise_error()
         pixels = to_pixels(chunk)
@@ -138,7 +138,7 @@ class VideoWriter:
         """Finish the video and give it its final name. Without a frame, no file is left.
 
         Raises:
-            OSError: the video could not be written; the final name is as it was before, and what
+            OSError: the video could not be written; the final name is unchanged, and what
                 could be written is in the partial file.
         """
         if self._closed:
@@ -223,7 +223,7 @@ class VideoWriter:
         kept = self.partial_path.exists()
         raise OSError(
             f"the video {self.path} could not be written: {self._error}. {remedy(self._error)}"
-            + (f" What was written before is in {self.partial_path}." if kept else "")
+            + (f" What was written so far is in {self.partial_path}." if kept else "")
         ) from self._error
 
     def _encode(self) -> None:
@@ -254,7 +254,7 @@ class VideoWriter:
 
 
 class _Encoder:
-    """mediapy's writer, with its ways of failing turned into one."""
+    """mediapy's writer, with uniform errors."""
 
     def __init__(
         self, path: Path, shape: tuple[int, int], fps: float, crf: int, preset: str
@@ -272,11 +272,11 @@ class _Encoder:
         self._writer.__enter__()
 
     def add(self, image: np.ndarray) -> None:
-        """Hand over one frame, ``[height, width, 3]`` uint8."""
+        """Write one frame, ``[height, width, 3]`` uint8."""
         try:
             self._writer.add_image(image)
         except OSError as error:
-            # ffmpeg has gone; why, it says when it is closed.
+            # ffmpeg has ended; closing it gives the reason.
             self.close()
             raise OSError("ffmpeg ended before its input did") from error
 
@@ -338,7 +338,7 @@ def _first_complaint(complaints: str) -> str:
     """The first line of what ffmpeg wrote, without the part of ffmpeg that wrote it."""
     lines = complaints.strip().splitlines()
     if not lines:
-        return "ffmpeg was stopped from outside (a limit on file size or memory, or a signal)"
+        return "ffmpeg was stopped (a limit on file size or memory, or a signal)"
     return lines[0].rpartition("] ")[2].rstrip(".")
 
 

@@ -97,7 +97,7 @@ def for_people(error: BaseException) -> str:
         return "The snapshot is damaged, or was made by another method."
     if isinstance(error, OSError):
         return f"A file of the server failed: {reason_of(error)}."
-    return f"It failed ({type(error).__name__}); the server's log says why."
+    return f"It failed ({type(error).__name__}); see the server's log."
 
 
 def _odd(error: BaseException) -> bool:

@@ -100,8 +100,8 @@ class LiveHost(Host):
             self._refuse_draining()
             if len(self.queue) >= self.free_places() + self.limits.max_waiting:
                 raise Full(
-                    f"All {self.places} places and {self.limits.max_waiting} places to wait are "
-                    "taken; try again later."
+                    f"All {self.places} places are taken and the queue of "
+                    f"{self.limits.max_waiting} is full; try again later."
                 )
             self.sessions[live.id] = live
             self.queue.append(live)
@@ -116,7 +116,7 @@ class LiveHost(Host):
         if opening.image is not None:
             shape = (1, 3, self.offer.height, self.offer.width)
             if not self.offer.takes_image:
-                raise Refused(f"{self.offer.model} begins with words; it takes no image.")
+                raise Refused(f"{self.offer.model} starts from text; it takes no image.")
             if tuple(opening.image.shape) != shape:
                 raise Refused(f"The image must be {list(shape)}; got {list(opening.image.shape)}.")
             if not bool(((opening.image >= -1) & (opening.image <= 1)).all()):
@@ -154,7 +154,7 @@ class LiveHost(Host):
     def control(self, session: str, values: Mapping[str, Any], event_id: str | None) -> None:
         """See the contract."""
         if self.controller is None:
-            raise Refused(f"{self.offer.model} has nothing to control.")
+            raise Refused(f"{self.offer.model} has no controls.")
         try:
             self.controller.check(values)
         except ValueError as error:
@@ -164,7 +164,7 @@ class LiveHost(Host):
     def prompt(self, session: str, text: str, event_id: str | None) -> None:
         """See the contract."""
         if not self.offer.prompts_change:
-            raise Refused(f"The prompt of {self.offer.model} cannot change while it runs.")
+            raise Refused(f"The prompt of {self.offer.model} cannot change during a session.")
         with self.lock:
             _refuse_many_prompts(self._find(session))
         encoded = self.prompts.encode(text)
@@ -177,7 +177,7 @@ class LiveHost(Host):
         with self.lock:
             live = self._find(session)
             if live.events >= MAX_EVENTS:
-                raise Refused(f"{MAX_EVENTS} events wait for the next chunk; send fewer.")
+                raise Refused(f"{MAX_EVENTS} events are pending for the next chunk; send fewer.")
             if command.kind == "prompt":
                 _refuse_many_prompts(live)
             # While it gets its place or leaves it, the older ones are not handed over yet.
@@ -207,7 +207,7 @@ class LiveHost(Host):
         with self.lock:
             live = self._find(session)
             if len(live.keepings) >= MAX_KEEPINGS:
-                raise Refused(f"{MAX_KEEPINGS} commands wait; send fewer.")
+                raise Refused(f"{MAX_KEEPINGS} commands are pending; send fewer.")
             if kind != "reset":
                 self._check_name(live, kind, values.get("name"))
             live.keepings.append(Keeping(kind, event_id, dict(values)))  # type: ignore[arg-type]
@@ -220,9 +220,9 @@ class LiveHost(Host):
         forks = [*live.forks, *(k.name for k in live.keepings if k.kind == "fork")]
         if kind == "rewind" and name not in saves + forks:
             there = ", ".join(live.forks + live.saves) or "nothing"
-            raise Refused(f"Nothing is kept under {name!r}; there is {there}.")
+            raise Refused(f"There is no kept state {name!r}; available: {there}.")
         if kind != "rewind" and name in (saves if kind == "save" else saves + forks):
-            raise Refused(f"{name!r} is taken; name another one.")
+            raise Refused(f"{name!r} already exists; use another name.")
         if kind == "save" and len(saves) >= self.limits.max_saves:
             raise Refused(f"A session keeps at most {self.limits.max_saves} snapshots.")
         if kind == "fork" and len(forks) >= self.limits.max_forks:
@@ -309,12 +309,12 @@ class LiveHost(Host):
     def _find(self, session: str) -> LiveSession:
         live = self.sessions.get(session)
         if live is None or live.closing:
-            raise Refused("There is no such session, or it has ended; begin a new one.")
+            raise Refused("There is no such session, or it has ended; start a new one.")
         return live
 
     def _refuse_draining(self) -> None:
         if self.draining:
-            raise Refused("The server takes no more sessions: it is about to restart.")
+            raise Refused("The server accepts no more sessions: it is about to restart.")
 
     def _note_input(self, live: LiveSession) -> None:
         live.last_input = time.monotonic()
@@ -350,4 +350,4 @@ class LiveHost(Host):
 
 def _refuse_many_prompts(live: LiveSession) -> None:
     if live.prompts >= MAX_PROMPTS:
-        raise Refused(f"{MAX_PROMPTS} prompts wait for the next chunk; send fewer.")
+        raise Refused(f"{MAX_PROMPTS} prompts are pending for the next chunk; send fewer.")

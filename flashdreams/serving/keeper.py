@@ -10,8 +10,8 @@ from flashdreams.serving.live import Keeping, LiveSession
 from flashdreams.serving.orders import Order
 from flashdreams.serving.restart import Kept, SessionFolder
 
-RESTARTING = "The server restarts; take up the session again with its token."
-STOPPING = "The server stops; begin another session later."
+RESTARTING = "The server restarts; resume the session with its token."
+STOPPING = "The server is shutting down; start another session later."
 KEPT = "What was kept of it stays; take it up again with its token."
 
 logger = logging.getLogger(__name__)

@@ -44,7 +44,7 @@ class Prompts:
         if not self.change:
             raise Refused(
                 "Prompts cannot change here: the server runs without its text encoder, or released "
-                "it. Begin without a prompt."
+                "it. Start without a prompt."
             )
         if not text.strip() or len(text) > MAX_CHARACTERS:
             raise Refused(
@@ -65,5 +65,5 @@ class Prompts:
         except ValueError as error:
             raise Refused(str(error)) from error
         if not bool(torch.isfinite(encoded).all()):
-            raise Refused("This prompt has embeddings that are not finite; choose other words.")
+            raise Refused("The embeddings of this prompt are not finite; use another prompt.")
         return encoded.detach().cpu()

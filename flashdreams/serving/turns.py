@@ -19,7 +19,7 @@ MAX_IN_FLIGHT = 2
 """AR steps that the device may have before it: one that runs and one behind it."""
 IDLE_S = 0.25
 """How long nobody wants a turn, before it is asked again."""
-PICTURES_LOST = "Its pictures were lost; the server's log says why."
+PICTURES_LOST = "Its frames were lost; see the server's log."
 
 logger = logging.getLogger(__name__)
 

@@ -35,7 +35,7 @@ def next_upkeep(host: LiveHost, now: float, *, keeps: bool) -> Due | None:
     gone = [live for live in host.sessions.values() if live.detached_since is not None]
     if len(gone) > limits.max_kept:
         oldest = min(gone, key=lambda live: live.detached_since or 0.0)
-        return Due("end", oldest, "Too many sessions are kept; this one was left the longest ago.")
+        return Due("end", oldest, "Too many sessions are kept; this one was idle the longest.")
     wanted = host.next_waiting() is not None and host.free_places() <= 0
     for live in host.sessions.values():
         if live.in_flight:
@@ -45,7 +45,7 @@ def next_upkeep(host: LiveHost, now: float, *, keeps: bool) -> Due | None:
         gone_s = 0.0 if live.detached_since is None else now - live.detached_since
         most_s = min(limits.end_after_s, QUEUED_S if live.where == "nowhere" else math.inf)
         if gone_s > most_s:
-            return Due("end", live, f"Nobody came back within {most_s:g} s.")
+            return Due("end", live, f"No client came back within {most_s:g} s.")
         if live.where != "device":
             continue
         if not live.reasons and now - live.last_input > limits.pause_after_s:

@@ -2,15 +2,18 @@
 
 import importlib
 import importlib.util
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flashdreams.registry import discover
 from tests.docs.snippets import REPOSITORY, SITE, markdown_files, pages
+from tests.docs.test_words import NAMED
 
 LINK = re.compile(r"(?:\]\(|\bsrc=\")([^)\"\s#]+)")
 
@@ -33,6 +36,20 @@ def test_site_builds_with_warnings_as_errors(tmp_path: Path) -> None:
     for slug in discover():
         if discover().origin(slug).reference.startswith("flashdreams."):
             assert slug in gallery, f"{slug} is missing from the gallery"
+    index = (tmp_path / "searchindex.js").read_text(encoding="utf-8")
+    index = json.loads(index.removeprefix("Search.setIndex(").removesuffix(")"))
+    for term, guide in NAMED.items():
+        first = first_results(index, term)
+        assert f"developer_guides/{guide}" in first and len(first) <= 2, f"{term}: {first}"
+    assert first_results(index, "NVFP4") == set(), "negative control: named in text alone"
+
+
+def first_results(index: dict[str, Any], query: str) -> set[str]:
+    """Pages that Sphinx's search lists first: a heading or a main index entry is the query."""
+    titles = [t for t in index["alltitles"] if t.lower() == query.lower()]
+    pages = [page for title in titles for page, _ in index["alltitles"][title]]
+    pages += [page for page, _, main in index["indexentries"].get(query.lower(), []) if main]
+    return {index["docnames"][page] for page in pages}
 
 
 @pytest.mark.parametrize("what", ["attribute", "data", "property"])
@@ -63,7 +80,7 @@ def test_every_shipped_family_has_a_page(monkeypatch: pytest.MonkeyPatch) -> Non
     sizes = importlib.import_module("generated").family_lines("")
     assert own - {"toy_world"} == set(re.findall(r"\]\((\w+)\.md\)", sizes))
     template = [
-        "What it is", "Slugs", "Checkpoint", "Memory", "Commands", "Measured",
+        "What it is", "Slugs", "Checkpoint", "Weights and KV cache", "Commands", "Measured",
         "Licence of the weights",
     ]  # fmt: skip
     for family in own:

@@ -44,7 +44,7 @@ NAMED = {
     "Ulysses": "parallelism", "KV cache": "kv_cache", "memory": "planning",
     "CUDA graph": "kernels_and_cuda_graphs",
 }  # fmt: skip
-"""What is searched for -> the guide whose first lines have it."""
+"""Search term -> its guide, which has it in the first lines and, by test_site, in the index."""
 
 
 def public_text() -> Iterator[tuple[str, str]]:

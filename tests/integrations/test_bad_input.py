@@ -341,7 +341,7 @@ def test_a_disk_that_is_too_full_for_the_stats(
         line = fails(FAILED, "customized-method", "--total-blocks", "3")
     assert "stats_customized-method.json could not be written" in line
     assert "--output-dir" in line
-    assert "What was written before is in out/stats_customized-method.partial.jsonl." in line
+    assert "What was written so far is in out/stats_customized-method.partial.jsonl." in line
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "stats_customized-method.partial.jsonl",
         "log_customized-method.jsonl",

@@ -86,7 +86,7 @@ def test_every_slug_of_the_issue_is_registered():
 def test_files_become_a_video_that_ends_with_the_poses(tmp_path, capsys):
     assert main(example_files(tmp_path, poses=25)) == 0
     said = capsys.readouterr().out
-    assert "The poses ran out: 25 of them suffice for 2 of 4 AR steps (21 frames)" in said
+    assert "The poses ended: 25 of them cover 2 of 4 AR steps (21 frames)" in said
     assert frames_of(tmp_path).shape == (21, 64, 112, 3)
     records = json.loads((tmp_path / f"stats_{SLUG}.json").read_text())["records"]
     assert len(records) == 2
@@ -127,7 +127,7 @@ def test_steering_by_keys_runs_from_presses_and_from_files(tmp_path, capsys):
     folder = ["--device", "cpu", "--output-dir", str(tmp_path)]
     assert main([SLUG, *act, "--actions", "w12", *folder]) == 0
     assert main([*files, *act]) == 2
-    assert "give them with --key-path FILE" in capsys.readouterr().err
+    assert "give --key-path FILE" in capsys.readouterr().err
     np.save(tmp_path / "keys.npy", np.eye(4)[np.zeros(21, dtype=int)])
     assert main([*files, *act, "--key-path", str(tmp_path / "keys.npy")]) == 0
     assert len(frames_of(tmp_path)) == 21
@@ -394,9 +394,9 @@ def picture(mode: str, size: tuple[int, int]):
 
 BAD_FILES = [
     (save("poses.npy", lambda p: p[:, :3]), r"--pose-path .*must be \[frames, 4, 4\]; got \[21, 3"),
-    (save("poses.npy", lambda p: p.astype(complex)), "no .npy file of numbers"),
+    (save("poses.npy", lambda p: p.astype(complex)), "not a .npy file of numbers"),
     (save("poses.npy", set_entry((7, 0, 3), np.nan)), "pose of frame 7 is not finite"),
-    (save("poses.npy", set_entry((5, 0, 0), 2.0)), "3x3 of frame 5 is no rotation"),
+    (save("poses.npy", set_entry((5, 0, 0), 2.0)), "3x3 of frame 5 is not a rotation"),
     (save("poses.npy", set_entry((6, 3, 3), 0.0)), "last row of frame 6 is 0, 0, 0, 0"),
     (lambda folder: [save(f, lambda a: a[:8])(folder) for f in ("poses.npy", "intrinsics.npy")],
      "8 poses are fewer than one chunk of 3 latent frames needs; give at least 9"),
@@ -406,11 +406,11 @@ BAD_FILES = [
     (save("intrinsics.npy", set_entry((2, slice(0, 2)), 3.63)),
      "frame 2, 3.63 and 3.63, are a view of 179 degrees; at most 150 .* fx of at least 112 and fy"),
     (save("intrinsics.npy", lambda k: k / np.float32([832, 480, 832, 480])),
-     "are a view of 180 degrees.*not in fractions of it"),
-    (replace_by("poses.npy", b"not an array"), "--pose-path .*no .npy file of numbers"),
-    (replace_by("poses.npy", b""), "--pose-path .*no .npy file of numbers"),
+     "give a view of 180 degrees.*not in fractions of it"),
+    (replace_by("poses.npy", b"not an array"), "--pose-path .*not a .npy file of numbers"),
+    (replace_by("poses.npy", b""), "--pose-path .*not a .npy file of numbers"),
     (lambda folder: (folder / "poses.npy").unlink(), "--pose-path .* cannot be read: No such file"),
-    (replace_by("image.jpg", b"no image"), "--image-path .*no image that can be read"),
+    (replace_by("image.jpg", b"no image"), "--image-path .*not a readable image"),
     (lambda folder: (folder / "image.jpg").unlink(), "--image-path .*No such file"),
     (header_of_png(8000, 7000), "the image is huge, 8000x7000"),
     (header_of_png(30000, 20000), "the image is huge"),
@@ -443,10 +443,10 @@ def test_bad_files_are_refused_before_weights(spoil, message, tmp_path, capsys, 
         (["--world-scale", "0"], "world_scale=0.*must be positive"),
         (["--move-per-frame", "-1"], "move_per_frame=-1.0 is not a speed"),
         (["--total-blocks", "0"], "--total-blocks 0"),
-        (["--actions", "w8"], "begins with an image"),
+        (["--actions", "w8"], "starts from an image"),
         (["--actions", "w7"], "8 poses are fewer than one chunk"),
         (["--actions", "w8", "--intrinsics", "0", "1", "1", "1"], "--intrinsics: the focal"),
-        (["--actions", "w8", "--intrinsics", "112", "64", "9", "9"], "are a view of 150 degrees"),
+        (["--actions", "w8", "--intrinsics", "112", "64", "9", "9"], "give a view of 150 degrees"),
         ([], "give --pose-path FILE, or type key presses"),
     ],
 )

@@ -299,7 +299,7 @@ def test_saved_and_cloned_worlds_go_on(pipeline, steps):
     other = pipeline.load_cache(cache.state_dict())
     other.encoder.keyboard = 1 - other.encoder.keyboard
     later = steps + 2, steps + 3
-    assert not same(  # negative control: the past actions count
+    assert not same(  # negative control: the earlier actions count
         advance(pipeline, other, actions, *later), advance(pipeline, cache, actions, *later)
     )
 
@@ -418,7 +418,7 @@ def test_there_is_no_prompt(pipeline):
         pipeline.update_prompt(cache, torch.zeros(1, 3, 8), reencode_window=True)
     with pytest.raises(ValueError, match="takes no text"):
         pipeline.initialize_cache(text=torch.zeros(1, 3, 8), image=gradient_image(48, 80))
-    with pytest.raises(ValueError, match="begins with an image"):
+    with pytest.raises(ValueError, match="starts from an image"):
         pipeline.encoder.initialize_cache()
 
 

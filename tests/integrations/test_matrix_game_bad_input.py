@@ -52,11 +52,11 @@ BAD_FILES = [
     (bad_array(mouse=nan_at(7)), "mouse: row 7 has a value that is not finite"),
     (bad_array(mouse=np.full((33, 2), 12.0)), "mouse must be from -1 to 1"),
     (bad_array(mouse=np.full((33, 2), 1e300)), "row 0 has a value that is not finite"),
-    (bad_array(mouse=None), r"holds keyboard; .*wants keyboard \[frames, 4\] and mouse"),
+    (bad_array(mouse=None), r"holds keyboard; .*needs keyboard \[frames, 4\] and mouse"),
     (bad_array(wheel=np.zeros(3)), "holds keyboard, mouse, wheel"),
-    (bad_array(keyboard=np.array([None] * 33, dtype=object)), "no .npz file of numbers"),
-    (lambda f: (f / "a.npz").write_bytes(b"no archive"), "no .npz file of numbers"),
-    (lambda f: np.save((f / "a.npz").open("wb"), np.zeros((33, 4))), "no .npz file of numbers"),
+    (bad_array(keyboard=np.array([None] * 33, dtype=object)), "not an .npz file of numbers"),
+    (lambda f: (f / "a.npz").write_bytes(b"no archive"), "not an .npz file of numbers"),
+    (lambda f: np.save((f / "a.npz").open("wb"), np.zeros((33, 4))), "not an .npz file of numbers"),
     (lambda f: None, "cannot be read: No such file"),
 ]  # fmt: skip
 
@@ -91,10 +91,10 @@ def test_a_file_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
     [
         (UNIVERSAL, ["--actions", "w8 q4"], "unknown key 'q'.*look right"),
         (UNIVERSAL, ["--actions", "w0"], "'0' in 'w0'"),
-        (UNIVERSAL, ["--actions", "w8", "--action-path", "a.npz"], "exclude one another"),
+        (UNIVERSAL, ["--actions", "w8", "--action-path", "a.npz"], "exclude each other"),
         (UNIVERSAL, ["--variant", "temple_run"], "has 7 keyboard columns and no mouse"),
         (UNIVERSAL, ["--total-blocks", "0"], "--total-blocks 0"),
-        (UNIVERSAL, [], "begins with an image of 640x352"),
+        (UNIVERSAL, [], "starts from an image of 640x352"),
         ("matrix-game-2-gta-drive", ["--actions", "j4"], "unknown key 'j'.*steer left"),
         ("matrix-game-2-temple-run", ["--actions", "wa4"], "one key at a time"),
     ],

@@ -42,7 +42,7 @@ def test_packages_and_weights_are_in_one_answer(
     first, *listed = text.splitlines()
     assert "packages that are not installed: transformers, ftfy. Install them with: pip" in first
     assert "needs 4 checkpoints that are not on this machine, 17.6 GB on disk" in listed[0]
-    assert sum("Fetch it with: " in line for line in listed) == 4
+    assert sum("Download it with: " in line for line in listed) == 4
     assert all(line.startswith("  ") for line in listed)
     assert not Path("outputs").exists() or not list(Path("outputs").iterdir())
 
@@ -103,7 +103,7 @@ def test_a_type_that_is_not_known_is_no_damage(
         re.sub(rb'("dtype": *)"[BF]+[0-9]+"', rb'\1"F4X"', data)
     )
     text = said(capsys, 2, *SMALL, "--pipeline.decoder.checkpoint.source", "odd.safetensors")
-    assert "is of type F4X, which is not read here; known: " in text
+    assert "is of type F4X, which is not supported; known: " in text
     assert "damaged" not in text and "Download" not in text
 
 

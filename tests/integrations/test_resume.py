@@ -270,7 +270,7 @@ def test_a_damaged_snapshot_falls_back_to_the_one_before(tmp_path, reference):
     copy = shutil.copytree(folder, tmp_path / "undamaged")
     complete(folder, 1, "--resume", "True")
     step = int(snapshots[-2].name.removeprefix("step-"))
-    assert "An older snapshot is tried." in said(folder)
+    assert "Trying an older snapshot." in said(folder)
     assert f"resumed before AR step {step}" in said(folder)
     assert_same(folder, reference)
     assert copy.exists()

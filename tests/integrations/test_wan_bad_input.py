@@ -116,7 +116,7 @@ def test_a_bidirectional_model_has_one_step():
 
 def test_an_image_is_one_latent_frame():
     longer = {"transformer": {"len_t": 3, "window_size_t": 6}}
-    with pytest.raises(ValueError, match=r"begins with an image.*len_t must be 1, got 3"):
+    with pytest.raises(ValueError, match=r"starts from an image.*len_t must be 1, got 3"):
         derive_config(CAUSAL_FORCING, pipeline={"diffusion_model": longer})
 
 
@@ -208,12 +208,12 @@ def test_damaged_images_are_read_or_refused_in_one_line(suffix, tmp_path):
 
 def test_no_image_and_no_readable_image_are_refused(tmp_path):
     (tmp_path / "in.png").write_bytes(b"not an image")
-    with pytest.raises(ValueError, match="it is no image that can be read"):
+    with pytest.raises(ValueError, match="it is not a readable image"):
         load_image(tmp_path / "in.png", 32, 48)
     with pytest.raises(ValueError, match="No such file"):
         load_image(tmp_path / "absent.png", 32, 48)
     config = derive_config(CAUSAL_FORCING, test_image=False, output_dir=tmp_path)
-    with pytest.raises(ValueError, match="begins with an image of 48x32"):
+    with pytest.raises(ValueError, match="starts from an image of 48x32"):
         config.setup()
 
 
@@ -264,7 +264,7 @@ def test_options_are_refused_before_weights_are_asked_for(
     code, line = error_of([slug], tmp_path, capsys)
     assert code == 1
     assert "needs 4 checkpoints that are not on this machine, 17.6 GB" in line
-    assert line.endswith("To let this program fetch all of them: --download True.\n")
+    assert line.endswith("To let this program download all of them: --download True.\n")
 
 
 @pytest.mark.parametrize("suffix", ["gif", "tiff", "ppm", "eps", "ico", "pcx"])
@@ -299,4 +299,4 @@ def test_damaged_poses_are_one_line_with_file_and_option(content, tmp_path, caps
     path.write_bytes(content)
     argv = ["lingbot-world-tiny-random", "--test-image", "True", "--pose-path", str(path)]
     code, line = error_of(argv, tmp_path, capsys)
-    assert code == 2 and f"--pose-path {path} cannot be read: it is no .npy file" in line
+    assert code == 2 and f"--pose-path {path} cannot be read: it is not a .npy file" in line

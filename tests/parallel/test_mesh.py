@@ -48,9 +48,9 @@ def test_named_degrees_leave_the_rest_to_the_others():
         (ParallelConfig(tensor_parallel_degree=8), 8, "Try .*"),
         (ParallelConfig(ulysses_degree=3), 4, "product 3 does not divide the world size 4"),
         (ParallelConfig(ulysses_degree=0), 4, "ulysses_degree=0 must be at least 1"),
-        (ParallelConfig(cfg_parallel_degree=2), 4, "not guided"),
+        (ParallelConfig(cfg_parallel_degree=2), 4, "uses no guidance"),
         (ParallelConfig(cfg_parallel_degree=3), 3, "two branches"),
-        (ParallelConfig(strict=True, tensor_parallel_degree=2), 2, "other bits"),
+        (ParallelConfig(strict=True, tensor_parallel_degree=2), 2, "changes bits"),
         (ParallelConfig(strict=True, ring_method="rotate"), 2, "ring-method gather"),
         (
             ParallelConfig(

@@ -70,7 +70,7 @@ REFUSED = [
     (Message([torch.ones(1)]), TypeError, "Tensor is not JSON serializable"),
     (Message({"speed": float("nan")}), ValueError, "not JSON compliant"),
     (Message([float("-inf")]), ValueError, "not JSON compliant"),
-    (None, ValueError, "Rank zero has to give the message"),
+    (None, ValueError, "Rank zero must pass the message"),
 ]
 
 

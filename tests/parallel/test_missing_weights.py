@@ -54,6 +54,6 @@ def test_the_first_rank_of_each_node_without_weights_lists_them_once(nodes_witho
             place = f" on rank {rank}" if rank else ""
             assert lines == [
                 f"flashdreams-run: error{place}: The first rank of {count} node(s) failed; "
-                "its own message says why."
+                "see its own message."
             ]
     assert not list(tmp_path.iterdir())

@@ -173,8 +173,8 @@ def test_a_rank_that_does_not_come_is_named(start) -> None:
     job = start(*rollout("--start-deadline-s", "15"))
     job.wait_for(lambda: job.pid(1))
     os.kill(job.pid(1), signal.SIGSTOP)
-    job.wait_for(lambda: "have not come" in job.said())
-    assert "1 of 2 ranks have not come within 15 s: 1." in job.said()
+    job.wait_for(lambda: "did not arrive" in job.said())
+    assert "1 of 2 ranks did not arrive within 15 s: 1." in job.said()
 
 
 MEETS = """

@@ -186,7 +186,7 @@ def test_all_ranks_end_together(world_size):
     over = "Session 'session' has ended"
     for rank, found in enumerate(run_ranks(end, world_size, world_size)):
         said, raised, kinds, ended, latent = found
-        assert said == ([True] + 3 * [f"{over}; begin a new one."] if rank == 0 else [])
+        assert said == ([True] + 3 * [f"{over}; start a new one."] if rank == 0 else [])
         assert raised == [f"{over}."] * 2 and kinds == ["end"] and ended
         assert relative_error([latent], undisturbed().latents[:1]) <= 1e-5
 

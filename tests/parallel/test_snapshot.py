@@ -113,7 +113,7 @@ def test_a_part_that_is_damaged_stops_every_rank(tmp_path):
 
 
 def test_nodes_that_do_not_share_the_folder_are_told(tmp_path, monkeypatch):
-    with pytest.raises(RankError, match=r"several nodes need a folder|Another rank"):
+    with pytest.raises(RankError, match=r"several nodes need a shared folder|Another rank"):
         run_ranks(save_apart, 2, tmp_path)
 
 
@@ -150,7 +150,7 @@ def test_a_header_needs_every_slice(tmp_path):
         content["tensors"][path][2].pop()
 
     rewrite(folder, drop)
-    with pytest.raises(ValueError, match="do not make it up"):
+    with pytest.raises(ValueError, match="do not cover it"):
         read_header(folder)
     assert json.loads((tmp_path / "1" / "snapshot.json").read_bytes())["content"]["format"] == 1
 

@@ -163,7 +163,7 @@ def test_decode_is_resolved_with_reasons():
     assert resolve(2, None, 8) == "replicated"
     assert resolve(2, plan, 8, strict=True) == "replicated"
     assert resolve(2, plan, 8, decode="rank0") == "rank0"
-    with pytest.raises(ValueError, match="ships no spatial plan"):
+    with pytest.raises(ValueError, match="has no spatial plan"):
         resolve(2, None, 8, decode="split")
     with pytest.raises(ValueError, match="3 latent columns cannot be split over 4 ranks"):
         resolve(4, plan, 3, decode="split")

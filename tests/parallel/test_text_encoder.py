@@ -20,7 +20,7 @@ from tests.harness import RankError, run_ranks
 from tests.parallel.rollout import relative_error
 from tests.tiny import TEXT_DIM, tiny_pipeline
 
-RANK_ZERO_FAILED = "Rank zero failed; its own message says why."
+RANK_ZERO_FAILED = "Rank zero failed; see its own message."
 
 
 @dataclass(kw_only=True)
@@ -110,7 +110,7 @@ def start_runner(folder, prompt, check):
 
 
 def without_tokenizer(encoder, prompts):
-    raise CheckpointError("tokenizer.json is no tokenizer")
+    raise CheckpointError("tokenizer.json is not a tokenizer")
 
 
 def test_a_prompt_too_long_ends_all_ranks_before_they_load(tmp_path):
@@ -127,6 +127,6 @@ def test_a_prompt_too_long_ends_all_ranks_before_they_load(tmp_path):
 
 def test_what_rank_zero_lacks_for_prompts_ends_all_ranks_before_they_load(tmp_path):
     assert run_ranks(start_runner, 2, tmp_path, "word", without_tokenizer) == [
-        (2, "flashdreams-run: error: tokenizer.json is no tokenizer\n", False),
+        (2, "flashdreams-run: error: tokenizer.json is not a tokenizer\n", False),
         (1, f"flashdreams-run: error on rank 1: {RANK_ZERO_FAILED}\n", False),
     ]

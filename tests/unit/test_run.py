@@ -323,7 +323,7 @@ def test_a_config_file_is_refused_in_one_line(
     file.write_text(f"!{__name__}:RunnerStandInConfig\nrunner_name: plain\ntotal_blocks: a\n")
     assert "line 3: total_blocks" in _error(capsys, 2, "--config", str(file))
     file.write_text(f"!{__name__}:EncoderStandInConfig\ncheckpoint: null\n")
-    assert "holds a EncoderStandInConfig, which is no runner" in _error(
+    assert "holds a EncoderStandInConfig, which is not a runner" in _error(
         capsys, 2, "--config", str(file)
     )
     assert not RunnerStandIn.calls

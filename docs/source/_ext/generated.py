@@ -66,7 +66,7 @@ def family_of(slug: str) -> str:
 
 
 def gallery(_: str) -> str:
-    """One row per shipped slug: those that run at once, trained ones, twins with random weights."""
+    """One row per shipped slug: packaged weights first, then trained ones, then random ones."""
     lines = ["| slug | what it does | frames | needs |", "|---|---|---|---|"]
     for slug, config in sorted(shipped().items(), key=_rank_in_gallery):
         page = f"../models/{family_of(slug)}.md"
@@ -109,7 +109,7 @@ def decoded(name: str, config: Any, channels: int, len_t: int) -> tuple[tuple[in
 
 
 def needs(config: Any) -> str:
-    """What has to be fetched before a slug runs."""
+    """What has to be downloaded before a slug runs."""
     if not _distinct_checkpoints(config):
         return "nothing: random weights"
     if not to_fetch(config):
@@ -118,7 +118,7 @@ def needs(config: Any) -> str:
 
 
 def to_fetch(config: Any) -> list[Any]:
-    """The files of weights that do not come with the package."""
+    """The checkpoint files that are not part of the package."""
     return [c for c in _distinct_checkpoints(config) if not c.source.startswith("package:")]
 
 
@@ -170,7 +170,7 @@ def checkpoints(family: str) -> str:
             known[c.source, c.file] = c
             users.setdefault((c.source, c.file), []).append(slug)
     trained = [slug for slug in shipped(family) if "random" not in slug]
-    words = {tuple(trained): "all with trained weights", tuple(shipped(family)): "all"}
+    words = {tuple(trained): "all slugs with trained weights", tuple(shipped(family)): "all slugs"}
     lines = ["| file | on disk | licence | used by |", "|---|--:|---|---|"]
     for key, c in known.items():
         packaged = c.source.startswith("package:")
@@ -183,7 +183,7 @@ def checkpoints(family: str) -> str:
 
 
 def _file(checkpoint: Any) -> str:
-    """Where a file of weights comes from, as short as it can be said."""
+    """Where a checkpoint file comes from, in short form."""
     source, name = checkpoint.source, checkpoint.file
     if source.startswith("package:"):
         return f"`{source.partition('/')[2]}`"
@@ -204,7 +204,8 @@ def memory(family: str) -> str:
         cache = _sizes(list(_cache_per_rank(config)))
         transformer, others = _weights(config)
         lines.append(f"| `{slug}` | {_size(transformer)} | {_size(others)} | {cache} |")
-    return "\n".join(lines)
+    note = "Computed from shapes, in the config's dtype, for one rollout, without activations."
+    return "\n".join([*lines, "", note])
 
 
 def _weights(config: Any) -> tuple[int, int]:
@@ -244,7 +245,7 @@ def _cache_per_rank(config: Any) -> Iterator[int]:
 
 
 def _sizes(counts: list[int]) -> str:
-    """Several sizes, their common unit said once."""
+    """Several sizes, with their common unit written once."""
     if not any(counts):
         return "none"
     texts = [_size(count) for count in counts]
@@ -282,7 +283,7 @@ def attention_rates(_: str) -> str:
 
 
 def ratios(_: str) -> str:
-    """What the engine adds to a bare loop, whether a long rollout grows, and peers."""
+    """Overhead over a bare loop, growth over a long rollout, and peers."""
     return figures.ratios(figures.read_reports())
 
 
@@ -309,7 +310,7 @@ def listing(_: str) -> str:
 def flags(_: str) -> str:
     """What ``flashdreams-run SLUG --help`` prints, once for all slugs of the same fields.
 
-    Twins with random weights are left out.
+    Slugs with random weights are omitted.
     """
     helps: dict[frozenset[str], str] = {}
     users: dict[frozenset[str], list[str]] = {}
@@ -360,8 +361,8 @@ def graph_status(_: str) -> str:
     if users:
         return (
             "On a GPU the network call of a Wan transformer is wrapped in it. All graphs are "
-            "captured at warm-up; without one, when they are first needed. On a CPU the call stays "
-            f"eager; {flag} makes it eager on a GPU, too."
+            "captured at warm-up or, without a warm-up, on first use. On a CPU the call is eager; "
+            f"{flag} makes it eager on a GPU, too."
         )
     return (
         "```{note}\nIn this version no shipped method wraps its network call in it: the field "

@@ -1,4 +1,4 @@
-"""Decoders: what turns latents into frames."""
+"""Decoders: latents to frames."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,14 +18,14 @@ class DecoderConfig(ComponentConfig):
 
 
 class Decoder(Component):
-    """A stateless decoder: every chunk is decoded alone."""
+    """A stateless decoder: every chunk is decoded independently."""
 
     config: DecoderConfig
 
     def forward(self, latent: Tensor) -> Tensor:
         """Decode ``[B, C, T, H, W]`` latents to ``[B, F, 3, height, width]`` in [-1, 1].
 
-        The default hands the latents on, time before channels: ``[B, T, C, H, W]``.
+        The default returns the latents, time before channels: ``[B, T, C, H, W]``.
         """
         return latent.transpose(1, 2)
 
@@ -44,13 +44,13 @@ class StreamingDecoderConfig(DecoderConfig):
 class StreamingDecoder(Decoder):
     """A decoder whose state (trailing frames of causal convolutions) lives in the rollout's cache.
 
-    ``initialize_cache`` may declare parameters; the pipeline hands it the context of those names.
+    ``initialize_cache`` may declare parameters; the pipeline passes the context of those names.
     """
 
     config: StreamingDecoderConfig
 
     def initialize_cache(self, *args: Any, **kwargs: Any) -> Any:
-        """Fresh state for one rollout; subclasses name the context that they want."""
+        """Fresh state for one rollout; subclasses declare the context that they need."""
         return None
 
     def forward(self, latent: Tensor, autoregressive_index: int = 0, cache: Any = None) -> Tensor:
@@ -67,9 +67,9 @@ class StreamingDecoder(Decoder):
         return super().forward(latent)
 
     def capture(self, latent: Tensor) -> None:
-        """Replay chunks like this one as a CUDA graph from now on; by default nothing is captured.
+        """Capture a CUDA graph for chunks of this shape; by default nothing is captured.
 
-        Called once, at warm-up, where graphs are asked for.
+        Called once, at warm-up, if graphs are enabled.
 
         Args:
             latent: ``[B, C, T, H, W]``, as ``forward`` will get it.
@@ -80,4 +80,4 @@ class StreamingDecoder(Decoder):
         return ()
 
     def drop_graphs(self) -> None:
-        """Free the graphs; rollouts go on eagerly."""
+        """Free the graphs; rollouts continue eagerly."""

@@ -1,4 +1,4 @@
-"""The causal engine: what is the same for every network that streams chunk by chunk.
+"""The causal engine: everything that networks which stream chunk by chunk have in common.
 
 Shape letters: B batch, C channels, T latent frames, H W latent rows and columns, L query tokens,
 S key tokens, N heads, D head dim. Tokens run frame by frame, row by row.
@@ -49,9 +49,9 @@ from flashdreams.runtime.transfer import to_device
 class CausalTransformer(Transformer):
     """The streaming engine around a network: cursors, KV caches, step inputs, graphs, rewriting.
 
-    A family writes ``forward``, ``modulations`` and ``cache_specs``; ``project_context`` if it has
+    A family has ``forward``, ``modulations`` and ``cache_specs``; ``project_context`` if it has
     a prompt or image tokens, and ``embed_control`` if it is steered. Cores are found by the globs
-    of ``cache_specs``, so what parallel strategies wrap is asked for its own cache.
+    of ``cache_specs``, so wrapped cores allocate their own caches.
     """
 
     config: CausalTransformerConfig
@@ -63,7 +63,7 @@ class CausalTransformer(Transformer):
         super().__init__(config)
         self.rope = RotaryEmbedding3D(config.head_dim)
 
-    # What a family writes.
+    # Implemented by a family.
 
     def forward(
         self,
@@ -73,14 +73,14 @@ class CausalTransformer(Transformer):
         state: CausalState,
         write_only: bool = False,
     ) -> Tensor:
-        """The network call; reads nothing that changes but its arguments.
+        """The network call; everything it reads that can change is in its arguments.
 
         Args:
             latent: ``[B, C, T, H, W]`` float32.
             modulation: what ``modulations`` made of the timestep.
             inputs: rotations, condition and control of the chunk.
             state: KV caches, whose slots of the chunk are overwritten, and the context.
-            write_only: the output is not read: a network may stop once the keys and values of its
+            write_only: the output is not used: a network may stop once the keys and values of its
                 last layer are written, and return an empty tensor.
 
         Returns:
@@ -94,18 +94,18 @@ class CausalTransformer(Transformer):
         )
 
     def modulations(self, timestep: Tensor) -> Tensor:
-        """What a timestep makes of the network; computed once per timestep value and rollout.
+        """Modulation of the network by a timestep; computed once per timestep value and rollout.
 
         Args:
             timestep: ``[B]``, ``[B, T]`` (one per latent frame) or ``[B, L]`` (one per token).
 
         Returns:
-            A tensor, handed to ``forward``; the default hands the timestep on.
+            A tensor for ``forward``; the default returns the timestep.
         """
         return timestep
 
     def project_context(self, text: Tensor | None, image_tokens: Tensor | None) -> Any:
-        """Keys and values of cross-attention, or whatever follows from the prompt alone.
+        """Keys and values of cross-attention, or anything else that depends on the prompt only.
 
         Args:
             text: ``[B, S, text_dim]``, None if the rollout has no text.
@@ -117,7 +117,7 @@ class CausalTransformer(Transformer):
         return None
 
     def embed_control(self, control: Any) -> Any:
-        """A chunk's control input as ``forward`` reads it, once per AR step.
+        """A chunk's control input in the form that ``forward`` reads, once per AR step.
 
         Args:
             control: output of the pipeline's encoder, ``[B, L, ...]``; None without control.
@@ -133,14 +133,14 @@ class CausalTransformer(Transformer):
         return None
 
     def step_condition(self, control: Any) -> Tensor | None:
-        """The chunk's ``[B, condition_channels, T, H, W]``, where its control brings it along.
+        """The chunk's ``[B, condition_channels, T, H, W]``, if its control contains it.
 
-        None: it is read by position from what ``initialize_cache`` was given.
+        None: it is read by position from the condition of ``initialize_cache``.
         """
         return None
 
     def cache_specs(self, batch_size: int) -> dict[str, KVCacheSpec]:
-        """Glob of attention cores -> size of the KV cache of each, for the whole model.
+        """Glob of attention cores -> spec of the KV cache of each, for the whole model.
 
         A family whose layers have several caches names each; see `cache_spec` for one of them.
         """
@@ -150,14 +150,14 @@ class CausalTransformer(Transformer):
         """Rotary tables of latent frames ``[T]``; the default is ``[L, D/2, 2]`` of ``rope``."""
         return self.rope(frames, *self.config.token_grid, self.device)
 
-    # What the engine does with it.
+    # Implemented by the engine.
 
     def cache_spec(self, batch_size: int, **changes: Any) -> KVCacheSpec:
-        """KV cache of one self-attention layer, as the config says.
+        """Spec of the KV cache of one self-attention layer, from the config.
 
         Args:
             batch_size: B.
-            changes: other fields of the spec, such as another window of a second kind of cache.
+            changes: fields of the spec to override, such as the window of a second kind of cache.
         """
         c = self.config
         spec = KVCacheSpec(
@@ -181,14 +181,14 @@ class CausalTransformer(Transformer):
         condition: Tensor | None = None,
         batch_size: int | None = None,
     ) -> CausalState:
-        """Compute what depends on the context alone and allocate the KV caches.
+        """Compute what depends on the context only and allocate the KV caches.
 
         Args:
             text: ``[B, S, text_dim]``, for networks with a prompt.
             image_tokens: ``[B, S, image_dim]``, for networks with image cross-attention.
             condition: ``[B, condition_channels, F, H, W]``, read by position; latent frames past
                 the last one see that one.
-            batch_size: B, where neither text nor image tokens say it; None means 1.
+            batch_size: B, if neither text nor image tokens are given; None means 1.
 
         Raises:
             ValueError: a shape that does not fit the config.
@@ -207,7 +207,7 @@ class CausalTransformer(Transformer):
             sizes = (spec.sink_size_t, spec.window_size_t, spec.tokens_per_frame)
             cursor = cursors.setdefault(sizes, Cursor(*sizes))
             caches[glob] = [core.new_cache(spec, cursor) for core in cores]
-        if not cursors:  # positions are needed without a cache, too
+        if not cursors:  # positions are also needed without a cache
             sizes = (0, self.config.len_t, self.config.tokens_per_frame)
             cursors[sizes] = Cursor(*sizes)
         return CausalState(
@@ -227,7 +227,7 @@ class CausalTransformer(Transformer):
         condition: Tensor | None = None,
         batch_size: int | None = None,
     ) -> bool:
-        """Begin a rollout in the storage of a former one; see ``initialize_cache``."""
+        """Start a rollout in the storage of an earlier one; see ``initialize_cache``."""
         given = [x for x in (text, image_tokens) if x is not None]
         if (len(given[0]) if given else batch_size or 1) != cache.batch_size:
             return False
@@ -245,7 +245,7 @@ class CausalTransformer(Transformer):
     def update_context(
         self, cache: CausalState, text: Tensor, image_tokens: Tensor | None = None
     ) -> None:
-        """Take on another prompt: its keys and values replace the old ones in place.
+        """Change the prompt: its keys and values replace the old ones in place.
 
         Args:
             cache: this rollout's state.
@@ -262,7 +262,7 @@ class CausalTransformer(Transformer):
     def begin_step(
         self, autoregressive_index: int, cache: CausalState, control: Any = None
     ) -> None:
-        """Place the chunk in the caches and fill the step inputs."""
+        """Assign cache slots to the chunk and fill the step inputs."""
         c = self.config
         if not c.streaming and autoregressive_index > 0:
             raise ValueError(
@@ -287,9 +287,9 @@ class CausalTransformer(Transformer):
         return (latent.float() - output) / sigma
 
     def update_cache(self, latent: Tensor, timestep: Tensor, cache: CausalState) -> None:
-        """Write the clean chunk's keys and values and move on to the next chunk.
+        """Write the clean chunk's keys and values and advance to the next chunk.
 
-        What comes after the last of them is not computed. A bidirectional model keeps nothing, so
+        Nothing after the last of them is computed. A bidirectional model has no cache, so
         its network is not run.
         """
         c = self.config
@@ -322,11 +322,11 @@ class CausalTransformer(Transformer):
         timestep: Tensor,
         mode: RewriteMode = "chunks",
     ) -> None:
-        """Refill sink and window; frames keep their positions.
+        """Recompute sink and window; frames keep their positions.
 
-        ``"chunks"``: each chunk sees itself and what came before it. With cache-relative RoPE the
+        ``"chunks"``: each chunk sees itself and earlier frames. With cache-relative RoPE the
         sink is placed right before the window once the first frames behind it are reached.
-        ``"once"``: one forward pass over all frames, which see one another without a mask.
+        ``"once"``: one forward pass over all frames, which attend to each other without a mask.
 
         Raises:
             ValueError: see ``check_rewrite``.
@@ -335,11 +335,11 @@ class CausalTransformer(Transformer):
         rewrite_window(self, cache, chunks, timestep, mode)
 
     def begin_shot(self, cache: CausalState) -> None:
-        """Let the next chunk begin a shot: called between AR steps, once per shot.
+        """Make the next chunk begin a shot: called between AR steps, once per shot.
 
         The first ``shot_sink_size_t`` frames of that chunk are pinned once they are clean, in place
-        of those of the shot before; positions leap by ``shot_rope_offset``; with
-        ``shot_clean_recache`` the clean pass of the chunk sees no past but the sink.
+        of those of the shot before; positions jump by ``shot_rope_offset``; with
+        ``shot_clean_recache`` the clean pass of the chunk sees only the sink before it.
 
         Raises:
             ValueError: a bidirectional model, which has no chunks.
@@ -353,14 +353,14 @@ class CausalTransformer(Transformer):
     # Warm-up, graphs and memory.
 
     def check_device(self, device: torch.device) -> None:
-        """Refuse a ``precision`` that cannot run there, too; see the contract."""
+        """Also refuse a ``precision`` that cannot run there; see the contract."""
         super().check_device(device)
         if self.config.kv_storage == "fp8":
             check_fp8(device, self.config.head_dim, self.config.precision)
 
     @cached_property
     def network(self) -> Callable[..., Tensor]:
-        """``forward``; replayed as a CUDA graph in the steady state, if the config asks for it.
+        """``forward``; replayed as a CUDA graph in the steady state, if the config enables it.
 
         A window that is still filling is computed eagerly: its calls have other shapes.
         """
@@ -371,7 +371,7 @@ class CausalTransformer(Transformer):
     def _network_for(
         self, state: CausalState, write_only: bool = False, per_frame: bool = False
     ) -> Callable[..., Tensor]:
-        """The graph where one serves this call, else the plain module, as for many timesteps."""
+        """The graph if one applies to this call, else the plain module, as for many timesteps."""
         network = self.network
         if not isinstance(network, GraphedCallable):
             return network
@@ -383,7 +383,7 @@ class CausalTransformer(Transformer):
         return network
 
     def graphed_calls(self) -> list[GraphedCallable]:
-        """The network call, if the config asks for graphs."""
+        """The network call, if the config enables graphs."""
         return [self.network] if isinstance(self.network, GraphedCallable) else []
 
     @property
@@ -397,7 +397,7 @@ class CausalTransformer(Transformer):
 
     @torch.no_grad()
     def replay_is_exact(self, cache: CausalState, control: Any = None) -> bool:
-        """Compare replays with eager passes on the same inputs: outputs and written keys, bits.
+        """Compare replays bitwise with eager passes on the same inputs: outputs and written keys.
 
         Args:
             cache: a state for which graphs were captured, between AR steps; the chunk that is
@@ -409,7 +409,7 @@ class CausalTransformer(Transformer):
         modulation = self.modulation_of(
             torch.tensor(500.0, dtype=torch.float32, device="cpu"), cache
         )
-        exact = True  # to the end also where one differs: other ranks wait in collectives
+        exact = True  # finish even if one differs: other ranks wait in collectives
         for write_only in (False, True) if self.config.streaming else (False,):
             found = []
             for call in (self.__call__, self._network_for(cache, write_only)):
@@ -422,14 +422,14 @@ class CausalTransformer(Transformer):
         return exact
 
     def attention_shape(self, batch_size: int) -> AttentionShape | None:
-        """Self-attention over the full window, of the first cores that ``cache_specs`` names."""
+        """Self-attention over the full window, for the first cores in ``cache_specs``."""
         specs = list(self.cache_specs(batch_size).values())
         return attention_over(specs[0], self.config) if specs else None
 
     def bind_kv_splits(self, name: str, splits_of: KVSplitsOf) -> None:
-        """Of the cores with a cache, by their full window; cross-attention is not split."""
+        """For the cores with a cache, from their full window; cross-attention is not split."""
         for glob, spec in self.cache_specs(1).items():
-            runs = "flash_attn_3" if spec.storage == "fp8" else name  # whatever the others run
+            runs = "flash_attn_3" if spec.storage == "fp8" else name  # independent of the others
             splits = splits_of(runs, attention_over(spec, self.config))
             for core in self._cores(glob):
                 bind_cores(core, runs, splits)
@@ -449,10 +449,10 @@ class CausalTransformer(Transformer):
         return found
 
     def rotate_sinks(self, cache: CausalState) -> None:
-        """With cache-relative RoPE: move the sink of every layer to right before the window."""
+        """With cache-relative RoPE: move the sink of every layer to directly before the window."""
         if not self.config.relative_rope:
             return
-        rotations: dict[tuple[int, int], Tensor] = {}  # windows of their own evict on their own
+        rotations: dict[tuple[int, int], Tensor] = {}  # different windows evict independently
         for layer in cache.layers():
             moved = (layer.cursor.evicted, layer.spec.head_dim)
             if moved[0] == 0:
@@ -473,7 +473,7 @@ class CausalTransformer(Transformer):
         return StepInputs(self.rotations(frames), condition, self.embed_control(control))
 
     def modulation_of(self, timestep: Tensor, cache: CausalState) -> Tensor:
-        """What ``modulations`` makes of a timestep; cached where its value is on the host.
+        """``modulations`` of a timestep; cached if its value is on the host.
 
         Args:
             timestep: 0-dim, or as for ``modulations``.
@@ -487,7 +487,7 @@ class CausalTransformer(Transformer):
         if value not in cache.modulations:
             full = torch.full((count,), value, dtype=torch.float64, device=self.device)
             computed = self.modulations(full)
-            if not self.config.streaming:  # its timesteps do not come back
+            if not self.config.streaming:  # its timesteps do not recur
                 return computed
             if len(cache.modulations) >= MAX_TIMESTEPS:
                 del cache.modulations[next(iter(cache.modulations))]

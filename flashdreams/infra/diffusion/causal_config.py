@@ -14,7 +14,7 @@ wide linear layers from e4m3, too."""
 
 @dataclass(kw_only=True)
 class CausalTransformerConfig(TransformerConfig):
-    """What the causal engine has to know about a network."""
+    """Config fields of a network that the causal engine reads."""
 
     dim: int = 1536
     """Width of the token stream."""
@@ -25,7 +25,7 @@ class CausalTransformerConfig(TransformerConfig):
     condition_channels: int = 0
     """Channels of a condition per latent frame (image-to-video: 4 mask + 16 image latent)."""
     prediction: Literal["flow", "x0"] = "flow"
-    """What the network puts out; an ``"x0"`` output is turned into the flow."""
+    """Output of the network; an ``"x0"`` output is converted to the flow."""
     streaming: bool = True
     """Keep a KV cache from chunk to chunk; False for a bidirectional model, which has one chunk."""
     window_size_t: int = 21
@@ -33,18 +33,18 @@ class CausalTransformerConfig(TransformerConfig):
     sink_size_t: int = 0
     """First latent frames of the rollout that are never evicted."""
     relative_rope: bool = False
-    """Cache-relative positions: the sink is always placed right before the window."""
+    """Cache-relative positions: the sink is always placed directly before the window."""
     rewritten_sink: Literal["rewritten", "kept", "moved"] = "rewritten"
-    """The sink when the window is recomputed mid-rollout: recomputed as well; kept under the old
+    """The sink when the window is recomputed mid-rollout: also recomputed; kept under the old
     prompt; or filled with the frames that are now the oldest of the last
     ``sink_size_t + window_size_t``. As long as these include frame 0, all is recomputed."""
     shot_sink_size_t: int = 0
     """First latent frames of a shot's first chunk that are pinned in the window until the next shot
     has some; see `CausalTransformer.begin_shot`."""
     shot_rope_offset: float = 0.0
-    """Latent frames by which positions leap at the beginning of a shot."""
+    """Latent frames by which positions jump at the start of a shot."""
     shot_clean_recache: bool = False
-    """Let the clean pass of a shot's first chunk see nothing but the sink before it."""
+    """In the clean pass of a shot's first chunk, only the sink is visible before it."""
     precision: Precision = "native"
     """``"fp8"``: KV cache and queries are e4m3 with a fixed scale per head, and FlashAttention-3
     reads them as they are, which is faster and less exact. Needs a Hopper GPU; a CPU dequantizes
@@ -52,7 +52,7 @@ class CausalTransformerConfig(TransformerConfig):
     families whose ``precisions`` name it."""
     kv_cache_dtype: Literal["native", "int8"] = "native"
     """How cached keys and values are stored: ``"native"`` as ``precision`` says; ``"int8"`` takes a
-    byte each, which costs accuracy and the time to dequantize them."""
+    byte each, at the cost of accuracy and time to dequantize them."""
 
     precisions: ClassVar[tuple[str, ...]] = ("native", "fp8")
     """What ``precision`` may be in this family."""
@@ -151,7 +151,7 @@ def _check_shots(config: CausalTransformerConfig) -> None:
 def _check_patching(config: CausalTransformerConfig) -> None:
     if config.patch_size[0] != 1:
         raise ValueError(
-            f"patch_size={config.patch_size}: a token stands for one latent frame; begin with 1."
+            f"patch_size={config.patch_size}: a token covers one latent frame; begin with 1."
         )
     sizes = (config.latent_height, config.latent_width)
     names = ("latent_height", "latent_width")

@@ -22,7 +22,7 @@ MAX_TIMESTEPS = 64
 
 
 class StepInputs:
-    """What a network call reads beside latent, modulation and state; the same over an AR step.
+    """Inputs of a network call besides latent, modulation and state; constant over an AR step.
 
     Filled in place: tensors of an unchanged shape keep their storage from step to step, as CUDA
     graphs need.
@@ -37,7 +37,7 @@ class StepInputs:
         """What ``embed_control`` returned."""
 
     def fill(self, new: "StepInputs") -> None:
-        """Take the values of ``new``; nothing of it is referred to afterwards."""
+        """Copy the values of ``new``, without keeping references to it."""
         self.rotations = _filled(self.rotations, new.rotations)
         self.condition = _filled(self.condition, new.condition)
         self.control = _filled(self.control, new.control)
@@ -45,7 +45,7 @@ class StepInputs:
 
 @dataclass
 class Shots:
-    """How far a rollout of several shots is."""
+    """Progress of a rollout with several shots."""
 
     begun: int = state("host", default=0)
     """Shots that have begun after the first one."""
@@ -72,7 +72,7 @@ class CausalState:
     shots: Shots = state("host", default_factory=Shots)
     """Scene cuts so far."""
     modulations: dict[float, Tensor] = state("rebuilt", default_factory=dict)
-    """What ``modulations`` made of the timesteps so far."""
+    """Results of ``modulations`` for the timesteps so far."""
     inputs: StepInputs = state("rebuilt", default_factory=StepInputs)
     """Of the current AR step; filled by ``begin_step``."""
 
@@ -83,7 +83,7 @@ class CausalState:
 
     @property
     def is_steady(self) -> bool:
-        """Whether every window is full and scales are fixed: all later calls have the same form."""
+        """Whether every window is full and scales are fixed, so later calls are alike."""
         return all(cursor.is_full for cursor in self.cursors) and not (
             self.scales and self.cursor.start == 0
         )
@@ -142,7 +142,7 @@ def checked_condition(
 
 
 def attention_over(spec: KVCacheSpec, config: CausalTransformerConfig) -> AttentionShape:
-    """The attention call of the whole model over a full cache; over a chunk without streaming."""
+    """The attention call of the whole model over a full cache or, without streaming, a chunk."""
     tokens = config.len_t * spec.tokens_per_frame
     return AttentionShape(
         batch_size=spec.batch_size,
@@ -150,7 +150,7 @@ def attention_over(spec: KVCacheSpec, config: CausalTransformerConfig) -> Attent
         keys=spec.capacity_t * spec.tokens_per_frame if config.streaming else tokens,
         num_heads=spec.num_heads,
         head_dim=spec.head_dim,
-        # Attention to an fp8 cache is no choice: what is chosen serves cross-attention.
+        # Attention over an fp8 cache is fixed: the choice is for cross-attention.
         storage="native" if spec.storage == "fp8" else spec.storage,
     )
 

@@ -20,12 +20,12 @@ from flashdreams.parallel.plan import ParallelPlan
 from flashdreams.runtime.checkpoint import CheckpointConfig, LoRA, parse_lora
 
 EXPERTS = ("high_noise", "low_noise")
-"""Names of the two networks, and what their parameters begin with."""
+"""Names of the two networks, and prefixes of their parameters."""
 
 
 @dataclass(kw_only=True)
 class NoiseExpertsConfig(CausalTransformerConfig):
-    """What two networks need beside the config of one of them.
+    """Fields of two networks in addition to the config of one of them.
 
     A family names itself as the second base, and its config for one network::
 
@@ -41,7 +41,7 @@ class NoiseExpertsConfig(CausalTransformerConfig):
 
     boundary: float
     """Noise level, above 0 and below 1, from which on the high-noise network predicts the flow: for
-    timesteps of at least 1000 times as much. Below it the low-noise network does."""
+    timesteps of at least 1000 times as much. Below it, the low-noise network does."""
 
     low_noise_checkpoint: CheckpointConfig | None = None
     """Weights of the low-noise network; ``checkpoint`` is then the other's. None: ``checkpoint``
@@ -109,10 +109,10 @@ class ExpertsState:
 
 
 class NoiseExperts(Transformer):
-    """Lets the noise level choose which of two networks predicts the flow.
+    """Chooses one of two networks to predict the flow, by noise level.
 
     Both have the same sizes, see the same context and control, and keep KV caches of their own:
-    where there are any, a clean pass writes those of both.
+    if they do, a clean pass writes those of both.
     """
 
     config: NoiseExpertsConfig
@@ -138,8 +138,8 @@ class NoiseExperts(Transformer):
         """The network for a timestep, and its state.
 
         Args:
-            timestep: 0-dim, on the CPU; or ``[B, T]``, whose largest value counts, since frames
-                that are given have timestep 0.
+            timestep: 0-dim, on the CPU; or ``[B, T]``, whose largest value counts: given frames
+                have timestep 0.
             cache: of the rollout.
         """
         largest = float(timestep if timestep.ndim == 0 else timestep.max())
@@ -165,7 +165,7 @@ class NoiseExperts(Transformer):
         ]
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """As the network says that a parameter belongs to; see the contract."""
+        """The dtype that the parameter's network gives; see the contract."""
         expert, _, rest = name.partition(".")
         return getattr(self, expert).dtype_of(rest)
 
@@ -246,24 +246,24 @@ class NoiseExperts(Transformer):
     def update_context(
         self, cache: ExpertsState, text: Tensor, image_tokens: Tensor | None = None
     ) -> None:
-        """Take on another prompt; see `CausalTransformer`."""
+        """Change the prompt; see `CausalTransformer`."""
         for expert, state in self.pairs(cache):
             expert.update_context(state, text, image_tokens)
 
     def begin_step(
         self, autoregressive_index: int, cache: ExpertsState, control: Any = None
     ) -> None:
-        """Place the chunk in the caches and fill the step inputs of both networks."""
+        """Assign cache slots to the chunk and fill the step inputs of both networks."""
         for expert, state in self.pairs(cache):
             expert.begin_step(autoregressive_index, state, control)
 
     def predict_flow(self, latent: Tensor, timestep: Tensor, cache: ExpertsState) -> Tensor:
-        """Let the network of this noise level predict ``noise - x0``; see the contract."""
+        """Predict ``noise - x0`` with the network of this noise level; see the contract."""
         expert, state = self.chosen(timestep, cache)
         return expert.predict_flow(latent, timestep, state)
 
     def modulation_of(self, timestep: Tensor, cache: ExpertsState) -> Tensor:
-        """What the network of this noise level makes of a timestep; see `CausalTransformer`."""
+        """Modulation of a timestep in the network of this noise level; see `CausalTransformer`."""
         expert, state = self.chosen(timestep, cache)
         return expert.modulation_of(timestep, state)
 
@@ -299,7 +299,7 @@ class NoiseExperts(Transformer):
 
 
 def plan_of_parts(plan: ParallelPlan, names: Sequence[str]) -> ParallelPlan:
-    """The plan of a module whose parts, of these names, are all cut as ``plan`` says."""
+    """The plan of a module whose parts, of these names, are all split according to ``plan``."""
     changed: dict[str, Any] = {}
     for part in fields(plan):
         value = getattr(plan, part.name)

@@ -1,4 +1,4 @@
-"""Latent frames that a rollout begins with instead of generating them."""
+"""Latent frames that are given at the start of a rollout instead of generated."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,7 +48,7 @@ def check_initial_latent(latent: Any, shape: Sequence[int]) -> Tensor:
         shape: ``(B, C, T, H, W)`` of an AR step's latents.
 
     Raises:
-        ValueError: no tensor, another shape, or not whole chunks.
+        ValueError: not a tensor, another shape, or not whole chunks.
     """
     sizes = tuple(latent.shape) if isinstance(latent, Tensor) else ()
     fits = len(sizes) == 5 and _without_time(sizes) == _without_time(shape)
@@ -68,7 +68,7 @@ def load_initial_latent(path: Path, shape: Sequence[int], option: str, total_blo
     Args:
         path: a .safetensors file whose tensor ``latents`` is read.
         shape: ``(B, C, T, H, W)`` of an AR step's latents.
-        option: what names the file, for messages.
+        option: the option that names the file, for messages.
         total_blocks: AR steps of the rollout, among which those of the latents count.
 
     Returns:
@@ -125,7 +125,7 @@ def sample_rest(
 ) -> Tensor:
     """Denoise a chunk whose first latent frames are ``given``, ``[B, C, n, H, W]``.
 
-    The network sees them as they are, with timestep 0. What a schedule makes of their places in
+    The network sees them unchanged, with timestep 0. The schedule's values at their places in
     between is never read: schedules compute element by element.
     """
     count = given.shape[2]

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class DiffusionModelConfig(InstantiateConfig):
-    """A transformer and the scheduler that walks it from noise to a clean chunk."""
+    """A transformer and the scheduler of its denoising loop."""
 
     _target: type["DiffusionModel"] = field(default_factory=lambda: DiffusionModel)
 
@@ -49,25 +49,25 @@ class DiffusionModelConfig(InstantiateConfig):
     """Noise levels and the steps between them."""
 
     first_chunk_scheduler: SchedulerConfig | None = None
-    """Schedule of the first chunk that is generated, which has no past or only an image behind it;
+    """Schedule of the first generated chunk, which has no context, or only an image;
     None is ``scheduler``. Its timesteps have the type of the others."""
 
     guidance_scale: float | None = None
     """Weight s of classifier-free guidance, ``uncond + s * (cond - uncond)``; None runs the
-    conditional branch alone."""
+    conditional branch only."""
 
     context_noise: float = 0.0
-    """Timestep of the clean pass, 0 to 1000; a whole number where those of the schedule are. The
-    chunk goes into it as it is, no noise is added."""
+    """Timestep of the clean pass, 0 to 1000; a whole number if those of the schedule are. The
+    chunk is used without added noise."""
 
     first_latent_from_image: bool = False
     """Use the encoded ``image`` as the latents of the first AR step instead of generating them. One
     image is one latent frame; with a larger ``len_t`` give latents of a video's first frames."""
 
     first_frames_from_image: bool = False
-    """Hold the encoded ``image`` in the first latent frames of the first AR step: they are set
+    """Fix the first latent frames of the first AR step to the encoded ``image``: they are set
     before the first denoising step and after every one, and their timestep is 0. For networks that
-    are trained with one timestep per latent frame or token; without an image all is generated."""
+    are trained with one timestep per latent frame or token; without an image all are generated."""
 
     overlap_clean_pass: bool = True
     """On CUDA, run the clean pass of a chunk beside its decoding and its copies to the host. Takes
@@ -79,7 +79,7 @@ class DiffusionModelConfig(InstantiateConfig):
         if self.first_latent_from_image and self.first_frames_from_image:
             raise ValueError(
                 "first_latent_from_image and first_frames_from_image: an image is either all of "
-                "the first AR step or held in its first frames; set one of them."
+                "the first AR step or its first frames; set one of them."
             )
 
     @property
@@ -90,7 +90,7 @@ class DiffusionModelConfig(InstantiateConfig):
 
 @dataclass(frozen=True)
 class CleanChunk:
-    """A finished AR step that the context still holds frames of."""
+    """A finished AR step whose frames are still in the context, in part or in full."""
 
     autoregressive_index: int = state("host")
     latent: Tensor = state("whole")
@@ -120,20 +120,20 @@ class DiffusionCache:
     given_steps: int = state("host", default=0)
     """AR steps whose latents an image or a video gives."""
     pending: bool = state("rebuilt", default=False)
-    """The last chunk's clean pass is yet to come."""
+    """The last chunk has not had its clean pass yet."""
     history: list[CleanChunk] = state("whole", default_factory=list)
-    """What the sink and the window were made from, oldest first; no more than they hold."""
+    """Clean latents of the frames in sink and window, oldest first."""
     prompt_is_newer: bool = state("host", default=False)
     """The prompt has changed after the last clean pass."""
     give_back: Callable[[], Any] | None = state("rebuilt", default=None)
-    """Returns leased storage, once; None for storage of its own. Also called for a rollout that is
+    """Returns leased storage, once; None for own storage. Also called for a rollout that is
     forgotten."""
     released: bool = state("rebuilt", default=False)
-    """The rollout is over and has no state any more."""
+    """The rollout has been released."""
 
     @property
     def branches(self) -> list[Any]:
-        """The transformer caches that are in use."""
+        """The transformer caches in use."""
         return [c for c in (self.conditional, self.unconditional) if c is not None]
 
     def release(self) -> None:
@@ -163,7 +163,7 @@ class DiffusionModel(nn.Module):
             if dtypes[0] != dtypes[1]:
                 raise ValueError(
                     f"scheduler has timesteps in {dtypes[0]}, first_chunk_scheduler in {dtypes[1]};"
-                    " give both the same kind."
+                    " use the same kind for both."
                 )
         if not self.scheduler.timesteps.is_floating_point() and config.context_noise % 1:
             raise ValueError(
@@ -175,9 +175,9 @@ class DiffusionModel(nn.Module):
 
     @cached_property
     def side(self) -> SideStream:
-        """Where clean passes run. Whatever touches a rollout's state joins it first.
+        """Stream of clean passes. Code that uses a rollout's state must join it first.
 
-        That holds across rollouts: captured calls share their memory.
+        This also applies across rollouts, because captured calls share memory.
         """
         return SideStream(self._device if self.may_overlap else torch.device("cpu"))
 
@@ -187,7 +187,7 @@ class DiffusionModel(nn.Module):
         return self.transformer.device
 
     def known_context(self) -> frozenset[str]:
-        """Names of the context that a rollout may be given."""
+        """Names of the context that a rollout takes."""
         streams = getattr(self.transformer.config, "streaming", True)
         own = {INITIAL_LATENT} if streams else set()
         return declared_context(self.transformer.initialize_cache) | own
@@ -199,7 +199,7 @@ class DiffusionModel(nn.Module):
         noise: NoiseFunction,
         batch_size: int,
     ) -> DiffusionCache:
-        """Begin a rollout.
+        """Start a rollout.
 
         Args:
             context: what the rollout is conditioned on, by name. ``initial_latent``, clean latents
@@ -237,9 +237,9 @@ class DiffusionModel(nn.Module):
         )
 
     def warm_up(self, max_rollouts: int = 1) -> int:
-        """Run AR steps with dummy values until every network call has had each of its forms.
+        """Run AR steps with dummy values until every network call has run with all its shapes.
 
-        One denoising step each: the others differ in values alone. Where calls are captured, every
+        One denoising step each: the others differ only in values. Where calls are captured, every
         storage of the pool is stepped through, and nothing is captured afterwards. A collective
         call.
 
@@ -247,7 +247,7 @@ class DiffusionModel(nn.Module):
             max_rollouts: size of the pool.
 
         Returns:
-            The number of AR steps; 0 where nothing is built at first calls, or where the
+            The number of AR steps; 0 if first calls build nothing, or if the
             transformer names no dummy context.
         """
         transformer = self.transformer
@@ -271,11 +271,11 @@ class DiffusionModel(nn.Module):
         return steps
 
     def _drop_inexact_graphs(self, captured: Sequence[GraphedCallable], states: list[Any]) -> None:
-        """Keep graphs only where a replay gave the bits of an eager call on every rank."""
+        """Keep graphs only if a replay gave the bits of an eager call on every rank."""
         control = self.transformer.example_control(1)
-        # No rank may stop at a difference: the calls of the others contain collectives.
+        # No rank may stop at a difference: the others' calls contain collectives.
         exact = all([self.transformer.replay_is_exact(branch, control) for branch in states])
-        failed = any(call.failure is not None for call in captured)  # which said so itself
+        failed = any(call.failure is not None for call in captured)  # which was already reported
         if all_ranks_agree(exact and not failed):
             return
         reason = "a replay differed from an eager call"
@@ -285,10 +285,10 @@ class DiffusionModel(nn.Module):
             call.drop()
             call.failure = call.failure or reason
         if not failed:
-            logger.warning("CUDA graphs are off: %s. Runs go on eagerly.", reason)
+            logger.warning("CUDA graphs are off: %s. Runs continue eagerly.", reason)
 
     def _step_through(self, cache: DiffusionCache) -> int:
-        """A rollout of dummy values, up to the point from which all AR steps are alike."""
+        """A rollout of dummy values, up to the point after which all AR steps are alike."""
         transformer = self.transformer
         latent = torch.zeros(
             transformer.latent_shape(1), device=transformer.device, dtype=torch.float32
@@ -300,7 +300,7 @@ class DiffusionModel(nn.Module):
             cache.latent, cache.control = self._flow(cache)(latent, timestep), control
             cache.pending = True
             self.side.mark()
-            with self.side.work(cache):  # the stream has handles and memory of its own
+            with self.side.work(cache):  # the stream has its own handles and memory
                 self.finalize(index, cache)
             self.side.join()
         return transformer.warm_up_steps
@@ -351,14 +351,14 @@ class DiffusionModel(nn.Module):
         self.draw_ahead(autoregressive_index + 1, cache)
 
     def draw_ahead(self, autoregressive_index: int, cache: DiffusionCache) -> None:
-        """Draw the first noise of a step, now that all is queued and the host is free."""
+        """Draw the first noise of a step, while the device is busy and the host is free."""
         if self._device.type == "cuda" and isinstance(cache.noise, NoiseSource):
-            # A callable is asked when its noise is needed.
+            # A callable is called when its noise is needed.
             shape = self.transformer.latent_shape(cache.batch_size)
             cache.noise.draw_ahead(autoregressive_index, 0, shape)
 
     def _remember(self, chunk: CleanChunk, cache: DiffusionCache) -> None:
-        """Note that a chunk is part of the context, and forget those that no longer are."""
+        """Record that a chunk is part of the context, and drop those that no longer are."""
         count = chunk.latent.shape[2]
         held = {frame // count for frame in self._held_frames(cache)}
         chunks = [*cache.history, chunk]
@@ -372,13 +372,13 @@ class DiffusionModel(nn.Module):
         pending_index: int | None = None,
         reencode: RewriteMode | None = None,
     ) -> None:
-        """Put the conditional branch under another prompt.
+        """Change the prompt of the conditional branch.
 
         Args:
             context: encoded, by name.
             cache: this rollout's state.
             pending_index: the AR step that is generated and not yet finalized; None between steps.
-            reencode: how the clean passes of sink and window are run again; None: they are not.
+            reencode: how sink and window are recomputed; None: they are not.
         """
         branch = cache.conditional
         if branch is None:
@@ -398,7 +398,7 @@ class DiffusionModel(nn.Module):
         self.side.mark()
 
     def rebuild_context(self, cache: DiffusionCache) -> None:
-        """Compute sink and window again from the clean latents that the context holds."""
+        """Recompute sink and window from the clean latents of the context."""
         self.side.join()
         chunks = self.held_chunks(cache)
         for branch in cache.branches:
@@ -406,7 +406,7 @@ class DiffusionModel(nn.Module):
             self.transformer.rewrite_context(branch, chunks, self.context_timestep)
 
     def held_chunks(self, cache: DiffusionCache) -> list[ContextChunk]:
-        """The clean latents of the frames that the context holds."""
+        """The clean latents of the frames in the context."""
         held = set(self._held_frames(cache))
         chunks = []
         for chunk in cache.history:
@@ -451,7 +451,7 @@ class DiffusionModel(nn.Module):
     def _predict_in(self, branch: Any) -> Callable[[Tensor, Tensor], Tensor]:
         predict = self.transformer.predict_flow
         if "cache" in declared_context(predict):
-            return partial(predict, cache=branch)  # one function less between loop and kernel
+            return partial(predict, cache=branch)  # one call less between loop and kernel
         return lambda latent, timestep: predict(latent, timestep, branch)
 
     def _noise_of_step(
@@ -472,12 +472,12 @@ class DiffusionModel(nn.Module):
         return noise
 
     def _given_latents(self, context: Mapping[str, Any], batch_size: int) -> Tensor | None:
-        """What the context gives of the first AR steps, on the device in float32."""
+        """Latents of the first AR steps given by the context, on the device in float32."""
         image = context.get("image") if self.config.begins_with_image else None
         initial = context.get(INITIAL_LATENT)
         shape = self.transformer.latent_shape(batch_size)
         if initial is not None and image is not None:
-            raise ValueError(f"{INITIAL_LATENT} holds the first latent frames already; omit image.")
+            raise ValueError(f"{INITIAL_LATENT} already has the first latent frames; omit image.")
         if initial is not None:
             given = check_initial_latent(initial, shape)
         elif image is not None:

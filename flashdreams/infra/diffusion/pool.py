@@ -1,4 +1,4 @@
-"""Storage that one rollout after the other lives in, so that captured graphs stay valid."""
+"""Storage that successive rollouts reuse, so that captured graphs stay valid."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -14,33 +14,33 @@ evaluated here."""
 class StoragePool:
     """Transformer state for a fixed number of rollouts at a time.
 
-    A rollout that begins leases a storage and gives it back when it is released or forgotten; its
-    tensors never move. Rollouts beyond the pool have storage of their own and run without graphs.
+    A new rollout leases a storage and returns it when it is released or garbage-collected; its
+    tensors never move. Rollouts beyond the pool have their own storage and run without graphs.
     """
 
     def __init__(self, storages: Sequence[Storage]) -> None:
         """Prepare.
 
         Args:
-            storages: what graphs were captured for.
+            storages: the state that graphs were captured for.
         """
         self.size = len(storages)
         self._free = list(storages)
         self._told: set[str] = set()
 
     def lease(self, begin: Callable[[Storage], bool]) -> Storage | None:
-        """Begin a rollout in a free storage.
+        """Start a rollout in a free storage.
 
         Args:
             begin: copies the rollout's context into a storage; False if it does not fit there.
 
         Returns:
-            The storage, to be given back once; None if none is free or the context does not fit.
+            The storage, to be returned once; None if none is free or the context does not fit.
         """
         if not self._free:
             self._warn_once(
                 f"all {self.size} storages with CUDA graphs are in use (max_rollouts={self.size}). "
-                "Call cache.release() on rollouts that are over, or raise max_rollouts"
+                "Call cache.release() on finished rollouts, or raise max_rollouts"
             )
             return None
         storage = self._free.pop()
@@ -60,5 +60,5 @@ class StoragePool:
 
     def _warn_once(self, reason: str) -> None:
         if reason not in self._told:
-            logger.warning("A rollout runs without CUDA graphs: %s. Said once.", reason)
+            logger.warning("A rollout runs without CUDA graphs: %s. Reported once.", reason)
         self._told.add(reason)

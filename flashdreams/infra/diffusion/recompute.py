@@ -1,4 +1,4 @@
-"""How far the numerics of this process are from those that a loaded rollout was computed with."""
+"""Difference between the numerics of this process and those of a loaded rollout."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from flashdreams.parallel.environment import largest_of_all_ranks
 
 
 def numerics_difference(model: DiffusionModel, cache: DiffusionCache) -> float | None:
-    """How far what is cached of the last chunk is from what this process computes of it.
+    """Difference between the cached last chunk and this process's recomputation of it.
 
     A collective call.
 
@@ -38,8 +38,8 @@ def clean_pass_difference(
 ) -> float:
     """Run the clean pass of the last chunk again, and compare what it writes with what is cached.
 
-    The window holds just what that pass saw, so equal numerics give equal bits. Afterwards the
-    state continues with the bits that it had. A collective call.
+    The window holds exactly what that pass saw, so equal numerics give equal bits. Afterwards the
+    state has its original bits. A collective call.
 
     Args:
         transformer: of the rollout.
@@ -54,7 +54,7 @@ def clean_pass_difference(
         cursor.reset(cursor.start - len(chunk.frames), cursor.frames, cursor.pinned)
     transformer.begin_step(chunk.frames[0] // len(chunk.frames), state, chunk.control)
     layers = list(state.layers())
-    # Copies on the host: beside a long window the device may have no room for them.
+    # Copies on the host: with a long window the device may lack the memory.
     cached = [[x.cpu() for x in layer.read_chunk()] for layer in layers]
     beside = [[x.clone() for x in _beside(layer)] for layer in layers]
     transformer.update_cache(chunk.latent, timestep, state)
@@ -72,7 +72,7 @@ def clean_pass_difference(
 
 
 def _beside(layer: KVCache) -> list[Tensor]:
-    """What a pass over the first chunks writes beside their keys and values: small tensors."""
+    """The small tensors that a pass over the first chunks writes besides keys and values."""
     sink = layer.sink_k
     tensors = [] if sink is None else [sink] if isinstance(sink, Tensor) else sink.parts
     return tensors if layer.scales is None else [*tensors, layer.scales]

@@ -16,7 +16,7 @@ RewriteMode = Literal["chunks", "once"]
 
 
 class RewritableTransformer(Protocol):
-    """What rewriting needs of a `CausalTransformer`."""
+    """The interface of `CausalTransformer` that rewriting uses."""
 
     config: CausalTransformerConfig
 
@@ -25,13 +25,13 @@ class RewritableTransformer(Protocol):
         """Of the weights."""
 
     def rotate_sinks(self, cache: CausalState) -> None:
-        """With cache-relative RoPE: move the sink of every layer to right before the window."""
+        """With cache-relative RoPE: move the sink of every layer to directly before the window."""
 
     def inputs_at(self, cache: CausalState, frames: Tensor, control: Any) -> StepInputs:
-        """What a network call reads for latent frames at the positions ``[T]``."""
+        """Inputs of a network call for latent frames at the positions ``[T]``."""
 
     def modulation_of(self, timestep: Tensor, cache: CausalState) -> Tensor:
-        """What the network makes of a timestep."""
+        """Modulation of a timestep."""
 
     def __call__(self, *args: Any) -> Tensor:
         """The network."""
@@ -48,7 +48,7 @@ def context_frames(config: CausalTransformerConfig, cache: CausalState) -> list[
 
 
 def check_rewrite(config: CausalTransformerConfig, cache: CausalState, mode: RewriteMode) -> None:
-    """Refuse a way to recompute the window, before anything is changed.
+    """Refuse an unsupported way to recompute the window, before anything is changed.
 
     Raises:
         ValueError: an unknown mode; ``"once"`` with ``relative_rope``, which rotates the sink;
@@ -60,7 +60,7 @@ def check_rewrite(config: CausalTransformerConfig, cache: CausalState, mode: Rew
     if mode == "once" and config.relative_rope and config.rewritten_sink != "kept":
         raise ValueError('mode="once" cannot be used with relative_rope=True; use "chunks".')
     if mode == "chunks" and config.rewritten_sink == "moved":
-        raise ValueError('rewritten_sink="moved" is for mode="once" alone.')
+        raise ValueError('rewritten_sink="moved" requires mode="once".')
     windows = {(cursor.sink_size_t, cursor.window_size_t) for cursor in cache.cursors}
     if len(windows) > 1:
         raise ValueError(
@@ -80,7 +80,7 @@ def rewrite_window(
     timestep: Tensor,
     mode: RewriteMode,
 ) -> None:
-    """Refill the window, and the sink as ``rewritten_sink`` says.
+    """Recompute the window, and the sink according to ``rewritten_sink``.
 
     Args:
         transformer: the network and its engine.
@@ -116,7 +116,7 @@ def _write_group(
     timestep: Tensor,
     first_slot: int,
 ) -> None:
-    """One pass over some chunks, which see one another and what was written before them."""
+    """One pass over some chunks, which attend to each other and to earlier frames."""
     frames = [frame for chunk in group for frame in chunk.frames]
     len_t = transformer.config.len_t
     if frames[0] >= transformer.config.sink_size_t:

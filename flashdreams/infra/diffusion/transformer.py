@@ -18,7 +18,7 @@ from flashdreams.runtime.cuda_graph import GraphedCallable
 
 @dataclass(kw_only=True)
 class TransformerConfig(ComponentConfig):
-    """What every diffusion transformer has to say about its latents."""
+    """The config fields of every diffusion transformer."""
 
     _target: type["Transformer"] = field(default_factory=lambda: Transformer)
 
@@ -36,18 +36,18 @@ class TransformerConfig(ComponentConfig):
 
     use_cuda_graph: bool = True
     """Replay the network call as CUDA graphs, all captured at warm-up. A network that cannot be
-    captured runs eagerly, which one line says; on a CPU the call is always eager."""
+    captured runs eagerly, with a warning; on a CPU the call is always eager."""
 
     attention_backend: str = "auto"
     """Backend of the attention cores, by name. "auto" measures the candidates on a GPU at warm-up,
-    on this rank's share of self-attention over the full window, and keeps the fastest that is
-    right; on a CPU it is "sdpa", and under --parallel.strict on a GPU the first of a fixed order
+    on this rank's share of self-attention over the full window, and uses the fastest
+    accurate one; on a CPU it is "sdpa", and under --parallel.strict on a GPU the first in order
     that gives the same bits for any number of heads and queries."""
 
     loras: tuple[str, ...] = ()
     """LoRAs to merge into the weights, in float32, while they are loaded: ``SOURCE`` or
-    ``SOURCE:WEIGHT``, the source a file, or ``hf://org/repo/file`` (fetched where
-    ``checkpoint.download`` is on). Names of PEFT, kohya and ComfyUI are known; see the guide."""
+    ``SOURCE:WEIGHT``, the source a file, or ``hf://org/repo/file`` (downloaded if
+    ``checkpoint.download`` is on). Names of PEFT, diffusers, kohya and ComfyUI are known."""
 
     def __post_init__(self) -> None:
         for lora in self.loras:
@@ -64,7 +64,7 @@ class ContextChunk:
     frames: tuple[int, ...]
     """Their positions in the rollout, ascending; a chunk may have lost some."""
     kept: tuple[int, ...]
-    """Their places in the chunk as it was generated."""
+    """Their indices in the generated chunk."""
     latent: Tensor
     """``[B, C, len(frames), H, W]`` float32, clean."""
     control: Any
@@ -76,7 +76,7 @@ class Transformer(Component):
 
     One AR step is ``begin_step``, then ``predict_flow`` once per denoising step, then
     ``update_cache`` on the clean latent. All state is in the cache that ``initialize_cache``
-    returns; its parameters name the context that the component wants (``text``, ``image``, ...).
+    returns; its parameters name the context that the component needs (``text``, ``image``, ...).
     """
 
     config: TransformerConfig
@@ -87,26 +87,26 @@ class Transformer(Component):
         return (batch_size, c.in_channels, c.len_t, c.latent_height, c.latent_width)
 
     def initialize_cache(self, *args: Any, **kwargs: Any) -> Any:
-        """Fresh state for one rollout; subclasses name the context that they want."""
+        """Fresh state for one rollout; subclasses declare the context that they need."""
         return None
 
     def reuse_cache(self, cache: Any, *args: Any, **kwargs: Any) -> bool:
-        """Begin a rollout in the state of a former one, whose tensors stay where they are.
+        """Start a rollout in the state of an earlier one, whose tensors keep their storage.
 
         Subclasses whose calls are captured as graphs name the context as in ``initialize_cache``.
 
         Args:
-            cache: of a rollout that is over.
+            cache: of a finished rollout.
             args: the context.
             kwargs: the context.
 
         Returns:
-            Whether it was done; False if the context does not fit the state.
+            Whether it worked; False if the context does not fit the state.
         """
         return False
 
     def begin_shot(self, cache: Any) -> None:
-        """Let the next chunk begin a shot; called between AR steps.
+        """Make the next chunk begin a shot; called between AR steps.
 
         The default does nothing: a shot is then a prompt like any other.
         """
@@ -154,15 +154,15 @@ class Transformer(Component):
     def context_frames(self, cache: Any) -> Sequence[int]:
         """Positions of the clean latent frames that the cache holds, oldest first.
 
-        The diffusion model keeps the latents of these frames, and of no others, for
+        The diffusion model keeps the latents of these frames, and no others, for
         ``rewrite_context``; the default asks for none.
         """
         return ()
 
     def update_context(self, cache: Any, *args: Any, **kwargs: Any) -> None:
-        """Take on another prompt in mid-rollout; subclasses name the context that they want.
+        """Change the prompt mid-rollout; subclasses declare the context that they need.
 
-        Only what depends on the prompt directly is recomputed, in the storage that it has.
+        Only what depends directly on the prompt is recomputed, in place.
 
         Args:
             cache: this rollout's state.
@@ -173,12 +173,12 @@ class Transformer(Component):
             TypeError: the subclass does not define it.
         """
         raise TypeError(
-            f"{type(self).__name__} cannot change its prompt in mid-rollout: it does not define "
+            f"{type(self).__name__} cannot change its prompt mid-rollout: it does not define "
             "update_context(cache, text)."
         )
 
     def check_rewrite(self, cache: Any, mode: Any) -> None:
-        """Refuse a way to run ``rewrite_context``, before anything is changed.
+        """Refuse an unsupported mode of ``rewrite_context``, before anything is changed.
 
         Args:
             cache: this rollout's state.
@@ -189,7 +189,7 @@ class Transformer(Component):
         """
 
     def rewrite_context(self, cache: Any, chunks: Sequence[ContextChunk], timestep: Tensor) -> None:
-        """Run the clean pass again over what the context holds.
+        """Run the clean pass again over the frames in the context.
 
         Args:
             cache: this rollout's state; afterwards as before, except for the values.
@@ -209,7 +209,7 @@ class Transformer(Component):
         return None
 
     def set_attention_backend(self, name: str) -> None:
-        """Let all attention cores, also those inside of wrappers, run a backend.
+        """Set the backend of all attention cores, including wrapped ones.
 
         Args:
             name: a key of `flashdreams.attention.backends.BACKENDS`.
@@ -223,7 +223,7 @@ class Transformer(Component):
                 core.backend = backend
 
     def bind_kv_splits(self, name: str, splits_of: KVSplitsOf) -> None:
-        """Fix the KV splits of cores that run a backend by name; others are left alone.
+        """Set the KV splits of cores that run a backend by name; others are not changed.
 
         The default leaves all cores at one split.
 
@@ -234,10 +234,10 @@ class Transformer(Component):
         """
 
     def check_device(self, device: torch.device) -> None:
-        """Refuse an ``attention_backend`` that cannot run there.
+        """Refuse an ``attention_backend`` that cannot run on a device.
 
         Raises:
-            ValueError: says what is missing, and what would run.
+            ValueError: states what is missing and what would run.
         """
         name, shape = self.config.attention_backend, self.attention_shape(1)
         if name == AUTO:
@@ -256,7 +256,7 @@ class Transformer(Component):
         """
 
     def resolved_choices(self) -> dict[str, Any]:
-        """What the config left open and this device decided, for the numerics fingerprint.
+        """Choices that the config left to the device, for the numerics fingerprint.
 
         Returns:
             JSON values by the name of the config's field.
@@ -264,7 +264,7 @@ class Transformer(Component):
         return {}
 
     def apply_choices(self, stored: Mapping[str, Any], device: torch.device) -> list[str]:
-        """Use what an earlier run decided where the config leaves it open; before weights load.
+        """Use an earlier run's choices that the config leaves open; before weights are loaded.
 
         The inverse of ``resolved_choices``. Attention is not among them.
 
@@ -279,18 +279,18 @@ class Transformer(Component):
 
     @property
     def needs_warm_up(self) -> bool:
-        """Whether first calls build something: CUDA's handles, graphs."""
+        """Whether first calls build something: CUDA handles, graphs."""
         return self.device.type == "cuda" or any(c.can_capture for c in self.graphed_calls())
 
     def graphed_calls(self) -> Sequence[GraphedCallable]:
-        """The calls that are replayed as CUDA graphs where there is CUDA; their first argument
+        """The calls that are replayed as CUDA graphs on CUDA; their first argument
         after the tensors is the rollout's state."""
         return ()
 
     def replay_is_exact(self, cache: Any, control: Any = None) -> bool:
         """Whether replays of captured calls give the bits of eager calls on this state.
 
-        Asked after warm-up captured them; the default does not look.
+        Called after warm-up has captured them; the default checks nothing.
 
         Args:
             cache: a state that calls were captured for, between AR steps.
@@ -300,13 +300,13 @@ class Transformer(Component):
 
     @property
     def warm_up_steps(self) -> int:
-        """AR steps after which no network call takes a form that it has not had."""
+        """AR steps after which network calls take no new shapes."""
         return 1
 
     def example_context(self, batch_size: int) -> dict[str, Any] | None:
-        """Dummy context for ``initialize_cache``, of the shapes that rollouts have.
+        """Dummy context for ``initialize_cache``, with the shapes of rollouts.
 
-        None where there is none: the transformer is then not warmed up.
+        None: the transformer is not warmed up.
         """
         return None
 

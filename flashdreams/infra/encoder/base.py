@@ -1,4 +1,4 @@
-"""Encoders: what turns a user's input into what the diffusion model is conditioned on."""
+"""Encoders: user input to conditioning of the diffusion model."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,13 +23,13 @@ class Encoder(Component):
     config: EncoderConfig
 
     def forward(self, input: Any) -> Any:
-        """Encode ``input``; the default hands it on unchanged."""
+        """Encode ``input``; the default returns it unchanged."""
         return input
 
     def check_input(self, input: Any) -> None:
         """Refuse what ``forward`` would refuse, without weights.
 
-        A runner asks the ``text_encoder`` about its prompts before any weights are fetched or read.
+        A runner checks its prompts with the ``text_encoder`` before weights are downloaded or read.
 
         Raises:
             ValueError: says what is wrong with the input.
@@ -39,7 +39,7 @@ class Encoder(Component):
         """A small dummy input for one call at warm-up, whose result is dropped.
 
         With it a ``text_encoder`` or ``image_encoder`` reads files, imports packages and builds
-        kernels before the first rollout. None for an encoder that does nothing of the kind.
+        kernels before the first rollout. None for an encoder without such first-call work.
         """
         return None
 
@@ -52,22 +52,22 @@ class StreamingEncoderConfig(EncoderConfig):
 
 
 class StreamingEncoder(Encoder):
-    """An encoder whose state lives in a cache that the rollout owns, never on the module.
+    """An encoder whose state is in a cache owned by the rollout, never on the module.
 
-    ``initialize_cache`` may declare parameters; the pipeline hands it the context of those names.
+    ``initialize_cache`` may declare parameters; the pipeline passes the context of those names.
     """
 
     config: StreamingEncoderConfig
 
     def initialize_cache(self, *args: Any, **kwargs: Any) -> Any:
-        """Fresh state for one rollout; subclasses name the context that they want."""
+        """Fresh state for one rollout; subclasses declare the context that they need."""
         return None
 
     def forward(self, input: Any, autoregressive_index: int = 0, cache: Any = None) -> Any:
         """Encode the input of one AR step.
 
         Args:
-            input: what the caller gave to ``pipeline.generate``.
+            input: the ``input`` of ``pipeline.generate``.
             autoregressive_index: number of the AR step, from 0.
             cache: this rollout's state, updated in place.
         """

@@ -1,4 +1,4 @@
-"""Config literals of Causal-Forcing: streaming text- and image-to-video on Wan 2.1 1.3B."""
+"""Configs of Causal-Forcing: streaming text- and image-to-video on Wan 2.1 1.3B."""
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.runner import RunnerConfig
@@ -56,7 +56,7 @@ TWO_STEP_MODEL = derive_config(
     scheduler=dict(denoising_timesteps=(1000.0, 500.0)),
     first_chunk_scheduler=FRAMEWISE_PIPELINE.diffusion_model.scheduler,
 )
-"""Causal-Forcing++: two denoising steps, but four for the first chunk that is generated.
+"""Causal-Forcing++: two denoising steps, but four for the first generated chunk.
 
 Source: thu-ml/Causal-Forcing, ``denoising_step_list`` and ``denoising_step_list_first_chunk``.
 """

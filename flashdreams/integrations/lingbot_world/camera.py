@@ -18,35 +18,35 @@ INTRINSICS_HEIGHT, INTRINSICS_WIDTH = 480, 832
 ROTATION_TOLERANCE = 1e-3
 """Largest entry of ``R R^T - 1`` that still counts as a rotation."""
 MAX_DISTANCE = 1e12
-"""Farthest coordinate of a camera: its square still fits into float32."""
+"""Largest coordinate of a camera: its square still fits in float32."""
 MAX_PIXELS = 1e5
 """Largest focal length and farthest principal point, in pixels."""
 MAX_VIEW_DEGREES = 150
-"""Widest view whose rays are made. Wider ones are nearly always a mistake of units, such as
-intrinsics as fractions of the picture."""
+"""Widest field of view. Wider ones are nearly always a mistake in units, such as
+intrinsics as fractions of the image."""
 
 
 def pixel_frames(latent_frames: int) -> int:
-    """Pixel frames that a clip of so many latent frames shows."""
+    """Pixel frames of a clip with so many latent frames."""
     return 1 + TIME_FACTOR * (latent_frames - 1)
 
 
 def whole_chunks(num_poses: int, len_t: int) -> int:
-    """Chunks of ``len_t`` latent frames that so many poses, one per pixel frame, suffice for."""
+    """Number of chunks of ``len_t`` latent frames for so many poses, one per pixel frame."""
     latent_frames = (num_poses - 1) // TIME_FACTOR + 1 if num_poses > 0 else 0
     return latent_frames // len_t
 
 
 def check_poses(poses: Tensor, name: str = "poses") -> None:
-    """Refuse what is no camera path.
+    """Refuse an invalid camera path.
 
     Args:
         poses: expected ``[F, 4, 4]``, floating point.
-        name: what the message calls them.
+        name: their name in the message.
 
     Raises:
         ValueError: another shape or type, a value that is not finite, a last row other than
-            0 0 0 1, or a matrix that does not rotate; the message names the first such frame.
+            0 0 0 1, or a matrix that is not a rotation; the message names the first such frame.
     """
     if poses.ndim != 3 or poses.shape[1:] != (4, 4) or len(poses) == 0:
         raise ValueError(f"{name}: camera poses must be [frames, 4, 4]; got {list(poses.shape)}.")
@@ -73,19 +73,19 @@ def check_poses(poses: Tensor, name: str = "poses") -> None:
     frame = _first_frame((error > ROTATION_TOLERANCE) | (determinant < 0))
     if frame is not None:
         raise ValueError(
-            f"{name}: the upper left 3x3 of frame {frame} is no rotation: R R^T differs from 1 by "
+            f"{name}: the upper left 3x3 of frame {frame} is not a rotation: R R^T is off 1 by "
             f"{error[frame]:.2g} (at most {ROTATION_TOLERANCE:g}), the determinant is "
             f"{determinant[frame]:.2g} (1 for a rotation)."
         )
 
 
 def check_intrinsics(intrinsics: Tensor, num_frames: int, name: str = "intrinsics") -> None:
-    """Refuse what are no intrinsics for a path of ``num_frames`` poses.
+    """Refuse invalid intrinsics for a path of ``num_frames`` poses.
 
     Args:
         intrinsics: expected ``[num_frames, 4]``, floating point: fx, fy, cx, cy.
         num_frames: number of poses.
-        name: what the message calls them.
+        name: their name in the message.
 
     Raises:
         ValueError: another shape, type or length, a value that is not finite, a focal length that
@@ -124,10 +124,10 @@ def check_intrinsics(intrinsics: Tensor, num_frames: int, name: str = "intrinsic
         fx, fy = intrinsics[frame, :2].tolist()
         view = max(math.atan(INTRINSICS_WIDTH / 2 / fx), math.atan(INTRINSICS_HEIGHT / 2 / fy))
         raise ValueError(
-            f"{name}: the focal lengths of frame {frame}, {fx:g} and {fy:g}, are a view of "
+            f"{name}: the focal lengths of frame {frame}, {fx:g} and {fy:g}, give a view of "
             f"{2 * math.degrees(view):.0f} degrees; at most {MAX_VIEW_DEGREES} are allowed. Give "
             f"fx of at least {math.ceil(least[0])} and fy of at least {math.ceil(least[1])}, in "
-            f"pixels of a {INTRINSICS_HEIGHT}x{INTRINSICS_WIDTH} picture, not in fractions of it."
+            f"pixels of a {INTRINSICS_HEIGHT}x{INTRINSICS_WIDTH} image, not in fractions of it."
         )
 
 
@@ -147,7 +147,7 @@ def invert_poses(poses: Tensor) -> Tensor:
 
 
 def resample_poses(poses: Tensor, num_frames: int) -> Tensor:
-    """Spread a path evenly over another number of frames, the ends kept.
+    """Resample a path evenly to another number of frames, keeping its ends.
 
     Positions are interpolated linearly, rotations along the shorter great arc between neighbours.
 
@@ -169,7 +169,7 @@ def resample_poses(poses: Tensor, num_frames: int) -> Tensor:
 
 
 def resample_intrinsics(intrinsics: Tensor, num_frames: int) -> Tensor:
-    """Spread intrinsics ``[F, 4]`` like poses, linearly; a single row holds for all frames.
+    """Resample intrinsics ``[F, 4]`` linearly, like poses; a single row applies to all frames.
 
     Args:
         intrinsics: of as many frames as the path.
@@ -197,7 +197,7 @@ def _places(count: int, num_frames: int, device: torch.device) -> tuple[Tensor, 
 def quaternions_of(rotations: Tensor) -> Tensor:
     """Unit quaternions ``[*, 4]`` (w, x, y, z), up to sign, of rotations ``[*, 3, 3]``.
 
-    The eigenvector of the largest eigenvalue gives the nearest rotation where rounding has spoilt
+    The eigenvector of the largest eigenvalue gives the nearest rotation if rounding has spoilt
     the matrix.
 
     Source: Bar-Itzhack, New method for extracting the quaternion from a rotation matrix, 2000.
@@ -236,7 +236,7 @@ def slerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
     """
     cosine = (start * end).sum(-1, keepdim=True)
     end = torch.where(cosine < 0, -end, end)
-    # The chord keeps its digits where the cosine has none left.
+    # The chord is accurate where the cosine loses all digits.
     half = torch.asin(((end - start).norm(dim=-1, keepdim=True) / 2).clamp(max=1))
     sine = (2 * half).sin()
     straight = sine < 1e-12
@@ -256,7 +256,7 @@ def relative_poses(poses: Tensor) -> Tensor:
     Returns:
         ``[T, 4, 4]``, same dtype: the pose of frame t in the camera axes of frame t - 1.
     """
-    # By way of the first frame, so that a world whose origin is far away rounds as in the
+    # Via the first frame, so that a world with a distant origin rounds as in the
     # reference.
     from_first = invert_poses(poses[:1]) @ poses
     from_first[0] = torch.eye(4, dtype=poses.dtype, device=poses.device)
@@ -266,11 +266,11 @@ def relative_poses(poses: Tensor) -> Tensor:
 
 
 def clip_poses(poses: Tensor, latent_frames: int) -> Tensor:
-    """Relative poses of a whole clip that is known beforehand.
+    """Relative poses of a whole clip that is known in advance.
 
     The path is resampled to the latent frames and made relative, and translations are divided by
     the largest of them. float32 from the resampling on, like the reference; positions are counted
-    from the first one before they are rounded, so that an origin far away costs no digits.
+    from the first one before they are rounded, so that a distant origin costs no precision.
 
     Args:
         poses: ``[F, 4, 4]``, one pose per pixel frame.
@@ -291,7 +291,7 @@ def clip_poses(poses: Tensor, latent_frames: int) -> Tensor:
 
 
 def pick_frames(autoregressive_index: int) -> slice:
-    """Which pixel frames of an AR step stand for its latent frames.
+    """The pixel frames of an AR step that represent its latent frames.
 
     Of the first step, which begins with a single frame, every fourth from that one on; of later
     steps the last of every four. Over the rollout these are frames 0, 4, 8, ...
@@ -318,7 +318,7 @@ def chunk_poses(picked: Tensor, anchor: Tensor | None, world_scale: float) -> Te
 
 
 def scale_intrinsics(intrinsics: Tensor, height: int, width: int) -> Tensor:
-    """Bring intrinsics ``[T, 4]``, which refer to 480x832 pixels, to another picture size."""
+    """Scale intrinsics ``[T, 4]``, which refer to 480x832 pixels, to another image size."""
     x, y = width / INTRINSICS_WIDTH, height / INTRINSICS_HEIGHT
     return intrinsics * intrinsics.new_tensor([x, y, x, y])
 

@@ -11,7 +11,7 @@ from .runner import CameraToVideoRunner, CameraToVideoRunnerConfig
 
 @dataclass(kw_only=True)
 class CameraToClipRunnerConfig(CameraToVideoRunnerConfig):
-    """An image, a prompt and, if there is one, a camera path to one clip."""
+    """An image, a prompt and an optional camera path to one clip."""
 
     _target: type["CameraToClipRunner"] = field(default_factory=lambda: CameraToClipRunner)
 
@@ -32,17 +32,17 @@ class CameraToClipRunnerConfig(CameraToVideoRunnerConfig):
 
     @property
     def has_camera(self) -> bool:
-        """Whether a path is given; without one the prompt alone moves the picture."""
+        """Whether a path is given; without one, only the prompt controls motion."""
         return self.pose_path is not None or self.actions is not None
 
 
 class CameraToClipRunner(CameraToVideoRunner):
-    """Writes one clip; a path that is shorter than the method's clip makes a shorter one."""
+    """Writes one clip; a path shorter than the method's clip gives a shorter clip."""
 
     config: CameraToClipRunnerConfig
 
     def __init__(self, config: CameraToClipRunnerConfig) -> None:
-        """Size the clip after the path; otherwise as `CameraToVideoRunner`.
+        """Set the length of the clip from the path; otherwise as `CameraToVideoRunner`.
 
         Raises:
             ValueError: input that cannot be used; no weights have been read.
@@ -57,7 +57,7 @@ class CameraToClipRunner(CameraToVideoRunner):
             )
 
     def fitted(self, config: CameraToVideoRunnerConfig, poses: int) -> CameraToVideoRunnerConfig:
-        """The config with a clip that is no longer than its camera path.
+        """The config with a clip no longer than its camera path.
 
         Source: Robbyant/lingbot-world, wan/image2video.py: 4 n + 1 frames, at most one per pose.
         """

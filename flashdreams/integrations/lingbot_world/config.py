@@ -1,4 +1,4 @@
-"""Config literals of LingBot-World: a camera that is steered through a generated world."""
+"""Configs of LingBot-World: a camera steered through a generated world."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ FAST_REPO = "robbyant/lingbot-world-fast"
 BASE_REPO = "robbyant/lingbot-world-base-cam"
 
 REVISIONS = {FAST_REPO: "main", BASE_REPO: "main"}
-"""Of each official repository; a branch, which may move: no commit is known."""
+"""Revision of the official repositories: a branch, since no commit is known."""
 
 
 def lingbot_checkpoint(repo: str, folder: str = "") -> CheckpointConfig:
@@ -56,7 +56,7 @@ NETWORK: dict[str, Any] = dict(
     latent_height=58,
     latent_width=104,
 )
-"""Fields of every network: steered by the camera's path, 18.5B parameters, 464x832 pixels."""
+"""Fields of every network: camera control, 18.5B parameters, 464x832 pixels."""
 
 TRANSFORMER = LingBotTransformerConfig(
     **NETWORK,
@@ -165,7 +165,7 @@ BASE_TINY_PIPELINE = derive_config(
 
 RUNNER = CameraToVideoRunnerConfig(
     runner_name=PIPELINE.name,
-    description="LingBot-World: steer a camera through a world that begins with your image.",
+    description="LingBot-World: steer a camera through a world that starts from your image.",
     pipeline=PIPELINE,
 )
 

@@ -42,7 +42,7 @@ ControlType = Literal["cam", "act"]
 
 @dataclass(frozen=True)
 class CameraPath:
-    """Where the camera is in each of F pixel frames."""
+    """Camera poses of F pixel frames."""
 
     poses: Tensor = state("whole")
     """``[F, 4, 4]`` camera-to-world, camera axes x right, y down, z forward."""
@@ -72,17 +72,17 @@ class CameraEncoderConfig(StreamingEncoderConfig):
     _target: type["CameraEncoder"] = field(default_factory=lambda: CameraEncoder)
 
     control_type: ControlType = "cam"
-    """What the model is steered by: "cam" by the camera's path, "act" by its turns and the held
+    """Control of the model: "cam" by the camera's path, "act" by its turns and the held
     w, a, s and d keys."""
     pose_mode: PoseMode = "streaming"
     """"offline" takes the whole path at the start of the rollout, resampled and normalised as in
     the official code; "streaming" takes each AR step's poses as they come."""
     intrinsics: Literal["per_frame", "first"] = "per_frame"
-    """Offline: resample the intrinsics to the latent frames, or let those of the first frame hold
+    """Offline: resample the intrinsics to the latent frames, or use those of the first frame
     for all, as earlier official code did. Streaming: those of each latent frame."""
     world_scale: float = 1.0
-    """Factor on the distance between latent frames in streaming mode. Offline the clip's longest
-    distance becomes 1; streaming cannot know it."""
+    """Factor on the distance between latent frames in streaming mode. Offline, the clip's longest
+    distance is scaled to 1, which streaming cannot know."""
     len_t: int = 3
     """Latent frames of one chunk, as in the transformer."""
     patch_size: int = 2
@@ -121,11 +121,11 @@ class CameraEncoder(StreamingEncoder):
     config: CameraEncoderConfig
 
     def initialize_cache(self, condition: Tensor, camera: CameraPath | None = None) -> CameraCache:
-        """Begin a rollout.
+        """Start a rollout.
 
         Args:
             condition: ``[B, C, T, H, W]``, the image's condition; rays are made for its size.
-            camera: the whole path, for the offline mode alone.
+            camera: the whole path, for offline mode only.
 
         Raises:
             ValueError: a path that does not fit, is missing, or belongs to the other mode.
@@ -136,7 +136,7 @@ class CameraEncoder(StreamingEncoder):
         if offline != (camera is not None):
             raise ValueError(
                 f"pose_mode={self.config.pose_mode!r} takes camera=CameraPath(poses, intrinsics) "
-                + ("when the rollout begins." if offline else "step by step, as generate's input.")
+                + ("at the rollout's start." if offline else "step by step, as generate's input.")
             )
         if camera is not None:
             cache.clip = self.encode_clip(self._checked(camera))
@@ -145,7 +145,7 @@ class CameraEncoder(StreamingEncoder):
     def encode_clip(self, camera: CameraPath) -> CameraPath:
         """Relative poses, intrinsics and keys of all latent frames of a path.
 
-        As in the official code poses and intrinsics are spread over a whole number of chunks, and
+        As in the official code poses and intrinsics are resampled to a whole number of chunks, and
         keys are those of every fourth frame.
 
         Source: Robbyant/lingbot-world, wan/image2video.py and wan/image2video_fast.py, generate.
@@ -199,11 +199,11 @@ class CameraEncoder(StreamingEncoder):
 
     def _of_clip(self, clip: CameraPath, input: Any, index: int) -> CameraPath:
         if input is not None:
-            raise ValueError("pose_mode='offline' has the whole path already; input must be None.")
+            raise ValueError("pose_mode='offline' already has the whole path; input must be None.")
         start = index * self.config.len_t
         if start + self.config.len_t > len(clip):
             raise ValueError(
-                f"AR step {index} is beyond the camera path, which suffices for "
+                f"AR step {index} is beyond the camera path, which covers "
                 f"{len(clip) // self.config.len_t} AR steps."
             )
         return clip.part(slice(start, start + self.config.len_t))
@@ -226,7 +226,7 @@ class CameraEncoder(StreamingEncoder):
         return CameraPath(steps, picked.intrinsics.float(), picked.keys)
 
     def _checked(self, camera: CameraPath) -> CameraPath:
-        """The path on the host, once it is known to be one."""
+        """The validated path, on the host."""
         check_poses(camera.poses)
         check_intrinsics(camera.intrinsics, len(camera))
         keyed, keys = self.config.control_type == "act", camera.keys
@@ -261,17 +261,17 @@ class ImageConditionEncoderConfig(EncoderConfig):
     _target: type["ImageConditionEncoder"] = field(default_factory=lambda: ImageConditionEncoder)
 
     vae: WanVAEImageEncoderConfig = field(default_factory=WanVAEImageEncoderConfig)
-    """Encodes the clip that begins with the image and is grey from there on."""
+    """Encodes the clip that starts with the image and is grey afterwards."""
     latent_frames: int = 30
-    """Latent frames that are encoded; later ones repeat the last. At 30 the image is out of the
-    autoencoder's sight, so that this is exact."""
+    """Latent frames that are encoded; later ones repeat the last. At 30 the image is outside the
+    autoencoder's receptive field, so this is exact."""
 
     def __post_init__(self) -> None:
         check_range(self, "latent_frames")
 
 
 class ImageConditionEncoder(Encoder):
-    """An image to the context ``condition`` of the transformer: mask and latents."""
+    """Encodes an image to the context ``condition`` of the transformer: mask and latents."""
 
     config: ImageConditionEncoderConfig
 

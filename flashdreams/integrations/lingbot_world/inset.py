@@ -7,14 +7,14 @@ from torch import Tensor
 from .camera import invert_poses
 
 SHARE = 4
-"""The inset's side is the shorter side of the picture divided by this."""
+"""The inset's side is the shorter side of the frame divided by this."""
 POINTS_PER_FRAME = 8
-"""Points that the line between two poses is made of."""
+"""Points drawn for the line between two poses."""
 BACKGROUND, LINE, CAMERA = -0.8, (1.0, 1.0, 1.0), (1.0, -0.2, -0.6)
 
 
 def plan_view(poses: Tensor) -> Tensor:
-    """Positions seen from above the first camera, its view pointing up the picture.
+    """Positions from above, with the first camera looking up.
 
     Args:
         poses: ``[F, 4, 4]`` camera-to-world.
@@ -31,7 +31,7 @@ def plan_view(poses: Tensor) -> Tensor:
 
 
 def draw_inset(chunk: Tensor, poses: Tensor, first_frame: int) -> Tensor:
-    """Draw the way so far and the camera into the lower right corner of every frame.
+    """Draw the path so far and the camera in the lower right corner of every frame.
 
     Args:
         chunk: ``[B, F, 3, height, width]`` in [-1, 1].

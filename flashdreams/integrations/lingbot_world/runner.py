@@ -37,7 +37,7 @@ Source: Robbyant/lingbot-world, wan/utils/vis_utils.py, extract_translation_wasd
 MAX_PITCH = 60.0
 """Degrees that a pointer may tilt the camera up and down."""
 MAX_STRETCH = 0.05
-"""Difference of aspect ratios up to which an image is stretched without being asked for."""
+"""Difference of aspect ratios up to which an image is stretched without --fit-image."""
 
 
 @dataclass(kw_only=True)
@@ -54,21 +54,21 @@ class CameraToVideoRunnerConfig(ImageToVideoRunnerConfig):
     480x832 picture."""
     key_path: Path | None = None
     """A .npy file [frames, 4] of the held keys w, a, s, d, to go with --pose-path, for models that
-    are steered by keys."""
+    are controlled by keys."""
     actions: str | None = None
-    """Keys and how many frames they are held, instead of --pose-path: w a s d move, j l turn,
+    """Keys and the number of frames they are held, instead of --pose-path: w a s d move, j l turn,
     "wl6" holds two together."""
     intrinsics: tuple[float, float, float, float] = (477.0, 477.0, 416.0, 240.0)
-    """fx, fy, cx, cy in pixels of a 480x832 picture, if --intrinsic-path gives none."""
+    """fx, fy, cx, cy in pixels of a 480x832 image, if there is no --intrinsic-path."""
     move_per_frame: float = 0.25
-    """Distance that a movement key carries the camera in a pixel frame."""
+    """Distance per pixel frame while a movement key is held."""
     turn_per_frame: float = 1.5
-    """Degrees that a turning key turns the camera in a pixel frame."""
+    """Degrees per pixel frame while a turning key is held."""
     pose_mode: PoseMode = "offline"
-    """"offline" knows the whole path beforehand and normalises it, as the official code does;
+    """"offline" takes the whole path in advance and normalises it, as the official code does;
     "streaming" takes poses as they come."""
     world_scale: float = 1.0
-    """Factor on distances in streaming mode; a move of 1 per latent frame is the longest that the
+    """Factor on distances in streaming mode; a move of 1 per latent frame is the largest that the
     model has seen."""
     show_path: bool = False
     """Draw the camera's path, seen from above, into a corner of the video."""
@@ -83,14 +83,14 @@ class CameraToVideoRunnerConfig(ImageToVideoRunnerConfig):
 
     @property
     def has_camera(self) -> bool:
-        """Whether a path is followed; the clip variant can do without."""
+        """Whether a path is followed; the clip variant does not require one."""
         return True
 
     def for_serving(self) -> "CameraToVideoRunnerConfig":
-        """The config in streaming mode, steered by keys; see `RunnerConfig.for_serving`.
+        """The config in streaming mode, controlled by keys; see `RunnerConfig.for_serving`.
 
         Raises:
-            ValueError: a path from a file, which nobody could steer.
+            ValueError: a path from a file, which cannot be steered.
         """
         for name in ("pose_path", "intrinsic_path", "key_path"):
             if getattr(self, name) is not None:
@@ -112,7 +112,7 @@ class CameraToVideoRunnerConfig(ImageToVideoRunnerConfig):
         return found
 
     def motion(self) -> KeyMotion:
-        """How far keys carry the camera."""
+        """Motion of the camera per key."""
         return KeyMotion(
             move_per_frame=self.move_per_frame,
             turn_per_frame_rad=float(np.radians(self.turn_per_frame)),
@@ -120,7 +120,7 @@ class CameraToVideoRunnerConfig(ImageToVideoRunnerConfig):
 
 
 class CameraToVideoRunner(ImageToVideoRunner):
-    """Streams a walk through a world into a file; stops when the poses run out."""
+    """Streams a walk through a world into a file; stops at the end of the poses."""
 
     config: CameraToVideoRunnerConfig
 
@@ -149,7 +149,7 @@ class CameraToVideoRunner(ImageToVideoRunner):
             )
         self.num_poses = len(path)
         self.blocks = min(config.total_blocks, blocks)
-        # What is asked for bounds the clip that offline mode spreads over the chunks, as in the
+        # The request bounds the clip that offline mode resamples to the chunks, as in the
         # official code; poses beyond the last whole chunk still count.
         self.path = path.part(slice(0, pixel_frames(config.total_blocks * transformer.len_t)))
         self.image = read_first_frame(config)
@@ -165,11 +165,11 @@ class CameraToVideoRunner(ImageToVideoRunner):
         super().__init__(replace(config, pipeline=pipeline))
 
     def fitted(self, config: CameraToVideoRunnerConfig, poses: int) -> CameraToVideoRunnerConfig:
-        """The config as a path of so many poses wants it; here any path suits as it is."""
+        """The config adapted to a path of so many poses; unchanged here."""
         return config
 
     def first_image(self, config: TextToVideoRunnerConfig) -> Tensor | None:
-        """The image that was read before anything else, ``[1, 3, height, width]`` in [-1, 1]."""
+        """The image, read before anything else, ``[1, 3, height, width]`` in [-1, 1]."""
         return self.image
 
     def run(self) -> None:
@@ -187,7 +187,7 @@ class CameraToVideoRunner(ImageToVideoRunner):
                 writer.write(chunk)
         if self.is_rank_zero and self.blocks < cfg.total_blocks:
             tell(
-                f"The poses ran out: {self.num_poses} of them suffice for {self.blocks} of "
+                f"The poses ended: {self.num_poses} of them cover {self.blocks} of "
                 f"{cfg.total_blocks} AR steps ({frame} frames)."
             )
 
@@ -199,7 +199,7 @@ class CameraToVideoRunner(ImageToVideoRunner):
         return conditions
 
     def controller(self) -> Controller | None:
-        """Streaming: the camera that keys or the poses of a file move; offline: None.
+        """Streaming: a camera controlled by keys or by the poses of a file; offline: None.
 
         Its control input is the `CameraPath` of a chunk.
         """
@@ -213,7 +213,7 @@ class CameraToVideoRunner(ImageToVideoRunner):
         return KeyCamera(cfg.motion(), to_input, max_pitch=MAX_PITCH)
 
     def commands(self) -> list[Command]:
-        """The key presses of ``--actions``, for a camera that is steered by keys."""
+        """The key presses of ``--actions``, for a camera that is controlled by keys."""
         steered = isinstance(self.controller(), KeyCamera)
         return key_commands(self.config.actions) if steered and self.config.actions else []
 
@@ -221,11 +221,11 @@ class CameraToVideoRunner(ImageToVideoRunner):
 def camera_path(
     intrinsics: tuple[float, ...], keyed: bool, poses: Tensor, held: Sequence[frozenset[str]]
 ) -> CameraPath:
-    """The path of a chunk that keys have led to.
+    """The camera path of a chunk from key presses.
 
     Args:
         intrinsics: fx, fy, cx, cy in pixels of a 480x832 picture.
-        keyed: whether the model is steered by keys, too.
+        keyed: whether the model also takes the keys.
         poses: ``[F, 4, 4]``.
         held: held keys of F frames.
     """
@@ -236,7 +236,7 @@ def camera_path(
 
 
 class PathFollower(Controller):
-    """Hands out a path that is known beforehand; takes no events."""
+    """Returns a path that is known in advance; takes no events."""
 
     def __init__(self, path: CameraPath) -> None:
         self.path = path
@@ -250,7 +250,7 @@ class PathFollower(Controller):
         raise ValueError("This camera follows the poses of a file and takes no control.")
 
     def new_state(self) -> None:
-        """See the contract: the frames say where on the path the camera is."""
+        """See the contract: the position follows from the frames."""
         return None
 
     def advance(self, state: None, events: Sequence[Event], frames: range) -> CameraPath:
@@ -259,10 +259,10 @@ class PathFollower(Controller):
 
 
 def read_path(config: CameraToVideoRunnerConfig) -> CameraPath:
-    """The camera path of files or key presses.
+    """The camera path from files or key presses.
 
     Raises:
-        ValueError: there is none, or it cannot be used.
+        ValueError: the path is missing or invalid.
     """
     keyed = config.camera_encoder.control_type == "act"
     keys = None
@@ -272,7 +272,7 @@ def read_path(config: CameraToVideoRunnerConfig) -> CameraPath:
         if keyed:
             if config.key_path is None:
                 raise ValueError(
-                    f"{config.runner_name} is steered by keys: give them with --key-path FILE, or "
+                    f"{config.runner_name} is controlled by keys: give --key-path FILE, or "
                     "type --actions instead of --pose-path."
                 )
             keys = read_array(config.key_path, "--key-path")
@@ -334,7 +334,7 @@ def read_first_frame(config: CameraToVideoRunnerConfig) -> Tensor:
     as in the official code; others are scaled and cropped only if the config asks for it.
 
     Raises:
-        ValueError: there is none, it is no image, it is huge, or it has another aspect ratio.
+        ValueError: the file is missing, not an image, too large, or has another aspect ratio.
     """
     if config.image_path is None:
         return read_image(config)

@@ -35,7 +35,7 @@ class LingBotTransformerConfig(WanTransformerConfig):
         check_range(self, "camera_channels")
         if self.control_dim is not None:
             raise ValueError(
-                f"control_dim={self.control_dim}: the camera branch takes the place of Wan's own "
+                f"control_dim={self.control_dim}: the camera branch replaces Wan's own "
                 "control embedding; leave it None and set camera_channels."
             )
 
@@ -65,9 +65,9 @@ class LingBotBlock(WanBlock):
         self.cam_shift_layer = nn.Linear(dim, dim)
 
     def read_camera(self, camera: Tensor) -> tuple[Tensor, Tensor]:
-        """What the camera does to this block's tokens, ``x * scale + shift``.
+        """The camera's modulation of this block's tokens, ``x * scale + shift``.
 
-        It depends on nothing else, so once per chunk is enough where there is memory for it.
+        It depends only on the camera, so it is computed once per chunk if memory allows.
 
         Args:
             camera: ``[B or 1, L, dim]``, the embedded camera tokens.
@@ -92,7 +92,7 @@ class LingBotBlock(WanBlock):
 
         Args:
             x: ``[B, L, dim]``.
-            control: what ``read_camera`` returned, or what it takes; None leaves the tokens alone.
+            control: output or input of ``read_camera``; None leaves the tokens unchanged.
         """
         if control is None:
             return x
@@ -101,7 +101,7 @@ class LingBotBlock(WanBlock):
 
 
 class CameraTokens(nn.Module):
-    """Brings ray tokens to the type and device of the network; a place where a plan may split."""
+    """Casts ray tokens to the dtype and device of the network; a module that a plan can split."""
 
     def forward(self, tokens: Tensor, like: Tensor) -> Tensor:
         """Cast ``[B or 1, L, camera_dim]``."""
@@ -127,9 +127,9 @@ class LingBotTransformer(WanTransformer):
     def parallel_plan(self) -> ParallelPlan:
         """Wan's plan and the camera branch.
 
-        A block's scale and shift meet tokens that every rank holds in full width, so the layers
-        that make them are cut and their outputs gathered: twice per block and AR step, whatever
-        the number of denoising steps. Beside the sums of 4 denoising steps and a clean pass that is
+        A block's scale and shift apply to tokens that every rank holds in full width, so the layers
+        that make them are split and their outputs gathered: twice per block and AR step, whatever
+        the number of denoising steps. Over 4 denoising steps and a clean pass that is
         1/16 more bytes; it saves ``1 - 1/P`` of 4.2 GB at 14B in bfloat16, and the same share of
         these layers' work.
         """
@@ -160,7 +160,7 @@ class LingBotTransformer(WanTransformer):
 
         Args:
             control: ``[B or 1, L, camera_dim]``, as the camera encoder gives it; None for a clip
-                without a camera, which a bidirectional model makes, too.
+                without a camera, which a bidirectional model also supports.
 
         Returns:
             What every block reads, a scale and a shift for each. For a bidirectional model the
@@ -191,9 +191,9 @@ class LingBotTransformer(WanTransformer):
         return [cast(LingBotBlock, block).read_camera(camera) for block in self.blocks]
 
     def block_controls(self, inputs: StepInputs, state: CausalState) -> Sequence[Any]:
-        """What each block reads of the camera."""
+        """Camera control of each block."""
         return inputs.control if self.config.streaming else [inputs.control] * len(self.blocks)
 
     def add_control(self, x: Tensor, control: Any) -> Tensor:
-        """The camera acts in the blocks alone."""
+        """The camera acts only in the blocks."""
         return x

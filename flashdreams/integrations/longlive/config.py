@@ -1,4 +1,4 @@
-"""Config literals of LongLive: long videos of several prompts, on Wan 2.1 1.3B and Wan 2.2 5B."""
+"""Configs of LongLive: long videos of several prompts, on Wan 2.1 1.3B and Wan 2.2 5B."""
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
@@ -27,7 +27,7 @@ CHECKPOINT = CheckpointConfig(
     strip_prefixes=("model.",),
     size_bytes=5_675_987_200,
 )
-"""Base of LongLive 1.0; no commit of the repository is known here."""
+"""Base of LongLive 1.0; no commit of the repository is pinned."""
 
 PIPELINE = derive_config(
     FOUR_STEP_PIPELINE_1_3B,
@@ -43,7 +43,7 @@ PIPELINE = derive_config(
         )
     ),
 )
-"""LongLive 1.0: at another prompt the window is recomputed in one pass, the sink stays.
+"""LongLive 1.0: on a prompt change the window is recomputed in one pass, the sink is kept.
 
 Source: NVlabs/LongLive, branch v1.0: local 12, sink 3, ``global_sink``.
 """
@@ -53,7 +53,7 @@ INFINITY_PIPELINE = derive_config(
     name=f"{PIPELINE.name}-infinity",
     diffusion_model=dict(transformer=dict(relative_rope=True)),
 )
-"""The same weights with cache-relative RoPE, for rollouts without an end."""
+"""The same weights with cache-relative RoPE, for rollouts of unlimited length."""
 
 SHOTS_PIPELINE = StreamInferencePipelineConfig(
     name="longlive-wan2.2-t2v-5b",
@@ -90,7 +90,7 @@ SHOTS_IMAGE_PIPELINE = derive_config(
     image_encoder=WAN22_VAE_IMAGE_ENCODER,
     diffusion_model=dict(first_frames_from_image=True),
 )
-"""The same from an image, which the first latent frame holds (``independent_first_frame``)."""
+"""The same from an image, which is the first latent frame (``independent_first_frame``)."""
 
 TINY_PIPELINE = derive_config(
     SHOTS_PIPELINE,
@@ -114,14 +114,14 @@ TINY_PIPELINE = derive_config(
 
 RUNNER = TextToVideoRunnerConfig(
     runner_name=PIPELINE.name,
-    description="LongLive 1.0 on Wan 2.1 1.3B: long videos of changing prompts.",
+    description="LongLive 1.0 on Wan 2.1 1.3B: long videos with changing prompts.",
     pipeline=PIPELINE,
 )
 
 INFINITY_RUNNER = derive_config(
     RUNNER,
     runner_name=INFINITY_PIPELINE.name,
-    description="LongLive 1.0 with cache-relative RoPE, for videos without an end.",
+    description="LongLive 1.0 with cache-relative RoPE, for videos of unlimited length.",
     pipeline=INFINITY_PIPELINE,
 )
 
@@ -135,7 +135,7 @@ SHOTS_RUNNER = TextToVideoRunnerConfig(
 
 SHOTS_IMAGE_RUNNER = ImageToVideoRunnerConfig(
     runner_name=SHOTS_IMAGE_PIPELINE.name,
-    description="LongLive 2.0 on Wan 2.2 5B: several shots that begin with an image.",
+    description="LongLive 2.0 on Wan 2.2 5B: several shots, starting from an image.",
     pipeline=SHOTS_IMAGE_PIPELINE,
     total_blocks=16,
     fps=24,

@@ -1,4 +1,4 @@
-"""The action module of a Matrix-Game block: what mouse and keyboard do to the tokens.
+"""The action module of a Matrix-Game block, which adds mouse and keyboard to the tokens.
 
 Shape letters: B batch, T latent frames of the chunk, F latent frames in a window, P tokens of a
 latent frame, L = T * P query tokens, N heads, D head dim, K keyboard columns.
@@ -19,7 +19,7 @@ NORM_EPS = 1e-6
 
 
 class ActionControl(NamedTuple):
-    """What one action module reads beside the tokens."""
+    """Inputs of one action module besides the tokens."""
 
     keys: tuple[Tensor, Tensor]
     """Keys and values ``[B, T, N, D]`` of the keyboard, from ``ActionModule.read_keyboard``."""
@@ -37,7 +37,7 @@ def time_rotations(frames: Tensor, head_dim: int, turned: int, theta: float) -> 
     Args:
         frames: ``[T]``, positions.
         head_dim: D.
-        turned: the first channels of a head, which turn; the others belong to rows and columns,
+        turned: first channels of a head, which rotate; the others are for rows and columns,
             whose only position is 0.
         theta: base of the frequencies.
 
@@ -53,9 +53,9 @@ def time_rotations(frames: Tensor, head_dim: int, turned: int, theta: float) -> 
 
 
 class TimeAttentionCore(AttentionCore):
-    """Attention over latent frames at each position on its own.
+    """Attention over latent frames, separately at each position.
 
-    Three queries over a handful of keys at each of hundreds of positions: products of small
+    Three queries over a few keys at each of hundreds of positions: matmuls of small
     matrices, since a flash kernel would pad each position to a tile.
     """
 
@@ -68,7 +68,7 @@ class TimeAttentionCore(AttentionCore):
         if cache is not None:
             k, v = cache.update(k, v)
         q, k, v = (x.unflatten(1, (-1, self.tokens_per_frame)) for x in (q, k, v))
-        if self.strict:  # products of a fixed size have the same bits on any number of ranks
+        if self.strict:  # matmuls of a fixed size have the same bits on any number of ranks
             heads = zip(*(x.split(1, dim=3) for x in (q, k, v)), strict=True)
             return torch.cat([self._attend(*head) for head in heads], dim=3).flatten(1, 2)
         return self._attend(q, k, v).flatten(1, 2)
@@ -89,7 +89,7 @@ class UnusedNorm(nn.Module):
 
 
 class ActionModule(nn.Module):
-    """Adds what the mouse says, then what the keyboard says, to the tokens.
+    """Adds mouse control, then keyboard control, to the tokens.
 
     The mouse path attends over time at every position, from tokens and mouse together. The
     keyboard path lets every token attend to one key per latent frame.
@@ -127,7 +127,7 @@ class ActionModule(nn.Module):
         self.keyboard_core = AttentionCore(self.head_dim)
 
     def read_keyboard(self, keyboard: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the keyboard, once per chunk: they depend on nothing else.
+        """Keys and values of the keyboard, computed once per chunk.
 
         Args:
             keyboard: ``[B, T, window, K]``, the keys that each latent frame sees.
@@ -148,20 +148,20 @@ class ActionModule(nn.Module):
             control: of this module.
         """
         x = self.mouse_path(x, control)
-        (q,) = self._heads(self.mouse_attn_q(self._narrow(x)), 1)  # of the keyboard, in spite of it
+        (q,) = self._heads(self.mouse_attn_q(self._narrow(x)), 1)  # keyboard's, despite the name
         q = self._normed(q, control.rotation)
         attended = self.keyboard_core(q, *control.keys, control.keyboard_cache)
         return x + self.proj_keyboard(attended.flatten(2))
 
     def mouse_path(self, x: Tensor, control: ActionControl) -> Tensor:
-        """Add the mouse to the tokens; they are as they were where there is none."""
+        """Add the mouse to the tokens; without one they are unchanged."""
         if control.mouse is None:
             return x
         attended = self.mouse_core(*self._mouse_heads(x, control), control.mouse_cache)
         return x + self.proj_mouse(attended.flatten(2))
 
     def write(self, x: Tensor, control: ActionControl) -> None:
-        """Leave in the caches what ``forward`` leaves there."""
+        """Write to the caches what ``forward`` writes."""
         if control.mouse is not None and control.mouse_cache is not None:
             _, k, v = self._mouse_heads(x, control)
             self.mouse_core.write(k, v, control.mouse_cache)
@@ -177,7 +177,7 @@ class ActionModule(nn.Module):
         return self._normed(q, control.rotation), self._normed(k, control.rotation), v
 
     def _narrow(self, x: Tensor) -> Tensor:
-        """The tokens in the type of the weights; the sum through the blocks may be wider."""
+        """The tokens in the dtype of the weights; the residual may have a wider one."""
         return x.to(self.mouse_attn_q.weight.dtype)
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Config literals of Matrix-Game 2.0: worlds that are played with keys and mouse."""
+"""Configs of Matrix-Game 2.0: worlds played with keys and mouse."""
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
@@ -22,7 +22,7 @@ from .transformer import MatrixGameTransformerConfig
 
 REPO = "Skywork/Matrix-Game-2.0"
 REVISION = "main"
-"""A branch, which may move: no commit is known."""
+"""A branch, since no commit is known."""
 
 
 def matrix_game_checkpoint(file: str, parameters: int) -> CheckpointConfig:
@@ -33,7 +33,7 @@ def matrix_game_checkpoint(file: str, parameters: int) -> CheckpointConfig:
         revision=REVISION,
         strip_prefixes=("model.",),
         size_bytes=4 * parameters,
-        license="MIT for the code; the card of the weights was not seen",
+        license="MIT for the code; the model card was not checked",
     )
 
 
@@ -117,14 +117,14 @@ TINY_PIPELINE = derive_config(
 
 RUNNER = MatrixGameRunnerConfig(
     runner_name=PIPELINE.name,
-    description="Matrix-Game 2.0: walk and look around in a world that begins with your image.",
+    description="Matrix-Game 2.0: walk and look around in a world that starts from your image.",
     pipeline=PIPELINE,
 )
 
 GTA_DRIVE_RUNNER = derive_config(
     RUNNER,
     runner_name=GTA_DRIVE_PIPELINE.name,
-    description="Matrix-Game 2.0, tuned to driving a car.",
+    description="Matrix-Game 2.0, fine-tuned for driving a car.",
     variant="gta_drive",
     pipeline=GTA_DRIVE_PIPELINE,
 )
@@ -132,7 +132,7 @@ GTA_DRIVE_RUNNER = derive_config(
 TEMPLE_RUN_RUNNER = derive_config(
     RUNNER,
     runner_name=TEMPLE_RUN_PIPELINE.name,
-    description="Matrix-Game 2.0, tuned to a running game: one key at a time, no mouse.",
+    description="Matrix-Game 2.0, fine-tuned for a running game: one key at a time, no mouse.",
     variant="temple_run",
     pipeline=TEMPLE_RUN_PIPELINE,
 )

@@ -1,4 +1,4 @@
-"""Keys and mouse of the Matrix-Game variants, live, as text and from a file."""
+"""Keys and mouse of the Matrix-Game variants: live, as text, or from a file."""
 
 import zipfile
 from collections.abc import Mapping, Sequence, Set
@@ -20,16 +20,16 @@ Variant = Literal["universal", "gta_drive", "temple_run"]
 TURN = 0.1
 """Turn per pixel frame of a camera key, as in the official demo."""
 TURN_DEGREES = 1.5
-"""Degrees of pointer motion per pixel frame that turn as fast as a camera key; a matter of feel."""
+"""Degrees of pointer motion per pixel frame equal to a camera key; chosen by feel."""
 MAX_POINTER_TURN = 3 * TURN
-"""Turn per pixel frame that pointer motion leads to at most."""
+"""Largest turn per pixel frame from pointer motion."""
 MAX_FILE_BYTES = 16 * 2**20
 """Most bytes that an action file may unpack to: more than a day of play."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActionKeys:
-    """The keys of a variant and what they are to the model."""
+    """The keys of a variant and their encoding for the model."""
 
     names: Mapping[str, str]
     """Key -> what it does."""
@@ -40,7 +40,7 @@ class ActionKeys:
     keyboard_dim: int
     has_mouse: bool = True
     idle_column: int | None = None
-    """Column that is 1 while no key is held; such a variant takes one key at a time."""
+    """Column that is 1 while no key is held; such a variant accepts one key at a time."""
 
     def check(self, keys: Set[str]) -> None:
         """Refuse held keys.
@@ -106,7 +106,7 @@ KEYS: dict[Variant, ActionKeys] = {
 
 @dataclass
 class HeldKeys:
-    """What is held at the end of a chunk."""
+    """Held keys at the end of a chunk."""
 
     keys: str = state("host", default="")
     """One letter each."""
@@ -115,9 +115,9 @@ class HeldKeys:
 class ActionController(Controller):
     """Held keys and pointer motion, one pixel frame at a time.
 
-    An event ``{"keys": "wl"}`` says which keys are held from its frame on. ``{"mouse": [pitch,
+    An event ``{"keys": "wl"}`` sets the keys that are held from its frame on. ``{"mouse": [pitch,
     yaw]}`` turns the view by so much in every frame from its own to the end of the chunk: a pointer
-    that rests sends nothing. ``{"look": [yaw, pitch]}`` is the same in degrees since the last
+    at rest sends nothing. ``{"look": [yaw, pitch]}`` is the same in degrees since the last
     event, spread over the rest of the chunk. An event may have several of these.
     """
 
@@ -206,7 +206,7 @@ def pointer_turn(look: Sequence[float], frames: int) -> tuple[float, float]:
 
 
 class RecordedActions(Controller):
-    """Hands out actions that are known beforehand; takes no events."""
+    """Returns actions that are known in advance; takes no events."""
 
     def __init__(self, actions: Actions) -> None:
         """Take ``[F, columns]``."""
@@ -221,14 +221,14 @@ class RecordedActions(Controller):
         raise ValueError("This world follows the actions of a file and takes no control.")
 
     def new_state(self) -> None:
-        """See the contract: the frames say where in the file the rollout is."""
+        """See the contract: the position follows from the frames."""
         return None
 
     def advance(self, state: None, events: Sequence[Event], frames: range) -> Actions:
         """The actions over the frames; see the contract.
 
         Raises:
-            ValueError: the file ends before.
+            ValueError: the file is too short.
         """
         if frames.stop > self.actions.keyboard.shape[-2]:
             raise ValueError(
@@ -254,7 +254,7 @@ def read_actions(path: Path, keys: ActionKeys) -> Actions:
     wanted = {"keyboard": keys.keyboard_dim} | ({"mouse": 2} if keys.has_mouse else {})
     if arrays.keys() != wanted.keys():
         raise ValueError(
-            f"{flag}: holds {', '.join(sorted(arrays)) or 'nothing'}; this variant wants "
+            f"{flag}: holds {', '.join(sorted(arrays)) or 'nothing'}; this variant needs "
             f"{' and '.join(f'{name} [frames, {n}]' for name, n in wanted.items())}."
         )
     found = {}
@@ -284,8 +284,8 @@ def _read_arrays(path: Path, flag: str) -> dict[str, np.ndarray]:
                 raise ValueError(f"it unpacks to more than {MAX_FILE_BYTES} bytes")
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:  # what a damaged archive raises is no narrower
-        reason = getattr(error, "strerror", None) or "it is no .npz file of numbers"
+    except Exception as error:  # damaged archives raise all kinds of errors
+        reason = getattr(error, "strerror", None) or "it is not an .npz file of numbers"
         raise ValueError(f"{flag}: cannot be read: {reason}.") from error
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":

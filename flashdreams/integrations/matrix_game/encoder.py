@@ -1,4 +1,4 @@
-"""Encoders: the first image to its context, actions and grey frames to what a chunk is told.
+"""Encoders: the first image to its context, actions and grey frames to the control of a chunk.
 
 Shape letters: B batch, T latent frames of a chunk, F pixel frames, K keyboard columns, H W latent
 rows and columns.
@@ -30,7 +30,7 @@ TIME_FACTOR = 4
 
 @dataclass(frozen=True)
 class Actions:
-    """What is pressed and how the view turns in each of F pixel frames."""
+    """Held keys and view rotation in each of F pixel frames."""
 
     keyboard: Tensor = state("whole")
     """``[F, K]`` or ``[B, F, K]``, 1 where a key is held."""
@@ -45,7 +45,7 @@ class Actions:
 
 @dataclass(kw_only=True)
 class MatrixGameImageEncoderConfig(EncoderConfig):
-    """Config of what the first image is to the whole rollout."""
+    """Config of the encoder of the first image, for the whole rollout."""
 
     _target: type["MatrixGameImageEncoder"] = field(default_factory=lambda: MatrixGameImageEncoder)
 
@@ -54,7 +54,7 @@ class MatrixGameImageEncoderConfig(EncoderConfig):
 
 
 class MatrixGameImageEncoder(Encoder):
-    """An image to the context ``image_tokens``; ``first_frame`` hands the image itself on."""
+    """Encodes an image to the context ``image_tokens``; ``first_frame`` is the image itself."""
 
     config: MatrixGameImageEncoderConfig
 
@@ -109,7 +109,7 @@ class ActionCache:
     """The action encoder's state in one rollout."""
 
     image: Tensor | None = state("rebuilt")
-    """``[B, 3, height, width]``; None where the rollout was given its whole condition."""
+    """``[B, 3, height, width]``; None if the rollout was given its whole condition."""
     video: WholeFrames = field(default_factory=WholeFrames)
     latent: Tensor | None = state("whole", default=None)
     """``[B, C, 1, H, W]``, the last latent frame of the condition."""
@@ -120,14 +120,14 @@ class ActionCache:
 
 
 class ActionEncoder(StreamingEncoder):
-    """Turns the actions of a chunk, and those before it, into what each latent frame sees.
+    """Encodes the actions of a chunk and before it for each latent frame.
 
     Latent frame f sees the actions of the pixel frames ``4 f - 12`` to ``4 f - 1``, oldest first;
     before frame 0 the first action is repeated. A latent frame's own last pixel frame, ``4 f``, is
     not among them.
 
-    The condition of the chunk comes along: the mask, and latents of the image and of grey frames,
-    which go on being encoded with the rollout.
+    It also returns the chunk's condition: the mask, and latents of the image and of grey frames,
+    which are encoded as the rollout proceeds.
 
     Source: SkyworkAI/Matrix-Game, Matrix-Game-2/wan/modules/action_module.py, and inference.py.
     """
@@ -141,17 +141,17 @@ class ActionEncoder(StreamingEncoder):
     def initialize_cache(
         self, first_frame: Tensor | None = None, condition: Tensor | None = None
     ) -> ActionCache:
-        """Begin a rollout.
+        """Start a rollout.
 
         Args:
             first_frame: ``[B, 3, height, width]``, RGB in [-1, 1].
-            condition: of the whole rollout, encoded already: then nothing is encoded here.
+            condition: the encoded condition of the whole rollout: then nothing is encoded here.
 
         Raises:
             ValueError: neither.
         """
         if first_frame is None and condition is None:
-            raise ValueError("This method begins with an image: give image=[B, 3, height, width].")
+            raise ValueError("This method starts from an image: give image=[B, 3, height, width].")
         return ActionCache(image=first_frame if condition is None else None)
 
     @torch.no_grad()
@@ -184,7 +184,7 @@ class ActionEncoder(StreamingEncoder):
         return control
 
     def _windows(self, past: Tensor | None, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """What each latent frame of the chunk sees, ``[B, T, window, K]``, and the new past."""
+        """What each latent frame of the chunk sees, ``[B, T, window, K]``, and carried actions."""
         c, first = self.config, past is None
         past = actions[:, :1].expand(-1, c.actions_per_latent, -1) if past is None else past
         seen = torch.cat([past, actions], dim=1)
@@ -214,7 +214,7 @@ class ActionEncoder(StreamingEncoder):
         return F.pad(latents, (0, 0, 0, 0, 0, 0, MASK_CHANNELS, 0))
 
     def _checked(self, actions: Actions | None, index: int) -> tuple[Tensor, Tensor | None]:
-        """Actions ``[B, F, columns]`` as float32 on the CPU, once they are known to fit."""
+        """Validated actions ``[B, F, columns]`` as float32 on the CPU."""
         c = self.config
         frames = TIME_FACTOR * c.len_t - (TIME_FACTOR - 1 if index == 0 else 0)
         if not isinstance(actions, Actions):
@@ -241,7 +241,7 @@ def check_columns(name: str, x: Tensor, columns: int, frames: int | None) -> Ten
         frames: F; None: any number.
 
     Raises:
-        ValueError: no tensor of numbers, another shape, or values that are not finite.
+        ValueError: not a tensor of numbers, another shape, or values that are not finite.
     """
     many = "frames" if frames is None else frames
     if not isinstance(x, Tensor) or x.is_complex():

@@ -23,17 +23,17 @@ from .encoder import TIME_FACTOR
 from .transformer import MatrixGameTransformerConfig
 
 MAX_STRETCH = 0.05
-"""Difference of aspect ratios up to which an image is cropped without being asked for."""
+"""Difference of aspect ratios up to which an image is cropped without --fit-image."""
 
 
 @dataclass(kw_only=True)
 class MatrixGameRunnerConfig(RunnerConfig):
-    """A world that begins with an image and is played with keys and mouse."""
+    """A world that starts from an image and is played with keys and mouse."""
 
     _target: type["MatrixGameRunner"] = field(default_factory=lambda: MatrixGameRunner)
 
     variant: Variant = "universal"
-    """Which keys there are, as the weights were trained."""
+    """The variant of the weights, which determines the keys."""
     image_path: Path | None = None
     """The first frame: an RGB image of the video's shape."""
     fit_image: bool = False
@@ -41,26 +41,26 @@ class MatrixGameRunnerConfig(RunnerConfig):
     test_image: bool = False
     """Start from a drawn colour gradient if no image is given."""
     actions: str | None = None
-    """Keys and the pixel frames that they are held for, from frame 0 on: "w20 wl8" walks, then
-    turns too. Afterwards nothing is held."""
+    """Keys and the number of pixel frames they are held, from frame 0 on: "w20 wl8" walks, then
+    walks and turns. Afterwards no key is held."""
     action_path: Path | None = None
     """An .npz file of actions instead: keyboard [frames, columns] and, with a mouse, mouse
     [frames, 2] (pitch and yaw), one row per pixel frame."""
     initial_latent: Path | None = None
-    """A .safetensors file of latents of whole chunks, such as --save-latents writes: the rollout
-    begins with them, under the actions from frame 0 on, and continues. They count among the AR
+    """A .safetensors file with latents of whole chunks, as written by --save-latents: the rollout
+    starts with them and continues, with actions from frame 0 on. They count as AR
     steps."""
     total_blocks: int = 50
     """AR steps; each is one chunk of the video."""
     fps: int = 12
     """Frames per second of the video, as the official demo writes it."""
     download: bool = False
-    """Fetch all weights that are not on this machine."""
+    """Download all weights that are not on this machine."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.actions is not None and self.action_path is not None:
-            raise ValueError("--actions and --action-path exclude one another; give one of them.")
+            raise ValueError("--actions and --action-path exclude each other; give one of them.")
         keys, sizes = self.keys, self.transformer
         if (sizes.keyboard_dim, sizes.mouse_dim is not None) != (keys.keyboard_dim, keys.has_mouse):
             raise ValueError(
@@ -72,10 +72,10 @@ class MatrixGameRunnerConfig(RunnerConfig):
             keys.check(held)
 
     def for_serving(self) -> "MatrixGameRunnerConfig":
-        """The config, steered by keys and mouse; see `RunnerConfig.for_serving`.
+        """The config, controlled by keys and mouse; see `RunnerConfig.for_serving`.
 
         Raises:
-            ValueError: actions from a file, which nobody could steer.
+            ValueError: actions from a file, which cannot be steered.
         """
         if self.action_path is not None:
             raise ValueError("--action-path: a live session is steered by its client; omit it.")
@@ -137,10 +137,10 @@ class MatrixGameRunner(Runner[MatrixGameRunnerConfig, StreamInferencePipeline]):
 
 
 def check_length(config: MatrixGameRunnerConfig, frames: int) -> None:
-    """Refuse a file of fewer actions than the video has frames.
+    """Refuse a file with fewer actions than the video has frames.
 
     Raises:
-        ValueError: says how many AR steps the file suffices for.
+        ValueError: states how many AR steps the file covers.
     """
     len_t = config.transformer.len_t
     wanted = 1 + TIME_FACTOR * (config.total_blocks * len_t - 1)
@@ -154,10 +154,10 @@ def check_length(config: MatrixGameRunnerConfig, frames: int) -> None:
 
 
 def read_initial_latent(config: MatrixGameRunnerConfig) -> Tensor | None:
-    """The latents that the rollout begins with; None where no file is named.
+    """The latents at the start of the rollout; None if no file is given.
 
     Raises:
-        ValueError: a file that cannot be used, or latents of more AR steps than are asked for.
+        ValueError: an invalid file, or latents of more AR steps than requested.
     """
     path, c = config.initial_latent, config.transformer
     if path is None:
@@ -170,10 +170,10 @@ def read_first_frame(config: MatrixGameRunnerConfig) -> Tensor:
     """The first frame ``[1, 3, height, width]`` in [-1, 1].
 
     As in the official code its centre is cropped to the video's shape and resized with
-    antialiasing; a crop of more than a little has to be asked for.
+    antialiasing; a larger crop requires --fit-image.
 
     Raises:
-        ValueError: there is none, it is no image, or it has another shape.
+        ValueError: the file is missing, not an image, or has another shape.
     """
     height = config.transformer.latent_height * SPATIAL_FACTOR
     width = config.transformer.latent_width * SPATIAL_FACTOR
@@ -181,7 +181,7 @@ def read_first_frame(config: MatrixGameRunnerConfig) -> Tensor:
         if config.test_image:
             return gradient_image(height, width)
         raise ValueError(
-            f"{config.runner_name} begins with an image of {width}x{height} (width x height): name "
+            f"{config.runner_name} starts from an image of {width}x{height} (width x height): name "
             "it with --image-path FILE, or type --test-image True for a colour gradient."
         )
     columns, rows = image_size(config.image_path)
@@ -189,7 +189,7 @@ def read_first_frame(config: MatrixGameRunnerConfig) -> Tensor:
     if not config.fit_image and not 1 / (1 + MAX_STRETCH) <= stretch <= 1 + MAX_STRETCH:
         raise ValueError(
             f"--image-path {config.image_path}: the image is {columns}x{rows} (width x height); "
-            f"this run wants the shape of {width}x{height}. Type --fit-image True to crop it."
+            f"this run needs the shape of {width}x{height}. Type --fit-image True to crop it."
         )
     image = load_image(config.image_path, rows, columns)
     kept_rows, kept_columns = rows, columns

@@ -32,7 +32,7 @@ class MatrixGameTransformerConfig(WanTransformerConfig):
     text_dim: int = 0
     """There is no prompt."""
     image_dim: int | None = 1280
-    """Width of the image tokens, which are all that cross-attention sees."""
+    """Width of the image tokens, the only input of cross-attention."""
     condition_channels: int = 20
     """4 of the mask and 16 of the image latent."""
     latent_height: int = 44
@@ -40,13 +40,13 @@ class MatrixGameTransformerConfig(WanTransformerConfig):
     latent_width: int = 80
     """Latent columns."""
     window_size_t: int = 6
-    """Latent frames that all three caches hold, the current chunk included."""
+    """Latent frames in all three caches, the current chunk included."""
     keyboard_dim: int = 4
     """Keyboard columns."""
     mouse_dim: int | None = 2
     """Mouse columns, pitch and yaw; None for a variant without a mouse."""
     action_blocks: int = 15
-    """The first blocks, which have an action module."""
+    """Number of first blocks that have an action module."""
     action_heads: int = 16
     """Heads of both action paths."""
     action_dim: int = 1024
@@ -105,7 +105,7 @@ class ActionBlock(WanBlock):
         cache: KVCache,
         control: ActionControl,
     ) -> None:
-        """Write all three caches; what the mouse sees is known after cross-attention."""
+        """Write all three caches; the mouse path needs the output of cross-attention."""
         shift, scale, gate = modulation[:, :, :3].unbind(2)
         y = self.modulated_norm(x, shift, scale, self.eps, self.branch_dtype)
         x = self.gated_sum(x, self.self_attn(y, rope, cache), gate)
@@ -114,7 +114,7 @@ class ActionBlock(WanBlock):
 
 
 class MatrixGameTransformer(WanTransformer):
-    """Wan image-to-video without text, steered by keys and mouse; official parameter names.
+    """Wan image-to-video without text, controlled by keys and mouse; official parameter names.
 
     Source: SkyworkAI/Matrix-Game, Matrix-Game-2/wan/modules/causal_model.py.
     """
@@ -158,7 +158,7 @@ class MatrixGameTransformer(WanTransformer):
     def cache_specs(self, batch_size: int) -> dict[str, KVCacheSpec]:
         """Self-attention; mouse, per position over time; keyboard, one key per frame.
 
-        All evict in step.
+        All evict together.
         """
         c, specs = self.config, super().cache_specs(batch_size)
         sizes: dict[str, Any] = {"num_heads": c.action_heads, "head_dim": c.action_head_dim}
@@ -206,15 +206,15 @@ class MatrixGameTransformer(WanTransformer):
             shape = list(given[name].shape) if name in given else None
             if shape is None or len(shape) != 4 or shape[2:] != [c.actions_per_latent, width]:
                 raise ValueError(
-                    f"This transformer is steered: {name!r} must be [B or 1, latent frames, "
+                    f"This transformer needs control: {name!r} must be [B or 1, latent frames, "
                     f"{c.actions_per_latent}, {width}]; got {shape}."
                 )
         return {name: to_device(given[name], self.device).to(self.dtype) for name in widths}
 
     def inputs_at(self, cache: CausalState, frames: Tensor, control: Any) -> StepInputs:
-        """See `CausalTransformer.inputs_at`; actions meet their latent frames here, once a chunk.
+        """See `CausalTransformer.inputs_at`; assigns actions to latent frames, once per chunk.
 
-        A place for it all, since keys and values of the keyboard are rotated by position.
+        It is done here because keys of the keyboard are rotated by position.
         """
         c = self.config
         inputs = super().inputs_at(cache, frames, control)
@@ -233,7 +233,7 @@ class MatrixGameTransformer(WanTransformer):
         return inputs
 
     def add_control(self, x: Tensor, control: Any) -> Tensor:
-        """Actions act in the blocks alone."""
+        """Actions act only in the blocks."""
         return x
 
     def block_controls(self, inputs: StepInputs, state: CausalState) -> Sequence[Any]:

@@ -1,4 +1,4 @@
-"""Config literals of Self-Forcing: streaming text-to-video on Wan 2.1 1.3B."""
+"""Configs of Self-Forcing: streaming text-to-video on Wan 2.1 1.3B."""
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.runner import RunnerConfig

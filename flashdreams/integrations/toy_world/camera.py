@@ -1,4 +1,4 @@
-"""The camera embedding: what each token's patch of the picture looks along."""
+"""The camera embedding: the rays of each token's patch."""
 
 import math
 from dataclasses import dataclass, field
@@ -82,13 +82,13 @@ class CameraEncoderConfig(EncoderConfig):
     width: int = 64
     """Picture width in pixels."""
     materials: bool = False
-    """The pictures show materials, and tokens are told what their rays meet; see `hit_features`."""
+    """For images with materials: also embed what the rays hit; see `hit_features`."""
 
     def __post_init__(self) -> None:
         check_range(self, "token_rows", "token_columns", "height", "width")
 
     def features(self, pose: Tensor) -> Tensor:
-        """Describe what the tokens of frames look along.
+        """Ray features of the tokens of frames.
 
         Args:
             pose: ``[..., 3]`` (x, y, heading).

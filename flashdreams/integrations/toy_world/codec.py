@@ -96,7 +96,7 @@ class PatchDecoderCache:
 
 
 class PatchDecoder(StreamingDecoder):
-    """Decodes each latent frame beside the one before it; the first stands in for its own."""
+    """Decodes each latent frame with its predecessor; the first is its own predecessor."""
 
     config: PatchDecoderConfig
 

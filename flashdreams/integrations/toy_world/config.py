@@ -1,4 +1,4 @@
-"""The toy world's config literals."""
+"""Configs of the toy world."""
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.diffusion.model import DiffusionModelConfig

@@ -1,4 +1,4 @@
-"""How near a frame is to the truth."""
+"""PSNR of frames against the ground truth."""
 
 from torch import Tensor
 

@@ -2,7 +2,7 @@
 
 The camera never pitches or rolls, so a column of the picture meets one wall and at most one
 visible pillar: hits are computed once per sub-column, edges along a column are box-filtered
-analytically. Each pixel is then a weighted sum of a few colours, and one batched product
+analytically. Each pixel is then a weighted sum of a few colours, and one batched matmul
 ``[3, K] @ [K, H]`` per column draws the picture.
 
 Shape letters: B frames, H W rows and columns, S sub-columns per column, K colours per column.
@@ -58,7 +58,7 @@ def render(scene: Tensor, pose: Tensor, size: tuple[int, int] = (64, 64)) -> Ten
         ``[B, 3, height, width]`` float32 in [-1, 1], on the device of the pose.
 
     Raises:
-        ValueError: shapes that do not fit, a hidden slot, or a size that is not a multiple of 8.
+        ValueError: mismatched shapes, a hidden slot, or a size that is not a multiple of 8.
     """
     check_views(scene, pose)
     height, width = size

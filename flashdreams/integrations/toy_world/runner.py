@@ -37,7 +37,7 @@ class ToyWorldRunnerConfig(RunnerConfig):
     prompt_path: Path | None = None
     """A text file to read the prompt from."""
     actions: str = STROLL
-    """Keys and the number of frames that each is held: w a s d move, j l turn, "wl6" holds two keys
+    """Keys and the number of frames each is held: w a s d move, j l turn, "wl6" holds two keys
     at once. After the last one the camera stands still."""
     total_blocks: int = 160
     """AR steps; each is one frame."""
@@ -57,7 +57,7 @@ class ToyWorldRunnerConfig(RunnerConfig):
 
 
 class ToyWorldRunner(Runner[ToyWorldRunnerConfig, StreamInferencePipeline]):
-    """Walks, generates a frame for every pose and, if asked, holds it against the truth."""
+    """Generates a frame for every pose of a walk and, optionally, compares it with the truth."""
 
     def __init__(self, config: ToyWorldRunnerConfig) -> None:
         self.prompt = read_prompt(config.prompt, config.prompt_path)
@@ -83,14 +83,14 @@ class ToyWorldRunner(Runner[ToyWorldRunnerConfig, StreamInferencePipeline]):
                     writer.write(chunk)
 
     def conditions(self) -> dict[str, Any]:
-        """The scene in words and, if asked for, the rendered first frame."""
+        """The scene as text and, on request, the rendered first frame."""
         conditions: dict[str, Any] = {"text": [self.prompt]}
         if self.config.start_from_truth:
             conditions["image"] = self.truth(self.controller().start)
         return conditions
 
     def controller(self) -> KeyCamera:
-        """The camera of the courtyard: it stands where every walk begins, and slides along walls.
+        """The camera of the courtyard, at the start of every walk; it slides along walls.
 
         Its control input are the poses of a chunk, ``[T, 4, 4]``.
         """
@@ -114,17 +114,17 @@ class ToyWorldRunner(Runner[ToyWorldRunnerConfig, StreamInferencePipeline]):
 
 
 def walk(actions: str, frames: int) -> Tensor:
-    """Camera-to-world matrices of a walk from where every walk of this world begins.
+    """Camera-to-world matrices of a walk from the start pose of this world.
 
     Args:
         actions: keys and the frames that they are held for, such as ``"w8 l4 wl6"``.
-        frames: poses wanted; a longer walk is cut, of a shorter one the last pose is held.
+        frames: number of poses; a longer walk is cut, a shorter one is extended by its last pose.
 
     Returns:
         ``[frames, 4, 4]``, in world units.
 
     Raises:
-        ValueError: a key that does not exist, a count that is none, or ``frames`` below 1.
+        ValueError: an unknown key, an invalid count, or ``frames`` below 1.
     """
     start = pose_to_camera(torch.tensor(START_POSE, dtype=torch.float32, device="cpu"))
     path = integrate(parse_actions(actions), KEY_MOTION, start=start, collide=collide_camera)

@@ -1,4 +1,4 @@
-"""Config literals of Wan 2.1: bidirectional text- and image-to-video."""
+"""Configs of Wan 2.1: bidirectional text- and image-to-video."""
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
@@ -28,7 +28,7 @@ ONE_CHUNK = dict(streaming=False, len_t=21, window_size_t=21)
 """Transformer fields: the whole clip, 81 frames, is one chunk."""
 
 AUTOCAST = dict(residual_dtype="float32")
-"""Transformer fields: what stays float32 in the official code, which runs under autocast."""
+"""Transformer fields: float32 parts as in the official code, which runs under autocast."""
 
 SHARD_INDEX = "diffusion_pytorch_model.safetensors.index.json"
 

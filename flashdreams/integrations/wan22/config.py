@@ -1,4 +1,4 @@
-"""Config literals of Wan 2.2 TI2V 5B: text or an image and text to video, 24 frames per second."""
+"""Configs of Wan 2.2 TI2V 5B: text or an image and text to video, 24 frames per second."""
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.diffusion.model import DiffusionModelConfig

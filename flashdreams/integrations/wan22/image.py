@@ -1,4 +1,4 @@
-"""The first image of Wan 2.2 TI2V: the video takes its shape, and as many pixels as are allowed."""
+"""The first image of Wan 2.2 TI2V, which determines the size of the video."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from flashdreams.runtime.image_file import open_image, to_pixels
 
 
 def size_of_shape(rows: int, columns: int, unit: int, max_pixels: int) -> tuple[int, int]:
-    """The largest video of about an image's shape.
+    """The largest video with about an image's aspect ratio.
 
     One side is as long as the shape allows, the other fills what is left of the pixels; of the two
     ways to do that the one whose aspect ratio is nearer to the image's is taken.
@@ -24,7 +24,7 @@ def size_of_shape(rows: int, columns: int, unit: int, max_pixels: int) -> tuple[
         Height and width in pixels.
 
     Raises:
-        ValueError: a shape so long that a side would be shorter than ``unit``.
+        ValueError: an aspect ratio for which a side would be shorter than ``unit``.
 
     Source: Wan-Video/Wan2.2, wan/utils/utils.py, best_output_size.
     """
@@ -48,7 +48,7 @@ def size_of_shape(rows: int, columns: int, unit: int, max_pixels: int) -> tuple[
 
 
 def cover(image: Any, height: int, width: int) -> Any:
-    """Scale a Pillow image until it covers the size, rounded to pixels, and keep its centre.
+    """Scale a Pillow image to cover the size, rounded to pixels, and crop to its centre.
 
     Source: Wan-Video/Wan2.2, wan/textimage2video.py (Lanczos).
     """
@@ -65,6 +65,6 @@ def load_covering(path: Path, height: int, width: int) -> Tensor:
     """An image from a file, scaled and cropped to ``[1, 3, height, width]`` in [-1, 1].
 
     Raises:
-        ValueError: no readable image, a huge one, or not RGB.
+        ValueError: the file is not a readable image, is too large, or not RGB.
     """
     return to_pixels(cover(open_image(path), height, width))

@@ -1,4 +1,4 @@
-"""Wan 2.2 TI2V on the command line: one slug for text and for an image and text."""
+"""Wan 2.2 TI2V on the command line: one slug for text and for image and text."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,11 +24,11 @@ class TextImageToVideoRunnerConfig(ImageToVideoRunnerConfig):
 
     image_path: Path | None = None
     """The first frame, an RGB image; None makes the video from the prompt alone. Unless --height or
-    --width is given the video takes the image's shape."""
+    --width is given, the video takes the image's aspect ratio."""
     fit_image: bool = False
     """With --height or --width: scale and crop an image of another size."""
     max_pixels: int = 704 * 1280
-    """Most pixels of a frame whose size follows from the image."""
+    """Most pixels of a frame whose size is derived from the image."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,10 +63,10 @@ class TextImageToVideoRunner(ImageToVideoRunner):
 
 
 def take_shape(config: TextImageToVideoRunnerConfig) -> TextImageToVideoRunnerConfig:
-    """Size the video after its image, unless a size is given.
+    """Derive the size of the video from its image, unless a size is given.
 
     Raises:
-        ValueError: the file is no image, a huge one, or one of too long a shape.
+        ValueError: the file is not an image, is too large, or has an extreme aspect ratio.
     """
     if config.image_path is None or config.height is not None or config.width is not None:
         return config

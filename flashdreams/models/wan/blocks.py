@@ -26,7 +26,7 @@ from flashdreams.models.wan.matmuls import (
 
 
 class BlockConfig(Protocol):
-    """What a block reads of its transformer's config."""
+    """The config fields that a block reads."""
 
     dim: int
     """Width of the token stream."""
@@ -74,11 +74,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
         self.rounds_once = False
-        """Whether 16-bit results are rounded after the gain alone, in one kernel."""
+        """Whether 16-bit results are rounded only after the gain, in one kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dim of ``x``, ``[..., dim]``, and keep its dtype."""
-        # In float32 the bits are the same, without an operation of its own for the gain.
+        # In float32 the bits are the same, without a separate operation for the gain.
         if x.dtype == torch.float32 or self.rounds_once:
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
@@ -103,7 +103,7 @@ def modulated_norm(
 def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """``x + gate * y`` in the dtype of ``x``; ``gate`` is ``[B, L or 1, dim]`` float32.
 
-    ``y`` may be of a narrower type than ``x``.
+    ``y`` may have a narrower dtype than ``x``.
     """
     if x.dtype == torch.float32:
         return torch.addcmul(x, y, gate)
@@ -160,14 +160,14 @@ class SelfAttention(nn.Module):
         self.packed = pack_linears((self.q, self.k, self.v))
 
     def _apply(self, *args: Any, **kwargs: Any) -> "SelfAttention":
-        """Move or convert; what is packed is packed where the parameters are then."""
+        """Move or convert, and pack again on the new device."""
         super()._apply(*args, **kwargs)
         repack(self)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        repack(self)  # a copy's parameters are tensors of their own
+        repack(self)  # a copy's parameters are separate tensors
 
     def _project(self, x: Any) -> list[Tensor]:
         """Queries, keys and values ``[B, L, N, D]``, views or not."""
@@ -188,7 +188,7 @@ class SelfAttention(nn.Module):
             return self.o(self._attend_fp8(q, k, v, rope, cache).flatten(2))
         if cache is not None and self.writes_fused:
             q = fused.norm_rope_write(q, k, v, self.norm_q, self.norm_k, rope, cache)
-            k, v, cache = *cache.visible(), None  # written already: the core attends to these
+            k, v, cache = *cache.visible(), None  # already written: the core attends to these
         else:
             q, k = self.norm_rope(q, k, self.norm_q, self.norm_k, rope)
         return self.o(self.core(q, k, v, cache).flatten(2))
@@ -196,8 +196,8 @@ class SelfAttention(nn.Module):
     def _attend_fp8(self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor, cache: KVCache) -> Tensor:
         """Norm, rotate, quantize and attend; ``[B, L, N, D]`` each.
 
-        While the scales are not fixed the core quantizes. Later it gets e4m3 numbers, so that
-        ranks communicate no more than these.
+        Until the scales are fixed, the core quantizes. Later it gets e4m3 values, so that
+        ranks communicate only these.
         """
         norms = self.norm_q, self.norm_k
         if not cache.quantizes_early:
@@ -226,7 +226,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of the tokens to the prompt and, for image-to-video, to the image tokens.
 
-    Keys and values depend on the prompt alone: ``project`` computes them once per rollout.
+    Keys and values depend only on the prompt: ``project`` computes them once per rollout.
     """
 
     def __init__(self, dim: int, head_dim: int, eps: float, with_image: bool) -> None:
@@ -247,7 +247,7 @@ class CrossAttention(nn.Module):
     def project(self, text: Any, image: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         """Keys and values ``[B, S, N, D]`` of the text and, where given, of the image.
 
-        A model without a prompt gives its image tokens in place of the text.
+        A model without a prompt passes its image tokens instead of text.
         """
         heads = (-1, self.head_dim)
         pairs = [
@@ -297,7 +297,7 @@ class WanBlock(nn.Module):
         self.quantized_gelu: Callable[[Tensor], Any] | None = None
 
     def select_implementations(self, fused_kernels: bool) -> None:
-        """Choose how the block computes; called once, after ranks have taken their parts of it.
+        """Select how the block computes; called once, after it is split over ranks.
 
         Args:
             fused_kernels: whether small operations run as Triton kernels.
@@ -323,7 +323,7 @@ class WanBlock(nn.Module):
             self.cross_attn.norm_q.rounds_once = True
         if isinstance(attention.norm_q, RMSNorm):
             attention.norm_rope = fused.norm_rope
-            # The write can join in where the core would write these very keys as they are.
+            # The write can be fused if the core would write these keys unchanged.
             attention.writes_fused = (
                 type(attention.core) is AttentionCore and self.config.kv_cache_dtype == "native"
             )
@@ -345,7 +345,7 @@ class WanBlock(nn.Module):
             rope: ``[L, D/2, 2]``.
             context: cross-attention keys and values of this block.
             cache: self-attention cache of this block.
-            control: what ``embed_control`` prepared for this block.
+            control: output of ``embed_control`` for this block.
         """
         e = modulation.unbind(2)
         y = self.modulated_norm(x, e[0], e[1], self.eps, self.branch_dtype)
@@ -376,9 +376,9 @@ class WanBlock(nn.Module):
         cache: KVCache,
         control: Any,
     ) -> None:
-        """Leave in the caches what ``forward`` leaves there, and compute no more than that.
+        """Write to the caches what ``forward`` writes, and compute nothing else.
 
-        A block that changes its tokens before self-attention, or has caches of its own, overrides
+        A block that changes its tokens before self-attention, or has its own caches, overrides
         this as well. Arguments as for ``forward``.
         """
         shift, scale = modulation[:, :, 0], modulation[:, :, 1]
@@ -390,11 +390,11 @@ class WanBlock(nn.Module):
         return self.inject(self.gated_sum(x, y, gate), control)
 
     def inject(self, x: Tensor, control: Any) -> Tensor:
-        """Hook between self- and cross-attention for models that control every block.
+        """Hook between self- and cross-attention for models with control in every block.
 
         Args:
             x: ``[B, L, dim]``, the tokens.
-            control: what ``begin_step`` made of the control input.
+            control: the control prepared by ``begin_step``.
 
         Returns:
             Like ``x``.
@@ -410,7 +410,7 @@ def new_modulation(rows: int, dim: int) -> nn.Parameter:
     """Offsets of a modulation before training: ``[1, rows, dim]``, normal, deviation dim ** -0.5.
 
     On the meta device nothing is drawn: for that PyTorch 2.13 would import its compiler, which
-    takes half of a small run's start.
+    takes half of the start-up time of a small run.
     """
     values = torch.empty(1, rows, dim)
     return nn.Parameter(values if values.is_meta else torch.randn(1, rows, dim) / dim**0.5)
@@ -450,7 +450,7 @@ class ImageEmbedding(nn.Module):
 
 
 class FlattenTokens(nn.Module):
-    """``[B, C, T, H, W]`` to tokens ``[B, T*H*W, C]``; a place where a plan may split."""
+    """``[B, C, T, H, W]`` to tokens ``[B, T*H*W, C]``; a module that a plan can split."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Flatten frames, rows and columns.
@@ -462,9 +462,9 @@ class FlattenTokens(nn.Module):
 
 
 class TokenPlaces(nn.Module):
-    """Which timestep each token has, where there are several; a place where a plan may split.
+    """The timestep of each token, if there are several; a module that a plan can split.
 
-    Ranks cut the places, so that each of them expands the modulations of its own tokens alone.
+    Ranks split the indices, so each expands only the modulations of its own tokens.
     """
 
     def forward(self, count: int, times: int, device: torch.device) -> Tensor:
@@ -493,7 +493,7 @@ def modulation_rows(network: Any, modulation: Tensor, size: torch.Size) -> Calla
     projected, embedded = modulation.split([6, 1], dim=2)
 
     def expanded(place: int) -> Tensor:
-        """Of one block at a time: all of them would take 200 times a long clip's tokens."""
+        """One block at a time: all would take 200 times the memory of a long clip's tokens."""
         if place == blocks:
             return (network.head.modulation.float() + embedded).index_select(1, places)
         own = network.blocks[place].modulation.float()

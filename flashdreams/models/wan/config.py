@@ -1,4 +1,4 @@
-"""Published sizes and weights of the Wan family, and the same parts at toy size."""
+"""Published sizes and weights of the Wan family, and toy-size variants."""
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
@@ -39,7 +39,7 @@ REVISIONS = {
 def wan21_checkpoint(
     repo: str, file: str, size_bytes: int, ignore: tuple[str, ...] = ()
 ) -> CheckpointConfig:
-    """A file of an official Wan 2.1 repository, at the commit that ``REVISIONS`` names."""
+    """A file of an official Wan 2.1 repository, at the commit in ``REVISIONS``."""
     return CheckpointConfig(
         source=repo,
         file=file,
@@ -131,7 +131,7 @@ WAN_IMAGE_CONDITION_ENCODER = WanImageConditionEncoderConfig(
         ),
     ),
 )
-"""Image latent, mask and CLIP tokens, as the Wan 2.1 image-to-video models want them."""
+"""Image latent, mask and CLIP tokens, for the Wan 2.1 image-to-video models."""
 
 TAEHV_DECODER = TAEHVDecoderConfig(
     dtype="bfloat16",
@@ -151,7 +151,7 @@ TAEHV_DECODER = TAEHVDecoderConfig(
 
 
 def wan22_checkpoint(file: str, size_bytes: int, ignore: tuple[str, ...] = ()) -> CheckpointConfig:
-    """A file of the repository of Wan 2.2 TI2V 5B, read at its branch: no commit is known here."""
+    """A file of the repository of Wan 2.2 TI2V 5B, read from its branch: no commit is pinned."""
     return CheckpointConfig(
         source=TI2V_5B_REPO, file=file, ignore=ignore, size_bytes=size_bytes, license="Apache-2.0"
     )
@@ -181,15 +181,15 @@ TAEHV22_DECODER = TAEHVDecoderConfig(
         license="MIT (madebyollin/taehv)",
     ),
 )
-"""Tiny decoder for the latents of Wan 2.2 TI2V 5B. No checksum of the file is known here; the
-commit in its address stands for it."""
+"""Tiny decoder for the latents of Wan 2.2 TI2V 5B. No checksum of the file is known; the
+commit in its URL identifies it."""
 
 NEGATIVE_PROMPT = (
     "oversaturated, overexposed, still picture, frozen motion, grey cast, blurry, noise, "
     "compression artefacts, low quality, text, captions, watermark, logo, distorted faces, "
     "malformed hands, extra fingers, extra limbs, crowded background, people walking backwards"
 )
-"""What guidance leads away from."""
+"""Default negative prompt."""
 
 FOUR_STEP_PIPELINE_1_3B = StreamInferencePipelineConfig(
     name="wan2.1-t2v-1.3b-four-steps",
@@ -202,10 +202,10 @@ FOUR_STEP_PIPELINE_1_3B = StreamInferencePipelineConfig(
     ),
     decoder=WAN_VAE_DECODER,
 )
-"""Streaming text-to-video as Self-Forcing trains it: a base for literals that add the weights.
+"""Streaming text-to-video as Self-Forcing trains it: a base for configs that add the weights.
 
 Source: guandeh17/Self-Forcing, configs/self_forcing_dmd.yaml and default_config.yaml; thu-ml/
-Causal-Forcing takes it over.
+Causal-Forcing uses the same.
 """
 
 TINY_TRANSFORMER = WanTransformerConfig(

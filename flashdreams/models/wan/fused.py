@@ -47,12 +47,12 @@ def gated_sum_affine(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: T
 
 
 def branch_sum(x: Tensor, y: Tensor) -> Tensor:
-    """``x + y``; a kernel where the types differ, which PyTorch's addition is slow at."""
+    """``x + y``; a kernel if the dtypes differ, because PyTorch's addition is slow then."""
     return x + y if x.dtype == y.dtype else gate_residual(x, y)
 
 
 def affine_norm(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
-    """See `flashdreams.models.wan.blocks.affine_norm`; a kernel where the types differ."""
+    """See `flashdreams.models.wan.blocks.affine_norm`; a kernel if the dtypes differ."""
     if x.dtype == dtype:
         return norm(x)
     return layer_norm_affine(x, norm.weight, norm.bias, norm.eps, dtype)
@@ -107,14 +107,14 @@ def norm_rope_write(
 def norm_rope_quantize(
     q: Tensor, k: Tensor, v: Tensor, norm_q: Norm, norm_k: Norm, rope: Tensor, cache: KVCache
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``norm_rope``, and all three in e4m3 by the scales of the cache."""
+    """``norm_rope``, with all three results in e4m3 by the scales of the cache."""
     assert cache.scales is not None
     norm = norm_q.weight, norm_k.weight, rope, norm_q.eps
     return qk_norm_rope_quantize(q, k, v, *norm, cache.scales[..., 0])
 
 
 def can_fuse_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels run on a GPU; never on a CPU, where an interpreter stands in for one."""
+    """Whether the kernels run on a GPU; False on a CPU, where an interpreter replaces it."""
     return device.type == "cuda" and why_unusable("triton", device, dtype) is None
 
 

@@ -61,7 +61,7 @@ class FusesKernels(CausalTransformer):
         )
 
     def after_load(self) -> None:
-        """Choose how the blocks compute, too; see the contract."""
+        """Also select how the blocks compute; see the contract."""
         super().after_load()
         self.quantize_weights()
         fused_kernels = self.uses_fused_kernels
@@ -82,7 +82,7 @@ class FusesKernels(CausalTransformer):
         if not isinstance(wanted, bool) or wanted == asked:
             return lines
         if asked is not None:
-            reason: str | None = f"the config asks for {asked}"
+            reason: str | None = f"the config sets {asked}"
         else:
             reason = why_unusable("triton", device, self.dtype) if wanted else None
         if reason is not None:

@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 MASK_CHANNELS = 4
-"""Mask values per latent frame: one for each of the pixel frames that it stands for."""
+"""Mask values per latent frame: one for each of its pixel frames."""
 
 
 @dataclass(kw_only=True)
@@ -34,7 +34,7 @@ class WanImageConditionEncoderConfig(EncoderConfig):
     )
 
     vae: WanVAEImageEncoderConfig = field(default_factory=WanVAEImageEncoderConfig)
-    """Encodes the clip that begins with the image and is grey from there on."""
+    """Encodes the clip that starts with the image and is grey afterwards."""
 
     clip: CLIPImageEncoderConfig = field(default_factory=CLIPImageEncoderConfig)
     """Encodes the image to tokens for cross-attention."""
@@ -47,9 +47,9 @@ class WanImageConditionEncoderConfig(EncoderConfig):
 
 
 class WanImageConditionEncoder(Encoder):
-    """An image to the context ``image_tokens`` and ``condition`` of a Wan transformer.
+    """Encodes an image to the context ``image_tokens`` and ``condition`` of a Wan transformer.
 
-    The two networks read their weights from files of their own.
+    The two networks read their weights from separate files.
     """
 
     config: WanImageConditionEncoderConfig
@@ -76,7 +76,7 @@ class WanImageConditionEncoder(Encoder):
 
         Raises:
             ValueError: wrong shape or size.
-            TypeError: integer pixels, or no tensor.
+            TypeError: integer pixels, or not a tensor.
 
         Source: Wan-Video/Wan2.1, wan/image2video.py.
         """
@@ -89,7 +89,7 @@ class WanImageConditionEncoder(Encoder):
 
 
 def mark_first_frame(latent: Tensor) -> Tensor:
-    """Put a mask before latents ``[B, C, T, H, W]`` that says which of them are given.
+    """Put a mask before latents ``[B, C, T, H, W]`` that marks the given frames.
 
     Returns:
         ``[B, 4 + C, T, H, W]``: 1 on the first latent frame, 0 on all others, then the latents.

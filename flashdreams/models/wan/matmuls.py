@@ -1,4 +1,4 @@
-"""Linear layers of a Wan block in fewer kernels: several of one input in one matmul, GELU inside.
+"""Linear layers of a Wan block in fewer kernels: one matmul per input, GELU in the epilogue.
 
 The layers stay what they are: they load, shard, save and move under their own names. Layers with a
 ``forward`` of their own, such as those of a strict run, are left alone.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flashdreams.models.wan.fp8_linear import FP8, FP8Linear, fp8_linear
 
 PROBE = -2.75
-"""Where the two forms of GELU differ by 5 %, far more than 16 bits hide."""
+"""Where the two forms of GELU differ by 5 %, far more than 16-bit rounding."""
 
 
 class PackedLinears:
@@ -51,7 +51,7 @@ class PackedLinears:
         return fp8_linear(x, self.weight, self.scale, self.bias).split(self.sizes, -1)
 
     def last(self, count: int) -> "PackedLinears":
-        """The last layers alone."""
+        """Only the last layers."""
         rows = sum(self.sizes[-count:])
         bias = None if self.bias is None else self.bias[-rows:]
         scale = None if self.scale is None else self.scale[-rows:]
@@ -99,7 +99,7 @@ def _pack(parameters: Sequence[Tensor]) -> Tensor:
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether a layer computes ``F.linear`` of its own parameters and nothing else is asked of it.
+    """Whether a layer computes ``F.linear`` of its own parameters and has no hooks.
 
     Slices of tensor parallelism over output features are plain.
     """
@@ -127,11 +127,11 @@ def linear_gelu(layer: nn.Linear, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fuses_gelu(layer: nn.Module, activation: nn.Module) -> bool:
-    """Whether `linear_gelu` computes ``activation(layer(x))``; tried on one number.
+    """Whether `linear_gelu` computes ``activation(layer(x))``; tested on one number.
 
     Args:
         layer: with its weights, where it runs.
-        activation: what follows it.
+        activation: the activation after it.
     """
     plain = is_plain_linear(layer) and layer.bias is not None
     if not plain or getattr(activation, "approximate", None) != "tanh":
@@ -145,7 +145,7 @@ def fuses_gelu(layer: nn.Module, activation: nn.Module) -> bool:
 
 @lru_cache(maxsize=8)
 def _gives_tanh_gelu(device: torch.device, dtype: torch.dtype) -> bool:
-    """Asked by every block, and the same for all."""
+    """Called by every block, with the same result."""
     probe = nn.Linear(16, 16, device=device, dtype=dtype).requires_grad_(False)
     probe.weight.zero_()
     probe.bias.fill_(PROBE)

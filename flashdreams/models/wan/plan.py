@@ -4,7 +4,7 @@ from flashdreams.parallel.plan import ParallelPlan, TensorStyle
 
 
 def wan_plan(*, image: bool, control: bool) -> ParallelPlan:
-    """Where a Wan transformer may be cut.
+    """How a Wan transformer may be split.
 
     Args:
         image: it has image cross-attention.

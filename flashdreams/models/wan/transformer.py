@@ -62,8 +62,8 @@ class WanTransformerConfig(CausalTransformerConfig):
     freq_dim: int = 256
     """Width of the sinusoidal timestep embedding."""
     text_dim: int = 4096
-    """Width of the text embeddings that come in; 0 for models without a prompt, whose
-    cross-attention sees the image tokens alone."""
+    """Width of the input text embeddings; 0 for models without a prompt, whose
+    cross-attention sees only the image tokens."""
     text_len: int = 512
     """Text tokens; shorter prompts are padded with zero rows, which are attended."""
     image_dim: int | None = None
@@ -76,12 +76,12 @@ class WanTransformerConfig(CausalTransformerConfig):
     eps: float = 1e-6
     """Added to variances."""
     residual_dtype: Literal["float32"] | None = None
-    """Type of the sum that runs through the blocks, of the norms and modulations applied to it, of
-    the time embedding and of the head, parameters included. None is ``dtype``; "float32" beside a
+    """Dtype of the residual stream, of the norms and modulations applied to it, of
+    the time embedding and of the head, parameters included. None is ``dtype``; "float32" with a
     16-bit ``dtype`` is the arithmetic of a float32 network under autocast."""
     fused_kernels: bool | None = None
     """Run modulated norms, gated sums, and norm, rotation and cache write of queries and keys as
-    Triton kernels. None is yes on a GPU for which Triton is installed, and no elsewhere; True is
+    Triton kernels. None: on, on a GPU if Triton is installed, and off elsewhere; True is
     refused where they cannot run (for tests, TRITON_INTERPRET=1 interprets them on a CPU)."""
     fp8_gemm_min_width: int = 4096
     """Input features from which on ``precision="fp8_gemm"`` quantizes a linear layer of a block. At
@@ -111,7 +111,7 @@ class WanTransformerConfig(CausalTransformerConfig):
 
 @dataclass
 class WanContext:
-    """What follows from the prompt and the image alone."""
+    """State that depends only on the prompt and the image."""
 
     pairs: list[list[tuple[Tensor, Tensor]]] = state("heads")
     """Cross-attention keys and values ``[B, S, N, D]`` per block: text, then image."""
@@ -153,12 +153,12 @@ class WanTransformer(FusesKernels):
             self.set_attention_backend(c.attention_backend)
 
     def new_block(self, index: int) -> WanBlock:
-        """The block of a place in the stack; all are of ``block_class``."""
+        """The block at an index; all are of ``block_class``."""
         return self.block_class(self.config)
 
     @property
     def residual_dtype(self) -> torch.dtype:
-        """Type of the sum that runs through the blocks; see the config."""
+        """Dtype of the residual stream; see the config."""
         return getattr(torch, self.config.residual_dtype or self.config.dtype)
 
     def dtype_of(self, name: str) -> torch.dtype:
@@ -173,7 +173,7 @@ class WanTransformer(FusesKernels):
         return self.residual_dtype if follows else self.dtype
 
     def parallel_plan(self) -> ParallelPlan:
-        """Where the network may be cut."""
+        """How the network may be split."""
         c = self.config
         return wan_plan(image=c.image_branch, control=c.control_dim is not None)
 
@@ -257,7 +257,7 @@ class WanTransformer(FusesKernels):
         return self.control_embedding(to_device(control, self.device).to(self.dtype))
 
     def block_controls(self, inputs: StepInputs, state: CausalState) -> Sequence[Any]:
-        """What the hooks of each block get: its part of the control, caches of its own.
+        """Inputs of each block's hooks: its part of the control, and its own caches.
 
         Here nothing.
 
@@ -327,7 +327,7 @@ class WanTransformer(FusesKernels):
         return self.unpatchify(x, *size).float()
 
     def modulations(self, timestep: Tensor) -> Tensor:
-        """What timesteps make of the modulation of every block and of the head.
+        """Modulation of every block and of the head by timesteps.
 
         Args:
             timestep: ``[B]``, ``[B, T]`` or ``[B, L]``.
@@ -350,7 +350,7 @@ class WanTransformer(FusesKernels):
         )
 
     def unpatchify(self, patches: Tensor, frames: int, rows: int, columns: int) -> Tensor:
-        """Undo the patching: ``[B, L, kt*kh*kw*C]`` (channels last) to ``[B, C, T, H, W]``."""
+        """Undo patching: ``[B, L, kt*kh*kw*C]`` (channels last) to ``[B, C, T, H, W]``."""
         kt, kh, kw = self.config.patch_size
         x = patches.unflatten(1, (frames, rows, columns)).unflatten(-1, (kt, kh, kw, -1))
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)

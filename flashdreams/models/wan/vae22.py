@@ -260,7 +260,7 @@ class WanVAE22Decoder(WanVAEDecoder):
     checkpoint_key_maps = (VAE22_DIFFUSERS_KEYS,)
 
     def parallel_plan(self) -> ParallelPlan:
-        """Where frames may be cut by width: every convolution that looks sideways."""
+        """Where frames may be split by width: at every convolution over columns."""
         return WAN22_VAE_DECODER_PLAN
 
 

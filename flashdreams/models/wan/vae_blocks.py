@@ -24,10 +24,10 @@ _ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class CausalConv3d(nn.Module):
-    """3-D convolution that never looks ahead: its left context in time is carried state.
+    """Causal 3-D convolution: its left context in time is carried state.
 
-    ``forward`` puts the carried frames before the input and hands both to ``convolve``, the one
-    place that pads in space; a convolution split by width replaces ``convolve`` and nothing else.
+    ``forward`` puts the carried frames before the input and passes both to ``convolve``, the only
+    place that pads in space; a convolution split by width replaces only ``convolve``.
     ``slot`` names the layer's carried frames and is set once by the network that owns the layer.
     """
 

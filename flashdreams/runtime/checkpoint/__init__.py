@@ -50,7 +50,7 @@ _NEED_PYTORCH = ("LoadReport", "TensorSlice", "load_checkpoint", "merge_loras")
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs PyTorch at its first use: the command line reads only the rest."""
+    """Import names that need PyTorch on first use: the command line needs only the rest."""
     if name not in _NEED_PYTORCH:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from flashdreams.runtime.checkpoint import load

@@ -1,4 +1,4 @@
-"""Checkpoints that are one file at an address on the web, known by its checksum or commit."""
+"""Checkpoints that are one file at a URL, identified by its checksum or commit."""
 
 import shlex
 from pathlib import Path, PurePosixPath
@@ -7,9 +7,9 @@ from flashdreams.runtime.checkpoint.config import CheckpointConfig, MissingWeigh
 
 
 def cached_file(config: CheckpointConfig) -> Path:
-    """Where the file of an address is once it is downloaded: the folder of ``torch.hub``.
+    """The local path of a downloaded file: in the folder of ``torch.hub``.
 
-    The name carries the checksum, or the commit in the address where none is known, so another file
+    The name contains the checksum or, without one, the commit in the URL, so another file
     under the same name is another one here.
     """
     import torch
@@ -26,10 +26,10 @@ def fetch_command(config: CheckpointConfig) -> str:
 
 
 def download_file(config: CheckpointConfig) -> None:
-    """Fetch the file, compare its checksum and move it into place; never half a file.
+    """Download the file, compare its checksum and move it into place; never a partial file.
 
     Raises:
-        MissingWeightsError: the address cannot be reached, or holds another file.
+        MissingWeightsError: the URL cannot be reached, or has another file.
     """
     import torch
 
@@ -40,6 +40,6 @@ def download_file(config: CheckpointConfig) -> None:
     except (OSError, RuntimeError) as error:
         raise MissingWeightsError(
             f"Could not download {config.source}: {str(error).splitlines()[0]}. Without a network, "
-            f"fetch it elsewhere: {fetch_command(config)}; then name the file with "
+            f"download it elsewhere: {fetch_command(config)}; then name the file with "
             "checkpoint.source"
         ) from error

@@ -13,23 +13,23 @@ WRAPPER_MARKERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_ori
 
 
 class CheckpointError(RuntimeError):
-    """Weights are missing, damaged, refused or do not fit: says which file, why, what to type.
+    """Weights are missing, damaged, refused or do not fit; names file, reason and remedy.
 
-    Fields of the `CheckpointConfig` are named as ``checkpoint.source``; whoever knows the option of
-    a field on the command line puts that in.
+    Fields of the `CheckpointConfig` are named as ``checkpoint.source``; callers that know
+    the option of a field insert it.
     """
 
     checkpoint: "CheckpointConfig | None" = None
-    """The one that could not be read, where that is known."""
+    """The one that could not be read, if known."""
 
 
 class MissingWeightsError(CheckpointError):
-    """Weights are not on this machine, and may not or could not be fetched."""
+    """Weights are not on this machine, and could not or may not be downloaded."""
 
 
 @contextmanager
 def concerning(checkpoint: "CheckpointConfig") -> Iterator[None]:
-    """Note in a `CheckpointError` of the ``with`` block which checkpoint it is about."""
+    """Attach the checkpoint to a `CheckpointError` of the ``with`` block."""
     try:
         yield
     except CheckpointError as error:
@@ -39,7 +39,7 @@ def concerning(checkpoint: "CheckpointConfig") -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """One checkpoint: its place, and the rules from its tensor names to the module's.
+    """One checkpoint: its location, and the mapping of its tensor names to the module's.
 
     The rules apply in this order: ``select``, ``drop``, ``strip_prefixes``, ``rename``, ``ignore``.
     """
@@ -47,7 +47,7 @@ class CheckpointConfig:
     source: str
     """A local file or folder, ``package:some.package/weights/x.safetensors`` (data of an installed
     package), a Hugging Face repository as ``hf://org/repo`` or ``org/repo``, or the ``https://``
-    address of one file together with its ``sha256``, which an address that names a commit may
+    URL of one file together with its ``sha256``, which a URL that contains a commit may
     lack."""
 
     file: str | None = None
@@ -62,7 +62,7 @@ class CheckpointConfig:
     thrown away. Other sources have none."""
 
     download: bool = False
-    """Fetch weights that are not in the local cache; if off, their absence is an error that says
+    """Download weights that are not in the local cache; if off, their absence is an error that says
     how to get them."""
 
     select: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ class CheckpointConfig:
     a flat file is taken as it is."""
 
     strip_prefixes: tuple[str, ...] = ()
-    """Leading parts of tensor names to drop; of each name, the first that matches, once."""
+    """Prefixes of tensor names to drop; for each name, the first that matches, once."""
 
     drop: tuple[str, ...] = WRAPPER_MARKERS
     """Parts to drop wherever they occur in a tensor name."""
@@ -80,7 +80,7 @@ class CheckpointConfig:
 
     ignore: tuple[str, ...] = ()
     """Regular expressions of tensor names (after renaming, matched at the start) that the file
-    holds and the module does not want."""
+    contains and the module does not need."""
 
     size_bytes: int | None = None
     """Size on disk in bytes, for the message about missing weights; ``None``: not stated."""
@@ -105,7 +105,7 @@ class CheckpointConfig:
 
     @property
     def commit(self) -> str | None:
-        """The commit that an address names, under which a file never changes."""
+        """The commit in a URL, which fixes the file's content."""
         named = re.search("/([0-9a-f]{40})/", self.source) if self.is_address else None
         return None if named is None else named[1]
 
@@ -124,10 +124,10 @@ class LoRA:
     """One file of low-rank updates and its weight."""
 
     checkpoint: CheckpointConfig
-    """Where it is; of the rules for names, ``select`` and ``ignore`` are followed."""
+    """Its location; of the rules for names, only ``select`` and ``ignore`` apply."""
 
     weight: float = 1.0
-    """What all of its updates are multiplied by."""
+    """Factor on all of its updates."""
 
     part: str = ""
     """What the names of the part of the module that it is for begin with, such as
@@ -139,11 +139,11 @@ def parse_lora(text: str, *, download: bool = False, part: str = "") -> LoRA:
 
     Args:
         text: source as `CheckpointConfig.source`; of a repository ``hf://org/repo/file``.
-        download: may it be fetched.
+        download: whether it may be downloaded.
         part: as of `LoRA`.
 
     Raises:
-        ValueError: no source, a repository without a file, or a weight that is no number.
+        ValueError: no source, a repository without a file, or a weight that is not a number.
     """
     source, _, last = text.rpartition(":")
     if not source or "/" in last or last.endswith((".pt", ".pth", ".safetensors")):
@@ -157,6 +157,6 @@ def parse_lora(text: str, *, download: bool = False, part: str = "") -> LoRA:
             f"LoRA {text!r} should read SOURCE or SOURCE:WEIGHT, such as style.safetensors:0.8"
         )
     if source.startswith("hf://") and source.count("/") < 4:
-        raise ValueError(f"LoRA {text!r}: say which file of it, hf://org/repo/file.safetensors")
+        raise ValueError(f"LoRA {text!r}: name its file: hf://org/repo/file.safetensors")
     checkpoint = CheckpointConfig(source=source, select=LORA_SELECT, download=download)
     return LoRA(checkpoint=checkpoint, weight=weight, part=part)

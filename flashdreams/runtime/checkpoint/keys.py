@@ -1,4 +1,4 @@
-"""Tensor names: from those of a file to those of a module, and what does not fit."""
+"""Mapping of tensor names from a file to a module, and reports of mismatches."""
 
 import difflib
 import re
@@ -14,15 +14,15 @@ _COMPARED = 5000
 _COMPARED_LENGTH = 200
 
 KNOWN_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
-"""What other programs put in front of the names of a diffusion transformer."""
+"""Prefixes that other programs put before the names of a diffusion transformer."""
 
 OTHER_PARTS = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoders.")
-"""What the names of the other networks begin with in a file of a whole ComfyUI pipeline."""
+"""Prefixes of the other networks in a file of a whole ComfyUI pipeline."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeyMap:
-    """How another publisher of the same network names its tensors.
+    """Naming scheme of another publisher of the same network.
 
     A module offers its maps as the attribute ``checkpoint_key_maps``; the first whose ``marker``
     occurs in a file is applied.
@@ -32,13 +32,13 @@ class KeyMap:
     """For reports: ``diffusers``, ``transformers``, ..."""
 
     marker: str
-    """Regular expression; one tensor name that it matches at the start tells the publisher."""
+    """Regular expression; a tensor name that it matches at the start identifies the publisher."""
 
     rename: tuple[tuple[str, str], ...]
     """Pairs of regular expression and replacement, applied in order to every tensor name."""
 
     ignore: tuple[str, ...] = ()
-    """Regular expressions of tensor names (after renaming) that the module does not want."""
+    """Regular expressions of tensor names (after renaming) that the module does not need."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ def describe_mismatch(
     wanted: Iterable[str],
     present: Iterable[str],
 ) -> str:
-    """List what does not fit: the first ten of each kind, a count, and the nearest names.
+    """List mismatches: the first ten of each kind, a count, and the nearest names.
 
     Args:
         missing: names that the module has and the file does not.

@@ -31,13 +31,13 @@ DType = torch.dtype | Callable[[str], torch.dtype]
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """What one call of `load_checkpoint` did."""
+    """Report of one call of `load_checkpoint`."""
 
     tensors: int
     """Tensors that were filled; tied ones count once."""
 
     bytes_read: int
-    """Bytes of the file that were asked for: with slices, only theirs."""
+    """Bytes that were read: with slices, only theirs."""
 
     seconds: float
     """Duration of the call."""
@@ -46,18 +46,18 @@ class LoadReport:
     """Naming scheme that was recognised in the file; ``None``: the module's own."""
 
     prefix: str = ""
-    """What was found in front of the names and dropped, such as ``diffusion_model.``."""
+    """Prefix of the names that was dropped, such as ``diffusion_model.``."""
 
     scaled: int = 0
-    """Tensors that were FP8 with scales."""
+    """Number of FP8 tensors with scales."""
 
     updated: int = 0
-    """Tensors that LoRAs have changed."""
+    """Number of tensors changed by LoRAs."""
 
 
 @dataclass
 class _Target:
-    """One tensor of a module with every place that holds it."""
+    """One tensor of a module with all references to it."""
 
     tensor: Tensor
     places: list[tuple[nn.Module, str]]
@@ -66,7 +66,7 @@ class _Target:
 
 @dataclass
 class _Source:
-    """Where one tensor of the module comes from."""
+    """The source of one tensor of the module."""
 
     target: _Target
     part: TensorSlice | None
@@ -93,8 +93,8 @@ def load_checkpoint(
     on ``meta``, or one whose device or dtype changes, is replaced by a new one; all others are
     filled in place.
 
-    A module may take part: ``checkpoint_key_maps`` lists naming schemes,
-    ``checkpoint_slices(shapes)`` returns slices of tensors that it takes a part of. FP8 weights are
+    A module may define: ``checkpoint_key_maps`` lists naming schemes,
+    ``checkpoint_slices(shapes)`` returns slices of partly needed tensors. FP8 weights are
     read with their scales.
 
     Args:
@@ -103,13 +103,13 @@ def load_checkpoint(
         device: for all tensors; ``None``: ``meta`` goes to the CPU; ``"meta"``: compare only.
         dtype: for all floating point tensors, or of each by the module's name for it; ``None``:
             each keeps its own.
-        slices: tensor name to `TensorSlice` or ``(dim, start, length)``: the part that it takes.
+        slices: tensor name to `TensorSlice` or ``(dim, start, length)``: the part to load.
         key_maps: other naming schemes to recognise; ``None``: ``module.checkpoint_key_maps``.
         progress: show a progress bar in bytes.
         loras: merged, in float32, into the tensors that they name; checked before any is read.
 
     Raises:
-        CheckpointError: absent, damaged or refused files, or any tensor that does not fit.
+        CheckpointError: missing, damaged or refused files, or any tensor that does not fit.
         ValueError: ``slices`` names no tensor of the module.
     """
     started = time.perf_counter()
@@ -152,7 +152,7 @@ def _sources_of(
     slices: Mapping[str, tuple[int, ...]],
     title: str,
 ) -> dict[str, _Source]:
-    """The file's name of every tensor to be read; refuses whatever does not fit."""
+    """The file's name of every tensor to be read; refuses mismatches."""
     adapt = getattr(module, "checkpoint_slices", None)
     shapes = {name: store.infos[file_name].shape for name, file_name in match.file_names.items()}
     adapted = adapt(shapes) if adapt is not None else {}
@@ -176,7 +176,7 @@ def merge_loras(
     slices: Mapping[str, tuple[int, ...]] | None = None,
     key_maps: Sequence[KeyMap] | None = None,
 ) -> int:
-    """Merge LoRAs into weights that are in place, where no checkpoint gives them.
+    """Merge LoRAs into existing weights, for modules without a checkpoint.
 
     Args:
         module: holds its tensors, or on ``meta`` to be compared only.
@@ -188,7 +188,7 @@ def merge_loras(
         How many tensors were changed.
 
     Raises:
-        CheckpointError: a LoRA is absent or does not fit; nothing is changed then.
+        CheckpointError: a LoRA is missing or does not fit; nothing is changed.
     """
     if key_maps is None:
         key_maps = getattr(module, "checkpoint_key_maps", ())
@@ -213,7 +213,7 @@ def merge_loras(
 def _attach_updates(
     sources: Iterable[_Source], loras: Sequence[LoRA], key_maps: Sequence[KeyMap]
 ) -> None:
-    """Note with every source what the LoRAs change in it."""
+    """Attach the LoRA updates to every source."""
     by_name = {name: source for source in sources for name in source.target.names}
     shapes = {name: source.shape for name, source in by_name.items()}
     for name, updates in resolve_loras(loras, shapes, key_maps).items():
@@ -230,11 +230,11 @@ def _attach_scales(
 
 
 def _refuse_strange(match: NameMatch, store: TensorStore) -> None:
-    """Refuse entries of a pickle that are no tensors, unless they are ignored."""
+    """Refuse entries of a pickle that are not tensors, unless they are ignored."""
     strange = [n for n in match.file_names.values() if store.infos[n].refused == NO_TENSOR]
     if strange:
         raise CheckpointError(
-            f"{store.infos[strange[0]].file}: {len(strange)} entries are no dense tensors with a "
+            f"{store.infos[strange[0]].file}: {len(strange)} entries are not dense tensors with a "
             f"name: {', '.join(strange[:10])}. Choose a sub-dictionary with checkpoint.select"
         )
 
@@ -300,7 +300,7 @@ def _refuse_mismatch(
 
 
 def _misfit(tensor: Tensor, info: TensorInfo, part: TensorSlice | None) -> str | None:
-    """Say what keeps a tensor of the file from filling a tensor of the module."""
+    """The reason why a tensor of the file does not fit a tensor of the module."""
     if info.refused:
         return info.refused
     shape = list(info.shape)
@@ -313,7 +313,7 @@ def _misfit(tensor: Tensor, info: TensorInfo, part: TensorSlice | None) -> str |
             of = f"of {size} " if size is not None else ""
             return f"{shape} in the file, no slice [{start}:{start + length}] {of}along dim {dim}"
         shape[dim] = length * parts
-        taken = f", {shape} of it wanted,"
+        taken = f", {shape} of it needed,"
     if shape != list(tensor.shape):
         return f"{list(info.shape)} in the file{taken}, {list(tensor.shape)} in the module"
     if info.dtype.is_floating_point != tensor.dtype.is_floating_point:
@@ -328,7 +328,7 @@ def _fill(
     dtype: DType | None,
     title: str | None,
 ) -> int:
-    """Read the wanted tensors into their places; returns the bytes read."""
+    """Read the needed tensors into the module; returns the bytes read."""
     from tqdm import tqdm
 
     total = sum(
@@ -352,7 +352,7 @@ def _fill(
 
 
 def _place(target: _Target, device: torch.device | str | None, dtype: DType | None) -> Tensor:
-    """Return the tensor to fill: the module's own, or a new one put into all its places."""
+    """Return the tensor to fill: the module's own, or a new one set at all references."""
     old = target.tensor
     if device is None:
         device = "cpu" if old.is_meta else old.device

@@ -1,4 +1,4 @@
-"""Low-rank updates of weights (LoRA), in the forms in which people publish them."""
+"""Low-rank updates of weights (LoRA), in the published formats."""
 
 import json
 import logging
@@ -49,9 +49,9 @@ class Update:
 
     store: TensorStore
     scale: float
-    """The LoRA's weight, times alpha / rank for a product of two matrices."""
+    """The LoRA's weight, times alpha / rank for a pair of matrices."""
     names: tuple[str, ...]
-    """``(up, down)``, whose product is the update, or the one tensor that is."""
+    """``(up, down)``, with the update ``up @ down``, or the update itself."""
 
     def whole(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """The update of the whole tensor, float32."""
@@ -73,7 +73,7 @@ def resolve_loras(
     shapes: Mapping[str, tuple[int, ...]],
     key_maps: Sequence[KeyMap] = (),
 ) -> dict[str, list[Update]]:
-    """Find out what each LoRA adds to which tensor; reads headers and alphas.
+    """Determine what each LoRA adds to which tensor; reads headers and alphas.
 
     Known are the names of PEFT (``lora_A``, ``lora_B``), kohya (``lora_down``, ``lora_up``,
     ``alpha``, underscores for dots) and ComfyUI (``diffusion_model.``, ``diff``, ``diff_b``,
@@ -89,7 +89,7 @@ def resolve_loras(
         Name of a tensor -> its updates.
 
     Raises:
-        CheckpointError: a file is absent or damaged, is no LoRA, or does not fit.
+        CheckpointError: a file is missing or damaged, is not a LoRA, or does not fit.
     """
     updates: dict[str, list[Update]] = {}
     for lora in loras:
@@ -115,14 +115,14 @@ def updated(
 ) -> Tensor:
     """A tensor and its updates, summed in float32.
 
-    Updates are computed whole and then cut, so that a weight has the same bits on any number of
+    Updates are computed in full and then sliced, so a weight has the same bits on any number of
     ranks.
 
     Args:
         value: the tensor, or the part of it that a rank holds.
         updates: of the whole tensor.
         shape: of the whole tensor.
-        part: what ``value`` is of it.
+        part: the slice that ``value`` is.
     """
     total = value.float()
     for update in updates:
@@ -204,11 +204,11 @@ def _leaves(entry: _Entry, path: str, source: str) -> Iterable[tuple[str, tuple[
     if ("up" in names) != ("down" in names):
         there, absent = ("up", "down") if "up" in names else ("down", "up")
         raise CheckpointError(
-            f"LoRA {source}: {path} has {names[there]} and no tensor for {absent}: half a pair. "
+            f"LoRA {source}: {path} has {names[there]} but no tensor for {absent}. "
             "Download it again"
         )
     if set(names) == {"alpha"}:
-        raise CheckpointError(f"LoRA {source}: {path} has an alpha and nothing that it scales")
+        raise CheckpointError(f"LoRA {source}: {path} has an alpha but no update")
     if "up" in names:
         yield "weight", (names["up"], names["down"])
     for leaf in ("weight", "bias", "modulation"):
@@ -217,14 +217,14 @@ def _leaves(entry: _Entry, path: str, source: str) -> Iterable[tuple[str, tuple[
 
 
 def _misfit(tensors: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> str | None:
-    """Say what keeps an update from fitting a tensor of this shape."""
+    """The reason why an update does not fit a tensor of this shape."""
     if len(tensors) == 1:
         given = tensors[0]
         fits = given == shape
         return None if fits else f"{list(given)} in the file, {list(shape)} in the model"
     up, down = tensors
     if len(up) < 2 or len(down) < 2:
-        return f"up {list(up)} and down {list(down)} are no matrices"
+        return f"up {list(up)} and down {list(down)} are not matrices"
     if up[1] == 0:
         return f"up {list(up)} and down {list(down)} have rank 0"
     if up[1] != down[0]:
@@ -235,8 +235,8 @@ def _misfit(tensors: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> str |
 
 
 def _why_refused(info: TensorInfo) -> str | None:
-    """Say what keeps a tensor from being a part of an update."""
-    return info.refused or (None if info.dtype.is_floating_point else f"{info.dtype}, no floats")
+    """The reason why a tensor cannot be a part of an update."""
+    return info.refused or (None if info.dtype.is_floating_point else f"{info.dtype}, not a float")
 
 
 def _scale(
@@ -245,14 +245,14 @@ def _scale(
     """alpha / rank.
 
     Raises:
-        CheckpointError: an alpha that is no finite number.
+        CheckpointError: an alpha that is not a finite number.
     """
     root = False
     if "alpha" in entry.names:
         name = entry.names["alpha"]
         if math.prod(store.infos[name].shape) != 1 or store.infos[name].refused:
             shape = quoted(list(store.infos[name].shape))
-            raise CheckpointError(f"LoRA {source}: {shown(name)} {shape} must be one number")
+            raise CheckpointError(f"LoRA {source}: {shown(name)} {shape} must be a single number")
         alpha: Any = float(next(value for _, value in store.read({name: None})))
     else:
         name, alpha = "lora_alpha of adapter_config.json", settings.get("lora_alpha", rank)
@@ -267,7 +267,7 @@ def _adapter_settings(path: Path) -> Mapping[str, object]:
     """PEFT's settings beside its weights; empty where there are none.
 
     Raises:
-        CheckpointError: not JSON, or settings that are not followed here.
+        CheckpointError: not JSON, or unsupported settings.
     """
     if not path.is_file():
         return {}

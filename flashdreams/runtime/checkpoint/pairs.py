@@ -1,4 +1,4 @@
-"""Quantized weights beside scales of a kind that is not read."""
+"""Quantized weights with unsupported scales."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -14,9 +14,9 @@ _SCALE = re.compile(r"scale(?!_shift)|absmax|quant_map|quant_state|zero_point|qz
 def refuse_scaled(
     infos: Mapping[str, TensorInfo], config: CheckpointConfig, read: Collection[str] = ()
 ) -> None:
-    """Refuse 8-bit weights that have scales beside them: without these they are other weights.
+    """Refuse 8-bit weights with scales that are not applied, which would be wrong weights.
 
-    ``ignore`` does not help, since the weights would be read all the same. 8-bit weights without
+    ``ignore`` has no effect, because the weights would still be read. 8-bit weights without
     scales are plain numbers and pass.
 
     Args:
@@ -38,7 +38,7 @@ def refuse_scaled(
         weight = owners[owner]
         kind = str(infos[weight].dtype).removeprefix("torch.")
         raise CheckpointError(
-            f"checkpoint {config.source}: {weight} is {kind} with a scale of its own ({name}), "
-            "which is not applied here: the values alone are other weights. Use the file of the "
+            f"checkpoint {config.source}: {weight} is {kind} with a scale ({name}), "
+            "which is not supported, and without it the weights are wrong. Use the file of the "
             "same model in bfloat16, float16 or float32."
         )

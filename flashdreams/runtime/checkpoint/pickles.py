@@ -1,6 +1,6 @@
-"""``.pt`` and ``.pth`` files are looked through before PyTorch loads them.
+"""Checks of ``.pt`` and ``.pth`` files before PyTorch loads them.
 
-PyTorch's ``weights_only`` loader runs no code of a file, but believes what the file says of sizes:
+PyTorch's ``weights_only`` loader runs no code of a file, but trusts the sizes in it:
 a few kilobytes can ask for terabytes, or for work that does not end. Here the pickle is read as a
 list of instructions, none of which is carried out, and the archive around it as a list of records.
 """
@@ -56,12 +56,12 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class HostileFile(ValueError):
-    """A file that asks for more than it has; the text says for what."""
+    """A file that claims more than it has; the text says what."""
 
 
 @dataclass(slots=True, eq=False)
 class _Value:
-    """What an instruction would have made."""
+    """The result of an instruction, without its data."""
 
     weight: int = 1
     depth: int = 0
@@ -72,10 +72,10 @@ class _Value:
 
 
 def check_pickle_file(path: Path) -> None:
-    """Refuse a ``.pt`` or ``.pth`` file that takes time or memory out of proportion to its size.
+    """Refuse a ``.pt`` or ``.pth`` file that needs time or memory out of proportion to its size.
 
     Raises:
-        HostileFile: it does; says what it asks for.
+        HostileFile: it does; with the reason.
         OSError: it cannot be read.
         Exception: it is damaged.
     """
@@ -96,7 +96,7 @@ def check_pickle_file(path: Path) -> None:
         except Exception as error:
             if size > MAX_PICKLE_BYTES and content.tell() >= MAX_PICKLE_BYTES:
                 raise HostileFile(f"its pickle is longer than {MAX_PICKLE_BYTES} bytes") from error
-            return  # no pickle, or a damaged one: the loader says what it is
+            return  # not a pickle, or a damaged one: the loader reports it
 
 
 def _check_archive(file: BinaryIO, size: int) -> None:
@@ -119,7 +119,7 @@ def _check_archive(file: BinaryIO, size: int) -> None:
 
 
 def _check_directory(file: BinaryIO, size: int) -> None:
-    """Look at the length of an archive's directory before it is read.
+    """Check the length of an archive's directory before it is read.
 
     Source: PKWARE's APPNOTE.TXT, 4.3.14 to 4.3.16.
     """
@@ -136,7 +136,7 @@ def _check_directory(file: BinaryIO, size: int) -> None:
 
 
 class _Scan:
-    """Follows the instructions of pickles with weights in the place of values."""
+    """Follows the instructions of pickles with object counts instead of values."""
 
     def __init__(self, file_bytes: int) -> None:
         self.file_bytes = file_bytes

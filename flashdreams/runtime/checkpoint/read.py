@@ -54,12 +54,12 @@ SAFETENSORS_DTYPES = {
 _UNUSABLE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8}
 """Types of the format that hold parts of a quantized tensor, with the bits of a value."""
 
-NO_TENSOR = "no dense tensor with a name"
+NO_TENSOR = "not a dense tensor with a name"
 """Why an entry of a pickle cannot be read."""
 
 
 class TensorInfo(NamedTuple):
-    """What a file says of one tensor before it is read."""
+    """Metadata of one tensor in a file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -72,9 +72,9 @@ class TensorInfo(NamedTuple):
 
 
 class TensorSlice(NamedTuple):
-    """Part of a tensor that one process wants: ``length`` entries of ``dim`` from ``start``.
+    """Part of a tensor that one process needs: ``length`` entries of ``dim`` from ``start``.
 
-    With several ``parts`` the dim is as many equal runs, and so many entries of each are wanted.
+    With several ``parts``, the dim is that many equal runs, and the slice is taken from each.
     """
 
     dim: int
@@ -100,11 +100,11 @@ class TensorStore(Protocol):
     infos: dict[str, TensorInfo]
 
     def read(self, wanted: Mapping[str, TensorSlice | None]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the wanted tensors, or slices of them, as views of mapped memory, to be copied."""
+        """Yield the requested tensors, or slices of them, as views of mapped memory."""
 
 
 def open_tensors(local: LocalCheckpoint, select: tuple[str, ...] = ()) -> TensorStore:
-    """Open a checkpoint and read its headers, none of its data.
+    """Open a checkpoint and read only its headers.
 
     Args:
         local: its files.
@@ -137,7 +137,7 @@ class SafetensorsStore:
             if name not in headers[path]:
                 raise CheckpointError(
                     f"{path}: the index places tensor {quoted(name)} in this shard, which does "
-                    "not hold it. Index and shard are of different downloads: fetch both again"
+                    "not have it. Index and shard are from different versions: download both again"
                 )
             self.infos[name] = headers[path][name]
         for path, header in headers.items():
@@ -146,13 +146,13 @@ class SafetensorsStore:
                 names = ", ".join(map(shown, strays[:10]))
                 raise CheckpointError(
                     f"{path}: the index places {len(strays)} of this shard's tensors elsewhere: "
-                    f"{names}. Index and shard are of different downloads: fetch both again"
+                    f"{names}. Index and shard are from different versions: download both again"
                 )
             beyond = {name: info for name, info in header.items() if name not in self.infos}
-            self.infos |= beyond  # some indexes leave tensors out
+            self.infos |= beyond  # some indexes omit tensors
 
     def read(self, wanted: Mapping[str, TensorSlice | None]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the wanted tensors file by file, in the order of the files.
+        """Yield the requested tensors file by file, in the order of the files.
 
         The mapping is read-only: unlike a private writable one, the kernel does not count it as
         memory, so a file may be larger than the machine's. Writing into a view would crash.
@@ -172,7 +172,7 @@ class SafetensorsStore:
 
 
 def _view(mapped: mmap.mmap, info: TensorInfo, part: TensorSlice | None) -> Tensor:
-    """View one tensor in the mapped file, and ask the kernel to read ahead what is wanted of it."""
+    """View one tensor in the mapped file, and let the kernel read ahead the requested part."""
     count = math.prod(info.shape)
     if count == 0:
         return torch.empty(info.shape, dtype=info.dtype, device="cpu")
@@ -208,7 +208,7 @@ class PickleStore:
         }
 
     def read(self, wanted: Mapping[str, TensorSlice | None]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the wanted tensors in the order of the file's dictionary."""
+        """Yield the requested tensors in the order of the file's dictionary."""
         for name in sorted(wanted, key=lambda name: self.infos[name].offset):
             part = wanted[name]
             tensor = self._tensors[name]
@@ -250,12 +250,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             length = struct.unpack("<Q", first)[0]
             if length > min(MAX_HEADER_BYTES, actual - 8):
                 raise CheckpointError(
-                    f"{path} is truncated or no safetensors file: its header should have {length} "
+                    f"{path} is truncated or not a safetensors file: its header needs {length} "
                     f"bytes, the file has {actual}. Download it again"
                 )
             header = json.loads(file.read(length))
         if not isinstance(header, dict):
-            raise ValueError(f"it is {quoted(header)}, no JSON object")
+            raise ValueError(f"it is {quoted(header)}, not a JSON object")
         header.pop("__metadata__", None)
         _check_names(header)
         places = {name: _info(path, 8 + length, entry) for name, entry in header.items()}
@@ -294,15 +294,15 @@ def _info(path: Path, base: int, entry: dict) -> tuple[TensorInfo, int]:
         known = ", ".join([*SAFETENSORS_DTYPES, *_UNUSABLE_BITS])
         if not isinstance(kind, str) or not kind.isidentifier() or len(kind) > 20:
             raise ValueError(f"dtype {quoted(kind)} is none of {known}")
-        # No damage, and a new download would not help.
+        # The file is intact, so a new download would not help.
         raise CheckpointError(
-            f"{path}: a tensor is of type {kind}, which is not read here; known: {known}. Use a "
+            f"{path}: a tensor is of type {kind}, which is not supported; known: {known}. Use a "
             "file of these weights in one of them"
         )
     shape, (start, end) = entry["shape"], entry["data_offsets"]
     if not isinstance(shape, list) or len(shape) > MAX_DIMS:
-        raise ValueError(f"the shape {quoted(shape)} is no list of at most {MAX_DIMS} sizes")
-    # Checked before they are multiplied: a product of large numbers takes time without end.
+        raise ValueError(f"the shape {quoted(shape)} is not a list of at most {MAX_DIMS} sizes")
+    # Checked before they are multiplied: multiplying huge numbers can take unbounded time.
     if not all(type(size) is int and 0 <= size < _MAX_SIZE for size in (*shape, start, end)):
         raise ValueError(f"the shape {quoted(shape)} at bytes {quoted([start, end])}")
     bits = _UNUSABLE_BITS.get(kind) or 8 * SAFETENSORS_DTYPES[kind].itemsize
@@ -330,7 +330,7 @@ def load_pickle(path: Path) -> object:
     Raises:
         CheckpointError: truncated, damaged, or the pickle asks Python to run code; nothing of it
             has then been executed.
-        MemoryError: the host has too little; PyTorch's own allocator says so by RuntimeError.
+        MemoryError: the host has too little; PyTorch's own allocator raises RuntimeError.
     """
     try:
         check_pickle_file(path)
@@ -356,11 +356,11 @@ def load_pickle(path: Path) -> object:
         ) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {reason_of(error)}") from error
-    except Exception as error:  # what a damaged file raises is no narrower
+    except Exception as error:  # damaged files raise all kinds of errors
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise
         if "weights_only" in str(error):  # torch advises to load these without it, which runs code
-            reason = "is no plain file of tensors (TorchScript, or older than torch 0.4)"
+            reason = "is not a plain file of tensors (TorchScript, or older than torch 0.4)"
             advice = "Use a safetensors version of these weights"
         else:
             first = str(error).splitlines()[0] if str(error) else "it ends too early"
@@ -373,14 +373,14 @@ def _select(content: object, select: tuple[str, ...], path: Path) -> dict:
     """Take the first sub-dictionary that ``select`` names, or the whole of a flat file."""
     if not isinstance(content, dict):
         raise CheckpointError(
-            f"{path} holds a {type(content).__name__}; a dictionary of tensors is wanted"
+            f"{path} holds a {type(content).__name__}; a dictionary of tensors is needed"
         )
     for name in select:
         if isinstance(content.get(name), dict):
             return content[name]
     nested = [shown(name) for name, value in content.items() if isinstance(value, dict)]
     if nested:
-        wanted = f"none of {', '.join(select)} is there" if select else "no name was given"
+        wanted = f"none of {', '.join(select)} is in it" if select else "no name was given"
         raise CheckpointError(
             f"{path} holds several dictionaries: {', '.join(nested[:10])}; {wanted}. "
             "Choose with checkpoint.select"

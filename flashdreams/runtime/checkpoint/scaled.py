@@ -1,4 +1,4 @@
-"""Quantized weights that only mean something together with a tensor of scales."""
+"""Quantized weights that need a tensor of scales."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping
@@ -19,16 +19,16 @@ _LISTED = 5
 
 
 def find_scales(infos: Mapping[str, TensorInfo]) -> tuple[dict[str, str], set[str]]:
-    """Which tensors of a file are the scales of which others.
+    """The scales of the quantized tensors in a file.
 
     A weight is ``weight * scale``, one scale for all of it or one per row. Scales of inputs and
-    markers are for 8-bit matmuls with these weights, which are not what is run here.
+    markers are for 8-bit matmuls with these weights, which are not used here.
 
     Args:
         infos: all tensors of the file, by the file's names.
 
     Returns:
-        Weight -> its scale, and all names that are no weights themselves, scales included.
+        Weight -> its scale, and all names that are not weights themselves, scales included.
 
     Raises:
         CheckpointError: quantization of another kind.
@@ -58,7 +58,7 @@ def refuse_missing_scales(
     aside: Collection[str],
     wanted: Iterable[str],
 ) -> None:
-    """Refuse 8-bit weights without scales in a file whose weights have some.
+    """Refuse 8-bit weights without scales in a file with scales.
 
     Args:
         infos: all tensors of the file.
@@ -103,17 +103,17 @@ def _check_scale(name: str, scale: TensorInfo, weight_name: str, weight: TensorI
     rows = weight.shape[0] if weight.shape else 1
     per_row = math.prod(scale.shape) == rows and scale.shape[:1] == (rows,)
     if scale.refused or not scale.dtype.is_floating_point:
-        raise _refusal(scale, f"FP8 with scales that are no numbers: {name} {scale.dtype}")
+        raise _refusal(scale, f"FP8 with scales that are not numbers: {name} {scale.dtype}")
     if math.prod(scale.shape) != 1 and not per_row:
         raise _refusal(
             scale,
-            f"FP8 with scales of a shape that is not known: {name} {list(scale.shape)} for "
+            f"FP8 with scales of an unknown shape: {name} {list(scale.shape)} for "
             f"{weight_name} {list(weight.shape)}",
         )
 
 
 def _refusal(info: TensorInfo, kind: str) -> CheckpointError:
     return CheckpointError(
-        f"{info.file} holds {kind}. Read are FP8 weights with one scale each or one per row; use "
+        f"{info.file} holds {kind}. FP8 weights need one scale each or one per row; use "
         "such a version of these weights, or one in bfloat16"
     )

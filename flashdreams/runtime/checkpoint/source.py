@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are on this machine, and how they get there."""
+"""Local files of a checkpoint, and their download."""
 
 import importlib.util
 import json
@@ -46,17 +46,17 @@ def ensure_local(
 
     Downloads go to the Hugging Face cache, resume where an earlier one stopped and show a progress
     bar; a single file of an ``https://`` address goes to the folder of ``torch.hub``. Several
-    processes on one node should take turns: let one come first, the others then find the files in
+    processes on one node should take turns: let one run first, then the others find the files in
     place.
 
     Args:
         config: the checkpoint.
-        allow_download: may it be fetched; ``None``: as ``config.download`` says.
+        allow_download: whether it may be downloaded; ``None``: ``config.download``.
         flag: command line option that allows it, for the message; ``None``: a generic one.
 
     Raises:
-        MissingWeightsError: absent and not to be fetched, or the download failed.
-        CheckpointError: what is there is no checkpoint.
+        MissingWeightsError: missing and not to be downloaded, or the download failed.
+        CheckpointError: an existing file is not a checkpoint.
     """
     local = find_local(config)
     if local is not None:
@@ -73,7 +73,7 @@ def ensure_local(
     local = find_local(config)
     if local is None:
         raise MissingWeightsError(
-            f"{_title(config)}: the download ended but files are still absent from the cache. "
+            f"{_title(config)}: the download ended but files are still missing in the cache. "
             f"Try: {_fetch_command(config, target)}"
         )
     return local
@@ -121,7 +121,7 @@ def can_download(config: CheckpointConfig) -> bool:
 
 
 def describe_missing(config: CheckpointConfig, *, flag: str | None = None) -> str:
-    """Say what a checkpoint needs and how to get it.
+    """Describe a missing checkpoint and how to get it.
 
     Args:
         config: the checkpoint.
@@ -129,7 +129,7 @@ def describe_missing(config: CheckpointConfig, *, flag: str | None = None) -> st
             ``--pipeline.decoder.checkpoint.download``; ``None``: a generic one.
 
     Returns:
-        Two or three lines: repository, file, size and licence as far as they are known; commands.
+        Two or three lines: repository, file, size and licence if known, and commands.
     """
     target = _repository(config)
     facts = []
@@ -157,13 +157,13 @@ def describe_missing(config: CheckpointConfig, *, flag: str | None = None) -> st
         )
     return (
         f"Not on this machine: {place}\n"
-        f"Fetch it with: {_fetch_command(config, target)}\n"
+        f"Download it with: {_fetch_command(config, target)}\n"
         f"or let this program do it: {f'{flag} True' if flag else 'set checkpoint.download=True'}"
     )
 
 
 def describe_size(count: int) -> str:
-    """A size in bytes, for people."""
+    """A size in bytes, as text."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
@@ -189,7 +189,7 @@ def _repository(config: CheckpointConfig) -> tuple[str, str] | None:
         return None
     if file is None:
         raise CheckpointError(
-            f"checkpoint {config.source} is a Hugging Face repository: say which file of it with "
+            f"checkpoint {config.source} is a Hugging Face repository: name its file with "
             "checkpoint.file, such as diffusion_pytorch_model.safetensors"
         )
     if ".." in file.split("/") or file.startswith("/"):
@@ -330,7 +330,7 @@ def _refuse_download(config: CheckpointConfig) -> None:
         by_hand = "\n".join(describe_missing(config).splitlines()[:2])
         raise MissingWeightsError(
             f"{by_hand}\n"
-            "The download is off: HF_HUB_OFFLINE is set. Unset it, or fetch the file elsewhere"
+            "The download is off: HF_HUB_OFFLINE is set. Unset it, or download the file elsewhere"
         )
     if config.is_address:
         _check_disk(config, cached_file(config), "TORCH_HOME")
@@ -352,7 +352,7 @@ def _download(config: CheckpointConfig, repo: str, file: str) -> None:
     except Exception as error:
         raise MissingWeightsError(
             f"Could not download {file} of {repo}, revision {config.revision or 'main'}: "
-            f"{_reason(error)}. Without a network, fetch it elsewhere: "
+            f"{_reason(error)}. Without a network, download it elsewhere: "
             f"{_hf_command(config, repo, file)}; then name the file with checkpoint.source"
         ) from error
 

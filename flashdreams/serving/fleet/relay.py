@@ -29,7 +29,7 @@ WAITING_PICTURES = 2
 """Messages of a server that wait here for a client; the others wait where they can be left out."""
 _SESSION_PATH = re.compile(r"v1/sessions/([^/]+)")
 _KEPT_HEADERS = ("content-type", "x-flashdreams-step", "etag", "last-modified")
-_LOST = Error(message="The server was lost; take the session up again.", code="draining")
+_LOST = Error(message="The server was lost; resume the session.", code="draining")
 _NONE = Error(message="No server is ready yet.", code="not_ready")
 
 
@@ -138,7 +138,7 @@ async def _relay_socket(socket: WebSocket, fleet: Fleet, guard: Guard) -> None:
     try:
         first = await asyncio.wait_for(socket.receive_text(), guard.settings.start_s)
     except (asyncio.TimeoutError, KeyError):
-        await _end(socket, Error(message="session.start has to come.", code="timeout"), 1008)
+        await _end(socket, Error(message="session.start must come first.", code="timeout"), 1008)
         return
     except WebSocketDisconnect:
         return

@@ -1,4 +1,4 @@
-// The buttons below the picture: pause, reset, record, full screen, stop.
+// The buttons below the video: pause, reset, record, full screen, stop.
 
 import { byId, setText } from './dom.js';
 import { download } from './recorder.js';
@@ -6,7 +6,7 @@ import { download } from './recorder.js';
 const HIDDEN_MS = 10_000;
 const SETTLING_MS = 1500;
 
-/** What the buttons do, and what can be done at the moment. */
+/** The buttons, enabled according to the state. */
 export class Actions {
   /** @param {Object} page its `connection`, `recorder`, `player`, `status` and `sendEvent` */
   constructor(page) {
@@ -26,7 +26,7 @@ export class Actions {
     setInterval(() => this.tellLength(), 500);
   }
 
-  /** @param {string[]} commands that this session takes */
+  /** @param {string[]} commands that this session accepts */
   draw(commands) {
     this.commands = commands;
     this.onState(this.state);
@@ -42,13 +42,13 @@ export class Actions {
     byId('reset').hidden = !this.commands.includes('reset');
     if (this.page.player?.format === 'jpeg') {
       byId('record').disabled = true;
-      byId('record').title = 'This browser is sent single pictures, which are no video file.';
+      byId('record').title = 'Recording needs H.264; this browser receives JPEG frames.';
     }
     for (const id of ['save', 'fork', 'prompt-apply']) byId(id).disabled = !live;
     byId('moments-list').inert = !live;
   }
 
-  /** @param {boolean} paused as the server says; what was asked for takes a chunk to be true */
+  /** @param {boolean} paused as the server reports; a request takes effect after a chunk */
   onPaused(paused) {
     if (performance.now() < this.settled) return;
     this.showPaused(paused);
@@ -58,7 +58,7 @@ export class Actions {
     this.paused = paused;
     const button = byId('pause');
     button.setAttribute('aria-pressed', String(paused));
-    setText(button.querySelector('span'), paused ? 'Go on' : 'Pause');
+    setText(button.querySelector('span'), paused ? 'Resume' : 'Pause');
   }
 
   pause(paused) {
@@ -74,7 +74,7 @@ export class Actions {
     this.tellLength();
   }
 
-  /** Offer what was recorded, if anything was. */
+  /** Offer the recording for download, if there is one. */
   finishRecording() {
     const { recorder, status } = this.page;
     if (!recorder.recording) return;
@@ -99,7 +99,7 @@ export class Actions {
     else byId('view').requestFullscreen().then(() => byId('stage').focus());
   }
 
-  /** A page that is hidden lets the machine work for others. */
+  /** A hidden page pauses its session, to free the machine for others. */
   onVisible() {
     clearTimeout(this.hiding);
     if (document.hidden) {

@@ -1,4 +1,4 @@
-// The socket of a session: waits until the server is ready, resumes after a loss, says what goes on.
+// The socket of a session: waits until the server is ready, resumes after a loss, reports its state.
 
 const PING_MS = 15_000;
 const SILENT_MS = 25_000;
@@ -6,15 +6,15 @@ const MAX_WAIT_S = 10;
 const FINAL = new Set(['unauthorized', 'not_allowed', 'bad_message', 'session_failed']);
 
 /**
- * A session's connection that comes back by itself.
+ * A session's connection, which reconnects automatically.
  *
- * `listener.onState(state, detail)` is told: "loading" (the server's own words), "connecting",
- * "queued" (position), "live", "reconnecting" (seconds), "ended" (why, in words).
+ * `listener.onState(state, detail)` is called with: "loading" (the server's own words), "connecting",
+ * "queued" (position), "live", "reconnecting" (seconds), "ended" (the reason).
  */
 export class Connection {
   /**
    * @param {Object} listener `onState`, `onMessage(message)`, `onMedia(meta, buffer)` and
-   *     `opening()`, which makes the first message: of a new session or of one to be resumed
+   *     `opening()`, which returns the first message, for a new or a resumed session
    */
   constructor(listener) {
     this.listener = listener;
@@ -44,7 +44,7 @@ export class Connection {
     socket.onclose = () => this.socket === socket && this.lost();
   }
 
-  /** Wait until the server says that it is ready. @returns {Promise<boolean>} false: superseded */
+  /** Wait until the server is ready. @returns {Promise<boolean>} false: superseded */
   async ready(attempt) {
     for (;;) {
       let wait = 1;
@@ -91,7 +91,7 @@ export class Connection {
     }
   }
 
-  /** An error before the session has begun, or one of the session itself, ends it. */
+  /** An error before the session has started, or one of the session itself, ends it. */
   failed(message) {
     const isTaken = message.code === 'unknown_session' && this.started;
     if (isTaken) this.end(explained(message));
@@ -100,7 +100,7 @@ export class Connection {
     if (FINAL.has(message.code) && isFinal) this.end(explained(message));
   }
 
-  /** End the session, or the attempts to begin one. */
+  /** End the session, or the attempts to start one. */
   stop() {
     if (!this.started || !this.send({ type: 'session.stop' })) this.end('stopped');
   }
@@ -134,7 +134,7 @@ export class Connection {
   /**
    * Send a message.
    * @param {Object} message
-   * @returns {boolean} false where there is no connection
+   * @returns {boolean} false without a connection
    */
   send(message) {
     if (this.socket?.readyState !== WebSocket.OPEN) return false;
@@ -151,7 +151,7 @@ export class Connection {
 }
 
 /**
- * What an error says, with what would have been allowed.
+ * The text of an error, with the allowed values.
  * @param {{message: string, allowed: *}} error
  * @returns {string}
  */
@@ -166,9 +166,9 @@ function inWords(value) {
 }
 
 /**
- * The body of a reply that is no success.
+ * The body of an unsuccessful reply.
  * @param {Response} reply
- * @returns {Promise<Object>} empty where it is no JSON object
+ * @returns {Promise<Object>} empty if it is not a JSON object
  */
 export async function bodyOf(reply) {
   try {

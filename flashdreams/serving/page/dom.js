@@ -1,7 +1,7 @@
-// Making elements, and numbers and sizes in words.
+// Creation of elements, and formatting of numbers and sizes.
 
 /**
- * Make an element.
+ * Create an element.
  * @param {string} tag
  * @param {Object} [properties] set on the element; `class`, `for`, `aria-*`, `data-*` and `role` as
  *     attributes, functions under `on...` as listeners
@@ -21,7 +21,7 @@ export function element(tag, properties = {}, ...children) {
 }
 
 /**
- * The element of that id.
+ * The element with that id.
  * @param {string} id
  * @returns {HTMLElement}
  */
@@ -30,7 +30,7 @@ export function byId(id) {
 }
 
 /**
- * Set a text only where it changes, so that nothing is laid out or read aloud again.
+ * Set a text only if it changes, so that nothing is laid out or read aloud again.
  * @param {Node} node
  * @param {string} text
  */
@@ -39,7 +39,7 @@ export function setText(node, text) {
 }
 
 /**
- * Bytes in words.
+ * Format bytes.
  * @param {number} bytes
  * @returns {string} such as "1.3 GiB"
  */
@@ -49,9 +49,9 @@ export function inBytes(bytes) {
 }
 
 /**
- * Milliseconds in words.
+ * Format milliseconds.
  * @param {?number} ms
- * @returns {string} "-" where it is not known
+ * @returns {string} "-" if unknown
  */
 export function inMs(ms) {
   if (ms === null || ms === undefined) return '–';

@@ -1,12 +1,12 @@
-// Sliders, switches, choices and text boxes for whatever else a controller takes.
+// Sliders, switches, choices and text boxes for the other inputs of a controller.
 
 import { element } from './dom.js';
 
-/** The fields of a world; each change is handed on at once. */
+/** The fields of a controller; each change is reported at once. */
 export class Fields {
   /**
    * @param {HTMLElement} place
-   * @param {function(string, *, number)} onChange told a name, a value and the time of the input
+   * @param {function(string, *, number)} onChange called with a name, a value and the time of the input
    */
   constructor(place, onChange) {
     this.place = place;
@@ -33,7 +33,7 @@ export class Fields {
     );
   }
 
-  /** @returns {Object} the values that somebody set */
+  /** @returns {Object} the values that the user has set */
   get set() {
     return Object.fromEntries([...this.changed].map((name) => [name, this.values[name]]));
   }

@@ -1,11 +1,11 @@
-// Live figures: what the browser measured, and what the server says once a second.
+// Live figures: measured by the browser, and reported by the server once a second.
 
 import { byId, element, inBytes, inMs, setText } from './dom.js';
 import { percentile } from './receipts.js';
 
 const EVERY_MS = 500;
 
-/** Writes the figures; each has its place from the beginning, so that nothing moves. */
+/** Writes the figures; each has a fixed place, so that the layout does not move. */
 export class Figures {
   /**
    * @param {import('./receipts.js').Receipts} receipts
@@ -20,7 +20,7 @@ export class Figures {
     setInterval(() => this.measure(), EVERY_MS);
   }
 
-  /** @param {number} fps the video's own pace */
+  /** @param {number} fps the frame rate of the video */
   begin(fps) {
     this.fps = fps;
     this.status = null;
@@ -40,7 +40,7 @@ export class Figures {
     setText(byId('figure-p50'), inMs(percentile(latencies, 0.5)));
     setText(byId('figure-p99'), inMs(percentile(latencies, 0.99)));
     const waiting = this.player.waiting;
-    setText(byId('figure-queue'), `${waiting} ${waiting === 1 ? 'picture' : 'pictures'}`);
+    setText(byId('figure-queue'), `${waiting} ${waiting === 1 ? 'frame' : 'frames'}`);
   }
 
   /** @param {Object} status `session.status` */
@@ -55,12 +55,12 @@ export class Figures {
   }
 
   sharing({ sessions, queued, frames_per_second: made }) {
-    const waiting = queued ? ` ${queued} more ${queued === 1 ? 'waits' : 'wait'}.` : '';
+    const waiting = queued ? ` ${queued} more ${queued === 1 ? 'is waiting' : 'are waiting'}.` : '';
     if (sessions < 2) return `This session has the machine to itself.${waiting}`;
     const slow = this.fps && made < 0.95 * this.fps;
     const pace = slow
       ? `runs at ${made.toFixed(1)} of ${round(this.fps)} frames/s`
-      : 'runs at its full pace';
+      : 'runs at full speed';
     return `${sessions} sessions share this machine: each ${pace}.${waiting}`;
   }
 

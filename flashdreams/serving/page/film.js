@@ -1,12 +1,12 @@
-// The stream through Media Source Extensions, for browsers or addresses without WebCodecs.
+// Video through Media Source Extensions, for browsers or addresses without WebCodecs.
 
 import { parse } from './mp4.js';
 
 const KEPT_S = 10;
 
-/** Appends the fragments to a <video> element and keeps it near the newest picture. */
+/** Appends the fragments to a <video> element and keeps it near the newest frame. */
 export class FilmPlayer {
-  /** @returns {boolean} whether this browser takes H.264 fragments */
+  /** @returns {boolean} whether this browser plays H.264 fragments */
   static supported() {
     const Source = window.ManagedMediaSource ?? window.MediaSource;
     return Boolean(Source?.isTypeSupported('video/mp4; codecs="avc1.42c01f"'));
@@ -82,7 +82,7 @@ export class FilmPlayer {
     }
   }
 
-  /** Play, no further than a few pictures behind the newest. */
+  /** Play at most a few frames behind the newest. */
   follow() {
     const { video, buffer } = this;
     const count = buffer.buffered.length;

@@ -10,12 +10,12 @@ const PLACES = {
 const CLUSTERS = ['wasdqe', 'ijkluo'];
 const NAMES = { ' ': 'space' };
 
-/** Which keys are held, whatever holds them. */
+/** The held keys, from keyboard and pads. */
 export class HeldKeys {
   /**
    * @param {HTMLElement} stage keys are taken only while it has the focus
    * @param {HTMLElement} pads where the pads are drawn
-   * @param {function(string, number)} onChange told the held letters and the time of the input
+   * @param {function(string, number)} onChange called with the held letters and the time of the input
    */
   constructor(stage, pads, onChange) {
     this.pads = pads;
@@ -92,7 +92,7 @@ export class HeldKeys {
   letterOf(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return null;
     if (this.arrows?.has(event.code)) return this.arrows.get(event.code);
-    // The place on the keyboard counts, so that the four moving keys are neighbours on any layout.
+    // Key positions count, so that the four movement keys are adjacent on any layout.
     const [, placed] = /^Key([A-Z])$/.exec(event.code) ?? [];
     const letter = placed ? placed.toLowerCase() : event.key;
     return this.letters.has(letter) ? letter : null;
@@ -123,14 +123,14 @@ export class HeldKeys {
     this.onChange(this.held, time);
   }
 
-  /** Let go of all keys. */
+  /** Release all keys. */
   release() {
     const before = this.held;
     this.holders.clear();
     this.changed(before, performance.now());
   }
 
-  /** @returns {string} the held letters, each once; the newest where only so many are taken */
+  /** @returns {string} the held letters, each once; the newest if the number is limited */
   get held() {
     const letters = [...new Set(this.holders.values())];
     return letters.slice(Math.max(0, letters.length - this.most)).sort().join('');

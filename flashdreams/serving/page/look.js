@@ -9,11 +9,11 @@ const TURNS = {
   ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1],
 };
 
-/** Collects turns of the view and hands them on, some thirty times a second. */
+/** Collects turns of the view and reports them, some thirty times a second. */
 export class Look {
   /**
    * @param {HTMLElement} stage
-   * @param {function([number, number], number)} onLook told degrees of yaw to the right and of
+   * @param {function([number, number], number)} onLook called with degrees of yaw to the right and of
    *     pitch up since the last call, and the time of the first input among them
    */
   constructor(stage, onLook) {
@@ -38,7 +38,7 @@ export class Look {
   }
 
   /**
-   * Switch it on or off.
+   * Enable or disable it.
    * @param {boolean} enabled
    * @param {Set<string>} arrows arrow keys that turn the view, because they do nothing else
    */
@@ -66,7 +66,7 @@ export class Look {
     try {
       this.stage.setPointerCapture(event.pointerId);
     } catch {
-      // a pointer that is gone already
+      // the pointer is already gone
     }
   }
 
@@ -80,7 +80,7 @@ export class Look {
         ...this.dragged, x: event.clientX, y: event.clientY,
         far: this.dragged.far + Math.abs(dx) + Math.abs(dy),
       };
-      // A finger pulls the picture along; a mouse points to where the view goes.
+      // A finger drags the image; a mouse points where the view goes.
       const way = event.pointerType === 'touch' ? -1.5 : 1;
       this.add(way * dx, way * dy, event.timeStamp);
     }
@@ -91,7 +91,7 @@ export class Look {
     this.dragged = null;
     if (!dragged || dragged.id !== event.pointerId || event.type !== 'pointerup') return;
     if (event.pointerType !== 'mouse' || dragged.far > CLICK_PIXELS) return;
-    // Some browsers return nothing, others a promise that may be refused: dragging still works.
+    // Some browsers return nothing, others a promise that may be rejected: dragging still works.
     Promise.resolve(this.stage.requestPointerLock?.()).catch(() => {});
   }
 

@@ -1,4 +1,4 @@
-// The page of a live session: puts its parts together.
+// The page of a live session, assembled from its parts.
 
 import { Actions } from './actions.js';
 import { Connection, bodyOf, explained } from './connection.js';
@@ -14,7 +14,7 @@ import { Receipts } from './receipts.js';
 import { Recorder } from './recorder.js';
 import { StatusLine } from './status.js';
 
-/** All that the page knows. */
+/** The state of the page. */
 class Page {
   constructor() {
     this.count = 0;
@@ -65,14 +65,14 @@ class Page {
     document.body.dataset.drawn = '';
   }
 
-  /** Draw what the server offers. @returns {Promise<boolean>} false: this page may not see it */
+  /** Draw the server's offer. @returns {Promise<boolean>} false: access denied */
   async loadOffer() {
     if (this.offer) return true;
     try {
       const reply = await fetch('v1/models', { cache: 'no-store' });
       if (reply.status === 401 || reply.status === 403) {
         const { message } = await bodyOf(reply);
-        const how = 'Open the address that the server printed: it has the token.';
+        const how = 'Open the address printed by the server, which includes the token.';
         this.status.set('ended', `${message ?? ''} ${how}`);
         byId('begin').hidden = true;
         return false;
@@ -80,7 +80,7 @@ class Page {
       const [offer] = (await reply.json()).data ?? [];
       if (offer) this.drawOffer(offer);
     } catch {
-      // The server is still starting: video.start has what is needed.
+      // The server is still starting: video.start has the rest.
     }
     return true;
   }
@@ -109,7 +109,7 @@ class Page {
     return { type: 'session.resume', token: session.token, from_frame: from, format: this.player.format };
   }
 
-  /** Leave the session of this page and begin another. */
+  /** Leave the session of this page and start another. */
   beginAnew() {
     this.connection.send({ type: 'session.stop' });
     this.memory.forget();
@@ -162,7 +162,7 @@ class Page {
     if (this.player.format === 'm4s') this.recorder.push(meta, buffer);
     this.player.push(meta, buffer);
     if (document.hidden) {
-      // Nothing is drawn on a page that is not seen, but what arrived counts as shown.
+      // Nothing is drawn on a hidden page, but arrived frames count as shown.
       this.player.clear();
       this.receipts.onUnseen(meta.first_frame + meta.num_frames - 1);
     }
@@ -178,7 +178,7 @@ class Page {
   onApplied(message) {
     this.receipts.onApplied(message);
     this.figures.onApplied(message);
-    // A view that turns stays smooth; whatever else somebody did is answered at once.
+    // A turning view stays smooth; other inputs are shown at once.
     if (message.event_ids.some((id) => this.kinds.has(id) && this.kinds.get(id) !== 'look')) {
       this.player.hurry(message.first_frame);
     }
@@ -189,9 +189,9 @@ class Page {
 
   onKept({ command, name, saved }) {
     this.moments.list(saved);
-    const words = { save: `Saved “${name}”`, fork: `Forked “${name}”`, rewind: `Back at “${name}”`, reset: 'Begun again' };
+    const words = { save: `Saved “${name}”`, fork: `Forked “${name}”`, rewind: `Rewound to “${name}”`, reset: 'Restarted' };
     this.status.show(words[command]);
-    // The controller went back as well: it has to learn what is held and set now.
+    // The controller's state was also reset: send what is held and set now.
     if (command === 'rewind' || command === 'reset') this.steering.repeat();
   }
 
@@ -213,7 +213,7 @@ class Page {
     if (this.status.state === 'ended') return; // the cover says why
     if (error.code === 'unknown_session') {
       this.memory.forget();
-      this.status.show('The session of before has ended; this is a new one.');
+      this.status.show('The previous session has ended; this is a new one.');
       this.connection.open();
       return;
     }
@@ -222,17 +222,17 @@ class Page {
     if (this.kinds.get(error.event_id) === 'prompt') this.prompting.onRefused(message);
   }
 
-  /** Another way to show video is needed: take the session up in its format. */
+  /** Another way to show video is needed: resume the session in its format. */
   onWay(reason) {
-    this.status.show(`The video is shown in another way now (${reason}).`);
+    this.status.show(`Switched to another video format (${reason}).`);
     this.connection.open();
   }
 
   /**
-   * Send something that the server answers with "applied" or "kept".
+   * Send a message that the server answers with "applied" or "kept".
    * @param {string} kind
    * @param {Object} message
-   * @param {?number} time of the input event, where the time to its picture is measured
+   * @param {?number} time of the input event, if the latency to its frame is measured
    */
   sendEvent(kind, message, time = null) {
     this.count += 1;

@@ -1,17 +1,17 @@
-// What a page remembers of its session over a reload: the token, the last picture, what was set.
+// Session data that survives a reload: the token, the last frame, the set values.
 
 const KEY = 'flashdreams-session';
 
-/** A session that this tab can take up again. */
+/** A session that this tab can resume. */
 export class Memory {
-  /** @param {function(): number} lastFrame the last picture that was shown */
+  /** @param {function(): number} lastFrame the last frame that was shown */
   constructor(lastFrame) {
     this.lastFrame = lastFrame;
     this.session = null;
     addEventListener('pagehide', () => this.store());
   }
 
-  /** Take up what an earlier page of this tab left. */
+  /** Restore what an earlier page of this tab stored. */
   async load() {
     try {
       this.session = JSON.parse(sessionStorage.getItem(KEY));
@@ -21,14 +21,14 @@ export class Memory {
     if (this.session && !(await this.own())) this.session = null;
   }
 
-  /** A tab that was duplicated has the token, too; only one of them may use it. */
+  /** A duplicated tab also has the token; only one of them may use it. */
   own() {
     if (!navigator.locks) return Promise.resolve(true);
     const name = `flashdreams ${this.session.token}`;
     return new Promise((resolve) => {
       navigator.locks.request(name, { ifAvailable: true }, (lock) => {
         resolve(Boolean(lock));
-        // Held for as long as the page lives, or until the session is forgotten.
+        // Held while the page exists, or until the session is dropped.
         return lock && new Promise((free) => (this.free = free));
       });
     });
@@ -61,7 +61,7 @@ export class Memory {
     this.store();
   }
 
-  /** @returns {number} the first picture that was not shown */
+  /** @returns {number} the first frame that was not shown */
   get fromFrame() {
     const last = this.lastFrame();
     return (last >= 0 ? last : (this.session?.frame ?? -1)) + 1;

@@ -1,12 +1,12 @@
-// Saved points: save on disk, fork on the device, and go back.
+// Moments: save on disk, fork on the device, and rewind.
 
 import { byId, element } from './dom.js';
 
 const NAME = /^[\w-]{1,64}$/;
 
-/** The form that keeps a moment and the list of those that can be gone back to. */
+/** The form to save or fork a moment, and the list of moments to rewind to. */
 export class Moments {
-  /** @param {function(Object)} onCommand told `{type, name}` */
+  /** @param {function(Object)} onCommand called with `{type, name}` */
   constructor(onCommand) {
     this.onCommand = onCommand;
     this.names = [];
@@ -18,7 +18,7 @@ export class Moments {
   }
 
   /**
-   * Draw what this session takes.
+   * Draw what this session accepts.
    * @param {string[]} commands
    * @param {string[]} saved
    */
@@ -65,7 +65,7 @@ export class Moments {
   keep(kind) {
     const name = this.input.value.trim().replace(/\s+/g, '-') || this.input.placeholder;
     if (!NAME.test(name)) {
-      this.input.setCustomValidity('Letters, digits, - and _, at most 64.');
+      this.input.setCustomValidity('Use letters, digits, - and _, at most 64.');
       this.input.reportValidity();
       this.input.addEventListener('input', () => this.input.setCustomValidity(''), { once: true });
       return;

@@ -1,15 +1,15 @@
-// The few boxes of a fragmented MP4 that a player has to look into (ISO/IEC 14496-12 and -15).
+// The boxes of a fragmented MP4 that a player reads (ISO/IEC 14496-12 and -15).
 
 /**
  * @typedef {Object} Header
  * @property {Uint8Array} bytes `ftyp` and `moov`
- * @property {?Uint8Array} description body of `avcC`: what a decoder of H.264 is configured with
+ * @property {?Uint8Array} description body of `avcC`: the configuration of an H.264 decoder
  * @property {number} timescale ticks of the media in a second
  *
  * @typedef {Object} Fragment
  * @property {Uint8Array} bytes `moof` and `mdat`
- * @property {Uint8Array} sample the picture, as H.264 in AVCC form
- * @property {number} time when the picture is shown, in ticks
+ * @property {Uint8Array} sample the frame, as H.264 in AVCC form
+ * @property {number} time presentation time, in ticks
  */
 
 const CONTAINERS = new Set(['moov', 'trak', 'mdia', 'minf', 'stbl', 'moof', 'traf']);
@@ -19,7 +19,7 @@ function view(bytes) {
 }
 
 /**
- * The boxes in a stretch of bytes, one after the other.
+ * The boxes in a range of bytes, in order.
  * @param {Uint8Array} bytes
  * @yields {{type: string, body: Uint8Array, start: number, end: number}}
  */
@@ -53,7 +53,7 @@ function find(bytes, wanted) {
 }
 
 /**
- * Take apart one binary message of the format "m4s".
+ * Parse one binary message of the format "m4s".
  * @param {ArrayBuffer} buffer one fragment, in the first message after `ftyp` and `moov`
  * @returns {{header: ?Header, fragment: Fragment}}
  */
@@ -65,7 +65,7 @@ export function parse(buffer) {
     if (box.type === 'moov' || box.type === 'ftyp') headerEnd = box.end;
     if (box.type === 'mdat') sample = box.body;
   }
-  if (!sample) throw new Error('a fragment of the video has no picture');
+  if (!sample) throw new Error('a fragment of the video has no frame');
   const fragment = { bytes: bytes.subarray(headerEnd), sample, time: decodeTime(bytes) };
   if (!headerEnd) return { header: null, fragment };
   const header = bytes.subarray(0, headerEnd);

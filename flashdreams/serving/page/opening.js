@@ -1,10 +1,10 @@
-// What a new session begins with: prompt, first frame and seed.
+// Inputs of a new session: prompt, first frame and seed.
 
 import { byId } from './dom.js';
 
 /** The form of a new session. */
 export class Opening {
-  /** @param {function()} onBegin somebody wants a new session */
+  /** @param {function()} onBegin called to start a new session */
   constructor(onBegin) {
     this.image = null;
     this.offer = null;
@@ -20,7 +20,7 @@ export class Opening {
   }
 
   /**
-   * Draw what the server offers.
+   * Draw the server's offer.
    * @param {Object} offer an entry of `/v1/models`
    */
   draw(offer) {
@@ -43,12 +43,12 @@ export class Opening {
         this.image = await this.reduced(file);
       } catch {
         byId('first-frame').value = '';
-        byId('first-frame-name').textContent = `${file.name} is no picture that this browser reads.`;
+        byId('first-frame-name').textContent = `${file.name} is not an image that this browser can read.`;
         file = null;
       }
     } else byId('first-frame').value = '';
-    if (file || !byId('first-frame-name').textContent.includes('is no picture')) {
-      byId('first-frame-name').textContent = file ? file.name : 'Choose a picture';
+    if (file || !byId('first-frame-name').textContent.includes('is not an image')) {
+      byId('first-frame-name').textContent = file ? file.name : 'Choose an image';
     }
     preview.hidden = !this.image;
     byId('no-first-frame').hidden = !this.image;
@@ -56,7 +56,7 @@ export class Opening {
     else preview.removeAttribute('src');
   }
 
-  /** A data address of the picture, no larger than it takes to cover the world. */
+  /** A data URL of the image, no larger than needed to cover the video. */
   async reduced(file) {
     const picture = await createImageBitmap(file);
     const { width, height } = this.offer;

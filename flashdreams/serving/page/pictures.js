@@ -1,9 +1,9 @@
-// Pictures of a stream, decoded one by one: H.264 with WebCodecs, or JPEG.
+// Frames of a stream, decoded one by one: H.264 with WebCodecs, or JPEG.
 
 import { parse } from './mp4.js';
 import { Playout } from './playout.js';
 
-/** H.264 with WebCodecs; every picture is decoded when it arrives. */
+/** H.264 with WebCodecs; every frame is decoded when it arrives. */
 export class CodecPlayer {
   /** @returns {Promise<boolean>} whether this browser decodes H.264 this way, on this address */
   static async supported() {
@@ -91,7 +91,7 @@ export class CodecPlayer {
   }
 }
 
-/** One JPEG a message: needs no decoder of video, and more of the network. */
+/** One JPEG per message: needs no video decoder, but more bandwidth. */
 export class JpegPlayer {
   constructor(canvas, listener) {
     this.listener = listener;
@@ -112,7 +112,7 @@ export class JpegPlayer {
       this.playout.anchor = null;
     }
     const decoded = createImageBitmap(new Blob([buffer], { type: 'image/jpeg' }));
-    // Pictures are shown in their order, whichever is decoded first.
+    // Frames are shown in order, whichever is decoded first.
     this.last = Promise.allSettled([decoded, this.last]).then(([{ value, reason }]) => {
       if (reason) this.listener.onFailure(reason.message);
       else if (meta.epoch < this.epoch) value.close();

@@ -1,15 +1,15 @@
-// The way in which this browser shows the stream, and the next one where that fails.
+// The way in which this browser shows the stream, with fallbacks.
 
 import { FilmPlayer } from './film.js';
 import { CodecPlayer, JpegPlayer } from './pictures.js';
 
-/** One of the ways to show video, behind one face. */
+/** One of the ways to show video, behind a common interface. */
 export class Player {
   /**
    * @param {HTMLCanvasElement} canvas
    * @param {HTMLVideoElement} video
    * @param {Object} listener `onShown(frame, time)`, `onDropped(count)` and
-   *     `onChange(format, reason)`: the stream has to begin again in that format
+   *     `onChange(format, reason)`: the stream must restart in that format
    */
   constructor(canvas, video, listener) {
     this.canvas = canvas;
@@ -20,7 +20,7 @@ export class Player {
   }
 
   /**
-   * Find out what this browser can do.
+   * Detect what this browser supports.
    * @param {?string} wanted "webcodecs", "mse" or "jpeg"; null for the best
    */
   async prepare(wanted) {
@@ -46,7 +46,7 @@ export class Player {
     else this.player = new (way === 'jpeg' ? JpegPlayer : CodecPlayer)(this.canvas, listener);
   }
 
-  /** The server has single pictures only. @returns {boolean} whether that is a change */
+  /** The server sends JPEG frames only. @returns {boolean} whether that is a change */
   useJpeg() {
     const isChange = this.way !== 'jpeg';
     if (isChange) this.use('jpeg');
@@ -60,12 +60,12 @@ export class Player {
     this.listener.onChange(this.player.format, reason);
   }
 
-  /** @returns {"m4s"|"jpeg"} to ask the server for */
+  /** @returns {"m4s"|"jpeg"} to request from the server */
   get format() {
     return this.player.format;
   }
 
-  /** @returns {number} pictures that have arrived and are not yet shown */
+  /** @returns {number} frames that have arrived but are not yet shown */
   get waiting() {
     return this.player.waiting;
   }
@@ -92,14 +92,14 @@ export class Player {
   }
 
   /**
-   * Show a picture as soon as it is decoded, since it answers to a key.
+   * Show a frame as soon as it is decoded, because it responds to a key.
    * @param {number} frame
    */
   hurry(frame) {
     this.player.hurry(frame);
   }
 
-  /** Throw away what is not yet shown. */
+  /** Drop what is not yet shown. */
   clear() {
     this.player.clear();
   }

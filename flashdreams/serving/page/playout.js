@@ -1,4 +1,4 @@
-// When a decoded picture is shown: at the video's own pace, as early as the network's jitter allows.
+// Timing of decoded frames: at the frame rate of the video, as early as the network jitter allows.
 
 import { percentile } from './receipts.js';
 
@@ -8,18 +8,18 @@ const FIRST_WINDOW_MS = 250;
 const WINDOW_MS = 1000;
 
 /**
- * Shows decoded pictures on a canvas.
+ * Shows decoded frames on a canvas.
  *
- * Each picture is due one frame period after the one before; one that is decoded late is shown at
- * once. Every second (at the beginning, sooner) the clock moves so that one picture of five would
- * have been late. So the delay follows the jitter without waiting for its rare peaks, and a steady
- * stream is shown as it comes. A stream that is a whole frame late moves the clock at once.
+ * Each frame is due one frame period after the previous one; one that is decoded late is shown at
+ * once. Every second (at the beginning, sooner) the clock is adjusted so that one frame in five would
+ * have been late. So the delay follows the jitter without waiting for rare peaks, and a steady
+ * stream is shown as it arrives. A stream that is a whole frame late adjusts the clock at once.
  */
 export class Playout {
   /**
    * @param {HTMLCanvasElement} canvas
-   * @param {{onShown: function(number, number), onDropped: function(number)}} listener told the
-   *     frame and the time at which it was on the screen, and numbers of pictures that were left out
+   * @param {{onShown: function(number, number), onDropped: function(number)}} listener called with the
+   *     frame and the time at which it was on the screen, and with numbers of dropped frames
    */
   constructor(canvas, listener) {
     this.canvas = canvas;
@@ -34,7 +34,7 @@ export class Playout {
   }
 
   /**
-   * Begin with an empty queue.
+   * Start with an empty queue.
    * @param {number} fps
    */
   begin(fps) {
@@ -50,34 +50,34 @@ export class Playout {
     }
   }
 
-  /** Close all pictures that wait. */
+  /** Close all queued frames. */
   clear() {
     for (const item of this.queue) item.picture.close();
     this.listener.onDropped(this.queue.length);
     this.queue = [];
   }
 
-  /** End; the last picture stays on the canvas. */
+  /** Stop; the last frame stays on the canvas. */
   stop() {
     this.running = false;
     this.clear();
   }
 
   /**
-   * A picture answers to a key: it is shown as soon as it is decoded, and nothing older after it.
+   * A frame responds to a key: it is shown as soon as it is decoded, and nothing older after it.
    * @param {number} frame
    */
   hurry(frame) {
     this.urgent = frame;
   }
 
-  /** @returns {number} decoded pictures that wait for their time */
+  /** @returns {number} decoded frames that are not due yet */
   get waiting() {
     return this.queue.length;
   }
 
   /**
-   * Hand over a decoded picture.
+   * Add a decoded frame.
    * @param {VideoFrame|ImageBitmap} picture closed here once it is no longer needed
    * @param {number} frame its number in the session's video
    */
@@ -116,7 +116,7 @@ export class Playout {
 
   tick(now) {
     if (!this.running) return;
-    // What was drawn in the last animation frame is on the screen by this one.
+    // A frame drawn in the last animation frame is on the screen in this one.
     if (this.drawn !== null) this.listener.onShown(this.drawn, now);
     this.drawn = null;
     const limit = now + 8; // half a frame of a 60 Hz screen: the nearer of two refreshes
@@ -132,8 +132,8 @@ export class Playout {
   draw(picture) {
     const width = picture.displayWidth ?? picture.width;
     const height = picture.displayHeight ?? picture.height;
-    // Small worlds are enlarged here, with a better filter than that of a style sheet; large ones
-    // are drawn as they are and fitted by the browser.
+    // Small videos are enlarged here, with a better filter than CSS; large ones
+    // are drawn unscaled and fitted by the browser.
     const box = this.canvas.clientWidth * devicePixelRatio;
     const scale = Math.max(1, Math.min(box, 1600) / width);
     const size = [Math.round(width * scale), Math.round(height * scale)];

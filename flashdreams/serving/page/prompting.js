@@ -2,9 +2,9 @@
 
 import { byId, setText } from './dom.js';
 
-/** The prompt box; Enter applies, Shift and Enter begin a new line. */
+/** The prompt box; Enter applies, Shift+Enter starts a new line. */
 export class Prompting {
-  /** @param {function(string): boolean} onPrompt told the text; false: it could not be sent */
+  /** @param {function(string): boolean} onPrompt called with the text; false: it could not be sent */
   constructor(onPrompt) {
     this.box = byId('prompt');
     byId('prompt-form').addEventListener('submit', (event) => {
@@ -21,7 +21,7 @@ export class Prompting {
   apply(onPrompt) {
     const text = this.box.value.trim();
     if (this.box.readOnly || !text) return;
-    this.say(onPrompt(text) ? 'Sent …' : 'Not sent: there is no connection.');
+    this.say(onPrompt(text) ? 'Sent …' : 'Not sent: no connection.');
   }
 
   /** @param {{prompts_change: boolean, prompt: ?string}} what an offer, or the like */
@@ -30,7 +30,7 @@ export class Prompting {
     this.box.readOnly = !change;
     byId('prompt-apply').hidden = !change;
     this.box.value = prompt ?? '';
-    this.say(change ? 'Enter applies it from the next chunk on.' : 'Prompts cannot change in this session.');
+    this.say(change ? 'Enter applies it from the next chunk on.' : 'The prompt cannot change in this session.');
   }
 
   /** @param {Object} start `video.start` */

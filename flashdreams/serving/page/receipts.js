@@ -1,4 +1,4 @@
-// What was shown and how soon: receipts for the server, percentiles for the page.
+// Receipts of shown frames for the server, latency percentiles for the page.
 
 const EVERY_MS = 250;
 const KEPT = 500;
@@ -7,7 +7,7 @@ const KEPT = 500;
  * A percentile.
  * @param {number[]} values
  * @param {number} share from 0 to 1
- * @returns {?number} null where there are no values
+ * @returns {?number} null without values
  */
 export function percentile(values, share) {
   if (!values.length) return null;
@@ -16,10 +16,10 @@ export function percentile(values, share) {
 }
 
 /**
- * Follows events from the input to the screen.
+ * Tracks events from the input to the screen.
  *
  * Key to photon is the time from the browser's time stamp of an input event to the animation frame
- * after the one that drew the first picture of the chunk in which the event acts.
+ * after the one that drew the first frame of the chunk in which the event acts.
  */
 export class Receipts {
   /** @param {function(Object)} send sends a message to the server */
@@ -30,7 +30,7 @@ export class Receipts {
     setInterval(() => this.flush(), EVERY_MS);
   }
 
-  /** A new session: nothing was shown yet. */
+  /** A new session: nothing has been shown yet. */
   begin() {
     this.lastFrame = -1;
     this.reported = -1;
@@ -42,7 +42,7 @@ export class Receipts {
   }
 
   /**
-   * The session goes on after a loss, maybe with pictures of before.
+   * The session continues after a loss, maybe with earlier frames.
    * @param {number} frame the first one that follows
    */
   resume(frame) {
@@ -61,7 +61,7 @@ export class Receipts {
   }
 
   /**
-   * The server says from which picture on events act.
+   * The server reports from which frame on events act.
    * @param {{event_ids: string[], first_frame: number}} message
    */
   onApplied(message) {
@@ -73,7 +73,7 @@ export class Receipts {
   }
 
   /**
-   * A picture is on the screen.
+   * A frame is on the screen.
    * @param {number} frame
    * @param {number} time
    */
@@ -93,7 +93,7 @@ export class Receipts {
   }
 
   /**
-   * A picture arrived while nobody could see the page: it has its receipt, and no latency.
+   * A frame arrived while the page was hidden: it gets a receipt, but no latency.
    * @param {number} frame
    */
   onUnseen(frame) {
@@ -101,19 +101,19 @@ export class Receipts {
     this.awaited = this.awaited.filter((item) => item.frame > frame);
   }
 
-  /** @param {number} count pictures were left out */
+  /** @param {number} count frames were dropped */
   onDropped(count) {
     this.dropped += count;
   }
 
-  /** @returns {number} pictures shown a second, over the last two seconds */
+  /** @returns {number} frames shown per second, over the last two seconds */
   get fps() {
     const recent = this.times.filter((time) => time > performance.now() - 2000);
     if (recent.length < 2) return 0;
     return ((recent.length - 1) * 1000) / (recent.at(-1) - recent[0]);
   }
 
-  /** Tell the server, where there is something to tell. */
+  /** Report to the server, if there is anything new. */
   flush() {
     if (this.lastFrame < 0) return;
     if (this.lastFrame === this.reported && !this.dropped && !this.unreported.length) return;

@@ -1,15 +1,15 @@
-// Recording: the fragments that arrive are one MP4 file; nothing is encoded here.
+// Recording: the received fragments form one MP4 file; nothing is encoded here.
 
 import { moved, parse } from './mp4.js';
 
-/** Records from the next key picture on. */
+/** Records from the next keyframe on. */
 export class Recorder {
   constructor() {
     this.begin(16);
   }
 
   /**
-   * A stream begins, or goes on after a loss.
+   * A stream starts, or continues after a loss.
    * @param {number} fps
    */
   begin(fps) {
@@ -21,7 +21,7 @@ export class Recorder {
     return Boolean(this.parts);
   }
 
-  /** @returns {number} seconds that were recorded */
+  /** @returns {number} recorded seconds */
   get seconds() {
     return this.parts ? this.count / this.fps : 0;
   }
@@ -41,14 +41,14 @@ export class Recorder {
     this.count += 1;
   }
 
-  /** Begin; the server has to be asked for a key picture. */
+  /** Start; the server must be asked for a keyframe. */
   start() {
     this.parts = [];
     this.count = 0;
     this.first = null;
   }
 
-  /** @returns {?Blob} the file; null where no picture has come yet */
+  /** @returns {?Blob} the file; null before the first frame */
   stop() {
     const file = this.count ? new Blob([this.first, ...this.parts], { type: 'video/mp4' }) : null;
     this.parts = null;

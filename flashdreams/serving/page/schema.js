@@ -1,9 +1,9 @@
-// What a controller takes, read from its JSON Schema: keys, look, and fields to be drawn.
+// Inputs of a controller, read from its JSON Schema: keys, look, and fields to draw.
 
 /**
  * @typedef {Object} Reading
  * @property {?{letters: Map<string, string>, most: number}} keys letters and what they do, and how
- *     many may be held together; null where there are none
+ *     many may be held together; null without keys
  * @property {boolean} look whether the pointer turns the view
  * @property {Field[]} fields all others, in the order of the schema
  * @property {string[]} required properties that every message has to have
@@ -50,7 +50,7 @@ function kindOf(schema) {
   if (schema.type === 'boolean') return 'switch';
   if (schema.type === 'number' || schema.type === 'integer') return 'slider';
   if (schema.type === 'string') return 'text';
-  return null; // arrays and objects have no field of their own
+  return null; // arrays and objects have no field
 }
 
 function initialOf(kind, schema) {
@@ -60,7 +60,7 @@ function initialOf(kind, schema) {
   return Math.min(Math.max(0, schema.minimum ?? 0), schema.maximum ?? Infinity);
 }
 
-/** The letters of `x-keys`; without it those of the pattern, described as the description says. */
+/** The letters of `x-keys`; without it those of the pattern, with labels from the description. */
 function keysOf(schema) {
   const most = schema.maxLength ?? Infinity;
   const named = schema['x-keys'];
@@ -82,7 +82,7 @@ const ARROWS = {
 };
 
 /**
- * What the arrow keys stand for: keys that turn or look, and where there are none those that move.
+ * Mapping of the arrow keys: to keys that turn or look or, if there are none, to those that move.
  * @param {Map<string, string>} letters
  * @param {boolean} look whether arrows may turn the view instead
  * @returns {Map<string, string>} arrow to letter

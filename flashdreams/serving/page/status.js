@@ -1,4 +1,4 @@
-// One line that always says what goes on, and the cover over the picture while there is none.
+// The status line, and the cover over the video while there is none.
 
 import { byId, element, setText } from './dom.js';
 
@@ -13,11 +13,11 @@ const WORDS = {
 const PHASES = { warming: 'Warming up', draining: 'Restarting', failed: 'Failed' };
 const ENDS = {
   stopped: 'Stopped.',
-  done: 'The video has reached its length.',
+  done: 'The video is complete.',
 };
 const CALM = new Set(['ready', 'paused']);
 
-/** The status line, the cover of the stage, and messages that come and go. */
+/** The status line, the cover of the stage, and temporary messages. */
 export class StatusLine {
   constructor() {
     this.text = byId('status-text');
@@ -27,7 +27,7 @@ export class StatusLine {
   }
 
   /**
-   * Say what goes on.
+   * Show a state.
    * @param {string} state
    * @param {*} detail the server's words, a position or seconds
    */
@@ -49,8 +49,8 @@ export class StatusLine {
     }
     if (state === 'queued') {
       const ahead = detail - 1;
-      const before = ahead > 0 ? `${ahead} before you. ` : 'You are next. ';
-      return [`Queued, position ${detail}`, `${before}It begins by itself once a place is free.`];
+      const before = ahead > 0 ? `${ahead} ahead of you. ` : 'You are next. ';
+      return [`Queued, position ${detail}`, `${before}The session starts automatically when a place is free.`];
     }
     if (state === 'ended') return ['Ended', ENDS[detail] ?? detail ?? ''];
     return [WORDS[state] ?? state, ''];
@@ -60,7 +60,7 @@ export class StatusLine {
     const end = performance.now() + seconds * 1000;
     const tell = () => {
       const left = Math.max(0, Math.ceil((end - performance.now()) / 1000));
-      // Only the cover counts; a line that is read aloud should not change every second.
+      // Only the cover counts down; a line that is read aloud should not change every second.
       this.say('Reconnecting', left ? `Next try in ${left} s.` : 'Trying now.');
     };
     tell();

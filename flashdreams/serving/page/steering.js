@@ -1,4 +1,4 @@
-// Whatever steers the world: held keys, look and fields, drawn from what the controller declares.
+// Controls of the world: held keys, look and fields, drawn from the controller's schema.
 
 import { byId, setText } from './dom.js';
 import { Fields } from './fields.js';
@@ -11,8 +11,8 @@ const ALL_ARROWS = ['ArrowLeft', 'ArrowRight', 'ArrowUp', 'ArrowDown'];
 /** Draws the controls and turns inputs into the `values` of `session.control`. */
 export class Steering {
   /**
-   * @param {{onValues: function(Object, number), onSet: function(Object)}} listener told the values
-   *     of a change with the time of its input, and all values that were set in fields
+   * @param {{onValues: function(Object, number), onSet: function(Object)}} listener called with the values
+   *     of a change and the time of its input, and with all values set in fields
    */
   constructor(listener) {
     this.listener = listener;
@@ -66,7 +66,7 @@ export class Steering {
     this.listener.onValues({ ...Object.fromEntries(required), ...values }, time);
   }
 
-  /** Tell the controller what is held and set, after it has gone back or was taken up again. */
+  /** Send the controller what is held and set, after a rewind or a resume. */
   repeat() {
     const values = { ...this.fields.set };
     if (this.reading.keys) values.keys = this.keys.held;

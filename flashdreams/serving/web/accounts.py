@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-INTERNAL = "Something failed in the server; its log says what."
+INTERNAL = "Internal server error; see the server's log."
 
 
 class Denied(Exception):
@@ -141,7 +141,7 @@ class Accounts:
         """
         host = self.host()
         if id in self.step_driven:
-            text = "This session is driven over HTTP."
+            text = "This session is controlled over HTTP."
             raise Denied(Error(message=text, code="unknown_session"))
         self.forget_ended()
         session = self.sessions.get(id)

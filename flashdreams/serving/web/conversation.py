@@ -103,7 +103,7 @@ class Conversation:
         try:
             text = await asyncio.wait_for(self._receive(first=True), self.settings.start_s)
         except (TimeoutError, asyncio.TimeoutError):
-            text = f"session.start has to come within {self.settings.start_s:g} s."
+            text = f"session.start must arrive within {self.settings.start_s:g} s."
             raise Denied(Error(message=text, code="timeout")) from None
         large = len(text) > self.settings.max_message_bytes
         message = await asyncio.to_thread(read_message, text) if large else read_message(text)
@@ -119,7 +119,7 @@ class Conversation:
             raise Denied(Error(message="Messages are JSON in text frames.", code="bad_message"))
         limit = self.settings.max_socket_bytes if first else self.settings.max_message_bytes
         if len(text) > limit:
-            raise Denied(Error(message=f"At most {limit:,} bytes a message.", code="bad_message"))
+            raise Denied(Error(message=f"The limit is {limit:,} bytes.", code="bad_message"))
         return text
 
     async def _open(self, first: SessionStart | SessionResume) -> None:
@@ -136,7 +136,7 @@ class Conversation:
         async with self.accounts.taking_up(first.token) as session:
             before = session.feed.outlet
             if before is not None:  # told before its thread notices
-                text = "The session was taken up by another connection."
+                text = "The session was resumed by another connection."
                 before.post(Error(message=text, code="unknown_session"))
             session.feed.connect(self.outlet)
             if before is not None:
@@ -302,7 +302,7 @@ class Conversation:
             wait = self._bucket.take()
             flooding = flooding + wait if wait else 0.0
             if flooding > self.settings.flood_s:
-                text = f"More than {self.settings.messages_per_s:g} messages a second."
+                text = f"More than {self.settings.messages_per_s:g} messages per second."
                 return Error(message=text, code="bad_message")
             await asyncio.sleep(wait)
             while self.outlet.crowded:
@@ -318,7 +318,7 @@ class Conversation:
         elif isinstance(message, SessionPause):
             requests.pause(message.paused)
         elif isinstance(message, FIRST):
-            raise Denied(Error(message="The session has begun already.", code="bad_message"))
+            raise Denied(Error(message="The session has already started.", code="bad_message"))
         else:
             requests.take(message)
 

@@ -53,8 +53,8 @@ class Gate:
             "loading": "The model is being loaded.",
             "warming": "The model is being warmed up.",
             "ready": "Ready.",
-            "draining": "The server stops; sessions go on when it is back.",
-            "failed": "The server has failed; its log says why.",
+            "draining": "The server is shutting down; sessions continue when it is back.",
+            "failed": "The server has failed; see its log.",
         }[self._phase]
 
 

@@ -123,17 +123,17 @@ class GuardedApp:
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         guard = self._guard
         if not guard.allows_host(scope):
-            return 421, "This server is not known under that name."
+            return 421, "Unknown host name."
         if scope["method"] not in ("GET", "HEAD") and not guard.allows_origin(scope):
-            return 403, "Pages of other origins may not use this server."
+            return 403, "Pages of other origins are not allowed."
         if scope["path"] not in OPEN_PATHS and not guard.knows_token(scope):
             return 401, "A token is required: ?token=..., or Authorization: Bearer ..."
         try:
             length = int(headers_of(scope).get("content-length", "0"))
         except ValueError:
-            return 400, "Content-Length is no number."
+            return 400, "Content-Length is not a number."
         if length > self._limit(scope):
-            return 413, f"At most {self._limit(scope):,} bytes are taken."
+            return 413, f"At most {self._limit(scope):,} bytes are accepted."
         return None
 
     def _limit(self, scope: Scope) -> int:
@@ -181,7 +181,7 @@ class _Request:
         message = await self._receive()
         self._size += len(message.get("body", b""))
         if self._size > self._limit:
-            raise TooLarge(f"At most {self._limit:,} bytes are taken.")
+            raise TooLarge(f"At most {self._limit:,} bytes are accepted.")
         return message
 
     async def send(self, message: MutableMapping[str, Any]) -> None:

@@ -34,7 +34,7 @@ def image_of(url: str, offer: Offer, settings: WebSettings) -> Tensor:
         Refused: images are not taken, or not from there; too large; or none.
     """
     if not offer.takes_image:
-        raise Refused(f"{offer.model} begins without an image; leave image_reference out.")
+        raise Refused(f"{offer.model} starts without an image; omit image_reference.")
     data = _data_of(url, settings)
     return decode_image(data, offer.height, offer.width)
 
@@ -57,7 +57,7 @@ def decode_image(data: bytes, height: int, width: int) -> Tensor:
                 if opened.width * opened.height > MAX_PIXELS:
                     raise Refused(
                         f"The image has {opened.width}x{opened.height} pixels; at most "
-                        f"{MAX_PIXELS:,} pixels are taken."
+                        f"{MAX_PIXELS:,} pixels are accepted."
                     )
                 image = as_rgb(ImageOps.exif_transpose(opened))
         if image.size != (width, height):
@@ -66,7 +66,7 @@ def decode_image(data: bytes, height: int, width: int) -> Tensor:
     except Refused:
         raise
     except Exception as error:  # what a damaged image raises is no narrower
-        raise Refused(f"No image that can be read; taken are {', '.join(FORMATS)}.") from error
+        raise Refused(f"Not a readable image; accepted formats: {', '.join(FORMATS)}.") from error
 
 
 def _data_of(url: str, settings: WebSettings) -> bytes:
@@ -75,14 +75,14 @@ def _data_of(url: str, settings: WebSettings) -> bytes:
         return _fetch(url, settings)
     head = _DATA_URL.match(url)
     if head is None:
-        raise Refused('image_url has to begin with "data:image/png;base64," or the like.')
+        raise Refused('image_url must begin with "data:image/png;base64," or the like.')
     encoded = url[head.end() :]
     if len(encoded) // 4 * 3 - 2 > limit:
         raise Refused(f"The image has more than {limit:,} bytes.")
     try:
         data = base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise Refused("image_url holds no valid base64.") from error
+        raise Refused("image_url is not valid base64.") from error
     return data
 
 
@@ -106,7 +106,7 @@ def _fetch(url: str, settings: WebSettings) -> bytes:
         with urllib.request.build_opener(_NoRedirect).open(url, timeout=FETCH_S) as answer:
             data = answer.read(limit + 1)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise Refused(f"The image cannot be fetched from {parts.hostname}.") from error
+        raise Refused(f"The image cannot be downloaded from {parts.hostname}.") from error
     if len(data) > limit:
         raise Refused(f"The image has more than {limit:,} bytes.")
     return data

@@ -57,4 +57,4 @@ def _explained(error: ValidationError) -> Error:
     text = f"{place}: {first['msg']}; got {shown}" if place else first["msg"]
     if first["loc"][-1:] == ("format",):
         return Error(message=text, code="not_allowed", allowed={"format": FORMATS})
-    return Error(message=f"No message that is known here. {text}", code="bad_message")
+    return Error(message=f"Unknown message. {text}", code="bad_message")

@@ -36,25 +36,25 @@ class Metrics:
             name = f"flashdreams_{name}_seconds"
             return Histogram(name, text, labels, registry=self.registry, buckets=buckets)
 
-        self._steps = counter("ar_steps", "AR steps whose pictures have arrived.")
+        self._steps = counter("ar_steps", "AR steps whose frames have arrived on the host.")
         # looking a label up takes as long as all else
-        self._frames = cache(counter("frames", "Pictures by what became of them.", "fate").labels)
-        self._bytes = counter("media_bytes", "Bytes of pictures sent over WebSockets.")
-        self._messages = counter("messages", "Messages of clients.", "type")
+        self._frames = cache(counter("frames", "Frames by fate.", "fate").labels)
+        self._bytes = counter("media_bytes", "Bytes of video sent over WebSockets.")
+        self._messages = counter("messages", "Messages from clients.", "type")
         self._refused = counter("errors", "Error messages to clients.", "code")
         stages = histogram("stage", "Time of an AR step by stage.", _STAGES, "stage")
         self._stages = cache(stages.labels)
-        self._encode = histogram("encode", "Time to encode a picture.", _JITTER)
+        self._encode = histogram("encode", "Time to encode a frame.", _JITTER)
         self._late = histogram(
-            "frame_lateness", "From when a picture was due to when it was sent.", _JITTER
+            "frame_lateness", "Time between when a frame was due and when it was sent.", _JITTER
         )
         self._answers = histogram(
-            "control_to_send", "From an event's arrival to its first picture sent.", _LATENCIES
+            "control_to_send", "Time from an event to its first frame sent.", _LATENCIES
         )
         self._photons = histogram(
-            "key_to_photon", "From an event to its first picture, as clients report.", _LATENCIES
+            "key_to_photon", "Time from an event to its first frame shown.", _LATENCIES
         )
-        self._client_drops = counter("client_dropped_frames", "Pictures that clients left out.")
+        self._client_drops = counter("client_dropped_frames", "Frames that clients dropped.")
         self._recent: deque[float] = deque(maxlen=RECENT)
         self.sockets = Gauge(
             "flashdreams_sockets", "Open WebSockets and peer connections.", registry=self.registry
@@ -121,13 +121,13 @@ class _Loop(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         recent = sorted(self._recent.copy())
-        text = "Of the last key-to-photon times that clients have reported."
+        text = "Quantiles of the last key-to-photon times reported by clients."
         name = "flashdreams_key_to_photon_recent_seconds"
         quantiles = GaugeMetricFamily(name, text, labels=["quantile"])
         for share in (0.5, 0.99) if recent else ():
             quantiles.add_metric([str(share)], recent[math.ceil(share * len(recent)) - 1])
         yield quantiles
-        phase = GaugeMetricFamily("flashdreams_phase", "1 for the present phase.", labels=["phase"])
+        phase = GaugeMetricFamily("flashdreams_phase", "1 for the current phase.", labels=["phase"])
         for name in _PHASES:
             phase.add_metric([name], float(name == self._gate.phase))
         yield phase
@@ -139,18 +139,18 @@ class _Loop(Collector):
         figures, fps = host.figures(), host.offer.fps
         gauge: Callable[..., GaugeMetricFamily] = GaugeMetricFamily
         yield gauge("flashdreams_sessions", "Sessions with a place.", figures.sessions)
-        yield gauge("flashdreams_places", "Sessions that may take turns.", figures.places)
-        yield gauge("flashdreams_queue_length", "Sessions that wait.", figures.queued)
+        yield gauge("flashdreams_places", "Places for sessions.", figures.places)
+        yield gauge("flashdreams_queue_length", "Queued sessions.", figures.queued)
         yield gauge("flashdreams_parked_sessions", "Sessions without a place.", figures.parked)
         yield gauge("flashdreams_parked_bytes", "Host memory of those.", figures.parked_bytes)
         yield gauge(
             "flashdreams_frames_per_second",
-            "Pictures made a second, over the last seconds.",
+            "Frames generated per second, over the last seconds.",
             figures.frames_per_second,
         )
         yield gauge(
             "flashdreams_real_time_fraction",
-            "Pictures made a second, as a fraction of those that are shown a second.",
+            "Frames generated per second, as a fraction of the display rate.",
             figures.frames_per_second / fps,
         )
         yield gauge("flashdreams_host_bytes", "Memory of the process.", figures.host_bytes)

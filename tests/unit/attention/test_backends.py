@@ -141,7 +141,7 @@ def test_over_a_quantized_cache_the_call_of_the_whole_core_is_measured():
 
 
 def test_only_liars_leave_nothing_to_choose():
-    with pytest.raises(ValueError, match="No attention backend is right"):
+    with pytest.raises(ValueError, match="No attention backend is accurate"):
         choose_backend(SHAPE, CPU, torch.float32, {"liar": drops_last_key}, repeats=1)
 
 

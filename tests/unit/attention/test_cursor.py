@@ -197,7 +197,9 @@ def test_a_chunk_longer_than_the_window_is_refused_and_changes_nothing():
 
 
 def test_the_old_name_and_its_calls_warn_and_work():
-    with pytest.warns(DeprecationWarning, match=r"cursor\.Cursor now; the old name goes in 0\.3"):
+    with pytest.warns(
+        DeprecationWarning, match=r"cursor\.Cursor now; the old name will be removed"
+    ):
         cursor = cache_module.CacheCursor(2, 5, TOKENS)
     expected = stepped(2, 5, 3, 4)
     for _ in range(4):

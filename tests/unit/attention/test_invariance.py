@@ -112,7 +112,7 @@ def test_without_an_invariant_one_the_first_right_one_is_tiled(backends):
     choice = choose("wrong", "heads", "rows")
     assert choice.name == "heads" and choice.tiled and choice.stats()["attention_tiled"]
     assert str(choice) == "heads, in tiles"
-    with pytest.raises(ValueError, match=r"No attention backend is right (.|\n)*wrong: differs"):
+    with pytest.raises(ValueError, match=r"No attention backend is accurate (.|\n)*wrong: differs"):
         choose("wrong")
 
 

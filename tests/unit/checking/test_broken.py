@@ -22,17 +22,17 @@ NETWORKS = {
     "Random": ("determinism", "never from torch.rand"),
     "Remembers": ("interleaving", "keep it in what initialize_cache returns"),
     "CountsCalls": ("state on modules", "CountsCalls.calls"),
-    "DefaultType": ("default type", "Say dtype="),
+    "DefaultType": ("default type", "Pass dtype="),
     "HostTensor": ("devices", "add__ at broken_methods.py|add at broken_methods.py"),
     "SaysCpu": ("devices", "add__ at broken_methods.py|add at broken_methods.py"),
-    "SeedsTheProgram": ("determinism", "a generator of the whole program"),
-    "InPlace": ("graph safety", "InPlace.forward writes into a tensor that it is given"),
+    "SeedsTheProgram": ("determinism", "draws from or seeds a global generator"),
+    "InPlace": ("graph safety", "InPlace.forward writes into an input tensor"),
     "Waits": ("graph safety", "__bool__.. at broken_methods.py"),
     "ReadsThePosition": ("graph safety", "broken_methods.py:.* in forward: .* becomes"),
-    "Reallocates": ("graph safety", "is in another place in memory"),
+    "Reallocates": ("graph safety", "is at another address in memory"),
     "WrongStyle": ("rollout", 'style "host" and holds a tensor'),
     "ForgetsGather": ("rollout", "needs all of split, gather and attention"),
-    "LosesState": ("snapshot", "saved and loaded after 3 AR steps continues otherwise"),
+    "LosesState": ("snapshot", "saved and loaded after 3 AR steps continues differently"),
 }
 
 
@@ -51,7 +51,7 @@ def test_a_broken_network_fails_on_its_line(name):
         (broken.BytesDecoderConfig(), "shapes and frames", "x / 127.5 - 1"),
         (broken.ChannelsFirstConfig(), "shapes and frames", "frames before channels"),
         (broken.SeamsConfig(), "chunk split", "seams between chunks"),
-        (broken.AveragesConfig(), "bad input", "decoder.mean hold NaN"),
+        (broken.AveragesConfig(), "bad input", "decoder.mean contain NaN"),
         (broken.AveragesConfig(), "state on modules", "Averages.mean"),
     ],
 )
@@ -98,7 +98,7 @@ def test_values_that_overflow_are_a_note():
     [
         ("ForgetsSplit", "The plan leaves out 'rope'"),
         ("ForgetsCore", "The plan leaves out the attention core 'blocks.*.attention.core'"),
-        ("SeesPart", "No single addition to the plan mends it"),
+        ("SeesPart", "No single addition to the plan fixes it"),
     ],
 )
 @pytest.mark.slow

@@ -273,7 +273,9 @@ def test_a_removed_field_that_is_off_is_ignored_with_a_note(base: RunStandInConf
     tag, notes = _tag(RunStandInConfig), []
     text = f"{tag}\nrunner_name: run\ncompile_blocks: false\nspare: null\n"
     assert load_config(text, [base], "run.yaml", notes.append) == base
-    assert notes == ["run.yaml: compile_blocks was removed in 0.2 and is ignored, since it is off."]
+    assert notes == [
+        "run.yaml: compile_blocks was removed in 0.2 and is ignored because it is off."
+    ]
     text = text.replace("compile_blocks: false", "linear_precision: native")
     assert load_config(text, [base], "run.yaml", notes.append) == base
     assert len(notes) == 2

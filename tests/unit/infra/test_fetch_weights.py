@@ -78,7 +78,7 @@ def missing_files() -> list[str]:
 def test_of_ranks_that_share_a_pipeline_the_first_of_a_node_asks_for_weights():
     first, second = run_ranks(missing_files, 2)
     assert all("needs 2 checkpoints" in text and "org/text" in text for text in first)
-    assert second[0] == "The first rank of 1 node(s) failed; its own message says why."
+    assert second[0] == "The first rank of 1 node(s) failed; see its own message."
     assert "needs 2 checkpoints" in second[1] and "org/text" in second[1]
 
 

@@ -112,7 +112,7 @@ def test_what_a_batch_refuses(tmp_path):
     pipeline, cache = begin(tiny_pipeline(), 1)
     with pytest.raises(ValueError, match=r"fork_batch\(0\)"):
         cache.fork_batch(0)
-    with pytest.raises(ValueError, match="no batch of forks"):
+    with pytest.raises(ValueError, match="not a batch of forks"):
         cache.pick(0)
     batch = cache.fork_batch(2)
     with pytest.raises(ValueError, match="pick\\(2\\): the batch has the forks 0 to 1"):

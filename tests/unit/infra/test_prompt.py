@@ -58,7 +58,7 @@ def test_load_prompt_embeds_refuses_another_width_or_length(tmp_path: Path, shap
 def test_load_prompt_embeds_refuses_what_are_no_numbers(tmp_path: Path) -> None:
     path = tmp_path / "e.safetensors"
     save_file({"prompt_embeds": torch.ones(4, 8, dtype=torch.int32)}, path)
-    with pytest.raises(ValueError, match="floats are wanted"):
+    with pytest.raises(ValueError, match="use floating point"):
         load(path)
     save_file({"prompt_embeds": torch.full((4, 8), float("nan"))}, path)
     with pytest.raises(ValueError, match="not finite"):

@@ -154,7 +154,7 @@ def test_a_log_whose_lines_make_no_sense_is_refused_before_anything_runs(tmp_pat
     rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     change(rows)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(LogError, match="is no log of a run"):
+    with pytest.raises(LogError, match="is not a log of a run"):
         read_log(path)
 
 
@@ -232,7 +232,7 @@ def test_names_of_what_is_kept_are_checked(tmp_path):
     with pytest.raises(ValueError, match="no folder for snapshots"):
         session.submit(Command(kind="save", values={"name": "a"}))
     session.submit(Command(kind="rewind", values={"name": "nothing"}))
-    with pytest.raises(ValueError, match="kept nothing under 'nothing'"):
+    with pytest.raises(ValueError, match="no kept state 'nothing'"):
         session.step()
 
 
@@ -241,7 +241,7 @@ def test_a_session_goes_on_where_nothing_can_be_kept(tmp_path, caplog):
     (tmp_path / "a").mkdir()
     session.submit(Command(kind="save", values={"name": "a"}))
     assert session.step().autoregressive_index == 0
-    assert "exists already" in caplog.text and "The session continues." in caplog.text
+    assert "already exists" in caplog.text and "The session continues." in caplog.text
 
 
 @settings(max_examples=12, deadline=None)

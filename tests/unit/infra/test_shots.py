@@ -25,7 +25,7 @@ def test_counts_are_taken_and_the_last_shot_goes_on() -> None:
 @pytest.mark.parametrize(
     ("texts", "said"),
     [
-        (["a", "2:b"], "1 of 2 shots say how many chunks"),
+        (["a", "2:b"], "1 of 2 shots have a number of chunks"),
         (["a", "b", "c"], "3 shots of 3 chunks do not fit --total-blocks 2"),
         (["2:a", "1:b"], "2 shots of 3 chunks do not fit --total-blocks 2"),
         (["0:a", "1:b"], "each has at least one chunk"),
@@ -43,7 +43,7 @@ def test_a_file_has_one_shot_a_line(tmp_path: Path) -> None:
     path.write_text("# a story\n2:a fox\n\n  2:a boat  \n", encoding="utf-8")
     assert read_shot_file(path) == ["2:a fox", "2:a boat"]
     path.write_text("# nothing\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="holds no prompt"):
+    with pytest.raises(ValueError, match="contains no prompt"):
         read_shot_file(path)
     with pytest.raises(ValueError, match="No such file"):
         read_shot_file(tmp_path / "absent.txt")
@@ -53,8 +53,8 @@ def test_a_file_has_one_shot_a_line(tmp_path: Path) -> None:
     ("fields", "said"),
     [
         (dict(shot=("a",) * 9), "9 shots of 9 chunks do not fit --total-blocks 8"),
-        (dict(shot=("a",), shot_path=Path("x")), "--shot and --shot-path: give one"),
-        (dict(shot=("a",), prompt_path=Path("x")), "--shot and --prompt-path: give one"),
+        (dict(shot=("a",), shot_path=Path("x")), "--shot and --shot-path: give only one"),
+        (dict(shot=("a",), prompt_path=Path("x")), "--shot and --prompt-path: give only one"),
         (dict(shot=("a",), pipeline=dict(release_text_encoder=True)), "need the text encoder"),
     ],
 )

@@ -180,7 +180,7 @@ def test_containers_and_dataclasses_come_back():
     assert back["walk"].keys == ("w", "a") and back["walk"].poses[1] == Pose(1.5, CPU)
     assert torch.equal(back["walk"].poses[0].matrix, torch.eye(2))
     assert torch.equal(back["x"], frames) and back["x"].stride() == frames.stride()
-    with pytest.raises(ValueError, match="encoder/walk: nothing here that could take these fields"):
+    with pytest.raises(ValueError, match="encoder/walk: no object here to load these fields into"):
         decoder.restore(encoded, "encoder")
 
 
@@ -227,7 +227,7 @@ def test_a_field_without_a_style_is_named_with_what_to_write():
     [
         ("host", torch.zeros(1), 'declares the style "host" and holds a tensor'),
         ("heads", torch.zeros(2, 3), r"\[2, 3\]; heads are dim 2"),
-        ("cache", torch.zeros(1), "KV caches have the style"),
+        ("cache", torch.zeros(1), "KV caches, and only they, have the style"),
     ],
 )
 def test_a_style_that_does_not_fit_its_field_is_refused(style, value, message):
@@ -252,7 +252,7 @@ def legacy(pipeline, **rollout):
 
 def test_a_deprecated_plan_is_read_and_warned_about():
     pipeline = legacy(tiny_pipeline().setup(device="cpu"), modulations="rebuilt")
-    with pytest.warns(DeprecationWarning, match=r"ParallelPlan\.rollout goes in 0\.3"):
+    with pytest.warns(DeprecationWarning, match=r"ParallelPlan\.rollout will be removed in 0\.3"):
         pipeline.initialize_cache(text=prompt(0))
 
 

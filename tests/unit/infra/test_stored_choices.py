@@ -53,7 +53,7 @@ def test_nothing_is_measured_where_a_choice_is_stored(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "transformer", "reason"),
     [
-        ("sdpa_math", {"attention_backend": "sdpa"}, "the config asks for sdpa"),
+        ("sdpa_math", {"attention_backend": "sdpa"}, "the config sets sdpa"),
         ("sdpa_cudnn", {}, "needs a CUDA device, not cpu"),
         ("from_the_future", {}, "no backend of this release"),
     ],
@@ -109,7 +109,7 @@ def test_fused_kernels_are_used_again_only_where_they_run(monkeypatch):
     assert block.gated_sum is fused.gated_sum
     assert pipeline.fingerprint()["fused_kernels"] is True
     asked = unloaded(fused_kernels=False)
-    assert "the config asks for False" in asked.apply_choices({"fused_kernels": True})[0]
+    assert "the config sets False" in asked.apply_choices({"fused_kernels": True})[0]
 
 
 def test_a_loaded_rollout_says_which_choices_are_not_used(tmp_path, caplog):
@@ -128,7 +128,7 @@ def test_a_loaded_rollout_says_which_choices_are_not_used(tmp_path, caplog):
     with caplog.at_level("INFO"):
         late.setup(device="cpu").resume(tmp_path / "saved")
     assert caplog.text.count("attention_backend") == 1
-    assert "the config asks for sdpa" in caplog.text
+    assert "the config sets sdpa" in caplog.text
 
 
 def test_choices_are_read_from_logs_and_snapshots(tmp_path):

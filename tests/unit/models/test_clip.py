@@ -153,7 +153,7 @@ def test_full_size_gives_257_tokens_of_1280_channels() -> None:
     ],
 )
 def test_wrong_images_are_refused(images: Tensor) -> None:
-    with pytest.raises(ValueError, match="CLIP wants RGB images"):
+    with pytest.raises(ValueError, match="CLIP takes RGB images"):
         tiny_encoder()(images)
 
 

@@ -204,7 +204,7 @@ def test_a_missing_or_damaged_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"Not on this machine: .*tokenizer\.json"):
         encoder(["day"])
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0"}))
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is no tokenizer"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a tokenizer"):
         encoder(["day"])
 
 

@@ -76,7 +76,7 @@ def test_a_saved_rollout_may_go_on_wide_and_a_wide_one_is_refused():
     assert 0 < error(latents, run(narrow, cache)) < BOUND
     cache = begin(wide)
     run(wide, cache, 4)
-    with pytest.raises(ValueError, match="no scales of heads"):
+    with pytest.raises(ValueError, match="no scales per head"):
         narrow.load_cache(cache.state_dict())
 
 
@@ -193,7 +193,7 @@ def test_what_does_not_go_together_is_refused(change, message):
 @pytest.mark.parametrize(
     ("capability", "head_dim", "message"),
     [
-        ((8, 0), 128, "compute capability 9.x, found 8.0. precision='native' runs"),
+        ((8, 0), 128, "compute capability 9.x, found 8.0. Use precision='native'"),
         ((10, 0), 128, "compute capability 9.x, found 10.0"),
         ((9, 0), 72, "multiples of 16 up to 256 as head size, not 72"),
         ((9, 0), 128, "FlashAttention-3 is not installed"),

@@ -200,9 +200,9 @@ def test_parts_of_an_update_that_make_no_numbers_are_refused(base, tmp_path) -> 
     stem = alpha.removesuffix(".alpha")
     down, up = f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"
     for changed, message in (
-        ({alpha: torch.ones(3)}, r"alpha \[3\] must be one number"),
+        ({alpha: torch.ones(3)}, r"alpha \[3\] must be a single number"),
         ({down: named[down][:0], up: named[up][:, :0]}, "have rank 0"),
-        ({down: named[down].to(torch.int8)}, "torch.int8, no floats"),
+        ({down: named[down].to(torch.int8)}, "torch.int8, not a float"),
     ):
         save_file({name: x.contiguous() for name, x in (named | changed).items()}, path)
         with pytest.raises(CheckpointError, match=message):
@@ -256,9 +256,9 @@ REFUSED = {
         {k.replace("blocks.0", "blocks.7"): x for k, x in one_pair().items()},
         "1 without a target in the model:\n    blocks.7.ffn.0.weight",
     ),
-    "half a pair": (
+    "an incomplete pair": (
         {"blocks.0.ffn.0.lora_down.weight": torch.ones(RANK, 48)},
-        "no tensor for up: half a pair",
+        "no tensor for up",
     ),
     "DoRA": (one_pair(**{"blocks.0.ffn.0.dora_scale": torch.ones(96, 1)}), "of no known kind"),
     "a difference of another shape": (
@@ -270,7 +270,7 @@ REFUSED = {
         one_pair(**{f"diffusion_model.{k}": x for k, x in one_pair().items()}),
         "changed twice",
     ),
-    "an alpha alone": ({"blocks.0.ffn.0.alpha": torch.ones(())}, "nothing that it scales"),
+    "an alpha alone": ({"blocks.0.ffn.0.alpha": torch.ones(())}, "no update"),
 }
 
 
@@ -356,8 +356,8 @@ def test_a_missing_file_on_this_machine_is_not_advised_to_be_downloaded(base, tm
         assert f"Not on this machine: {here}." in text and "--download" not in text
         assert text.endswith("with --pipeline.diffusion-model.transformer.loras.")
     both = said(str(here), web)
-    assert both.endswith("To let this program fetch those with a command: --download True.")
-    assert both.count("Fetch it with: hf download org/name models/lora.pt") == 1
-    assert "fetch all of them: --download True" in said(web)
+    assert both.endswith("To let this program download those with a command: --download True.")
+    assert both.count("Download it with: hf download org/name models/lora.pt") == 1
+    assert "download all of them: --download True" in said(web)
     here.touch()
     assert str(here) not in said(str(here), web), "the advice helps: a file of that name"

@@ -21,7 +21,7 @@ def fetch_as_told(message: str, endpoint: str, cache: Path) -> str:
     Returns:
         The command.
     """
-    told = re.search(r"Fetch it with: (.+)", message)
+    told = re.search(r"Download it with: (.+)", message)
     assert told is not None, message
     programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     own = {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0"}

@@ -59,7 +59,7 @@ def test_a_long_header_is_not_read(tmp_path: Path) -> None:
         file.write((2**31).to_bytes(4, "little"))
         file.truncate(2**32)  # sparse
     begin = time.process_time()
-    with pytest.raises(ValueError, match=r"no \.npy file of numbers"):
+    with pytest.raises(ValueError, match=r"not a \.npy file of numbers"):
         load_array(path)
     assert time.process_time() - begin < 1
 
@@ -72,7 +72,7 @@ def test_large_arrays_devices_and_archives_are_refused(tmp_path: Path) -> None:
         load_array(path)
     assert load_array(path, most_bytes=None).shape == (20_000_000,)
     np.savez(tmp_path / "b.npz", np.eye(2))
-    with pytest.raises(ValueError, match=r"no \.npy file of numbers"):
+    with pytest.raises(ValueError, match=r"not a \.npy file of numbers"):
         load_array(tmp_path / "b.npz")
     with pytest.raises(ValueError, match="not a regular file"):
         load_array(os.devnull)
@@ -103,8 +103,8 @@ def test_no_file_of_latents_is_refused(tmp_path: Path) -> None:
     assert read_latent_parts(tmp_path / "a.npy").shape == (1, 3, 2, 4, 5)
     for array in (np.eye(2, dtype=np.float32), np.zeros((1, 1, 1, 1, 1))):
         np.save(tmp_path / "b.npy", array)
-        with pytest.raises(ValueError, match=r"b\.npy is no file of latents: it holds float"):
+        with pytest.raises(ValueError, match=r"b\.npy is not a file of latents: it holds float"):
             read_latent_parts(tmp_path / "b.npy")
     write(tmp_path / "c.npy", b"{")
-    with pytest.raises(ValueError, match=r"c\.npy is no file of latents"):
+    with pytest.raises(ValueError, match=r"c\.npy is not a file of latents"):
         read_latent_parts(tmp_path / "c.npy")

@@ -63,7 +63,7 @@ def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
     expected = torch.from_numpy(ramp.astype(np.float32)) / 257
     assert (found - expected).abs().max() <= 0.51
     wide = np.full((HEIGHT, WIDTH), 70000, np.int32)
-    with pytest.raises(ValueError, match="nothing says how bright they are; save it with 8 or 16"):
+    with pytest.raises(ValueError, match="without a defined range; save it with 8 or 16"):
         as_rgb(Image.fromarray(wide))
 
 

@@ -64,7 +64,7 @@ def test_a_stage_that_raises_is_timed_and_ends_its_step() -> None:
 
 def test_steps_out_of_order_are_refused() -> None:
     timer = StageTimer("cpu")
-    with pytest.raises(ValueError, match="'encode' has no AR step"):
+    with pytest.raises(ValueError, match="'encode' is outside an AR step"):
         timer.stage("encode")
     with timer.step(4), pytest.raises(ValueError, match="AR step 5 begins while AR step 4"):
         timer.step(5)

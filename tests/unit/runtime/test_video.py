@@ -218,7 +218,7 @@ def test_an_encoder_that_dies_is_reported_by_close(
     writer.write(smooth_frames(4))
     wait_for(lambda: bool(encoders))
     encoders[0]._writer._proc.kill()
-    with pytest.raises(OSError, match="ffmpeg was stopped from outside"):
+    with pytest.raises(OSError, match="ffmpeg was stopped"):
         writer.close()
     assert not writer.path.exists()
 

@@ -35,7 +35,7 @@ def test_session_whose_opening_cannot_be_written_lives_without_a_copy(
         until(lambda: "without a copy on disk" in caplog.text and snapshots(folder, well.id))
         assert len(ill.ask(1)) == 1
     assert not snapshots(folder, ill.id), "a reset of it would lack its image"
-    assert "stops" in ill.client.end[0] and "restarts" in well.client.end[0]
+    assert "shutting down" in ill.client.end[0] and "restarts" in well.client.end[0]
 
 
 def test_damaged_opening_leaves_one_session_out(runner, folder, caplog):
@@ -74,7 +74,7 @@ def test_drain_that_cannot_write_keeps_the_older_snapshot(runner, folder, monkey
         until(lambda: snapshots(folder, visit.id))
         monkeypatch.setattr(server.engine, "_snapshot", full_disk)
         visit.ask(3)
-    assert "take up the session again" in visit.client.end[0]
+    assert "resume the session" in visit.client.end[0]
     assert len(snapshots(folder, visit.id)) == 1
     with served(runner, state_dir=folder) as server:
         assert len(Visit(server.host, session=visit.id).ask(1)) == 1
@@ -95,8 +95,8 @@ def test_drain_goes_on_after_a_session_that_cannot_come_back_to_the_device(
             return full_disk() if order.session == ill.id else unpark(order)
 
         monkeypatch.setattr(server.engine, "_unpark", fail)
-    assert "stops" in ill.client.end[0] and not (folder / ill.id).exists()
-    assert "take up the session again" in well.client.end[0] and snapshots(folder, well.id)
+    assert "shutting down" in ill.client.end[0] and not (folder / ill.id).exists()
+    assert "resume the session" in well.client.end[0] and snapshots(folder, well.id)
 
 
 def test_drain_brings_no_session_back_that_has_ended(runner, folder, monkeypatch):

@@ -149,9 +149,9 @@ def test_save_fork_and_rewind_lead_back_to_the_same_frames(runner, folder):
         for name in ("here", "there"):
             visit.command("rewind", name=name)
             assert torch.equal(walk(visit, ["wl", "wl"]), once)
-        with pytest.raises(Refused, match="Nothing is kept"):
+        with pytest.raises(Refused, match="There is no kept state"):
             visit.command("rewind", name="nowhere")
-        with pytest.raises(Refused, match="is taken"):
+        with pytest.raises(Refused, match="already exists"):
             visit.command("save", name="there")
     chunks = visit.client.chunks
     assert [chunk.epoch for chunk in chunks] == [*epochs, 1, 1, 2, 2]

@@ -100,7 +100,7 @@ def test_session_whose_client_does_not_come_back_ends(runner, folder):
         visit.ask(1)
         server.host.detach(visit.id)
         visit.client.wait(lambda: visit.client.end is not None)
-        assert "Nobody came back" in visit.client.end[0]
+        assert "No client came back" in visit.client.end[0]
         with pytest.raises(Refused):
             server.host.attach(visit.id, Client())
         assert not (folder / visit.id).exists()
@@ -115,7 +115,7 @@ def test_only_so_many_sessions_are_kept_for_clients_that_are_gone(runner, folder
             server.host.detach(visits[-1].id)
             visits[-1].client.wait(lambda: state_of(visits[-1]) == "parked")
         visits[0].client.wait(lambda: visits[0].client.end is not None)
-        assert "longest ago" in visits[0].client.end[0]
+        assert "idle the longest" in visits[0].client.end[0]
         assert [visit.client.end for visit in visits[1:]] == [None, None]
         attach(visits[1])
         visits[1].ask(1)
@@ -151,7 +151,7 @@ def test_restarted_server_goes_on_with_all_sessions(runner, folder, alone):
         gone.ask(1)
         gone.close()
     for visit in (live, parked):
-        assert "take up the session again" in visit.client.end[0]
+        assert "resume the session" in visit.client.end[0]
     with served(runner, state_dir=folder) as server:
         until(lambda: server.host.figures().parked == 2)
         for visit, steps in ((live, 2), (parked, 3)):

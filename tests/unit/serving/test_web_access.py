@@ -175,7 +175,7 @@ def test_an_image_whose_server_speaks_no_http_is_refused(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(urllib.request.OpenerDirector, "open", fail)
     settings = WebSettings(image_hosts=("example.org",))
-    with pytest.raises(Refused, match=r"cannot be fetched from example\.org"):
+    with pytest.raises(Refused, match=r"cannot be downloaded from example\.org"):
         image_of("https://example.org/a.png", offer(), settings)
 
 

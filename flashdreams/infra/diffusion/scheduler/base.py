@@ -1,4 +1,4 @@
-"""The contract of noise schedules, and the arithmetic they share."""
+"""The contract of noise schedules, and their common arithmetic."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor
 from flashdreams.infra.config import InstantiateConfig
 
 NUM_TRAIN_TIMESTEPS = 1000
-"""Timesteps per unit of sigma: a network trained on sigma in (0, 1] is given ``1000 * sigma``."""
+"""Timesteps per unit of sigma: a network trained on sigma in (0, 1] gets ``1000 * sigma``."""
 
 
 @dataclass(kw_only=True)
@@ -23,9 +23,9 @@ class SchedulerConfig(InstantiateConfig):
 
 
 class Scheduler(ABC):
-    """A walk from noise to a clean latent.
+    """A sampler from noise to a clean latent.
 
-    A plain object, not a module: no ``.to(...)`` of a model that holds it reaches its tables,
+    A plain object, not a module: ``.to(...)`` of a model does not change its tables,
     which keep their precision. It holds no rollout state, so rollouts share one scheduler.
 
     Attributes:
@@ -35,7 +35,7 @@ class Scheduler(ABC):
     """
 
     config: SchedulerConfig
-    """What it was set up from."""
+    """The config."""
 
     def __init__(self, config: SchedulerConfig, timesteps: Tensor, sigmas: Tensor) -> None:
         self.config = config
@@ -55,7 +55,7 @@ class Scheduler(ABC):
 
         Args:
             predict_flow: ``(latent, timestep) -> flow``. The latent is float32; the timestep is
-                0-dim, on the CPU, where its value can be asked for without waiting for a device,
+                0-dim, on the CPU, where its value can be read without a device synchronization,
                 in the type of :attr:`timesteps`; the flow has the latent's shape and any floating
                 type.
             noise: ``denoising_step -> tensor``. ``noise(0)`` is the initial latent; ``noise(k)``
@@ -69,7 +69,7 @@ class Scheduler(ABC):
         """
 
     def sigma_of(self, timestep: float) -> float:
-        """The noise level that a timestep in [0, 1000] stands for."""
+        """The noise level of a timestep in [0, 1000]."""
         return timestep / NUM_TRAIN_TIMESTEPS
 
     def add_noise(self, x0: Tensor, noise: Tensor, timestep: float | Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def mix_noise(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
 
 
 def flow_to_x0(latent: Tensor, flow: Tensor, sigma: float) -> Tensor:
-    """The clean latent ``latent - sigma * flow`` that a predicted flow stands for.
+    """The clean latent ``latent - sigma * flow`` for a predicted flow.
 
     Computed in float64, as the reference does: near sigma = 1 the two terms almost cancel.
 
@@ -116,7 +116,7 @@ def flow_to_x0(latent: Tensor, flow: Tensor, sigma: float) -> Tensor:
 
 
 def x0_to_flow(latent: Tensor, x0: Tensor, sigma: float) -> Tensor:
-    """The flow ``(latent - x0) / sigma`` that a predicted clean latent stands for.
+    """The flow ``(latent - x0) / sigma`` for a predicted clean latent.
 
     The inverse of :func:`flow_to_x0` for networks that predict x0; float64 inside, float32 out.
 
@@ -130,7 +130,7 @@ def x0_to_flow(latent: Tensor, x0: Tensor, sigma: float) -> Tensor:
 
 
 def require_same_shape(name: str, tensor: Tensor, latent: Tensor) -> None:
-    """Refuse what would broadcast against a latent and give plausible wrong numbers."""
+    """Refuse shapes that would broadcast against a latent and give plausible wrong numbers."""
     if tensor.shape != latent.shape:
         raise ValueError(
             f"the {name} has shape {list(tensor.shape)}, the latent {list(latent.shape)}; "
@@ -145,7 +145,7 @@ def shifted_sigmas(
 
     Args:
         sigma_max: the first level, before the warp.
-        sigma_min: where the levels would arrive after one step more.
+        sigma_min: the level that one more step would reach.
         count: how many levels.
         shift: 1 leaves the levels as they are, more spends more steps on high noise.
         dtype: what the levels are computed in.
@@ -160,7 +160,7 @@ def shifted_sigmas(
 
 
 def check_schedule(num_inference_steps: int, shift: float) -> None:
-    """Refuse a step count or shift that no schedule can have (ValueError)."""
+    """Refuse an invalid step count or shift (ValueError)."""
     if not 1 <= num_inference_steps <= NUM_TRAIN_TIMESTEPS:
         raise ValueError(
             f"num_inference_steps={num_inference_steps} is out of range: it must be from 1 to "
@@ -170,7 +170,7 @@ def check_schedule(num_inference_steps: int, shift: float) -> None:
 
 
 def check_shift(shift: float) -> None:
-    """Refuse a shift that leaves (0, 1000] (ValueError)."""
+    """Refuse a shift outside (0, 1000] (ValueError)."""
     if not 0 < shift <= NUM_TRAIN_TIMESTEPS:
         raise ValueError(
             f"shift={shift} must be a positive number, at most {NUM_TRAIN_TIMESTEPS}; 1 is no "

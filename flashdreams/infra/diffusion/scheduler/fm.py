@@ -21,7 +21,7 @@ from flashdreams.infra.diffusion.scheduler.base import (
 
 @dataclass(kw_only=True)
 class FlowMatchSchedulerConfig(SchedulerConfig):
-    """The schedule of distilled models: a handful of steps, each ending in fresh noise.
+    """The schedule of distilled models: a few steps, each followed by fresh noise.
 
     The defaults are Self-Forcing's. LingBot-World (fast) is ``denoising_timesteps=(1000, 821, 642,
     321)``, ``shift=10.0``, ``sigma_max=0.999``, ``timestep_dtype="int64"``.
@@ -36,9 +36,9 @@ class FlowMatchSchedulerConfig(SchedulerConfig):
     """Warp of the 1000-entry table; 1 spaces it evenly, more spends more steps on high noise."""
 
     warp_denoising_step: bool = True
-    """Whether an entry t means place ``1000 - t`` of the warped table, so that the network is
-    given the warped timestep (t must then be a whole number). If not, the network is given t as it
-    is, with the noise level of the nearest table entry."""
+    """Whether an entry t means index ``1000 - t`` of the warped table, so that the network
+    gets the warped timestep (t must then be a whole number). If not, the network gets t
+    itself, with the noise level of the nearest table entry."""
 
     sigma_max: float = 1.0
     """Noise level at the top of the table, before the warp."""
@@ -47,7 +47,7 @@ class FlowMatchSchedulerConfig(SchedulerConfig):
     """Noise level that the table would reach one entry after its last, before the warp."""
 
     timestep_dtype: Literal["float32", "int64"] = "float32"
-    """What the network is given. With int64 timesteps are truncated, and because the truncated
+    """Dtype of the network's timesteps. With int64 they are truncated, and because the truncated
     timesteps repeat in the table, the first of equal entries turns a flow into a clean latent and
     the second re-noises, as LingBot-World's reference reads its table."""
 
@@ -67,7 +67,7 @@ class FlowMatchSchedulerConfig(SchedulerConfig):
 
 
 def check_denoising_timesteps(timesteps: tuple[float, ...], warped: bool) -> None:
-    """Refuse a list of timesteps that is no schedule.
+    """Refuse an invalid list of timesteps.
 
     Raises:
         ValueError: the list is empty, leaves (0, 1000], does not descend strictly, or has a
@@ -102,7 +102,7 @@ class FlowMatchScheduler(Scheduler):
     """Few-step sampling with fresh noise between the steps.
 
     Attributes:
-        table_timesteps: ``[1000]``, float32 or int64; what the network knows each level by.
+        table_timesteps: ``[1000]``, float32 or int64; the network's timestep for each level.
         table_sigmas: ``[1000]`` float32; the warped noise levels, descending.
         renoise_sigmas: ``[S]`` float32; the level to which a clean latent is noised before step s
             (the entry of step 0 is not used). Equal to ``sigmas`` unless timesteps are int64.
@@ -137,7 +137,7 @@ class FlowMatchScheduler(Scheduler):
         super().__init__(config, timesteps=timesteps, sigmas=self.table_sigmas[first])
 
     def _rows_of(self, timestep: float) -> tuple[int, int]:
-        """Places of the first and, where that one is repeated, the second nearest table entry."""
+        """Indices of the first and, if that one is repeated, the second nearest table entry."""
         distance = (self.table_timesteps.double() - timestep).abs()
         first = int((distance == distance.min()).nonzero()[0])
         second = min(first + 1, NUM_TRAIN_TIMESTEPS - 1)

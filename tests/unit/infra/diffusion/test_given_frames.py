@@ -228,7 +228,7 @@ def test_initial_latents_that_do_not_fit_are_refused(latent, got):
 
 
 def test_an_initial_latent_beside_an_image_or_without_streaming_is_refused():
-    with pytest.raises(ValueError, match="holds the first latent frames already"):
+    with pytest.raises(ValueError, match="already has the first latent frames"):
         begin(build(), image(), initial_latent=image(LEN_T))
     config = plain().config
     once = derive_config(config, diffusion_model=dict(transformer=dict(streaming=False)))

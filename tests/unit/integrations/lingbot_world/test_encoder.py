@@ -138,7 +138,7 @@ def test_a_far_origin_costs_no_more_than_rounding():
     ("mode", "call", "message"),
     [
         ("streaming", lambda e, c: offline(e, c, 1), "step by step, as generate's input"),
-        ("offline", lambda e, c: stream(e, c, 1), "when the rollout begins"),
+        ("offline", lambda e, c: stream(e, c, 1), "at the rollout.s start"),
         ("offline", lambda e, c: offline(e, c.part(slice(0, 8)), 1), "8 poses are fewer than one"),
         ("offline", lambda e, c: offline(e, c.part(slice(0, 20)), 2), "AR step 1 is beyond"),
         ("streaming", lambda e, c: stream(e, c.part(slice(0, 7)), 1), "takes 9 poses.*got 7"),

@@ -171,7 +171,7 @@ def test_the_command_of_the_message_fetches_the_file(
         monkeypatch.setenv("CURL_HOME", str(tmp_path))
         for source, code in ((ADDRESS, 0), (f"{ADDRESS}.old", 22)):
             wanted = config(source=source, download=False)
-            told = re.search(r"Fetch it with: (.+)", describe_missing(wanted))
+            told = re.search(r"Download it with: (.+)", describe_missing(wanted))
             assert told is not None
             done = subprocess.run(["bash", "-c", told[1]], capture_output=True, timeout=60)
             assert done.returncode == code

@@ -136,7 +136,7 @@ def test_a_pt_file_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
 )
 def test_entries_without_a_name_or_dense_values_are_refused(tmp_path: Path, content: dict) -> None:
     torch.save(content, tmp_path / "w.pt")
-    assert "1 entries are no dense tensors with a name" in refused(tmp_path / "w.pt")
+    assert "1 entries are not dense tensors with a name" in refused(tmp_path / "w.pt")
 
 
 def test_entries_that_are_no_tensors_may_be_ignored(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_nobody_is_told_to_load_a_file_that_may_run_code(tmp_path: Path) -> None
             archive.addfile(tarfile.TarInfo(name))
     for name in ("script.pt", "old.pt"):
         said = refused(tmp_path / name)
-        assert "is no plain file of tensors" in said and "safetensors version" in said
+        assert "is not a plain file of tensors" in said and "safetensors version" in said
         assert "weights_only" not in said and "\n" not in said
 
 

@@ -193,7 +193,7 @@ def test_load_takes_a_wrapped_sub_dictionary_of_a_pt_file(tmp_path: Path, wrappe
     assert equals(module, content)
     load_checkpoint(module, CheckpointConfig(select=("generator",), **rules))
     assert equals(module, tensors(seed=1))
-    with pytest.raises(CheckpointError, match="generator, generator_ema; none of critic is there"):
+    with pytest.raises(CheckpointError, match="generator, generator_ema; none of critic is in it"):
         load_checkpoint(module, CheckpointConfig(select=("critic",), **rules))
 
 
@@ -364,7 +364,7 @@ def test_load_refuses_what_is_no_dictionary_of_tensors(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds a list"):
         load_checkpoint(Tiny(), CheckpointConfig(source=str(path)))
     torch.save({**tensors(), "step": 3}, path)
-    with pytest.raises(CheckpointError, match="1 entries are no dense tensors with a name: step"):
+    with pytest.raises(CheckpointError, match="1 entries are not dense tensors with a name: step"):
         load_checkpoint(Tiny(), CheckpointConfig(source=str(path)))
     (tmp_path / "w.txt").touch()
     with pytest.raises(CheckpointError, match="not a known kind of checkpoint"):

@@ -84,7 +84,7 @@ def with_entry(name: str, value: Tensor):
         (without_scale, "FP8 with scales, but 1 of its FP8 tensors have none: 0.weight"),
         (with_entry("0.weight_scale_inv", torch.ones(1, 1)), "one scale per block"),
         (with_entry("0.weight_scale_2", torch.ones(1)), "NVFP4"),
-        (with_entry("0.scale_weight", torch.ones(2, 3)), r"shape that is not known.*\[2, 3\]"),
+        (with_entry("0.scale_weight", torch.ones(2, 3)), r"an unknown shape.*\[2, 3\]"),
         (with_entry("0.weight", torch.ones(4, 6, dtype=torch.int8)), "integers with scales"),
     ],
 )

@@ -172,7 +172,7 @@ def test_a_folder_of_the_same_name_comes_before_the_hub(
 
 
 def test_sources_that_say_too_little_are_refused(cache: Path) -> None:
-    with pytest.raises(CheckpointError, match="say which file of it with"):
+    with pytest.raises(CheckpointError, match="name its file with"):
         ensure_local(CheckpointConfig(source="org/name"))
     with pytest.raises(CheckpointError, match="should read hf://org/repo"):
         ensure_local(CheckpointConfig(source="hf://name"))
@@ -277,5 +277,5 @@ def test_a_download_that_leaves_a_gap_is_an_error(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: "nowhere")
-    with pytest.raises(CheckpointError, match="files are still absent from the cache"):
+    with pytest.raises(CheckpointError, match="files are still missing in the cache"):
         ensure_local(CheckpointConfig(source="org/name", file="w.pt", download=True))
