@@ -154,6 +154,8 @@ def test_a_rank_killed_before_the_first_step_is_named_first(start, stage: str) -
         "-m", "flashdreams.run", "toy-world", "--total-blocks", "2", "--device", "cpu",
         FLASHDREAMS_RUNNER_CONFIGS="toy-world=tests.parallel.dying:DYING", DIES_AT=stage,
     )  # fmt: skip
+    job.wait_for(lambda: KILLED.search(job.said()))
+    os.kill(job.process.pid, signal.SIGCONT)  # stopped by the rank that died
     assert job.is_gone_after(60), job.said()
     assert KILLED.fullmatch(first_error(job)), first_error(job) + job.said()
     assert "gloo" not in job.said().lower()
