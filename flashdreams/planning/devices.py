@@ -87,7 +87,7 @@ HOPPER_FP8_GEMM_TFLOPS = 1437 * 690 / 784
 """ASSUMED, not measured: of the 1437 that an e4m3 matmul of 8192^3 reached on an H200, the share
 that a network reaches of the 784 that one in bf16 did."""
 ASSUMED = (
-    "reached rates: ASSUMED, the share of the data sheet that an H200 reaches (70 % of the "
+    "achieved rates: ASSUMED, the fraction of the data sheet that an H200 achieves (70 % of the "
     "matmuls, 66 % of attention, 39 % of convolutions, 89 % of the bandwidth); not measured"
 )
 

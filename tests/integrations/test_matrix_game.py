@@ -171,9 +171,9 @@ def test_action_modules_take_the_share_that_the_page_states():
     action = full.action_blocks * flops[module]
     mouse = full.action_blocks * sum(flops[f"{module}.{part}"] for part in parts)
     page = (ROOT / "docs/source/models/matrix_game.md").read_text().replace("\n", " ")
-    assert f"a denoising pass is {total / 1e12:.1f} TFLOP" in page
-    assert f"action modules are {action / total:.1%}".replace("%", " %") in page
-    assert f"mouse path alone {mouse / total:.1%}".replace("%", " %") in page
+    assert f"a full window is {total / 1e12:.1f} TFLOP" in page
+    assert f"action modules account for {action / total:.1%}".replace("%", " %") in page
+    assert f"mouse path alone for {mouse / total:.1%}".replace("%", " %") in page
     assert total == 10_132_636_631_040, "as all layers in one run"
 
 
