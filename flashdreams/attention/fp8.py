@@ -227,5 +227,5 @@ def check_fp8(device: torch.device, head_dim: int, precision: str = "fp8") -> No
     reason = why_no_fp8(device, head_dim)
     if reason is not None:
         raise ValueError(
-            f"precision={precision!r} cannot be used here: {reason}. precision='native' runs."
+            f"precision={precision!r} cannot be used here: {reason}. Use precision='native'."
         )
