@@ -394,7 +394,7 @@ def report(
 
     Files that have to be fetched are a list, one to a line. Rank zero speaks first; another rank
     says what is wrong with its own command line, or that another one has failed, only if torchrun
-    has not ended it by then.
+    has not ended it before.
     On several ranks an error that is nobody's mistake shows its traceback at once: such a run is
     not easily repeated.
     """
