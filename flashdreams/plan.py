@@ -84,7 +84,9 @@ def main(argv: Sequence[str]) -> int:
         given = options.gpus
         count, device = this_machine(devices) if given is None else resolve_gpus(given, devices)
         fps = options.fps or runner.fps
-        plans = Planner(config, device, fps=fps, parallel=runner.parallel).plans(count)
+        planner = Planner(config, device, fps=fps, parallel=runner.parallel)
+        plans = planner.plans(count)
+        enough = _real_time(planner, plans[0])
     except (ValueError, TypeError, ImportError, PluginError) as error:
         say(printable(f"{PROGRAM}: error: {error}"))
         return WRONG_USAGE
@@ -93,10 +95,27 @@ def main(argv: Sequence[str]) -> int:
     print(f"{table(plans)}\n{summary(plans)}")
     if plans[0].fits:
         print(f"Type: {_command(options, runner, plans[0])}")
+    if enough is not None:
+        print(enough)
     print(f"Predicted, not measured. {device.name}: {device.source}.")
     if not device.call_us and plans[0].ms.total < SHORT_MS:
         print("Launching kernels is not counted: expect more time for a step this short.")
     return DONE if plans[0].fits else DOES_NOT_FIT
+
+
+def _real_time(planner: Any, best: Any) -> str | None:
+    """How many GPUs reach real time, where those that were asked for do not."""
+    from flashdreams.planning.plans import MOST_RANKS
+
+    transformer = planner.config.diffusion_model.transformer
+    if best.is_real_time or best.device.is_host or not getattr(transformer, "streaming", False):
+        return None
+    found = planner.fewest_for_real_time(best.degrees.world_size)
+    if found is None:
+        return f"Not real time on up to {MOST_RANKS} x {best.device.name} either."
+    on = f"{found.degrees.world_size} x {found.device.name}"
+    rate = f"{found.frames_per_second:.1f} frames/s"
+    return f"Real time: on {on}, {found.ms.total:.1f} ms per AR step, {rate}."
 
 
 def _command(options: PlanOptions, runner: Any, plan: Any) -> str:

@@ -20,6 +20,9 @@ from flashdreams.parallel.parallelize import parallelize
 from flashdreams.planning.counts import Work, count, storages
 from flashdreams.planning.devices import GB, GIB, TERA, Device
 
+MOST_RANKS = 64
+"""Ranks that are tried for real time."""
+
 STEADY_CHUNKS = 64
 """AR steps after which every window is full."""
 
@@ -244,6 +247,7 @@ class Planner:
         self.fps = fps
         self.parallel = parallel or ParallelConfig()
         self.guided = config.diffusion_model.guidance_scale is not None
+        self._decoded: dict[int | ParallelDegrees, tuple[Any, Work, int, int]] = {}
 
     @property
     def on_gpu(self) -> bool:
@@ -254,6 +258,18 @@ class Planner:
         """All plans for a number of ranks: those that fit first, then by speed."""
         found = [self.plan(degrees) for degrees in self._degrees(ranks)]
         return sorted(found, key=lambda p: (not p.fits, p.ms.total if p.fits else p.memory.total))
+
+    def fewest_for_real_time(self, more_than: int) -> Plan | None:
+        """The best plan for the fewest ranks that reach real time.
+
+        Args:
+            more_than: ranks that do not; they are doubled up to `MOST_RANKS`.
+        """
+        while (more_than := 2 * more_than) <= MOST_RANKS:
+            best = next(iter(self.plans(more_than)), None)
+            if best is not None and best.is_real_time:
+                return best
+        return None
 
     def _degrees(self, ranks: int) -> Iterator[ParallelDegrees]:
         transformer: Any = self.config.diffusion_model.transformer
@@ -403,15 +419,26 @@ class Planner:
         )
 
     def _decoder(self, config: Any, mesh: DryMesh) -> tuple[Any, Work, int, int]:
-        """Decoder, work of a later chunk, bytes of its state, and the peak of activations."""
+        """Decoder, work of a later chunk, bytes of its state, and the peak of activations.
+
+        A decoder that is divided by columns alone, or not at all, is run once per number of ranks.
+        """
         if self.config.decoder is None:
             return None, Work(), 0, 0
         decoder = self._on_meta(self.config.decoder, mesh)
+        plan = decoder.parallel_plan()
+        by_columns = plan is None or not (plan.tensor or plan.split)
+        key = mesh.degrees.world_size if by_columns else mesh.degrees
+        if key not in self._decoded:
+            self._decoded[key] = decoder, *self._run_decoder(decoder, config, mesh)
+        return self._decoded[key]
+
+    def _run_decoder(self, decoder: Any, config: Any, mesh: DryMesh) -> tuple[Work, int, int]:
         size = (config.in_channels, config.len_t, config.latent_height, config.latent_width)
         latent = torch.empty(1, *size, dtype=torch.float32, device="meta")
         if not isinstance(decoder, StreamingDecoder):
             work, peak = count(decoder, lambda: decoder(latent))
-            return decoder, work, 0, peak
+            return work, 0, peak
         cache = decoder.initialize_cache()
         index = 1 if config.streaming else 0
         if index:
@@ -424,7 +451,7 @@ class Planner:
             cache,
             lambda: mesh.meter.since(sent),
         )
-        return decoder, work, storages(cache), peak
+        return work, storages(cache), peak
 
     def _frames(self, config: Any, decoder: Any) -> int:
         length = config.len_t

@@ -269,6 +269,29 @@ def test_the_command(capsys):
     assert plan.main(["self-forcing-tiny-random", "--gpus", "H200", "--height", "63"]) == 2
 
 
+def test_the_fewest_ranks_for_real_time_are_named(capsys):
+    planner = Planner(LINGBOT_TINY, replace(H200, convolution_tflops=1e-3), fps=16)
+    (one,) = planner.plans(1)
+    found = planner.fewest_for_real_time(1)
+    ranks = found.degrees.world_size
+    assert not one.is_real_time and found.is_real_time and ranks > 1
+    assert ranks == 2 or not planner.plans(ranks // 2)[0].is_real_time
+    slow = Planner(LINGBOT_TINY, replace(H200, convolution_tflops=1e-9), fps=16)
+    assert slow.fewest_for_real_time(16) is None
+    assert plan.main(["lingbot-world-tiny-random", "--gpus", "H200", "--fps", "1e9"]) == 0
+    assert "Not real time on up to 64 x H200-141GB either." in capsys.readouterr().out
+    assert plan.main(["lingbot-world-tiny-random", "--gpus", "H200"]) == 0
+    assert "eal time on" not in capsys.readouterr().out
+
+
+def test_a_decoder_is_run_once_for_all_plans_of_as_many_ranks():
+    planner = Planner(LINGBOT_TINY, H200)
+    planner.plans(4)
+    assert list(planner._decoded) == [4]
+    planner.plans(2)
+    assert list(planner._decoded) == [4, 2] and planner._decoded[4] != planner._decoded[2]
+
+
 def test_a_plan_needs_no_package_of_the_text_encoder(monkeypatch):
     planner = Planner(TAEHV_PIPELINE, H200)
     with_package = planner._other_weights
