@@ -10,6 +10,9 @@ HEADINGS = (
     "MiB sent", "ms/step", "frames/s", "real time", "sessions", "window", "limit",
 )  # fmt: skip
 
+LONG_MS = 10_000
+"""Time of an AR step that is given in seconds from here on."""
+
 
 def table(plans: Sequence[Plan]) -> str:
     """One line per plan, in their order; sizes in GiB per rank."""
@@ -48,9 +51,12 @@ def summary(plans: Sequence[Plan]) -> str:
             f"of it {best.limit}."
         )
     plural = "" if best.frames == 1 else "s"
-    rate = f"{best.frames_per_second:.1f} frames/s for {best.fps:g} shown"
+    fps = best.frames_per_second
+    rate = f"{fps:{'.1f' if fps >= 0.1 else '.2g'}} frames/s for {best.fps:g} shown"
+    ms = best.ms.total
+    time = f"{ms:.1f} ms" if ms < LONG_MS else f"{ms / 1e3:.0f} s"
     return (
-        f"Best: {best.ms.total:.1f} ms per AR step of {best.frames} frame{plural}, {rate}: "
+        f"Best: {time} per AR step of {best.frames} frame{plural}, {rate}: "
         f"{'real time' if best.is_real_time else 'not real time'}; {memory:.1f} of {room:.1f} GiB "
         f"per rank; most of the time is {best.ms.largest}."
     )
