@@ -1,4 +1,4 @@
-"""What a session takes, measured by one that nobody sees, and how many fit."""
+"""Resource use of a session, measured with a trial session, and how many sessions fit."""
 
 import time
 from collections.abc import Mapping
@@ -17,23 +17,23 @@ from flashdreams.parallel.messages import MessageChannel
 from flashdreams.runtime.stats import free_bytes
 
 DERIVED_SESSIONS = 8
-"""Most sessions that a server takes by itself: each makes all of them slower."""
+"""Default upper bound on sessions per server, because each one slows down all others."""
 RESERVE = 0.05
-"""Share of the free memory that is left alone."""
+"""Share of the free memory that is kept in reserve."""
 MOST_STEPS = 24
-"""AR steps of the trial, at most."""
+"""Maximum number of AR steps of the trial."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What one session has taken on this rank."""
+    """Measured resource use of one session on this rank."""
 
     rollout_bytes: int
-    """Of its state."""
+    """Memory of its state."""
     step_bytes: int
-    """That an AR step takes and gives back: shared by all sessions, which take turns."""
+    """Temporary memory of an AR step; sessions take turns, so they share it."""
     step_s: float
-    """Of the last AR step, its pictures on the device."""
+    """Duration of the last AR step, until its pictures are on the device."""
     first_frames: int
     chunk_frames: int
     """Pixel frames of the first chunk and of the last one."""
@@ -49,16 +49,16 @@ def try_session(
     controller: Controller | None,
     channel: MessageChannel,
 ) -> Trial:
-    """Run a session until all its AR steps are alike, and measure it; a collective call.
+    """Run a session until its AR steps are in the steady state, and measure it; a collective call.
 
     Args:
         pipeline: loaded and warmed up.
-        conditions: that sessions begin with.
-        controller: that steers them.
+        conditions: initial conditions of sessions.
+        controller: controller of sessions, or None.
         channel: to the other ranks.
 
     Raises:
-        TypeError: the method makes no pictures.
+        TypeError: the method produces no pictures.
     """
     device, transformer = pipeline.target_device, pipeline.diffusion_model.transformer
     before = _allocated(device)
@@ -102,21 +102,21 @@ def try_session(
 
 
 def streams(pipeline: StreamInferencePipeline) -> bool:
-    """Whether a method makes its video chunk by chunk; if not, a session has one chunk."""
+    """Whether a method generates its video chunk by chunk; if not, a session has one chunk."""
     return bool(getattr(pipeline.diffusion_model.transformer.config, "streaming", True))
 
 
 def count_places(trial: Trial, device: torch.device, max_sessions: int | None, pooled: int) -> int:
-    """How many sessions may live on the device at a time; a collective call.
+    """How many sessions may be on the device at a time; a collective call.
 
     Args:
-        trial: of one session.
-        device: that holds them.
-        max_sessions: asked for; None: as many as fit, at most `DERIVED_SESSIONS`.
+        trial: measurements of one session.
+        device: device of the sessions.
+        max_sessions: requested number; None: as many as fit, at most `DERIVED_SESSIONS`.
         pooled: sessions whose state is allocated already.
 
     Raises:
-        ValueError: fewer fit than are asked for.
+        ValueError: fewer fit than requested.
     """
     free = free_bytes(device)
     fits = DERIVED_SESSIONS if max_sessions is None else max_sessions

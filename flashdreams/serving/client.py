@@ -21,10 +21,10 @@ from flashdreams.serving.client_figures import ClientFigures
 from flashdreams.serving.pictures import PictureDecoder
 
 RECEIPT_S = 0.25
-"""Between two receipts."""
+"""Interval between two receipts, in seconds."""
 PING_S = 15.0
 MAX_PICTURES = 256
-"""Pictures that wait for who asks for them; the oldest are left out."""
+"""Maximum number of received pictures in the queue; beyond it the oldest are dropped."""
 NOT_THERE = "The session is over, or none has begun."
 
 
@@ -39,7 +39,7 @@ class Received:
     step: int
     """The AR step that made it."""
     data: bytes
-    """As it came: a fragment of MP4, or a JPEG file."""
+    """The received bytes: an MP4 fragment or a JPEG file."""
     pixels: np.ndarray | None
     """``[height, width, 3]`` uint8, RGB; None if it was not decoded."""
     at: float
@@ -47,7 +47,7 @@ class Received:
 
 
 class SessionError(Exception):
-    """The server has refused or ended a session; ``code`` is of the protocol's error message."""
+    """The server refused or ended a session; ``code`` is that of the protocol's error message."""
 
     def __init__(self, message: Mapping[str, Any]) -> None:
         super().__init__(f"{message['code']}: {message['message']}")
@@ -64,16 +64,16 @@ class LiveClient:
             async for picture in client.pictures():
                 ...
 
-    Receipts and pings are sent by themselves. A lost socket is taken up again with ``resume``.
+    Receipts and pings are sent automatically. ``resume`` reconnects after a lost socket.
     """
 
     def __init__(self, url: str, token: str | None = None, *, decode: bool = True) -> None:
-        """Prepare; nothing is connected.
+        """Create a client without connecting.
 
         Args:
-            url: of the page.
-            token: where the server asks for one; a ``?token=`` of the address is found as well.
-            decode: whether pictures are decoded; if not, ``pixels`` is None.
+            url: address of the page.
+            token: access token, if the server requires one; ``?token=`` in the URL works too.
+            decode: whether to decode pictures; if not, ``pixels`` is None.
         """
         parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
         query = urllib.parse.parse_qs(parts.query)
@@ -81,16 +81,16 @@ class LiveClient:
         scheme = "wss" if parts.scheme in ("https", "wss") else "ws"
         self.address = f"{scheme}://{parts.netloc}/v1/realtime/video"
         self.begin: dict[str, Any] = {}
-        """The newest ``video.start``."""
+        """The last ``video.start``."""
         self.done: dict[str, Any] | None = None
-        """``session.done``, once it has come."""
+        """``session.done``, once received."""
         self.status: dict[str, Any] = {}
-        """The newest ``session.status``."""
+        """The last ``session.status``."""
         self.errors: list[dict[str, Any]] = []
         """Error messages that did not end the session."""
         self.figures = ClientFigures()
         self.binary = bytearray()
-        """All binary frames since the last ``video.start``, if ``keep`` was asked for."""
+        """All binary frames since the last ``video.start``, if started with ``keep``."""
         self._decode = decode
         self._keep = False
         self._socket: Any = None
@@ -109,21 +109,21 @@ class LiveClient:
         await self.close()
 
     async def start(self, *, keep: bool = False, **fields: Any) -> dict[str, Any]:
-        """Begin a session; an earlier one is left as by `close`.
+        """Start a session; an earlier one is left as by `close`.
 
         Args:
             keep: keep all binary frames in ``binary``, for a recording.
-            fields: of ``session.start``, such as prompt, seed, num_frames, format.
+            fields: fields of ``session.start``, such as prompt, seed, num_frames, format.
 
         Returns:
-            ``video.start``; a client that has to wait for a place waits here.
+            ``video.start``. If all places are taken, waits for one.
 
         Raises:
-            SessionError: it was refused.
-            ConnectionError: the socket was lost, or no such server answers.
-            ValueError: the address cannot be one.
+            SessionError: the server refused it.
+            ConnectionError: the socket was lost, or a different kind of server answers.
+            ValueError: the address is invalid.
             ImportError: the extra is not installed.
-            OSError: nobody listens there.
+            OSError: no server listens at the address.
         """
         await self.close()
         self._keep, self._shown = keep, -1
@@ -131,11 +131,11 @@ class LiveClient:
         return await self._open({"type": "session.start", **_given(fields)})
 
     async def resume(self) -> dict[str, Any]:
-        """Take the session up again, from the first picture that did not arrive.
+        """Resume the session from the first picture that did not arrive.
 
         Raises:
-            SessionError: the server does not have it any more.
-            ConnectionError: the socket was lost, or no session has begun.
+            SessionError: the server no longer has it.
+            ConnectionError: the socket was lost, or no session was started.
         """
         await self.close()
         if not self.begin:
@@ -145,23 +145,23 @@ class LiveClient:
         return await self._open({**first, **fields})
 
     async def pictures(self) -> AsyncIterator[Received]:
-        """Pictures as they come, until the session is over.
+        """Yield pictures as they arrive, until the session ends.
 
         Raises:
-            SessionError: it has failed.
+            SessionError: the session failed.
             ConnectionError: the socket was lost.
         """
         while (picture := await self._pictures.get()) is not None:
             yield picture
-        self._pictures.put_nowait(None)  # for whoever asks next
+        self._pictures.put_nowait(None)  # for the next call
         if self._failure is not None:
             raise self._failure
 
     async def control(self, values: Mapping[str, Any]) -> str:
-        """Hand values to the controller.
+        """Send values to the controller.
 
         Returns:
-            The identifier of the event; ``figures`` measures until its first picture.
+            The identifier of the event; ``figures`` records the time to its first picture.
         """
         return await self._event({"type": "session.control", "values": dict(values)})
 
@@ -184,21 +184,21 @@ class LiveClient:
         """``"save"``, ``"fork"``, ``"rewind"`` to a name, or ``"reset"``.
 
         Returns:
-            ``session.kept``, once it was carried out.
+            ``session.kept``, once the command was carried out.
 
         Raises:
-            SessionError: it was refused.
+            SessionError: the server refused it.
         """
         event_id = uuid.uuid4().hex
         message = {"type": f"session.{command}", "event_id": event_id, **_given(fields)}
         return await self._answer("kept", event_id, message | _given({"name": name}))
 
     async def pause(self, paused: bool = True) -> None:
-        """Stop at the next chunk border, or go on."""
+        """Pause at the next chunk boundary, or resume."""
         await self.send({"type": "session.pause", "paused": paused})
 
     async def stop(self) -> dict[str, Any]:
-        """End the session, if it has not ended.
+        """End the session unless it has ended.
 
         Returns:
             ``session.done``.

@@ -62,14 +62,14 @@ class ClientOptions:
 
 def entry_point() -> None:
     """Run the process's own command line and exit with its code."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which asyncio takes over
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio replaces it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.exit(main(sys.argv[1:]))
 
 
 @lost_output_in_one_line(PROGRAM)
 def main(argv: Sequence[str]) -> int:
-    """Carry out one command line.
+    """Run one command line.
 
     Args:
         argv: the words after the program's name.
@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
         return _say(error, FAILED)
     except (ValueError, OSError, ImportError) as error:
         return _say(error, WRONG_USAGE)
-    except Exception as error:  # whatever the messages of a server that is none lead to
+    except Exception as error:  # another kind of server may send anything
         return _say(f"the server's answer makes no sense ({type(error).__name__}: {error})", FAILED)
     print(json.dumps(report) if options.json else _text(report))
     return DONE
@@ -105,10 +105,10 @@ async def visit(options: ClientOptions, log: Sequence[Logged]) -> dict[str, obje
     """Join a session for ``--seconds``.
 
     Returns:
-        The figures.
+        The measurements.
 
     Raises:
-        SessionError: it was refused, or has failed.
+        SessionError: the session was refused or has failed.
     """
     async with LiveClient(options.url, options.token) as client:
         await client.start(
@@ -135,7 +135,7 @@ async def _watch(client: LiveClient, seconds: float, log: Sequence[Logged]) -> N
     replaying = asyncio.create_task(replay(client, log, first.at))
     try:
         left = first.at + seconds - time.monotonic()
-        with contextlib.suppress(asyncio.TimeoutError):  # also if no more pictures come
+        with contextlib.suppress(asyncio.TimeoutError):  # also if no more pictures arrive
             await asyncio.wait_for(_take_all(pictures), left)
     finally:
         replaying.cancel()

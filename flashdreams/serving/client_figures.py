@@ -6,21 +6,21 @@ from typing import Any
 
 MAX_VALUES = 100_000
 MAX_RECEIPT = 64
-"""Key-to-photon times in one receipt."""
+"""Maximum number of key-to-photon times in one receipt."""
 
 
 class ClientFigures:
-    """Figures of one session, over all its sockets."""
+    """Measurements of one session, across reconnects."""
 
     def __init__(self) -> None:
-        """Begin without any."""
+        """Start with no measurements."""
         self.pictures = 0
         self.first_sha256: str | None = None
-        """Of the first picture's pixels, or of its bytes where they are not decoded."""
+        """Hash of the first picture's pixels, or of its bytes if pictures are not decoded."""
         self.dropped = 0
-        """Pictures between those that arrived, of the same epoch."""
+        """Missing pictures between received ones of the same epoch."""
         self.intervals_ms: list[float] = []
-        """Between arrivals."""
+        """Times between arrivals."""
         self.key_to_photon_ms: list[float] = []
         """From sending an event to its first picture, decoded."""
         self._fps = 0.0
@@ -31,27 +31,27 @@ class ClientFigures:
         self._untold: list[float] = []
 
     def begin(self, fps: float) -> None:
-        """A session has begun, or continues."""
+        """Record that a session has started or resumed."""
         self._fps = fps
 
     def reconnected(self) -> None:
-        """Intervals do not reach over a lost socket."""
+        """Start a new interval, so that none spans a lost socket."""
         self._last = None
 
     def sent(self, event_id: str) -> None:
-        """An event leaves now."""
+        """Record that an event is sent now."""
         self._sent[event_id] = time.monotonic()
 
     def forget(self, event_id: str) -> None:
-        """It was refused."""
+        """Drop an event that was refused."""
         self._sent.pop(event_id, None)
 
     def applied(self, event_ids: Sequence[str], frame: int) -> None:
-        """These events act from a frame on."""
+        """Record the first frame on which events act."""
         self._answers += [(frame, id) for id in event_ids]
 
     def arrived(self, frame: int, epoch: int, at: float, shown_at: float) -> None:
-        """A picture has arrived, and was decoded."""
+        """Record a picture that has arrived and was decoded."""
         self.pictures += 1
         self._first_at = at if self._first_at is None else self._first_at
         if self._last is not None and len(self.intervals_ms) < MAX_VALUES:
@@ -69,12 +69,12 @@ class ClientFigures:
                 self._untold.append(self.key_to_photon_ms[-1])
 
     def receipt(self) -> dict[str, Any]:
-        """What the next receipt says beside its frame."""
+        """Fields of the next receipt, apart from its frame."""
         told, self._untold = self._untold[:MAX_RECEIPT], self._untold[MAX_RECEIPT:]
         return {"key_to_photon_ms": told}
 
     def report(self) -> dict[str, Any]:
-        """All figures: counts, frames per second, percentiles in milliseconds."""
+        """All measurements: counts, frames per second, percentiles in milliseconds."""
         seconds = 0.0
         if self._last is not None and self._first_at is not None:
             seconds = self._last[2] - self._first_at
@@ -94,7 +94,7 @@ class ClientFigures:
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float] | None:
-    """The 50th, 95th, 99th and the largest; None of none."""
+    """The 50th, 95th and 99th percentile and the maximum; None if there are no values."""
     if not values:
         return None
     ordered = sorted(values)

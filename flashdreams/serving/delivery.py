@@ -1,4 +1,4 @@
-"""Pictures on their way to the host, and the thread that tells listeners."""
+"""Copies of pictures to the host, and the thread that calls listeners."""
 
 import logging
 import queue
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 class Pictures:
-    """The frames of a chunk as bytes, on their way to the host."""
+    """The frames of a chunk as uint8, being copied to the host."""
 
     def __init__(self, chunk: Tensor) -> None:
-        """Queue the conversion and, from a GPU, the copy; nothing waits.
+        """Queue the conversion and, on a GPU, the copy to the host, without waiting.
 
         Args:
             chunk: ``[1, F, 3, height, width]`` in [-1, 1].
@@ -31,14 +31,14 @@ class Pictures:
         self._pixels = pixels
 
     def wait(self) -> Tensor:
-        """``[F, height, width, 3]`` uint8 on the CPU, once they are there; any thread may ask."""
+        """``[F, height, width, 3]`` uint8 on the CPU, after waiting for the copy; thread-safe."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._pixels
 
 
 class Delivery:
-    """One thread that tells listeners what happened, in order; the loop never waits for them."""
+    """One thread that calls listeners in order, so that the loop never waits for them."""
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
@@ -46,11 +46,11 @@ class Delivery:
         self._thread.start()
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Have a function called after all that were handed in before; its errors are logged."""
+        """Queue a call after all earlier ones; its errors are logged."""
         self._calls.put(lambda: function(*arguments))
 
     def close(self) -> None:
-        """Make all calls that are outstanding, and end the thread."""
+        """Make all queued calls, then end the thread."""
         self._calls.put(None)
         self._thread.join()
 

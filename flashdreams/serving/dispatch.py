@@ -1,4 +1,4 @@
-"""Giving orders: rank zero tells all ranks; what goes wrong stays with one session if it may."""
+"""Dispatch of orders from rank zero to all ranks; an error ends only its session if possible."""
 
 import logging
 import time
@@ -28,14 +28,14 @@ class OrderError(Exception):
 
 
 class Dispatcher:
-    """Tells all ranks what to do, one thing after the other; on rank zero's main thread."""
+    """Sends orders to all ranks, one at a time; on rank zero's main thread."""
 
     def __init__(self, host: LiveHost, engine: SessionEngine) -> None:
-        """Prepare.
+        """Store the arguments.
 
         Args:
-            host: what clients ask for.
-            engine: of this rank.
+            host: requests of clients.
+            engine: engine of this rank.
         """
         self.host = host
         self.engine = engine
@@ -43,13 +43,13 @@ class Dispatcher:
         self._active = time.monotonic()
 
     def tell(self, order: Order) -> Any:
-        """Have an order carried out; a collective call.
+        """Execute an order on all ranks; a collective call.
 
         Returns:
-            As `SessionEngine.carry_out`.
+            The result of `SessionEngine.carry_out`.
 
         Raises:
-            OrderError: it failed alike on all ranks, or there is but this one.
+            OrderError: it failed in the same way on all ranks, or this is the only rank.
         """
         self._resting, self._active = False, time.monotonic()
         try:
@@ -63,10 +63,10 @@ class Dispatcher:
             raise OrderError(for_people(error)) from error
 
     def attempt(self, live: LiveSession, task: Callable[[], Any]) -> bool:
-        """Do something for a session, which ends if it fails.
+        """Run a task for a session; if it fails, the session ends.
 
         Returns:
-            Whether it was done.
+            Whether it succeeded.
         """
         try:
             task()
@@ -81,14 +81,14 @@ class Dispatcher:
             return False
 
     def rest(self) -> None:
-        """Let the other ranks wait outside of collectives once no order came for a second."""
+        """Let the other ranks wait outside of collectives after a second without orders."""
         if not self._resting and time.monotonic() - self._active > RESTS_AFTER_S:
             self.tell(Order(kind="rest"))
             self._resting = True
 
 
 def for_people(error: BaseException) -> str:
-    """What a client may know of an error: no path, no traceback."""
+    """The text of an error for clients: no path, no traceback."""
     if is_shortage(error):
         return "The device has no memory left for this session."
     if isinstance(error, NotFiniteError):
@@ -101,5 +101,5 @@ def for_people(error: BaseException) -> str:
 
 
 def _odd(error: BaseException) -> bool:
-    """Whether the log wants a traceback."""
+    """Whether the error is unexpected, so that the log needs a traceback."""
     return not (is_shortage(error) or isinstance(error, ValueError | OSError | ArithmeticError))

@@ -1,4 +1,4 @@
-"""The sessions of a server on one rank, and the orders that all ranks carry out together."""
+"""The sessions of a server on one rank, and execution of the orders that all ranks receive."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ from flashdreams.serving.orders import Order
 from flashdreams.serving.session_log import SessionLogs
 
 MAX_LOGGED = 1024
-"""Commands of a session that are kept for its snapshots; the last ones."""
+"""Maximum number of commands kept for a session's snapshots; the last ones are kept."""
 
 
 def fails_alike(order: Order, error: BaseException) -> bool:
-    """Whether an order has failed on all ranks if it has failed on this one with that error."""
+    """Whether an error on this rank implies that the order failed on all ranks."""
     kinds = ("open", "resume", "save", "fork", "rewind", "snapshot", "park", "unpark")
     return order.kind in kinds and isinstance(error, OSError | ValueError | OtherRankError)
 
 
 @dataclass
 class ParkedSession:
-    """A session whose rollout is in host memory; forks and all else are with it."""
+    """A session whose rollout and forks are in host memory."""
 
     session: Session
     rollout: ParkedRollout
@@ -42,9 +42,9 @@ class ParkedSession:
 
 
 class SessionEngine:
-    """Carries out orders; every rank has one, and holds the same sessions.
+    """Executes orders; every rank has one, with the same sessions.
 
-    It decides nothing: rank zero does, and tells all ranks with `tell`; the others `follow`.
+    Rank zero makes all decisions and sends them with `tell`; the other ranks run `follow`.
     """
 
     def __init__(
@@ -56,15 +56,15 @@ class SessionEngine:
         folder: Path,
         default_seed: int = 0,
     ) -> None:
-        """Prepare; a collective call is not made.
+        """Store the arguments; makes no collective call.
 
         Args:
             pipeline: loaded and warmed up.
-            conditions: of sessions that bring none of their own, the same on all ranks.
-            new_controller: of a session; None steers nothing.
+            conditions: defaults for sessions without their own, the same on all ranks.
+            new_controller: makes the controller of a session; None: no controls.
             channel: to the other ranks.
-            folder: of all that sessions keep on disk.
-            default_seed: of sessions that bring none.
+            folder: folder for everything that sessions keep on disk.
+            default_seed: seed of sessions without their own.
         """
         self.pipeline = pipeline
         self.conditions = dict(conditions)
@@ -72,31 +72,31 @@ class SessionEngine:
         self.folder = folder
         self.default_seed = default_seed
         self.live: dict[str, Session] = {}
-        """On the device."""
+        """Sessions on the device."""
         self.parked: dict[str, ParkedSession] = {}
-        """In host memory."""
+        """Sessions in host memory."""
         self.logs: SessionLogs | None = None
-        """Of the sessions, on rank zero; None writes none."""
+        """Logs of the sessions, on rank zero; None: no logs."""
         self._channel = channel
         self._idle = True
 
     def tell(self, order: Order) -> Any:
-        """Have all ranks carry out an order; on rank zero.
+        """Execute an order on all ranks; called on rank zero.
 
         Returns:
-            What ``carry_out`` returned here.
+            The result of ``carry_out`` on this rank.
         """
         return self.carry_out(self._exchange(order))
 
     def session(self, name: str) -> Session | None:
-        """A session that is on the device or in host memory; None: there is none of that name."""
+        """A session on the device or in host memory; None if there is none of that name."""
         found, parked = self.live.get(name), self.parked.get(name)
         if found is not None or parked is None:  # the loop may just have moved it
             return found or self.live.get(name)
         return parked.session
 
     def follow(self) -> None:
-        """Carry out rank zero's orders until it says stop; on all other ranks."""
+        """Execute rank zero's orders until the order to stop; called on all other ranks."""
         while (order := self._exchange(None)).kind != "stop":
             try:
                 self.carry_out(order)
@@ -105,7 +105,7 @@ class SessionEngine:
                     raise
 
     def carry_out(self, order: Order) -> Any:
-        """Do what an order says; a collective call.
+        """Execute an order; a collective call.
 
         Returns:
             The `Step` of a ``"step"``; else None.
@@ -147,7 +147,7 @@ class SessionEngine:
         )
 
     def saves_of(self, session: str) -> Path:
-        """Folder of the snapshots that a session was told to keep."""
+        """Folder of the snapshots that a client saved."""
         return self.folder / session / "saves"
 
     def _step(self, order: Order) -> Step:
@@ -204,7 +204,7 @@ class SessionEngine:
         session, controller = parked.session, parked.session.controller
         cache = self.pipeline.unpark(parked.rollout, controller=controller)
         forks = {n: self.pipeline.unpark(f, controller=controller) for n, f in parked.forks.items()}
-        session.cache = cache  # only now, since it stays parked where memory is short
+        session.cache = cache  # only now: without enough memory it stays parked
         session.forks.update(forks)
         self.live[order.session] = session
         del self.parked[order.session]
@@ -219,6 +219,6 @@ class SessionEngine:
         for cache in (session.cache, *session.forks.values()):
             try:
                 self.pipeline.check_values(cache)
-            except NotFiniteError:  # why it is closed, as rank zero knows
+            except NotFiniteError:  # the reason why it is closed; rank zero has it
                 continue
         session.release()

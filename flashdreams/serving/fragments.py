@@ -1,7 +1,7 @@
-"""Fragmented MP4 with one picture per fragment, and what is read of it.
+"""Fragmented MP4 with one picture per fragment, and parsing of its boxes.
 
-The first boxes of a file are written by PyAV. The fragments are written here, since a muxer writes
-a fragment when it sees the picture after it, which would delay every picture by one.
+PyAV writes the first boxes of a file. The fragments are written here, because a muxer writes a
+fragment only when it receives the next picture, which would delay every picture by one.
 
 Source: ISO/IEC 14496-12 (``moof``, ``mdat``) and 14496-15 (``avcC``).
 """
@@ -20,11 +20,11 @@ _MOOF = struct.Struct(">I4s I4sII I4s I4sIII I4sIQ I4sII3I")
 """``moof`` with ``mfhd`` and, in ``traf``, ``tfhd``, ``tfdt`` and ``trun`` of one sample: sizes,
 kinds, versions with flags, and fields."""
 _KEY, _NOT_KEY = 0x02000000, 0x01010000
-"""Sample flags: depends on no other picture; depends on others and is no point to begin at."""
+"""Sample flags: key picture; picture that depends on others (not a sync sample)."""
 
 
 def avcc_sample(annex_b: bytes) -> bytes:
-    """NAL units behind start codes as NAL units behind their lengths, as MP4 holds them."""
+    """Convert NAL units with start codes to NAL units with length prefixes, as in MP4."""
     units = (unit for unit in _START_CODE.split(annex_b) if unit)
     return b"".join(struct.pack(">I", len(unit)) + unit for unit in units)
 
@@ -33,11 +33,11 @@ def fragment(sample: bytes, *, number: int, time: int, duration: int, key: bool)
     """One picture as ``moof`` and ``mdat``.
 
     Args:
-        sample: of the only track, as in ``mdat``.
-        number: of the fragment, counted from 1.
-        time: of the picture, in units of the track.
+        sample: sample of the only track, as in ``mdat``.
+        number: number of the fragment, from 1.
+        time: time of the picture, in units of the track.
         duration: in the same units.
-        key: whether decoding can begin here.
+        key: whether decoding can start here.
     """
     flags = _KEY if key else _NOT_KEY
     offset = _MOOF.size + 8
@@ -54,10 +54,10 @@ def fragment(sample: bytes, *, number: int, time: int, duration: int, key: bool)
 
 
 def boxes(data: bytes, start: int = 0, end: int | None = None) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, begin and end of the content of each box.
+    """Kind, start and end of the content of each box.
 
     Raises:
-        ValueError: the bytes are cut or are no boxes.
+        ValueError: the bytes are truncated or are not boxes.
     """
     end = len(data) if end is None else end
     while start < end:
@@ -86,17 +86,17 @@ def find_box(data: bytes, *path: bytes) -> bytes:
 
 
 def avcc_of(init: bytes) -> bytes:
-    """Content of ``avcC``, what a decoder has to know beforehand, of ``ftyp`` and ``moov``.
+    """Content of ``avcC`` (the decoder's configuration) from ``ftyp`` and ``moov``.
 
     Raises:
         ValueError: there is none.
     """
     entry = find_box(init, b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd")
-    (size,) = struct.unpack_from(">I", entry, 8)  # behind version, flags and number of entries
-    visual = entry[16 + 78 : 8 + size]  # behind the fields of a VisualSampleEntry
+    (size,) = struct.unpack_from(">I", entry, 8)  # after version, flags and number of entries
+    visual = entry[16 + 78 : 8 + size]  # after the fields of a VisualSampleEntry
     return find_box(visual, b"avcC")
 
 
 def codec_name(avcc: bytes) -> str:
-    """As browsers name it, such as ``avc1.42c01f``."""
+    """Codec name for browsers, such as ``avc1.42c01f``."""
     return f"avc1.{avcc[1:4].hex()}"

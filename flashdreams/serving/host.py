@@ -1,4 +1,4 @@
-"""The host of live sessions, as the web side sees it: what it is asked from any thread."""
+"""The host of live sessions: calls of the web server, from any thread."""
 
 import re
 import secrets
@@ -28,18 +28,18 @@ from flashdreams.serving.memory import resident_bytes
 from flashdreams.serving.prompts import Prompts
 
 MAX_EVENTS = 256
-"""Events of a session that may wait for its next chunk."""
+"""Maximum number of a session's events that wait for its next chunk."""
 MAX_PROMPTS = 8
-"""Of these, prompts: each of them is work for the device."""
+"""Maximum number of prompts among these, because each one is work for the device."""
 MAX_KEEPINGS = 16
-"""Saves, forks, rewinds and resets of a session that may wait."""
+"""Maximum number of a session's saves, forks, rewinds and resets that wait."""
 _NAME = re.compile(r"[\w-]{1,64}")
 
 
 class LiveHost(Host):
-    """Takes what clients ask for and leaves it to the `TurnLoop`; on rank zero.
+    """Accepts requests of clients and queues them for the `TurnLoop`; on rank zero.
 
-    The lock guards all sessions. Listeners are never called while it is held.
+    The lock guards all sessions. Listeners are never called while holding it.
     """
 
     def __init__(
@@ -51,15 +51,15 @@ class LiveHost(Host):
         controller: Controller | None,
         device: torch.device,
     ) -> None:
-        """Prepare; nothing runs yet.
+        """Store the arguments; starts nothing.
 
         Args:
             offer: what is served.
-            limits: of the server.
-            places: sessions that take turns on the device.
-            prompts: encodes them.
-            controller: checks events; None takes none.
-            device: of rank zero.
+            limits: limits of the server.
+            places: number of sessions that take turns on the device.
+            prompts: encodes prompts.
+            controller: checks events; None: no controls.
+            device: device of rank zero.
         """
         self.offer = offer
         self.limits = limits
@@ -70,21 +70,21 @@ class LiveHost(Host):
         self.lock = threading.Condition()
         self.sessions: dict[str, LiveSession] = {}
         self.queue: list[LiveSession] = []
-        """Who wants a place, the next one first."""
+        """Sessions that wait for a place, the next one first."""
         self.draining = False
         self.news = 0
-        """Calls of ``wake``: who finds it unchanged under the lock has missed none."""
+        """Number of calls of ``wake``; if unchanged under the lock, none was missed."""
         self.delivery = Delivery()
         self.steps = 0
-        """AR steps of all sessions."""
+        """Number of AR steps of all sessions."""
         self.engine_of: Callable[[str], Session | None] = lambda session: None
-        """The session of an identifier, on the device or parked in host memory."""
+        """Returns the session with an identifier, on the device or parked in host memory."""
         self.parked_bytes: Callable[[], int] = lambda: 0
         self.adopt: Callable[[str], LiveSession | None] = lambda session: None
-        """A session that another server has left, from its folder; called without the lock."""
+        """Takes over a session from another server's folder; called without the lock."""
 
     def open(self, opening: Opening, listener: Listener) -> str:
-        """See the contract."""
+        """See `Host`."""
         if opening.num_frames is not None and opening.num_frames < 1:
             raise Refused(f"num_frames={opening.num_frames} must be at least 1.")
         tensors = self._tensors_of(opening)
@@ -125,7 +125,7 @@ class LiveHost(Host):
         return found
 
     def attach(self, session: str, listener: Listener, from_frame: int = 0) -> int:
-        """See the contract."""
+        """See `Host`."""
         if session not in self.sessions and not self.draining:
             adopted = self.adopt(session)
             if adopted is not None:
@@ -143,7 +143,7 @@ class LiveHost(Host):
             return live.next_frame
 
     def detach(self, session: str) -> None:
-        """See the contract."""
+        """See `Host`."""
         with self.lock:
             live = self.sessions.get(session)
             if live is None:
@@ -152,7 +152,7 @@ class LiveHost(Host):
             self._pause(live, "detached")
 
     def control(self, session: str, values: Mapping[str, Any], event_id: str | None) -> None:
-        """See the contract."""
+        """See `Host`."""
         if self.controller is None:
             raise Refused(f"{self.offer.model} has no controls.")
         try:
@@ -162,7 +162,7 @@ class LiveHost(Host):
         self._submit(session, Command(kind="control", id=event_id or "", values=dict(values)))
 
     def prompt(self, session: str, text: str, event_id: str | None) -> None:
-        """See the contract."""
+        """See `Host`."""
         if not self.offer.prompts_change:
             raise Refused(f"The prompt of {self.offer.model} cannot change during a session.")
         with self.lock:
@@ -180,7 +180,7 @@ class LiveHost(Host):
                 raise Refused(f"{MAX_EVENTS} events are pending for the next chunk; send fewer.")
             if command.kind == "prompt":
                 _refuse_many_prompts(live)
-            # While it gets its place or leaves it, the older ones are not handed over yet.
+            # While it moves to or from its place, older events may not be handed over yet.
             held = self.engine_of(session) if live.where in ("device", "host") else None
             try:
                 if held is None:
@@ -196,7 +196,7 @@ class LiveHost(Host):
     def command(
         self, session: str, kind: str, event_id: str | None, values: Mapping[str, Any]
     ) -> None:
-        """See the contract."""
+        """See `Host`."""
         if kind not in self.offer.commands:
             offered = ", ".join(self.offer.commands) or "none"
             raise Refused(f"{self.offer.model} has no {kind!r}; commands: {offered}.")
@@ -229,7 +229,7 @@ class LiveHost(Host):
             raise Refused(f"A session keeps at most {self.limits.max_forks} forks.")
 
     def pause(self, session: str, paused: bool) -> None:
-        """See the contract."""
+        """See `Host`."""
         with self.lock:
             live = self._find(session)
             live.last_input = time.monotonic()
@@ -239,7 +239,7 @@ class LiveHost(Host):
                 self._go_on(live, "client", "idle")
 
     def close(self, session: str) -> None:
-        """See the contract."""
+        """See `Host`."""
         with self.lock:
             live = self.sessions.get(session)
             if live is not None:
@@ -247,13 +247,13 @@ class LiveHost(Host):
                 self.wake()
 
     def saved(self, session: str) -> list[str]:
-        """See the contract."""
+        """See `Host`."""
         with self.lock:
             live = self.sessions.get(session)
             return [] if live is None else [*live.forks, *live.saves]
 
     def figures(self, session: str | None = None) -> Figures:
-        """See the contract."""
+        """See `Host`."""
         cuda, now = self.device.type == "cuda", time.monotonic()
         with self.lock:
             asked = [self._find(session)] if session else list(self.sessions.values())
@@ -274,25 +274,25 @@ class LiveHost(Host):
             )
 
     def drain(self) -> None:
-        """See the contract."""
+        """See `Host`."""
         # Also called by the handler of a signal, on the thread that may hold the lock.
         self.draining = True
 
     def wake(self) -> None:
-        """Let the loop look at what has changed; the lock is held."""
+        """Wake the loop after a change; the lock is held."""
         self.news += 1
         self.lock.notify_all()
 
     def free_places(self) -> int:
-        """Places that nobody has; the lock is held."""
+        """Number of free places; the lock is held."""
         return self.places - sum(live.where == "device" for live in self.sessions.values())
 
     def next_waiting(self) -> LiveSession | None:
-        """Who takes the next free place, clients that have gone apart; the lock is held."""
+        """The session for the next free place, skipping lost clients; the lock is held."""
         return next((live for live in self.queue if "detached" not in live.reasons), None)
 
     def tell_states(self) -> None:
-        """Tell listeners what they do not know yet; the lock is held."""
+        """Send state changes to listeners; the lock is held."""
         free = self.free_places()
         for live in list(self.sessions.values()):
             position = 0
@@ -335,10 +335,10 @@ class LiveHost(Host):
         self.wake()
 
     def wait_again(self, live: LiveSession) -> None:
-        """Let a parked session wait for a place if it wants one; the lock is held.
+        """Queue a parked session for a place if it needs one; the lock is held.
 
-        It does if it runs, or was told to save, fork, rewind or reset. Whoever had a place before
-        comes before those who had none yet.
+        It does if it runs, or has to save, fork, rewind or reset. Sessions that had a place before
+        precede those that had none.
         """
         wants = not live.reasons or (live.keepings and "detached" not in live.reasons)
         if not wants or live.waits or live.where not in ("host", "disk"):

@@ -1,9 +1,9 @@
-"""What the web side and the loop of turns know of each other: plain values and two contracts.
+"""The interface between the web server and the turn loop: plain values and two base classes.
 
 The loop runs on the main thread of every rank; the web server runs in a thread of rank zero. Calls
 of ``Host`` come from the web server's threads. Calls of ``Listener`` come from one thread of the
-host's, in the order in which things happened, and must return at once; ``unshown_seconds`` alone is
-asked by the loop.
+host, in the order of the events, and must return at once; only ``unshown_seconds`` is called by the
+loop.
 """
 
 from abc import ABC, abstractmethod
@@ -18,18 +18,18 @@ State = Literal["waiting", "running", "paused", "parked", "ended"]
 
 @dataclass(frozen=True, kw_only=True)
 class Opening:
-    """What a client asks for; None takes the server's own value."""
+    """Options of a new session; None means the server's default."""
 
     prompt: str | None = None
     seed: int | None = None
     image: Tensor | None = None
-    """``[1, 3, height, width]`` in [-1, 1] on the CPU, of the server's size."""
+    """``[1, 3, height, width]`` in [-1, 1] on the CPU, in the server's size."""
     num_frames: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """What a server serves; fixed when it has started."""
+    """What a server serves; fixed once it has started."""
 
     model: str
     width: int
@@ -44,7 +44,7 @@ class Offer:
     prompts_change: bool
     takes_image: bool
     commands: tuple[str, ...]
-    """Of "save", "fork", "rewind", "reset"."""
+    """Subset of "save", "fork", "rewind", "reset"."""
     chunk_frames: int
     """Pixel frames of a chunk in the steady state."""
 
@@ -55,12 +55,12 @@ class Chunk:
 
     session: str
     index: int
-    """Of the AR step within its rollout."""
+    """Index of the AR step in its rollout."""
     epoch: int
-    """Raised by reset and rewind."""
+    """Incremented by reset and rewind."""
     first_frame: int
-    """Pixel frame of the first picture, counted from the beginning of the session's video; it
-    keeps counting over resets and rewinds."""
+    """Pixel frame of the first picture, counted from the start of the session's video, across
+    resets and rewinds."""
     frames: Tensor
     """``[F, height, width, 3]`` uint8 on the CPU."""
     applied: tuple[str, ...] = ()
@@ -72,7 +72,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Of one session and its server, for status lines and metrics."""
+    """Figures of one session and its server, for status lines and metrics."""
 
     state: State
     frames_per_second: float
@@ -80,21 +80,21 @@ class Figures:
     sessions: int
     queued: int
     device_bytes: int | None
-    """In use on rank zero's device; None on a CPU."""
+    """Memory in use on rank zero's device; None on a CPU."""
     host_bytes: int
     """Resident memory of rank zero's process."""
     parked: int = 0
     """Sessions in host memory or on disk."""
     parked_bytes: int = 0
-    """Host memory of those on rank zero."""
+    """Host memory of the parked sessions on rank zero."""
     steps: int = 0
-    """AR steps of the session, or of all since the start."""
+    """AR steps of the session, or of all sessions since the start."""
     places: int = 0
-    """Sessions that may take turns at a time."""
+    """Maximum number of sessions that take turns."""
 
 
 class Listener(ABC):
-    """What a session tells whoever opened it."""
+    """Callbacks of a session to its opener."""
 
     @abstractmethod
     def on_state(self, state: State, position: int = 0) -> None:
@@ -102,7 +102,7 @@ class Listener(ABC):
 
     @abstractmethod
     def on_chunk(self, chunk: Chunk) -> None:
-        """Pictures are there."""
+        """New pictures are available."""
 
     @abstractmethod
     def on_kept(self, command: str, name: str | None, event_id: str | None) -> None:
@@ -110,7 +110,7 @@ class Listener(ABC):
 
     @abstractmethod
     def on_refused(self, event_id: str | None, message: str) -> None:
-        """An event that had been accepted could not be carried out; the session continues."""
+        """An accepted event could not be carried out; the session continues."""
 
     @abstractmethod
     def on_end(self, error: str | None, stopped: bool) -> None:
@@ -118,11 +118,11 @@ class Listener(ABC):
 
     @abstractmethod
     def unshown_seconds(self) -> float:
-        """How long the pictures that were handed over and are not yet due will last, in seconds.
+        """Playback time of the pictures that were delivered and are not yet due, in seconds.
 
-        The loop begins an AR step of this session no earlier than needed: see `Host`. ``math.inf``
-        begins none: a client that drives a session step by step has not asked for the next chunk.
-        Once it asks, ``Host.pause(session, False)`` makes the loop look again, at once.
+        The loop starts an AR step of this session no earlier than needed: see `Host`. ``math.inf``
+        starts none: a client that drives a session step by step has not requested the next chunk.
+        Once it does, ``Host.pause(session, False)`` makes the loop ask again at once.
         """
 
 
@@ -131,41 +131,41 @@ class Refused(ValueError):
 
 
 class Full(Refused):
-    """All places and all places to wait are taken."""
+    """All places and the whole queue are taken."""
 
 
 class Host(ABC):
-    """The loop of turns, as the web side sees it. Every method may be called from any thread.
+    """The turn loop's interface for the web server. Any thread may call any method.
 
-    Pacing: with ``unshown_seconds`` s of a session and t seconds that its AR steps take, the next
-    step begins once s <= t plus a margin, so that at most one chunk is finished and not yet shown,
-    and an event acts on the chunk that follows. Among sessions that are due, the one that is about
-    to run dry goes first.
+    Pacing: let s be a session's ``unshown_seconds`` and t the duration of its AR steps. The next
+    step starts once s <= t plus a margin, so that at most one chunk is finished and not yet shown,
+    and an event acts on the chunk that follows. Among sessions that are due, the one that would
+    run out of pictures first goes first.
     """
 
     offer: Offer
 
     @abstractmethod
     def open(self, opening: Opening, listener: Listener) -> str:
-        """Begin a session, or let it wait for a place.
+        """Start a session, or queue it for a place.
 
         Returns:
-            Its identifier, which no one can guess: it is also its resume token.
+            Its identifier, which is also its resume token and cannot be guessed.
 
         Raises:
-            Full: there is no place to wait.
-            Refused: the opening cannot be met.
+            Full: the queue is full.
+            Refused: the options are not possible.
         """
 
     @abstractmethod
     def attach(self, session: str, listener: Listener, from_frame: int = 0) -> int:
-        """Take up a session with another listener; it leaves its pause or its parking place.
+        """Resume a session with another listener; it is no longer paused or parked.
 
         Args:
             session: its identifier.
-            listener: hears of it from now on.
-            from_frame: the first pixel frame that the client has not shown. A server that has been
-                restarted counts on from there, if its snapshot is older than that.
+            listener: receives its callbacks from now on.
+            from_frame: the first pixel frame that the client has not shown. A restarted server
+                continues counting there if its snapshot is older.
 
         Returns:
             Pixel frame of the next picture.
@@ -176,14 +176,14 @@ class Host(ABC):
 
     @abstractmethod
     def detach(self, session: str) -> None:
-        """The socket is gone: pause at the next chunk border, park later, and end at last.
+        """Handle a lost socket: pause at the next chunk boundary, park later, finally end.
 
-        The chunk that is being generated still goes to the listener.
+        The current chunk is still delivered to the listener.
         """
 
     @abstractmethod
     def control(self, session: str, values: Mapping[str, Any], event_id: str | None) -> None:
-        """Hand an event to the controller; it acts on the next chunk.
+        """Pass an event to the controller; it acts on the next chunk.
 
         Raises:
             Refused: the controller does not take these values.
@@ -191,10 +191,10 @@ class Host(ABC):
 
     @abstractmethod
     def prompt(self, session: str, text: str, event_id: str | None) -> None:
-        """Another prompt from the next chunk on; it is encoded in the calling thread.
+        """Change the prompt from the next chunk on; encodes it in the calling thread.
 
         Raises:
-            Refused: prompts cannot change here, or this one is none.
+            Refused: prompts cannot change here, or this one is invalid.
         """
 
     @abstractmethod
@@ -209,20 +209,20 @@ class Host(ABC):
 
     @abstractmethod
     def pause(self, session: str, paused: bool) -> None:
-        """Make no more chunks, or go on."""
+        """Pause generation, or resume it."""
 
     @abstractmethod
     def close(self, session: str) -> None:
-        """End a session; nothing happens if it has ended."""
+        """End a session; no effect if it has ended."""
 
     @abstractmethod
     def saved(self, session: str) -> list[str]:
-        """Names that can be gone back to; empty for a session that has ended."""
+        """Names that ``rewind`` accepts; empty for a session that has ended."""
 
     @abstractmethod
     def figures(self, session: str | None = None) -> Figures:
-        """Of a session, or of all."""
+        """Figures of a session, or of all sessions."""
 
     @abstractmethod
     def drain(self) -> None:
-        """Take no more sessions, keep the running ones for a restart, and let the loop return."""
+        """Accept no more sessions, save the running ones for a restart, and let the loop return."""

@@ -1,4 +1,4 @@
-"""What happens to sessions between AR steps: saves, forks, places, parking, snapshots, the end."""
+"""Work on sessions between AR steps: saves, forks, places, parking, snapshots, ending."""
 
 import logging
 import time
@@ -18,17 +18,17 @@ logger = logging.getLogger(__name__)
 
 
 class Keeper:
-    """Gives sessions places and takes them, and keeps them on disk; on rank zero's main thread."""
+    """Assigns and frees places and saves sessions to disk; on rank zero's main thread."""
 
     def __init__(
         self, dispatcher: Dispatcher, folder: SessionFolder, rollout_bytes: int, *, keeps: bool
     ) -> None:
-        """Prepare.
+        """Store the arguments.
 
         Args:
-            dispatcher: gives the orders.
-            folder: of snapshots.
-            rollout_bytes: of one session, as a trial has measured.
+            dispatcher: sends the orders.
+            folder: folder of the snapshots.
+            rollout_bytes: memory of one session's rollout, as measured by the trial.
             keeps: whether the state of sessions can be saved and parked.
         """
         self.host, self.engine = dispatcher.host, dispatcher.engine
@@ -36,7 +36,7 @@ class Keeper:
         self.rollout_bytes = rollout_bytes
 
     def take_over(self) -> None:
-        """Offer the sessions that an earlier process has left to their clients."""
+        """Restore the sessions of an earlier process, so that their clients can resume them."""
         self.folder.claim()
         for kept in self.folder.find() if self.keeps else []:
             live = _from_disk(kept)
@@ -44,14 +44,14 @@ class Keeper:
                 self.host.sessions[live.id] = live
 
     def adopt(self, session: str) -> LiveSession | None:
-        """A session of another server, whose snapshot moves to this one's folder."""
+        """Take over a session of another server; its snapshot moves to this server's folder."""
         if not self.keeps or self.host.limits.adopt_from is None:
             return None
         kept = self.folder.adopt(session, self.host.limits.adopt_from)
         return None if kept is None else _from_disk(kept)
 
     def admit(self, live: LiveSession) -> None:
-        """Give a session the place that is free."""
+        """Give a session a free place."""
         with self.host.lock:
             if live.closing or live not in self.host.queue:
                 return
@@ -67,7 +67,7 @@ class Keeper:
             self.host.tell_states()
 
     def _hand_over(self, live: LiveSession) -> None:
-        """Give a session's rollout the events that waited for its place; the lock is held."""
+        """Pass the events that waited for its place to a session's rollout; the lock is held."""
         commands, live.commands = live.commands, []
         for command in commands:
             try:
@@ -102,7 +102,7 @@ class Keeper:
             values["seed"] = keeping.values["seed"]
         order = Order(kind=keeping.kind, session=live.id, values=values)
         tell = partial(self.dispatcher.tell, order)
-        if keeping.kind == "reset":  # the old rollout has made room for the new one
+        if keeping.kind == "reset":  # the old rollout was freed for the new one
             if not self.dispatcher.attempt(live, tell):
                 return
         else:
@@ -130,10 +130,10 @@ class Keeper:
         live.owes_step = True
 
     def snapshot(self, live: LiveSession) -> bool:
-        """Write a session to disk, in place of its older snapshot.
+        """Write a session to disk, replacing its older snapshot.
 
         Returns:
-            Whether it is there. If not the log says why, and the session continues.
+            Whether it was written. If not, the reason is logged and the session continues.
         """
         with self.host.lock:
             live.snapped_at = time.monotonic()
@@ -153,7 +153,7 @@ class Keeper:
         return True
 
     def park(self, live: LiveSession) -> None:
-        """Free the place of a session that nobody looks at; on disk where memory is short."""
+        """Free the place of an idle session; it goes to disk if host memory is short."""
         limits, forks = self.host.limits, self.engine.live[live.id].forks
         more = self.rollout_bytes * (1 + len(forks))
         to_disk = self.host.parked_bytes() + more > limits.parked_gib * 2**30
@@ -164,7 +164,7 @@ class Keeper:
             live.unparkable = True
             return
         if to_disk:
-            with self.host.lock:  # what comes from now on is added to what has come
+            with self.host.lock:  # later events are appended to earlier ones
                 live.where = "disk"
                 live.commands += self.engine.live[live.id].next_turn().commands
                 live.forks.clear()
@@ -172,7 +172,7 @@ class Keeper:
             return
         with self.host.lock:
             live.where = "disk" if to_disk else "host"
-            self.host.wait_again(live)  # it may have been taken up in the meantime
+            self.host.wait_again(live)  # it may have been resumed in the meantime
             self.host.tell_states()
 
     def _close(self, live: LiveSession) -> bool:
@@ -189,7 +189,7 @@ class Keeper:
             return False
 
     def end(self, live: LiveSession, error: str | None, stopped: bool) -> None:
-        """End a session for good; nothing of it is kept, unless its state is not to blame."""
+        """End a session and delete its data, unless the error did not come from its state."""
         listener, kept = live.listener, None
         if live.blameless and not live.closing:
             kept = self._set_aside(live)
@@ -201,10 +201,10 @@ class Keeper:
             self.host.delivery.call(listener.on_end, text, stopped)
 
     def _set_aside(self, live: LiveSession) -> LiveSession | None:
-        """Let a session whose state is not to blame wait for its client, who may try again.
+        """Keep a session whose state did not cause the error, so that its client can retry.
 
         Returns:
-            The session where it was parked, or as its last snapshot has it; None without either.
+            The session as it was parked, or from its last snapshot; None without either.
         """
         kept = live
         if live.where not in ("host", "disk"):
@@ -229,7 +229,7 @@ class Keeper:
             self.dispatcher.tell(Order(kind="close", session=live.id))
 
     def drain(self) -> None:
-        """Write every session to disk for the next process, and let all ranks return."""
+        """Write every session to disk for the next process, then let all ranks return."""
         with self.host.lock:
             lives = list(self.host.sessions.values())
         for live in sorted(lives, key=lambda live: live.where != "device"):

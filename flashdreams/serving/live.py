@@ -1,4 +1,4 @@
-"""What rank zero knows of a session beside its rollout: its client, its place and its figures."""
+"""State of a session on rank zero apart from its rollout: client, place and figures."""
 
 import time
 from collections import deque
@@ -16,12 +16,12 @@ Where = Literal["nowhere", "device", "host", "disk", "gone"]
 Reason = Literal["client", "detached", "idle"]
 
 RATE_S = 5.0
-"""Seconds over which frames per second are counted."""
+"""Seconds over which frames per second are averaged."""
 
 
 @dataclass(frozen=True)
 class Keeping:
-    """A ``save``, ``fork``, ``rewind`` or ``reset`` that waits for the next chunk border."""
+    """A ``save``, ``fork``, ``rewind`` or ``reset`` that waits for the next chunk boundary."""
 
     kind: Literal["save", "fork", "rewind", "reset"]
     event_id: str | None
@@ -29,7 +29,7 @@ class Keeping:
 
     @property
     def name(self) -> str | None:
-        """Of what is kept."""
+        """Name of the saved state."""
         return self.values.get("name")
 
 
@@ -38,23 +38,23 @@ class LiveSession:
     """A session from its opening to its end. The host's lock guards all of it."""
 
     id: str
-    """Also the resume token: nobody can guess it."""
+    """Also the resume token; it cannot be guessed."""
     prompt: str | None
-    """Its own; None: the server's."""
+    """Its own prompt; None: the server's."""
     seed: int
     num_frames: int | None
     tensors: dict[str, Tensor]
-    """``text`` and ``image`` that it brought, on the CPU."""
+    """Its own ``text`` and ``image``, on the CPU."""
     listener: Listener | None
     where: Where = "nowhere"
     snapshot: Path | None = None
-    """The newest from which it can go on."""
+    """The last snapshot from which it can continue."""
     reasons: set[Reason] = field(default_factory=set)
     """Why it is paused; empty: it runs, once it has a place."""
     closing: bool = False
     """Its client has ended it."""
     finished: bool = False
-    """It has all the frames that it was begun for."""
+    """All requested frames were generated."""
     unparkable: bool = False
     """Its place could not be freed in this pause."""
     waits: bool = True
@@ -62,41 +62,41 @@ class LiveSession:
     told: tuple[State, int] | None = None
     """State and position that the listener knows."""
     commands: list[Command] = field(default_factory=list)
-    """Controls and prompts that came before it had a place."""
+    """Controls and prompts that arrived before it had a place."""
     events: int = 0
-    """Controls and prompts since the last chunk began."""
+    """Number of controls and prompts since the last chunk started."""
     prompts: int = 0
-    """Of these, prompts."""
+    """Number of prompts among these."""
     failed: str | None = None
-    """Why it has to end, for people."""
+    """Why it has to end, as a message for the client."""
     blameless: bool = False
-    """What failed was memory or a file, not its state: it may be tried again."""
+    """The failure was of memory or a file, not of its state, so it may be retried."""
     keepings: deque[Keeping] = field(default_factory=deque)
     owes_step: bool = False
-    """It makes one chunk although it is paused: it shows something else now."""
+    """It generates one chunk although it is paused, because its state changed."""
     next_frame: int = 0
-    """Pixel frame of the next picture, counted over resets and rewinds."""
+    """Pixel frame of the next picture, counted across resets and rewinds."""
     epoch: int = 0
     chunks: int = 0
-    """That were made."""
+    """Number of chunks generated."""
     changes: int = 0
-    """AR steps, resets and rewinds."""
+    """Number of AR steps, resets and rewinds."""
     saved_changes: int = -1
-    """``changes`` of the newest snapshot."""
+    """``changes`` at the last snapshot."""
     snapshots: int = 0
     forks: list[str] = field(default_factory=list)
     saves: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     last_input: float = field(default_factory=time.monotonic)
     idle_since: float | None = None
-    """Since when it is paused; None: it is not."""
+    """Time since which it is paused; None: not paused."""
     detached_since: float | None = None
     snapped_at: float = field(default_factory=time.monotonic)
     last_turn: float = 0.0
     step_s: float = 0.0
-    """What an AR step takes, smoothed."""
+    """Duration of an AR step, smoothed."""
     in_flight: int = 0
-    """Chunks that are not on the host yet."""
+    """Number of chunks not yet copied to the host."""
     stage_ms: dict[str, float] = field(default_factory=dict)
     recent: deque[tuple[float, int]] = field(default_factory=deque)
     """(time, frames) of the last chunks."""
@@ -110,7 +110,7 @@ class LiveSession:
 
     @property
     def state(self) -> State:
-        """As its listener and the figures say it."""
+        """State as reported to its listener and in the figures."""
         if self.where == "gone":
             return "ended"
         if self.where == "device":
@@ -118,37 +118,37 @@ class LiveSession:
         return "waiting" if self.waits else "parked"
 
     def pause(self, reason: Reason, now: float) -> None:
-        """Make no more chunks, for one more reason."""
+        """Add a reason to be paused."""
         self.reasons.add(reason)
         if self.idle_since is None:
             self.idle_since = now
 
     def set_aside(self, now: float) -> None:
-        """Wait for a client as if the one that it had were gone."""
+        """Wait for a client, as if the connection were lost."""
         self.failed, self.blameless, self.listener, self.told = None, False, None, None
         self.detached_since = now
         self.pause("detached", now)
 
     def go_on(self, *reasons: Reason) -> None:
-        """Take back reasons to be paused."""
+        """Remove reasons to be paused."""
         self.reasons.difference_update(reasons)
         if not self.reasons:
             self.idle_since = None
             self.unparkable = False
 
     def count_on(self, frame: int) -> None:
-        """Raise the number of the next picture; it is finished once it has all of them."""
+        """Advance ``next_frame``; the session is finished once it has all frames."""
         self.next_frame = max(self.next_frame, frame)
         self.finished = self.num_frames is not None and self.next_frame >= self.num_frames
 
     def note_step(self, taken_s: float, now: float, frames: int) -> None:
-        """Take the time of an AR step whose pictures have arrived on the host."""
+        """Record the duration of an AR step whose pictures have arrived on the host."""
         self.step_s = taken_s if self.step_s == 0.0 else 0.75 * self.step_s + 0.25 * taken_s
         self.recent.append((now, frames))
         self._forget(now)
 
     def frames_per_second(self, now: float) -> float:
-        """Generated over the last seconds."""
+        """Frames generated per second, over the last seconds."""
         self._forget(now)
         if len(self.recent) < 2:
             return 0.0
@@ -160,7 +160,7 @@ class LiveSession:
             self.recent.popleft()
 
     def to_json(self) -> dict[str, Any]:
-        """What a restarted server has to know beside the rollout."""
+        """State that a restarted server needs apart from the rollout."""
         return {
             "session": self.id,
             "prompt": self.prompt,

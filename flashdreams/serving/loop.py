@@ -1,4 +1,4 @@
-"""The loop of turns: on rank zero's main thread it decides what all ranks do next."""
+"""The turn loop: decides on rank zero's main thread what all ranks do next."""
 
 import time
 from collections.abc import Callable
@@ -11,29 +11,29 @@ from flashdreams.serving.turns import IDLE_S, Turns
 from flashdreams.serving.upkeep import Due, next_upkeep
 
 DELIVERY_S = 5.0
-"""How long a server that ends waits for pictures on their way, before it writes sessions."""
+"""How long shutdown waits for pictures being copied, before it writes sessions to disk."""
 
 
 class TurnLoop:
     """Does one thing at a time, on all ranks.
 
-    First what sessions ask for between AR steps, then who comes and goes, then the AR step of the
-    session that is about to run dry. Where nothing is due it waits to be woken.
+    First requests of sessions between AR steps, then arriving and leaving sessions, then the AR
+    step of the session that would run out of pictures first. If nothing is due it waits for a wake.
     """
 
     def __init__(self, dispatcher: Dispatcher, keeper: Keeper, turns: Turns) -> None:
-        """Prepare.
+        """Store the arguments.
 
         Args:
-            dispatcher: gives the orders.
-            keeper: of what comes between AR steps.
-            turns: the AR steps.
+            dispatcher: sends the orders.
+            keeper: does the work between AR steps.
+            turns: runs the AR steps.
         """
         self.host = dispatcher.host
         self.dispatcher, self.keeper, self.turns = dispatcher, keeper, turns
 
     def run(self) -> None:
-        """Go on until the host is told to drain; then all is on disk and all ranks return."""
+        """Run until the host is told to drain; then write all sessions to disk and return."""
         while not self.host.draining:
             self.run_once()
         self._await_deliveries()
@@ -41,7 +41,7 @@ class TurnLoop:
         self.host.delivery.close()
 
     def run_once(self) -> None:
-        """Do the next thing, or wait until there may be one."""
+        """Do the next task, or wait until there may be one."""
         with self.host.lock:
             seen, task = self.host.news, self._between_steps()
             in_flight = any(live.in_flight for live in self.host.sessions.values())
@@ -56,7 +56,7 @@ class TurnLoop:
                 self.host.lock.wait(min(following, IDLE_S))
 
     def _between_steps(self) -> Callable[[], Any] | None:
-        """What comes before the next AR step; the lock is held."""
+        """The task before the next AR step, or None; the lock is held."""
         host = self.host
         for live in host.sessions.values():
             if live.in_flight:

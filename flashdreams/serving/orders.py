@@ -1,4 +1,4 @@
-"""Orders: what rank zero tells all ranks, one thing at a time."""
+"""Orders that rank zero sends to all ranks, one at a time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,19 +28,19 @@ OrderKind = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """Something that all ranks do together; plain values, the same everywhere."""
+    """A task that all ranks execute together; plain values, the same on all ranks."""
 
     kind: OrderKind
-    """``"open"``: begin a session. ``"step"``: one AR step, with its `Turn`. ``"save"``, ``"fork"``
+    """``"open"``: start a session. ``"step"``: one AR step, with its `Turn`. ``"save"``, ``"fork"``
     and ``"rewind"``: as commands of a session, with ``{"name": ...}``; ``"reset"`` with
     ``{"seed": ...}``. ``"snapshot"``: write the session to ``{"folder": ...}``. ``"park"``: to host
     memory; ``"unpark"``: back; ``"resume"``: from ``{"folder": ...}``. ``"close"``: end a session.
-    ``"rest"``: the next order may take long. ``"stop"``: there is none."""
+    ``"rest"``: the next order may be late. ``"stop"``: it was the last."""
     session: str = ""
     values: Mapping[str, Any] = field(default_factory=dict)
     """JSON values."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    """On the CPU: ``text`` and ``image`` that a session begins with, or those of a turn."""
+    """On the CPU: the initial ``text`` and ``image`` of a session, or those of a turn."""
 
     @classmethod
     def of_turn(cls, turn: Turn) -> "Order":
@@ -54,7 +54,7 @@ class Order:
         )
 
     def turn(self) -> Turn:
-        """What a session is told before its AR step."""
+        """Input of a session for its AR step."""
         return Turn.from_message(Message(self.values["turn"], self.tensors))
 
     def to_message(self) -> Message:

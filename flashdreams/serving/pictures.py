@@ -1,4 +1,4 @@
-"""Decoding of what a live session sends, picture by picture."""
+"""Decoding of a live session's video, picture by picture."""
 
 import io
 from typing import Any, Literal
@@ -9,10 +9,10 @@ from flashdreams.serving.fragments import avcc_of, find_box
 
 
 class PictureDecoder:
-    """Decodes the binary frames of one socket, each at once."""
+    """Decodes the binary frames of one socket, without delay."""
 
     def __init__(self, format: Literal["m4s", "jpeg"]) -> None:
-        """Begin."""
+        """Create a decoder for one video format."""
         self.format = format
         self._context: Any = None
 
@@ -20,7 +20,7 @@ class PictureDecoder:
         """The picture of a binary frame, ``[height, width, 3]`` uint8, RGB.
 
         Raises:
-            ValueError: it is none, or refers to one that is missing.
+            ValueError: it is not a picture, or refers to one that is missing.
         """
         if self.format == "jpeg":
             from PIL import Image
@@ -36,6 +36,6 @@ class PictureDecoder:
         frames = self._context.decode(av.Packet(find_box(data, b"mdat")))
         if len(frames) != 1:
             raise ValueError(f"A binary frame of {len(data)} bytes gave {len(frames)} pictures.")
-        # without a number it starts a thread for each core, for each picture
+        # by default it starts one thread per core for each picture
         pixels: np.ndarray = frames[0].to_ndarray(format="rgb24", threads=1)
         return pixels

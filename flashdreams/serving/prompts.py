@@ -1,4 +1,4 @@
-"""Prompts of a server: encoded on arrival, in the thread that brings them, and cached."""
+"""Prompts of a server: encoded on arrival, in the calling thread, and cached."""
 
 import threading
 from collections import OrderedDict
@@ -11,16 +11,16 @@ from flashdreams.infra.pipeline import StreamInferencePipeline
 from flashdreams.serving.interface import Refused
 
 REMEMBERED = 64
-"""Prompts whose embeddings are kept."""
+"""Maximum number of prompts whose embeddings are cached."""
 MAX_CHARACTERS = 20_000
-"""Longest prompt."""
+"""Maximum length of a prompt."""
 
 
 class Prompts:
     """Encodes prompts on rank zero, one at a time, outside of AR steps."""
 
     def __init__(self, pipeline: StreamInferencePipeline) -> None:
-        """Prepare; on rank zero.
+        """Store the pipeline; on rank zero.
 
         Args:
             pipeline: loaded.
@@ -39,7 +39,7 @@ class Prompts:
         """Embeddings ``[1, S, text_dim]`` on the CPU.
 
         Raises:
-            Refused: there is no text encoder, or it does not take this prompt.
+            Refused: there is no text encoder, or it does not accept this prompt.
         """
         if not self.change:
             raise Refused(

@@ -1,8 +1,8 @@
 """Messages of a live session over a WebSocket or a data channel, field by field.
 
-``session.start``, ``session.interaction``, ``session.ping``, ``session.stop`` and what answers them
-are those that clients of ``/v1/realtime/video`` speak already; the others are this server's own.
-Every ``video.chunk_metadata`` is followed at once by one binary frame of ``byte_length`` bytes;
+``session.start``, ``session.interaction``, ``session.ping``, ``session.stop`` and their replies are
+those of existing clients of ``/v1/realtime/video``; the others are specific to this server.
+Every ``video.chunk_metadata`` is followed immediately by one binary frame of ``byte_length`` bytes;
 over WebRTC the picture is on the media track instead.
 """
 
@@ -16,7 +16,7 @@ Text = Annotated[str, Field(max_length=20_000)]
 
 
 class _Message(BaseModel):
-    """Unknown fields are let through: clients of later versions may send more."""
+    """Ignores unknown fields, because clients of later versions may send more."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
@@ -32,19 +32,19 @@ class ImageReference(_Message):
 
 
 class SessionStart(_Message):
-    """Begin a session. What is absent or None takes the server's value."""
+    """Start a session. Absent fields and None mean the server's default."""
 
     type: Literal["session.start"]
     model: str | None = None
-    """The slug that is served."""
+    """The slug that the server serves."""
     prompt: Text | None = None
     format: Literal["m4s", "jpeg"] = "m4s"
-    """``"m4s"``: fragmented MP4 with H.264. ``"jpeg"``: one picture a binary frame."""
+    """``"m4s"``: fragmented MP4 with H.264. ``"jpeg"``: one picture per binary frame."""
     width: int | None = None
     height: int | None = None
     fps: float | None = None
     num_frames: Annotated[int, Field(ge=1)] | None = None
-    """Pixel frames after which the session is done; None: continues until it is stopped."""
+    """Pixel frames after which the session is done; None: it continues until it is stopped."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
@@ -53,13 +53,13 @@ class SessionStart(_Message):
 
 
 class SessionResume(_Message):
-    """Take up a session whose socket was lost."""
+    """Resume a session whose socket was lost."""
 
     type: Literal["session.resume"]
     token: str
     """From ``video.start``."""
     from_frame: Annotated[int, Field(ge=0)] = 0
-    """The first pixel frame that was not shown; what is kept is sent from there on."""
+    """The first pixel frame that was not shown; stored frames are sent from there on."""
     format: Literal["m4s", "jpeg"] = "m4s"
 
 
@@ -80,7 +80,7 @@ class CameraMotion(_Message):
 
 
 class MultiModalData(_Message):
-    """What an event carries beside text."""
+    """Content of an event other than text."""
 
     camera: CameraMotion | None = None
 
@@ -98,7 +98,7 @@ class Interaction(_Message):
     event_id: EventId
     event: InteractionEvent
     transition_chunks: Annotated[int, Field(ge=0, le=64)] | None = None
-    """Chunks over which a ``"target"`` is reached; None is one."""
+    """Number of chunks over which a ``"target"`` is reached; None means one."""
 
 
 class SessionInteraction(_Message):
@@ -119,14 +119,14 @@ class SessionControl(_Message):
 
 
 class SessionPause(_Message):
-    """Stop or go on at the next chunk border."""
+    """Pause or resume at the next chunk boundary."""
 
     type: Literal["session.pause"]
     paused: bool = True
 
 
 class SessionReset(_Message):
-    """Begin the rollout again."""
+    """Restart the rollout."""
 
     type: Literal["session.reset"]
     event_id: EventId | None = None
@@ -134,7 +134,7 @@ class SessionReset(_Message):
 
 
 class SessionKeep(_Message):
-    """Keep the state under a name: ``save`` on disk, ``fork`` on the device; or go back to it."""
+    """Store the state under a name (``save`` on disk, ``fork`` on the device), or return to it."""
 
     type: Literal["session.save", "session.fork", "session.rewind"]
     event_id: EventId | None = None
@@ -147,19 +147,19 @@ class SessionShown(_Message):
     type: Literal["session.shown"]
     frame: Annotated[int, Field(ge=0)]
     key_to_photon_ms: list[Annotated[float, Field(ge=0, le=600_000)]] = Field([], max_length=64)
-    """From an input event to the display of the first frame of the chunk that it acted in."""
+    """Times from an input event to the display of the first frame of the chunk it acted on."""
     dropped: Annotated[int, Field(ge=0)] = 0
-    """Frames that the client left out since its last receipt."""
+    """Frames that the client dropped since its last receipt."""
 
 
 class SessionKey(_Message):
-    """Make the next picture a key picture: decoding can begin there, and so a recording."""
+    """Make the next picture a key picture, where decoding and thus a recording can start."""
 
     type: Literal["session.key"]
 
 
 class SessionPing(_Message):
-    """Keep the session from being taken for dead."""
+    """Keep the connection alive."""
 
     type: Literal["session.ping"]
 
@@ -184,36 +184,36 @@ ClientMessage = Annotated[
     | SessionStop,
     Field(discriminator="type"),
 ]
-"""Whatever a client may send."""
+"""Any message of a client."""
 
 # ---------------------------------------------------------------- server to client
 
 
 class StartConfig(_Message):
-    """The values that a session runs with."""
+    """The parameters of a session."""
 
     model: str
-    """The slug that is served."""
+    """The slug that the server serves."""
     prompt: str | None
-    """None where the model takes none."""
+    """None if the model takes no prompt."""
     width: int
     """Pixels."""
     height: int
     """Pixels."""
     fps: float
-    """Pictures that are shown a second."""
+    """Playback frame rate."""
     seed: int
-    """Of the noise."""
+    """Seed of the noise."""
     num_frames: int | None
     """Pixel frames after which the session is done; None: it continues until it is stopped."""
     num_inference_steps: int
-    """Denoising steps."""
+    """Number of denoising steps."""
     guidance_scale: float | None
     """None: without guidance."""
 
 
 class VideoStart(_Message):
-    """The session has begun, or continues."""
+    """The session has started or resumed."""
 
     type: Literal["video.start"] = "video.start"
     request_id: str
@@ -226,19 +226,19 @@ class VideoStart(_Message):
     first_frame: int = 0
     """Pixel frame of the first picture that follows."""
     codec: str | None = None
-    """As browsers name it, such as ``"avc1.42c01f"``; None for pictures."""
+    """Codec name for browsers, such as ``"avc1.42c01f"``; None for JPEG."""
     controls: dict[str, Any] | None
-    """JSON Schema of ``values`` of ``session.control``; None: nothing is controlled."""
+    """JSON Schema of ``values`` of ``session.control``; None: no controls."""
     prompts_change: bool
     """Whether ``session.interaction`` may carry a prompt."""
     commands: list[str]
-    """The messages for keeping and resetting that this session takes."""
+    """The commands (save, fork, rewind, reset) that this session accepts."""
     saved: list[str] = []
-    """Names that ``session.rewind`` takes."""
+    """Names that ``session.rewind`` accepts."""
 
 
 class VideoQueued(_Message):
-    """All places are taken; the session begins when one is free."""
+    """All places are taken; the session starts when one is free."""
 
     type: Literal["video.queued"] = "video.queued"
     request_id: str
@@ -247,7 +247,7 @@ class VideoQueued(_Message):
 
 
 class VideoChunk(_Message):
-    """What the next binary frame, or the next picture of a media track, holds."""
+    """Metadata of the next binary frame, or of the next picture of a media track."""
 
     type: Literal["video.chunk_metadata"] = "video.chunk_metadata"
     request_id: str
@@ -255,25 +255,25 @@ class VideoChunk(_Message):
     transport_chunk_index: int
     """Counts the pictures of this connection."""
     generation_chunk_index: int
-    """The AR step that made it."""
+    """The AR step that generated it."""
     num_frames: int
     byte_length: int
-    """Of the binary frame; 0 over WebRTC."""
+    """Size of the binary frame; 0 over WebRTC."""
     started_event_ids: list[str] = []
     active_event_ids: list[str] = []
     completed_event_ids: list[str] = []
     first_frame: int
-    """Pixel frame of the first picture in it, counted from the beginning of the session's video."""
+    """Pixel frame of its first picture, counted from the start of the session's video."""
     key: bool = True
-    """Whether decoding can begin here."""
+    """Whether decoding can start here."""
     epoch: int = 0
-    """Raised by reset and rewind: nothing of an earlier epoch is worth showing any more."""
+    """Incremented by reset and rewind; pictures of earlier epochs are outdated."""
     media_timestamp: int | None = None
-    """Over WebRTC: the picture's RTP timestamp less that of the connection's first picture."""
+    """Over WebRTC: the picture's RTP timestamp minus that of the connection's first picture."""
 
 
 class Queued(_Message):
-    """An event was accepted and not yet applied."""
+    """An event was accepted but not yet applied."""
 
     type: Literal["session.interaction.queued"] = "session.interaction.queued"
     request_id: str
@@ -308,23 +308,23 @@ class Status(_Message):
     request_id: str
     state: Literal["running", "paused", "parked", "waiting"]
     frames_per_second: float
-    """Generated over the last seconds."""
+    """Frames generated per second, over the last seconds."""
     chunk_ms: dict[str, float]
-    """Milliseconds of the last chunk by stage."""
+    """Time of each stage of the last chunk, in milliseconds."""
     key_to_photon_p50_ms: float | None
     key_to_photon_p99_ms: float | None
     unshown_frames: int
-    """Sent and not yet receipted."""
+    """Frames sent for which there is no receipt yet."""
     sessions: int
-    """That share the device."""
+    """Sessions that share the device."""
     queued: int
     device_bytes: int | None
-    """In use on the device; None on a CPU."""
+    """Memory in use on the device; None on a CPU."""
     host_bytes: int
 
 
 class Pong(_Message):
-    """Answers a ping."""
+    """Reply to a ping."""
 
     type: Literal["session.pong"] = "session.pong"
 
@@ -360,14 +360,14 @@ class Error(_Message):
     request_id: str | None = None
     event_id: str | None = None
     allowed: Any = None
-    """The values that would have been taken."""
+    """The values that would have been accepted."""
 
 
 ServerMessage = Annotated[
     VideoStart | VideoQueued | VideoChunk | Queued | Applied | Kept | Status | Pong | Done | Error,
     Field(discriminator="type"),
 ]
-"""Whatever the server may send as text."""
+"""Any text message of the server."""
 
 CLIENT_MESSAGE: TypeAdapter[Any] = TypeAdapter(ClientMessage)
 SERVER_MESSAGE: TypeAdapter[Any] = TypeAdapter(ServerMessage)

@@ -1,4 +1,4 @@
-"""Control logs: what a user did in a live session, and when."""
+"""Control logs: the inputs of a user in a live session, with their times."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ from flashdreams.runtime.text import read_text, reason_of
 from flashdreams.serving.client import LiveClient
 
 MAX_LOG_BYTES = 2**24
-"""Largest control log: some 200,000 messages."""
+"""Maximum size of a control log: about 200,000 messages."""
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,17 @@ class Logged:
     at: float
     """Seconds after the first picture."""
     message: Mapping[str, Any]
-    """Of the protocol; events get identifiers of their own."""
+    """A message of the protocol; events get new identifiers."""
 
 
 def read_log(path: Path) -> list[Logged]:
     """Read a control log: JSON lines such as ``{"t": 1.5, "keys": "w"}``.
 
-    A line with ``"type"`` is a message of the protocol; of any other, all but ``"t"`` are the
-    values of a ``session.control``.
+    A line with ``"type"`` is a message of the protocol; in any other line, all fields but ``"t"``
+    are values of a ``session.control``.
 
     Raises:
-        ValueError: a line is none of these, and named; or the file cannot be read.
+        ValueError: a line is neither, and is named; or the file cannot be read.
     """
     try:
         lines = read_text(path, MAX_LOG_BYTES, "utf-8-sig").splitlines()
@@ -50,10 +50,10 @@ def parse_line(line: str, place: str) -> Logged:
 
     Args:
         line: JSON.
-        place: of the line, for an error.
+        place: position of the line, for an error.
 
     Raises:
-        ValueError: it is no such line.
+        ValueError: it is not such a line.
     """
     try:
         fields = json.loads(line)
@@ -72,7 +72,7 @@ async def replay(client: LiveClient, log: Sequence[Logged], begin: float) -> Non
     """Send the messages of a log when they are due.
 
     Args:
-        client: of a session that has begun.
+        client: client with a started session.
         log: in any order.
         begin: ``time.monotonic`` of the first picture.
     """

@@ -1,4 +1,4 @@
-"""What a server keeps of its sessions on disk, so that another process continues with them."""
+"""State of sessions on disk, from which another process can continue them."""
 
 import functools
 import glob
@@ -26,32 +26,32 @@ _SESSION = re.compile(r"[\w-]{16,64}", re.ASCII)
 _SNAPSHOT = re.compile(r"state-(\d{8})")
 _OPENING = "opening.safetensors"
 _IN_USE = ".in-use"
-"""Locked while a server lives; on a file system without locks nobody is waited for."""
+"""File that a running server locks; without file locks no server waits for another."""
 ADOPT_S = 30.0
-"""How long a server that ends may take to write its sessions, as those who come for them see it."""
+"""How long a server that takes over a session waits for the old one to write it."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A session that an earlier process has left."""
+    """A session that an earlier process saved."""
 
     session: str
     snapshot: Path
-    """The newest that is whole."""
+    """The newest complete snapshot."""
     number: int
-    """Of the snapshot."""
+    """Number of the snapshot."""
     run: dict[str, Any]
     """From `flashdreams.serving.live.LiveSession.to_json`."""
     tensors: dict[str, Tensor]
-    """That the session began with."""
+    """Initial tensors of the session."""
     saves: list[str]
-    """Names of its own snapshots."""
+    """Names of the snapshots that its client saved."""
 
 
 class SessionFolder:
-    """``<state_dir>/<session>``: its newest snapshot ``state-<n>``, what it began with, ``saves``.
+    """``<state_dir>/<session>``: its newest snapshot ``state-<n>``, its initial tensors, ``saves``.
 
-    On rank zero. A session's name is its token, so nobody else may list the folder.
+    On rank zero. A session's name is its token, so only the owner may list the folder.
     """
 
     def __init__(self, root: Path, pipeline: Any) -> None:
@@ -59,10 +59,10 @@ class SessionFolder:
 
         Args:
             root: the folder.
-            pipeline: config of the one that serves; snapshots of others are left alone.
+            pipeline: config of the served pipeline; snapshots of other pipelines are not touched.
 
         Raises:
-            OSError: it cannot be made.
+            OSError: it cannot be created.
         """
         self.root = root
         self._pipeline = pipeline
@@ -70,14 +70,14 @@ class SessionFolder:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def snapshot_path(self, session: str, number: int) -> Path:
-        """Where a snapshot goes."""
+        """Path of a snapshot."""
         return self.root / session / f"state-{number:08d}"
 
     def keep_opening(self, session: str, tensors: dict[str, Tensor]) -> bool:
-        """Write what a session began with, once, for a reset after a restart.
+        """Write the initial tensors of a session, once, for a reset after a restart.
 
         Returns:
-            Whether it is there; if not the log says why.
+            Whether they are on disk; if not, the reason is logged.
         """
         from safetensors.torch import save
 
@@ -93,7 +93,7 @@ class SessionFolder:
         return True
 
     def forget_older(self, newest: Path) -> None:
-        """Delete the snapshots of a session but its newest; those that stay are said."""
+        """Delete all snapshots of a session but the newest; failures are logged."""
         try:
             paths = list(newest.parent.iterdir())
         except OSError as error:
@@ -104,13 +104,13 @@ class SessionFolder:
                 self._remove(path)
 
     def forget(self, session: str) -> None:
-        """Delete all that is kept of a session; what stays is said."""
+        """Delete all data of a session; failures are logged."""
         self._remove(self.root / session)
 
     def find(self) -> list[Kept]:
-        """The sessions that can be gone on with.
+        """The sessions that can be continued.
 
-        What is damaged, or of another method, is said and stays as it is.
+        Damaged snapshots and those of other methods are logged and not changed.
         """
         remove_unfinished(self.root)
         found = []
@@ -123,14 +123,14 @@ class SessionFolder:
         return found
 
     def read(self, session: str) -> Kept | None:
-        """A session of this folder that can be gone on with; None: there is no snapshot of it."""
+        """A session of this folder that can be continued; None: there is no snapshot of it."""
         return self._read(self.root / session)
 
     def claim(self) -> None:
-        """Show other servers that this one lives, and has the sessions of its folder.
+        """Lock the folder, so that other servers do not take over its sessions.
 
         Raises:
-            ValueError: another server has them.
+            ValueError: another server holds the lock.
             OSError: the folder cannot be written.
         """
         try:
@@ -141,18 +141,18 @@ class SessionFolder:
             ) from error
 
     def give_up(self) -> None:
-        """All is on disk: another server may take the sessions over."""
+        """Release the lock: all sessions are on disk, and another server may take them over."""
         if self._claim is not None:
             self._claim.close()
 
     def adopt(self, session: str, among: Path) -> Kept | None:
         """Take over a session from the folder of another server.
 
-        Its folder is renamed, so that of several servers one gets it. A server that still runs, or
-        writes its sessions before it ends, is waited for: until then it has the session.
+        Its folder is renamed, so that only one of several servers gets it. If the other server
+        still runs or is writing its sessions, this waits until it has ended.
 
         Args:
-            session: its identifier, as a client gives it.
+            session: its identifier, as sent by a client.
             among: folder of the servers' folders.
 
         Returns:
@@ -161,7 +161,7 @@ class SessionFolder:
         Raises:
             Refused: the other server still has it.
         """
-        if not _SESSION.fullmatch(session):  # before it is taken for the name of a folder
+        if not _SESSION.fullmatch(session):  # before it is used as the name of a folder
             return None
         for folder in sorted(among.glob(f"*/{glob.escape(session)}")):
             if folder.parent == self.root:
@@ -223,7 +223,7 @@ class SessionFolder:
 
 
 def _await_end(folder: Path) -> None:
-    """Wait until no server has a folder of sessions."""
+    """Wait until no server holds the lock of a folder of sessions."""
     limit = time.monotonic() + ADOPT_S
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Who has the next turn, and when: earliest deadline first, no earlier than needed."""
+"""Scheduling of AR steps: earliest deadline first, no earlier than needed."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,32 +10,32 @@ class Candidate:
 
     session: str
     unshown_s: float
-    """How long what it has will last; 0: it is dry."""
+    """Playback time of its unshown pictures; 0: it has none left."""
     step_s: float
-    """What its AR step takes."""
+    """Duration of its AR step."""
     last_turn: float
-    """Time at which its last turn began; of several that are dry the longest ago goes first."""
+    """Time of its last turn; among sessions without pictures the longest ago goes first."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Who is next."""
+    """The next session."""
 
     session: str
     wait_s: float
-    """Until the turn should begin; 0: now."""
+    """Time until the turn should start; 0: now."""
 
 
 def choose(candidates: Iterable[Candidate], margin_s: float) -> Choice | None:
-    """The session that runs dry first, and how long its AR step may wait.
+    """The session that runs out of pictures first, and how long its AR step may wait.
 
-    A step that begins later than ``unshown_s - step_s`` lets its session run dry; where several
-    sessions are about to, the steps before it take their time as well. None of them begins more
-    than ``margin_s`` earlier, so that it knows of the latest events.
+    If a step starts later than ``unshown_s - step_s``, its session runs out of pictures. If several
+    sessions are about to, the steps before it have to fit in as well. No step starts more than
+    ``margin_s`` earlier than needed, so that it sees the latest events.
 
     Args:
         candidates: sessions that want a turn.
-        margin_s: for what takes longer than it did.
+        margin_s: reserve for steps that take longer than before.
 
     Returns:
         None without candidates.
@@ -45,6 +45,6 @@ def choose(candidates: Iterable[Candidate], margin_s: float) -> Choice | None:
         return None
     latest = float("inf")
     for candidate in reversed(order):
-        # It has to be over when its session runs dry, and when the one after it has to begin.
+        # It must end before its session runs out of pictures and before the next step must start.
         latest = min(latest, max(0.0, candidate.unshown_s)) - candidate.step_s
     return Choice(order[0].session, max(0.0, latest - margin_s))

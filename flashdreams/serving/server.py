@@ -1,4 +1,4 @@
-"""A method that is served, assembled on every rank from its runner."""
+"""A served method, assembled on every rank from its runner."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,10 +25,10 @@ from flashdreams.serving.turns import Turns
 
 
 def check_served(config: Any) -> None:
-    """Refuse a method that cannot be served; asked before anything is loaded.
+    """Refuse a method that cannot be served; called before anything is loaded.
 
     Raises:
-        ValueError: says what its runner lacks.
+        ValueError: its runner lacks something, which the message names.
     """
     kind, name = getattr(config, "_target", None), getattr(config, "runner_name", "it")
     if not isinstance(kind, type) or not issubclass(kind, Runner):
@@ -43,22 +43,22 @@ def check_served(config: Any) -> None:
 
 
 class Server:
-    """The sessions of one method on this rank; on rank zero with their host.
+    """The sessions of one method on this rank; on rank zero also their host.
 
-    ``host`` is for the web side; it is None on other ranks.
+    ``host`` is for the web server; it is None on other ranks.
     """
 
     def __init__(self, runner: Runner[Any, Any], limits: ServingLimits) -> None:
-        """Try a session and prepare for others; a collective call.
+        """Run the trial session and prepare for others; a collective call.
 
         Args:
-            runner: set up; its recorder is taken off.
-            limits: of the server.
+            runner: set up; its recorder is removed.
+            limits: limits of the server.
 
         Raises:
             ValueError: too little memory for the requested sessions, or the method needs a control
                 input and its runner has no controller.
-            OSError: the folder of snapshots cannot be made.
+            OSError: the folder of snapshots cannot be created.
         """
         self.runner = runner
         runner.serve()
@@ -120,7 +120,7 @@ class Server:
 def encode_texts(
     pipeline: StreamInferencePipeline, conditions: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Conditions whose prompts are embeddings, so that no session encodes them; collective."""
+    """Encode the prompts of conditions, so that no session has to; a collective call."""
     encoder = pipeline.context_encoder
     found = dict(conditions)
     for name in ("text", "negative_text"):
@@ -139,11 +139,11 @@ def make_offer(
     """What is served.
 
     Args:
-        runner: of the method.
-        conditions: that its sessions begin with, before encoding.
-        trial: of one session.
+        runner: runner of the method.
+        conditions: initial conditions of its sessions, before encoding.
+        trial: measurements of one session.
         prompts_change: whether other prompts can be encoded.
-        controller: of its sessions.
+        controller: controller of its sessions.
     """
     pipeline, config = runner.pipeline, runner.config
     model = pipeline.diffusion_model

@@ -1,4 +1,4 @@
-"""Logs of served sessions, in the form that ``flashdreams-run --replay`` reads."""
+"""Logs of served sessions, in the format of ``flashdreams-run --replay``."""
 
 import base64
 import hashlib
@@ -22,7 +22,7 @@ from flashdreams.runtime.stats import sha256_of
 from flashdreams.runtime.transfer import copy_to_host
 
 MAX_COPIES = 4
-"""Latents that are copied to the host and not hashed yet; the loop waits for the oldest beyond."""
+"""Maximum number of copied latents not yet hashed; beyond it the loop waits for the oldest."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,18 +30,18 @@ logger = logging.getLogger(__name__)
 class SessionLogs:
     """One file for each session: ``log_<slug>_<hash of its token>.jsonl``; on rank zero.
 
-    What a session was told between AR steps has lines of its own, with the number of its next turn.
-    A save is logged as a fork, so that a replay leaves no snapshots behind. One thread hashes
-    latents and writes; an error ends the log of that session and not the session.
+    Commands between AR steps have separate lines with the number of the next turn. A save is
+    logged as a fork, so that a replay leaves no snapshots behind. One thread hashes latents and
+    writes the logs; an error ends the log of that session, not the session.
     """
 
     def __init__(self, runner: Runner[Any, Any], folder: Path, kept: int) -> None:
-        """Prepare; nothing is written.
+        """Store the arguments; writes nothing.
 
         Args:
-            runner: of the method that is served.
-            folder: of the logs; made for the first one.
-            kept: logs that stay, the newest; of those in use none is deleted.
+            runner: runner of the served method.
+            folder: folder of the logs; created with the first log.
+            kept: number of logs to keep, newest first; logs in use are never deleted.
         """
         self.runner, self.folder, self.kept = runner, folder, kept
         self._logs: dict[str, RunLog] = {}
@@ -49,7 +49,7 @@ class SessionLogs:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="session-log")
 
     def path(self, session: str) -> Path:
-        """Of a session's log; its name does not tell the token."""
+        """Path of a session's log; it does not reveal the token."""
         name = hashlib.sha256(session.encode()).hexdigest()[:16]
         return self.folder / f"log_{self.runner.config.runner_name}_{name}.jsonl"
 
@@ -57,9 +57,9 @@ class SessionLogs:
         """Log a session from its first turn on.
 
         Args:
-            session: that has made no AR step.
-            prompt: its own; None: the server's.
-            tensors: ``text`` and ``image`` that it brought.
+            session: a session before its first AR step.
+            prompt: its own prompt; None: the server's.
+            tensors: its own ``text`` and ``image``.
         """
         self.flush()
         self._forget_old()
@@ -68,7 +68,7 @@ class SessionLogs:
         session.on_turn = lambda number, turn: self._note_turn(session.name, number, turn)
 
     def resume(self, session: Session) -> None:
-        """Continue the log of a session that was resumed; what came after ``turns`` is lost."""
+        """Continue the log of a resumed session; lines after its ``turns`` are dropped."""
         self.flush()
         log = RunLog(self.path(session.name), dict)
         try:
@@ -80,7 +80,7 @@ class SessionLogs:
         session.on_turn = lambda number, turn: self._note_turn(session.name, number, turn)
 
     def note(self, session: Session, command: Command) -> None:
-        """A command was carried out between AR steps."""
+        """Log a command that was carried out between AR steps."""
         told = replace(command, kind="fork") if command.kind == "save" else command
         row = turn_row(session.turns, session.cache.next_index, (told,)) | {"between_steps": True}
         self._thread.submit(self._append, session.name, row)
@@ -91,7 +91,7 @@ class SessionLogs:
             self._thread.submit(self._append, session, row)
 
     def note_step(self, session: Session, step: Step) -> None:
-        """Have the latent of an AR step hashed."""
+        """Queue the latent of an AR step for hashing."""
         latent, number = step.cache.latent, session.turns - 1
         if session.name not in self._logs or latent is None:
             return
@@ -122,11 +122,11 @@ class SessionLogs:
             self._close(session)
 
     def close(self, session: str) -> None:
-        """The session has left the device; its log may be gone on with by ``resume``."""
+        """End the log of a session that left the device; ``resume`` can continue it."""
         self._thread.submit(self._close, session)
 
     def flush(self) -> None:
-        """Wait until all is written."""
+        """Wait until everything is written."""
         self._thread.submit(lambda: None).result()
 
     def _close(self, session: str) -> None:
@@ -143,7 +143,7 @@ class SessionLogs:
         return header | {"opening": opening, "served": True}
 
     def _forget_old(self) -> None:
-        """Delete the oldest logs, so that one more fits."""
+        """Delete the oldest logs to make room for one more."""
         busy = {log.path for log in self._logs.values()}
         found = sorted(self.folder.glob("log_*.jsonl"), key=_age) if self.folder.is_dir() else []
         free = [path for path in found if path not in busy]

@@ -1,4 +1,4 @@
-"""AR steps: whose turn it is, and how its pictures come to the client."""
+"""AR steps: which session is next, and delivery of its pictures to the client."""
 
 import logging
 import math
@@ -16,30 +16,30 @@ from flashdreams.serving.orders import Order
 from flashdreams.serving.schedule import Candidate, choose
 
 MAX_IN_FLIGHT = 2
-"""AR steps that the device may have before it: one that runs and one behind it."""
+"""Maximum number of AR steps queued on the device: one running and one waiting."""
 IDLE_S = 0.25
-"""How long nobody wants a turn, before it is asked again."""
+"""Interval between checks while no session wants a turn."""
 PICTURES_LOST = "Its frames were lost; see the server's log."
 
 logger = logging.getLogger(__name__)
 
 
 class Turns:
-    """Gives the next turn to the session that is about to run dry; on rank zero's main thread."""
+    """Gives the next turn to the most urgent session; on rank zero's main thread."""
 
     def __init__(self, dispatcher: Dispatcher, *, streams: bool) -> None:
-        """Prepare.
+        """Store the arguments.
 
         Args:
-            dispatcher: gives the orders.
-            streams: whether sessions go on after their first chunk.
+            dispatcher: sends the orders.
+            streams: whether sessions continue after their first chunk.
         """
         self.dispatcher, self.host = dispatcher, dispatcher.host
         self._streams = streams
         self._delivered_at = 0.0
 
     def next(self) -> Callable[[], Any] | float:
-        """The AR step that is due, or for how many seconds none is."""
+        """The AR step that is due, or the seconds until one may be."""
         with self.host.lock:
             lives = {live.id: live for live in self.host.sessions.values() if live.runs}
             in_flight = sum(live.in_flight for live in self.host.sessions.values())
@@ -67,7 +67,7 @@ class Turns:
         applied = tuple(command.id for command in turn.commands if command.id)
         try:
             self._send(live, session, step, applied, began)
-        except Exception as error:  # pictures need memory, on rank zero alone
+        except Exception as error:  # pictures need memory, only on rank zero
             logger.exception("The pictures of a session cannot be sent.")
             raise OrderError(for_people(error)) from error
 
@@ -79,7 +79,7 @@ class Turns:
         applied: tuple[str, ...],
         began: float,
     ) -> None:
-        """Have the pictures of a step delivered."""
+        """Queue the pictures of a step for delivery."""
         assert step.chunk is not None, "rank zero decodes"
         pictures, frames = Pictures(step.chunk), step.chunk.shape[1]
         with self.host.lock:
@@ -128,7 +128,7 @@ class Turns:
 
 
 def _unshown_s(listener: Listener | None) -> float:
-    """How long a client's pictures last; a listener that fails to say it gets no more."""
+    """Playback time of a client's unshown pictures; infinite if the listener fails."""
     try:
         return 0.0 if listener is None else max(0.0, listener.unshown_seconds())
     except Exception:
@@ -137,7 +137,7 @@ def _unshown_s(listener: Listener | None) -> float:
 
 
 def _stage_ms(session: Session) -> dict[str, float]:
-    """Times of the last AR step that has all of them."""
+    """Stage times of the last AR step for which all are known."""
     timer = session.cache.timer
     for record in reversed(timer.records[-3:]):
         if timer.has_all_times(record):

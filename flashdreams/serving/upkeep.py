@@ -1,4 +1,4 @@
-"""What is due by the clock: pausing, parking, ending and saving what nobody looks at."""
+"""Timed work: pausing, parking, ending and saving of idle sessions."""
 
 import math
 from dataclasses import dataclass
@@ -8,26 +8,26 @@ from flashdreams.serving.host import LiveHost
 from flashdreams.serving.live import LiveSession
 
 QUEUED_S = 30.0
-"""Seconds for which a client that has gone keeps its position in the queue."""
+"""Seconds for which a disconnected client keeps its position in the queue."""
 PARK_SOON_S = 3.0
-"""Seconds of pause after which a session is parked if others wait for its place."""
+"""Seconds of pause after which a session is parked if others wait for a place."""
 
 
 @dataclass(frozen=True)
 class Due:
-    """Something that is to be done with a session now."""
+    """A task that is due for a session."""
 
     kind: Literal["pause", "park", "end", "snapshot"]
     live: LiveSession
     reason: str = ""
-    """Of an end, for people."""
+    """Why the session ends, as a message for the client."""
 
 
 def next_upkeep(host: LiveHost, now: float, *, keeps: bool) -> Due | None:
-    """What is due first; the host's lock is held.
+    """The task that is due first; the host's lock is held.
 
     Args:
-        host: with its sessions and limits.
+        host: the host, with its sessions and limits.
         now: ``time.monotonic``.
         keeps: whether sessions can be parked and saved.
     """

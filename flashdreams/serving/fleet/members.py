@@ -1,4 +1,4 @@
-"""The servers of a fleet: which there are, how they are, and which of them has a session."""
+"""The servers of a fleet: discovery, health, and which of them has a session."""
 
 import asyncio
 import glob
@@ -11,23 +11,23 @@ from typing import Any
 
 ADDRESS = "server.json"
 PROBE_S = 2.0
-"""After which a server that does not answer is taken for lost."""
+"""Timeout after which a server counts as lost."""
 _TOKEN = re.compile(r"[\w-]{16,64}", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Member:
-    """A server, as it announces itself in its folder."""
+    """A server's announcement in its folder."""
 
     name: str
-    """Of its folder; tokens of its sessions begin with it."""
+    """Name of its folder; tokens of its sessions start with it."""
     url: str
-    """Without a slash at its end."""
+    """URL without a trailing slash."""
     token: str
-    """That it asks for."""
+    """Token that it requires."""
 
     def announce(self, root: Path) -> None:
-        """Write the address into the server's folder; nobody else may read it."""
+        """Write the address into the server's folder, readable by the owner only."""
         folder = root / self.name
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = folder / f".{ADDRESS}.part"
@@ -36,13 +36,13 @@ class Member:
         path.rename(folder / ADDRESS)
 
     def withdraw(self, root: Path) -> None:
-        """Take the address away: the server has ended."""
+        """Remove the address after the server has ended."""
         (root / self.name / ADDRESS).unlink(missing_ok=True)
 
 
 @dataclass
 class Health:
-    """What a server has said when it was asked last."""
+    """A server's last answer to a health check."""
 
     ready: bool = False
     sessions: int = 0
@@ -52,15 +52,15 @@ class Health:
 
     @property
     def load(self) -> float:
-        """Sessions for each place."""
+        """Sessions per place."""
         return (self.sessions + self.queued) / max(1, self.places)
 
 
 class Fleet:
-    """The servers whose folders are in one that all share; belongs to an event loop's thread."""
+    """The servers with folders in a shared root folder; used from one event loop's thread."""
 
     def __init__(self, root: Path) -> None:
-        """Begin without servers.
+        """Start without servers.
 
         Args:
             root: ``--adopt-from`` of the servers.
@@ -70,10 +70,10 @@ class Fleet:
         self.health: dict[str, Health] = {}
 
     async def refresh(self, client: Any) -> None:
-        """Ask all servers how they are.
+        """Check the health of all servers.
 
         Args:
-            client: of httpx.
+            client: an httpx client.
         """
         found = await asyncio.to_thread(read_members, self.root)
         answers = await asyncio.gather(*(probe(client, member) for member in found))
@@ -81,15 +81,15 @@ class Fleet:
         self.health = dict(zip(self.members, answers, strict=True))
 
     def lost(self, member: Member) -> None:
-        """A server did not answer; it gets nothing until it is asked again."""
+        """Mark a server that did not answer; it gets no requests until the next health check."""
         self.health.pop(member.name, None)
 
     def is_ready(self, name: str) -> bool:
-        """Whether a server takes sessions."""
+        """Whether a server accepts sessions."""
         return name in self.health and self.health[name].ready
 
     async def of_session(self, token: str) -> Member | None:
-        """The server for a session: the one that has it, else one that can take it over."""
+        """The server that has a session, or else one that can take it over."""
         first = [name for name in self.members if token.startswith(f"{name}-")]
         owner = await asyncio.to_thread(find_folder, self.root, token)
         for name in (owner, *first):
@@ -98,28 +98,28 @@ class Fleet:
         return self.least_loaded()
 
     def least_loaded(self) -> Member | None:
-        """The server for a new session; None: none is ready."""
+        """The server for a new session; None: no server is ready."""
         ready = [name for name in self.members if self.is_ready(name)]
         if not ready:
             return None
         name = min(ready, key=lambda name: (self.health[name].load, name))
-        self.health[name].sessions += 1  # until it is asked again
+        self.health[name].sessions += 1  # until the next health check
         return self.members[name]
 
     def has_place(self, but: str) -> bool:
-        """Whether a server beside this one could begin a session at once."""
+        """Whether another server could start a session at once."""
         return any(
             health.ready and name != but and health.sessions + health.queued < health.places
             for name, health in self.health.items()
         )
 
     def total(self, field: str) -> int:
-        """Of all servers that are ready."""
+        """Sum of a figure over all servers that are ready."""
         return sum(getattr(health, field) for health in self.health.values() if health.ready)
 
 
 def read_members(root: Path) -> list[Member]:
-    """The servers that have announced themselves."""
+    """The servers that have announced their address."""
     found = []
     for path in sorted(root.glob(f"*/{ADDRESS}")):
         try:
@@ -131,14 +131,14 @@ def read_members(root: Path) -> list[Member]:
 
 
 def find_folder(root: Path, token: str) -> str | None:
-    """Name of the server in whose folder a session is; None: in no one's."""
+    """Name of the server in whose folder a session is; None: there is none."""
     if not _TOKEN.fullmatch(token):
         return None
     return next((path.parent.name for path in root.glob(f"*/{glob.escape(token)}")), None)
 
 
 async def probe(client: Any, member: Member) -> Health:
-    """How a server is; one that does not answer is not ready."""
+    """Health of a server; one that does not answer is not ready."""
     import httpx
     from prometheus_client.parser import text_string_to_metric_families
 

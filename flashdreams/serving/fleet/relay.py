@@ -1,4 +1,4 @@
-"""A proxy in front of a fleet: HTTP and WebSocket, each session to the server that has it."""
+"""A proxy in front of a fleet: routes HTTP and WebSocket to the server with the session."""
 
 import asyncio
 import contextlib
@@ -22,11 +22,11 @@ from flashdreams.serving.web.welcome import keep_token
 logger = logging.getLogger(__name__)
 
 REFRESH_S = 1.0
-"""Between two looks at the servers."""
+"""Interval between health checks, in seconds."""
 MAX_SERVERS = 64
-"""Servers that a socket tries, or waits at, before it is refused."""
+"""Maximum number of servers that a socket tries or waits at, before it is refused."""
 WAITING_PICTURES = 2
-"""Messages of a server that wait here for a client; the others wait where they can be left out."""
+"""Messages buffered here per client; the rest waits in the server, which can drop frames."""
 _SESSION_PATH = re.compile(r"v1/sessions/([^/]+)")
 _KEPT_HEADERS = ("content-type", "x-flashdreams-step", "etag", "last-modified")
 _LOST = Error(message="The server was lost; resume the session.", code="draining")
@@ -34,11 +34,11 @@ _NONE = Error(message="No server is ready yet.", code="not_ready")
 
 
 def create_relay(fleet: Fleet, settings: WebSettings) -> FastAPI:
-    """The application in front of the servers.
+    """The proxy application in front of the servers.
 
     Args:
         fleet: the servers.
-        settings: the token that clients need, and the origins and names that are allowed.
+        settings: the token that clients need, and the allowed origins and host names.
     """
     import httpx
 
@@ -76,7 +76,7 @@ async def _watch(fleet: Fleet, client: Any) -> None:
         await asyncio.sleep(REFRESH_S)
         try:
             await fleet.refresh(client)
-        except Exception:  # what was known before still holds
+        except Exception:  # keep the earlier results
             logger.exception("the servers cannot be asked how they are")
 
 
@@ -103,7 +103,7 @@ def _add_probes(app: FastAPI, fleet: Fleet) -> None:
 
 
 async def _relay_request(path: str, request: Request, fleet: Fleet) -> Response:
-    """Hand a request on; one that no server has taken goes to the next one."""
+    """Forward a request; if a server is unreachable, try the next one."""
     import httpx
 
     body = await request.body()
@@ -122,7 +122,7 @@ async def _relay_request(path: str, request: Request, fleet: Fleet) -> Response:
         except httpx.ConnectError:
             fleet.lost(member)
             continue
-        except httpx.HTTPError:  # it may have been carried out: the client decides
+        except httpx.HTTPError:  # it may have been executed, so the client decides
             fleet.lost(member)
             return JSONResponse(_LOST.model_dump(include={"code", "message"}), 503)
         kept = {n: answer.headers[n] for n in _KEPT_HEADERS if n in answer.headers}
@@ -153,11 +153,11 @@ async def _relay_socket(socket: WebSocket, fleet: Fleet, guard: Guard) -> None:
 
 
 async def _converse(socket: WebSocket, fleet: Fleet, member: Member, first: str) -> bool:
-    """Pass messages on in both directions until one side has gone.
+    """Forward messages in both directions until one side disconnects.
 
     Returns:
-        False: another server is better, since this one cannot be reached, or has the client wait
-        while others have places.
+        False: try another server, because this one cannot be reached, or has the client wait while
+        others have places.
     """
     from websockets.asyncio.client import connect
     from websockets.exceptions import ConnectionClosed, WebSocketException
@@ -195,13 +195,13 @@ async def _converse(socket: WebSocket, fleet: Fleet, member: Member, first: str)
 
 
 async def _await_place(fleet: Fleet, member: Member, waits: asyncio.Event) -> None:
-    """Until a client that waits at this server would have a place at another one."""
+    """Wait until a client that waits at this server would have a place at another one."""
     while not (waits.is_set() and fleet.has_place(member.name)):
         await asyncio.sleep(REFRESH_S / 2)
 
 
 async def _upwards(socket: WebSocket, upstream: Any) -> None:
-    """What the client sends; a client without a word loses its socket at the server too."""
+    """Forward the client's messages; when it disconnects, close the server's socket too."""
     from websockets.exceptions import ConnectionClosed
 
     with contextlib.suppress(WebSocketDisconnect, ConnectionClosed):
@@ -214,7 +214,7 @@ async def _upwards(socket: WebSocket, upstream: Any) -> None:
 
 
 async def _downwards(socket: WebSocket, upstream: Any, waits: asyncio.Event) -> None:
-    """What the server sends, and why it ends; ``waits`` is set while it has no place."""
+    """Forward the server's messages and close reason; ``waits`` is set while it has no place."""
     from websockets.exceptions import ConnectionClosed
 
     begun = False
@@ -244,7 +244,7 @@ async def _end(socket: WebSocket, error: Error, code: int) -> None:
 
 
 def _token_of(first: str) -> str | None:
-    """The token of a first message that takes a session up."""
+    """The token of a first message that resumes a session."""
     try:
         message = json.loads(first)
     except ValueError:

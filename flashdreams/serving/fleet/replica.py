@@ -1,4 +1,4 @@
-"""One server of a fleet, as a child of the process that looks after it."""
+"""One server of a fleet, as a child process of its supervisor."""
 
 import os
 import re
@@ -13,9 +13,9 @@ from pathlib import Path
 from flashdreams.serving.fleet.members import Member
 
 START_S = 1800.0
-"""For weights that have to be fetched."""
+"""Start timeout in seconds; long enough to download weights."""
 DRAIN_S = 40.0
-"""For sessions that are written to disk: the server itself takes at most 25 s, torchrun 30."""
+"""Stop timeout for writing sessions to disk: the server takes at most 25 s, torchrun 30."""
 _READY = re.compile(r"READY (http://\S+?)/ ")
 _DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
@@ -28,9 +28,9 @@ os.execvp(sys.argv[2], sys.argv[2:])
 
 
 class ServerProcess:
-    """``flashdreams-serve`` in a process of its own, or torchrun of it; in one of many ranks.
+    """``flashdreams-serve`` in a process of its own; under torchrun with several ranks.
 
-    It drains when it is asked to stop, and also when the process that began it dies.
+    It drains when it is asked to stop, and also when its parent process dies.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class ServerProcess:
         host: str = "127.0.0.1",
         ranks: int = 1,
     ) -> None:
-        """Start it; ``wait`` returns once it takes sessions.
+        """Start the process; ``wait`` returns once it accepts sessions.
 
         Args:
             words: the command line of ``flashdreams-serve`` without address, token and folders.
-            root: folder that all servers of the fleet share.
-            name: of this server; no other one has or had it.
-            host: address under which others reach it.
-            ranks: processes on this node, one for each GPU.
+            root: shared folder of all servers of the fleet.
+            name: name of this server; never used by another one.
+            host: address at which others reach it.
+            ranks: processes on this node, one per GPU.
         """
         self.root, self.name = root, name
         self._token = secrets.token_urlsafe(24)
@@ -73,10 +73,10 @@ class ServerProcess:
         threading.Thread(target=self._read, name="server-output", daemon=True).start()
 
     def wait(self, seconds: float = START_S) -> None:
-        """Until it takes sessions; then all of the fleet can find it.
+        """Wait until it accepts sessions; then the whole fleet can find it.
 
         Raises:
-            RuntimeError: it has ended, or takes longer; has its last lines.
+            RuntimeError: it has ended or takes longer; the message has its last lines.
         """
         if not self._ready.wait(seconds) or not self._url:
             self.stop()
@@ -85,20 +85,20 @@ class ServerProcess:
 
     @property
     def member(self) -> Member:
-        """Its address."""
+        """Its announcement."""
         return Member(self.name, self._url, self._token)
 
     def check(self) -> None:
-        """See whether it lives.
+        """Check that it is running.
 
         Raises:
-            RuntimeError: it has ended; has its last lines.
+            RuntimeError: it has ended; the message has its last lines.
         """
         if self._process.poll() is not None:
             raise RuntimeError(f"The server has ended:\n{''.join(self._tail)}")
 
     def stop(self) -> None:
-        """Have its sessions written to disk, and end it; nothing happens if it has ended."""
+        """Let it write its sessions to disk and end; no effect if it has ended."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             try:

@@ -1,4 +1,4 @@
-"""The sessions that the web side knows of, and what opens them."""
+"""Sessions as seen by the web server, and their opening."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ INTERNAL = "Internal server error; see the server's log."
 
 
 class Denied(Exception):
-    """A request that is answered by an error message."""
+    """A refused request; it is answered by an error message."""
 
     def __init__(self, error: Error) -> None:
         super().__init__(error.message)
@@ -33,30 +33,30 @@ class Denied(Exception):
 
 @dataclass
 class Session:
-    """One session, as the web side knows it."""
+    """One session as seen by the web server."""
 
     id: str
     feed: Feed
     config: StartConfig
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while a socket takes it up."""
+    """Held while a socket resumes it."""
 
 
 class Accounts:
-    """All sessions of a server; belongs to the event loop's thread."""
+    """All sessions of a server; used only on the event loop's thread."""
 
     def __init__(self, gate: Gate, settings: WebSettings, metrics: Metrics) -> None:
-        """Begin without sessions."""
+        """Start without sessions."""
         self.gate, self.settings, self.metrics = gate, settings, metrics
         self.sessions: dict[str, Session] = {}
         self.step_driven: Container[str] = ()
-        """Identifiers of the sessions of ``/v1/sessions``, which no socket takes up."""
+        """Identifiers of the sessions of ``/v1/sessions``, which sockets cannot resume."""
         self.conversations: set[Any] = set()
-        """Of the connections that are open."""
+        """Conversations of the open connections."""
 
     @property
     def full(self) -> bool:
-        """No more connections are taken."""
+        """Whether no more connections are accepted."""
         return len(self.conversations) >= self.settings.max_sockets
 
     @contextlib.contextmanager
@@ -71,10 +71,10 @@ class Accounts:
             self.metrics.sockets.set(len(self.conversations))
 
     async def finish_all(self, patience_s: float) -> None:
-        """Let all sockets end behind what waits for them.
+        """Send what is queued to all sockets, then close them.
 
         Args:
-            patience_s: after which those that are still open are left to themselves.
+            patience_s: maximum time to wait, in seconds; open sockets are then abandoned.
         """
         for conversation in self.conversations:
             conversation.outlet.finish()
@@ -83,10 +83,10 @@ class Accounts:
             await asyncio.sleep(0.01)
 
     def host(self) -> Host:
-        """The loop.
+        """The host.
 
         Raises:
-            Denied: there is none yet, or not any more.
+            Denied: there is none yet, or it has ended.
         """
         host = self.gate.host
         if host is None:
@@ -94,7 +94,7 @@ class Accounts:
         return host
 
     def absence(self) -> Error:
-        """Why there is no loop."""
+        """The error for requests while there is no host."""
         stops = self.gate.phase == "draining"
         return Error(message=self.gate.words(), code="draining" if stops else "not_ready")
 
@@ -102,10 +102,10 @@ class Accounts:
         """Open a session.
 
         Returns:
-            Its identifier, and the values that it runs with.
+            Its identifier and parameters.
 
         Raises:
-            Denied: it is not served like that, or there is no place.
+            Denied: its parameters are not served, or there is no place.
         """
         host = self.host()
         check_allowed(start, host.offer)
@@ -121,23 +121,23 @@ class Accounts:
 
     @contextlib.asynccontextmanager
     async def taking_up(self, id: str) -> AsyncIterator[Session]:
-        """A session by its token, which nobody else takes up meanwhile.
+        """A session by its token, locked against being resumed by others.
 
         Raises:
-            Denied: there is no loop, or the session is driven over HTTP.
+            Denied: there is no host, or the session is driven over HTTP.
         """
         while True:
             session = self._find(id)
             async with session.lock:
-                # Not if the socket before this one was refused: then others may have come since.
+                # Another socket may have registered a new session after an earlier one was refused.
                 if self.sessions.get(id) is session:
                     yield session
                     return
 
     def _find(self, id: str) -> Session:
-        """A session; one that a server before this one had gets a new feed.
+        """A session; one from an earlier server process gets a new feed.
 
-        It is registered at once, so that all who come for it meet in one feed.
+        It is registered at once, so that all clients that resume it share one feed.
         """
         host = self.host()
         if id in self.step_driven:
@@ -152,7 +152,7 @@ class Accounts:
         return session
 
     async def reap(self) -> None:
-        """Drop what no client comes back for, periodically."""
+        """Periodically drop data for which no client reconnects."""
         while True:
             await asyncio.sleep(self.settings.reap_s)
             self.forget_ended()
@@ -160,7 +160,7 @@ class Accounts:
                 session.feed.let_go()
 
     def forget_ended(self) -> None:
-        """Drop sessions that have ended and whose last frames no client fetches."""
+        """Drop ended sessions whose last frames no client fetches."""
         for id in [id for id, session in self.sessions.items() if session.feed.abandoned]:
             del self.sessions[id]
 
@@ -174,19 +174,19 @@ class Accounts:
 
 
 async def answered(function: Callable[..., T], *arguments: Any) -> T:
-    """Call what may take its time, in a thread.
+    """Call a function that may block, in a thread.
 
     Raises:
-        Denied: it was refused, or has failed.
+        Denied: it was refused or failed.
     """
     return await denying(asyncio.to_thread(function, *arguments))
 
 
 async def denying(call: Awaitable[T]) -> T:
-    """Await a call of the loop.
+    """Await a call of the host.
 
     Raises:
-        Denied: it was refused, or has failed.
+        Denied: it was refused or failed.
     """
     try:
         return await call
@@ -200,10 +200,10 @@ async def denying(call: Awaitable[T]) -> T:
 
 
 def check_allowed(start: SessionStart, offer: Offer) -> None:
-    """Refuse values that this server does not serve.
+    """Refuse parameters that this server does not serve.
 
     Raises:
-        Denied: with all the values that would have been taken.
+        Denied: with all accepted values.
     """
     allowed = {
         "model": offer.model,
@@ -232,7 +232,7 @@ def check_allowed(start: SessionStart, offer: Offer) -> None:
 
 
 def config_of(start: SessionStart, offer: Offer) -> StartConfig:
-    """The values that a session runs with."""
+    """The parameters of a session."""
     return StartConfig(
         model=offer.model,
         prompt=offer.prompt if start.prompt is None else start.prompt,

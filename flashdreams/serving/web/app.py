@@ -36,7 +36,7 @@ def create_app(host: Host | Gate, settings: WebSettings) -> FastAPI:
     """The application of one server.
 
     Args:
-        host: the loop of turns, or the gate behind which it will be.
+        host: the host, or the gate that will hold it.
         settings: addresses and limits.
     """
     gate = host if isinstance(host, Gate) else Gate(host)

@@ -1,4 +1,4 @@
-"""A chunk's pictures as one HTTP answer."""
+"""A chunk's pictures as one HTTP response."""
 
 import base64
 import io
@@ -13,21 +13,21 @@ from flashdreams.serving.web.codec import EncoderName, H264Encoder, JpegEncoder
 
 ChunkFormat = Literal["mp4", "npy", "jpeg"]
 STEP_HEADER = "X-Flashdreams-Step"
-"""Holds the step's figures as JSON where the body is a file."""
+"""Header with the step's figures as JSON, if the body is a file."""
 
 
 def chunk_answer(
     chunk: Chunk, step: dict[str, Any], format: ChunkFormat, fps: float, encoder: EncoderName
 ) -> Response:
-    """Encode a chunk; takes its time.
+    """Encode a chunk; blocks.
 
     Args:
-        chunk: of the loop.
+        chunk: chunk from the host.
         step: figures of the step, JSON values.
         format: ``"mp4"`` H.264; ``"npy"`` the uint8 array ``[F, height, width, 3]`` in NumPy's
             file format; ``"jpeg"`` JSON with a ``data:`` URL for each picture.
-        fps: of the video.
-        encoder: of H.264.
+        fps: frame rate of the video.
+        encoder: H.264 encoder.
 
     Raises:
         ValueError: there is no such encoder, or the size is odd.

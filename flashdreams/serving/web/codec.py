@@ -15,7 +15,7 @@ Format = Literal["m4s", "jpeg", "webrtc"]
 EncoderName = Literal["auto", "libx264", "h264_nvenc"]
 
 NO_KEYS = 2**30
-"""Pictures between key pictures that nobody asked for."""
+"""Maximum distance of key pictures, in pictures, without requests for one."""
 ONE_THREAD_PIXELS = 640 * 480
 JPEG_QUALITY = 85
 _OPTIONS: dict[str, dict[str, str]] = {
@@ -30,11 +30,11 @@ logger = logging.getLogger(__name__)
 
 
 class Encoder(ABC):
-    """Encodes the pictures of one client, in order, and wraps them for its transport."""
+    """Encodes the pictures of one client in order, and wraps them for its transport."""
 
     format: Format
     codec: str | None
-    """As browsers name it; None where each picture is a file."""
+    """Codec name for browsers; None if each picture is a file."""
 
     @abstractmethod
     def encode(self, pixels: np.ndarray, *, key: bool) -> tuple[bytes, bool]:
@@ -42,28 +42,28 @@ class Encoder(ABC):
 
         Args:
             pixels: ``[height, width, 3]`` uint8, RGB.
-            key: decoding has to be able to begin here.
+            key: whether decoding must be able to start here.
 
         Returns:
-            The picture, and whether decoding can begin here.
+            The encoded picture, and whether decoding can start here.
         """
 
     @abstractmethod
     def wrap(self, picture: bytes, *, key: bool) -> Any:
-        """What a transport gets for a picture of ``encode``; those left out are not wrapped.
+        """Wrap a picture of ``encode`` for the transport; dropped pictures are not wrapped.
 
-        May be called in another thread than ``encode``.
+        May be called from another thread than ``encode``.
         """
 
 
 class JpegEncoder(Encoder):
-    """Every picture a JPEG file."""
+    """Encodes every picture as a JPEG file."""
 
     format: Format = "jpeg"
     codec = None
 
     def encode(self, pixels: np.ndarray, *, key: bool) -> tuple[bytes, bool]:
-        """See the contract."""
+        """See `Encoder`."""
         from PIL import Image
 
         file = io.BytesIO()
@@ -76,16 +76,16 @@ class JpegEncoder(Encoder):
 
 
 class PlanesEncoder(Encoder):
-    """Pictures for a media track, which encodes by itself: no more than their planes, as YUV 4:2:0.
+    """Converts pictures to YUV 4:2:0 planes for a media track, which encodes them itself.
 
-    The colours are those of BT.601, which receivers of WebRTC assume.
+    Colours follow BT.601, which WebRTC receivers assume.
     """
 
     format: Format = "webrtc"
     codec = None
 
     def __init__(self, width: int, height: int) -> None:
-        """Begin.
+        """Create an encoder for one size.
 
         Args:
             width: in pixels, even.
@@ -99,12 +99,12 @@ class PlanesEncoder(Encoder):
             raise ValueError(text)
         from av.video.reformatter import VideoReformatter
 
-        self._to_yuv: Any = VideoReformatter()  # its stubs do not know names of colour spaces
+        self._to_yuv: Any = VideoReformatter()  # its stubs do not declare names of colour spaces
         self._threads = _threads(width, height)
         self._shape = (height * 3 // 2, width)
 
     def encode(self, pixels: np.ndarray, *, key: bool) -> tuple[bytes, bool]:
-        """See the contract; the receiver itself asks the track for key pictures."""
+        """See `Encoder`; the receiver requests key pictures from the track."""
         import av
 
         frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
@@ -122,9 +122,9 @@ class PlanesEncoder(Encoder):
 
 
 class H264Encoder(Encoder):
-    """Fragmented MP4 whose times are without gaps; the first picture brings ``ftyp`` and ``moov``.
+    """Fragmented MP4 with gapless timestamps; ``ftyp`` and ``moov`` precede the first picture.
 
-    It has no picture of delay: every call of ``encode`` gives the picture that it was given.
+    It has no frame delay: every call of ``encode`` returns the picture passed to it.
     """
 
     format: Format = "m4s"
@@ -135,11 +135,11 @@ class H264Encoder(Encoder):
         Args:
             width: in pixels, even.
             height: in pixels, even.
-            fps: pictures a second.
-            name: of PyAV; see `WebSettings.encoder`.
+            fps: frames per second.
+            name: encoder name in PyAV; see `WebSettings.encoder`.
 
         Raises:
-            ValueError: an odd size, or no such encoder can be opened.
+            ValueError: an odd size, or the encoder cannot be opened.
         """
         if width % 2 or height % 2:
             raise ValueError(f"H.264 needs even sizes; {width}x{height} is served as JPEG only.")
@@ -154,7 +154,7 @@ class H264Encoder(Encoder):
         self._wrapped = 0
 
     def encode(self, pixels: np.ndarray, *, key: bool) -> tuple[bytes, bool]:
-        """See the contract."""
+        """See `Encoder`."""
         import av
         from av.video.frame import PictureType
         from av.video.reformatter import Colorspace
@@ -172,7 +172,7 @@ class H264Encoder(Encoder):
         return avcc_sample(bytes(packets[0])), packets[0].is_keyframe
 
     def wrap(self, picture: bytes, *, key: bool) -> bytes:
-        """One fragment, behind ``ftyp`` and ``moov`` if it is the first."""
+        """One fragment; the first one follows ``ftyp`` and ``moov``."""
         time, self._wrapped = self._time(self._wrapped), self._wrapped + 1
         duration = self._time(self._wrapped) - time
         data = fragment(picture, number=self._wrapped, time=time, duration=duration, key=key)
@@ -188,7 +188,7 @@ def new_encoder(
     """An encoder for one client.
 
     Raises:
-        ValueError: it cannot encode pictures of this size, or is not there.
+        ValueError: it cannot encode pictures of this size, or is not available.
     """
     if format == "webrtc":
         return PlanesEncoder(width, height)
@@ -196,12 +196,12 @@ def new_encoder(
 
 
 def _threads(width: int, height: int) -> int:
-    """Of an encoder and of what converts its pictures; PyAV would take one for each core."""
+    """Threads of an encoder and of its colour conversion; PyAV's default is one per core."""
     return 1 if width * height <= ONE_THREAD_PIXELS else 2
 
 
 def _open(width: int, height: int, fps: float, name: EncoderName) -> tuple[Any, bytes]:
-    """A stream of PyAV with an open encoder, and ``ftyp`` and ``moov``."""
+    """A PyAV stream with an open encoder, and ``ftyp`` and ``moov``."""
     from av.error import FFmpegError
 
     names: tuple[str, ...] = (name,)

@@ -1,4 +1,4 @@
-"""The conversation with one client, from its first message to its last."""
+"""The conversation with one client, from its first to its last message."""
 
 import asyncio
 import contextlib
@@ -42,20 +42,20 @@ logger = logging.getLogger(__name__)
 
 STATUS_S = 1.0
 FLUSH_S = 2.0
-"""For the last messages of a socket."""
+"""Timeout for the last messages of a socket, in seconds."""
 _CLOSE_CODES = {"unauthorized": 1008, "draining": 1012, "not_ready": 1013, "queue_full": 1013}
 NORMAL, POLICY, INTERNAL_ERROR = 1000, 1008, 1011
 
 
 class Conversation:
-    """Reads what a client sends, and sees to it that its session ends or waits when it is gone."""
+    """Reads a client's messages; when it disconnects, its session waits or ends."""
 
     def __init__(self, transport: Transport, accounts: Accounts) -> None:
-        """Begin.
+        """Store the arguments.
 
         Args:
-            transport: an accepted WebSocket, or a peer connection that is being made.
-            accounts: of the server.
+            transport: an accepted WebSocket, or a peer connection that is being established.
+            accounts: sessions of the server.
         """
         self.transport, self.accounts = transport, accounts
         self.settings, self.metrics = accounts.settings, accounts.metrics
@@ -75,12 +75,12 @@ class Conversation:
 
     @property
     def feed(self) -> Feed:
-        """Of the session."""
+        """Feed of the session."""
         assert self.session is not None
         return self.session.feed
 
     async def run(self, guard: Guard) -> None:
-        """Carry it through; returns when the socket is closed."""
+        """Run the conversation; returns when the socket is closed."""
         writer = asyncio.create_task(self.outlet.run())
         last: Done | Error | None = None
         try:
@@ -135,7 +135,7 @@ class Conversation:
             return
         async with self.accounts.taking_up(first.token) as session:
             before = session.feed.outlet
-            if before is not None:  # told before its thread notices
+            if before is not None:  # send it before its thread notices
                 text = "The session was resumed by another connection."
                 before.post(Error(message=text, code="unknown_session"))
             session.feed.connect(self.outlet)
@@ -149,7 +149,7 @@ class Conversation:
             self.outlet.set_running()
 
     async def _attach(self, session: Session, from_frame: int) -> int:
-        """Have the loop go on; one that has made all its pictures may still have some here."""
+        """Resume the session in the host; a finished one may still have unsent pictures here."""
         if session.feed.end is not None:
             return from_frame
         accounts = self.accounts
@@ -169,10 +169,10 @@ class Conversation:
             raise
 
     async def _carry_on(self, writer: asyncio.Task[None]) -> Done | Error | None:
-        """Until the session or the socket ends.
+        """Run until the session or the socket ends.
 
         Returns:
-            The last message; None: nobody will read it.
+            The last message; None if the socket is gone.
         """
         assert self.session is not None
         requests = Requests(self.accounts.host(), self.session.id, self.feed)
@@ -195,12 +195,12 @@ class Conversation:
         except TooSlow:
             text = f"Nothing was read for {self.settings.slow_s:g} s."
             return Error(message=text, code="too_slow")
-        except OSError:  # it is gone
+        except OSError:  # disconnected
             return None
         return self._end()
 
     def _end(self) -> Done | Error | None:
-        """What is said when nothing more is to be sent."""
+        """The last message, once everything else was sent."""
         if self.accounts.gate.phase == "draining":
             return self.accounts.absence()
         if self.outlet.failed:
@@ -216,7 +216,7 @@ class Conversation:
         return Done(request_id=self.request_id, chunks=self.outlet.sent_chunks, stopped=stopped)
 
     async def _begin(self) -> None:
-        """Wait for the session's place, send ``video.start``, start the pictures, tell figures."""
+        """Wait for the session's place, send ``video.start``, start the pictures, send figures."""
         await self.outlet.running.wait()
         session, offer, host = self.session, self.feed.offer, self.accounts.host()
         assert session is not None
@@ -278,7 +278,7 @@ class Conversation:
         )
 
     async def _read(self, requests: Requests) -> Done | Error | None:
-        """Until the client stops, is gone, or does what it may not."""
+        """Read until the client stops, disconnects or violates the protocol."""
         flooding = 0.0
         while True:
             try:
@@ -328,7 +328,7 @@ class Conversation:
         self.outlet.post(error)
 
     def _leave(self, last: Done | Error | None) -> None:
-        """The socket is gone: the session waits for another one, or ends."""
+        """After the socket is closed: let the session wait for another one, or end it."""
         session, host = self.session, self.accounts.gate.host
         if session is None or not session.feed.disconnect(self.outlet):
             return

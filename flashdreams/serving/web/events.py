@@ -1,4 +1,4 @@
-"""Which events of a client were accepted, act on a chunk, and are over."""
+"""Tracking of a client's events: accepted, active on a chunk, completed."""
 
 import secrets
 import time
@@ -10,21 +10,21 @@ from typing import Literal
 Part = Literal["prompt", "camera", "control", "command"]
 
 REMEMBERED = 4096
-"""Identifiers of events that are remembered, to drop what arrives twice."""
+"""Number of remembered event identifiers, to drop duplicates."""
 
 
 @dataclass(frozen=True)
 class ChunkEvents:
-    """What the messages of a chunk say about events."""
+    """Events in the messages of a chunk."""
 
     applied: tuple[str, ...] = ()
-    """Act from this chunk on, as the client called them."""
+    """The client's identifiers of events that act from this chunk on."""
     active: tuple[str, ...] = ()
-    """Act on this chunk."""
+    """Events that act on this chunk."""
     completed: tuple[str, ...] = ()
-    """Are over: replaced by others from this chunk on, or done with its end."""
+    """Events that are over: replaced from this chunk on, or finished at its end."""
     accepted_at: tuple[float, ...] = ()
-    """``time.monotonic`` when those that are applied were accepted."""
+    """``time.monotonic`` when the applied events were accepted."""
 
 
 @dataclass
@@ -33,16 +33,16 @@ class _Event:
     waiting: set[str]
     accepted_at: float
     holds: dict[Part, int | None] = field(default_factory=dict)
-    """Part of it, and chunks that it still lasts; None: until replaced."""
+    """Remaining chunks of each part; None: until replaced."""
 
 
 class EventLog:
     """Events of one session, from the client's message to the chunks that they act on.
 
-    The loop knows each part of an event (prompt, camera, control) by an identifier of its own, so
-    that a client may use its identifiers as it likes. A prompt acts at once and a camera's target
-    over some chunks, then they are over; a camera's velocity and a control hold until replaced.
-    Not safe for threads: its owner holds a lock.
+    Each part of an event (prompt, camera, control) has a separate identifier in the host, so that
+    clients may choose theirs freely. A prompt acts at once and a camera target over some chunks,
+    then they are over; a camera velocity and a control hold until replaced. Not thread-safe: its
+    owner holds a lock.
     """
 
     def __init__(self) -> None:
@@ -53,14 +53,14 @@ class EventLog:
         self._seen: OrderedDict[str, None] = OrderedDict()
 
     def accept(self, name: str | None, parts: Mapping[Part, int | None]) -> dict[Part, str] | None:
-        """Note an event.
+        """Record an event.
 
         Args:
-            name: the client's identifier; None: it does not want to hear of it.
-            parts: what it changes, and over how many chunks; None: until replaced.
+            name: the client's identifier; None: it needs no messages about it.
+            parts: what it changes, and for how many chunks; None: until replaced.
 
         Returns:
-            The loop's identifier of each part; None if one of this name came before.
+            The host's identifier of each part; None if the name was used before.
         """
         if name is not None:
             if name in self._seen:
@@ -80,11 +80,11 @@ class EventLog:
         return ids
 
     def finish(self, id: str | None, *, again: bool = False) -> str | None:
-        """Forget an event that acts on no chunk.
+        """Drop an event that acts on no chunk.
 
         Args:
-            id: the loop's identifier of one of its parts.
-            again: the client may send it once more.
+            id: the host's identifier of one of its parts.
+            again: the client may send it again.
 
         Returns:
             The client's identifier.
@@ -100,7 +100,7 @@ class EventLog:
         return name
 
     def apply(self, ids: Sequence[str]) -> ChunkEvents:
-        """Note a chunk, and the parts of events that act from it on."""
+        """Record a chunk and the parts of events that act from it on."""
         applied: list[_Event] = []
         for id in ids:
             found = self._waiting.pop(id, None)

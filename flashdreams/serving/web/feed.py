@@ -1,4 +1,4 @@
-"""A session's pictures between the loop that makes them and the sockets that take them."""
+"""Buffer of a session's pictures between the turn loop and the sockets."""
 
 import statistics
 import threading
@@ -19,9 +19,9 @@ from flashdreams.serving.web.playout import Playout
 from flashdreams.serving.web.settings import WebSettings
 
 STALE_PICTURES = 2
-"""So many older pictures may always be shown before the answer to an event."""
+"""Number of older pictures that may always be shown before the response to an event."""
 LATENCIES = 512
-"""Receipts of key-to-photon times whose percentiles are shown."""
+"""Number of recent key-to-photon times in the percentiles."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Picture:
     pixels: np.ndarray
     """``[height, width, 3]`` uint8, RGB."""
     frame: int
-    """Counted from the beginning of the session's video."""
+    """Counted from the start of the session's video."""
     step: int
-    """The AR step that made it."""
+    """The AR step that generated it."""
     epoch: int
     active: tuple[str, ...]
-    """Events that act on its chunk."""
+    """Events that are active on its chunk."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,22 @@ class End:
 
 
 class Feed(Listener):
-    """Holds the pictures of one session until they are due, and those that may be asked for again.
+    """Holds the pictures of one session until they are due, and keeps sent ones for a reconnect.
 
-    It outlives its sockets: between two of them the pictures wait. Calls of the loop's thread, of
-    the encoder's thread and of the event loop meet here, under one lock that nobody holds for long.
+    It outlives its sockets: pictures wait between two of them. The turn loop's thread, the
+    encoder's thread and the event loop call it; one lock, held only briefly, guards it.
     """
 
     def __init__(self, offer: Offer, settings: WebSettings, metrics: Metrics) -> None:
-        """Begin without a socket."""
+        """Start without a socket."""
         self.offer, self.settings, self.metrics = offer, settings, metrics
         self.events = EventLog()
         self.state: State = "waiting"
         self.end: End | None = None
         self.num_frames: int | None = None
-        """Pictures of the whole session; None: no bound."""
+        """Number of pictures of the whole session; None: no limit."""
         self.saved: list[str] = []
-        """Names that can be gone back to."""
+        """Names that ``session.rewind`` accepts."""
         self.outlet: Outlet | None = None
         self.latencies_ms: deque[float] = deque(maxlen=LATENCIES)
         self._lock = threading.RLock()
@@ -85,12 +85,12 @@ class Feed(Listener):
         self._alone_since = time.monotonic()
         self._encoding = 0
         self._news: deque[_News] = deque()
-        """Of events, for the first picture that leaves from a frame on."""
+        """News of events; each goes with the first picture sent at or after its frame."""
 
     # ------------------------------------------------------------ the loop's thread
 
     def on_state(self, state: State, position: int = 0) -> None:
-        """See the contract."""
+        """See `Listener`."""
         with self._lock:
             self.state, outlet = state, self.outlet
             moved, self._position = position != self._position, position
@@ -102,7 +102,7 @@ class Feed(Listener):
             outlet.set_running()
 
     def on_chunk(self, chunk: Chunk) -> None:
-        """See the contract."""
+        """See `Listener`."""
         self.metrics.chunk(chunk.stage_ms)
         pixels = chunk.frames.numpy()
         with self._changed:
@@ -132,7 +132,7 @@ class Feed(Listener):
             outlet.set_running()
 
     def on_kept(self, command: str, name: str | None, event_id: str | None) -> None:
-        """See the contract."""
+        """See `Listener`."""
         with self._lock:
             event = self.events.finish(event_id)
             if command in ("reset", "rewind"):
@@ -153,7 +153,7 @@ class Feed(Listener):
         )
 
     def on_refused(self, event_id: str | None, message: str) -> None:
-        """See the contract."""
+        """See `Listener`."""
         event, outlet = self.withdraw(event_id), self.outlet
         if outlet is not None:
             self.metrics.refused("interaction_failed")
@@ -167,7 +167,7 @@ class Feed(Listener):
             )
 
     def on_end(self, error: str | None, stopped: bool) -> None:
-        """See the contract."""
+        """See `Listener`."""
         with self._changed:
             self.state = "ended"
             self.end = End(None if error is None else for_clients(error), stopped)
@@ -179,17 +179,17 @@ class Feed(Listener):
             outlet.set_running()
 
     def unshown_seconds(self) -> float:
-        """See the contract; after a reset or rewind was asked for, 0 until it is carried out."""
+        """See `Listener`; 0 while a reset or rewind is requested and not yet carried out."""
         with self._lock:
             return 0.0 if self._hurry else self._delay()
 
     # ------------------------------------------------------------ the encoder's thread
 
     def take(self, outlet: Outlet) -> Picture | None:
-        """Wait for the next picture to be due; `send` or `skip` follows.
+        """Wait until the next picture is due; `send` or `skip` follows.
 
         Returns:
-            The picture; None once ``outlet`` is no longer the session's, or no more will come.
+            The picture; None once ``outlet`` is no longer the session's, or there are no more.
         """
         with self._changed:
             while self.outlet is outlet:
@@ -205,10 +205,10 @@ class Feed(Listener):
             return None
 
     def send(self, picture: Picture, data: bytes, key: bool, outlet: Outlet) -> bool:
-        """Hand an encoded picture to its socket, and keep it until there is a receipt.
+        """Pass an encoded picture to its socket, and keep it until there is a receipt.
 
         Returns:
-            Whether it was; False for one that is not worth showing any more.
+            Whether it was sent; False for an outdated one.
         """
         with self._lock:
             self._encoding = 0
@@ -250,7 +250,7 @@ class Feed(Listener):
             return True
 
     def skip(self) -> None:
-        """Leave out a picture that the client is too slow for."""
+        """Drop a picture because the client is too slow."""
         with self._lock:
             self._encoding = 0
             self._playout.show(time.monotonic())
@@ -259,7 +259,7 @@ class Feed(Listener):
     # ------------------------------------------------------------ the event loop's thread
 
     def connect(self, outlet: Outlet) -> None:
-        """Give the session's pictures to a socket; another one gets no more of them."""
+        """Send the session's pictures to a socket; an earlier socket gets no more."""
         with self._changed:
             self.outlet, self._position = outlet, 0
             self._changed.notify_all()
@@ -267,10 +267,10 @@ class Feed(Listener):
             outlet.set_running()
 
     def disconnect(self, outlet: Outlet) -> bool:
-        """A socket is gone.
+        """Disconnect a closed socket.
 
         Returns:
-            Whether it was the session's.
+            Whether it was the session's current socket.
         """
         with self._changed:
             outlet.close()
@@ -283,27 +283,27 @@ class Feed(Listener):
 
     @property
     def alone(self) -> bool:
-        """No socket has come for long."""
+        """Whether the session has been without a socket for too long."""
         alone_s = time.monotonic() - self._alone_since
         return self.outlet is None and alone_s > self.settings.keep_detached_s
 
     @property
     def abandoned(self) -> bool:
-        """The session has ended, and nobody will hear of it."""
+        """Whether the session has ended and no client will fetch the rest."""
         nothing = self.end is not None and not (self._pending or self._kept)
         return self.end is not None and self.outlet is None and (self.alone or nothing)
 
     def let_go(self) -> None:
-        """Forget pictures that were sent and may be asked for again, if nobody does for long."""
+        """Drop sent pictures kept for a reconnect, if there was none for too long."""
         with self._lock:
             if self.alone:
                 self._kept.clear()
 
     def go_back(self, frame: int) -> int | None:
-        """Let the pictures from this one on wait again, as far as they are kept.
+        """Queue the kept pictures from this frame on again.
 
         Returns:
-            The first picture that waits; None if there is none.
+            Frame of the first queued picture; None if there is none.
         """
         with self._lock:
             again = [picture for picture in self._kept if picture.frame >= frame]
@@ -314,7 +314,7 @@ class Feed(Listener):
             return self._pending[0].frame if self._pending else None
 
     def shown(self, frame: int, latencies_ms: list[float], dropped: int) -> None:
-        """A receipt."""
+        """Process a receipt."""
         with self._lock:
             while self._kept and self._kept[0].frame <= frame:
                 self._kept.popleft()
@@ -326,12 +326,12 @@ class Feed(Listener):
     def accept(
         self, event_id: str | None, parts: Mapping[Part, int | None]
     ) -> dict[Part, str] | None:
-        """Note an event: see `EventLog.accept`."""
+        """Record an event: see `EventLog.accept`."""
         with self._lock:
             return self.events.accept(event_id, parts)
 
     def withdraw(self, event_id: str | None) -> str | None:
-        """An event that was accepted is not carried out; the client may send it once more.
+        """Withdraw an accepted event that will not be carried out; the client may send it again.
 
         Returns:
             The client's identifier of the event.
@@ -341,7 +341,7 @@ class Feed(Listener):
             return self.events.finish(event_id, again=True)
 
     def hurry(self) -> None:
-        """A reset or rewind was asked for: what waits is not worth waiting for."""
+        """Stop pacing, because a reset or rewind makes the queued pictures outdated."""
         with self._lock:
             self._hurry = True
 
@@ -357,7 +357,7 @@ class Feed(Listener):
     # ------------------------------------------------------------
 
     def _delay(self) -> float:
-        """Seconds until what waits has been shown."""
+        """Seconds until all queued pictures have been shown."""
         wait = self._playout.wait(time.monotonic()) if self.outlet is not None else 0.0
         return wait + (len(self._pending) + self._encoding) * self._playout.period
 
@@ -369,7 +369,7 @@ class Feed(Listener):
             self._kept.popleft()
 
     def _forget_pending(self) -> None:
-        """Leave out what waits; news of events go with the next picture."""
+        """Drop the queued pictures; their news of events go with the next picture."""
         self.metrics.stale(len(self._pending))
         self._pending.clear()
         if self.outlet is not None:

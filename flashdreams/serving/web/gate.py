@@ -1,4 +1,4 @@
-"""What clients are told before there is a loop to serve them, and after."""
+"""The phases of a server, and its replies to clients before and after it has a host."""
 
 import re
 import time
@@ -13,13 +13,13 @@ TEXT_CHARACTERS = 600
 
 
 class Gate:
-    """The loop of turns, while it takes sessions."""
+    """Holds the host while it accepts sessions."""
 
     def __init__(self, host: Host | None = None) -> None:
-        """Begin.
+        """Start in phase "loading" or "ready".
 
         Args:
-            host: of a loop that is ready; None: the model still loads.
+            host: the host if it is ready; None: the model is still loading.
         """
         self._host = host
         self._phase: Phase = "loading" if host is None else "ready"
@@ -28,27 +28,27 @@ class Gate:
 
     @property
     def phase(self) -> Phase:
-        """What the server does at present."""
+        """The server's current phase."""
         return self._phase
 
     @phase.setter
     def phase(self, phase: Phase) -> None:
-        """Say what it does; draining ends all conversations."""
+        """Set the phase; draining ends all conversations."""
         if phase not in get_args(Phase):
             raise ValueError(f"Unknown phase {phase!r}; allowed: {', '.join(get_args(Phase))}.")
         self._phase, self.since = phase, time.monotonic()
 
     @property
     def host(self) -> Host | None:
-        """The loop; None unless sessions can be opened and taken up."""
+        """The host; None unless sessions can be opened and resumed."""
         return self._host if self._phase == "ready" else None
 
     def serve(self, host: Host) -> None:
-        """The loop is there."""
+        """Set the host."""
         self._host, self.phase = host, "ready"
 
     def words(self) -> str:
-        """What the server does at present, for people."""
+        """The current phase as text for clients."""
         return {
             "loading": "The model is being loaded.",
             "warming": "The model is being warmed up.",
@@ -59,5 +59,5 @@ class Gate:
 
 
 def for_clients(text: str) -> str:
-    """A message without places on this machine, in bounded length."""
+    """A message without local paths, truncated to a maximum length."""
     return _PATH.sub("(a file)", text)[:TEXT_CHARACTERS]

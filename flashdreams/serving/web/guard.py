@@ -1,4 +1,4 @@
-"""Who may connect, and how much they may send."""
+"""Access control and request limits."""
 
 import hmac
 import time
@@ -9,9 +9,9 @@ from typing import Any
 from flashdreams.serving.web.settings import WebSettings, is_loopback
 
 OPEN_PATHS = ("/healthz", "/readyz")
-"""Probes: what they say is no secret."""
+"""Probes, which need no token because their answers are not secret."""
 UPLOAD_PATHS = ("/v1/sessions",)
-"""Whose bodies may hold an image."""
+"""Paths whose request bodies may contain an image."""
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"cache-control", b"no-cache"),
@@ -32,18 +32,18 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class TokenBucket:
-    """Allows ``rate`` a second in the long run and twice that in one second."""
+    """Allows ``rate`` per second on average, and twice that within one second."""
 
     def __init__(self, rate: float, now: Callable[[], float] = time.monotonic) -> None:
-        """Begin full."""
+        """Start with a full bucket."""
         self.rate, self._now = rate, now
         self._tokens, self._at = 2 * rate, now()
 
     def take(self) -> float:
-        """Take one.
+        """Take one token.
 
         Returns:
-            Seconds to wait before it may be used; 0 if there was one.
+            Seconds to wait before it may be used; 0 if one was available.
         """
         now = self._now()
         self._tokens = min(2 * self.rate, self._tokens + (now - self._at) * self.rate)
@@ -56,11 +56,11 @@ class Guard:
     """Decides on requests by their headers."""
 
     def __init__(self, settings: WebSettings) -> None:
-        """Begin."""
+        """Store the settings."""
         self.settings = settings
 
     def knows_token(self, scope: Scope) -> bool:
-        """Whether a request carries the token: in its query, as bearer, or in a cookie."""
+        """Whether a request has the token: in its query, as a bearer token, or in a cookie."""
         wanted = self.settings.token
         if not wanted:
             return True
@@ -77,10 +77,10 @@ class Guard:
         return any(same)
 
     def allows_host(self, scope: Scope) -> bool:
-        """Whether it asks for a name that this server has.
+        """Whether a request is for a host name of this server.
 
-        A loopback server without a token answers to no others: a page of a stranger whose name was
-        made to point here would be let in.
+        A loopback server without a token refuses all other names; otherwise DNS rebinding would
+        give a foreign page access.
         """
         if self.settings.token or not is_loopback(self.settings.host):
             return True
@@ -88,7 +88,7 @@ class Guard:
         return is_loopback(name) or name in self.settings.allowed_hosts
 
     def allows_origin(self, scope: Scope) -> bool:
-        """Whether the page that asks is of this server, or an allowed one; programs have none."""
+        """Whether the requesting page is from this server or allowed; programs send no origin."""
         headers = headers_of(scope)
         origin = headers.get("origin")
         if origin is None or origin in self.settings.allowed_origins:
@@ -98,14 +98,14 @@ class Guard:
 
 
 class GuardedApp:
-    """An ASGI application behind a `Guard`; also bounds the bodies of requests."""
+    """An ASGI application behind a `Guard`; also limits the size of request bodies."""
 
     def __init__(self, app: App, guard: Guard) -> None:
-        """Wrap."""
+        """Wrap an application."""
         self._app, self._guard = app, guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse a request, or hand it on."""
+        """Refuse a request or pass it on."""
         if scope["type"] == "websocket":
             if not self._guard.allows_host(scope) or not self._guard.allows_origin(scope):
                 await receive()
@@ -143,18 +143,18 @@ class GuardedApp:
 
 
 class TooLarge(Exception):
-    """The body of a request has more bytes than are taken."""
+    """The body of a request is larger than allowed."""
 
 
 def headers_of(scope: Scope) -> Mapping[str, str]:
-    """Headers of a request by lower-case name; of several, the last."""
+    """Headers of a request by lower-case name; the last one if repeated."""
     return {
         key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]
     }
 
 
 def cookie_name(scope: Scope) -> str:
-    """Of the cookie with the token; cookies do not tell ports apart, so their names do."""
+    """Name of the cookie with the token; contains the port, because cookies ignore ports."""
     return f"flashdreams_token_{(scope.get('server') or ('', 0))[1]}"
 
 
@@ -163,7 +163,7 @@ def _host_name(host: str) -> str:
 
 
 def _split(address: str) -> urllib.parse.SplitResult:
-    """The parts of an address; none where it cannot be one, such as ``//[``."""
+    """The parts of an address; empty parts if it is invalid, such as ``//[``."""
     try:
         return urllib.parse.urlsplit(address)
     except ValueError:
@@ -171,7 +171,7 @@ def _split(address: str) -> urllib.parse.SplitResult:
 
 
 class _Request:
-    """The body of a request within its bound, and the headers of its answer."""
+    """The body of a request within its limit, and the headers of its response."""
 
     def __init__(self, receive: Receive, send: Send, limit: int) -> None:
         self._receive, self._send, self._limit = receive, send, limit
@@ -187,7 +187,7 @@ class _Request:
     async def send(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             message["headers"] = [*message.get("headers", []), *_HEADERS]
-            if self._size > self._limit:  # what is still to come is not read
+            if self._size > self._limit:  # the rest of the body is not read
                 message["status"] = 413
                 message["headers"].append((b"connection", b"close"))
         await self._send(message)

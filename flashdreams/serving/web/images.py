@@ -1,4 +1,4 @@
-"""First images that clients send."""
+"""Initial images sent by clients."""
 
 import base64
 import binascii
@@ -18,20 +18,20 @@ from flashdreams.serving.interface import Offer, Refused
 from flashdreams.serving.web.settings import WebSettings
 
 MAX_PIXELS = 2**24
-"""Most pixels of an image that is decoded."""
+"""Maximum number of pixels of an image."""
 FETCH_S = 10.0
 
 _DATA_URL = re.compile(r"data:(image/[\w.+-]+)?(;[\w=.+-]+)*;base64,", re.ASCII)
 
 
 def image_of(url: str, offer: Offer, settings: WebSettings) -> Tensor:
-    """The image of an ``image_url``, scaled and cut to the server's size; takes its time.
+    """The image of an ``image_url``, scaled and cropped to the server's size; blocks.
 
     Returns:
         ``[1, 3, height, width]`` float32 in [-1, 1].
 
     Raises:
-        Refused: images are not taken, or not from there; too large; or none.
+        Refused: images are not accepted, or not from this host; too large; or not an image.
     """
     if not offer.takes_image:
         raise Refused(f"{offer.model} starts without an image; omit image_reference.")
@@ -40,13 +40,13 @@ def image_of(url: str, offer: Offer, settings: WebSettings) -> Tensor:
 
 
 def decode_image(data: bytes, height: int, width: int) -> Tensor:
-    """Decode a PNG, JPEG, WebP or BMP file; it is scaled to cover the size, keeping its centre.
+    """Decode a PNG, JPEG, WebP or BMP file, scaled to cover the size and cropped to its centre.
 
     Returns:
         ``[1, 3, height, width]`` float32 in [-1, 1].
 
     Raises:
-        Refused: no such file, or more than ``MAX_PIXELS``.
+        Refused: not such a file, or more than ``MAX_PIXELS``.
     """
     from PIL import Image, ImageOps
 
@@ -65,7 +65,7 @@ def decode_image(data: bytes, height: int, width: int) -> Tensor:
         return to_pixels(image)
     except Refused:
         raise
-    except Exception as error:  # what a damaged image raises is no narrower
+    except Exception as error:  # a damaged image may raise anything
         raise Refused(f"Not a readable image; accepted formats: {', '.join(FORMATS)}.") from error
 
 
@@ -88,7 +88,7 @@ def _data_of(url: str, settings: WebSettings) -> bytes:
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *arguments: object, **options: object) -> None:
-        """Redirects may lead anywhere: none is followed."""
+        """Follow no redirects, because they may lead anywhere."""
         return
 
 

@@ -1,4 +1,4 @@
-"""What a client sends, read and checked."""
+"""Parsing and validation of client messages."""
 
 import math
 from typing import Any
@@ -10,16 +10,16 @@ from flashdreams.serving.web.accounts import Denied
 
 MAX_DEPTH = 8
 LARGEST = 2**53
-"""Largest whole number in values: beyond it, pages and servers read different ones."""
+"""Largest integer in values; JavaScript cannot represent all larger ones exactly."""
 FORMATS = ["m4s", "jpeg"]
 FIRST = (SessionStart, SessionResume)
 
 
 def read_message(text: str) -> Any:
-    """A message of `flashdreams.serving.protocol`.
+    """Parse a message of `flashdreams.serving.protocol`.
 
     Raises:
-        Denied: it is none; says which field is wrong.
+        Denied: it is invalid; names the wrong field.
     """
     try:
         message = CLIENT_MESSAGE.validate_json(text)
@@ -31,10 +31,10 @@ def read_message(text: str) -> Any:
 
 
 def check_values(values: Any, depth: int = 0) -> None:
-    """Refuse numbers that are none and values that are nested deep.
+    """Refuse NaN, infinite or too large numbers and deeply nested values.
 
     Raises:
-        Denied: says what is wrong.
+        Denied: describes what is wrong.
     """
     if isinstance(values, float) and not math.isfinite(values):
         raise Denied(Error(message="A value is NaN or infinite.", code="bad_message"))

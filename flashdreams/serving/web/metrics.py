@@ -1,4 +1,4 @@
-"""What Prometheus is told."""
+"""Prometheus metrics."""
 
 import math
 from collections import deque
@@ -18,15 +18,15 @@ _STAGES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 
 _LATENCIES = (0.02, 0.04, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 5.0)
 _JITTER = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 RECENT = 1024
-"""Key-to-photon times whose quantiles are shown."""
+"""Number of recent key-to-photon times in the quantiles."""
 _PHASES = ("loading", "warming", "ready", "draining", "failed")
 
 
 class Metrics:
-    """Counters of one server, in a registry of their own."""
+    """Metrics of one server, in a separate registry."""
 
     def __init__(self, gate: Gate) -> None:
-        """Begin at zero."""
+        """Start at zero."""
         self.registry = CollectorRegistry()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -37,7 +37,7 @@ class Metrics:
             return Histogram(name, text, labels, registry=self.registry, buckets=buckets)
 
         self._steps = counter("ar_steps", "AR steps whose frames have arrived on the host.")
-        # looking a label up takes as long as all else
+        # looking up a label takes as long as everything else
         self._frames = cache(counter("frames", "Frames by fate.", "fate").labels)
         self._bytes = counter("media_bytes", "Bytes of video sent over WebSockets.")
         self._messages = counter("messages", "Messages from clients.", "type")
@@ -62,59 +62,59 @@ class Metrics:
         self.registry.register(_Loop(gate, self._recent))
 
     def chunk(self, stage_ms: Mapping[str, float]) -> None:
-        """An AR step has given its pictures."""
+        """Count an AR step whose pictures have arrived."""
         self._steps.inc()
         for stage, milliseconds in stage_ms.items():
             self._stages(stage).observe(milliseconds / 1e3)
 
     def sent(self, size: int, late_s: float) -> None:
-        """A picture was sent."""
+        """Count a sent picture."""
         self._frames("sent").inc()
         self._bytes.inc(size)
         self._late.observe(max(0.0, late_s))
 
     def dropped(self, count: int) -> None:
-        """Pictures were left out for a slow client."""
+        """Count pictures dropped for a slow client."""
         self._frames("dropped").inc(count)
 
     def stale(self, count: int) -> None:
-        """Pictures were left out since a reset, rewind or event has made them old."""
+        """Count pictures dropped because a reset, rewind or event made them outdated."""
         self._frames("stale").inc(count)
 
     def answered(self, seconds: float) -> None:
-        """The first picture that answers an event was sent."""
+        """Record the time until the first picture that responds to an event was sent."""
         self._answers.observe(seconds)
 
     def shown(self, latencies_ms: list[float], dropped: int) -> None:
-        """A client has sent a receipt."""
+        """Record a client's receipt."""
         for milliseconds in latencies_ms:
             self._photons.observe(milliseconds / 1e3)
         self._recent.extend(milliseconds / 1e3 for milliseconds in latencies_ms)
         self._client_drops.inc(dropped)
 
     def message(self, type: str) -> None:
-        """A client has sent a message of a known type."""
+        """Count a client's message of a known type."""
         self._messages.labels(type).inc()
 
     def refused(self, code: str) -> None:
-        """A client was sent an error."""
+        """Count an error sent to a client."""
         self._refused.labels(code).inc()
 
     def encoding(self) -> Any:
-        """A context that times the encoding of a picture."""
+        """A context manager that times the encoding of a picture."""
         return self._encode.time()
 
     def value(self, name: str, **labels: str) -> float:
-        """A counter; 0 before it has counted anything."""
+        """Value of a counter; 0 if it does not exist yet."""
         return self.registry.get_sample_value(f"flashdreams_{name}_total", labels) or 0.0
 
     def text(self) -> bytes:
-        """All figures in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 class _Loop(Collector):
-    """Figures that the loop is asked for when they are read."""
+    """Metrics that are read from the host when they are collected."""
 
     def __init__(self, gate: Gate, recent: deque[float]) -> None:
         self._gate, self._recent = gate, recent

@@ -17,24 +17,24 @@ class Model(BaseModel):
     height: int
     fps: float
     seed: int
-    """Of sessions that name none."""
+    """Default for sessions."""
     prompt: str | None
-    """Of sessions that name none."""
+    """Default for sessions."""
     num_inference_steps: int
     guidance_scale: float | None
     """None: without guidance."""
     formats: list[str]
     controls: dict[str, Any] | None
-    """JSON Schema of what a session is controlled by."""
+    """JSON Schema of a session's controls; None: no controls."""
     prompts_change: bool
     takes_image: bool
     commands: list[str]
     chunk_frames: int
-    """Pictures that one AR step makes."""
+    """Number of pictures of one AR step."""
 
 
 class Models(BaseModel):
-    """All that are served: one."""
+    """All served models: exactly one."""
 
     object: Literal["list"] = "list"
     data: list[Model]
@@ -45,7 +45,7 @@ def add_models(app: FastAPI, gate: Gate) -> None:
 
     @app.get("/v1/models", tags=["server"], responses={503: {"description": "Not ready."}})
     async def models() -> Models:
-        """What this server serves."""
+        """The model that this server serves."""
         host = gate.host
         if host is None:
             raise HTTPException(503, gate.words())

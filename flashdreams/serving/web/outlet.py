@@ -1,4 +1,4 @@
-"""One client's socket, as the threads that have something for it see it."""
+"""Queue of messages and pictures for one client's socket, filled from several threads."""
 
 import asyncio
 import time
@@ -14,28 +14,28 @@ from flashdreams.serving.web.codec import Encoder
 from flashdreams.serving.web.metrics import Metrics
 
 MAX_TEXTS = 1000
-"""Messages that may wait for a socket."""
+"""Maximum number of queued messages per socket."""
 TRICKLE_S = 0.5
-"""A client that owes receipts still gets a picture this often, or it could never send one."""
+"""A client with missing receipts still gets a picture this often, to be able to send one."""
 
 
 class Socket(Protocol):
-    """What takes messages and pictures."""
+    """Sends messages and pictures to a client."""
 
     def send_text(self, data: str) -> Awaitable[None]:
-        """Send a message; returns when it can take the next one."""
+        """Send a message; returns when the next one can be sent."""
 
     def send_picture(self, message: VideoChunk, picture: Any) -> Awaitable[None]:
-        """Send a picture behind its metadata; returns when it can take the next one.
+        """Send a picture after its metadata; returns when the next one can be sent.
 
         Args:
-            message: the metadata; what depends on the transport is set here.
-            picture: of ``Encoder.wrap``.
+            message: the metadata; fields that depend on the transport are set here.
+            picture: from ``Encoder.wrap``.
         """
 
 
 class TooSlow(Exception):
-    """A client has read nothing for too long."""
+    """A client has not read for too long."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class _Picture:
 
 
 class Outlet:
-    """Messages and pictures on their way to one socket, in order, in bounded number.
+    """A bounded queue of messages and pictures for one socket, sent in order.
 
     ``post``, ``post_picture``, ``purge`` and ``finish`` may be called from any thread; ``run``
     belongs to the event loop.
@@ -68,22 +68,22 @@ class Outlet:
         waiting_pictures: int,
         slow_s: float,
     ) -> None:
-        """Begin, on the event loop's thread.
+        """Create an empty queue, on the event loop's thread.
 
         Args:
-            socket: accepted.
+            socket: an accepted socket.
             request_id: for the messages.
-            metrics: of the server.
-            waiting_pictures: encoded pictures that may wait here.
-            slow_s: seconds after which a client that reads nothing is cut.
+            metrics: metrics of the server.
+            waiting_pictures: maximum number of encoded pictures in the queue.
+            slow_s: seconds after which a client that reads nothing is disconnected.
         """
         self.request_id = request_id
         self.encoder: Encoder | None = None
         """Set before the first picture."""
         self.sent_chunks = 0
-        """Pictures so far."""
+        """Number of pictures so far."""
         self.running = asyncio.Event()
-        """The session has its place."""
+        """Whether the session has its place."""
         self._socket = socket
         self._metrics = metrics
         self._limit = waiting_pictures
@@ -91,19 +91,19 @@ class Outlet:
         self._loop = asyncio.get_running_loop()
         self._items: deque[str | _Picture | None] = deque()
         self._ready = asyncio.Event()
-        self._posted = 0  # written by the encoder's thread alone
-        self._left = 0  # written by the event loop's thread alone
+        self._posted = 0  # written only by the encoder's thread
+        self._left = 0  # written only by the event loop's thread
         self._unshown: deque[_Sent] = deque()
         self._receipts = False
         self._closed = False
         self.purged = False
-        """There was a ``purge`` since ``take_purged``."""
+        """Whether there was a ``purge`` since ``take_purged``."""
         self._key_asked = False
         self.failed = False
-        """Encoding has failed."""
+        """Whether encoding has failed."""
 
     def post(self, message: BaseModel) -> None:
-        """Send a message behind what waits."""
+        """Queue a message."""
         self._call(self._append, message.model_dump_json())
 
     def post_picture(
@@ -114,20 +114,20 @@ class Outlet:
         late_s: float = 0.0,
         accepted_at: tuple[float, ...] = (),
     ) -> None:
-        """Send a picture; its message gets its counters when it leaves.
+        """Queue a picture; the counters in its message are set when it is sent.
 
         Args:
-            message: what precedes it.
-            data: of ``encoder.encode``.
-            late_s: behind its due time, so far.
-            accepted_at: when the events that it answers were accepted.
+            message: its metadata.
+            data: from ``encoder.encode``.
+            late_s: how late it is so far, in seconds.
+            accepted_at: when the events that it responds to were accepted.
         """
         self._posted += 1
         due = time.monotonic() - late_s
         self._call(self._append, _Picture(message, data, due, accepted_at))
 
     def purge(self) -> None:
-        """Leave out the pictures that wait; the next one has to be a key picture."""
+        """Drop the queued pictures; the next one must be a key picture."""
         self.purged = True
         self._call(self._purge)
 
@@ -137,7 +137,7 @@ class Outlet:
         return purged
 
     def ask_for_key(self) -> None:
-        """The next picture has to be a key picture."""
+        """Request that the next picture is a key picture."""
         self._key_asked = True
 
     def take_key(self) -> bool:
@@ -146,16 +146,16 @@ class Outlet:
         return asked
 
     def set_running(self) -> None:
-        """The session has its place; all but the first of many calls cost nothing."""
+        """Record that the session has its place; repeated calls cost nothing."""
         if not self.running.is_set():
             self._call(self.running.set)
 
     def finish(self) -> None:
-        """Let ``run`` return behind what waits."""
+        """Let ``run`` return after it has sent what is queued."""
         self._call(self._append, None)
 
     def close(self) -> None:
-        """Take nothing any more, leave out the pictures that wait, and let ``run`` return."""
+        """Accept nothing more, drop the queued pictures, and let ``run`` return."""
         self._closed = True
         self.purge()
         self.finish()
@@ -173,26 +173,26 @@ class Outlet:
         return time.monotonic() - self._unshown[-1].at < TRICKLE_S
 
     def shown(self, frame: int) -> None:
-        """A receipt for all pictures up to this one."""
+        """Process a receipt for all pictures up to this one."""
         self._receipts = True
         while self._unshown and self._unshown[0].frame <= frame:
             self._unshown.popleft()
 
     @property
     def crowded(self) -> bool:
-        """So much waits that no more of the client's messages should be answered for now."""
+        """Whether the queue is too full to answer more of the client's messages for now."""
         return len(self._items) > MAX_TEXTS // 2
 
     @property
     def unshown(self) -> int:
-        """Pictures that were sent and have no receipt."""
+        """Number of sent pictures without a receipt."""
         return len(self._unshown)
 
     async def run(self) -> None:
         """Send until ``finish``.
 
         Raises:
-            TooSlow: the client has read nothing for too long.
+            TooSlow: the client has not read for too long.
         """
         while True:
             while not self._items:
@@ -208,7 +208,7 @@ class Outlet:
                     self._left += 1
 
     async def _send_in_time(self, item: str | _Picture) -> None:
-        """As ``wait_for`` does it, but without a task for each item."""
+        """Send with a timeout, like ``wait_for`` but without a task per item."""
         task, late = asyncio.current_task(), False
         assert task is not None
 

@@ -14,11 +14,11 @@ from flashdreams.serving.web.settings import ICE_SERVER, WebSettings
 from flashdreams.serving.web.transport import Gone
 
 CLOCK_RATE = 90_000
-"""Ticks a second of RTP timestamps of video."""
+"""Ticks per second of RTP video timestamps."""
 MAX_CANDIDATES = 64
-"""Addresses in one offer."""
+"""Maximum number of candidates in one offer."""
 BUFFERED_BYTES = 256 * 2**10
-"""Of messages that may wait in the data channel; the rest waits where it can be left out."""
+"""Bytes of messages buffered in the data channel; the rest waits where it can be dropped."""
 CLOSE_S = 5.0
 _EVERY_ADDRESS = ("0.0.0.0", "::")
 
@@ -26,18 +26,18 @@ logger = logging.getLogger(__name__)
 
 
 class Peer:
-    """Messages on the data channel that the client makes, pictures on one video track.
+    """Messages on the data channel that the client opens, pictures on one video track.
 
-    Belongs to the event loop's thread; pictures are encoded by aiortc in threads of that loop.
+    Used only on the event loop's thread; aiortc encodes pictures in threads of that loop.
     """
 
     format: Format | None = "webrtc"
 
     def __init__(self, scope: MutableMapping[str, Any], settings: WebSettings) -> None:
-        """Begin, not connected.
+        """Create an unconnected peer.
 
         Args:
-            scope: of the request with the offer.
+            scope: ASGI scope of the request with the offer.
             settings: addresses and limits.
 
         Raises:
@@ -47,7 +47,7 @@ class Peer:
 
         self._scope, self._settings = scope, settings
         servers = [_ice_server(text) for text in settings.ice_servers]
-        # without a list aiortc asks a public STUN server
+        # without a list aiortc uses a public STUN server
         self._connection = RTCPeerConnection(RTCConfiguration(iceServers=servers))
         self._connection.on("datachannel", self._take_channel)
         self._connection.on("connectionstatechange", self._look)
@@ -62,20 +62,20 @@ class Peer:
 
     @property
     def scope(self) -> MutableMapping[str, Any]:
-        """See the contract."""
+        """See `Transport`."""
         return self._scope
 
     async def answer(self, sdp: str) -> str:
-        """Answer the client's offer; connecting continues by itself.
+        """Answer the client's offer; the connection is then established in the background.
 
         Args:
-            sdp: one section of video that is received and one of data, with candidates.
+            sdp: one section of received video and one of data, with candidates.
 
         Returns:
             SDP with all candidates of this side.
 
         Raises:
-            ValueError: it is no such offer.
+            ValueError: it is not such an offer.
         """
         from aiortc import RTCSessionDescription
 
@@ -85,11 +85,11 @@ class Peer:
             await connection.setRemoteDescription(offer)
             connection.addTrack(self._track)
             (video,) = connection.getTransceivers()
-            video.direction = "sendonly"  # or its pictures would be received and never taken
+            video.direction = "sendonly"  # or received pictures would never be consumed
             if self._settings.host not in _EVERY_ADDRESS:
                 _listen_on(connection, self._settings.host.strip("[]"))
             await connection.setLocalDescription(await connection.createAnswer())
-        except Exception as error:  # aiortc has no exception of its own for a wrong offer
+        except Exception as error:  # aiortc has no specific exception for a wrong offer
             logger.info("an offer cannot be answered: %r", error)
             raise ValueError("This offer cannot be answered: its SDP is wrong.") from error
         if video.currentDirection != "sendonly":
@@ -97,7 +97,7 @@ class Peer:
         return str(connection.localDescription.sdp)
 
     async def receive(self) -> str | bytes:
-        """See the contract."""
+        """See `Transport`."""
         message = await self._inbox.get()
         if message is None:
             self._inbox.put_nowait(None)
@@ -106,7 +106,7 @@ class Peer:
         return message
 
     async def send_text(self, data: str) -> None:
-        """See the contract."""
+        """See `Transport`."""
         from aiortc.exceptions import InvalidStateError
 
         while (
@@ -124,7 +124,7 @@ class Peer:
             raise Gone("The data channel is closed.") from error
 
     async def send_picture(self, message: VideoChunk, picture: Any) -> None:
-        """See the contract; ``picture`` is a ``VideoFrame`` of PyAV."""
+        """See `Transport`; ``picture`` is a ``VideoFrame`` of PyAV."""
         now = time.monotonic()
         self._began = now if self._began is None else self._began
         ticks = round((now - self._began) * CLOCK_RATE)
@@ -135,14 +135,14 @@ class Peer:
         await self._track.pictures.put(picture)
 
     async def close(self, code: int) -> None:
-        """See the contract."""
+        """See `Transport`."""
         if self._channel is not None and not self._gone.is_set():
             await self._track.pictures.join()
             self._channel.close()
             await self._gone.wait()
 
     async def hang_up(self) -> None:
-        """Give back sockets and threads."""
+        """Release sockets and threads."""
         self._lose()
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self._connection.close(), CLOSE_S)
@@ -159,7 +159,7 @@ class Peer:
         channel.on("close", self._lose)
 
     def _take_message(self, message: str | bytes) -> None:
-        """Data channels cannot be left unread, so what waits has a bound here."""
+        """Queue a message within a limit, because aiortc never stops reading a data channel."""
         if self._gone.is_set():
             return
         settings = self._settings
@@ -186,7 +186,7 @@ def _new_track() -> Any:
     from aiortc import MediaStreamTrack
 
     class PictureTrack(MediaStreamTrack):
-        """Hands on what it is given, which is paced already."""
+        """Passes on pictures, which are already paced."""
 
         kind = "video"
 
@@ -196,7 +196,7 @@ def _new_track() -> Any:
             self._taken = False
 
         async def recv(self) -> Any:
-            if self._taken:  # whoever asks for the next one has sent it
+            if self._taken:  # the caller has sent the previous one
                 self.pictures.task_done()
                 self._taken = False
             picture = await self.pictures.get()
@@ -207,10 +207,10 @@ def _new_track() -> Any:
 
 
 def _checked_offer(sdp: str) -> str:
-    """An offer of two sections, without names that would have to be asked for by multicast.
+    """Check an offer of two sections, and remove candidates with mDNS names.
 
-    A client that hides its addresses behind such names is found as soon as it sends its first
-    packet; hence its list of candidates is never complete.
+    A client that hides its addresses behind such names is discovered by its first packet, so its
+    list of candidates is left incomplete.
 
     Raises:
         ValueError: other sections, no fingerprint, or too many candidates.
@@ -233,7 +233,7 @@ def _checked_offer(sdp: str) -> str:
 
 
 def _ice_server(text: str) -> Any:
-    """``"stun:HOST:PORT"`` or ``"turn:USER:PASSWORD@HOST:PORT"``, as aiortc has it."""
+    """``"stun:HOST:PORT"`` or ``"turn:USER:PASSWORD@HOST:PORT"`` in aiortc's form."""
     from aiortc import RTCIceServer
 
     found = ICE_SERVER.fullmatch(text)
@@ -243,9 +243,9 @@ def _ice_server(text: str) -> Any:
 
 
 def _listen_on(connection: Any, address: str) -> None:
-    """Take host candidates of one address only, before they are gathered.
+    """Restrict host candidates to one address, before they are gathered.
 
-    aiortc (1.11 to 1.16) has no option for it and takes every address but loopback's.
+    aiortc (1.11 to 1.16) has no option for it and uses every address except loopback.
     """
     address = "127.0.0.1" if address == "localhost" else address
     transports = {each.receiver.transport.transport for each in connection.getTransceivers()}

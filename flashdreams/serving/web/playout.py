@@ -1,20 +1,20 @@
-"""When pictures are due."""
+"""Due times of pictures."""
 
 
 class Playout:
     """The clock of a video: picture n is due n / fps after the first one.
 
-    A picture that comes late because there was none begins a new count; one that is late by less
-    than ``slack`` of a picture's time does not, so that the next one is on time again.
-    Times are those of ``time.monotonic``, in seconds.
+    A picture that is late restarts the count, unless it is late by less than ``slack`` of a frame
+    interval; then the next one is on time again. Times are those of ``time.monotonic``, in
+    seconds.
     """
 
     def __init__(self, fps: float, slack: float = 0.5) -> None:
-        """Begin with a picture that is due at once.
+        """Start with a picture that is due at once.
 
         Args:
-            fps: pictures a second, above 0.
-            slack: of a picture's time.
+            fps: frames per second, above 0.
+            slack: fraction of a frame interval.
         """
         self.period = 1 / fps
         self.slack = slack
@@ -22,7 +22,7 @@ class Playout:
         self._count = 0
 
     def due(self) -> float | None:
-        """When the next picture is due; None: at once, whenever it comes."""
+        """When the next picture is due; None: as soon as it arrives."""
         return None if self._start is None else self._start + self._count * self.period
 
     def wait(self, now: float) -> float:
@@ -31,10 +31,10 @@ class Playout:
         return 0.0 if due is None else max(0.0, due - now)
 
     def show(self, now: float) -> float:
-        """Count a picture that leaves now.
+        """Count a picture that is sent now.
 
         Returns:
-            By how many seconds it is late; 0 for one that begins a new count.
+            How late it is in seconds; 0 if it restarts the count.
         """
         due = self.due()
         if due is None or now - due > self.slack * self.period:
@@ -44,5 +44,5 @@ class Playout:
         return now - due
 
     def restart(self) -> None:
-        """The next picture is due at once."""
+        """Restart the count: the next picture is due at once."""
         self._start = None

@@ -12,14 +12,14 @@ logger = logging.getLogger(__name__)
 
 
 class Pump:
-    """Takes pictures from a feed, encodes them and hands them to one socket.
+    """Takes pictures from a feed, encodes them and passes them to one socket.
 
-    A picture that a slow client cannot take is left out before it is encoded, so that those after
-    it still refer to pictures that the client has.
+    A picture that is too much for a slow client is dropped before it is encoded, so that later
+    pictures still refer only to pictures that the client has.
     """
 
     def __init__(self, feed: Feed, outlet: Outlet, encoder: Encoder, metrics: Metrics) -> None:
-        """Start the thread; it ends when the socket is no longer the session's or no more comes."""
+        """Start the thread; it ends when the socket is replaced or there are no more pictures."""
         self._feed, self._outlet, self._encoder, self._metrics = feed, outlet, encoder, metrics
         outlet.encoder = encoder
         threading.Thread(target=self._run, name="flashdreams-encoder", daemon=True).start()
@@ -40,7 +40,7 @@ class Pump:
             if outlet.behind(unshown):
                 feed.skip()
                 continue
-            purged, asked = outlet.take_purged(), outlet.take_key()  # both, or they come back
+            purged, asked = outlet.take_purged(), outlet.take_key()  # both, to clear both flags
             key = key or purged or asked or picture.epoch != epoch
             epoch = picture.epoch
             with self._metrics.encoding():

@@ -1,4 +1,4 @@
-"""What clients ask of a running session: controls, prompts, commands."""
+"""Requests of clients to a running session: controls, prompts, commands."""
 
 import asyncio
 import logging
@@ -22,24 +22,24 @@ from flashdreams.serving.web.gate import for_clients
 logger = logging.getLogger(__name__)
 
 MAX_SLOW_REQUESTS = 32
-"""Prompts and commands of one client that wait."""
+"""Maximum number of queued prompts and commands of one client."""
 
 
 class Requests:
-    """Hands the events of one client to the loop.
+    """Passes the events of one client to the host.
 
-    Controls go at once. Prompts and commands may take their time: they wait in a line of their own,
-    so that keys and pings pass them.
+    Controls are passed at once. Prompts and commands may take longer, so they have a separate queue
+    and do not delay keys and pings.
     """
 
     def __init__(self, host: Host, session: str, feed: Feed) -> None:
-        """Begin, on the event loop's thread."""
+        """Store the arguments, on the event loop's thread."""
         self.host, self.session, self.feed = host, session, feed
         self._slow: asyncio.Queue[tuple[str, Callable[[], Coroutine[Any, Any, None]]]]
         self._slow = asyncio.Queue(MAX_SLOW_REQUESTS)
 
     def pause(self, paused: bool) -> None:
-        """Stop at the next chunk border, or go on.
+        """Pause at the next chunk boundary, or resume.
 
         Raises:
             Denied: the session has ended.
@@ -52,10 +52,10 @@ class Requests:
     def take(
         self, message: SessionControl | SessionInteraction | SessionReset | SessionKeep
     ) -> None:
-        """Carry out a message, or let it wait for its turn; what comes of it the client is told.
+        """Execute or queue a message; the client is told the result.
 
         Raises:
-            Denied: nothing can come of it.
+            Denied: it cannot be executed.
         """
         if isinstance(message, SessionControl):
             self.control(message.event_id, message.values)
@@ -158,7 +158,7 @@ class Requests:
             self.feed.on_refused(event, f"More than {MAX_SLOW_REQUESTS} requests wait already.")
 
     async def work(self) -> None:
-        """Carry out, one after the other, what takes its time; what still waits is withdrawn."""
+        """Execute queued prompts and commands one at a time; withdraw the rest at the end."""
         try:
             while True:
                 _, call = await self._slow.get()

@@ -21,29 +21,29 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 class PeerOffer(BaseModel):
-    """What a client's ``RTCPeerConnection`` offers once it has gathered its candidates."""
+    """The offer of a client's ``RTCPeerConnection``, with all candidates."""
 
     sdp: str
     type: Literal["offer"]
 
 
 class PeerAnswer(BaseModel):
-    """What it takes as its remote description."""
+    """The answer: its remote description."""
 
     sdp: str
     type: Literal["answer"] = "answer"
 
 
 class Peers:
-    """The peer connections of a server; belongs to the event loop's thread."""
+    """The peer connections of a server; used only on the event loop's thread."""
 
     def __init__(self, accounts: Accounts, guard: Guard) -> None:
-        """Begin without any."""
+        """Start without connections."""
         self.accounts, self.guard = accounts, guard
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def answer(self, peer: Peer, sdp: str) -> str:
-        """Answer an offer, and carry on with its session in a task.
+        """Answer an offer, and run its session in a task.
 
         Raises:
             ValueError: it cannot be answered.
@@ -76,7 +76,7 @@ def add_peers(app: FastAPI, accounts: Accounts, guard: Guard) -> None:
 
     @app.post("/v1/realtime/webrtc", tags=["live sessions"], responses=_RESPONSES)
     async def realtime_webrtc(request: Request, offer: PeerOffer) -> PeerAnswer:
-        """Open a peer connection; its data channel speaks as ``WS /v1/realtime/video`` does."""
+        """Open a peer connection; its data channel uses the protocol of the WebSocket."""
         accounts.host()
         if accounts.full:
             text = f"All {accounts.settings.max_sockets} connections are taken."

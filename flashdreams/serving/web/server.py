@@ -20,26 +20,25 @@ START_S = 30.0
 STOP_S = 10.0
 GOODBYE_S = 2.0
 LINGER_S = 20
-"""After which the kernel cuts a client that reads nothing, also one that was told so."""
+"""Seconds after which the kernel drops a client that reads nothing, even a close message."""
 UNSENT_BYTES = 16 * 2**10
-"""What the kernel may hold of a socket beside what is on its way: the rest waits where it can be
-left out."""
+"""Unsent data of a socket that the kernel may buffer; the rest waits where it can be dropped."""
 
 logger = logging.getLogger(__name__)
 
 
 class WebServer:
-    """Serves page, WebSocket and HTTP; begins before the model is there.
+    """Serves page, WebSocket and HTTP; starts before the model is loaded.
 
-    ``start``, ``serve`` and ``stop`` belong to one thread, the loop's.
+    ``start``, ``serve`` and ``stop`` must be called from the turn loop's thread.
     """
 
     def __init__(self, settings: WebSettings) -> None:
-        """Begin, not listening."""
+        """Create a server that does not listen yet."""
         self.settings = settings
         self.gate = Gate()
         self.port = settings.port
-        """The one taken, once it listens."""
+        """The port in use, once it listens."""
         self._app = create_app(self.gate, settings)
         self._server = uvicorn.Server(_config(self._app, settings))
         self._thread: threading.Thread | None = None
@@ -49,23 +48,23 @@ class WebServer:
 
     @property
     def metrics(self) -> Metrics:
-        """Of this server."""
+        """Metrics of this server."""
         metrics: Metrics = self._app.state.accounts.metrics
         return metrics
 
     @property
     def phase(self) -> Phase:
-        """What clients are told while there is no loop: loading or warming."""
+        """Phase reported to clients while there is no host: loading or warming."""
         return self.gate.phase
 
     @phase.setter
     def phase(self, phase: Phase) -> None:
-        """Say what the server does."""
+        """Set the phase."""
         self.gate.phase = phase
 
     @property
     def url(self) -> str:
-        """Of the page, for people; without the token."""
+        """URL of the page, without the token."""
         host = self.settings.host
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
         if ":" in host and not host.startswith("["):
@@ -73,10 +72,10 @@ class WebServer:
         return f"http://{host}:{self.port}/"
 
     def start(self) -> None:
-        """Listen, in a thread; returns once connections are taken.
+        """Listen, in a thread; returns once connections are accepted.
 
         Raises:
-            ValueError: the address cannot be listened on.
+            ValueError: the server cannot listen on the address.
         """
         listening = _listen(self.settings)
         self.port = listening.getsockname()[1]
@@ -88,7 +87,7 @@ class WebServer:
             raise RuntimeError("The web server has not started.") from self._failure
 
     def serve(self, host: Host) -> None:
-        """The loop is there: sessions are taken."""
+        """Set the host and accept sessions."""
         self.gate.serve(host)
 
     def stop(self) -> None:
@@ -129,7 +128,7 @@ def _config(app: object, settings: WebSettings) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
         log_config=None,
-        access_log=False,  # addresses may hold tokens
+        access_log=False,  # URLs may contain tokens
         log_level="warning",
         ws="websockets-sansio",
         ws_max_size=settings.max_socket_bytes,
@@ -142,12 +141,12 @@ def _config(app: object, settings: WebSettings) -> uvicorn.Config:
 def _listen(settings: WebSettings) -> socket.socket:
     host, port = settings.host.strip("[]"), settings.port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Without the protocol asyncio would not turn off Nagle's algorithm, which holds every picture
-    # after a receipt back for 40 ms.
+    # Only with an explicit protocol does asyncio turn off Nagle's algorithm, which would delay
+    # every picture after a receipt by 40 ms.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Sockets that are accepted have these too.
+        # Accepted sockets inherit these options.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)

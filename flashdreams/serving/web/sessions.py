@@ -36,7 +36,7 @@ from flashdreams.serving.web.messages import check_values
 from flashdreams.serving.web.stepper import Ended, Stepper
 
 MAX_DETAILS = 8
-"""Most fields of a body that a refusal names."""
+"""Maximum number of fields of a body named in a refusal."""
 _STATUS = {
     "bad_message": 422,
     "not_allowed": 422,
@@ -56,7 +56,7 @@ class _Body(BaseModel):
 
 
 class SessionCreate(_Body):
-    """A new session. What is absent or None takes the server's value."""
+    """A new session. Absent fields and None mean the server's default."""
 
     model: str | None = None
     prompt: Text | None = None
@@ -71,13 +71,13 @@ class SessionCreate(_Body):
 
 
 class SessionInfo(BaseModel):
-    """A session, and what it takes."""
+    """A session and its accepted inputs."""
 
     id: str
-    """Whoever knows it may drive the session."""
+    """Identifier; it grants full control of the session."""
     state: str
     position: int
-    """In the queue; 0: it has a place."""
+    """Position in the queue; 0: it has a place."""
     config: StartConfig
     controls: dict[str, Any] | None
     prompts_change: bool
@@ -93,14 +93,14 @@ class Control(_Body):
 
 
 class Prompt(_Body):
-    """Another prompt, from the next step on."""
+    """New prompt from the next step on."""
 
     prompt: Text
     event_id: EventId | None = None
 
 
 class Keep(_Body):
-    """A name for the state before the next step."""
+    """Name for the state before the next step."""
 
     name: Name
     event_id: EventId | None = None
@@ -119,21 +119,21 @@ class StepRequest(_Body):
     control: dict[str, Any] | None = None
     """Values for the controller, from this step on."""
     prompt: Text | None = None
-    """Another prompt, from this step on."""
+    """New prompt from this step on."""
     format: ChunkFormat = "mp4"
 
 
 class Accepted(BaseModel):
-    """It is carried out before the next step, whose figures say so."""
+    """The request will be executed before the next step, whose figures report it."""
 
     accepted: bool = True
 
 
 class Steppers:
-    """All step-driven sessions; belongs to the event loop's thread."""
+    """All step-driven sessions; used only on the event loop's thread."""
 
     def __init__(self, accounts: Accounts) -> None:
-        """Begin without sessions."""
+        """Start without sessions."""
         self.accounts = accounts
         self.sessions: dict[str, tuple[Stepper, StartConfig]] = {}
         self._taking_up: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -152,7 +152,7 @@ class Steppers:
         return id
 
     async def find(self, id: str) -> tuple[Stepper, StartConfig]:
-        """A session; one that is not driven from here, or no longer, is taken up.
+        """A session; one that is not driven by this process is resumed first.
 
         Raises:
             Denied: there is none.
@@ -184,7 +184,7 @@ class Steppers:
         self.sessions[id] = stepper, config
 
     async def info(self, id: str) -> SessionInfo:
-        """What a session is, for clients."""
+        """Description of a session for clients."""
         stepper, config = await self.find(id)
         host = self.accounts.host()
         offer = host.offer
@@ -203,13 +203,13 @@ class Steppers:
     async def hand_over(
         self, id: str, event_id: str | None, part: Part, call: Callable[[Host, str], None]
     ) -> Accepted:
-        """Give an event to the loop, once.
+        """Pass an event to the host, once.
 
         Args:
-            id: of the session.
-            event_id: the client's; a second one of the same name is not carried out.
+            id: identifier of the session.
+            event_id: the client's identifier; a second event with it is not executed.
             part: what it changes.
-            call: hands it over, with the loop's identifier of the event.
+            call: passes it on, with the host's identifier of the event.
 
         Raises:
             Denied: it was refused.
@@ -227,10 +227,10 @@ class Steppers:
         return Accepted()
 
     async def step(self, id: str, body: StepRequest) -> Response:
-        """One AR step.
+        """Run one AR step.
 
         Raises:
-            Denied: what was asked for was refused, or no chunk came.
+            Denied: a request was refused, or no chunk arrived in time.
         """
         stepper, config = await self.find(id)
         if stepper.lock.locked():
@@ -255,7 +255,7 @@ class Steppers:
         )
 
     async def control(self, id: str, body: Control) -> Accepted:
-        """Values for the controller."""
+        """Pass values to the controller."""
         check_values(body.values)
         call = self.hand_over
         return await call(
@@ -263,7 +263,7 @@ class Steppers:
         )
 
     async def prompt(self, id: str, body: Prompt) -> Accepted:
-        """Another prompt."""
+        """Change the prompt."""
         return await self.hand_over(
             id, body.event_id, "prompt", lambda host, event: host.prompt(id, body.prompt, event)
         )
@@ -289,7 +289,7 @@ class Steppers:
         self.accounts.host().close(id)
 
     async def reap(self) -> None:
-        """Close what nobody asks for any more, again and again."""
+        """Periodically close sessions without requests."""
         while True:
             await asyncio.sleep(self.accounts.settings.reap_s)
             host, idle_s = self.accounts.gate.host, self.accounts.settings.idle_s
@@ -301,12 +301,12 @@ class Steppers:
                     and not stepper.lock.locked()
                 ):
                     del self.sessions[id]
-                    if stepper.ended is None:  # else its client may come back for what is kept
+                    if stepper.ended is None:  # else its client may reconnect for its data
                         host.close(id)
 
 
 async def _answer_invalid(request: Any, error: RequestValidationError) -> Response:
-    """As FastAPI does, except for input that JSON or UTF-8 cannot hold: NaN, half a surrogate."""
+    """FastAPI's answer, but also for input that JSON or UTF-8 cannot encode: NaN, a surrogate."""
     detail = [
         {**{name: found[name] for name in ("type", "loc", "msg")}, "input": quoted(found["input"])}
         for found in error.errors()[:MAX_DETAILS]
@@ -315,7 +315,7 @@ async def _answer_invalid(request: Any, error: RequestValidationError) -> Respon
 
 
 def add_sessions(app: FastAPI, accounts: Accounts) -> Steppers:
-    """Add ``/v1/sessions`` and what is below it."""
+    """Add ``/v1/sessions`` and its subpaths."""
     steppers = Steppers(accounts)
     add = {"tags": ["step-driven sessions"], "responses": _refusals(404, 422, 503)}
 
@@ -333,12 +333,12 @@ def add_sessions(app: FastAPI, accounts: Accounts) -> Steppers:
 
     @app.post("/v1/sessions", status_code=201, **add)  # type: ignore[arg-type]
     async def create(body: SessionCreate) -> SessionInfo:
-        """Open a session that makes chunks when it is asked for them."""
+        """Open a session that generates chunks on request."""
         return await steppers.info(await steppers.create(body))
 
     @app.get("/v1/sessions/{id}", **add)  # type: ignore[arg-type]
     async def info(id: SessionId) -> SessionInfo:
-        """What a session is, and what it takes."""
+        """Describe a session and its accepted inputs."""
         return await steppers.info(id)
 
     @app.delete("/v1/sessions/{id}", status_code=204, **add)  # type: ignore[arg-type]
@@ -348,12 +348,12 @@ def add_sessions(app: FastAPI, accounts: Accounts) -> Steppers:
 
     @app.post("/v1/sessions/{id}/step", response_class=Response, **_step_options())
     async def step(id: SessionId, body: StepRequest) -> Response:
-        """Make one chunk and return its pictures."""
+        """Generate one chunk and return its pictures."""
         return await steppers.step(id, body)
 
     @app.post("/v1/sessions/{id}/control", status_code=202, **add)  # type: ignore[arg-type]
     async def control(id: SessionId, body: Control) -> Accepted:
-        """Hand values to the controller; they hold from the next step on."""
+        """Pass values to the controller; they take effect from the next step on."""
         return await steppers.control(id, body)
 
     @app.post("/v1/sessions/{id}/prompt", status_code=202, **add)  # type: ignore[arg-type]
@@ -363,17 +363,17 @@ def add_sessions(app: FastAPI, accounts: Accounts) -> Steppers:
 
     @app.post("/v1/sessions/{id}/snapshot", status_code=202, **add)  # type: ignore[arg-type]
     async def snapshot(id: SessionId, body: Keep) -> Accepted:
-        """Keep the state before the next step in a file."""
+        """Save the state before the next step to disk."""
         return await steppers.command(id, "save", body.event_id, {"name": body.name})
 
     @app.post("/v1/sessions/{id}/fork", status_code=202, **add)  # type: ignore[arg-type]
     async def fork(id: SessionId, body: Keep) -> Accepted:
-        """Keep the state before the next step on the device."""
+        """Fork the state before the next step, on the device."""
         return await steppers.command(id, "fork", body.event_id, {"name": body.name})
 
     @app.post("/v1/sessions/{id}/rewind", status_code=202, **add)  # type: ignore[arg-type]
     async def rewind(id: SessionId, body: Keep) -> Accepted:
-        """Go back to a kept state with the next step."""
+        """Return to a saved state with the next step."""
         return await steppers.command(id, "rewind", body.event_id, {"name": body.name})
 
     @app.post("/v1/sessions/{id}/reset", status_code=202, **add)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Sessions that make a chunk when they are asked for one."""
+"""Sessions that generate a chunk only on request."""
 
 import asyncio
 import math
@@ -13,75 +13,75 @@ from flashdreams.serving.web.gate import for_clients
 from flashdreams.serving.web.metrics import Metrics
 
 NOTED = 64
-"""Commands, and refusals, that the figures of a step tell of; they go into a header."""
+"""Maximum number of commands and of refusals in a step's figures, which are a header."""
 
 
 class Ended(Exception):
-    """The session is over; says why."""
+    """The session is over; the message says why."""
 
 
 class Stepper(Listener):
-    """Lets the loop make exactly one chunk for each ``want``.
+    """Lets the turn loop generate exactly one chunk per request.
 
-    Methods of the listener come from the loop's thread, all others from the event loop's.
+    The turn loop's thread calls the methods of `Listener`, the event loop's thread all others.
     """
 
     def __init__(self, metrics: Metrics) -> None:
-        """Begin, wanting nothing, on the event loop's thread."""
+        """Start without a request, on the event loop's thread."""
         self.state: State = "waiting"
         self.position = 0
         self.used_at = time.monotonic()
         self.events = EventLog()
         self.lock = asyncio.Lock()
-        """Held by the request that steps."""
+        """Held by the request that runs a step."""
         self.ended: str | None = None
-        """Why the session is over; None while it is not."""
+        """Why the session is over; None while it is running."""
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._wanted = False
         self._chunk: asyncio.Future[Chunk] | None = None
         self.kept: deque[dict[str, Any]] = deque(maxlen=NOTED)
-        """The last commands that were carried out since the last step."""
+        """Commands carried out since the last step; only the last ones are kept."""
         self.refused: deque[dict[str, Any]] = deque(maxlen=NOTED)
-        """The last events that were refused since the last step."""
+        """Events refused since the last step; only the last ones are kept."""
 
     def on_state(self, state: State, position: int = 0) -> None:
-        """See the contract."""
+        """See `Listener`."""
         self.state, self.position = state, position
 
     def on_chunk(self, chunk: Chunk) -> None:
-        """See the contract."""
+        """See `Listener`."""
         self._wanted = False
         self._metrics.chunk(chunk.stage_ms)
         self._call(self._resolve, chunk)
 
     def on_kept(self, command: str, name: str | None, event_id: str | None) -> None:
-        """See the contract."""
+        """See `Listener`."""
         self._call(self._note_kept, command, name, event_id)
 
     def on_refused(self, event_id: str | None, message: str) -> None:
-        """See the contract."""
+        """See `Listener`."""
         self._call(self._note_refused, event_id, message)
 
     def on_end(self, error: str | None, stopped: bool) -> None:
-        """See the contract."""
+        """See `Listener`."""
         reason = "The session was closed." if stopped else "The session has made all its pictures."
         self._call(self._fail, for_clients(error) if error is not None else reason)
 
     def unshown_seconds(self) -> float:
-        """Nothing if a chunk is wanted, else for ever."""
+        """0 if a chunk is requested, else infinity."""
         return 0.0 if self._wanted else math.inf
 
     async def next_chunk(self, wake: Callable[[], None], timeout: float) -> Chunk:
-        """Ask for a chunk and wait for it.
+        """Request a chunk and wait for it.
 
         Args:
-            wake: lets the loop look again.
+            wake: makes the turn loop ask again.
             timeout: in seconds.
 
         Raises:
             Ended: the session is over.
-            TimeoutError: no chunk came; the next call takes it if it comes later.
+            TimeoutError: no chunk arrived in time; the next call returns it if it arrives later.
         """
         if self.ended is not None:
             raise Ended(self.ended)

@@ -1,4 +1,4 @@
-"""What carries the messages and pictures of one client."""
+"""Transport of the messages and pictures of one client."""
 
 from collections.abc import Awaitable, MutableMapping
 from typing import Any, Protocol
@@ -18,43 +18,43 @@ class Transport(Socket, Protocol):
     """An open connection to one client."""
 
     format: Format | None
-    """Of all its pictures; None: the client chooses."""
+    """Format of all its pictures; None: the client chooses."""
 
     @property
     def scope(self) -> MutableMapping[str, Any]:
-        """Of the request that has opened it, as ASGI has it."""
+        """ASGI scope of the request that opened it."""
 
     async def receive(self) -> str | bytes:
         """The client's next message.
 
         Raises:
-            Gone: there will be none.
+            Gone: the connection is closed.
         """
 
     async def close(self, code: int) -> None:
-        """Close it behind what was sent.
+        """Close it after everything was sent.
 
         Args:
-            code: of WebSockets; others have no place for it.
+            code: WebSocket close code; other transports ignore it.
         """
 
 
 class SocketTransport:
-    """An accepted WebSocket; a picture is a binary frame behind its metadata."""
+    """An accepted WebSocket; a picture is a binary frame after its metadata."""
 
     format: Format | None = None
 
     def __init__(self, socket: WebSocket) -> None:
-        """Wrap."""
+        """Wrap a WebSocket."""
         self._socket = socket
 
     @property
     def scope(self) -> MutableMapping[str, Any]:
-        """See the contract."""
+        """See `Transport`."""
         return self._socket.scope
 
     async def receive(self) -> str | bytes:
-        """See the contract."""
+        """See `Transport`."""
         message = await self._socket.receive()
         if message["type"] == "websocket.disconnect":
             raise Gone("The WebSocket is closed.")
@@ -62,17 +62,17 @@ class SocketTransport:
         return message.get("bytes") or b"" if text is None else text
 
     async def send_text(self, data: str) -> None:
-        """See the contract."""
+        """See `Transport`."""
         await _sent(self._socket.send_text(data))
 
     async def send_picture(self, message: VideoChunk, picture: Any) -> None:
-        """See the contract; ``picture`` is bytes."""
+        """See `Transport`; ``picture`` is bytes."""
         message.byte_length = len(picture)
         await self.send_text(message.model_dump_json())
         await _sent(self._socket.send_bytes(picture))
 
     async def close(self, code: int) -> None:
-        """See the contract."""
+        """See `Transport`."""
         await self._socket.close(code)
 
 

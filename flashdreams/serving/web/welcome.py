@@ -1,4 +1,4 @@
-"""The page's address with the token in it, as it is opened for the first time."""
+"""First visit to the page's URL with the token in it."""
 
 import urllib.parse
 
@@ -9,14 +9,14 @@ from flashdreams.serving.web.guard import cookie_name
 
 
 def keep_token(request: Request, wanted: str | None) -> RedirectResponse | None:
-    """Put the token of an address into a cookie, so that it leaves the address and the history.
+    """Move the token of a URL into a cookie, so that it is not in the URL and the history.
 
     Args:
-        request: for the page; a guard knows its token to be right.
+        request: request of the page; the guard has checked its token.
         wanted: the server's token.
 
     Returns:
-        None: the address has no token, or the server wants none.
+        None: the URL has no token, or the server requires none.
     """
     token = request.query_params.get("token")
     if token is None or not wanted:
