@@ -1,4 +1,4 @@
-"""Layer norm with gain and offset, and sums of a branch with the residual.
+"""Layer norm with scale and shift, and addition of a branch to the residual.
 
 Shape letters: B batch, L tokens.
 """
@@ -17,7 +17,7 @@ from flashdreams_kernels.launch import (
 )
 
 MAX_WIDTH = 16384
-"""Widest token that one program holds in registers."""
+"""Maximum width of a token; one program holds it in registers."""
 
 
 @torch.library.custom_op("flashdreams::layer_norm_modulate", mutates_args=())
@@ -31,7 +31,7 @@ def layer_norm_modulate(
         shift: ``[B, L or 1, dim]``, bf16, fp16 or fp32.
         scale: like ``shift``.
         eps: added to the variance.
-        dtype: of the result, bf16, fp16 or fp32; None means that of ``x``.
+        dtype: dtype of the result, bf16, fp16 or fp32; None: that of ``x``.
 
     Returns:
         ``[B, L, dim]``, contiguous; rounded once.
@@ -65,7 +65,7 @@ def layer_norm_affine(
         weight: ``[dim]``, bf16, fp16 or fp32.
         bias: like ``weight``.
         eps: added to the variance.
-        dtype: of the result, bf16, fp16 or fp32; None means that of ``x``.
+        dtype: dtype of the result, bf16, fp16 or fp32; None: that of ``x``.
 
     Returns:
         ``[B, L, dim]``, contiguous.
@@ -108,14 +108,13 @@ def gate_residual(
 ) -> Tensor:
     """``(x + y * gate) * scale + shift`` in one pass over memory.
 
-    The product ``y * gate`` and the sum are rounded to the dtype of ``x``, as PyTorch's operations
-    would.
+    ``y * gate`` and the sum are each rounded to the dtype of ``x``, as in PyTorch.
 
     Args:
         x: ``[B, L, dim]``, bf16, fp16 or fp32; any strides with contiguous last dim, as for all.
-        y: ``[B, L, dim]``, bf16, fp16 or fp32; the branch that is gated.
-        gate: ``[B or 1, L or 1, dim]``, bf16, fp16 or fp32; None adds ``y`` as it is.
-        scale: like ``gate``; None leaves the sum as it is.
+        y: ``[B, L, dim]``, bf16, fp16 or fp32; the branch to be gated.
+        gate: ``[B or 1, L or 1, dim]``, bf16, fp16 or fp32; None adds ``y`` ungated.
+        scale: like ``gate``; None leaves the sum unscaled.
         shift: like ``gate``; given if and only if ``scale`` is.
 
     Returns:
@@ -151,7 +150,7 @@ def _(
 
 
 def check_modulation(x: Tensor, modulation: dict[str, Tensor]) -> None:
-    """Check tokens ``[B, L, dim]`` and what broadcasts to them.
+    """Check tokens ``[B, L, dim]`` and the tensors that broadcast to them.
 
     Raises:
         ValueError: shapes, strides or devices that do not fit.
@@ -184,8 +183,8 @@ def plan_norm_modulate(
 ) -> Launch:
     """The launch of :func:`layer_norm_modulate` into ``out``; arguments checked.
 
-    ``added`` is what is added to ``scale``: 0 for :func:`layer_norm_affine`. With ``out_scale``,
-    ``[B, L, 1]``, it is that of `fp8_rows.layer_norm_quantize`.
+    ``added`` is added to ``scale``; it is 0 for :func:`layer_norm_affine`. With ``out_scale``,
+    ``[B, L, 1]``, this is the launch of `fp8_rows.layer_norm_quantize`.
     """
     batch, length, width = x.shape
     block = next_power_of_2(width)

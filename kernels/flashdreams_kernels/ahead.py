@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of every kernel at its real sizes; needs no GPU.
+"""Ahead-of-time compilation of every kernel at production sizes; needs no GPU.
 
 ``python -m flashdreams_kernels.ahead 80 90 100`` prints one JSON line per kernel and GPU
 generation with the registers, spills and shared memory that the compiler reports.
@@ -22,10 +22,10 @@ from flashdreams_kernels import adaln, attention, channels, fp8_rows, linear, ro
 from flashdreams_kernels.launch import Block, Launch, Target, load_programs
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}
-"""Multiprocessors by generation (A100, H100 and H200, B200)."""
+"""Streaming multiprocessors by GPU generation (A100, H100 and H200, B200)."""
 
 FP8_CAPABILITY = 89
-"""The first GPUs that convert to e4m3."""
+"""Lowest compute capability with conversion to e4m3."""
 
 TYPE_NAMES = {
     torch.float32: "*fp32",
@@ -39,7 +39,7 @@ TYPE_NAMES = {
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler said about one kernel."""
+    """The compiler's report on one kernel."""
 
     kernel: str
     """Module and program."""
@@ -47,9 +47,9 @@ class Report:
     num_warps: int
     shared_bytes: int
     registers: int | None
-    """Per thread; None where triton carries no cuobjdump."""
+    """Per thread; None if triton does not include cuobjdump."""
     spill_bytes: int | None
-    """Local memory per thread; 0 is wanted."""
+    """Local memory per thread; should be 0."""
     cubin_bytes: int
 
 
@@ -57,7 +57,7 @@ def compile_launch(launch: Launch, capability: int) -> Report:
     """Compile one launch for one GPU generation.
 
     Args:
-        launch: its tensors may be on ``meta``; they count as 16-byte aligned.
+        launch: its tensors may be on ``meta``; they are assumed to be 16-byte aligned.
         capability: compute capability times ten.
 
     Raises:
@@ -100,7 +100,7 @@ def compile_launch(launch: Launch, capability: int) -> Report:
 
 
 def _argument_type(value: Any, fixed: bool) -> tuple[str, bool]:
-    """Triton's type of an argument, and whether it counts as a multiple of 16."""
+    """Triton's type of an argument, and whether to assume that it is a multiple of 16."""
     if value is None:
         return "constexpr", False
     if isinstance(value, Tensor):
@@ -115,7 +115,7 @@ def _argument_type(value: Any, fixed: bool) -> tuple[str, bool]:
 
 
 def _resources(cubin: bytes) -> tuple[int | None, int | None]:
-    """Registers and local bytes per thread, read with the cuobjdump that triton carries."""
+    """Registers and local bytes per thread, read with triton's own cuobjdump."""
     import triton
 
     tool = getattr(getattr(triton.knobs.nvidia, "cuobjdump", None), "path", None)
@@ -141,9 +141,9 @@ def real_launches(
 
     Args:
         capability: compute capability times ten.
-        num_heads: 12 is the 1.3B model.
+        num_heads: heads; 12 for the 1.3B model.
         head_dim: channels of a head.
-        num_splits: of the attention kernel; above 1 the merge is compiled too.
+        num_splits: KV splits of the attention kernel; above 1 the merge is compiled too.
     """
     target = Target(capability, PROCESSORS.get(capability, 132))
     length, slots, dim = 4680, 32760, num_heads * head_dim
@@ -183,7 +183,7 @@ def real_launches(
 
 
 def _fp8_row_launches(tensor: Callable[..., Tensor], length: int) -> Iterator[Launch]:
-    """What comes before the FP8 matmuls of LingBot-World 14B, and GELU of the 1.3B model."""
+    """Kernels before the FP8 matmuls of LingBot-World 14B, and GELU of the 1.3B model."""
     wide = tensor(1, length, 5120, dtype=torch.float32)
     row, out_scale = wide[:, :1], tensor(1, length, 1, dtype=torch.float32)
     out = torch.empty_like(wide, dtype=torch.float8_e4m3fn)
@@ -196,7 +196,7 @@ def _fp8_row_launches(tensor: Callable[..., Tensor], length: int) -> Iterator[La
 
 
 def _decoder_launches(tensor: Callable[..., Tensor]) -> Iterator[Launch]:
-    """What the decoders launch at full resolution for 12 frames of 480x832."""
+    """Launches of the decoders at full resolution for 12 frames of 480x832."""
     frames, pixels = 12, 480 * 832
     wide, gain, row = tensor(1, frames * pixels, 96), tensor(96), tensor(frames * pixels, 96)
     for bias in (None, gain):

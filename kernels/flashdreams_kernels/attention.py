@@ -34,18 +34,18 @@ MAX_SPLITS = 16
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Tile sizes of the attention program and what the compiler may use for them."""
+    """Tile sizes and compiler options of the attention program."""
 
     block_l: int
-    """Queries of a tile."""
+    """Queries per tile."""
     block_s: int
-    """Keys of a step."""
+    """Keys per step."""
     num_warps: int
     num_stages: int
     per_processor: int = 1
     """Tiles that fit on one multiprocessor at a time."""
     descriptors: bool = False
-    """Load whole blocks of keys and values through tensor descriptors (TMA), where their layout
+    """Load whole blocks of keys and values through tensor descriptors (TMA), if their layout
     allows it."""
     max_registers: int | None = None
     """Per thread; None leaves it to the compiler."""
@@ -69,11 +69,11 @@ TILES: TileTable = {
 def tile_config(
     target: Target, head_dim: int, itemsize: int, table: TileTable = TILES
 ) -> TileConfig:
-    """Tiles for a machine, a head dim and an element size; a function of nothing else.
+    """Tiles for a GPU, a head dim and an element size; depends on nothing else.
 
-    The newest generation listed that is not newer than the machine; consumer chips have a
-    configuration of their own, as have head dims above 128. Float32 takes small tiles and spills
-    registers: it is there for checks, not for speed.
+    Uses the newest listed generation that is not newer than the GPU; consumer GPUs and head dims
+    above 128 have separate configurations. Float32 uses small tiles and spills registers: it is
+    for checks, not for speed.
     """
     if target.interpreted:
         return TileConfig(32, 32, 1, 1)
@@ -86,15 +86,15 @@ def tile_config(
 
 
 def choose_num_splits(num_tiles: int, num_blocks: int, num_slots: int) -> int:
-    """Number of shares into which the keys are cut, so that the last wave is nearly full.
+    """Number of KV splits for which the last wave is nearly full.
 
-    Time is counted in steps (one block of keys for one tile): waves of ``num_slots`` tiles, each
-    as long as its share of the blocks plus its start and end; a merge costs further steps.
+    Time is counted in steps (one block of keys for one tile). A wave of ``num_slots`` tiles takes
+    the blocks of one split plus prologue and epilogue; a merge costs further steps.
 
     Args:
         num_tiles: tiles of queries over all heads and batch entries.
         num_blocks: blocks of keys.
-        num_slots: tiles that run at a time.
+        num_slots: tiles that run concurrently.
     """
     ends, merge = 2, 2
 
@@ -106,11 +106,11 @@ def choose_num_splits(num_tiles: int, num_blocks: int, num_slots: int) -> int:
 
 
 def splits_for(q: Tensor, num_keys: Sequence[int], tiles: TileConfig, target: Target) -> int:
-    """Number of shares for some queries and keys on a machine; see :func:`choose_num_splits`.
+    """Number of KV splits for given queries and keys on a GPU; see :func:`choose_num_splits`.
 
     Args:
         q: ``[B, L, N, D]``.
-        num_keys: of each run of keys that begins with a block of its own.
+        num_keys: number of keys of each run that starts a new block.
         tiles: sizes of the tiles.
         target: the machine.
     """
@@ -132,24 +132,24 @@ def chunk_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend to the first ``visible`` slots of a KV cache, in slot order and without a mask.
 
-    The number of visible slots may live on the device: one captured graph then serves every AR
-    step. Accumulation is float32. Inference only: no gradient is defined.
+    The number of visible slots is read on the device, so one captured graph serves every AR step.
+    Accumulation is float32. Inference only: no gradient is defined.
 
     Args:
         q: ``[B, L, N, D]``, bf16, fp16 or fp32; any strides with contiguous D, as for ``k``, ``v``.
         k: ``[B, S, N, D]``, like ``q`` in dtype and device.
         v: ``[B, S, N, D]``.
         scale: positive factor on the scores; None means ``D ** -0.5``.
-        visible: int32 or int64, one element, on the device of ``q``: how many leading slots are
-            attended, clamped to 0 and S. None means all S.
+        visible: int32 or int64, one element, on the device of ``q``: number of leading slots to
+            attend to, clamped to [0, S]. None means all S.
         return_lse: also return the log of the sums of exponentials, for merging.
-        num_splits: shares of the keys that are computed side by side and merged; None chooses it
-            from the shape and the GPU. Give a fixed number where the bits must not
-            depend on L, N or the number of multiprocessors.
+        num_splits: number of KV splits, computed in parallel and merged; None chooses it from the
+            shape and the GPU. Give a fixed number if the bits must not depend on L, N or the
+            number of multiprocessors.
 
     Returns:
         ``[B, L, N, D]`` contiguous, in the dtype of ``q``; with ``return_lse`` also ``[B, N, L]``
-        float32, natural logarithm. Where nothing is visible: zeros and minus infinity.
+        float32, natural logarithm. If no slot is visible: zeros and minus infinity.
 
     Raises:
         ValueError: shapes, strides, devices or a number that do not fit.
@@ -201,7 +201,7 @@ def _(
 
 
 def new_outputs(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
-    """Memory for results, ``[B, L, N, D]``, and for their log-sum-exp, empty where not wanted."""
+    """Allocate results, ``[B, L, N, D]``, and their log-sum-exp, empty if not requested."""
     batch, length, heads, _ = q.shape
     lse_shape = (batch, heads, length) if return_lse else (0,)
     return (
@@ -211,7 +211,7 @@ def new_outputs(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> None:
-    """Check what :func:`chunk_attention` is given.
+    """Check the arguments of :func:`chunk_attention`.
 
     Raises:
         ValueError: shapes, strides, devices or a number that do not fit.
@@ -254,11 +254,11 @@ def plan(
         v: as there.
         visible: as there.
         scale: as there.
-        out: ``[B, L, N, D]`` contiguous, is written.
-        lse: ``[B, N, L]`` float32, is written unless it is empty.
+        out: ``[B, L, N, D]`` contiguous; written to.
+        lse: ``[B, N, L]`` float32; written to unless it is empty.
         num_splits: 0 chooses it.
-        target: what the launches are for.
-        tiles: other tiles than those of the table.
+        target: GPU of the launches.
+        tiles: tiles to use instead of those of the table.
     """
     tiles = tiles or tile_config(target, q.shape[-1], q.element_size())
     num_splits = num_splits or splits_for(q, (k.shape[1],), tiles, target)
@@ -272,14 +272,14 @@ def plan_shares(
     num_splits: int,
     attend: Callable[[Tensor, Tensor, tuple[int, ...], dict[str, Any]], Launch],
 ) -> list[Launch]:
-    """One launch that writes the result, or one that writes shares of it and one that merges.
+    """One launch that writes the result, or one for partial results and one that merges them.
 
     Args:
-        out: ``[B, L, N, D]`` contiguous, is written.
-        lse: ``[B, N, L]`` float32, is written unless it is empty.
-        num_splits: number of shares.
-        attend: makes the launch from where results go, ``[splits, B, L, N, D]``, where their
-            log-sum-exp goes, its strides (splits, B, L, N), and constants of the program.
+        out: ``[B, L, N, D]`` contiguous; written to.
+        lse: ``[B, N, L]`` float32; written to unless it is empty.
+        num_splits: number of KV splits.
+        attend: makes the launch from the output ``[splits, B, L, N, D]``, the log-sum-exp output,
+            its strides (splits, B, L, N), and constants of the program.
     """
     _, length, heads, _ = out.shape
     if num_splits == 1:
@@ -303,7 +303,7 @@ def _attend_launch(
     lse_strides: tuple[int, ...],
     constants: dict[str, Any],
 ) -> Launch:
-    """Attend to ``len(out)`` shares of the keys; ``out`` is ``[splits, B, L, N, D]``."""
+    """Attention in ``len(out)`` KV splits; ``out`` is ``[splits, B, L, N, D]``."""
     q, k, v, visible, _ = inputs
     in_blocks = tiles.descriptors and has_blocks(k) and has_blocks(v)
     block = (1, tiles.block_s, q.shape[-1])
@@ -326,14 +326,14 @@ def _attend_launch(
 
 
 def has_blocks(x: Tensor) -> bool:
-    """Whether keys or values ``[B, S, N, D]`` can be read through a descriptor, head by head."""
+    """Whether a tensor descriptor can read keys or values ``[B, S, N, D]`` head by head."""
     heads, head_dim = x.shape[2:]
     beside = heads == 1 or x.stride(2) == head_dim
     return beside and next_power_of_2(head_dim) == head_dim >= 16 and is_aligned(x)
 
 
 def attend_grid(q: Tensor, num_splits: int, tiles: TileConfig) -> tuple[int, int, int]:
-    """Grid of a program that attends: tiles of queries, shares of the keys, heads."""
+    """Grid of an attention program: tiles of queries, KV splits, heads."""
     batch, length, heads, _ = q.shape
     return ceil_div(length, tiles.block_l), num_splits, batch * heads
 
@@ -344,13 +344,13 @@ def attend_arguments(
     lse: Tensor,
     lse_strides: tuple[int, ...],
 ) -> dict[str, Any]:
-    """Arguments that all programs that attend have in common.
+    """Arguments common to all attention programs.
 
     Args:
         inputs: queries, keys, values, the number of visible keys, and the scale.
         out: ``[splits, B, L, N, D]``.
-        lse: where the log-sum-exp goes.
-        lse_strides: its strides over splits, B, L and N.
+        lse: output for the log-sum-exp.
+        lse_strides: strides of ``lse`` over splits, B, L and N.
     """
     q, k, v, visible, scale = inputs
     return {
@@ -374,7 +374,7 @@ def attend_arguments(
 def attend_constants(
     q: Tensor, visible: Tensor | None, tiles: TileConfig, target: Target
 ) -> dict[str, Any]:
-    """Constants that all programs that attend have in common."""
+    """Constants common to all attention programs."""
     return {
         "HEAD_DIM": q.shape[-1],
         "BLOCK_D": max(16, next_power_of_2(q.shape[-1])),

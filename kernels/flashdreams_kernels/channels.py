@@ -1,4 +1,4 @@
-"""Norm, sums and upsampling between convolutions whose channels are innermost in memory.
+"""Norm, sums and upsampling between convolutions, with channels innermost in memory.
 
 Shape letters: B clips, F frames, N frames of all clips, R pixels, C channels, H W rows and columns.
 All tensors are bf16, fp16 or fp32 of one dtype and device.
@@ -19,9 +19,9 @@ from flashdreams_kernels.launch import (
 )
 
 MAX_WIDTH = 8192
-"""Most channels that one program holds in registers."""
+"""Maximum number of channels; one program holds them in registers."""
 ELEMENTS = 2048
-"""Values that a program holds, where the channels leave a choice."""
+"""Values per program, unless the number of channels requires more."""
 
 
 def norm_silu(
@@ -34,9 +34,9 @@ def norm_silu(
     Args:
         x: ``[B, R, C]``, contiguous.
         gain: C values.
-        scale: of the gain: the square root of C.
-        least: smallest length that is divided by.
-        out: ``[B, R, C]``, clips any distance apart, each contiguous; may not overlap ``x``.
+        scale: factor on the gain: the square root of C.
+        least: lower bound of the divisor ``|y|``.
+        out: ``[B, R, C]``, each clip contiguous, any stride over clips; must not overlap ``x``.
         bias: C values; None adds nothing.
 
     Raises:
@@ -57,13 +57,13 @@ def norm_silu(
 def add_(
     x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, *, relu: bool = False
 ) -> Tensor:
-    """``x + bias + residual`` in place in one pass, rounded once; then ReLU where asked.
+    """``x + bias + residual`` in place in one pass, rounded once; optionally with ReLU.
 
     Args:
         x: ``[R, C]``, contiguous.
         bias: C values.
         residual: like ``x``.
-        relu: whether negative sums become 0.
+        relu: whether to apply ReLU to the sum.
 
     Returns:
         ``x``.
@@ -85,8 +85,8 @@ def sum_halves(y: Tensor, last: Tensor, bias: Tensor, out: Tensor) -> None:
     """``relu(y[t, :C] + y[t - 1, C:] + bias)``: a convolution over a frame and the one before it.
 
     Args:
-        y: ``[B, F, R, 2 C]``, contiguous: each frame under the two halves of the weight.
-        last: ``[B, R, C]``, contiguous: the second half for the frame before the first.
+        y: ``[B, F, R, 2 C]``, contiguous: products of each frame with both halves of the weight.
+        last: ``[B, R, C]``, contiguous: the second half of the frame before the first one.
         bias: C values.
         out: ``[B, F, R, C]``, contiguous.
 
@@ -112,7 +112,7 @@ def spread_phases(
             2 j + b) is at (i + a, j + b).
         out: ``[N, G, 2 H, 2 W, C]``, contiguous; with ``pairs`` ``[N / 2, 2 H, 2 W, 2, C]``.
         bias: C values; None adds nothing.
-        pairs: two frames go beside each other, pixel by pixel. N is even, G is 1.
+        pairs: interleave two frames pixel by pixel. N is even, G is 1.
 
     Raises:
         ValueError, TypeError, ImportError: as for ``norm_silu``.
@@ -131,7 +131,7 @@ def spread_phases(
 
 
 def _shape(name: str, x: Tensor, ndim: int) -> Sequence[int]:
-    """Sizes of the leading argument, whose channels decide whether a program can hold a pixel."""
+    """Sizes of the first argument, checked to have few enough channels for one program."""
     if x.dtype not in FLOAT_TYPES:
         allowed = ", ".join(map(str, FLOAT_TYPES))
         raise TypeError(f"{name} is {x.dtype}; allowed here: {allowed}.")
@@ -161,7 +161,7 @@ def _check_vectors(like: Tensor, width: int, **vectors: Tensor | None) -> None:
 
 
 def _sizes(width: int, rows: int) -> tuple[tuple[int], dict[str, int], int]:
-    """Grid, compile-time sizes and warps of a program over ``rows`` pixels."""
+    """Grid, compile-time sizes and number of warps of a program over ``rows`` pixels."""
     block = next_power_of_2(width)
     count = max(1, ELEMENTS // block)
     warps = 4 if block <= ELEMENTS else 8

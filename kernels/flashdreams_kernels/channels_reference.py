@@ -38,7 +38,7 @@ def spread_phases(
     """Place the four phases ``[N, H + 1, W + 1, G, 2, 2, C]`` in ``[N, G, 2 H, 2 W, C]``; with
     ``pairs`` in ``[N / 2, 2 H, 2 W, 2, C]``."""
     if pairs:
-        y = y.unflatten(0, (-1, 2)).squeeze(4).movedim(1, 3)  # a frame of its pair as growth
+        y = y.unflatten(0, (-1, 2)).squeeze(4).movedim(1, 3)  # the frame within its pair as growth
         out = out.movedim(3, 1)
     height, width = y.shape[1] - 1, y.shape[2] - 1
     for a in range(2):

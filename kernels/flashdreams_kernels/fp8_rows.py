@@ -1,4 +1,4 @@
-"""What comes before FP8 matmuls: layer norm and GELU whose result is e4m3 with a scale per token.
+"""Inputs of FP8 matmuls: layer norm and GELU with results in e4m3 and a scale per token.
 
 Shape letters: B batch, L tokens.
 """
@@ -19,7 +19,7 @@ FP8 = torch.float8_e4m3fn
 
 
 def _rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Empty tensors for numbers and scales."""
+    """Empty tensors for e4m3 values and scales."""
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     return torch.empty(x.shape, dtype=FP8, device=x.device), scale
 
@@ -30,8 +30,8 @@ def layer_norm_quantize(
 ) -> tuple[Tensor, Tensor]:
     """``layer_norm(x) * (added + scale) + shift`` in e4m3, in one pass over memory.
 
-    Nothing is rounded before the quantization. The scale of a token is the least power of two that
-    brings its largest number to 448 or less.
+    Nothing is rounded before the quantization. The scale of a token is the smallest power of two
+    that brings its largest magnitude to 448 or less.
 
     Args:
         x: ``[B, L, dim]``, bf16, fp16 or fp32; any strides with contiguous last dim, as for all.

@@ -1,4 +1,4 @@
-"""Launching of Triton programs: descriptions, checks and the machine that they run on."""
+"""Launching of Triton programs: descriptions, checks and the target GPU."""
 
 import importlib
 import os
@@ -14,12 +14,12 @@ from torch import Tensor
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 INDEX_TYPES = (torch.int32, torch.int64)
 MAX_OFFSET = 2**31 - 1
-"""Largest distance in elements that a program reaches with 32-bit arithmetic."""
+"""Largest offset in elements that fits the programs' 32-bit arithmetic."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a program runs on."""
+    """The GPU or interpreter that runs a program."""
 
     capability: int
     """Compute capability times ten: 80, 90, 100; 0 for the interpreter."""
@@ -28,22 +28,22 @@ class Target:
 
     @property
     def interpreted(self) -> bool:
-        """True where Triton's interpreter stands in for a GPU."""
+        """Whether Triton's interpreter is used instead of a GPU."""
         return self.capability == 0
 
 
 INTERPRETER = Target(capability=0, num_processors=1)
 
 CONSUMER = 86
-"""Key in a table for the chips with less shared memory: 8.6, 8.9, 12.x."""
+"""Table key for GPUs with less shared memory: 8.6, 8.9, 12.x."""
 
 
 def generation_of(target: Target, table: Iterable[tuple[int, Any]]) -> int:
-    """The entry of a table that serves a GPU: the newest one that is not newer than it.
+    """The table entry for a GPU: the newest generation that is not newer than it.
 
     Args:
         target: a GPU.
-        table: keys that begin with a capability, :data:`CONSUMER` among them.
+        table: keys that start with a capability or :data:`CONSUMER`.
     """
     if target.capability in (86, 89) or target.capability >= 120 or target.capability < 80:
         return CONSUMER
@@ -51,11 +51,11 @@ def generation_of(target: Target, table: Iterable[tuple[int, Any]]) -> int:
 
 
 ALIGNMENT_BYTES = 16
-"""What a tensor descriptor asks of an address and of all strides but the last."""
+"""Alignment in bytes that a tensor descriptor requires of the address and outer strides."""
 
 
 def is_aligned(x: Tensor) -> bool:
-    """Whether a tensor's address and strides are such that a tensor descriptor can be made."""
+    """Whether a tensor's address and strides are aligned as a tensor descriptor requires."""
     steps = [step * x.element_size() for step in x.stride()[:-1]]
     address = 0 if x.is_meta else x.data_ptr()
     return not any(number % ALIGNMENT_BYTES for number in (address, *steps))
@@ -63,15 +63,15 @@ def is_aligned(x: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Block:
-    """A tensor that a program reads or writes in blocks, by a tensor descriptor."""
+    """A tensor that a program accesses in blocks, through a tensor descriptor."""
 
     tensor: Tensor
     """Contiguous along its last dim, aligned: see `is_aligned`."""
     shape: tuple[int, ...]
-    """Of a block."""
+    """Shape of a block."""
 
     def descriptor(self) -> Any:
-        """What Triton takes; made on the host, so that kernels need no memory of their own."""
+        """Triton's descriptor; made on the host, so that kernels need no allocator."""
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         return TensorDescriptor.from_tensor(self.tensor, list(self.shape))
@@ -79,7 +79,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of one program, said as data: run it, or compile it ahead of time."""
+    """One launch of one program as data: run it, or compile it ahead of time."""
 
     module: str
     """Module under ``flashdreams_kernels.programs``."""
@@ -87,14 +87,14 @@ class Launch:
     """Function of that module."""
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    """Tensors, blocks, integers and floats, by parameter name; None where nothing is read."""
+    """Tensors, blocks, integers and floats, by parameter name; None for unused ones."""
     constants: dict[str, Any]
     """Compile-time values, by parameter name."""
     num_warps: int = 4
     num_stages: int = 2
     device: torch.device = field(default=torch.device("cpu"))
     max_registers: int | None = None
-    """Per thread, so that more programs fit on a multiprocessor; None leaves it to the compiler."""
+    """Per thread, so that more programs fit on a multiprocessor; None: the compiler's choice."""
 
     def run(self) -> None:
         """Launch on the device of the tensors.
@@ -117,7 +117,7 @@ class Launch:
     def options(self) -> dict[str, Any]:
         """Options of the compiler.
 
-        Fused multiply-add is asked for by name: triton 3.10 switches it off by default.
+        Fused multiply-add is enabled explicitly, because triton 3.10 disables it by default.
         """
         limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
         return {
@@ -132,7 +132,7 @@ def load_programs(module: str) -> ModuleType:
     """Import a module of Triton programs.
 
     Raises:
-        ImportError: triton is not installed; the text says how to get it.
+        ImportError: triton is not installed; the message says how to install it.
     """
     try:
         return importlib.import_module(f"flashdreams_kernels.programs.{module}")
@@ -146,10 +146,10 @@ def load_programs(module: str) -> ModuleType:
 
 
 def target_of(device: torch.device) -> Target:
-    """The machine behind a device.
+    """The target of a device.
 
     Raises:
-        ValueError: not a CUDA device, and Triton's interpreter is not switched on.
+        ValueError: not a CUDA device, and Triton's interpreter is not enabled.
     """
     if device.type == "cuda":
         return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
@@ -179,7 +179,7 @@ def ceil_div(numerator: int, denominator: int) -> int:
 
 
 def warps_of(block: int) -> int:
-    """Warps for a program that holds ``block`` elements: 512 to a warp, 1 to 16 warps."""
+    """Warps for a program of ``block`` elements: 512 elements per warp, 1 to 16 warps."""
     return min(16, max(1, next_power_of_2(ceil_div(block, 512))))
 
 
@@ -195,13 +195,13 @@ def check_tensor(
     like: Tensor,
     dtypes: Sequence[torch.dtype] | None = None,
 ) -> None:
-    """Check a kernel's argument before a pointer to it leaves Python.
+    """Check a kernel's argument before its pointer is passed to the kernel.
 
     Args:
-        name: of the argument, for the message.
+        name: name of the argument, for the message.
         tensor: the argument.
-        shape: sizes wanted, None for any.
-        like: its device is wanted, and its dtype unless ``dtypes`` is given.
+        shape: required sizes, None for any.
+        like: tensor whose device, and dtype unless ``dtypes`` is given, is required.
         dtypes: allowed dtypes.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A linear layer whose bits per row do not depend on the number of rows.
+"""A batch-invariant linear layer: the bits of a row do not depend on the number of rows.
 
 Shape letters: M rows (tokens), N output features, K input features.
 """
@@ -24,29 +24,29 @@ from flashdreams_kernels.launch import (
 )
 
 GROUP = 8
-"""Rows of tiles that are computed beside each other, so that weights are read from L2."""
+"""Rows of tiles that are computed together, so that weights are read from L2."""
 
 
 @dataclass(frozen=True)
 class LinearTile:
-    """Tile sizes of the linear program and what the compiler may use for them."""
+    """Tile sizes and compiler options of the linear program."""
 
     block_m: int
-    """Rows of a tile."""
+    """Rows per tile."""
     block_n: int
-    """Output features of a tile."""
+    """Output features per tile."""
     block_k: int
-    """Input features of a step."""
+    """Input features per step."""
     num_warps: int
     num_stages: int
     descriptors: bool = False
-    """Load and store tiles through tensor descriptors (TMA), where addresses allow it."""
+    """Load and store tiles through tensor descriptors (TMA), if addresses allow it."""
     persistent: bool = False
-    """One program per multiprocessor, which computes many tiles; with descriptors alone."""
+    """One program per multiprocessor, which computes many tiles; only with descriptors."""
 
 
 WIDE = 2048
-"""Output features from which a layer takes the wider tile."""
+"""Minimum number of output features for the wider tile."""
 
 LinearTable = Mapping[tuple[int, bool], LinearTile]
 """Tiles by (capability, whether the layer is wide), for 16-bit inputs; see :func:`linear_tile`."""
@@ -63,10 +63,10 @@ LINEAR_TILES: LinearTable = {
 }
 
 FLOAT32_TILE = LinearTile(64, 64, 32, 4, 3)
-"""Float32 is multiplied on the ordinary cores, in full precision."""
+"""For float32: full precision, without tensor cores."""
 
 UNALIGNED_TILE = LinearTile(128, 128, 32, 8, 3)
-"""For 16-bit layers whose rows are no whole vectors: reading them takes more registers."""
+"""For 16-bit layers whose rows are not multiples of a vector, which need more registers."""
 
 INTERPRETER_TILE = LinearTile(32, 32, 32, 1, 1)
 
@@ -74,7 +74,7 @@ INTERPRETER_TILE = LinearTile(32, 32, 32, 1, 1)
 def linear_tile(
     target: Target, num_columns: int, itemsize: int, table: LinearTable = LINEAR_TILES
 ) -> LinearTile:
-    """Tiles for a machine, a layer and an element size; never for a number of rows.
+    """Tiles for a GPU, a layer and an element size, independent of the number of rows.
 
     Args:
         target: the machine.
@@ -92,14 +92,14 @@ def linear_tile(
 def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x weight^T + bias``; the bits of a row depend on that row alone.
 
-    The tiles follow from N, the dtype and the GPU, K is summed in one order in float32, and the
-    bias is added before the result is rounded. So one row, padded, split and permuted rows have
-    the same bits. Inference only: no gradient is defined.
+    Tiles depend only on N, the dtype and the GPU, K is summed in a fixed order in float32, and the
+    bias is added before the result is rounded. So a row has the same bits alone and among padded,
+    split or permuted rows. Inference only: no gradient is defined.
 
     Args:
         x: ``[..., K]``, bf16, fp16 or fp32. Rows that are not contiguous or aligned are copied.
         weight: ``[N, K]``, contiguous, like ``x`` in dtype and device.
-        bias: ``[N]``, likewise, or None.
+        bias: ``[N]``, like ``weight``, or None.
 
     Returns:
         ``[..., N]`` contiguous, in the dtype of ``x``.
@@ -131,7 +131,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Check what :func:`invariant_linear` is given, ``x`` as ``[M, K]``.
+    """Check the arguments of :func:`invariant_linear`, with ``x`` as ``[M, K]``.
 
     Raises:
         ValueError: shapes, strides or devices that do not fit.
@@ -157,9 +157,9 @@ def plan(
         x: ``[M, K]``, checked, like all tensors; see :func:`invariant_linear`.
         weight: ``[N, K]``.
         bias: ``[N]`` or None.
-        out: ``[M, N]`` contiguous, is written.
-        target: what the launch is for.
-        tile: sizes of the tiles.
+        out: ``[M, N]`` contiguous; written to.
+        target: GPU of the launch.
+        tile: tile sizes.
     """
     num_rows, width = x.shape
     num_columns = len(weight)
@@ -220,12 +220,12 @@ def plan(
 
 
 def _whole_vectors(num_columns: int, width: int, itemsize: int) -> bool:
-    """Whether rows of the weight and of the result are multiples of what descriptors ask for."""
+    """Whether rows of the weight and of the result have the alignment that descriptors need."""
     return num_columns * itemsize % ALIGNMENT_BYTES == width * itemsize % ALIGNMENT_BYTES == 0
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """``[rows, K]`` contiguous at an aligned address, so that one compiled program serves all."""
+    """``[rows, K]`` contiguous at an aligned address, so that one compiled program suffices."""
     if x.is_contiguous() and (x.is_meta or x.data_ptr() % ALIGNMENT_BYTES == 0):
         return x
     return x.clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""PyTorch references of the kernels: what each one must compute.
+"""PyTorch references of the kernels.
 
 Shape letters: B batch, L query tokens, S key slots, N heads, D head dim.
 """
@@ -25,7 +25,7 @@ def chunk_attention(
         k: ``[B, S, N, D]``.
         v: ``[B, S, N, D]``.
         scale: factor on the scores; None means ``D ** -0.5``.
-        visible: one integer, the number of leading slots that are attended; None means all.
+        visible: one integer, the number of leading slots to attend to; None means all.
 
     Returns:
         ``[B, L, N, D]`` in the dtype of ``q``, and the natural logarithm of the sums of
@@ -40,7 +40,7 @@ def chunk_attention(
 
 
 def fp8_weights_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-    """Attention whose softmax weights are rounded to e4m3, as FP8 kernels do; their sum is not.
+    """Attention with softmax weights rounded to e4m3 as in FP8 kernels, and their sum unrounded.
 
     Args:
         q: ``[B, L, N, D]``.
@@ -51,7 +51,7 @@ def fp8_weights_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> T
     Returns:
         ``[B, L, N, D]`` in the dtype of ``q``.
 
-    Source: FlashAttention-3, arXiv:2407.08608, section 3.3; weights are multiplied by 2**8 before.
+    Source: FlashAttention-3, arXiv:2407.08608, section 3.3; weights are first multiplied by 2**8.
     """
     queries, keys, values = (x.transpose(1, 2).float() for x in (q, k, v))
     scores = queries @ keys.transpose(-1, -2) * scale
@@ -70,7 +70,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         eps: added to the mean square.
 
     Returns:
-        Like ``x``; the statistics are float32, the normed value is rounded before the weight.
+        Like ``x``; the statistics are float32, the normalized value is rounded before the weight.
     """
     wide = x.flatten(2).float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -78,7 +78,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate neighbouring channel pairs.
+    """Rotate adjacent channel pairs.
 
     Args:
         x: ``[B, L, N, D]``.
@@ -104,7 +104,7 @@ def qk_norm_rope(
 
 
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
-    """Round ``x / scale`` to e4m3, to nearest, ties to even; beyond the largest number it is cut.
+    """Quantize ``x / scale`` to e4m3, to nearest, ties to even; large values saturate.
 
     Args:
         x: ``[B, L, N, D]``.
@@ -140,7 +140,7 @@ def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     """
     inside = (slots >= 0) & (slots < k_cache.shape[1])
     for cache, x in ((k_cache, k), (v_cache, v)):
-        if cache.dtype == torch.float8_e4m3fn:  # which not every build of PyTorch can index
+        if cache.dtype == torch.float8_e4m3fn:  # not every build of PyTorch can index it
             cache, x = cache.view(torch.uint8), x.view(torch.uint8)
         cache[:, slots[inside]] = x[:, inside]
 
@@ -152,7 +152,7 @@ def qk_norm_rope_write(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
         q: ``[B, L, N, D]``.
         k: like ``q``.
         v: like ``q``.
-        rest: what else these two take, in their order: weights, table and eps; caches and slots.
+        rest: the other arguments of both, in order: weights, table and eps; caches and slots.
 
     Returns:
         Queries, ``[B, L, N, D]``.
@@ -173,7 +173,7 @@ def layer_norm_modulate(
         shift: ``[B, L or 1, dim]``.
         scale: like ``shift``.
         eps: added to the variance.
-        dtype: of the result; None means that of ``x``.
+        dtype: dtype of the result; None: that of ``x``.
 
     Returns:
         ``[B, L, dim]``.
@@ -197,8 +197,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         x: ``[..., dim]``.
 
     Returns:
-        ``[..., dim]`` e4m3 and ``[..., 1]`` float32, whose product is ``x``. A scale is the least
-        power of two that brings the row's largest number to 448 or less, found in its bits.
+        ``[..., dim]`` e4m3 and ``[..., 1]`` float32, whose product is ``x``. A scale is the
+        smallest power of two that brings the row's largest magnitude to 448 or less.
     """
     limit = torch.finfo(torch.float8_e4m3fn).max
     wide = x.float()
@@ -233,7 +233,7 @@ def gate_residual(
         x: ``[B, L, dim]``.
         y: ``[B, L, dim]``.
         gate: ``[B or 1, L or 1, dim]``; None is 1.
-        scale: like ``gate``; None, with ``shift``, leaves the sum as it is.
+        scale: like ``gate``; if it and ``shift`` are None, the sum is returned.
         shift: like ``gate``.
 
     Returns:

@@ -1,5 +1,5 @@
-"""RMS norm over all heads and rotation of queries and keys, alone or with the cache write, and in
-e4m3 where scales are given.
+"""RMS norm over all heads and rotation of queries and keys, optionally with the cache write and
+with quantization to e4m3.
 
 Shape letters: B batch, L tokens, S slots, N heads, D head dim.
 """
@@ -77,21 +77,21 @@ def qk_norm_rope_write(
 ) -> Tensor:
     """Norm and rotate queries and keys, and write keys and values into the cache, in one launch.
 
-    For cores that own the whole chunk. Where keys are communicated between ranks first, use
+    For cores with the whole chunk on one rank. If keys are first communicated between ranks, use
     :func:`qk_norm_rope` before the all-to-all and write after it.
 
     Args:
         q: as for :func:`qk_norm_rope`.
         k: as there.
-        v: like ``k``; is copied.
+        v: like ``k``; copied.
         q_weight: as there.
         k_weight: as there.
         table: as there.
         eps: as there.
-        k_cache: ``[B, S, N, D]``, dtype of ``k``; is written.
-        v_cache: like ``k_cache``; is written.
-        slots: ``[L]`` int32 or int64, on the device, each at most once; tokens whose slot
-            is not in the cache are dropped.
+        k_cache: ``[B, S, N, D]``, dtype of ``k``; written to.
+        v_cache: like ``k_cache``; written to.
+        slots: ``[L]`` int32 or int64, on the device, without duplicates; tokens whose slot
+            is outside the cache are dropped.
 
     Returns:
         Queries, ``[B, L, N, D]`` contiguous.
@@ -126,7 +126,7 @@ def qk_norm_rope_quantize(
     eps: float,
     scales: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Norm and rotate queries and keys, and bring them and the values to e4m3, in one launch.
+    """Norm and rotate queries and keys, and quantize them and the values to e4m3, in one launch.
 
     For keys that are communicated between ranks before they are written.
 
@@ -139,7 +139,7 @@ def qk_norm_rope_quantize(
         table: as there.
         eps: as there.
         scales: ``[B, 3, N]`` float32, powers of two from 2**-126 to 2**126: of queries, keys and
-            values. What is larger than 448 times its scale is cut.
+            values. Values above 448 times their scale saturate.
 
     Returns:
         Queries, keys and values divided by their scales, ``[B, L, N, D]`` e4m3 contiguous.
@@ -188,8 +188,8 @@ def qk_norm_rope_write_fp8(
         k_weight: as there.
         table: as there.
         eps: as there.
-        k_cache: ``[B, S, N, D]`` e4m3; is written.
-        v_cache: like ``k_cache``; is written.
+        k_cache: ``[B, S, N, D]`` e4m3; written to.
+        v_cache: like ``k_cache``; written to.
         slots: as there.
         scales: as for :func:`qk_norm_rope_quantize`.
 
@@ -253,7 +253,7 @@ def plan(
     Args:
         inputs: queries, keys and values (the last is read only with ``slots`` or ``scales``),
             checked.
-        outputs: where they go: ``[B, L, N, D]``, or caches ``[B, S, N, D]`` for keys and values.
+        outputs: output tensors ``[B, L, N, D]``, or caches ``[B, S, N, D]`` for keys and values.
         q_weight: ``[N * D]``.
         k_weight: ``[N * D]``.
         table: ``[L or 1, D/2, 2]``.
@@ -333,7 +333,7 @@ def check_write(
         k_cache: ``[B, S, N, D]``.
         v_cache: like ``k_cache``.
         slots: ``[L]``.
-        cache_dtype: of the caches; None: that of ``k``.
+        cache_dtype: dtype of the caches; None: that of ``k``.
 
     Raises:
         ValueError: shapes, strides or devices that do not fit.

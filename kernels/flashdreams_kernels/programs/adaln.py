@@ -1,4 +1,4 @@
-"""Triton programs of layer norm with gain and offset, and of sums with the residual."""
+"""Triton programs of layer norm with scale and shift, and of sums with the residual."""
 
 import triton
 import triton.language as tl
@@ -28,7 +28,7 @@ def norm_modulate(
 ):
     """One token: ``layer_norm(x) * (ADDED + scale) + shift``; grid ``(B * L,)``.
 
-    In e4m3 with a scale per token where ``out_scale`` is not None.
+    In e4m3 with a scale per token if ``out_scale`` is not None.
     """
     row = tl.program_id(0).to(tl.int64)
     batch = row // num_tokens

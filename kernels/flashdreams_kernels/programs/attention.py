@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def count_visible(visible, num_keys, HAS_VISIBLE: tl.constexpr):
-    """Number of leading keys that are attended; ``visible`` is on the device."""
+    """Number of leading keys to attend to; ``visible`` is on the device."""
     keys = num_keys
     if HAS_VISIBLE:
         keys = tl.minimum(tl.maximum(tl.load(visible).to(tl.int32), 0), num_keys)
@@ -15,7 +15,7 @@ def count_visible(visible, num_keys, HAS_VISIBLE: tl.constexpr):
 
 @triton.jit
 def load_queries(pointers, mask, UPCAST: tl.constexpr):
-    """A tile of queries, ``[BLOCK_L, BLOCK_D]``; zeros where the mask is off."""
+    """A tile of queries, ``[BLOCK_L, BLOCK_D]``; zeros where the mask is false."""
     tile = tl.load(pointers, mask=mask, other=0.0)
     if UPCAST:
         tile = tile.to(tl.float32)
@@ -27,7 +27,7 @@ def load_keys(
     pointers, keys_left, columns, dims,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys or values, ``[BLOCK_S, BLOCK_D]``, with only the masks that it needs."""
+    """A tile of keys or values, ``[BLOCK_S, BLOCK_D]``, with only the necessary masks."""
     if MASK_KEYS:
         mask = (columns[:, None] < keys_left) & (dims[None, :] < HEAD_DIM)
         tile = tl.load(pointers, mask=mask, other=0.0)
@@ -40,7 +40,7 @@ def load_keys(
 
 @triton.jit
 def load_whole(blocks, pointers, place, columns, dims, SIZES: tl.constexpr):
-    """A tile of keys or values all of which are visible, by a descriptor or by pointers.
+    """A fully visible tile of keys or values, through a descriptor or through pointers.
 
     ``place`` is the batch entry, the first key and the head; ``SIZES`` are ``HEAD_DIM``,
     ``BLOCK_D``, ``BLOCK_S`` and ``IN_BLOCKS``.
@@ -57,7 +57,7 @@ def load_whole(blocks, pointers, place, columns, dims, SIZES: tl.constexpr):
 def score(
     q, k, kept, MASK_KEYS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Attention scores, ``[BLOCK_L, BLOCK_S]``; with ``MASK_KEYS`` of ``kept`` ones."""
+    """Attention scores, ``[BLOCK_L, BLOCK_S]``; with ``MASK_KEYS`` only of ``kept`` keys."""
     if UPCAST:
         k = k.to(tl.float32)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -70,8 +70,8 @@ def score(
 def weigh(scores, factor, row_max, row_sum):
     """Weights of one block of keys, relative to the running maximum, and the running values.
 
-    ``factor`` makes the scores logarithms to base 2. Returns the weights, how far earlier ones
-    have decayed, the new maximum and the new sum.
+    ``factor`` converts the scores to base 2. Returns the weights, the factor on earlier results,
+    the new maximum and the new sum.
     """
     new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
     weights = tl.exp2(scores * factor - new_max[:, None])
@@ -81,7 +81,7 @@ def weigh(scores, factor, row_max, row_sum):
 
 @triton.jit
 def add_values(acc, decay, weights, v, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
-    """The running sum of values, with those of one more block."""
+    """Add the weighted values of one block to the running sum."""
     acc = acc * decay[:, None]
     if UPCAST:
         acc = acc + tl.dot(weights, v.to(tl.float32), input_precision=PRECISION)
@@ -107,7 +107,7 @@ def write_attention(
     acc, row_max, row_sum, out_pointers, mask, lse_pointers, row_mask,
     WRITE_LSE: tl.constexpr, LSE_UNIT: tl.constexpr,
 ):  # fmt: skip
-    """The weighted mean of the values, and the logarithm of the weights' sum."""
+    """Write the weighted mean of the values and the log-sum-exp."""
     seen = row_sum > 0.0
     result = acc / tl.where(seen, row_sum, 1.0)[:, None]
     tl.store(out_pointers, result.to(out_pointers.dtype.element_ty), mask=mask)
@@ -129,12 +129,12 @@ def attend(
     HAS_VISIBLE: tl.constexpr, WRITE_LSE: tl.constexpr, LSE_UNIT: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, IN_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries against one share of the keys.
+    """One tile of queries against one KV split.
 
-    Grid ``(tiles of queries, splits, B * N)``. ``visible`` points at the number of visible keys;
-    its share of them is worked out here, so that a captured launch fits any number. With
-    ``IN_BLOCKS`` whole blocks are read through descriptors of ``[B, S, N * D]``; the last one,
-    which a mask keeps from reading beyond the visible keys, never is.
+    Grid ``(tiles of queries, splits, B * N)``. ``visible`` points to the number of visible keys;
+    the split's range is computed here, so that a captured launch fits any number. With
+    ``IN_BLOCKS`` whole blocks are read through descriptors of ``[B, S, N * D]``; the last block
+    needs a mask for the visible keys and is read through pointers.
     """
     split = tl.program_id(1)
     batch = (tl.program_id(2) // num_heads).to(tl.int64)

@@ -1,7 +1,7 @@
-"""Triton programs over activations whose channels are innermost in memory.
+"""Triton programs over activations with channels innermost in memory.
 
-A program holds ROWS pixels of all channels. Offsets of pixels are 64-bit: a chunk of frames can
-have more than 2^31 values.
+A program holds ROWS pixels of all channels. Pixel offsets are 64-bit, because a chunk of frames
+can have more than 2^31 values.
 """
 
 import triton
@@ -52,7 +52,7 @@ def add(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """``x + bias + residual`` in place, then ReLU where asked; grid ``(ceil(rows / ROWS),)``."""
+    """``x + bias + residual`` in place, then optionally ReLU; grid ``(ceil(rows / ROWS),)``."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (columns < WIDTH)[None, :]
@@ -81,9 +81,9 @@ def sum_halves(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """ReLU of a frame's first half, the second half of the frame before, and the bias.
+    """ReLU of the sum of a frame's first half, the previous frame's second half, and the bias.
 
-    Rows run clip by clip, frame by frame, pixel by pixel; grid ``(ceil(rows / ROWS),)``.
+    Rows are ordered by clip, frame and pixel; grid ``(ceil(rows / ROWS),)``.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -117,7 +117,7 @@ def spread_phases(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Phases on a grid of ``height + 1`` x ``width + 1`` to frames of twice the size.
+    """Write phases on a grid of ``height + 1`` x ``width + 1`` to frames of twice the size.
 
     Rows are pixels of the result, ``[N, growth, 2 height, 2 width]``, with ``PAIRS``
     ``[N / 2, 2 height, 2 width, 2]``; grid ``(ceil(rows / ROWS),)``.

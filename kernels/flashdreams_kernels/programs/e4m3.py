@@ -1,4 +1,4 @@
-"""Triton programs of quantization to e4m3: a number, a row with a scale of its own, GELU before."""
+"""Triton programs of quantization to e4m3: single values, rows with a scale, GELU."""
 
 import triton
 import triton.language as tl
@@ -6,9 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def to_e4m3(scaled, INTERPRETED: tl.constexpr):
-    """e4m3, to nearest, ties to even; what is too large is cut, NaN stays NaN."""
+    """Convert to e4m3, to nearest, ties to even; saturates, and NaN stays NaN."""
     scaled = tl.clamp(scaled, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    if INTERPRETED:  # its own conversion truncates, where a GPU rounds
+    if INTERPRETED:  # the interpreter's conversion truncates, a GPU rounds
         bits = scaled.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
         subnormal = (scaled + 24576.0) - 24576.0  # the unit in the last place is 2 ** -9
@@ -18,10 +18,10 @@ def to_e4m3(scaled, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def store_row(values, out, out_scale, columns, mask, INTERPRETED: tl.constexpr):
-    """Write a row in e4m3 and the least power of two that brings its largest number to 448.
+    """Write a row in e4m3 and the smallest power of two that brings its largest value to 448.
 
-    ``values`` are float32 and zero outside of ``mask``. The scale is found in the bits, so that
-    it is exact: 0x1FFFFF carries a mantissa above 1.75 into the exponent, and 448 is 1.75 * 2**8.
+    ``values`` are float32 and zero outside of ``mask``. The scale is computed from the bits, so
+    that it is exact: 0x1FFFFF carries a mantissa above 1.75 into the exponent; 448 is 1.75 * 2**8.
     """
     largest = tl.maximum(tl.max(tl.abs(values), 0), 7.888609052210118e-31)  # 2 ** -100
     bits = ((largest.to(tl.int32, bitcast=True) + 0x1FFFFF) & 0x7F800000) - 0x4000000

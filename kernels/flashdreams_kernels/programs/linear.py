@@ -1,7 +1,7 @@
 """Triton programs of the batch-invariant linear layer.
 
-Each row of the result is the same sequence of operations wherever the row is and however many rows
-there are: fixed tiles, K in one order, no split of K.
+Each row of the result is computed by the same sequence of operations, independent of its position
+and of the number of rows: fixed tiles, a fixed order over K, no split of K.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def place_of(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Row and column of a tile; ``GROUP`` rows of tiles share the weights that L2 holds."""
+    """Row and column of a tile; ``GROUP`` rows of tiles share weights in L2."""
     first = tile // (GROUP * tiles_n) * GROUP
     rows = tl.minimum(tiles_m - first, GROUP)
     inside = tile % (GROUP * tiles_n)
@@ -53,8 +53,8 @@ def linear_descriptors(
     """Tiles of ``x weight^T + bias`` through tensor descriptors.
 
     Grid ``(programs,)``: each program computes every ``programs``-th tile. With ``PERSISTENT`` the
-    loads of its next tile begin under the end of the last one, whose result is a block as well;
-    else the result is written through pointers, which takes no shared memory of its own.
+    loads of its next tile overlap the end of the previous one, and the result is written as a
+    block; otherwise it is written through pointers, which takes no additional shared memory.
     """
     tiles_m = tl.cdiv(num_rows, BLOCK_M)
     tiles_n = tl.cdiv(num_columns, BLOCK_N)
@@ -84,7 +84,7 @@ def linear_pointers(
     """One tile of ``x weight^T + bias`` through pointers; grid ``(tiles,)``.
 
     Rows and columns beyond the end repeat the last one and are not written, so that loads need a
-    mask along K alone, and with ``WHOLE_K`` none.
+    mask only along K, and with ``WHOLE_K`` none.
     """
     tiles_n = tl.cdiv(num_columns, BLOCK_N)
     m, n = place_of(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tiles_n, GROUP)

@@ -28,7 +28,7 @@ def normalise(values, eps, width):
 
 @triton.jit
 def rotate(values, turn, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Turn neighbouring channel pairs by the cosines and sines of ``turn``, ``[BLOCK_D]``."""
+    """Rotate adjacent channel pairs by the cosines and sines of ``turn``, ``[BLOCK_D]``."""
     even, odd = tl.split(tl.reshape(values, [BLOCK_N, BLOCK_D // 2, 2]))
     cos, sin = tl.split(tl.reshape(turn, [BLOCK_D // 2, 2]))
     cos = cos[None, :]
@@ -42,7 +42,7 @@ def normalise_and_rotate(
     x, stride_n, weight, table, heads, dims, mask, eps, width,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Queries or keys of one token, rounded where the modules round, in the dtype of ``x``."""
+    """Queries or keys of one token, rounded where the modules round, to the dtype of ``x``."""
     dtype = x.dtype.element_ty
     normed = normalise(load_heads(x, stride_n, heads, dims, mask), eps, width).to(dtype)
     gain = load_heads(weight, HEAD_DIM, heads, dims, mask)
@@ -53,7 +53,7 @@ def normalise_and_rotate(
 
 @triton.jit
 def quantize(values, scales, heads, num_heads, INTERPRETED: tl.constexpr):
-    """``values / scale`` in e4m3, to nearest, ties to even; a power of two as scale per head."""
+    """``values / scale`` in e4m3, to nearest, ties to even; each head's scale is a power of two."""
     exponents = tl.load(scales + heads, mask=heads < num_heads, other=1.0).to(
         tl.int32, bitcast=True
     )
@@ -77,8 +77,8 @@ def norm_rope(
     """One token of q (role 0), of k (role 1) or of v (role 2).
 
     Grid ``(B * L, roles)``; v has a role with ``WRITE_CACHE`` or ``QUANTIZE``. With ``WRITE_CACHE``
-    k and v go to ``slots[token]`` of a cache; a slot outside of it is not written. With
-    ``QUANTIZE`` all three become e4m3 by ``scales``, ``[B, 3, N]``.
+    k and v are written to ``slots[token]`` of a cache; a slot outside the cache is skipped. With
+    ``QUANTIZE`` all three are quantized to e4m3 with ``scales``, ``[B, 3, N]``.
     """
     batch = (tl.program_id(0) // num_tokens).to(tl.int64)
     token = (tl.program_id(0) % num_tokens).to(tl.int64)
