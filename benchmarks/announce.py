@@ -1,7 +1,7 @@
-"""Entry points of this checkout for a Python in which it is not installed.
+"""Entry points of this checkout for a Python environment in which it is not installed.
 
 ``python benchmarks/announce.py FOLDER`` writes ``flashdreams-0.dist-info`` there; with the folder
-and the checkout on ``PYTHONPATH`` the shipped slugs are found. Needs Python 3.11.
+and the checkout on ``PYTHONPATH``, the shipped slugs are found. Needs Python 3.11.
 """
 
 import sys
@@ -11,7 +11,7 @@ PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
 def announce(folder: Path) -> None:
-    """Write the metadata of a distribution that has nothing but entry points."""
+    """Write the metadata of a distribution that has only entry points."""
     import tomllib
 
     groups = tomllib.loads(PROJECT.read_text())["project"]["entry-points"]

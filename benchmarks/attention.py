@@ -38,9 +38,9 @@ CANDIDATES = [
     TileConfig(64, 128, 4, 2, descriptors=True),
     TileConfig(64, 64, 4, 2, 2, descriptors=True),
 ]
-"""Tiles to sweep with ``--tiles``; the winner goes into the table of the kernel by hand."""
+"""Tiles to sweep with ``--tiles``; the winner is copied into the kernel's table by hand."""
 COMPARED_QUERIES = 256
-"""Queries that are checked against the reference, which needs a score for every key."""
+"""Number of queries compared with the reference, which needs a score for every key."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ PRESETS = {
 
 
 def variants(device: torch.device, tiles: bool) -> dict[str, Callable[..., Tensor]]:
-    """Backends by name; on CUDA the Triton kernel as well, with its strict form.
+    """Backends by name; on CUDA also the Triton kernel, in its default and strict forms.
 
     Args:
         device: where they run.
-        tiles: the Triton kernel with every tile configuration of :data:`CANDIDATES` instead.
+        tiles: instead, the Triton kernel with every tile configuration of :data:`CANDIDATES`.
     """
     found: dict[str, Callable[..., Tensor]] = dict(BACKENDS)
     if device.type == "cuda" and tiles:
@@ -83,7 +83,7 @@ def variants(device: torch.device, tiles: bool) -> dict[str, Callable[..., Tenso
 
 
 def with_tiles(config: TileConfig, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-    """The Triton kernel with one configuration, whatever the table says."""
+    """The Triton kernel with one configuration, regardless of its table."""
     out, lse = new_outputs(q, False)
     for launch in plan(q, k, v, None, scale, out, lse, 0, target_of(q.device), config):
         launch.run()
@@ -98,7 +98,7 @@ def measure(
     repeats: int,
     tiles: bool = False,
 ) -> list[dict[str, Any]]:
-    """One row per backend that can be used here; the others say why not."""
+    """One row per usable backend; for the others the reason is printed."""
     length, keys = sizes.len_t * sizes.tokens_per_frame, window_t * sizes.tokens_per_frame
     generator = torch.Generator().manual_seed(window_t)
 

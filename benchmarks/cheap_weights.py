@@ -1,4 +1,4 @@
-"""Random weights of any size in seconds: one fixed block of normal numbers, copied everywhere."""
+"""Fast random weights of any size: one fixed block of normal numbers, copied everywhere."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 BLOCK = 2**20 + 7
-"""Numbers of the block; odd, so that the rows of a weight are not all the same."""
+"""Size of the block; odd, so that the rows of a weight differ."""
 SEED = 0
 
 
 @contextmanager
 def cheap_weights(device: torch.device) -> Iterator[None]:
-    """Let the initialisers of ``torch.nn.init`` copy a block of numbers instead of drawing them.
+    """Make the initialisers of ``torch.nn.init`` copy a block of numbers instead of drawing them.
 
-    So does ``torch.randn`` without a generator. Mean and standard deviation stay as they are, so
-    activations keep their size; the values are the same for every tensor, whatever was built
-    before it. A parameter that is initialised goes to ``device`` at once: 14 billion parameters
-    are filled there in less time than a CPU takes to touch their memory.
+    ``torch.randn`` without a generator does the same. Mean and standard deviation are unchanged,
+    so activations keep their magnitude; the values of a tensor do not depend on what was built
+    before it. Each initialised parameter is moved to ``device`` at once, because filling 14
+    billion parameters there is faster than touching their memory on a CPU.
 
     Args:
-        device: where the parameters are to be.
+        device: device of the parameters.
     """
     normal = torch.randn(BLOCK, generator=torch.Generator().manual_seed(SEED)).to(device)
 

@@ -1,8 +1,8 @@
 """Bytes and time of each collective of a model on a mesh.
 
 ``python benchmarks/collectives.py --table`` prints what one rank sends per layer and network call,
-next to schemes that communicate the cached window. ``torchrun --nproc-per-node 4
-benchmarks/collectives.py --model wan-1.3b`` times every collective on the ranks there are.
+compared with schemes that communicate the cached window. ``torchrun --nproc-per-node 4
+benchmarks/collectives.py --model wan-1.3b`` times every collective on the ranks of torchrun.
 """
 
 import argparse
@@ -29,7 +29,7 @@ COLUMNS = ("case", "variant", "mib_sent", "p50_ms", "p95_ms", "p99_ms", "gb_per_
 def bytes_table(models: dict[str, WanTransformerConfig]) -> list[dict[str, Any]]:
     """MiB that one rank sends per layer and network call, by scheme.
 
-    ``native`` is what "auto" chooses here; ``gather`` gathers the new chunk's keys and values;
+    ``native`` is the choice of "auto"; ``gather`` gathers the new chunk's keys and values;
     ``cached_ulysses`` and ``cached_gather`` communicate the keys and values of the whole window.
     """
     rows = []

@@ -16,15 +16,15 @@ from flashdreams.parallel.environment import init, process_count, process_rank
 def parse(
     parser: argparse.ArgumentParser, arguments: list[str] | None, *, ranks: bool = False
 ) -> argparse.Namespace:
-    """Read a command line; whatever would spoil the report is found before anything is measured.
+    """Parse a command line; errors that would spoil the report are found before any measurement.
 
     Args:
-        parser: has the script's own options; gets those that every benchmark has.
-        arguments: of the command line; None takes those of the process.
-        ranks: whether the script measures several ranks of torchrun.
+        parser: has the script's own options; the common ones are added.
+        arguments: command line; None: that of the process.
+        ranks: whether the script runs on several ranks of torchrun.
 
     Raises:
-        ValueError: nothing says which commit the code is of.
+        ValueError: the commit of the code is unknown.
     """
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--repeats", type=count, default=None, help="timed calls of each variant")
@@ -38,7 +38,7 @@ def parse(
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Let a script be told where its figures go, and of which commit they are."""
+    """Add options for the output files and for the commit of the code."""
     parser.add_argument("--json", type=new_file, default=None, help="write the report here")
     parser.add_argument(
         "--plot", type=new_picture, default=None, help="write a picture here (.svg, .png)"
@@ -58,18 +58,18 @@ def run_over_sizes(
     measure: Callable[[Any, torch.dtype, torch.device, int, bool], Iterable[dict[str, Any]]],
     columns: Sequence[str],
 ) -> None:
-    """The whole of a script that measures one size of model out of a few.
+    """The complete script of a benchmark that measures one of several model sizes.
 
     Args:
-        benchmark: its name.
+        benchmark: name of the benchmark.
         description: docstring of the script; its first paragraph is the help text.
-        arguments: of the command line; None takes those of the process.
-        presets: sizes by name; ``tiny`` is taken on a CPU, ``wan-1.3b`` on a GPU.
-        gpu_repeats: timed calls of each variant on a GPU; 20 on a CPU.
+        arguments: command line; None: that of the process.
+        presets: sizes by name; the default is ``tiny`` on a CPU and ``wan-1.3b`` on a GPU.
+        gpu_repeats: timed calls of each variant on a GPU; it is 20 on a CPU.
         switch: name and help of the script's own switch.
-        measure: rows for sizes, dtype, device, repeats, and whether the switch is on; written as
-            they come, so that a run that is cut leaves those it had.
-        columns: row fields of the table.
+        measure: yields rows for sizes, dtype, device, repeats, and whether the switch is on; rows
+            are written as they come, so that an interrupted run leaves its results.
+        columns: row fields to print in the table.
     """
     parser = argparse.ArgumentParser(description=(description or "").split("\n\n")[0])
     parser.add_argument("--preset", choices=presets, default=None, help="default: by device")
@@ -95,7 +95,7 @@ def run_over_sizes(
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a script; what it refuses ends in one line and exit code 2."""
+    """Run a script; a refusal ends with a one-line message and exit code 2."""
     try:
         sys.exit(main())
     except (ValueError, OSError, ImportError) as error:
@@ -108,14 +108,14 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def count(text: str) -> int:
-    """A whole number from 1 on, as the type of an option."""
+    """Type of an option: an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
     return int(text)
 
 
 def new_file(text: str) -> Path:
-    """A file that can be written, as the type of an option; its folder is made."""
+    """Type of an option: a writable file; its folder is created."""
     path = Path(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def new_file(text: str) -> Path:
 
 
 def new_picture(text: str) -> Path:
-    """A file that can be written and whose ending names a kind of picture."""
+    """Type of an option: a writable file with the suffix of a picture format."""
     path = new_file(text)
     try:
         from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""The convolutions of a network, timed alone: what is left of its time if all else were free."""
+"""The convolutions of a network, timed alone: a lower bound of its time."""
 
 import math
 from collections import Counter
@@ -23,7 +23,7 @@ IN_PAIRS = "in pairs ms"
 
 @dataclass(frozen=True)
 class Convolution:
-    """One convolution; padding in time is none, the carried frames are a part of the input."""
+    """One convolution; without padding in time, since the input includes the carried frames."""
 
     input: tuple[int, ...]
     weight: tuple[int, ...]
@@ -42,7 +42,7 @@ class Convolution:
         return 2e-9 * math.prod(self.output) * math.prod(self.weight[1:])
 
     def in_pairs(self) -> "Convolution | None":
-        """The one over pairs of frames that stands for it; None where there is none."""
+        """The equivalent convolution over pairs of frames; None if there is none."""
         batch, channels, frames, *size = self.input
         if self.weight[2:] != (3, 3, 3) or channels % WHOLE_CHANNELS == 0 or frames % 2:
             return None
@@ -55,7 +55,7 @@ class Convolution:
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes the convolutions that are called."""
+    """Records convolutions that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def record(call: Callable[[], Any]) -> Counter[Convolution]:
-    """The convolutions that a call makes, and how often."""
+    """The convolutions of a call and their counts."""
     with _Recorder() as recorder:
         call()
     return recorder.found
@@ -87,13 +87,13 @@ def measure(
 
     Args:
         found: from ``record``.
-        dtype: of inputs and weights.
-        device: where they are.
+        dtype: dtype of inputs and weights.
+        device: device of inputs and weights.
 
     Returns:
         One row per convolution: milliseconds of one call in each layout, the number of calls, and
-        teraflops per second in the best layout; beside them the time over pairs of frames, with
-        channels last, where a decoder may take that form.
+        TFLOP/s in the best layout; also the time over pairs of frames, with channels last, if a
+        decoder can use that form.
     """
     rows = []
     for conv, count in found.items():

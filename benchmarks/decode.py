@@ -1,11 +1,11 @@
 """Speed of the streaming decoders, the Wan autoencoder and TAEHV, by chunk and by frame.
 
-The decoders take turns chunk by chunk on the same latents; those of one kind have equal random
-weights, so their frames must be the same except for rounding; ``max_difference`` is a share of the
-largest value. ``ratio`` is the median over chunks of the time of a chunk to that of one latent
-frame at a time. ``conv_ms`` is the sum of the convolutions of a chunk in their plain form, each
-timed alone without its bias in the faster memory layout, and ``conv_ratio`` the time of a chunk to
-it. On a CPU the seconds are those of the processor.
+The decoders take turns chunk by chunk on the same latents. Decoders of one kind have equal random
+weights, so their frames must be equal except for rounding; ``max_difference`` is relative to the
+largest value. ``ratio`` is the median over chunks of the time of a chunk, relative to decoding one
+latent frame at a time. ``conv_ms`` is the sum of the convolutions of a chunk in their plain form,
+each timed alone without its bias in the faster memory layout, and ``conv_ratio`` the time of a
+chunk relative to it. On a CPU, times are CPU time.
 
 ``python benchmarks/decode.py --json out.json`` takes about a minute on a CPU; the published size is
 ``--dim 96 --taehv-width 64 --latent-height 60 --latent-width 104 --dtype bfloat16``.
@@ -51,7 +51,7 @@ FIELDS = (
     "difference_bound",
 )
 DIFFERENCE_BOUNDS = {"float32": 1e-2, "bfloat16": 1e-1, "float16": 1e-1}
-"""Of frames, as a share of the largest value; in float32 with headroom for TF32 on a GPU."""
+"""Of frames, relative to the largest value; in float32 with headroom for TF32 on a GPU."""
 FRAMEWISE, AT_ONCE = "one frame at a time", "chunk at once"
 FAST_NAME, GRAPH = "fast", "fast, graph"
 CHANGES: dict[str, dict[str, Any]] = {
@@ -64,11 +64,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "fast, 3 channels out": {"head_channels": 1},
     "fast, 16 channels out": {"head_channels": 16},
 }
-"""What the fast variants have other than the forms that a GPU takes by default."""
+"""Changes of the fast variants to the default forms of a GPU."""
 VARIANTS = (FRAMEWISE, AT_ONCE, *CHANGES)
 DEFAULT_ON_GPU = (FAST_NAME, GRAPH, "fast, pairs of frames")
 WARM_CHUNKS = 2
-"""Before the timed ones; the very first has fewer frames than all others."""
+"""Untimed chunks before the timed ones; the first chunk has fewer frames than the others."""
 
 
 def build_decoders(
@@ -108,7 +108,7 @@ def measure_convolutions(
     chunk: Tensor,
     device: torch.device,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Rows of the convolutions of each case, at the shapes of a chunk at once."""
+    """Rows of the convolutions of each case, at the shapes of a whole chunk."""
     found = {}
     for (case, variant), decoder in decoders.items():
         if variant == AT_ONCE:
@@ -131,12 +131,12 @@ def measure(
     Args:
         decoders: by case and variant.
         chunks: latents ``[1, 16, T, H, W]``; the first :data:`WARM_CHUNKS` are not timed.
-        device: of the decoders.
-        difference_bound: largest difference of two decoders of one kind.
-        conv_ms: of the convolutions alone, by case.
+        device: device of the decoders.
+        difference_bound: largest allowed difference between decoders of one kind.
+        conv_ms: time of the convolutions alone, by case.
 
     Raises:
-        RuntimeError: two decoders of one kind do not put out the same frames.
+        RuntimeError: two decoders of one kind return different frames.
     """
     caches: dict[Any, Any] = {key: d.initialize_cache() for key, d in decoders.items()}
     times: dict[tuple[str, str], list[float]] = {key: [] for key in decoders}
@@ -181,10 +181,10 @@ def measure(
 
 
 def chosen_variants(asked: str | None, device: torch.device) -> list[str]:
-    """Names of variants, the two that others are compared with among them.
+    """Names of the variants, always including the two baselines.
 
     Raises:
-        ValueError: a name that there is not.
+        ValueError: an unknown name.
     """
     if asked is None:
         return [FRAMEWISE, AT_ONCE, *(DEFAULT_ON_GPU if device.type == "cuda" else [])]

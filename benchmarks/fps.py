@@ -1,10 +1,10 @@
 """Frames per second and latency of a method's steady AR steps.
 
-``python benchmarks/fps.py toy-world --json out.json``, or under torchrun, where a step takes as
-long as on the slowest rank. Weights that are not on this machine are random, at the true size. A
-step is generate and finalize; the latency is that of generate alone, after which the chunk is
-there. On a CPU ``processor_share`` far below the number of threads says that other work held the
-machine, and that the times are too long by as much.
+``python benchmarks/fps.py toy-world --json out.json``, or under torchrun, where the time of a
+step is that of the slowest rank. Weights that are not on this machine are random, in full size. A
+step is generate and finalize; the latency is that of generate alone, which returns the chunk. On a
+CPU, a ``processor_share`` far below the number of threads means that other processes were using
+the machine and the times are too long.
 """
 
 import argparse
@@ -31,19 +31,19 @@ FIELDS = (
     "weights", "ranks", "processor_share",
 )  # fmt: skip
 DATASHEET_TFLOPS = {"A100": 312.0, "H100": 989.4, "H200": 989.4, "B200": 2250.0}
-"""Dense bfloat16 rates of the makers' data sheets, by part of the device's name."""
+"""Dense bfloat16 rates from the vendors' data sheets, by part of the device's name."""
 
 
 def measure(
     subject: rollout.Subject, device: torch.device, steps: int, setup_s: float
 ) -> dict[str, Any]:
-    """Warm up, begin a fresh rollout, fill its window and time the steps after it.
+    """Warm up, start a new rollout, fill its window and time the steps after that.
 
     Args:
-        subject: what streams.
+        subject: the pipeline to stream.
         device: of this rank.
         steps: timed AR steps.
-        setup_s: how long building took, for the row.
+        setup_s: time to build the pipeline, for the row.
     """
     start = time.perf_counter()
     subject.pipeline.warm_up()
@@ -86,7 +86,7 @@ def measure(
 
 
 def _first_frame_ms(subject: rollout.Subject, device: torch.device) -> float:
-    """From the prompt to the first frames on the device."""
+    """Time from the prompt to the first frames on the device."""
     rollout.synchronize(device)
     start = time.perf_counter()
     cache = subject.new_rollout()
@@ -127,11 +127,11 @@ def _time_steps(
 
 
 def _flops(subject: rollout.Subject, cache: Any) -> tuple[int, str]:
-    """Operations of a step on this rank, and how they were found."""
+    """Operations of a step on this rank, and how they were determined."""
     model = subject.pipeline.diffusion_model
     c: Any = model.transformer.config
     if c.use_cuda_graph and model.transformer.device.type == "cuda":
-        # A replayed graph shows its operations to no counter.
+        # The operations of a replayed graph cannot be counted.
         import scaling
 
         visible_t = c.window_size_t + c.sink_size_t if c.streaming else c.len_t
@@ -147,7 +147,7 @@ def _flops(subject: rollout.Subject, cache: Any) -> tuple[int, str]:
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """The rate of a large square product, in 10^12 operations per second."""
+    """The rate of a large square matmul, in 10^12 operations per second."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     times = report.time_calls(lambda: a @ b, device, 10)
@@ -155,7 +155,7 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def fraction_of_datasheet(tflops: float, device: torch.device, dtype: torch.dtype) -> Any:
-    """Share of the maker's rate; "unknown" for devices and types that are not listed."""
+    """Fraction of the data sheet's rate; "unknown" for devices and dtypes that are not listed."""
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
         for part, rate in DATASHEET_TFLOPS.items():

@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
 # shellcheck disable=SC2329 # sections are called by their names
 # Every figure that needs a GPU, in one run of at most eight minutes on one H100 or H200: no weights,
-# no network. Sections come in order of worth. Each has a time limit and writes its files as soon as
-# it ends; what was cut or failed is listed as not measured in the table at the end, and the exit code
-# is then 1.
+# no network. Sections run in order of importance. Each has a time limit and writes its files as soon
+# as it ends; interrupted or failed ones are listed as not measured in the table at the end, and the
+# exit code is then 1.
 #
 #   bash benchmarks/gpu_session.sh
 #   SECTIONS="headline gpu_tests" REFERENCE=../before REFERENCE_COMMIT=7918d52 bash benchmarks/gpu_session.sh
 #   DRY_RUN=1 bash benchmarks/gpu_session.sh        # every section at a tiny size on the CPU
 #
 # Paths are relative to the checkout.
-# RESULTS           folder of the files, emptied first (default: outputs/gpu_session)
-# OUT               folder that gets the table, the profiles and a pack of all files; optional
+# RESULTS           output folder, emptied first (default: outputs/gpu_session)
+# OUT               folder for the table, the profiles and an archive of all files; optional
 # REFERENCE         checkout of another commit, to be timed in turns with this one; optional, made by
 #                   git archive 7918d52 flashdreams kernels benchmarks \
 #                       ':!flashdreams/integrations/toy_world/weights' | tar x -C REFERENCE
-# COMMIT            commit of this tree, where it has no .git
+# COMMIT            commit of this tree, if it has no .git
 # SECTIONS          which ones to run
-# TOTAL_S           limit of the whole, in seconds
+# TOTAL_S           time limit of the whole run, in seconds
 #
-# A machine without network needs these beside torch, triton, transformers, pyyaml, jinja2, matplotlib and
+# A machine without network needs these in addition to torch, triton, transformers, pyyaml, jinja2, matplotlib and
 # pytest: tyro (docstring-parser, typeguard), mediapy (ipython and what it needs), imageio-ffmpeg,
-# fa3-fwd (attention of the headline), diffusers (importlib-metadata, zipp; for peers), and where they
-# are to be had pytest-timeout and pytest-xdist.
+# fa3-fwd (attention of the headline), diffusers (importlib-metadata, zipp; for peers), and, if
+# available, pytest-timeout and pytest-xdist.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
@@ -46,7 +46,7 @@ COMMON=()
 AGAINST=()
 [[ -n "$REFERENCE" ]] && AGAINST=(--reference "$REFERENCE" --reference-commit "$REFERENCE_COMMIT")
 
-# The arguments that make a section small enough for a CPU, or those of a GPU.
+# Selects the arguments for a CPU (small) or for a GPU.
 sized() { # TINY... -- LARGE...
     local tiny=()
     while [[ "$1" != -- ]]; do
@@ -168,7 +168,7 @@ pack() {
     return 0
 }
 
-# One section in a process of its own, so that `timeout` can end it with all that it has started.
+# Runs one section in a separate process, so that `timeout` can end it with all its children.
 if [[ "${1:-}" == --section ]]; then
     section="$2"
     "$section"
@@ -183,7 +183,7 @@ for section in $SECTIONS; do
 done
 mkdir -p "$RESULTS"
 rm -f "$RESULTS"/*
-# Slugs are found through the entry points of an installed package; a bare tree gets some beside it.
+# Slugs are found through the entry points of an installed package; a plain tree needs extra ones.
 if ! "$PYTHON" -c "from importlib.metadata import distribution; distribution('flashdreams')" 2>/dev/null; then
     site="$(realpath "$RESULTS")-site"
     "$PYTHON" benchmarks/announce.py "$site" && PYTHONPATH="$PYTHONPATH:$site"

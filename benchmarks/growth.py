@@ -1,13 +1,13 @@
 """Time and memory of AR steps 1 to 300: flat once the window is full.
 
-``python benchmarks/growth.py toy-world --json out.json --plot out.png``. On a CPU the seconds are
-those of the processor, so that other work on the machine does not count, and memory is the
-process's resident size; on a GPU memory is what PyTorch has allocated.
+``python benchmarks/growth.py toy-world --json out.json --plot out.png``. On a CPU, times are
+CPU time, so that other processes do not count, and memory is the resident size of the process; on a
+GPU, memory is what PyTorch has allocated.
 
-``time_ratio`` compares the rollout's last steps with its first steady ones, some time apart, in
-which a shared machine may change its speed by itself. So the old rollout then alternates with a
-young one whose window has just filled: ``paired_ratio`` is the median of old to young, pair by
-pair, and it is what the bar is for, with the memory.
+``time_ratio`` compares the rollout's last steps with its first steady ones. These are some time
+apart, and the speed of a shared machine may change in between. So the old rollout then alternates
+with a new one whose window has just filled: ``paired_ratio`` is the median of old to new, pair by
+pair. The limit applies to it and to the memory.
 """
 
 import os
@@ -25,7 +25,7 @@ import torch
 from flashdreams.runtime.stats import sha256_of
 
 BAR = 1.03
-"""Largest ratio of the last steady steps to the first."""
+"""Largest allowed ratio of the last steady steps to the first."""
 COLUMNS = (
     "case", "variant", "p50_ms", "p95_ms", "p99_ms", "paired_ratio", "time_ratio",
     "memory_ratio", "bar",
@@ -48,8 +48,8 @@ def measure(subject: rollout.Subject, device: torch.device, steps: int) -> list[
     """Stream one rollout and compare its first steady steps with its last.
 
     Raises:
-        ValueError: a method of one chunk, or too few steps for two groups after the window is
-            full.
+        ValueError: a method with a single chunk, or too few steps for two groups after the window
+            is full.
     """
     first = subject.steps_to_fill
     compared = (steps - first) // 4

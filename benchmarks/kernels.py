@@ -1,4 +1,4 @@
-"""Every fused kernel against its unfused form, and FP8 matmuls against those of the network's type.
+"""Every fused kernel against its unfused form, and FP8 matmuls against the network's dtype.
 
 ``python benchmarks/kernels.py --json out.json`` measures a chunk of the 1.3B model at 480x832 on a
 GPU; on a CPU it runs the PyTorch references at a tiny size.
@@ -45,9 +45,9 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel: two ways to the same result, and the bytes that must move for it.
+    """One kernel: two computations of the same result, and the bytes that it must move.
 
-    A result of two tensors is their product.
+    If a result is two tensors (values and scales), their product is compared.
     """
 
     name: str
@@ -123,9 +123,9 @@ def build_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[
 
 
 def fp8_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[Case]:
-    """FP8 matmuls of a block and what comes before them, for this model and LingBot-World 14B.
+    """FP8 matmuls of a block and the kernels before them, for this model and LingBot-World 14B.
 
-    The two ways of a matmul are a layer in ``dtype`` and one in FP8 whose input is quantized.
+    A matmul in ``dtype`` is compared with one in FP8 whose input is already quantized.
     """
     widths = {sizes.dim: sizes.ffn_dim}
     if device.type == "cuda":
@@ -169,13 +169,13 @@ def fp8_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[Ca
 def residual_cases(
     x: Tensor, y: Tensor, vectors: tuple[Tensor, ...], scale: Tensor, shift: Tensor
 ) -> list[Case]:
-    """What follows a branch where the residual is float32 beside 16-bit branches.
+    """Kernels after a branch, with a float32 residual and 16-bit branches.
 
     Args:
-        x: ``[B, L, dim]``, whose float32 copy is the residual.
+        x: ``[B, L, dim]``; its float32 copy is the residual.
         y: ``[B, L, dim]``, the branch.
         vectors: ``[1, 1, dim]`` each, float32: gate, weight and bias are the third to fifth.
-        scale: ``[B, L, dim]``; what LingBot-World's camera does to the sum.
+        scale: ``[B, L, dim]``; LingBot-World's camera scales the sum with it.
         shift: like ``scale``.
     """
     wide, gate = x.float(), vectors[2]
@@ -204,13 +204,13 @@ def residual_cases(
 
 
 def write_unfused(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """What the engine does without the kernel; the reference waits for the slots that it drops."""
+    """The engine's operations without the kernel; the reference synchronizes to drop slots."""
     k_cache.index_copy_(1, slots, k)
     v_cache.index_copy_(1, slots, v)
 
 
 def measure(case: Case, device: torch.device, repeats: int, compiled: bool) -> list[dict[str, Any]]:
-    """One row for each way that runs here."""
+    """One row for each computation that runs here."""
     variants = {"unfused": case.unfused}
     if device.type == "cuda":
         variants["fused"] = case.fused

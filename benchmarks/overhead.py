@@ -1,9 +1,9 @@
-"""The engine's own cost: a streamed rollout against a bare loop over the same modules.
+"""The engine's overhead: a streamed rollout against a bare loop over the same modules.
 
-The bare loop calls control encoder, network and decoder by hand, with noise drawn beforehand; it
+The bare loop calls control encoder, network and decoder directly, with noise drawn beforehand; it
 has no pipeline, no scheduler, no checks and no timers. Both sides take turns step by step, with the
-same rollout state, and must put out the same frames. On a CPU the seconds are those of the
-processor, so that other work on the machine does not count.
+same rollout state, and must return the same frames. On a CPU, times are CPU time, so that other
+processes do not count.
 
 ``python benchmarks/overhead.py toy-world --json out.json``
 """
@@ -25,18 +25,18 @@ from flashdreams.runtime.noise import NoiseSource
 from flashdreams.runtime.stats import sha256_of
 
 BARS = {"cpu": 1.05, "cuda": 1.02}
-"""Largest ratio of the engine's time to the bare loop's."""
+"""Largest allowed ratio of the engine's time to the bare loop's."""
 COLUMNS = ("case", "variant", "p50_ms", "p95_ms", "p99_ms", "ratio", "bar", "max_difference")
 FIELDS = ("ratio", "ratio_quartiles", "bar", "within_bar", "max_difference")
 TOLERANCE = 1e-3
-"""Frames are in [-1, 1]; the two sides round the sampler's arithmetic differently."""
+"""For frames in [-1, 1]; the two sides round the sampler's arithmetic differently."""
 
 
 def bare_loop(subject: rollout.Subject, seed: int) -> Callable[[], Tensor]:
-    """A function that makes the next chunk of a rollout of its own.
+    """A function that generates the next chunk of its own rollout.
 
     Raises:
-        ValueError: a method whose loop is not written down here.
+        ValueError: a method whose loop is not implemented here.
     """
     pipeline = subject.pipeline
     model, decoder, encoder = pipeline.diffusion_model, pipeline.decoder, pipeline.encoder
@@ -97,7 +97,7 @@ def measure(subject: rollout.Subject, device: torch.device, steps: int) -> list[
     """One row per side.
 
     Raises:
-        RuntimeError: the two sides do not put out the same frames.
+        RuntimeError: the two sides return different frames.
     """
     engine_cache, prepare = subject.new_rollout(1), bare_loop(subject, 1)
     times: dict[str, list[float]] = {"engine": [], "bare loop": []}

@@ -1,11 +1,11 @@
 """The same weights through this package and through ``diffusers``, pair by pair.
 
-Two pairs, each in turns in one process, with one set of random weights that goes from
-``WanTransformer3DModel`` through the key map of public checkpoints:
+Two pairs, each timed in turns in one process, with one set of random weights, converted from
+``WanTransformer3DModel`` with the key map of public checkpoints:
 
 - one denoising step of a bidirectional model over one clip; the outputs must agree;
-- one AR step of a stream. Here it is denoising and the clean pass against cached keys and values;
-  the public package has no cache, so its user recomputes all visible frames at every denoising
+- one AR step of a stream. This package runs denoising and the clean pass against cached keys and
+  values; the public package has no cache, so all visible frames are recomputed at every denoising
   step. The outputs are not comparable: recomputing lets past frames see later ones.
 
 ``python benchmarks/peers.py --json out.json``
@@ -38,7 +38,7 @@ COLUMNS = ("case", "variant", "p50_ms", "p95_ms", "p99_ms", "gflop", "ratio", "m
 FIELDS = ("ratio", "ratio_quartiles", "gflop", "max_difference", "difference_bound")
 STEP_TIMESTEPS = (1000.0, 750.0, 500.0, 250.0)
 DIFFERENCE_BOUNDS = {"float32": 1e-3, "bfloat16": 1e-1}
-"""Of a bidirectional step's output, as a share of its largest value."""
+"""For a bidirectional step's output, relative to its largest value."""
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": dict(
         dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=16, text_len=12,
@@ -79,7 +79,7 @@ def build_peer(sizes: dict[str, int]) -> Any:
 def configs(
     sizes: dict[str, int], folder: str, dtype: DTypeName
 ) -> tuple[WanTransformerConfig, StreamInferencePipelineConfig]:
-    """This package's bidirectional model and streaming pipeline over the peer's weights."""
+    """This package's bidirectional model and streaming pipeline with the peer's weights."""
     values: dict[str, Any] = dict(sizes)
     streaming = WanTransformerConfig(
         **values,
@@ -167,12 +167,12 @@ def measure(
     repeats: int,
     difference_bound: float | None,
 ) -> list[dict[str, Any]]:
-    """A row per side; the sides take turns.
+    """One row per side; the sides take turns.
 
-    Operations are counted on a CPU alone: graphs are not seen by the counter.
+    Operations are counted only on a CPU, because the counter does not see graphs.
 
     Raises:
-        RuntimeError: the outputs should agree and do not.
+        RuntimeError: the outputs should agree but do not.
     """
     outputs = {name: call() for name, call in pair.items()}
     gflop: dict[str, Any] = dict.fromkeys(pair, "not counted")
@@ -236,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         peer.save_pretrained(Path(folder), max_shard_size="100GB")
         clip, stream = configs(sizes, folder, dtype)
-        if dtype != "float32":  # loading keeps in float32 what the peer wants in float32
+        if dtype != "float32":  # keeps the peer's float32 parameters in float32
             peer = type(peer).from_pretrained(folder, torch_dtype=getattr(torch, dtype))
         peer = peer.to(device)
         text = torch.randn(1, sizes["text_len"], sizes["text_dim"], generator=generator)
@@ -250,7 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         config = {"preset": preset, "dtype": dtype, "repeats": repeats, **sizes}
         header = ("peers", device, config)
-        if options.json is not None:  # in case that the other pair is cut
+        if options.json is not None:  # in case the other pair is interrupted
             report.write(report.new_report(*header, rows, options.git_commit, FIELDS), options.json)
         pair = streaming_pair(peer, stream, text, device)
         rows += measure("streaming AR step", pair, device, repeats, None)

@@ -1,8 +1,8 @@
-"""What the planner predicts against what is measured, on this machine.
+"""Predictions of the planner against measurements on this machine.
 
 ``python benchmarks/planner.py`` measures the toy world and tiny models. The error of a time is
-``predicted / measured - 1``; memory is that of weights and rollout state, counted in tensors.
-``python benchmarks/planner.py --committed`` measures nothing: it holds the predictions against the
+``predicted / measured - 1``; memory is that of the tensors of weights and rollout state.
+``python benchmarks/planner.py --committed`` measures nothing: it compares the predictions with the
 committed reports of steady steps on GPUs.
 """
 
@@ -30,10 +30,10 @@ SLUGS = (
     "matrix-game-2-tiny-random", "wan22-ti2v-tiny-random",
 )  # fmt: skip
 PRECISIONS = {table.AS_IT_IS: "native", "fp8": "fp8", "fp8_gemm": "fp8_gemm"}
-"""Variant of a report -> what the planner is asked for."""
+"""Variant of a report -> precision passed to the planner."""
 ROUNDS = 5
-"""Predictions of a method, each with the machine measured anew, and measurements, in turn: a
-shared machine is not as fast in one minute as in the next. The median of each is compared."""
+"""Number of predictions (each measures the machine again) and of measurements, taken in turn,
+because the speed of a shared machine varies. The medians are compared."""
 COLUMNS = (
     "case", "p50_ms", "predicted_ms", "time_error", "measured_mib", "predicted_mib",
     "memory_error", "binds",
@@ -81,7 +81,7 @@ def compare(slug: str, place: Environment, repeats: int) -> dict[str, Any]:
 
 
 def against_reports(figures: list[table.Figure]) -> str:
-    """Prediction and error for each step that was timed on a GPU of the table."""
+    """Prediction and error for each step that was timed on a listed GPU."""
     lines = []
     for found in figures:
         row, name = found.row, found.report["device"]["name"]

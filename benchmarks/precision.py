@@ -1,13 +1,13 @@
-"""What lower precision costs and what it saves, beside float32.
+"""Error and cost of lower precision, compared with float32.
 
-``python benchmarks/precision.py --json out.json``. Every variant makes the same rollouts from the
-same noise. For the toy world: PSNR against the rendered truth and against the float32 frames. For
+``python benchmarks/precision.py --json out.json``. Every variant generates the same rollouts from
+the same noise. For the toy world: PSNR against the rendered truth and the float32 frames. For
 every case: error of the latents over all steps, bytes of weights and KV cache, and the time of a
 step as a ratio in pairs: all variants make step i before any makes step i + 1. With
-FLASHDREAMS_GOLDENS_DIR set, the weights, noise and latents of the official code are a case, too;
-its errors are then those against the official latents. A CPU dequantizes what precision="fp8" keeps
-in e4m3: its error is the true one except for the softmax weights, which a GPU's kernel rounds as
-well ("softmax too"); its time is not what a GPU would take.
+FLASHDREAMS_GOLDENS_DIR set, the weights, noise and latents of the official code are another case;
+its errors are then relative to the official latents. A CPU dequantizes what precision="fp8" stores
+in e4m3: its error is exact except for the softmax weights, which a GPU's kernel also rounds
+("softmax too"); its time says nothing about a GPU.
 """
 
 import argparse
@@ -51,14 +51,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "KV int8": {"kv_cache_dtype": "int8"},
     "bfloat16, KV int8": {"dtype": "bfloat16", "kv_cache_dtype": "int8"},
 }
-"""Name -> what it changes of the transformer; these are narrower than what is quantized by default,
-so ``fp8_gemm`` quantizes all widths here."""
+"""Name -> changed fields of the transformer. The networks are narrower than the default minimum, so
+``fp8_gemm`` quantizes all widths here."""
 SOFTMAX_TOO = ("fp8, softmax too",)
-"""Variants whose attention also rounds the softmax weights to e4m3, as the kernel of a GPU does."""
+"""Variants whose attention also rounds the softmax weights to e4m3, as a GPU's kernel does."""
 TOY_WORLD = "toy-world"
 GOLDEN = "wan-golden"
 GOLDEN_STEPS = 4
-"""AR steps that the official rollout has."""
+"""AR steps of the official rollout."""
 COLUMNS = (
     "case", "variant", "psnr_truth_db", "psnr_float32_db", "latent_error_max", "latent_error_first",
     "latent_error_last", "kv_cache_mib", "p50_ms", "ratio",
@@ -73,7 +73,7 @@ def build_subject(case: str, changes: Mapping[str, Any], device: torch.device) -
     """The pipeline of a slug or of the golden numbers, with a changed transformer.
 
     Raises:
-        ValueError: a method that keeps no past.
+        ValueError: a method without a KV cache.
     """
     if case == GOLDEN:
         return _golden_subject(changes, device)
@@ -89,7 +89,7 @@ def _golden_folder() -> Path:
 
 
 def _golden_subject(changes: Mapping[str, Any], device: torch.device) -> rollout.Subject:
-    """Self-Forcing at the size of the golden numbers, with their weights and noise."""
+    """Self-Forcing at the size of the golden data, with its weights and noise."""
     folder = _golden_folder()
     inputs = load_file(folder / "inputs.safetensors")
     sizes = dict(dim=64, ffn_dim=144, num_heads=2, num_layers=3, freq_dim=32, text_dim=64)
@@ -112,14 +112,14 @@ def _golden_subject(changes: Mapping[str, Any], device: torch.device) -> rollout
 
 
 def round_softmax(transformer: torch.nn.Module) -> None:
-    """Let self-attention on a CPU round its softmax weights to e4m3."""
+    """Make self-attention on a CPU round its softmax weights to e4m3."""
     for name, core in transformer.named_modules():
         if name.endswith("self_attn.core"):
             core.backend = reference.fp8_weights_attention
 
 
 def roll_latents(subject: rollout.Subject, steps: int) -> Tensor:
-    """``[B, C, steps * T, H, W]``, the clean latents of a rollout from its beginning."""
+    """``[B, C, steps * T, H, W]``, the clean latents of a rollout from its start."""
     cache, latents = subject.new_rollout(), []
     for _ in range(steps):
         subject.step(cache)
@@ -141,15 +141,15 @@ def measure(
     walks: HeldOut,
     steps: int,
 ) -> list[dict[str, Any]]:
-    """One row per variant that can be used here; the others say why not.
+    """One row per usable variant; for the others the reason is printed.
 
     Args:
         case: a slug or `GOLDEN`.
-        names: of the variants, float32 first.
-        device: where it runs.
+        names: names of the variants, float32 first.
+        device: device to run on.
         repeats: timed AR steps of each variant.
-        walks: of the toy world.
-        steps: AR steps of a rollout; the golden numbers have their own.
+        walks: walks of the toy world.
+        steps: AR steps of a rollout; the golden data has its own number.
     """
     subjects = {EXACT: build_subject(case, VARIANTS[EXACT], device)}
     steps = GOLDEN_STEPS if case == GOLDEN else steps
@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
     device, repeats = init(options.device).device, options.repeats or 50
     walks = draw_held_out(options.walks, options.seconds * FPS)
     names = list(dict.fromkeys([EXACT, *options.variants]))
-    if device.type == "cuda":  # where it is no variant of its own
+    if device.type == "cuda":  # not a separate variant there
         names = [name for name in names if name not in SOFTMAX_TOO]
     if (reason := why_no_fp8(device, head_dim=128)) is not None:
         sys.stderr.write(f"precision: without fp8, which is not measured here: {reason}.\n")

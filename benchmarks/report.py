@@ -1,7 +1,7 @@
 """Timing and reports of the benchmarks.
 
-A report is one JSON file that says what was measured, where, with which code and versions. A field
-that is missing is an error: figures without it cannot be compared.
+A report is one JSON file with what was measured, where, and with which code and versions. A missing
+field is an error, because figures without it cannot be compared.
 """
 
 import argparse
@@ -39,24 +39,24 @@ HEADER_FIELDS = (
 ROW_FIELDS = ("case", "variant", "repeats", "p50_ms", "p95_ms", "p99_ms", "output_sha256")
 PACKAGES = ("torch", "triton", "numpy", "diffusers")
 PREDICTED = {"type": "predicted", "name": "predicted, not measured"}
-"""Stands for the device of figures that no device has given."""
+"""Device of predictions, which were not measured on any device."""
 MEASURED = ("flashdreams", "kernels", "benchmarks", ":!benchmarks/results")
-"""Where an uncommitted change makes figures belong to no commit."""
+"""Paths in which an uncommitted change means that figures belong to no commit."""
 MAX_BARS = 24
-"""Rows that a picture shows as bars."""
+"""Maximum number of rows that a picture shows as bars."""
 FLUSH_BYTES = 2**28
-"""Written between two timed calls on a GPU, so that none finds its data in the L2 cache."""
+"""Bytes written between timed calls on a GPU, so that no call finds its data in the L2 cache."""
 
 
 def time_calls(function: Callable[[], Tensor], device: torch.device, repeats: int) -> list[float]:
     """Milliseconds of single calls after warm-up, in ascending order.
 
     On CUDA the call is captured as a graph, so that only work on the device counts, and each
-    replay finds a cold L2 cache.
+    replay starts with a cold L2 cache.
 
     Args:
-        function: what is timed; its inputs stay where they are.
-        device: where it runs.
+        function: the call to time; its inputs must keep their addresses.
+        device: device it runs on.
         repeats: number of timed calls.
     """
     if device.type != "cuda":
@@ -85,13 +85,13 @@ def time_calls(function: Callable[[], Tensor], device: torch.device, repeats: in
 
 
 def percentile(ascending: Sequence[float], share: float) -> float:
-    """The smallest value that at least ``share`` of all values do not exceed."""
+    """The smallest value that is at least as large as ``share`` of all values."""
     rank = -(-round(share * 1000) * len(ascending) // 1000)
     return ascending[max(0, rank - 1)]
 
 
 def timing_fields(ascending: Sequence[float]) -> dict[str, Any]:
-    """What a row says about its times."""
+    """Fields of a row about its times."""
     return {
         "repeats": len(ascending),
         "p50_ms": percentile(ascending, 0.50),
@@ -101,11 +101,11 @@ def timing_fields(ascending: Sequence[float]) -> dict[str, Any]:
 
 
 def ratio_fields(times: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
-    """What a row says about its times beside those of another variant, pair by pair.
+    """Fields of a row about its times relative to another variant, pair by pair.
 
     Args:
-        times: in the order of the calls.
-        baseline: of the calls made in turn with them.
+        times: milliseconds in the order of the calls.
+        baseline: milliseconds of the calls made in turn with them.
     """
     ratios = sorted(a / b for a, b in zip(times, baseline, strict=True))
     return {
@@ -115,15 +115,15 @@ def ratio_fields(times: Sequence[float], baseline: Sequence[float]) -> dict[str,
 
 
 def refuse_difference(what: str, difference: float, bound: float) -> None:
-    """Refuse to compare the times of two sides that do not put out the same.
+    """Refuse to compare the times of two sides with different outputs.
 
     Args:
-        what: the sides, for the message.
-        difference: how far apart their outputs are.
-        bound: how far rounding alone may bring them.
+        what: names of the sides, for the message.
+        difference: difference of their outputs.
+        bound: largest difference that rounding can explain.
 
     Raises:
-        RuntimeError: they are further apart.
+        RuntimeError: the difference is larger.
     """
     if not difference <= bound:
         raise RuntimeError(
@@ -140,18 +140,18 @@ def new_report(
     git_commit: str | None = None,
     row_fields: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Put a report together.
+    """Build a report.
 
     Args:
-        benchmark: its name.
-        device: where it ran.
-        config: everything that was chosen.
-        rows: the figures.
+        benchmark: name of the benchmark.
+        device: device of the run.
+        config: all settings.
+        rows: the results.
         git_commit: the code's commit; None asks git.
-        row_fields: what every row must have beside :data:`ROW_FIELDS`.
+        row_fields: required fields of every row in addition to :data:`ROW_FIELDS`.
 
     Raises:
-        ValueError: a field is missing or empty, or nothing says which commit the code is of.
+        ValueError: a field is missing or empty, or the commit of the code is unknown.
     """
     report = {
         **_header(benchmark, config, git_commit),
@@ -168,14 +168,14 @@ def new_prediction(
     rows: Sequence[Mapping[str, Any]],
     git_commit: str | None = None,
 ) -> dict[str, Any]:
-    """Put figures together that nobody has measured, under the header of a report.
+    """Build a prediction, with the header of a report.
 
-    It is no report: `check_report` refuses it, so that it is never listed with measured figures.
+    It is not a report: `check_report` refuses it, so that it is never listed with measurements.
 
     Args:
-        benchmark: its name.
-        config: everything that was assumed.
-        rows: the figures; without the fields that only a measurement gives.
+        benchmark: name of the benchmark.
+        config: all assumptions.
+        rows: the results, without the fields that only a measurement has.
         git_commit: the code's commit; None asks git.
 
     Raises:
@@ -189,7 +189,7 @@ def new_prediction(
 
 
 def _header(benchmark: str, config: Mapping[str, Any], git_commit: str | None) -> dict[str, Any]:
-    """What every report begins with, except for the device."""
+    """Fields at the start of every report, except the device."""
     commit, dirty = git_state() if git_commit is None else (git_commit, False)
     return {
         "benchmark": benchmark,
@@ -203,17 +203,17 @@ def _header(benchmark: str, config: Mapping[str, Any], git_commit: str | None) -
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:
-    """Hex SHA-256 of a config, so that two reports of the same one are known by it."""
+    """Hex SHA-256 of a config, which identifies reports with the same config."""
     text = json.dumps(config, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_report(report: Mapping[str, Any], row_fields: Sequence[str] = ()) -> None:
-    """Refuse a report that leaves something out.
+    """Refuse an incomplete report.
 
     Args:
-        report: what would be written.
-        row_fields: what every row must have beside :data:`ROW_FIELDS`.
+        report: the report to write.
+        row_fields: required fields of every row in addition to :data:`ROW_FIELDS`.
 
     Raises:
         ValueError: names the fields that are missing or empty.
@@ -230,10 +230,10 @@ def check_report(report: Mapping[str, Any], row_fields: Sequence[str] = ()) -> N
 
 
 def git_state() -> tuple[str, bool]:
-    """The commit of the code that is measured, and whether it was changed since.
+    """The commit of the measured code, and whether there are uncommitted changes.
 
     Raises:
-        ValueError: the code belongs to no commit that git knows here.
+        ValueError: git does not know the commit of the code.
     """
     folder = Path(__file__).resolve().parents[1]
     for package in (flashdreams, flashdreams_kernels):
@@ -258,7 +258,7 @@ def git_state() -> tuple[str, bool]:
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """What a device is called and what it has."""
+    """Name and properties of a device."""
     if device.type != "cuda":
         return {
             "type": device.type,
@@ -282,13 +282,13 @@ def finish(
     columns: Sequence[str],
     draw: Callable[[Mapping[str, Any], Path], None] | None = None,
 ) -> None:
-    """Print the table; write the JSON and the picture that were asked for.
+    """Print the table; write the JSON and the picture if requested.
 
     Args:
         report: a checked report.
-        options: of `command.parse`.
-        columns: row fields of the table.
-        draw: makes the picture; None is :func:`plot`.
+        options: options from `command.parse`.
+        columns: row fields to print in the table.
+        draw: draws the picture; None: :func:`plot`.
     """
     device = report["device"]
     sys.stdout.write(f"{report['benchmark']} on {device['name']} at {report['git_commit'][:12]}\n")
@@ -301,7 +301,7 @@ def finish(
 
 
 def write(report: Mapping[str, Any], path: Path) -> None:
-    """Write a report as JSON; its folder is made."""
+    """Write a report as JSON; creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
@@ -309,7 +309,7 @@ def write(report: Mapping[str, Any], path: Path) -> None:
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """Rows as aligned text; what a row does not have is a dash."""
+    """Rows as aligned text; missing fields are dashes."""
     cells = [list(columns)]
     cells += [[_cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]

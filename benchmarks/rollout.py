@@ -1,4 +1,4 @@
-"""Pipelines of registered methods with something to stream, for the benchmarks."""
+"""Pipelines of registered methods with inputs to stream, for the benchmarks."""
 
 import argparse
 import time
@@ -36,18 +36,18 @@ from flashdreams.runtime.checkpoint import find_local
 from flashdreams.runtime.image_file import gradient_image
 
 WALKED_FRAMES = 4000
-"""Pixel frames of a walk; the camera then stands still."""
+"""Pixel frames of a walk; after that the camera does not move."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A pipeline and what one of its rollouts is given."""
+    """A pipeline and the inputs of its rollouts."""
 
     slug: str
     pipeline: StreamInferencePipeline
     mesh: Mesh
     context: dict[str, Any]
-    """For ``initialize_cache``."""
+    """Arguments of ``initialize_cache``."""
     input: Callable[[int], Any]
     """The control input of an AR step."""
     random_weights: tuple[str, ...]
@@ -60,22 +60,22 @@ class Subject:
 
     @property
     def steps_to_fill(self) -> int:
-        """AR steps until the window is full and has evicted once, so that all later ones equal."""
+        """AR steps until the window is full and has evicted once; all later steps are alike."""
         c: Any = self.pipeline.diffusion_model.transformer.config
         return -(-(c.sink_size_t + c.window_size_t) // c.len_t) + 1 if self.streaming else 1
 
     @property
     def weights(self) -> str:
-        """What the weights are, for the report: their values do not change the speed."""
+        """Description of the weights for the report; their values do not change the speed."""
         names = ", ".join(self.random_weights)
         return f"random for {names}; speed does not depend on them" if names else "as configured"
 
     def new_rollout(self, seed: int = 0) -> Any:
-        """Begin a rollout."""
+        """Start a rollout."""
         return self.pipeline.initialize_cache(**self.context, seed=seed)
 
     def new_steady_rollout(self, seed: int = 0) -> Any:
-        """Begin a rollout and fill its window."""
+        """Start a rollout and fill its window."""
         cache = self.new_rollout(seed)
         for _ in range(self.steps_to_fill):
             self.step(cache)
@@ -102,17 +102,17 @@ def run_streaming(
     fields: Sequence[str],
     draw: Callable[[Mapping[str, Any], Path], None] | None = None,
 ) -> None:
-    """The whole of a script that streams one method, by itself or under torchrun.
+    """The complete script of a benchmark that streams one method, also under torchrun.
 
     Args:
-        benchmark: its name.
+        benchmark: name of the benchmark.
         description: docstring of the script; its first paragraph is the help text.
-        arguments: of the command line; None takes those of the process.
-        repeats: timed AR steps where the command line does not say.
+        arguments: command line; None: that of the process.
+        repeats: default number of timed AR steps.
         measure: rows for the method, the device and the number of steps.
-        columns: row fields of the table.
-        fields: what every row must have beside those of every report.
-        draw: makes the picture; None is `report.plot`.
+        columns: row fields to print in the table.
+        fields: required fields of every row in addition to those of every report.
+        draw: draws the picture; None: `report.plot`.
     """
     parser = argparse.ArgumentParser(description=(description or "").split("\n\n")[0])
     parser.add_argument("slug", nargs="?", default="toy-world", help="a streaming method")
@@ -150,19 +150,19 @@ def load_subject(
     transformer: Mapping[str, Any] | None = None,
     strict: bool = False,
 ) -> Subject:
-    """Build the pipeline of a slug; weights that are not on this machine are drawn.
+    """Build the pipeline of a slug; weights that are not on this machine are random.
 
     Args:
-        slug: as on the command line.
+        slug: slug as on the command line.
         place: the ranks.
-        backend: attention backend of every core; None is the config's.
-        use_cuda_graph: replay the network call; None is the config's.
-        dtype: of the transformer; None is the config's.
-        transformer: more fields of the transformer that are changed.
-        strict: give the same bits on any number of ranks.
+        backend: attention backend of every core; None: that of the config.
+        use_cuda_graph: replay the network call; None: as in the config.
+        dtype: dtype of the transformer; None: that of the config.
+        transformer: further changed fields of the transformer.
+        strict: same bits on any number of ranks.
 
     Raises:
-        ValueError: an unknown slug or backend, or a method whose control input is not known here.
+        ValueError: an unknown slug or backend, or a method with an unknown control input.
     """
     runner: Any = discover().resolve(slug)
     changes: dict[str, Any] = dict(transformer or {})
@@ -186,9 +186,9 @@ def load_subject(
 def without_missing_weights(
     config: StreamInferencePipelineConfig,
 ) -> tuple[StreamInferencePipelineConfig, tuple[str, ...]]:
-    """The config with random weights where a checkpoint is not on this machine, and where it is so.
+    """The config with random weights for missing checkpoints, and the fields of these.
 
-    A text encoder without its weights is left out; the prompt is then given as embeddings.
+    A text encoder without its weights is removed; the prompt is then given as embeddings.
     """
     missing = []
     for path, checkpoint in named_checkpoints(config):
@@ -256,7 +256,7 @@ def _path_of(path: CameraPath, len_t: int, index: int) -> CameraPath:
 
 
 def _actions_of(runner: MatrixGameRunnerConfig, len_t: int, index: int) -> Actions:
-    """One key after the other, each held for a chunk."""
+    """The keys in turn, each held for a chunk."""
     controller = ActionController(runner.keys)
     keys = list(runner.keys.names)
     pressed = Event(0, {"keys": keys[index % len(keys)]})
@@ -264,7 +264,7 @@ def _actions_of(runner: MatrixGameRunnerConfig, len_t: int, index: int) -> Actio
 
 
 def _pixel_frames(len_t: int, index: int) -> range:
-    """The pixel frames of a chunk: latent frame 0 is one, every other is four."""
+    """The pixel frames of a chunk: one for latent frame 0, four for every other."""
     return range(0 if index == 0 else 4 * index * len_t - 3, 4 * (index + 1) * len_t - 3)
 
 
@@ -275,7 +275,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def clock_s(device: torch.device) -> float:
-    """Seconds for differences: the processor's own on a CPU, where other work must not count."""
+    """A clock in seconds; CPU time on a CPU, so that other processes do not count."""
     if device.type != "cuda":
         return time.process_time()
     torch.cuda.synchronize(device)
@@ -285,7 +285,7 @@ def clock_s(device: torch.device) -> float:
 def time_in_turn(
     calls: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int
 ) -> dict[str, list[float]]:
-    """Milliseconds of every call; the variants take turns, so that all see the same machine."""
+    """Milliseconds of every call; the variants take turns, so that load affects all alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(repeats):
         for name in list(calls) if number % 2 else list(calls)[::-1]:
@@ -306,7 +306,7 @@ def _tokens_first_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
 
 
 def count_flops(function: Callable[[], Any]) -> int:
-    """Floating point operations of one call on this rank: products, convolutions and attention."""
+    """Floating point operations of one call on this rank: matmuls, convolutions and attention."""
     mapping: dict[Any, Any] = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _heads_first_flops
     }

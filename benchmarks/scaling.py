@@ -2,7 +2,7 @@
 
 ``python benchmarks/scaling.py --model wan-1.3b --plot scaling.svg`` predicts from a small cost
 model. ``torchrun --nproc-per-node 4 benchmarks/scaling.py --check`` runs a tiny model on gloo ranks
-and compares the counted FLOPs, calls and bytes with the model's: they must be equal.
+and compares the counted FLOPs, calls and bytes with the cost model's: they must be equal.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def predict_call(
     ring_method: str = "gather",
     write_only: bool = False,
 ) -> Call:
-    """Count one network call, its timestep's modulations being at hand.
+    """Count one network call, with its timestep's modulations already computed.
 
     Args:
         config: the model.
@@ -113,16 +113,16 @@ def predict_call(
 
 @dataclass(frozen=True)
 class Machine:
-    """What the cost model assumes of a GPU and its links."""
+    """Assumptions of the cost model on a GPU and its links."""
 
     tflops: float
-    """Rate reached in large products, 10^12 operations per second."""
+    """Rate of large matmuls, 10^12 operations per second."""
     bandwidth_gb_s: float
-    """Bytes that one rank sends per second inside a node, in 10^9."""
+    """10^9 bytes per second that one rank sends within a node."""
     internode_gb_s: float
-    """The same between nodes; the ring axis pays it once the world is larger than a node."""
+    """The same between nodes; used for the ring axis if there is more than one node."""
     latency_us: float
-    """Fixed time of one collective."""
+    """Latency of one collective."""
     ranks_per_node: int
 
 
@@ -168,9 +168,9 @@ def predict_scaling(
 def count_call(
     config: WanTransformerConfig, parallel: ParallelConfig, write_only: bool = False
 ) -> tuple[Call, Call, ParallelDegrees]:
-    """Run the model on the ranks there are; returns what was predicted and what was counted.
+    """Run the model on the ranks of torchrun; returns the predicted and the counted call.
 
-    The counted call is of a rollout's second AR step: a denoising step, or the clean pass.
+    The counted call is from a rollout's second AR step: a denoising step, or the clean pass.
     """
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     degrees = resolve_degrees(parallel, ranks, config.num_heads)

@@ -1,11 +1,11 @@
 """Live sessions through the real client: latency, jitter, sessions against fps, cost of serving.
 
-The server and its loop run in this process, each client in a process of its own. Clients replay a
-control log; what they measure begins when an event is sent and ends when the first picture of the
-answering chunk is decoded. The cost of serving is what an AR step takes with one reading client,
-without pacing, beside a bare loop over the same pipeline; both take turns in this process and must
-put out the same frames. ``processor_ms`` is the time of the processor in this process for each AR
-step, with all threads; on a CPU that other work shares it says more than the time of the clock.
+The server and its loop run in this process, each client in a separate process. Clients replay a
+control log and measure the time from sending an event until the first picture of the responding
+chunk is decoded. The cost of serving is the time of an AR step with one reading client, without
+pacing, compared with a bare loop over the same pipeline; both take turns in this process and must
+return the same frames. ``processor_ms`` is the CPU time of this process per AR step, over all
+threads; on a shared CPU it is more meaningful than wall time.
 
 ``python benchmarks/serving.py toy-world --json out.json``
 """
@@ -54,7 +54,7 @@ COLUMNS = (
 FIELDS = ("fps", "dropped")
 LOG = Path(__file__).parent / "logs" / "walk.jsonl"
 LONG_STEP_MS = 100.0
-"""From such a step on serving may cost 5 %, below it 2 ms."""
+"""From this step time on serving may cost 5 %, below it 2 ms."""
 UNPACED_FPS = 1000.0
 CLIENT_S = 120.0
 
@@ -78,11 +78,11 @@ def load(slug: str, folder: Path) -> Any:
 
 @contextmanager
 def served(server: Server, fps: float | None = None) -> Iterator[tuple[WebServer, TappedHost]]:
-    """The web side before a server's loop; the loop runs beside it.
+    """The web server for a server whose loop runs concurrently.
 
     Args:
-        server: whose loop runs.
-        fps: to show pictures at; None takes the method's.
+        server: the server whose loop runs.
+        fps: playback frame rate; None: that of the method.
     """
     assert server.host is not None
     host = TappedHost(server.host, fps)
@@ -96,16 +96,16 @@ def served(server: Server, fps: float | None = None) -> Iterator[tuple[WebServer
 
 
 def visit(web: WebServer, *words: str) -> subprocess.Popen[str]:
-    """A client in a process of its own."""
+    """A client in a separate process."""
     program = [sys.executable, "-m", "flashdreams.serving.client_command", web.url, "--json"]
     return subprocess.Popen([*program, *words], stdout=subprocess.PIPE, text=True)
 
 
 def figures_of(client: subprocess.Popen[str]) -> dict[str, Any]:
-    """What a client has measured.
+    """Measurements of a client.
 
     Raises:
-        RuntimeError: it has failed.
+        RuntimeError: the client failed.
     """
     text, _ = client.communicate(timeout=CLIENT_S)
     if client.returncode:
@@ -115,7 +115,7 @@ def figures_of(client: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def measure_sessions(server: Server, counts: list[int], seconds: float) -> list[dict[str, Any]]:
-    """Several sessions at a time replay the control log, at the method's pace."""
+    """Several concurrent sessions replay the control log at the method's frame rate."""
     rows = []
     for count in counts:
         with served(server) as (web, _):
@@ -144,10 +144,10 @@ def _row(case: str, variant: str, found: list[dict[str, Any]], field: str) -> di
 
 
 def measure_cost(runner: Any, server: Server, steps: int, rounds: int) -> list[dict[str, Any]]:
-    """What an AR step takes, bare and served in turns; each side begins a rollout a round.
+    """Time of an AR step, bare and served in turns; each side starts one rollout per round.
 
     Raises:
-        RuntimeError: the two sides do not put out the same frames.
+        RuntimeError: the two sides return different frames.
     """
     times: dict[str, list[float]] = {"bare loop": [], "served": []}
     processor_ms: dict[str, list[float]] = {"bare loop": [], "served": []}
@@ -187,7 +187,7 @@ def measure_cost(runner: Any, server: Server, steps: int, rounds: int) -> list[d
 def bare_steps(
     runner: Any, server: Server, steps: int
 ) -> tuple[list[float], list[float], torch.Tensor]:
-    """AR steps without a server: milliseconds of clock and processor, and the last frames."""
+    """AR steps without a server: wall and CPU time in milliseconds, and the last frames."""
     session = Session(
         runner.pipeline,
         server.engine.conditions,
@@ -208,7 +208,7 @@ def bare_steps(
 
 
 def served_steps(server: Server, steps: int) -> tuple[list[float], list[float], torch.Tensor]:
-    """The same from chunk to chunk, with one reading client."""
+    """The same between served chunks, with one reading client."""
     assert server.host is not None
     with served(server, UNPACED_FPS) as (web, host):
         frames = steps * server.host.offer.chunk_frames

@@ -1,4 +1,4 @@
-"""A host that notes the chunks of its sessions on their way to the web side."""
+"""A host that records the chunks of its sessions on their way to the web server."""
 
 import time
 from collections.abc import Mapping
@@ -9,66 +9,66 @@ from flashdreams.serving.interface import Chunk, Figures, Host, Listener, Openin
 
 
 class TappedHost(Host):
-    """Hands everything on; ``chunks`` holds those of the session that was opened last."""
+    """Forwards everything; ``chunks`` holds those of the session that was opened last."""
 
     def __init__(self, host: Host, fps: float | None = None) -> None:
         """Wrap another host.
 
         Args:
-            host: it.
-            fps: to offer instead of its own; None offers that.
+            host: the wrapped host.
+            fps: frame rate to offer; None: that of the host.
         """
         self._host = host
         self.offer = host.offer if fps is None else replace(host.offer, fps=fps)
         self.chunks: list[Chunk] = []
         self.processor_s: list[float] = []
-        """Time of the processor in this process when each of them came, of all threads."""
+        """CPU time of this process, over all threads, when each chunk arrived."""
 
     def open(self, opening: Opening, listener: Listener) -> str:
-        """See the contract."""
+        """See `Host`."""
         self.chunks, self.processor_s = [], []
         return self._host.open(opening, _Tap(listener, self.chunks, self.processor_s))
 
     def attach(self, session: str, listener: Listener, from_frame: int = 0) -> int:
-        """See the contract."""
+        """See `Host`."""
         return self._host.attach(session, listener, from_frame)
 
     def detach(self, session: str) -> None:
-        """See the contract."""
+        """See `Host`."""
         self._host.detach(session)
 
     def control(self, session: str, values: Mapping[str, Any], event_id: str | None) -> None:
-        """See the contract."""
+        """See `Host`."""
         self._host.control(session, values, event_id)
 
     def prompt(self, session: str, text: str, event_id: str | None) -> None:
-        """See the contract."""
+        """See `Host`."""
         self._host.prompt(session, text, event_id)
 
     def command(
         self, session: str, kind: str, event_id: str | None, values: Mapping[str, Any]
     ) -> None:
-        """See the contract."""
+        """See `Host`."""
         self._host.command(session, kind, event_id, values)
 
     def pause(self, session: str, paused: bool) -> None:
-        """See the contract."""
+        """See `Host`."""
         self._host.pause(session, paused)
 
     def close(self, session: str) -> None:
-        """See the contract."""
+        """See `Host`."""
         self._host.close(session)
 
     def saved(self, session: str) -> list[str]:
-        """See the contract."""
+        """See `Host`."""
         return self._host.saved(session)
 
     def figures(self, session: str | None = None) -> Figures:
-        """See the contract."""
+        """See `Host`."""
         return self._host.figures(session)
 
     def drain(self) -> None:
-        """See the contract."""
+        """See `Host`."""
         self._host.drain()
 
 

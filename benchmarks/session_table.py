@@ -1,7 +1,7 @@
-"""One Markdown table of what a run of ``gpu_session.sh`` measured, and what it did not.
+"""One Markdown table of what a run of ``gpu_session.sh`` measured and did not measure.
 
 ``python benchmarks/session_table.py RESULTS`` reads the reports of a folder, the log of the GPU
-tests and the list of sections. Every row names its card.
+tests and the list of sections. Every row names its GPU.
 """
 
 import argparse
@@ -32,18 +32,18 @@ MORE = {
     "memory_ratio": "memory {:.3f}",
     "verdict": "{}",
 }
-"""Row fields that are worth a word, with their form."""
+"""Row fields to show, with their format."""
 OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL"
 OUTCOME = re.compile(
     rf"^(?:(?P<name>\S+::\S.*?) (?P<outcome>{OUTCOMES})\b"
     rf"|\[gw\d+\] \[ *\d+%\] (?P<of_worker>{OUTCOMES}) (?P<on_worker>\S+::\S.*?)\s*$)",
     re.MULTILINE,
 )
-"""A line of ``pytest -v``, by itself or of one of several workers."""
+"""A line of ``pytest -v``, with or without parallel workers."""
 
 
 def read_section(path: Path) -> Iterator[tuple[str, ...]]:
-    """Table rows of one report, and of the variants that it says were not measured."""
+    """Table rows of one report, including the variants that it lists as not measured."""
     report = json.loads(path.read_text(encoding="utf-8"))
     card = report["device"]["name"]
     for row in report["rows"]:
@@ -55,7 +55,7 @@ def read_section(path: Path) -> Iterator[tuple[str, ...]]:
 
 
 def describe(row: Mapping[str, Any]) -> Iterator[str]:
-    """What else a row says."""
+    """The remaining fields of a row as text."""
     for name, form in MORE.items():
         value = row.get(name)
         if value not in (None, "") and (form.endswith("{}") or isinstance(value, int | float)):
@@ -72,7 +72,7 @@ def tests_of(log: str) -> dict[str, list[str]]:
 
 
 def table(folder: Path) -> str:
-    """The table of a folder, with the versions above it and the other sections below."""
+    """The table of a folder, after the versions and before the other sections."""
     reports = sorted(folder.glob("*.json"))
     lines = [_header(json.loads(path.read_text(encoding="utf-8"))) for path in reports[:1]]
     lines += [f"| {' | '.join(COLUMNS)} |", "|---|---|---|--:|--:|---|---|"]

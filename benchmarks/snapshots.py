@@ -1,9 +1,9 @@
-"""Snapshots and forks of a rollout: seconds, bytes, and what the disk and the memory allow.
+"""Snapshots and forks of a rollout: seconds and bytes, compared with plain writes and copies.
 
-``python benchmarks/snapshots.py toy-world --window 600 --json out.json``. A save is set beside a
-plain file of as many bytes that waits for the disk, taking turns; a fork beside a copy of as many
-bytes on the device; an AR step of eight forks in turn beside that of one batch of them. On a CPU
-the seconds of forks are those of the processor, those of files are what passed.
+``python benchmarks/snapshots.py toy-world --window 600 --json out.json``. A save is compared
+with a plain file of the same size that is flushed to disk, in turns; a fork with a copy of the same
+size on the device; an AR step of eight forks one by one with that of one batch of them. On a CPU,
+forks are measured in CPU time and files in wall time.
 """
 
 import shutil
@@ -24,7 +24,7 @@ from flashdreams.runtime.stats import sha256_of
 
 FORKS = 8
 TOLERANCE = 1e-3
-"""Frames are in [-1, 1]; a batch rounds in another order."""
+"""For frames in [-1, 1]; a batch rounds in a different order."""
 COLUMNS = ("case", "variant", "p50_ms", "p95_ms", "bytes", "mib_per_s", "baseline", "ratio")
 FIELDS = ("bytes", "mib_per_s", "baseline", "ratio")
 
@@ -121,7 +121,7 @@ def _in_turn(
     clock: Callable[[], float] = time.perf_counter,
     after: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Milliseconds of calls that take turns, once unmeasured before."""
+    """Milliseconds of calls that take turns, after one untimed call each."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():

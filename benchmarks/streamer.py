@@ -1,7 +1,7 @@
-"""One variant of a method in a process of its own, which streams when `variants.py` says so.
+"""One variant of a method in a separate process, which streams on request of `variants.py`.
 
-Its one argument is a JSON object (see `Spec`); orders come as JSON lines on standard input, and
-each is answered by one JSON line. It runs the code of any checkout since 7918d52, so that two
+Its one argument is a JSON object (see `Spec`). Orders arrive as JSON lines on standard input, and
+each is answered by one JSON line. It can run the code of any checkout since 7918d52, so that two
 commits can be timed in turns on one device: modules of `flashdreams`, kernels and benchmarks come
 from that checkout, this file and `cheap_weights` from here.
 """
@@ -19,7 +19,7 @@ KERNELS_SHOWN = 25
 
 
 class Spec(TypedDict):
-    """What a process is to stream."""
+    """What a process has to stream."""
 
     tree: str
     """Folder of the checkout."""
@@ -28,7 +28,7 @@ class Spec(TypedDict):
     options: dict[str, Any]
     """Keyword arguments of the checkout's ``rollout.load_subject``."""
     aliases: dict[str, str]
-    """Module names that stand for others where these are installed."""
+    """Module names that replace others, if these are installed."""
 
 
 class Streamer:
@@ -43,7 +43,7 @@ class Streamer:
         Raises:
             ImportError: the package comes from another folder.
         """
-        cheap_weights = import_module("cheap_weights")  # before the checkout's own can be found
+        cheap_weights = import_module("cheap_weights")  # this one, not the checkout's
         tree = Path(spec["tree"]).resolve()
         sys.path[:0] = [str(tree / part) for part in ("benchmarks", ".", "kernels")]
         for alias, name in spec["aliases"].items():
@@ -66,7 +66,7 @@ class Streamer:
         with weights:
             self.subject: Any = rollout.load_subject(spec["slug"], place, **spec["options"])
         self._synchronize()
-        if self.device.type == "cuda":  # weights may have been wider while they were built
+        if self.device.type == "cuda":  # weights may have been larger during construction
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         self.setup_s = time.perf_counter() - start
@@ -77,7 +77,7 @@ class Streamer:
         """Warm up and fill the window of a rollout.
 
         Args:
-            latents: file that the clean latents of these AR steps go to.
+            latents: file for the clean latents of these AR steps.
         """
         pipeline = self.subject.pipeline
         start = time.perf_counter()
@@ -103,9 +103,9 @@ class Streamer:
         }
 
     def steps(self, count: int) -> dict[str, Any]:
-        """Stream ``count`` AR steps without waiting between them; milliseconds of one.
+        """Stream ``count`` AR steps without waiting between them; returns milliseconds per step.
 
-        ``host_ms`` is the time until the last call has returned, ``ms`` until the device is done.
+        ``host_ms`` is the time until the last call returns, ``ms`` until the device is done.
         """
         self._synchronize()
         start = time.perf_counter()
@@ -121,7 +121,7 @@ class Streamer:
         }
 
     def latency(self, count: int) -> dict[str, Any]:
-        """Milliseconds of ``generate`` alone, each begun on an idle device."""
+        """Milliseconds of ``generate`` alone, each started on an idle device."""
         found = []
         for _ in range(count):
             self._synchronize()
@@ -130,7 +130,7 @@ class Streamer:
         return {"ms": found}
 
     def profile(self) -> dict[str, Any]:
-        """Kernels of one AR step by the device's time, and the step's wall time under it."""
+        """Kernels of one AR step by device time, and the step's wall time under the profiler."""
         from torch.profiler import ProfilerActivity, profile
 
         on_gpu = self.device.type == "cuda"
@@ -178,9 +178,9 @@ class Streamer:
 
 
 def serve(spec: Spec, orders: TextIO, answers: TextIO) -> None:
-    """Build, then carry out orders until there are no more.
+    """Build the pipeline, then execute orders until the input ends.
 
-    An order is ``{"do": METHOD, ...arguments}``; what fails is answered by ``{"error": TEXT}``.
+    An order is ``{"do": METHOD, ...arguments}``; a failure is answered by ``{"error": TEXT}``.
     """
 
     def answer(value: Mapping[str, Any]) -> None:
@@ -207,5 +207,5 @@ def _one_line(error: Exception) -> str:
 
 if __name__ == "__main__":
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keeps output of libraries out of the answers
     serve(json.loads(sys.argv[1]), sys.stdin, replies)

@@ -1,9 +1,9 @@
-"""Tables of measured figures for the README and the site, made from the committed reports alone.
+"""Tables of measured figures for the README and the site, from the committed reports only.
 
 ``python benchmarks/table.py`` prints the README's, ``python benchmarks/table.py --write README.md``
-puts it between the README's two marks; the site takes the others when it is built. Figures of GPUs
-come first, and each row of them names its card. Of several reports for one cell the fastest, or for
-a ratio or a GPU's row the newest, is taken. What no report has measured is "not measured".
+puts it between the README's two marks; the site takes the others when it is built. GPU figures
+come first, and each of their rows names the GPU. If several reports have a cell, the fastest one is
+used, for ratios and GPU rows the newest one. A figure that is in no report is "not measured".
 """
 
 import argparse
@@ -24,10 +24,10 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 NOT_MEASURED = "not measured"
 PACKAGE = "flashdreams.integrations."
 PLAIN = "default attention, eager"
-"""What need not be said of a run."""
+"""Default settings of a run, which are not shown."""
 AS_CONFIGURED = "as configured"
 AS_IT_IS = "default"
-"""The variant of a method that no flag changes."""
+"""The variant of a method without changed flags."""
 DEVICES = ("cpu", "cuda")
 
 
@@ -43,7 +43,7 @@ class Ratio(NamedTuple):
 
     benchmark: str
     variant: str | None
-    """Whose row has it; None: any."""
+    """Variant of the row that has it; None: any."""
     field: str
     meaning: str
 
@@ -63,10 +63,10 @@ RATIOS = (
 
 
 def read_reports(folder: Path = RESULTS) -> list[Figure]:
-    """Every row of every report in a folder and the folders in it.
+    """Every row of every report in a folder and its subfolders.
 
     Raises:
-        ValueError: a report is incomplete, or of code that belongs to no commit.
+        ValueError: a report is incomplete, or its code belongs to no commit.
     """
     found = []
     for file in sorted(folder.rglob("*.json")):
@@ -82,7 +82,7 @@ def read_reports(folder: Path = RESULTS) -> list[Figure]:
 
 
 def shipped_slugs() -> dict[str, str]:
-    """What the slugs with trained weights do that this package registers."""
+    """The package's slugs with trained weights, with their descriptions."""
     registry = discover()
     own = {s: c for s, c in registry.items() if registry.origin(s).reference.startswith(PACKAGE)}
     return {
@@ -113,7 +113,7 @@ def speed(figures: Sequence[Figure], slug: str, device: str) -> str:
 
 
 def place(figure: Figure) -> str:
-    """On what a figure was measured, and when."""
+    """Device and date of a figure."""
     device = figure.report["device"]
     name = device["name"].replace("(R)", "").replace("(TM)", "")
     threads = device.get("threads")
@@ -122,7 +122,7 @@ def place(figure: Figure) -> str:
 
 
 def speeds(figures: Sequence[Figure], slugs: Mapping[str, str]) -> str:
-    """Table of slugs and their speed, those that anybody has measured first."""
+    """Table of slugs and their speed, measured ones first."""
     devices = DEVICES[::-1]
     cells = {slug: [speed(figures, slug, device) for device in devices] for slug in slugs}
     lines = ["| slug | what it does | on a GPU | on a CPU |", "|---|---|---|---|"]
@@ -174,9 +174,9 @@ def attention_rates(figures: Sequence[Figure]) -> str:
 
 
 def readme(figures: Sequence[Figure], slugs: Mapping[str, str]) -> str:
-    """What the README shows: the GPU table if there is one, then the speed of every slug.
+    """The README's tables: the GPU table if there is one, then the speed of every slug.
 
-    Beside a GPU table, slugs that nobody has measured share one line.
+    If there is a GPU table, slugs that were not measured share one line.
     """
     if not any(_is(f, "variants", "cuda") for f in figures):
         return speeds(figures, slugs)
@@ -196,7 +196,7 @@ def _figure(value: Any, form: str = ".0f") -> str:
 
 
 def ratios(figures: Sequence[Figure]) -> str:
-    """Table of what the engine adds, whether it grows, and how it compares."""
+    """Table of the engine's overhead, growth over a rollout, and comparisons with peers."""
     lines = ["| ratio | of | on a CPU | on a GPU |", "|---|---|---|---|"]
     for wanted in RATIOS:
         mine = [f for f in figures if f.report["benchmark"] == wanted.benchmark]
@@ -210,7 +210,7 @@ def ratios(figures: Sequence[Figure]) -> str:
 
 
 def precisions(figures: Sequence[Figure]) -> str:
-    """Table of what lower precision costs and saves, from the newest report on each device."""
+    """Table of error and cost of lower precision, from the newest report on each device."""
     lines = [
         "| case | variant | PSNR to the truth, dB | PSNR to float32, dB | error of first latents "
         "| of last | KV cache, MiB | time on a CPU | on a GPU |",

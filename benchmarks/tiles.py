@@ -1,7 +1,7 @@
-"""Tile sizes of the Triton kernels: every candidate beside the library, and which one wins.
+"""Tile sizes of the Triton kernels: every candidate against the library, and the fastest one.
 
 ``python benchmarks/tiles.py --json out.json`` takes half a minute on a GPU, most of it compiling.
-The winners go into the tables of the kernels by hand: nothing is tuned at run time.
+The winners are copied into the kernels' tables by hand; nothing is tuned at run time.
 """
 
 import sys
@@ -31,7 +31,7 @@ from flashdreams.runtime.stats import sha256_of
 
 COLUMNS = ("case", "variant", "p50_ms", "p99_ms", "tflops", "error", "verdict")
 COMPARED = 256
-"""Rows or queries that are checked against float32 and hashed."""
+"""Number of rows or queries that are compared with float32 and hashed."""
 
 LINEAR = (
     linear.LinearTile(128, 128, 64, 8, 3),
@@ -47,7 +47,7 @@ LINEAR = (
     linear.LinearTile(256, 128, 64, 8, 3, descriptors=True, persistent=True),
 )
 """Candidates for ``flashdreams_kernels.linear.LINEAR_TILES``; those of attention are in
-``attention.py`` beside this."""
+``attention.py`` in this folder."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call, in the library and with every candidate."""
+    """One call, with the library and with every candidate."""
 
     name: str
     flops: int
@@ -85,7 +85,7 @@ class Case:
     library: Mapping[str, Callable[[], Tensor]]
     candidates: Mapping[str, Callable[[], Tensor]]
     current: str
-    """The candidate that the table of the kernel has."""
+    """The candidate in the kernel's table."""
 
 
 def attention_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
@@ -114,7 +114,7 @@ def attention_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> I
 
 
 def _bound(name: str, q: Tensor, k: Tensor) -> AttentionBackend:
-    """A backend with the KV splits that it gets at set-up."""
+    """A backend with the KV splits of set-up."""
     batch, queries, heads, head_dim = q.shape
     shape = AttentionShape(
         batch_size=batch, queries=queries, keys=k.shape[1], num_heads=heads, head_dim=head_dim
@@ -123,7 +123,7 @@ def _bound(name: str, q: Tensor, k: Tensor) -> AttentionBackend:
 
 
 EXCLUDED = ("triton", "sdpa", "sdpa_math", "sdpa_efficient")
-"""No yardsticks: our own backend, and those that another name covers or that are slow."""
+"""Backends without comparison value: our own, duplicates of others, and slow ones."""
 
 
 def linear_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
@@ -151,14 +151,14 @@ def linear_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iter
 
 
 def multiply(tile: linear.LinearTile, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The batch-invariant linear layer with one tile, whatever the table says."""
+    """The batch-invariant linear layer with one tile, regardless of its table."""
     out = x.new_empty(len(x), len(weight))
     linear.plan(x, weight, bias, out, target_of(x.device), tile).run()
     return out
 
 
 def measure(case: Case, device: torch.device, repeats: int) -> list[dict[str, Any]]:
-    """One row per variant; those that cannot run here say why on stderr."""
+    """One row per variant; for those that cannot run the reason is printed to stderr."""
     rows = []
     for name, call in {**case.library, **case.candidates}.items():
         try:
@@ -195,11 +195,11 @@ def measure_all(
     """The rows of all cases.
 
     Args:
-        sizes: of the model.
-        dtype: of all tensors.
-        device: where they run.
+        sizes: sizes of the model.
+        dtype: dtype of all tensors.
+        device: device to run on.
         repeats: timed calls of each variant.
-        alone: linear layers alone.
+        alone: measure only linear layers.
     """
     cases = [linear_cases] if alone else [attention_cases, linear_cases]
     for build in cases:

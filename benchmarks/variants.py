@@ -1,14 +1,14 @@
-"""Steady AR steps of several variants of one method, another commit among them, in turns.
+"""Steady AR steps of several variants of one method, optionally with another commit, in turns.
 
 ``python benchmarks/variants.py self-forcing-wan2.1-t2v-1.3b-taehv --reference .ref --json
-out.json``. Every variant streams in a process of its own (`streamer.py`) and waits while another
-has its turn, so all see the same device in the same minute. A turn is a few AR steps that nothing
-waits between; ``p50_ms`` is the median over turns of the time of one step, ``latency_p50_ms`` that
-of ``generate`` alone on an idle device. Weights that are not on this machine are one block of
-random numbers, the same for every variant and commit: ``latent_error_*`` compares a variant's
+out.json``. Every variant streams in a separate process (`streamer.py`) and waits during the others'
+turns, so all use the same device at the same time. A turn is a few AR steps without waiting in
+between; ``p50_ms`` is the median over turns of the time of one step, ``latency_p50_ms`` that of
+``generate`` alone on an idle device. Weights that are not on this machine are one block of random
+numbers, the same for every variant and commit, so that ``latent_error_*`` can compare a variant's
 latents with those of the first variant, over the AR steps that fill the window.
 
-What cannot be measured, or has no time left, is listed with its reason under ``not_measured``.
+Variants that fail or do not fit in the time limit are listed with the reason in ``not_measured``.
 """
 
 import argparse
@@ -43,21 +43,21 @@ FIELDS = (
     "ranks",
 )  # fmt: skip
 GRACE_S = 5.0
-"""Beyond the time limit, for the latency of a variant that has had its turns."""
+"""Time beyond the limit for the latency of a variant that has had its turns."""
 BUILD_SHARE = 0.6
-"""Of the time limit, after which no further variant is warmed up."""
+"""Fraction of the time limit after which no further variant is warmed up."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs from the method as it is."""
+    """Changes to the method's default config and code."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of `rollout.load_subject`."""
     is_reference: bool = False
-    """Whether the code is that of the reference commit."""
+    """Whether to run the code of the reference commit."""
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Module names that stand for others."""
+    """Module names that replace others."""
 
 
 FA3 = {"flash_attn_interface": "fa3_fwd_interface"}
@@ -80,11 +80,11 @@ VARIANTS = {
         aliases=FA3,
     ),
 }
-"""By name; the first of a run is what the others are compared with."""
+"""By name; the others of a run are compared with the first."""
 
 
 class NotMeasuredError(RuntimeError):
-    """A variant that cannot go on; the message says why."""
+    """A variant cannot continue; the message says why."""
 
 
 class Streaming:
@@ -117,7 +117,7 @@ class Streaming:
         """The next answer.
 
         Args:
-            deadline: of ``time.monotonic()``.
+            deadline: in terms of ``time.monotonic()``.
 
         Raises:
             NotMeasuredError: it failed, ended, or is late.
@@ -132,7 +132,7 @@ class Streaming:
         return found
 
     def ask(self, deadline: float, do: str, **arguments: Any) -> dict[str, Any]:
-        """Give an order and wait for its answer; arguments as for `answer`."""
+        """Send an order and wait for its answer; arguments as for `answer`."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
@@ -142,13 +142,13 @@ class Streaming:
         return self.answer(deadline)
 
     def stop(self) -> None:
-        """End the process, also in the middle of something; its memory is free afterwards."""
+        """End the process, even during a call; its memory is free afterwards."""
         self._process.kill()
         self._process.wait()
 
 
 class Run:
-    """The variants of one method, and what is known of them so far."""
+    """The variants of one method and their results so far."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device, folder: str) -> None:
         self.options = options
@@ -161,7 +161,7 @@ class Run:
         self.kernels: dict[str, dict[str, Any]] = {}
 
     def measure(self) -> None:
-        """All variants: side by side and in turns, or one after the other."""
+        """Measure all variants: concurrently and in turns, or one after the other."""
         if self.options.one_at_a_time:
             for name in self.options.variants:
                 self._measure_some([name])
@@ -205,7 +205,7 @@ class Run:
         return Streaming(name, spec)
 
     def _try(self, variant: Streaming, part: Any) -> None:
-        """Do one part of a variant's measurement; one that fails or is late does no other part."""
+        """Run one part of a variant's measurement; after a failure or delay no other part runs."""
         if variant.is_over:
             return
         try:
@@ -273,7 +273,7 @@ class Run:
         }
 
     def report(self) -> dict[str, Any]:
-        """The report as far as it is known."""
+        """The report with the results so far."""
         chosen = {"slug", "variants", "seconds", "repeats", "steps", "one_at_a_time"}
         config = {name: value for name, value in vars(self.options).items() if name in chosen}
         rows = self.rows()
@@ -283,17 +283,17 @@ class Run:
         return found | {"not_measured": self.not_measured}
 
     def write(self) -> None:
-        """Keep what is known, in case that nothing more becomes known."""
+        """Write the results so far, in case the run is interrupted."""
         if self.options.json is not None and any(variant.times for variant in self.running):
             report.write(self.report(), self.options.json)
 
 
 def latent_errors(latents: Path, expected: Path) -> dict[str, Any]:
-    """How far a variant's latents are from another's, as a share of the root mean square.
+    """Difference of a variant's latents from another's, relative to the root mean square.
 
     Args:
         latents: a list of ``[B, C, T, H, W]``, one for each AR step.
-        expected: likewise.
+        expected: the same of the other variant.
     """
     pairs = list(zip(torch.load(latents), torch.load(expected), strict=True))
 
@@ -320,7 +320,7 @@ def profile_text(kernels: Mapping[str, Mapping[str, Any]], slug: str) -> str:
 
 
 def kernel_name(symbol: str) -> str:
-    """A kernel's symbol without what C++ templates add, at most 80 characters."""
+    """A kernel's symbol without C++ template arguments, at most 80 characters."""
     if "FlashAttnFwd" in symbol:
         return "FlashAttention-3" + ", merge of KV splits" * ("FlashAttnFwdCombine" in symbol)
     convolution = re.match(r"(sm\d+)_xmma_fprop_implicit_gemm_.*?_(tilesize\w+?)_", symbol)
