@@ -5,9 +5,9 @@
     python launch/ray_serve.py self-forcing-wan2.1-t2v-1.3b --state-dir /shared/sf \\
         --gpus 2 --host 0.0.0.0 --token "$TOKEN" -- --max-sessions 2
 
-Words after ``--`` go to every ``flashdreams-serve``. A replica is one server on one group of GPUs
-of one node; sessions of a replica that is taken away, or dies, go on at another one.
-``--state-dir`` must be a folder that all nodes share.
+Arguments after ``--`` are passed to every ``flashdreams-serve``. A replica is one server on one
+group of GPUs of one node; sessions of a removed or failed replica continue on another one.
+``--state-dir`` must be a folder shared by all nodes.
 """
 
 import argparse
@@ -31,7 +31,7 @@ APPLICATION = "flashdreams"
 
 
 class Replica:
-    """One server, and what Serve asks of it."""
+    """One server, with the methods that Ray Serve calls."""
 
     def __init__(self, words: Sequence[str], root: str, gpus: int, local: bool) -> None:
         import httpx
@@ -43,33 +43,33 @@ class Replica:
         self._client = httpx.AsyncClient()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Figures of the server, for `wanted_replicas`."""
+        """Load figures of the server, for `wanted_replicas`."""
         from flashdreams.serving.fleet.members import probe
 
         health = await probe(self._client, self._server.member)
         return {name: float(getattr(health, name)) for name in ("sessions", "queued", "places")}
 
     def check_health(self) -> None:
-        """Raises where the server has ended: Serve then begins another replica."""
+        """Raise if the server has ended, so that Ray Serve starts another replica."""
         self._server.check()
 
     def name(self) -> str:
-        """Of the server."""
+        """Name of the server."""
         return self._server.name
 
     def __del__(self) -> None:
-        """Serve takes the replica away: its sessions go to disk, for another one."""
+        """On removal of the replica, write its sessions to disk for another one."""
         if server := getattr(self, "_server", None):
             server.stop()
 
 
 def wanted_replicas(context: Any) -> tuple[float, dict[str, Any]]:
-    """How many replicas there should be: as many as give all sessions and all who wait a place.
+    """How many replicas to run, so that all sessions and all waiting clients have a place.
 
-    Serve keeps the number between ``min_replicas`` and ``max_replicas``, and waits before it acts.
+    Ray Serve keeps it between ``min_replicas`` and ``max_replicas``, and waits before it acts.
 
     Args:
-        context: of Serve, with the newest figures of all replicas.
+        context: autoscaling context of Ray Serve, with the last figures of all replicas.
     """
     metrics = context.aggregated_metrics or {}
     return wanted(
@@ -83,12 +83,12 @@ def wanted(now: int, total: dict[str, float], known: int) -> int:
     """See `wanted_replicas`.
 
     Args:
-        now: replicas that there should be so far.
+        now: current target number of replicas.
         total: ``sessions`` with a place, ``queued``, and ``places``, of all replicas.
         known: replicas whose figures are in ``total``.
     """
     if not known or total["places"] < 1:
-        return now  # nothing is known yet
+        return now  # no figures yet
     places = total["places"] / known
     return math.ceil((total["sessions"] + total["queued"]) / places)
 
@@ -114,7 +114,7 @@ def build(options: argparse.Namespace) -> Any:
             "downscale_delay_s": options.downscale_delay_s,
             "policy": {"policy_function": wanted_replicas},
         },
-        # One bundle is on one node: NVLink is between the GPUs of a group.
+        # One bundle is on one node, so that the GPUs of a group can use NVLink.
         placement_group_bundles=[bundle],
         placement_group_strategy="STRICT_PACK",
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
@@ -124,7 +124,7 @@ def build(options: argparse.Namespace) -> Any:
     )
 
     class Relay:
-        """Holds the replicas, so that they are of the same application."""
+        """Holds the replicas, so that they belong to the same application."""
 
         def __init__(self, replicas: Any) -> None:
             self.replicas = replicas
@@ -168,15 +168,15 @@ def read_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Begin, on the cluster that ``RAY_ADDRESS`` names or on this machine; SIGTERM ends it all."""
+    """Serve on the cluster of ``RAY_ADDRESS`` or on this machine, until SIGTERM."""
     options, stop = read_options(), threading.Event()
-    application = build(options)  # what is wrong is said before anything is started
+    application = build(options)  # reports errors before anything is started
     serve.start(http_options={"host": options.host, "port": options.port})
     serve.run(application, name=APPLICATION)
-    for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
+    for number in (signal.SIGTERM, signal.SIGINT):  # replaces Ray's handlers
         signal.signal(number, lambda number, frame: stop.set())
     print(f"READY http://{options.host}:{options.port}/ {options.slug}", flush=True)
-    while not stop.wait(1.0):  # a wait without end would keep signals
+    while not stop.wait(1.0):  # a wait without timeout would block signals
         continue
     serve.shutdown()
     ray.shutdown()

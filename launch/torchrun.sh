@@ -6,7 +6,7 @@
 #   RANKS=2 launch/torchrun.sh docs/source/examples/cluster_job.py
 #
 # RANKS   ranks to start; default: the number of GPUs, or 1 without any
-# LOGS    folder that receives the output of every rank in files of its own; default: none
+# LOGS    folder for the output of every rank in separate files; default: none
 # PYTHON  interpreter; default: python
 set -euo pipefail
 
@@ -31,6 +31,6 @@ if [[ -n ${LOGS:-} ]]; then
     program=(--log-dir "$LOGS" --tee 3 "${program[@]}")
 fi
 
-# --standalone takes a free port, so that several runs fit on one machine.
+# --standalone uses a free port, so that several runs fit on one machine.
 exec "${PYTHON:-python}" -m torch.distributed.run \
     --standalone --nproc-per-node "$ranks" "${program[@]}"
