@@ -28,7 +28,7 @@ STAGES = ("codec", "render", "frames", "video", "polish", "export")
 
 @dataclass(frozen=True)
 class Batches:
-    """How much a step takes in, by type of device."""
+    """Batch sizes of a step, by type of device."""
 
     frames: int
     clips: int
@@ -44,7 +44,7 @@ BATCHES = {
 
 @dataclass(frozen=True)
 class Job:
-    """What all stages of one training share."""
+    """Shared settings of all stages of one training."""
 
     world: World
     folder: Path
@@ -53,7 +53,7 @@ class Job:
 
     @property
     def batches(self) -> Batches:
-        """For this device."""
+        """Batch sizes for this device."""
         return BATCHES[self.device.type]
 
     def build_transformer(self) -> WanTransformer:
@@ -78,7 +78,7 @@ class Job:
         return decoder.to(self.device)
 
     def save(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Write a file of the work folder."""
+        """Write a file to the work folder."""
         here = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         save_file(here, self.folder / f"{name}.safetensors")
 

@@ -1,7 +1,7 @@
-"""Holds self-rollouts of the toy world against the rendered truth.
+"""Compares self-rollouts of the toy world with the rendered ground truth.
 
 ``python -m training.toy_world.evaluate`` prints the table of the README and writes
-a picture, truth over model. Scenes and walks are drawn from a seed that the training never used.
+a picture, truth above model. Scenes and walks use a seed that training never uses.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def draw_held_out(
     world: World = WORLDS["toy-world"],
     device: str | torch.device = "cpu",
 ) -> HeldOut:
-    """Draw scenes and walks and render what they show; the same on every device."""
+    """Draw scenes and walks and render their frames; the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     scene = random_scene(walks, generator)
     pose = random_rollout(walks, frames, generator)
@@ -63,15 +63,15 @@ def self_rollout(
     wipe: bool = False,
     seed: int = 0,
 ) -> Tensor:
-    """Generate every frame from the model's own past.
+    """Generate every frame from the model's own earlier frames.
 
     Args:
         pipeline: the toy world.
-        walks: whose poses are followed.
-        prompt: ``[B, 10]`` scenes as the model is told them, slots may be hidden.
+        walks: walks whose poses are followed.
+        prompt: ``[B, 10]`` scenes given to the model; slots may be hidden.
         image: ``[B, 3, h, w]``, given as the first frame.
-        wipe: forget everything before each frame, the first frame included.
-        seed: of the noise.
+        wipe: clear all earlier frames before each frame, including the first frame.
+        seed: seed of the noise.
 
     Returns:
         ``[B, F, 3, h, w]``; latents ``[B, C, F, h / 8, w / 8]`` from a pipeline without a decoder.
@@ -91,7 +91,7 @@ def self_rollout(
 
 
 def hide_floor_and_sky(scene: Tensor) -> Tensor:
-    """Prompts that do not say what the first frame shows: the floor and the sky."""
+    """Hide the parts of prompts that the first frame shows: the floor and the sky."""
     hidden = scene.clone()
     hidden[:, [FLOOR_SLOT, SKY_SLOT]] = HIDDEN
     return hidden
@@ -121,7 +121,7 @@ def evaluate(pipeline: StreamInferencePipeline, walks: HeldOut) -> dict[str, flo
 
 
 def contact_sheet(model: Tensor, truth: Tensor, columns: int = 8, scale: int = 2) -> Tensor:
-    """Truth over model, one pair of rows per walk: uint8 ``[height, width, 3]``."""
+    """Truth above model, one pair of rows per walk: uint8 ``[height, width, 3]``."""
     picked = torch.linspace(0, truth.shape[1] - 1, columns).round().long()
     rows = []
     for true, generated in zip(truth, model, strict=True):

@@ -66,7 +66,7 @@ def fit_decoder(
     steps: int,
     batch: int = 24,
 ) -> None:
-    """Train the decoder on pairs of neighbouring frames, their latents slightly noisy."""
+    """Train the decoder on pairs of consecutive frames with slightly noisy latents."""
     device = encoder.mean.device
     generator = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0)

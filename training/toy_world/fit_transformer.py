@@ -1,7 +1,7 @@
 """Trains the toy world's transformer: single frames first, then frames in context.
 
-Both stages look at the network from outside: it runs without a cache over whole clips, and its
-self-attention cores are replaced by masked ones for as long as the training lasts.
+Neither stage changes the network's code: it runs without a cache over whole clips, with its
+self-attention cores replaced by masked ones during training.
 """
 
 import logging
@@ -32,18 +32,18 @@ log = logging.getLogger(__name__)
 CONTEXT_FRAMES = 10
 """Frames of a training clip in the second stage."""
 SHOWN_EVERY_S = 15
-"""Seconds between two lines of progress."""
+"""Seconds between progress messages."""
 
 
 class MaskedCore(AttentionCore):
-    """Attention under a boolean mask ``[L, S]``, in the place of an attention core."""
+    """Attention with a boolean mask ``[L, S]``; replaces an attention core."""
 
     def __init__(self, head_dim: int, mask: Tensor) -> None:
         super().__init__(head_dim)
         self.bias = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -1e4)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Attend; tensors are ``[B, L, N, D]``. On a CPU plain products train faster than SDPA."""
+        """Attend; tensors are ``[B, L, N, D]``. On a CPU plain matmuls train faster than SDPA."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if q.is_cuda:
             bias = self.bias.to(q)
@@ -68,8 +68,8 @@ def masked(model: WanTransformer, mask: Tensor) -> Iterator[None]:
 def context_mask(frames: int, sink: int, window: int, tokens_per_frame: int) -> Tensor:
     """Mask of ``[clean frames | noisy frames]``, ``[2L, 2L]``.
 
-    Frame i sees the clean frames j < i that are in the sink or among the last ``window`` frames
-    (i itself counted in), and itself in its own half: what the streaming cache would show it.
+    Frame i attends to the clean frames j < i that are in the sink or among the last ``window``
+    frames (including i), and to itself in its own half, as with the streaming cache.
     """
     query, key = torch.arange(frames)[:, None], torch.arange(frames)[None]
     past = (key < query) & ((key < sink) | (key > query - window))
@@ -96,7 +96,7 @@ def predict(
 
 
 class Trainer:
-    """One optimizer, one schedule and a running average over both stages."""
+    """One optimizer, one schedule and a running average for both stages."""
 
     def __init__(
         self, model: WanTransformer, world: World, clips: Clips, std: Tensor, seed: int
@@ -122,7 +122,7 @@ class Trainer:
         self.base = [group["lr"] for o in self.optimizers for group in o.param_groups]
 
     def run(self, stage: str, seconds: float, batch: int, peak: float) -> None:
-        """Train a stage for some seconds; the rate rises over 3 % of them, then decays."""
+        """Train a stage for some seconds; its rate warms up for 3 % of them, then decays."""
         loss_of = {"frames": self.frame_loss, "video": self.video_loss}[stage]
         started, step, shown = time.monotonic(), 0, 0.0
         recent: list[Tensor] = []
@@ -150,7 +150,7 @@ class Trainer:
         return torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0, momentum=0.95)
 
     def _kernels(self) -> AbstractContextManager[None]:
-        """Which attention PyTorch may choose: on a CPU plain products are faster to train."""
+        """Select PyTorch's attention kernel: on a CPU plain matmuls are faster to train."""
         return nullcontext() if self.device.type == "cuda" else sdpa_kernel(SDPBackend.MATH)
 
     def _random(self, *shape: int) -> Tensor:
@@ -171,7 +171,7 @@ class Trainer:
         )
 
     def _noisy(self, clean: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise ``[B, C, T, h, w]`` to one level per frame; mostly pure noise.
+        """Add noise to ``[B, C, T, h, w]``, with one level per frame; mostly pure noise.
 
         Returns:
             The noisy latents and the timesteps ``[B, T]``.
@@ -185,7 +185,7 @@ class Trainer:
         return (1 - level) * clean + level * noise, sigma * 1000
 
     def _error(self, output: Tensor, clean: Tensor) -> Tensor:
-        """Mean squared error of the pictures, per frame, as the linear codec sees it."""
+        """Mean squared error of the pictures per frame, according to the linear codec."""
         squared = (output - clean).square() * self.weight
         return squared.sum(1).mean((-2, -1)).flatten() * self.variance
 
@@ -206,10 +206,10 @@ class Trainer:
         return self._error(output, clean)
 
     def video_loss(self, batch: int) -> Tensor:
-        """Clips in context, under partly hidden prompts.
+        """Clips in context, with partly hidden prompts.
 
-        Every clip is seen twice: first with its true past, then mostly with what the model itself
-        made of that past the first time, since that is what it will see when it streams.
+        Every clip is used twice: first with its true context, then mostly with the model's own
+        predictions from the first pass, because those are its context when it streams.
         """
         c = self.model.config
         if self._seen is None:
@@ -245,7 +245,7 @@ class Trainer:
         return predict(self.model, self.camera, latent, timestep, scene, pose, frames)
 
     def _hide(self, scene: Tensor) -> Tensor:
-        """Hide random prompt slots in half of the clips, floor and sky more often than the rest."""
+        """Hide random prompt slots in half of the clips, floor and sky more often than others."""
         chance = torch.full(scene.shape, 0.3, device=self.device)
         chance[:, [FLOOR_SLOT, SKY_SLOT]] = 0.6
         hidden = self._random(*scene.shape) < chance

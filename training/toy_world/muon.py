@@ -1,7 +1,7 @@
 """Muon for many small matrices: those of one shape are orthogonalised together.
 
-PyTorch's own takes one matrix at a time, some 25 launches each, which is longer than a training
-step of a network of this size takes on a GPU.
+PyTorch's implementation handles one matrix at a time with some 25 launches each, which together
+take longer than a training step of a network of this size on a GPU.
 """
 
 from collections.abc import Iterable
@@ -17,16 +17,16 @@ _ROUNDS = 5
 class BatchedMuon(torch.optim.Optimizer):
     """Nesterov momentum, then the nearest orthogonal matrix.
 
-    Steps are those of ``torch.optim.Muon`` without weight decay, up to the rounding of bfloat16.
+    Its steps equal those of ``torch.optim.Muon`` without weight decay, up to bfloat16 rounding.
     """
 
     def __init__(self, matrices: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
-        """Prepare.
+        """Create the optimizer.
 
         Args:
             matrices: 2-D parameters.
             lr: learning rate.
-            momentum: share of the running mean of gradients that is kept, 0 to 1.
+            momentum: decay of the running mean of gradients, 0 to 1.
         """
         super().__init__(matrices, {"lr": lr, "momentum": momentum})
 

@@ -1,4 +1,4 @@
-"""Trains the decoder further on what the transformer really makes: its own rollouts."""
+"""Fine-tunes the decoder on the transformer's own rollouts."""
 
 import logging
 import time
@@ -23,15 +23,15 @@ FRAMES, BATCH = 24, 24
 def polish_decoder(
     world: World, decoder: PatchDecoder, weights: Path, seed: int, seconds: float, walks: int = 16
 ) -> None:
-    """Train on pairs of neighbouring latents of self-rollouts, against the rendered truth.
+    """Train on pairs of consecutive latents of self-rollouts, against the rendered truth.
 
     Args:
-        world: whose frames.
+        world: world of the frames.
         decoder: trained in place, on its device.
-        weights: the transformer's.
-        seed: of walks and noise; never the one that evaluation draws its walks from.
-        seconds: how long.
-        walks: per round.
+        weights: weights of the transformer.
+        seed: seed of walks and noise; must differ from the evaluation's seed.
+        seconds: training time.
+        walks: walks per round.
     """
     device = next(decoder.parameters()).device
     transformer = dict(checkpoint=CheckpointConfig(source=str(weights)))
@@ -66,7 +66,7 @@ def polish_decoder(
 
 
 def _pairs(latent: Tensor, walks: HeldOut) -> tuple[Tensor, Tensor]:
-    """Latents ``[B, C, F, h, w]`` beside the ones before them, and the true frames."""
+    """Latents ``[B, C, F, h, w]`` paired with the previous ones, and the true frames."""
     before = torch.cat([latent[:, :, :1], latent[:, :, :-1]], dim=2)
     pairs = torch.cat([latent, before], dim=1).transpose(1, 2).flatten(0, 1)
     return pairs, walks.truth.flatten(0, 1)

@@ -1,5 +1,5 @@
-"""Rendered clips, as latents: a pool on disk that one process fills while others train from it, or
-one on the training device that is drawn again while it is used."""
+"""Rendered clips as latents: a pool on disk that one process fills while others train from it, or
+one on the training device that is renewed while it is used."""
 
 from pathlib import Path
 from typing import Literal, Protocol
@@ -15,11 +15,11 @@ from training.toy_world.worlds import World
 
 CLIP_FRAMES = 16
 """Frames of a clip. Frame 0 is the anchor: half of the time it is the frame before frame 1, else a
-frame of the same scene seen from anywhere, as the sink frame of a long rollout is."""
+frame of the same scene from any pose, like the sink frame of a long rollout."""
 
 
 class Clips(Protocol):
-    """Where a trainer takes its clips from."""
+    """Source of a trainer's clips."""
 
     def sample(self, batch: int, random: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Latents ``[B, C, F, h, w]``, scenes ``[B, 10]`` int64, poses ``[B, F, 3]``."""
@@ -46,11 +46,11 @@ class ClipPool:
         self.scene = array("scene", "int8", NUM_SLOTS)
 
     def filled(self) -> int:
-        """Clips that may be read."""
+        """Number of clips that may be read."""
         return int(self.filled_path.read_text())
 
     def mark_filled(self, clips: int) -> None:
-        """Say that the first ``clips`` clips may be read; readers see the old or the new number."""
+        """Publish that the first ``clips`` clips may be read; readers see the old or new number."""
         fresh = self.filled_path.with_suffix(".new")
         fresh.write_text(str(clips))
         fresh.replace(self.filled_path)
@@ -98,7 +98,7 @@ def fill(pool: ClipPool, world: World, encoder: PatchEncoder, seed: int, batch: 
 
 
 class LiveClips:
-    """A pool on the device of the encoder; every sample draws some of its clips again."""
+    """A pool on the device of the encoder; every sample renews some of its clips."""
 
     def __init__(
         self, world: World, encoder: PatchEncoder, seed: int, clips: int = 2048, fresh: int = 8
@@ -106,11 +106,11 @@ class LiveClips:
         """Draw all clips.
 
         Args:
-            world: what they show.
-            encoder: on the device of the training.
-            seed: of scenes and walks.
-            clips: in the pool, a multiple of ``fresh``.
-            fresh: clips that a sample draws again.
+            world: world of the clips.
+            encoder: encoder on the training device.
+            seed: seed of scenes and walks.
+            clips: number of clips in the pool, a multiple of ``fresh``.
+            fresh: number of clips that each sample renews.
         """
         self.world, self.encoder, self.fresh = world, encoder, fresh
         device = encoder.mean.device
@@ -124,7 +124,7 @@ class LiveClips:
             self.latent[part] = self._drawn(part)
 
     def sample(self, batch: int, random: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """See the contract."""
+        """See `Clips`."""
         if self._next == 0:
             self._scene, self._pose = random_clips(len(self.scene), self.generator)
         part = self._order[self._next]

@@ -123,10 +123,10 @@ def rollout(start: Tensor, actions: Tensor) -> Tensor:
 
 
 def random_rollout(batch: int, frames: int, generator: torch.Generator) -> Tensor:
-    """Draw camera paths: a random free start pose, random key presses, and a glance at the way.
+    """Draw camera paths: a random free start pose, random key presses, and avoidance of walls.
 
-    Before a wall the forward key is let go and the camera turns to the middle, as a player would
-    do; undisturbed random keys would spend nearly half of the time with the nose against a wall.
+    In front of a wall the forward key is released and the camera turns to the middle, as a player
+    would do; purely random keys would face a wall nearly half of the time.
 
     Args:
         batch: number of paths B.
@@ -144,7 +144,7 @@ def random_rollout(batch: int, frames: int, generator: torch.Generator) -> Tenso
 
 
 def _look_out(pose: Tensor, action: Tensor) -> Tensor:
-    """Keys [B, 3] of a player who does not walk on into a wall."""
+    """Keys [B, 3] of a player who avoids walking into walls."""
     position, heading = pose[:, :2], pose[:, 2]
     ahead = torch.stack([heading.sin(), heading.cos()], dim=-1)
     blocked = ((position + ahead * _LOOK_AHEAD).abs().amax(dim=-1) > HALF_SIZE) & (

@@ -1,4 +1,4 @@
-"""The worlds that can be trained: what draws them, and the configs that say how large they are."""
+"""The worlds that can be trained, with their renderers and configs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class World:
     """One slug's world."""
 
     pipeline: StreamInferencePipelineConfig
-    """As it is shipped."""
+    """The shipped config."""
     draw: Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
     """The renderer: scenes ``[B, 10]``, poses ``[B, 3]`` and a size to ``[B, 3, h, w]``."""
     weights: Path
@@ -35,7 +35,7 @@ class World:
 
     @property
     def camera(self) -> CameraEncoderConfig:
-        """Config of the camera encoder, which knows the size of a picture."""
+        """Config of the camera encoder, which has the size of a picture."""
         assert isinstance(self.pipeline.encoder, CameraEncoderConfig)
         return self.pipeline.encoder
 
