@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 docs/source/examples/cluster_job.py
 
-``launch/torchrun.sh`` and ``sbatch launch/slurm.sbatch`` take the file as well.
+``launch/torchrun.sh`` and ``sbatch launch/slurm.sbatch`` also accept the file.
 """
 
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ BLOCKS = 12
 
 here = environment.init(device="auto")
 
-# Nothing is read before the pipeline is cut: every rank then reads its slices alone.
+# No weights are read before the pipeline is sharded: each rank then reads only its slices.
 pipeline = TOY_WORLD_PIPELINE.setup(device=here.device, load=False)
 mesh = pipeline.build_mesh(here.world_size)
 pipeline.parallelize(mesh)

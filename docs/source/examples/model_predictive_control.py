@@ -1,8 +1,8 @@
 """Model-predictive control in the toy world: fork, try action sequences, keep the best.
 
-The goal is a picture: what a camera sees that stands somewhere else in the courtyard. Every round
-forks the rollout into one batch, walks each fork along one of eight action sequences, and compares
-its last frame with the goal. The best fork becomes the rollout. Run it from a checkout:
+The goal is a picture from a camera elsewhere in the courtyard. Every round forks the rollout into
+one batch, moves each fork along one of eight action sequences, and compares its last frame with
+the goal. The best fork becomes the rollout. Run it from a checkout:
 
     python docs/source/examples/model_predictive_control.py
 """
@@ -21,11 +21,11 @@ from flashdreams.integrations.toy_world.metrics import psnr_db
 from flashdreams.integrations.toy_world.runner import ToyWorldRunner, walk
 
 CANDIDATES = ("", "w", "a", "d", "j", "l", "wj", "wl")
-"""Keys that are held for a whole round; none for standing still."""
+"""Keys that are held for a whole round; empty for no movement."""
 HORIZON = 4
-"""AR steps of a round; the toy world makes one frame in each."""
+"""AR steps per round; the toy world generates one frame in each."""
 GOAL_WALK = "w8 l8 w4"
-"""The keys that lead to the goal; the search does not know them."""
+"""The keys that lead to the goal; not used by the search."""
 
 
 def advance(
@@ -34,7 +34,7 @@ def advance(
     batch: StreamInferencePipelineCache,
     keys: Sequence[str],
 ) -> tuple[Tensor, list[Tensor]]:
-    """Hold keys for a round, other ones in each fork of a batch.
+    """Hold keys for a round, different ones in each fork of a batch.
 
     Returns:
         The last frame of each fork, ``[forks, 3, 64, 64]``, and the camera-to-world matrix
@@ -54,12 +54,11 @@ def advance(
 
 
 def search(runner: ToyWorldRunner, rounds: int) -> list[tuple[str, str, float]]:
-    """Walk towards the goal.
+    """Search the way to the goal.
 
     Returns:
-        For each round the keys that the model chose, those that the rendered truth would have
-        chosen among the same candidates, and the PSNR in dB of the goal and the truth at the place
-        that was reached.
+        For each round: the keys chosen with the model, those chosen with the rendered truth among
+        the same candidates, and the PSNR in dB of the goal to the truth at the reached position.
     """
     pipeline, camera = runner.pipeline, runner.controller()
     cache = pipeline.initialize_cache(**runner.conditions(), seed=0)

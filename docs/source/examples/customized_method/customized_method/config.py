@@ -1,4 +1,4 @@
-"""Config literals: the pipeline's parts, and the runner under its name."""
+"""Config literals: the parts of the pipeline, and the runner by name."""
 
 from customized_method.decoder import MyStreamingDecoderConfig
 from customized_method.encoder import MyTextEncoderConfig
@@ -27,7 +27,7 @@ CUSTOMIZED_METHOD_RUNNER = CustomizedMethodRunnerConfig(
     pipeline=CUSTOMIZED_PIPELINE_CONFIG,
 )
 
-# Several runners of one package go into a mapping, under their names
+# Several runners of one package go into a mapping, by name
 RUNNER_CONFIGS: dict[str, RunnerConfig] = {
     CUSTOMIZED_METHOD_RUNNER.runner_name: CUSTOMIZED_METHOD_RUNNER,
 }

@@ -1,4 +1,4 @@
-"""The decoder: latents as coloured frames, enlarged in space and in time."""
+"""The decoder: converts latents to colours, upsampled in space and in time."""
 
 from dataclasses import dataclass, field
 
@@ -20,9 +20,9 @@ class MyStreamingDecoderConfig(StreamingDecoderConfig):
     latent_channels: int = 4
     """Channels of the latent."""
     spatial_factor: int = 4
-    """Pixels along a side of the square that one latent pixel becomes."""
+    """Upsampling factor per spatial dim."""
     temporal_factor: int = 2
-    """Frames that one latent frame becomes."""
+    """Pixel frames per latent frame."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class MyDecoderCache:
 
 
 class MyStreamingDecoder(StreamingDecoder):
-    """Mixes channels into colours; frames in between lead over from the latent frame before.
+    """Mixes channels into colours; additional frames interpolate from the previous latent frame.
 
     Args:
         config: Configuration to instantiate the decoder.
@@ -48,7 +48,7 @@ class MyStreamingDecoder(StreamingDecoder):
         nn.init.orthogonal_(self.to_colours.weight)
 
     def initialize_cache(self) -> MyDecoderCache:
-        """Begin a rollout."""
+        """Start a rollout."""
         return MyDecoderCache()
 
     def frame_count(self, latent_frames: int) -> int:
@@ -63,7 +63,7 @@ class MyStreamingDecoder(StreamingDecoder):
         Args:
             latent: ``[B, C, T, H, W]``.
             autoregressive_index: number of the AR step, from 0.
-            cache: this rollout's state; without one, nothing is before the chunk.
+            cache: this rollout's state; without it, the chunk has no predecessor.
 
         Returns:
             ``[B, T * temporal_factor, 3, H * spatial_factor, W * spatial_factor]`` in [-1, 1].

@@ -1,4 +1,4 @@
-"""The text encoder: words as vectors, without any weights."""
+"""The text encoder: maps words to vectors, without weights."""
 
 import hashlib
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ class MyTextEncoderConfig(EncoderConfig):
 
     # Expose your configurable parameters
     text_len: int = 16
-    """Words that are read; further ones are left out."""
+    """Maximum number of words; further ones are ignored."""
 
 
 class MyTextEncoder(Encoder):
-    """Gives every word a vector of its own, the same on every machine.
+    """Maps every word to its own vector, the same on every machine.
 
     Args:
         config: Configuration to instantiate the encoder.

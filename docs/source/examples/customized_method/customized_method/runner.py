@@ -1,4 +1,4 @@
-"""What the command line starts: the loop over the chunks, and the video."""
+"""The runner of the command line: the loop over the chunks, and the video."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -14,17 +14,17 @@ class CustomizedMethodRunnerConfig(RunnerConfig):
     _target: type["CustomizedMethodRunner"] = field(default_factory=lambda: CustomizedMethodRunner)
 
     prompt: str = "A cat surfing."
-    """What to dream of. The words choose colours and shapes; they mean nothing to it."""
+    """Prompt. Its words select colours and shapes; their meaning has no effect."""
 
     total_blocks: int = 60
-    """AR steps; each makes four frames."""
+    """AR steps; each generates four frames."""
 
 
 class CustomizedMethodRunner(Runner[CustomizedMethodRunnerConfig, StreamInferencePipeline]):
-    """Dreams ``total_blocks`` chunks and streams them into one video."""
+    """Generates ``total_blocks`` chunks and streams them into one video."""
 
     def run(self) -> None:
-        """Drive one rollout."""
+        """Run one rollout."""
         cfg = self.config
 
         # 1. Initialize the autoregressive cache

@@ -1,4 +1,4 @@
-"""The network that is denoised with: a painter of moving patterns, untrained and tiny."""
+"""The denoising network: tiny, untrained, and painting moving patterns."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,12 +13,12 @@ from flashdreams.infra.diffusion.transformer import Transformer, TransformerConf
 from .encoder import TEXT_DIM
 
 POSITION_DIM = 8
-"""Numbers that tell a pixel where and when it is."""
+"""Channels of the encoding of a pixel's position and time."""
 
 
 @dataclass(kw_only=True)
 class MyTransformerConfig(TransformerConfig):
-    """Config of the painter; the sizes are those of the latent."""
+    """Config of the network; sizes are those of the latent."""
 
     # Point to the class that will be instantiated by this config
     _target: type["MyTransformer"] = field(default_factory=lambda: MyTransformer)
@@ -36,18 +36,18 @@ class MyTransformerConfig(TransformerConfig):
     dim: int = 24
     """Width of the hidden layers."""
     num_layers: int = 4
-    """Hidden layers; more of them draw finer patterns."""
+    """Hidden layers; more of them give finer patterns."""
     contrast: float = 2.0
-    """Scale of the random weights; higher is harder and wilder."""
+    """Scale of the random weights; higher values give more contrast."""
     period: int = 48
-    """Latent frames after which the movement repeats itself."""
+    """Latent frames after which the movement repeats."""
     noise_weight: float = 1.5
-    """How strongly the noise of a chunk bends what is painted; 0 makes all seeds equal."""
+    """Influence of a chunk's noise on the pattern; with 0 all seeds give the same video."""
 
 
 @dataclass
 class MyTransformerCache:
-    """All state of one rollout: what it is about, how far it is, what it saw last."""
+    """All state of one rollout: the prompt, the position, and the last frame."""
 
     text: Tensor
     """``[B, 1, 1, 1, TEXT_DIM]``, the mean of the prompt's words."""
@@ -58,10 +58,10 @@ class MyTransformerCache:
 
 
 class MyTransformer(Transformer):
-    """Paints each pixel from its place, the time, the prompt and a blur of the noise.
+    """Computes each pixel from its position, the time, the prompt and the blurred noise.
 
-    Every chunk glides from the last frame of the chunk before it towards the new painting: that
-    frame is the context which the clean pass leaves in the cache.
+    Every chunk blends from the last frame of the previous chunk into the new pattern. The clean
+    pass stores that frame in the cache as context.
 
     Args:
         config: Configuration to instantiate the network.
@@ -83,7 +83,7 @@ class MyTransformer(Transformer):
             nn.init.normal_(layer.weight, std=config.contrast / math.sqrt(layer.in_features))
 
     def initialize_cache(self, text: Tensor) -> MyTransformerCache:
-        """Begin a rollout.
+        """Start a rollout.
 
         Args:
             text: ``[B, S, TEXT_DIM]``, zero rows beyond the words of each prompt.
@@ -95,11 +95,11 @@ class MyTransformer(Transformer):
     def begin_step(
         self, autoregressive_index: int, cache: MyTransformerCache, control: None = None
     ) -> None:
-        """Move the clock to the chunk's first frame."""
+        """Set the position to the chunk's first frame."""
         cache.first_frame = autoregressive_index * self.config.len_t
 
     def predict_flow(self, latent: Tensor, timestep: Tensor, cache: MyTransformerCache) -> Tensor:
-        """Predict the flow ``[B, C, T, H, W]`` from the noisy ``latent`` to the painting."""
+        """Predict the flow ``[B, C, T, H, W]`` from the noisy ``latent`` to the pattern."""
         x0 = self._paint(latent, cache)
         if cache.last is not None:
             steps = range(1, self.config.len_t + 1)
@@ -126,7 +126,7 @@ class MyTransformer(Transformer):
         return self.head(hidden).movedim(-1, 1).float()
 
     def _positions(self, first_frame: int, device: torch.device) -> Tensor:
-        """``[T, H, W, POSITION_DIM]``: where each pixel is, and the time as angles of a circle."""
+        """``[T, H, W, POSITION_DIM]``: position of each pixel, and the time as an angle."""
         c = self.config
         kind = {"device": device, "dtype": torch.float32}
         frames = torch.arange(first_frame, first_frame + c.len_t, **kind)

@@ -1,4 +1,4 @@
-"""Latents to frames: three of the channels, enlarged."""
+"""Latents to frames: three of the channels, upsampled."""
 
 from dataclasses import dataclass, field
 

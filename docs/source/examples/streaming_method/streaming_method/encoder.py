@@ -1,4 +1,4 @@
-"""From the camera's poses to what each token sees of the world."""
+"""Camera poses to the place in the world that each token sees."""
 
 from dataclasses import dataclass, field
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
 
 HARMONICS = (0.25, 0.5)
-"""Waves per world unit with which a place is described."""
+"""Frequencies of the encoding of a place, in cycles per world unit."""
 FEATURES = 4 * len(HARMONICS)
 """Values per token."""
 EXTENT = 2.0
-"""World units that a frame shows from left to right."""
+"""Width of a frame in world units."""
 
 
 @dataclass(kw_only=True)

@@ -67,14 +67,14 @@ class Block(nn.Module):
 
 @dataclass
 class Prompt:
-    """What follows from the prompt alone; the same on all ranks."""
+    """Values that depend only on the prompt; the same on all ranks."""
 
     shift: Tensor = state("whole")
     """``[B, 1, dim]``."""
 
 
 class StreamingNetwork(CausalTransformer):
-    """What the family says; cursors, caches, graphs and rewriting are the engine's."""
+    """The network; cursors, caches, graphs and rewriting are provided by the engine."""
 
     config: StreamingNetworkConfig
 
@@ -87,7 +87,7 @@ class StreamingNetwork(CausalTransformer):
         self.time = nn.Sequential(nn.Linear(1, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
         self.blocks = nn.ModuleList(Block(c.dim, c.head_dim) for _ in range(c.num_layers))
         self.head = nn.Linear(c.dim, c.in_channels * rows * columns)
-        nn.init.normal_(self.control.weight)  # untrained: let the world be seen
+        nn.init.normal_(self.control.weight)  # untrained: make the world visible
 
     def cache_specs(self, batch_size: int) -> dict[str, KVCacheSpec]:
         """One cache per block, sized by the config."""

@@ -1,4 +1,4 @@
-"""The method on the command line: what a rollout begins with, and what steers it."""
+"""The method on the command line: initial conditions and controls of a rollout."""
 
 from dataclasses import dataclass, field
 
