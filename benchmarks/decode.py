@@ -51,7 +51,7 @@ FIELDS = (
     "difference_bound",
 )
 DIFFERENCE_BOUNDS = {"float32": 1e-2, "bfloat16": 1e-1, "float16": 1e-1}
-"""Of frames, relative to the largest value; in float32 with headroom for TF32 on a GPU."""
+"""Bound on frames, relative to the largest value; in float32 with headroom for TF32 on a GPU."""
 FRAMEWISE, AT_ONCE = "one frame at a time", "chunk at once"
 FAST_NAME, GRAPH = "fast", "fast, graph"
 CHANGES: dict[str, dict[str, Any]] = {

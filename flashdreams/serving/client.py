@@ -373,7 +373,7 @@ class LiveClient:
             future.set_result(message)
 
     def _leave(self, error: Exception) -> None:
-        """Nothing more is read: nobody waits for it any longer."""
+        """Stop reading: release all waiting calls with the error."""
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(error)

@@ -1,4 +1,4 @@
-"""What a client measures: arrivals, jitter, key-to-photon times."""
+"""Measurements of a client: arrivals, jitter, key-to-photon times."""
 
 import time
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class ClientFigures:
         self.intervals_ms: list[float] = []
         """Times between arrivals."""
         self.key_to_photon_ms: list[float] = []
-        """From sending an event to its first picture, decoded."""
+        """Times from sending an event until its first picture is decoded."""
         self._fps = 0.0
         self._last: tuple[int, int, float] | None = None
         self._first_at: float | None = None

@@ -136,7 +136,7 @@ def make_offer(
     prompts_change: bool,
     controller: Controller | None,
 ) -> Offer:
-    """What is served.
+    """Describe what is served.
 
     Args:
         runner: runner of the method.

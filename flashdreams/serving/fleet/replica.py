@@ -28,7 +28,7 @@ os.execvp(sys.argv[2], sys.argv[2:])
 
 
 class ServerProcess:
-    """``flashdreams-serve`` in a process of its own; under torchrun with several ranks.
+    """``flashdreams-serve`` in a separate process; under torchrun with several ranks.
 
     It drains when it is asked to stop, and also when its parent process dies.
     """

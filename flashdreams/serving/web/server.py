@@ -1,4 +1,4 @@
-"""A web server in a thread of its own."""
+"""A web server in a separate thread."""
 
 import asyncio
 import concurrent.futures

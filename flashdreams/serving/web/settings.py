@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from flashdreams.infra.ranges import check_range
 
 SHORTEST_S = 1e-3
-"""Of timeouts and intervals that must not be zero."""
+"""Minimum of timeouts and intervals that must not be zero."""
 
 ICE_SERVER = re.compile(
     r"(?P<scheme>stun(?=:[^@]+$)|turns?(?=:.+@))"
@@ -115,7 +115,7 @@ class WebSettings:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine alone."""
+    """Whether an address is reachable only from this machine."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
