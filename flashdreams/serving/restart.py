@@ -188,7 +188,7 @@ class SessionFolder:
         try:
             names = [path.name for path in folder.iterdir() if _SNAPSHOT.fullmatch(path.name)]
         except OSError as error:
-            logger.warning("A session cannot be gone on with: %s", error)
+            logger.warning("A session cannot be continued: %s", error)
             return None
         saves = folder / "saves"
         for name in sorted(names, reverse=True):  # the newest first
@@ -207,7 +207,7 @@ class SessionFolder:
                     saves=sorted(p.name for p in saves.iterdir()) if saves.is_dir() else [],
                 )
             except (SnapshotError, OSError, LookupError) as error:
-                logger.warning("A session cannot be gone on with: %s", error)
+                logger.warning("A session cannot be continued: %s", error)
         return None
 
     def _remove(self, path: Path) -> None:

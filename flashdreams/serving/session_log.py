@@ -74,7 +74,7 @@ class SessionLogs:
         try:
             log.resume(session.turns)
         except (OSError, ValueError):
-            logger.warning("The log of a session is not there; it is not gone on with.")
+            logger.warning("The log of a session is missing; it is not continued.")
             return
         self._logs[session.name] = log
         session.on_turn = lambda number, turn: self._note_turn(session.name, number, turn)

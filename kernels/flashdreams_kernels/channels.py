@@ -138,7 +138,7 @@ def _shape(name: str, x: Tensor, ndim: int) -> Sequence[int]:
     if x.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dims, got {list(x.shape)}.")
     if x.shape[-1] > MAX_WIDTH:
-        raise ValueError(f"{x.shape[-1]} channels are more than {MAX_WIDTH}, the most one can be.")
+        raise ValueError(f"{x.shape[-1]} channels are more than {MAX_WIDTH}, the maximum.")
     _check(name, x, x.shape, x)
     return x.shape
 

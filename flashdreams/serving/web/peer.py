@@ -223,7 +223,7 @@ def _checked_offer(sdp: str) -> str:
             f"{', '.join(sections)[:80] or 'none'}."
         )
     if not any(line.startswith("a=fingerprint:") for line in lines):
-        raise ValueError("The offer has no fingerprint, so that nobody could be told from others.")
+        raise ValueError("The offer has no fingerprint, so its peer cannot be identified.")
     candidates = [line for line in lines if line.startswith("a=candidate:")]
     if len(candidates) > MAX_CANDIDATES:
         raise ValueError(f"The offer has {len(candidates)} candidates; at most {MAX_CANDIDATES}.")
