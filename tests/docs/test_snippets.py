@@ -178,7 +178,7 @@ def check_files(snippet: Snippet, words: list[str]) -> None:
 
 
 OF_OTHER_PROGRAMS = {
-    "--kill-on-bad-exit", "--max-restarts", "--no-build-isolation", "--no-sync", "--nodes",
+    "--dist", "--kill-on-bad-exit", "--max-restarts", "--no-build-isolation", "--no-sync", "--nodes",
     "--nproc-per-node", "--pid", "--signal", "--standalone", "--torch-backend",
 }  # fmt: skip
 

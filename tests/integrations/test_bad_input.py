@@ -283,7 +283,7 @@ def test_weights_that_are_no_numbers_end_the_run(fails: Fails, tmp_path: Path, b
     flags = [source, "bad.safetensors", "--device", "cpu", "--total-blocks", blocks]
     line = fails(FAILED, "toy-world", *flags)
     assert "AR step 0: stage 'diffuse' made values that are not finite" in line
-    assert "transformer.blocks.0.ffn.0.weight hold NaN" in line
+    assert "transformer.blocks.0.ffn.0.weight contain NaN" in line
     assert not (tmp_path / "out" / "toy-world.mp4").exists()
 
 

@@ -404,7 +404,7 @@ BAD_FILES = [
     (save("intrinsics.npy", set_entry((2, 1), -1.0)), "focal lengths of frame 2 .* positive"),
     (save("intrinsics.npy", lambda k: k.ravel()), r"--intrinsic-path .*\[frames, 4\]"),
     (save("intrinsics.npy", set_entry((2, slice(0, 2)), 3.63)),
-     "frame 2, 3.63 and 3.63, are a view of 179 degrees; at most 150 .* fx of at least 112 and fy"),
+     "frame 2, 3.63 and 3.63, give a view of 179 degrees; at most 150 .* fx of at least 112 and"),
     (save("intrinsics.npy", lambda k: k / np.float32([832, 480, 832, 480])),
      "give a view of 180 degrees.*not in fractions of it"),
     (replace_by("poses.npy", b"not an array"), "--pose-path .*not a .npy file of numbers"),

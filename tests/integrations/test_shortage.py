@@ -31,7 +31,7 @@ def test_a_run_says_what_it_needs(tmp_path, monkeypatch, capsys, fails, asked):
     code = run.main(["self-forcing-tiny-random", "--output-dir", str(tmp_path)])
     printed = capsys.readouterr().err
     assert code == 1 and "Traceback" not in printed
-    assert f"out of memory on the host (it had no room for {asked} GiB more). A roll" in printed
+    assert f"out of memory on the host ({asked} GiB more could not be allocated). A roll" in printed
     assert "libraries" in printed and "there are " in printed
 
 

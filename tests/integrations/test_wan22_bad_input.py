@@ -93,7 +93,7 @@ def error_of(flags: list[str], tmp_path, capsys, slug: str) -> tuple[int, str]:
         (["--height", "720"], r"--height 720: must be a multiple of 32 pixels \(latents of 16, "
          r"patches of 2\)\. Nearest: 704 and 736"),
         (["--image-path", "IMAGE", "--height", "64", "--width", "64"],
-         r"the image is 100x50 .*; this run wants 64x64.*--fit-image True"),
+         r"the image is 100x50 .*; this run needs 64x64.*--fit-image True"),
         (["--image-path", "LONG"], r"the image is 4000x1 .*no video of that shape.*--fit-image"),
         (["--image-path", "/nowhere.png"], "No such file"),
         (["--max-pixels", "1000"], "--max-pixels 1000: must be at least 1024, a frame of 32x32"),

@@ -128,7 +128,7 @@ def test_guided_models_take_both_embeddings_or_none(tmp_path):
 def test_images_of_another_size_are_refused(tmp_path):
     Image.new("RGB", (40, 32)).save(tmp_path / "in.png")
     config = derive_config(CAUSAL_FORCING, image_path=tmp_path / "in.png", output_dir=tmp_path)
-    message = r"the image is 40x32 .width x height.; this run wants 48x32.*--fit-image True"
+    message = r"the image is 40x32 .width x height.; this run needs 48x32.*--fit-image True"
     with pytest.raises(ValueError, match=message):
         config.setup()
     derive_config(config, fit_image=True).setup()  # as the message says
@@ -273,7 +273,7 @@ def test_images_reach_no_other_decoder(suffix, tmp_path):
     path = tmp_path / f"image.{suffix}"
     Image.new("RGB", (8, 8)).save(path)
     path.rename(tmp_path / "image.png")
-    with pytest.raises(ValueError, match=r"can be read \(PNG, JPEG, WEBP, BMP\)"):
+    with pytest.raises(ValueError, match=r"not a readable image \(PNG, JPEG, WEBP, BMP\)"):
         load_image(tmp_path / "image.png", 8, 8)
 
 

@@ -105,7 +105,7 @@ def test_moments_are_kept_and_gone_back_to(tab: Tab) -> None:
         tab.rest(500)
         assert difference(first, tab.picture()) > MOVED
         tab.page.click(f"[aria-label='Rewind to {name}']")
-        tab.page.wait_for_selector(f".message:has-text('Back at “{name}”')")
+        tab.page.wait_for_selector(f".message:has-text('Rewound to “{name}”')")
         tab.rest(1200)
         assert difference(first, tab.picture()) < REST
     tab.hold("w", 1000)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flashdreams.attention import quantized
+from flashdreams.infra.snapshot_header import SnapshotError
 from flashdreams.infra.weights import memory_estimate
 from flashdreams.models.wan.transformer import SELF_ATTENTION
 from tests import quantized_rollouts
@@ -38,7 +39,7 @@ def test_a_rollout_goes_on_with_the_same_bits():
     other = pipeline.load_cache(state)
     assert torch.equal(run(pipeline, other), run(pipeline, cache))
     del state["tensors"][f"conditional/caches/{SELF_ATTENTION}/0/v"]
-    with pytest.raises(KeyError):
+    with pytest.raises(SnapshotError, match=r"self_attn\.core/0/v"):
         pipeline.load_cache(state)
 
 

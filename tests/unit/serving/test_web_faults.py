@@ -172,7 +172,7 @@ def test_a_flood_is_slowed_and_then_cut_and_others_go_on() -> None:
         except ConnectionClosed:
             pass
         assert flood.close_code() == 1008
-        assert "messages a second" in flood.of_type("error")[-1]["message"]
+        assert "messages per second" in flood.of_type("error")[-1]["message"]
         assert len(flood.of_type("session.pong")) < 1000
         other.pictures(20)
 
