@@ -178,8 +178,8 @@ def check_files(snippet: Snippet, words: list[str]) -> None:
 
 
 OF_OTHER_PROGRAMS = {
-    "--dist", "--kill-on-bad-exit", "--max-restarts", "--no-build-isolation", "--no-sync", "--nodes",
-    "--nproc-per-node", "--pid", "--signal", "--standalone", "--torch-backend",
+    "--dist", "--kill-on-bad-exit", "--max-restarts", "--no-build-isolation", "--no-sync",
+    "--nodes", "--nproc-per-node", "--pid", "--signal", "--standalone", "--torch-backend",
 }  # fmt: skip
 
 
