@@ -80,8 +80,7 @@ class RunnerConfig(InstantiateConfig):
     """Also record the SHA-256 of each chunk's frames in the stats, beside that of its latent."""
     snapshot_every: int = 0
     """AR steps between snapshots; 0: none. A failed run continues from its newest snapshot with
-    --resume True, or automatically with torchrun --max-restarts. Several nodes need a shared output
-    folder."""
+    --resume True, or with torchrun --max-restarts. Several nodes need a shared output folder."""
     snapshots_kept: int = 2
     """Snapshots to keep; older ones are deleted."""
     resume: bool = False
@@ -158,6 +157,7 @@ class Runner(Generic[ConfigT, PipelineT]):
             config.device, meeting_s=min(config.start_deadline_s, MEETING_DEADLINE_S)
         )
         set_up_logging(self.environment, as_json=config.log_json)
+        self._is_closed = False
         self._resources = contextlib.ExitStack()
         self._peers = self._resources.enter_context(PeerWatch(self.environment))
         self._claim = claim_output(config) if self.is_rank_zero else None
@@ -383,13 +383,16 @@ class Runner(Generic[ConfigT, PipelineT]):
                 bar.update()
 
     def close(self) -> None:
-        """Write the stats and, if requested, the latents, then leave the process group.
+        """Write the stats and, if requested, the latents, then leave the process group; once.
 
         Raises:
             NotFiniteError: the last AR step has made NaN or infinite values.
             OSError: on rank zero, if a file could not be written.
             RankZeroError: on the other ranks, if rank zero has failed.
         """
+        if self._is_closed:
+            return
+        self._is_closed = True
         limit_s = LOAD_TIMEOUT_S if self.config.save_latents else None  # there may be many
         with contextlib.ExitStack() as at_the_end:
             at_the_end.callback(self._give_back_output)
@@ -397,8 +400,7 @@ class Runner(Generic[ConfigT, PipelineT]):
             ranks = gather_to_rank_zero((list(self.tracer.steps_ms), self.tracer.events))
             self.recorder.ranks = slowest_rank([steps for steps, _ in ranks]) if ranks else {}
             files = from_rank_zero(self.recorder.close)
-            if self.config.trace is not None:
-                path = self.config.trace
+            if (path := self.config.trace) is not None:
                 from_rank_zero(lambda: write_trace(path, [events for _, events in ranks]))
                 files.append(path)
             if self.config.report:
@@ -414,8 +416,7 @@ class Runner(Generic[ConfigT, PipelineT]):
 
     def serve(self) -> None:
         """Record nothing from now on, for a runner that serves sessions."""
-        observers = self.pipeline.observers
-        observers[:] = [observe for observe in observers if observe != self.recorder.observe]
+        self.pipeline.observers.remove(self.recorder.observe)
 
     def end_serving(self) -> None:
         """Unlock the output folder and leave the process group; writes no files."""
@@ -428,8 +429,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         shutdown()
 
     def _write_report(self) -> list[Path]:
-        folder, slug = self.config.output_dir, self.config.runner_name
-        path = folder / f"report_{slug}.html"
+        path = self.config.output_dir / f"report_{self.config.runner_name}.html"
         video = self._videos[0] if self._videos and self._videos[0].is_file() else None
         write_report(path, self.recorder.stats_path, format_config(self.config), video)
         return [path]

@@ -35,10 +35,12 @@ def rollout(pipeline, steps: int, **context) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("config", RUNNERS, ids=lambda c: c.runner_name)
-def test_every_tiny_slug_runs_to_its_video(config, tmp_path):
+def test_every_tiny_slug_runs_to_its_video(config, tmp_path, capsys):
     runner = derive_config(config, output_dir=tmp_path, device="cpu").setup()
     runner.run()
-    runner.close()
+    for _ in range(2):  # a runner that is closed stays closed
+        runner.close()
+    assert capsys.readouterr().out.count("written:") == 1
     slug = config.runner_name
     assert (tmp_path / f"{slug}.mp4").stat().st_size > 500
     records = json.loads((tmp_path / f"stats_{slug}.json").read_text())["records"]
