@@ -111,7 +111,11 @@ def faults_of_changelog(text: str) -> list[str]:
         sections = re.findall(r"(?m)^### (.*)$", release)
         if not set(sections) <= set(SECTIONS) or len(set(sections)) < len(sections):
             found.append(f"{release.splitlines()[0]} has the sections {sections}")
-    return found
+    return found + [f"an entry of several lines: {line}" for line in _continued(text)]
+
+
+def _continued(text: str) -> list[str]:
+    return re.findall(r"(?m)^ +\S.*$", text)
 
 
 def test_the_changelog_has_its_form() -> None:
@@ -123,6 +127,7 @@ def test_the_changelog_has_its_form() -> None:
         text.replace(newest, f"## {flashdreams.__version__}"),
         text.replace("### Fixed", "### Mended", 1),
         text.replace("### Changed", "### Added", 1),
+        text + "- An entry\n  of two lines.\n",
     ):
         assert len(faults_of_changelog(wrong)) > 0
 
