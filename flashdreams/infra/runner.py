@@ -147,9 +147,8 @@ class Runner(Generic[ConfigT, PipelineT]):
         """Join the process group, build the pipeline and open the output folder.
 
         Raises:
-            ValueError: the config cannot be run, or the text encoder refuses a prompt; no weights
-                have been read yet.
-            ValueError: the output folder is not writable, or another run writes the same files.
+            ValueError: the config cannot be run, the text encoder refuses a prompt, or the output
+                folder is not writable or in use by another run. No weights have been read yet.
             CheckpointError: weights are missing or damaged.
         """
         self.config = config
@@ -416,7 +415,8 @@ class Runner(Generic[ConfigT, PipelineT]):
 
     def serve(self) -> None:
         """Record nothing from now on, for a runner that serves sessions."""
-        self.pipeline.observers.remove(self.recorder.observe)
+        observers, own = self.pipeline.observers, self.recorder.observe
+        observers[:] = [observe for observe in observers if observe != own]
 
     def end_serving(self) -> None:
         """Unlock the output folder and leave the process group; writes no files."""
