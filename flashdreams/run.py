@@ -30,7 +30,13 @@ from flashdreams.parallel.siblings import watch_siblings
 from flashdreams.parallel.stopping import say_stopped, stopped
 from flashdreams.registry import VARIABLE, PluginError, Registry, discover, is_runner_config
 from flashdreams.runtime.checkpoint import CheckpointError, MissingWeightsError
-from flashdreams.runtime.command_text import lost_output, read_options, table, whole_paragraphs
+from flashdreams.runtime.command_text import (
+    is_of_output,
+    lost_output,
+    read_options,
+    table,
+    whole_paragraphs,
+)
 from flashdreams.runtime.standard_error import prepare_streams
 from flashdreams.runtime.termination import (
     IMPORT_DEADLINE_S,
@@ -113,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt as stop:
         return stopped(stop, PROGRAM)
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is None:  # of stdout, which has no name
+        if is_of_output(error):
             return lost_output(error, PROGRAM)
         return report(error, WRONG_USAGE, debug)
     return DONE if config is None else _run(config, debug, line.replay)

@@ -10,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from flashdreams.infra.config import removed_field
 from flashdreams.runtime.text import printable, reason_of, say
@@ -73,6 +73,11 @@ def read_options(form: Any, argv: Sequence[str], program: str, **options: Any) -
     return read
 
 
+def is_of_output(error: BaseException) -> TypeGuard[OSError]:
+    """Whether stdout has failed: unlike files, it has no name."""
+    return isinstance(error, OSError) and error.errno is not None and error.filename is None
+
+
 def lost_output(error: OSError, program: str) -> int:
     """The exit code where stdout takes no more; said in one line, unless its reader has left."""
     # Nothing may be flushed to it at exit.
@@ -99,6 +104,8 @@ def lost_output_in_one_line(program: str) -> Callable[[Main], Main]:
                     if sys.stdout is not None:
                         sys.stdout.flush()
             except OSError as error:
+                if not is_of_output(error):
+                    raise
                 return lost_output(error, program)
 
         return called

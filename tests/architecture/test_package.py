@@ -111,11 +111,8 @@ def faults_of_changelog(text: str) -> list[str]:
         sections = re.findall(r"(?m)^### (.*)$", release)
         if not set(sections) <= set(SECTIONS) or len(set(sections)) < len(sections):
             found.append(f"{release.splitlines()[0]} has the sections {sections}")
-    return found + [f"an entry of several lines: {line}" for line in _continued(text)]
-
-
-def _continued(text: str) -> list[str]:
-    return re.findall(r"(?m)^ +\S.*$", text)
+    continued = re.findall(r"(?m)^ +\S.*$", text)
+    return found + [f"an entry of several lines: {line}" for line in continued]
 
 
 def test_the_changelog_has_its_form() -> None:

@@ -1,5 +1,6 @@
 """Command lines: every command refuses in one line, and loses its output in one line."""
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -60,11 +61,16 @@ def test_a_reader_that_has_left_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def left(argv: object) -> int:
-        raise BrokenPipeError
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    def failed(argv: object) -> int:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "devices.yaml")
 
     with (tmp_path / "out").open("w") as out:
         monkeypatch.setattr(sys, "stdout", out)
         assert lost_output_in_one_line("program")(left)([]) == 0
+        with pytest.raises(FileNotFoundError, match="devices"):  # negative control: of a file
+            lost_output_in_one_line("program")(failed)([])
     assert capsys.readouterr().err == ""
 
 

@@ -9,7 +9,7 @@ import torch
 from flashdreams.serving.interface import Opening, Refused
 from tests.live import Client, Visit, served, until
 from tests.unit.serving.test_loop import WALK, raise_memory_error, walk
-from tests.unit.serving.test_parking import alone, attach, state_of
+from tests.unit.serving.test_parking import alone, attach, parked_with_a_fork
 
 __all__ = ["alone"]
 
@@ -37,11 +37,7 @@ def test_session_that_cannot_come_back_stays_where_it_was_parked(
 ):
     limits = {"park_after_s": 0.0, "parked_gib": parked_gib, "state_dir": folder}
     with served(runner, **limits) as server:
-        visit = Visit(server.host, Opening(seed=1))
-        walk(visit, WALK[:2])
-        visit.command("fork", name="here")
-        server.host.detach(visit.id)
-        visit.client.wait(lambda: state_of(visit) == "parked")
+        visit = parked_with_a_fork(server)
         visit.keys(WALK[2])  # while it is parked
         pipeline = server.engine.pipeline
         if parked_gib:  # the rollout finds memory, and its fork does not

@@ -21,6 +21,16 @@ def state_of(visit):
     return visit.client.states[-1][0]
 
 
+def parked_with_a_fork(server):
+    """A session that has walked, forked and lost its client."""
+    visit = Visit(server.host, Opening(seed=1))
+    walk(visit, WALK[:2])
+    visit.command("fork", name="here")
+    server.host.detach(visit.id)
+    visit.client.wait(lambda: state_of(visit) == "parked")
+    return visit
+
+
 def attach(visit):
     """Take up a session again with the same client."""
     return visit.host.attach(visit.id, visit.client)
@@ -30,11 +40,7 @@ def attach(visit):
 def test_detached_session_is_parked_and_goes_on_where_it_was(runner, folder, alone, parked_gib):
     limits = {"park_after_s": 0.0, "parked_gib": parked_gib, "state_dir": folder}
     with served(runner, **limits) as server:
-        visit = Visit(server.host, Opening(seed=1))
-        walk(visit, WALK[:2])
-        visit.command("fork", name="here")
-        server.host.detach(visit.id)
-        visit.client.wait(lambda: state_of(visit) == "parked")
+        visit = parked_with_a_fork(server)
         figures = server.host.figures()
         assert (figures.sessions, figures.parked) == (0, 1)
         assert (figures.parked_bytes > 2**18) == (parked_gib > 0)
