@@ -61,7 +61,7 @@ class ContextEncoder:
         (refuse_non_finite if self.image_encoder is None else refuse_other_pixels)("image", image)
         for name, value in context.items():
             refuse_non_finite(name, value)
-        batch_size = _batch_size(text, image)
+        batch_size = _batch_size(text, image, context.get("image_tokens"))
         if batch_size < 1:
             raise ValueError("text or image is of no video: give a prompt or an image for each.")
         encoded = {**context, "batch_size": batch_size}
@@ -167,7 +167,8 @@ def _refuse_string(text: Any) -> None:
         )
 
 
-def _batch_size(text: Any, image: Any) -> int:
-    if text is not None:
-        return len(text)
+def _batch_size(text: Any, image: Any, image_tokens: Any) -> int:
+    for given in (text, image_tokens):
+        if given is not None:
+            return len(given)
     return len(image) if isinstance(image, Tensor) and image.ndim >= 4 else 1

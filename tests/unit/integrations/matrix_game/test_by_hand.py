@@ -129,3 +129,23 @@ def test_variants_equal_lists_of_frames(case):
     for wrong in (dict(local=pipeline.diffusion_model.transformer.config.window_size_t + 1),
                   dict(lag=1)):  # fmt: skip
         assert (by_hand(pipeline, **wrong) - found).abs().max() > 100 * ATOL  # negative control
+
+
+def test_a_batch_of_image_tokens_is_a_batch_of_rollouts():
+    """Also where neither a prompt nor an image states the number of videos."""
+    pipeline, count = build("gta"), 2
+    c = pipeline.diffusion_model.transformer.config
+    tokens = draw(1, count, c.image_len, c.image_dim)
+    condition = draw(2, count, c.condition_channels, LEN_T, c.latent_height, c.latent_width)
+    drawn = draw(3, count, *pipeline.diffusion_model.transformer.latent_shape(1)[1:])
+    actions = Actions(torch.ones(9, c.keyboard_dim), torch.zeros(9, 2))
+
+    def latents(part: slice) -> Tensor:
+        cache = pipeline.initialize_cache(
+            image_tokens=tokens[part], condition=condition[part], noise=lambda *_: drawn[part]
+        )
+        return pipeline.generate(0, cache, actions)
+
+    both, first, second = latents(slice(None)), latents(slice(1)), latents(slice(1, None))
+    torch.testing.assert_close(both, torch.cat([first, second]), atol=ATOL, rtol=0)
+    assert (first - second).abs().max() > 100 * ATOL  # negative control
