@@ -2,14 +2,16 @@
 
 import re
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from flashdreams.infra.config import derive_config
-from flashdreams.integrations.matrix_game.config import RUNNER_CONFIGS, TINY_PIPELINE
+from flashdreams.integrations.matrix_game.config import RUNNER_CONFIGS, TINY_PIPELINE, TINY_RUNNER
 from flashdreams.integrations.matrix_game.controls import KEYS, read_actions
 from flashdreams.integrations.matrix_game.encoder import Actions
 from flashdreams.integrations.matrix_game.runner import read_first_frame
@@ -126,6 +128,20 @@ def test_images_are_cropped_or_refused(mode, size, fit, message, tmp_path):
     assert image.shape == (1, 3, 352, 640)
     expected = torch.tensor([10, 200, 30]) / 127.5 - 1
     torch.testing.assert_close(image[0].mean((1, 2)), expected, rtol=0, atol=1e-4)
+
+
+def test_a_resized_image_has_8_bit_values(tmp_path):
+    """Near torch's antialiased resize, rounded as Pillow rounds in the official code."""
+    pixels = torch.randint(0, 256, (121, 201, 3), generator=torch.Generator().manual_seed(0))
+    Image.fromarray(pixels.byte().numpy()).save(tmp_path / "in.png")
+    config = derive_config(TINY_RUNNER, image_path=tmp_path / "in.png")
+    levels = (read_first_frame(config) + 1) * 127.5
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)
+    cropped = pixels.permute(2, 0, 1)[None, :, :120].float()  # half a row goes to the even side
+    resize = partial(F.interpolate, cropped, (48, 80))
+    smooth = resize(mode="bilinear", antialias=True)
+    assert 0.1 < (levels - smooth).abs().max() <= 1.01
+    assert (levels - resize(mode="nearest")).abs().max() > 50  # negative control
 
 
 def test_missing_weights_are_said(tmp_path, capsys, monkeypatch):

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from flashdreams.infra.controller import Controller
@@ -16,7 +15,7 @@ from flashdreams.infra.session import Command, key_commands
 from flashdreams.infra.video_runner import SPATIAL_FACTOR
 from flashdreams.infra.weights import with_downloads
 from flashdreams.runtime.actions import parse_actions
-from flashdreams.runtime.image_file import gradient_image, image_size, load_image
+from flashdreams.runtime.image_file import gradient_image, image_size, open_image, to_pixels
 
 from .controls import KEYS, ActionController, ActionKeys, RecordedActions, Variant, read_actions
 from .encoder import TIME_FACTOR
@@ -169,8 +168,8 @@ def read_initial_latent(config: MatrixGameRunnerConfig) -> Tensor | None:
 def read_first_frame(config: MatrixGameRunnerConfig) -> Tensor:
     """The first frame ``[1, 3, height, width]`` in [-1, 1].
 
-    As in the official code its centre is cropped to the video's shape and resized with
-    antialiasing; a larger crop requires --fit-image.
+    As in the official code its centre is cropped to the video's shape and resized by Pillow, with
+    antialiasing and 8-bit values; a larger crop requires --fit-image.
 
     Raises:
         ValueError: the file is missing, not an image, or has another shape.
@@ -191,14 +190,13 @@ def read_first_frame(config: MatrixGameRunnerConfig) -> Tensor:
             f"--image-path {config.image_path}: the image is {columns}x{rows} (width x height); "
             f"this run needs the shape of {width}x{height}. Type --fit-image True to crop it."
         )
-    image = load_image(config.image_path, rows, columns)
+    from PIL import Image
+
     kept_rows, kept_columns = rows, columns
     if stretch > 1:
         kept_columns = max(1, int(rows * width / height))
     else:
         kept_rows = max(1, int(columns * height / width))
-    top, left = (rows - kept_rows) // 2, (columns - kept_columns) // 2
-    image = image[:, :, top : top + kept_rows, left : left + kept_columns]
-    if image.shape[2:] == (height, width):
-        return image
-    return F.interpolate(image, (height, width), mode="bilinear", antialias=True).clamp(-1, 1)
+    left, top = (columns - kept_columns) / 2, (rows - kept_rows) / 2
+    image = open_image(config.image_path).crop((left, top, left + kept_columns, top + kept_rows))
+    return to_pixels(image.resize((width, height), Image.Resampling.BILINEAR))
