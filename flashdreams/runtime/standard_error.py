@@ -1,6 +1,7 @@
 """A stream for messages and progress bars whose loss is not an error."""
 
 import contextlib
+import io
 import os
 import sys
 from typing import Any, TextIO, cast
@@ -40,8 +41,14 @@ class LossyStream:
 
 
 def prepare_streams() -> None:
-    """Let the process run silently if it was started without them (``>&- 2>&-``)."""
+    """Let the process run silently if it was started without them (``>&- 2>&-``).
+
+    Where the terminal's encoding lacks a character, such as those of a Chinese default in the help
+    of an option, it is written as an escape.
+    """
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     errors = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = cast(TextIO, LossyStream(errors))
 

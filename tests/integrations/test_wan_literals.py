@@ -1,5 +1,6 @@
 """The shipped literals of the Wan family against the models' facts and manifests."""
 
+import hashlib
 import math
 import re
 from pathlib import PurePosixPath
@@ -191,6 +192,21 @@ def test_bidirectional_schedules_are_the_published_ones(slug, steps, shift, scal
     assert runner.fps == (24 if is_22 else 16)
     assert runner.frame_size == ((704, 1280) if is_22 else (8 * size[0], 8 * size[1]))
     assert model.first_frames_from_image == is_22
+
+
+@pytest.mark.parametrize(
+    ("slug", "length", "digest"),
+    [
+        ("wan21-t2v-1.3b-480p", 137, "ce96e0324e4b54ce"),
+        ("wan21-t2v-14b-720p", 137, "ce96e0324e4b54ce"),
+        ("wan21-i2v-14b-480p", 142, "412753d092bcf370"),
+        ("wan22-ti2v-5b-704p", 137, "ce96e0324e4b54ce"),
+        ("lingbot-world-base", 252, "35d64b590ae347df"),
+    ],
+)
+def test_negative_prompts_are_the_published_ones(slug, length, digest):
+    prompt = {**LITERALS, **LINGBOT}[slug].negative_prompt
+    assert (len(prompt), hashlib.sha256(prompt.encode()).hexdigest()[:16]) == (length, digest)
 
 
 def test_causal_forcing_takes_the_tensors_that_its_release_names():

@@ -11,6 +11,7 @@ from flashdreams.infra.runner import RunnerConfig
 from flashdreams.models.wan.config import (
     NEGATIVE_PROMPT,
     TAEHV_DECODER,
+    TINY_NEGATIVE_PROMPT,
     TINY_TEXT_ENCODER,
     TINY_VAE_DECODER,
     TINY_VAE_IMAGE_ENCODER,
@@ -190,7 +191,11 @@ BASE_RUNNER = CameraToClipRunnerConfig(
     runner_name=BASE_PIPELINE.name,
     description="LingBot-World base: 161 frames at once, with or without a camera; two 18.5B nets.",
     pipeline=BASE_PIPELINE,
-    negative_prompt=NEGATIVE_PROMPT,
+    negative_prompt=(
+        f"画面突变，{NEGATIVE_PROMPT}，镜头晃动，画面闪烁，模糊，噪点，水印，签名，文字，变形，扭曲，液化，"
+        "不合逻辑的结构，卡顿，PPT幻灯片感，过暗，欠曝，低对比度，霓虹灯光感，过度锐化，3D渲染感，人物，行人，"
+        "游客，身体，皮肤，肢体，面部特征，汽车，电线"
+    ),  # Robbyant/lingbot-world, wan/configs/wan_i2v_A14B.py
     total_blocks=1,
 )
 
@@ -199,6 +204,7 @@ BASE_TINY_RUNNER = derive_config(
     runner_name=BASE_TINY_PIPELINE.name,
     description="LingBot-World base at toy size with random weights: noise, in seconds.",
     pipeline=BASE_TINY_PIPELINE,
+    negative_prompt=TINY_NEGATIVE_PROMPT,
     test_image=True,
 )
 

@@ -12,6 +12,7 @@ from flashdreams.models.wan.config import (
     T2V_1_3B_REPO,
     T2V_14B_REPO,
     TINY_IMAGE_CONDITION_ENCODER,
+    TINY_NEGATIVE_PROMPT,
     TINY_TEXT_ENCODER,
     TINY_TRANSFORMER,
     TINY_VAE_DECODER,
@@ -128,7 +129,7 @@ I2V_14B_480P_RUNNER = ImageToVideoRunnerConfig(
     runner_name=I2V_14B_480P_PIPELINE.name,
     description="Wan 2.1 image-to-video 14B, 81 frames at 480x832, all frames at once.",
     pipeline=I2V_14B_480P_PIPELINE,
-    negative_prompt=NEGATIVE_PROMPT,
+    negative_prompt=f"镜头晃动，{NEGATIVE_PROMPT}",  # Wan-Video/Wan2.1, wan/configs/wan_i2v_14B.py
     total_blocks=1,
 )
 
@@ -137,6 +138,7 @@ T2V_TINY_RUNNER = derive_config(
     runner_name=T2V_TINY_PIPELINE.name,
     description="Wan 2.1 text-to-video at toy size with random weights: noise, in seconds.",
     pipeline=T2V_TINY_PIPELINE,
+    negative_prompt=TINY_NEGATIVE_PROMPT,
 )
 
 I2V_TINY_RUNNER = derive_config(
@@ -144,6 +146,7 @@ I2V_TINY_RUNNER = derive_config(
     runner_name=I2V_TINY_PIPELINE.name,
     description="Wan 2.1 image-to-video at toy size with random weights: noise, in seconds.",
     pipeline=I2V_TINY_PIPELINE,
+    negative_prompt=TINY_NEGATIVE_PROMPT,
     test_image=True,
 )
 

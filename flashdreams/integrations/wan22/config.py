@@ -8,6 +8,7 @@ from flashdreams.infra.runner import RunnerConfig
 from flashdreams.models.wan.config import (
     NEGATIVE_PROMPT,
     TAEHV22_DECODER,
+    TINY_NEGATIVE_PROMPT,
     TINY_TEXT_ENCODER,
     TINY_TRANSFORMER,
     TINY_VAE22_DECODER,
@@ -87,6 +88,7 @@ TINY_RUNNER = derive_config(
     runner_name=TINY_PIPELINE.name,
     description="Wan 2.2 text- and image-to-video at toy size with random weights: noise.",
     pipeline=TINY_PIPELINE,
+    negative_prompt=TINY_NEGATIVE_PROMPT,
     max_pixels=64 * 96,
 )
 

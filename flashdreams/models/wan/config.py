@@ -185,11 +185,19 @@ TAEHV22_DECODER = TAEHVDecoderConfig(
 commit in its URL identifies it."""
 
 NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+"""Negative prompt of the Wan models: what guidance leads away from, a constant of the release.
+Source: Wan-Video/Wan2.1 and Wan2.2, wan/configs/shared_config.py."""
+
+TINY_NEGATIVE_PROMPT = (
     "oversaturated, overexposed, still picture, frozen motion, grey cast, blurry, noise, "
     "compression artefacts, low quality, text, captions, watermark, logo, distorted faces, "
     "malformed hands, extra fingers, extra limbs, crowded background, people walking backwards"
 )
-"""Default negative prompt."""
+"""Negative prompt of the toy-size methods, whose text encoder reads word by word."""
 
 FOUR_STEP_PIPELINE_1_3B = StreamInferencePipelineConfig(
     name="wan2.1-t2v-1.3b-four-steps",

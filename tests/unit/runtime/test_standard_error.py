@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from flashdreams.runtime.standard_error import LossyStream
+from flashdreams.runtime.standard_error import LossyStream, prepare_streams
 from flashdreams.runtime.text import say
 from tests.full_disk import needs_full_device
 
@@ -32,6 +32,17 @@ def test_a_message_begins_a_line_beside_a_bar_that_is_open(monkeypatch):
     sys.stderr.write("\r 5/9")
     say("two")
     assert stream.getvalue() == "one\n\r 5/9\ntwo\n"
+
+
+def test_characters_that_a_terminal_lacks_are_escaped(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with pytest.raises(UnicodeEncodeError):
+        stdout.write("静态")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    prepare_streams()
+    print("静态", flush=True)
+    assert stdout.buffer.getvalue() == b"\\u9759\\u6001\n"
 
 
 @needs_full_device
