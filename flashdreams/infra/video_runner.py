@@ -12,7 +12,7 @@ from flashdreams.infra.pipeline import StreamInferencePipeline
 from flashdreams.infra.prompt import load_prompt_embeds, read_prompt
 from flashdreams.infra.runner import Runner, RunnerConfig
 from flashdreams.infra.session import Command
-from flashdreams.infra.shots import plan_shots, read_shot_file
+from flashdreams.infra.shots import cut_once, plan_shots, read_shot_file
 from flashdreams.infra.weights import with_downloads
 from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.image_file import gradient_image, load_image
@@ -222,14 +222,15 @@ class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]
         return found | shots
 
     def commands(self) -> Sequence[Command]:
-        """A prompt change at the first frame of every shot but the first."""
+        """A prompt change at the first frame of every shot but the first, and after a scene cut."""
+        prefix = self.config.pipeline.scene_cut_prefix
         return [
             Command(
                 kind="prompt",
                 at_frame=self.pipeline.pixel_frames(shot.first_block).start,
                 values={"text": shot.text},
             )
-            for shot in self.shots[1:]
+            for shot in cut_once(self.shots, self.config.total_blocks, prefix)[1:]
         ]
 
     def conditions(self) -> dict[str, Any]:

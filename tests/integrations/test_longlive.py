@@ -229,15 +229,17 @@ def latents_of(pipeline, prompts: dict[int, str], blocks: int, save_at: int | No
 
 
 def test_shots_of_the_command_line_are_prompts_and_cuts(tmp_path):
-    shots = ("2:a fox", f"3:{CUT}", "2:a boat at night")
+    shots = ("2:a fox", f"3:{CUT}", "2:a boat at night", f"1:{CUT}")
     config = derive_config(TINY_RUNNER, output_dir=tmp_path, device="cpu", shot=shots)
     runner = config.setup()
     found = torch.stack([step.cache.latent.clone() for step in runner.stream(8)])
-    prompts = {0: "a fox", 2: CUT, 5: "a boat at night"}
+    prompts = {0: "a fox", 2: CUT, 3: "a boat at sea", 5: "a boat at night", 7: CUT}
     expected, cache = latents_of(runner.pipeline, prompts, 8)
     assert torch.equal(found, expected)
-    assert cache.diffusion.conditional.shots.begun == 1
-    assert cache.diffusion.conditional.cursor.pinned == (4, 5)
+    assert cache.diffusion.conditional.shots.begun == 2
+    assert cache.diffusion.conditional.cursor.pinned == (14, 15)
+    kept = latents_of(runner.pipeline, {0: "a fox", 2: CUT, 5: "a boat at night"}, 4)[0]
+    assert not torch.equal(kept[3], expected[3])  # negative control: the prefix in a second chunk
     plain = latents_of(runner.pipeline, {**prompts, 2: "a boat at sea"}, 8)[0]
     assert torch.equal(plain[:2], expected[:2]) and not torch.equal(plain[2], expected[2])
     runner.close()
