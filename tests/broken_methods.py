@@ -159,6 +159,16 @@ class ReadsThePosition(StreamingNetwork):
         return super().forward(latent, modulation, inputs, state, *a)
 
 
+class IgnoresPrompt(StreamingNetwork):
+    def project_context(self, text: Any, image_tokens: Any) -> Prompt:
+        return super().project_context(torch.zeros_like(text), image_tokens)
+
+
+class IgnoresKeys(StreamingNetwork):
+    def embed_control(self, control: Any) -> Tensor:
+        return super().embed_control(torch.zeros_like(control))
+
+
 class Reallocates(StreamingNetwork):
     def begin_step(self, autoregressive_index: int, cache: Any, control: Any = None) -> None:
         super().begin_step(autoregressive_index, cache, control)
@@ -179,6 +189,19 @@ class ForgetsGather(StreamingNetwork):
 class ForgetsCore(StreamingNetwork):
     def parallel_plan(self) -> Any:
         return replace(super().parallel_plan(), attention=("blocks.0.attention.core",))
+
+
+class GathersHeads(StreamingNetwork):
+    """A core of another kind whose heads the plan does not give."""
+
+    def parallel_plan(self) -> Any:
+        cores = {"blocks.1.attention.core": "all_tokens"}
+        return replace(super().parallel_plan(), attention=("blocks.0.attention.core",), cores=cores)
+
+
+class SharesHeads(GathersHeads):
+    def parallel_plan(self) -> Any:
+        return replace(super().parallel_plan(), units={"blocks.*.attention": 4})
 
 
 class SeesPart(StreamingNetwork):

@@ -29,6 +29,7 @@ from flashdreams.checking.rollout_checks import (
     check_chunk_split,
     check_default_dtype,
     check_determinism,
+    check_inputs,
     check_interleaving,
     check_large_noise,
     check_shapes,
@@ -58,6 +59,7 @@ WITHOUT_ROLLOUT: dict[str, Callable[[Subject], str]] = {
 WITH_ROLLOUT: dict[str, Callable[[Prepared], str]] = {
     "shapes and frames": lambda p: check_shapes(p.subject, p.bench),
     "determinism": lambda p: check_determinism(p.bench, p.base),
+    "inputs": lambda p: check_inputs(p.bench, p.base),
     "chunk split": lambda p: check_chunk_split(p.bench),
     "interleaving": lambda p: check_interleaving(p.bench, p.base),
     "state on modules": lambda p: check_modules(p.bench),

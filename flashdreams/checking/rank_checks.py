@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from flashdreams.attention.core import AttentionCore
-from flashdreams.checking.report import Problem, Skipped
+from flashdreams.checking.report import Note, Problem, Skipped
 from flashdreams.checking.subject import Bench, Chunk, Subject, relative_error
 from flashdreams.infra.state import RolloutState, StateError
 from flashdreams.parallel.local_ranks import RankError, run_ranks
 from flashdreams.parallel.mesh import ParallelConfig, resolve_degrees
-from flashdreams.parallel.plan import ParallelPlan, glob_pattern
+from flashdreams.parallel.plan import ParallelPlan, glob_pattern, units_of
 
 TOLERANCE = 1e-5
 """Largest difference of float32 latents on two ranks, as a share of the largest latent."""
@@ -64,6 +64,7 @@ def check_ranks(subject: Subject, bench: Bench) -> str:
 
     Raises:
         Problem: what differs, and what the plan omits.
+        Note: a core attends with all heads on every rank, because the plan does not say how many.
         Skipped: nothing can be split.
     """
     plan = bench.transformer.parallel_plan()
@@ -90,7 +91,15 @@ def check_ranks(subject: Subject, bench: Bench) -> str:
             if plan is None
             else f"{RANKS} ranks cannot split {heads} heads"
         )
-    return f"{steps} AR steps within {TOLERANCE:g} of one rank: {'; '.join(done)}"
+    text = f"{steps} AR steps within {TOLERANCE:g} of one rank: {'; '.join(done)}"
+    united = [] if plan is None else [g for g, s in plan.cores.items() if s == "all_tokens"]
+    for glob in united:
+        if units_of(plan, glob) is None:
+            raise Note(
+                f"{text}. Every rank attends with all heads of {glob!r}: give their number in the "
+                "plan's units, after that of the backbone, and ranks that divide it share them."
+            )
+    return text
 
 
 def _what(installed: dict[str, int]) -> str:

@@ -136,6 +136,32 @@ def _generator_states() -> tuple[bytes, str, Any]:
     return torch.get_rng_state().numpy().tobytes(), str(np.random.get_state()), random.getstate()
 
 
+def check_inputs(bench: Bench, base: list[Chunk]) -> str:
+    """The prompt, the image and the commands change the rollout.
+
+    Raises:
+        Note: what has no effect; a method may have a reason to ignore it.
+    """
+    others: dict[str, dict[str, Any]] = {}
+    given = bench.conditions()
+    if (text := given.get("text")) is not None:
+        encoded = text if isinstance(text, Tensor) else bench.pipeline.encode_prompts(text)
+        others["prompt"] = {"text": 1 - encoded}  # an encoder may refuse another text
+    if isinstance(image := given.get("image"), Tensor):
+        others["image"] = {"image": -image}
+    end = base[-1].frames.stop
+    if bench.runner.controller() and any((c.at_frame or 0) < end for c in bench.runner.commands()):
+        others["keys"] = {"steered": False}
+    ignored = [what for what, start in others.items() if same_bits(bench.roll(**start), base)]
+    if ignored:
+        raise Note(
+            f"the latents and frames do not depend on the {' nor on the '.join(ignored)}: another "
+            "value gives the same bits."
+        )
+    tried = ", ".join(others)
+    return f"the latents depend on: {tried}" if tried else "there is no prompt, image or command"
+
+
 def check_interleaving(bench: Bench, base: list[Chunk]) -> str:
     """Two interleaved rollouts equal the same rollouts run alone.
 

@@ -138,11 +138,18 @@ class Bench:
                 found[name] = torch.randn(size, **PLAIN, generator=generator)
         return found
 
-    def begin(self, seed: int = 0) -> Session:
-        """A session with the commands of the runner."""
-        controller = self.runner.controller()
-        session = Session(self.pipeline, self.conditions(), seed=seed, controller=controller)
-        self.submit(session, 0)
+    def begin(self, seed: int = 0, steered: bool = True, **conditions: Any) -> Session:
+        """A session with the commands of the runner.
+
+        Args:
+            seed: of the noise.
+            steered: whether it gets those commands.
+            conditions: replace those of the runner.
+        """
+        given = {**self.conditions(), **conditions}
+        session = Session(self.pipeline, given, seed=seed, controller=self.runner.controller())
+        if steered:
+            self.submit(session, 0)
         return session
 
     def submit(self, session: Session, first_frame: int) -> None:
@@ -152,9 +159,9 @@ class Bench:
                 if command.at_frame is None or command.at_frame >= first_frame:
                     session.submit(command)
 
-    def roll(self, seed: int = 0, steps: int | None = None) -> list["Chunk"]:
-        """A rollout from its beginning, whose values are all finite."""
-        session = self.begin(seed)
+    def roll(self, seed: int = 0, steps: int | None = None, **start: Any) -> list["Chunk"]:
+        """A rollout from its beginning, as from ``begin``, whose values are all finite."""
+        session = self.begin(seed, **start)
         chunks = [self.step(session) for _ in range(steps or self.steps)]
         self.pipeline.check_values(session.cache)
         return chunks

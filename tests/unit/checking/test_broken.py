@@ -4,7 +4,10 @@ import re
 
 import pytest
 
+from flashdreams.checking import rank_checks
 from flashdreams.checking.checks import NAMES, check_method
+from flashdreams.checking.report import Note
+from flashdreams.checking.subject import new_subject
 from flashdreams.infra.config import derive_config
 from tests import broken_methods as broken
 
@@ -80,6 +83,15 @@ def test_state_without_a_style_is_a_note():
         assert found.verdict == "note" and "PlainPrompt.extra" in found.text
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("IgnoresPrompt", "depend on the prompt:"), ("IgnoresKeys", "depend on the keys:")],
+)
+def test_ignored_input_is_a_note(name, words):
+    found = result(broken.with_network(getattr(broken, name)), "inputs")
+    assert found.verdict == "note" and words in found.text, found.text
+
+
 def test_a_network_for_float32_alone_fails_if_it_is_registered_in_bfloat16():
     config = broken.with_network(broken.AssumesFloat32)
     found = result(config, "bfloat16")
@@ -105,6 +117,20 @@ def test_values_that_overflow_are_a_note():
 def test_two_ranks_say_what_the_plan_leaves_out(name, words):
     found = result(broken.with_network(getattr(broken, name)), "two ranks")
     assert found.verdict == "FAIL" and words in found.text, found.text
+
+
+def test_heads_that_no_plan_counts_are_a_note(monkeypatch, tmp_path):
+    ran = rank_checks.Ranks([], {}, None)
+    monkeypatch.setattr(rank_checks, "_run", lambda *rest: ran)  # the ranks are another test's
+    subjects = {
+        kind: new_subject(broken.with_network(kind), tmp_path)
+        for kind in (broken.GathersHeads, broken.SharesHeads)
+    }
+    subject = subjects[broken.GathersHeads]
+    with pytest.raises(Note, match=r"all heads of 'blocks\.1\.attention\.core': give their number"):
+        rank_checks.check_ranks(subject, subject.open())
+    subject = subjects[broken.SharesHeads]
+    assert rank_checks.check_ranks(subject, subject.open()).endswith("nothing to split")
 
 
 def test_the_example_passes_every_check_but_those_of_ranks():
