@@ -223,30 +223,41 @@ def _versions() -> str:
     return f"flashdreams {own}, Python {python}, torch {version('torch')}"
 
 
-def _example(registry: Registry) -> str:
-    """A slug for the example: one with packaged weights, if there is one."""
+def _ready(registry: Registry) -> list[str]:
+    """The slugs that run without a download, those with packaged weights first."""
     from flashdreams.infra.weights import named_checkpoints
 
+    packaged = {}
     for slug, config in registry.items():
-        sources = [checkpoint.source for _, checkpoint in named_checkpoints(config)]
-        if sources and all(source.startswith("package:") for source in sources):
-            return slug
-    return next(iter(registry), "<slug>")
+        with contextlib.suppress(Exception):  # a run of it says what is wrong
+            files = [checkpoint for _, checkpoint in named_checkpoints(config)]
+            packaged[slug] = [file.source.startswith("package:") for file in files]
+    return sorted((s for s, own in packaged.items() if all(own)), key=lambda s: not packaged[s])
+
+
+def _example(registry: Registry) -> str:
+    """A slug for the example: one that runs, if there is one."""
+    return next(iter([*_ready(registry), *registry]), "<slug>")
 
 
 def _listing(registry: Registry) -> str:
     """Every slug with its description, broken plug-ins with a mark, and further help."""
-    rows = [(slug, getattr(config, "description", "")) for slug, config in registry.items()]
-    for broken in registry.broken:
-        kind = type(broken.error).__name__
-        rows.append((broken.slug, f"[broken] {kind}: {broken.error} ({broken.source})"))
+    about = {slug: getattr(config, "description", "") for slug, config in registry.items()}
+    parts: dict[str, list[tuple[str, object]]] = {
+        "slugs that run as they are": [(slug, about.pop(slug)) for slug in _ready(registry)],
+        "slugs that need weights; a run without them lists the files": list(about.items()),
+        "slugs that cannot be used": [
+            (bad.slug, f"[broken] {type(bad.error).__name__}: {bad.error} ({bad.source})")
+            for bad in registry.broken
+        ],
+    }
+    if not any(parts.values()):
+        parts = {"slugs": [("(none)", f"install a package that registers some, or set {VARIABLE}")]}
     lines = [
         f"usage: {PROGRAM} <slug> [--field VALUE ...]",
         f"       {PROGRAM} <slug> --help     every field of a slug",
         "",
-        "slugs:",
-        *table(rows or [("(none)", f"install a package that registers some, or set {VARIABLE}")]),
-        "",
+        *(line for part, rows in parts.items() if rows for line in (f"{part}:", *table(rows), "")),
         "options:",
         *table(list(_OWN_OPTIONS.items())),
     ]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 from flashdreams import run
 from flashdreams.infra.config import InstantiateConfig, derive_config
 from flashdreams.parallel.environment import OtherRankError
-from flashdreams.registry import VARIABLE, PluginError, Registry, Source
+from flashdreams.registry import VARIABLE, PluginError, Registry, Source, discover
 from flashdreams.runtime.checkpoint import CheckpointError, MissingWeightsError
 from flashdreams.runtime.termination import Terminated
 
@@ -225,6 +226,19 @@ def test_help_lists_every_slug_with_its_description(
     assert "is hidden by stand-ins=" in out
     assert max(map(len, out.splitlines()[:-1])) <= 80
     assert not RunnerStandIn.calls
+
+
+def test_help_lists_first_what_runs_without_weights(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "discover", discover)
+    assert run.main(["--help"]) == 0
+    _, *parts = re.split(r"\n\n", capsys.readouterr().out)
+    slugs = [re.findall(r"^  (\S+)", part, re.MULTILINE) for part in parts]
+    assert parts[0].startswith("slugs that run as they are:") and slugs[0][0] == "toy-world"
+    assert parts[1].startswith("slugs that need weights;") and "lingbot-world-fast" in slugs[1]
+    assert all(s in ("toy-world", "courtyard") or s.endswith("-random") for s in slugs[0])
+    assert not any(s.endswith("-random") for s in slugs[1])
 
 
 @pytest.mark.parametrize("argv", [["wide-one", "--help"], ["--help", "wide-one"]])
