@@ -2,6 +2,8 @@
 
 import atexit
 import logging
+import os
+import platform
 import threading
 import time
 import weakref
@@ -9,9 +11,10 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -24,11 +27,16 @@ from flashdreams.infra.run_log import Replay, RunLog, sample_of, turn_row
 from flashdreams.infra.session import Turn
 from flashdreams.parallel.environment import Environment
 from flashdreams.parallel.mesh import Mesh
-from flashdreams.runtime.files import readable_write_errors
+from flashdreams.runtime.files import (
+    InUseError,
+    check_target,
+    open_owned,
+    readable_write_errors,
+)
 from flashdreams.runtime.latents import LatentWriter
 from flashdreams.runtime.profiler import StageTimer
 from flashdreams.runtime.stats import StatsWriter, memory_stats, sha256_of
-from flashdreams.runtime.text import printable, say
+from flashdreams.runtime.text import printable, reason_of, say
 from flashdreams.runtime.transfer import copy_to_host
 
 MAX_COPIES = 4
@@ -53,12 +61,53 @@ class RecordedConfig(Protocol):
     """Whether latents are written."""
     hash_frames: bool
     """Whether frames are hashed."""
+    trace: Path | None
+    """The file of the timeline."""
 
 
 def own_files(folder: Path, slug: str) -> list[Path]:
     """The files that a run of a slug may write into its output folder."""
     names = ("{}.mp4", "stats_{}.json", "latents_{}.safetensors", "log_{}.jsonl", "report_{}.html")
     return [folder / name.format(slug) for name in names]
+
+
+def claim_output(config: RecordedConfig) -> BinaryIO:
+    """Make the output folder and check that no other run writes files of this slug into it.
+
+    Returns:
+        ``.<slug>.lock`` in the folder; closing it, or the end of the process, releases the names.
+
+    Raises:
+        ValueError: one line with the reason.
+    """
+    folder, slug = config.output_dir, config.runner_name
+    if config.trace is not None:
+        check_target(config.trace, "--trace", own_files(folder, slug))
+    lock, own = folder / f".{slug}.lock", f"{platform.node()} {os.getpid()}".encode()
+    try:
+        file = open_owned(lock)
+        file.write(own)
+        file.flush()
+        return file
+    except InUseError as error:
+        holder, remedy = f"another run of {slug}", "wait until it ends"
+        if _content(lock) == own:
+            holder = f"a runner of {slug} in this process"
+            remedy = 'close() it; "with config.setup() as runner" does so'
+        raise ValueError(
+            f"--output-dir {folder}: {holder} writes its files there. "
+            f"Use another folder, such as --output-dir {folder}-2, or {remedy}."
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"--output-dir {folder} cannot be written: {reason_of(error)}. Name another folder."
+        ) from error
+
+
+def _content(path: Path) -> bytes:
+    with suppress(OSError):  # its owner has removed it
+        return path.read_bytes()
+    return b""
 
 
 @dataclass(eq=False)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -17,7 +17,7 @@ from flashdreams.infra.pipeline import (
     StreamInferencePipelineConfig,
 )
 from flashdreams.infra.ranges import check_range
-from flashdreams.infra.recorder import RunRecorder, own_files
+from flashdreams.infra.recorder import RunRecorder, claim_output
 from flashdreams.infra.resumable import Progress, ResumableRun
 from flashdreams.infra.same_options import refuse_other_options
 from flashdreams.infra.session import Command, Session, Step
@@ -39,11 +39,10 @@ from flashdreams.parallel.mesh import DEGREES, Mesh, ParallelConfig
 from flashdreams.parallel.messages import MessageChannel
 from flashdreams.parallel.peers import PeerWatch
 from flashdreams.parallel.watchdog import Watchdog
-from flashdreams.runtime.files import InUseError, check_target, open_owned
 from flashdreams.runtime.noise import SEED_LIMIT
 from flashdreams.runtime.run_report import write_report
 from flashdreams.runtime.segments import SegmentedVideo
-from flashdreams.runtime.text import reason_of, tell
+from flashdreams.runtime.text import tell
 from flashdreams.runtime.trace import Tracer, slowest_rank, write_trace
 from flashdreams.runtime.video import VideoWriter
 
@@ -52,6 +51,7 @@ SMALL_PARAMETERS = 10_000_000
 """Parameters below which one CPU thread is faster than two; the toy world has 4 million."""
 
 ConfigT = TypeVar("ConfigT", bound="RunnerConfig")
+RunnerT = TypeVar("RunnerT", bound="Runner[Any, Any]")
 
 
 @dataclass(kw_only=True)
@@ -136,6 +136,8 @@ class Runner(Generic[ConfigT, PipelineT]):
     ``run`` streams one session into a video. Subclasses define its inputs in ``conditions``
     and its control in ``controller`` and ``commands``, or override ``run``. The stats come
     from observing the pipeline, so they are written whatever ``run`` does.
+
+    A program closes it, or opens it as a context: ``with config.setup() as runner``.
     """
 
     config: ConfigT
@@ -413,6 +415,18 @@ class Runner(Generic[ConfigT, PipelineT]):
                 tell(self.recorder.replay.verdict(self.recorder.log_header()))
         self._leave()
 
+    def __enter__(self: RunnerT) -> RunnerT:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Close; after an error only write what is available."""
+        if error is None:
+            self.close()
+            return
+        self.abort()
+        if self.environment.world_size == 1:  # else other ranks may hang in a collective
+            self._leave()
+
     def serve(self) -> None:
         """Record nothing from now on, for a runner that serves sessions."""
         observers, own = self.pipeline.observers, self.recorder.observe
@@ -472,29 +486,3 @@ def set_threads(threads: int | None, pipeline: StreamInferencePipeline) -> None:
             return
         threads = 1
     torch.set_num_threads(threads)
-
-
-def claim_output(config: RunnerConfig) -> BinaryIO:
-    """Make the output folder and check that no other run writes files of this slug into it.
-
-    Returns:
-        ``.<slug>.lock`` in the folder; closing it, or the end of the process, releases the names.
-
-    Raises:
-        ValueError: one line with the reason.
-    """
-    folder = config.output_dir
-    if config.trace is not None:
-        check_target(config.trace, "--trace", own_files(folder, config.runner_name))
-    lock = folder / f".{config.runner_name}.lock"
-    try:
-        return open_owned(lock)
-    except InUseError as error:
-        raise ValueError(
-            f"--output-dir {folder}: another run of {config.runner_name} writes its files there. "
-            f"Use another folder, such as --output-dir {folder}-2, or wait until it ends."
-        ) from error
-    except OSError as error:
-        raise ValueError(
-            f"--output-dir {folder} cannot be written: {reason_of(error)}. Name another folder."
-        ) from error

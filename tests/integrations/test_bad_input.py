@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flashdreams import __version__, run
+from flashdreams.infra.config import derive_config
 from flashdreams.infra.config_file import dump_config
 from flashdreams.integrations.toy_world.config import TOY_WORLD_RUNNER
 from flashdreams.registry import VARIABLE, discover
@@ -216,6 +217,24 @@ def test_an_output_directory_in_which_the_slug_is_being_written(fails: Fails) ->
         "stats_toy-world.json",
         "toy-world.mp4",
     ]
+
+
+def test_a_runner_of_this_process_is_named_and_a_context_closes_it(tmp_path: Path) -> None:
+    config = derive_config(TOY_WORLD_RUNNER, output_dir=tmp_path)
+    with config.setup() as runner:
+        with pytest.raises(ValueError, match=r"a runner of toy-world in this process .* close\(\)"):
+            config.setup()
+        runner.open_session().step()
+    assert (tmp_path / "stats_toy-world.json").is_file()
+    with pytest.raises(KeyError), config.setup() as runner:
+        next(runner.stream(1))
+        raise KeyError
+    config.setup().close()  # neither holds the folder
+    with open_owned(tmp_path / ".toy-world.lock") as file:
+        file.write(b"another machine 1")
+        file.flush()
+        with pytest.raises(ValueError, match=r"another run of toy-world .* wait until it ends"):
+            config.setup()
 
 
 def test_a_tilde_in_a_path_is_the_home_directory(
