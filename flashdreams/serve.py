@@ -172,9 +172,11 @@ def _load_and_run(options: ServeOptions, config: Any, web: Any, debug: bool) -> 
         drain_on_signals(drain)
         ready = True
         if web is not None and server.host is not None:
+            kept = len(server.host.sessions)  # of an earlier process: clients come after serve()
+            found = f", {kept} saved session{'s' * (kept > 1)} to resume" if kept else ""
             web.serve(server.host)
             places = "1 place" if server.host.places == 1 else f"{server.host.places} places"
-            tell(f"READY {web.url} {config.runner_name} on {runner.device}, {places}")
+            tell(f"READY {web.url} {config.runner_name} on {runner.device}, {places}{found}")
         server.run()
         runner.end_serving()
     except KeyboardInterrupt as stop:
