@@ -73,6 +73,86 @@ class Controller(ABC):
 
 
 @dataclass
+class KeyState:
+    """Held keys at the end of a chunk."""
+
+    keys: str = state("host", default="")
+    """One letter each."""
+
+
+class KeyController(Controller):
+    """Held keys, one pixel frame at a time, for a network that reads keys instead of poses.
+
+    An event ``{"keys": "wa"}`` sets the keys that are held from its frame on.
+    """
+
+    def __init__(
+        self,
+        to_input: Callable[[Sequence[frozenset[str]]], Any],
+        keys: Mapping[str, str] = KEYS,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            to_input: the held keys of F pixel frames to the control input.
+            keys: the known keys, one letter each, and what they do.
+        """
+        self.to_input = to_input
+        self.keys = keys
+
+    def accepts(self) -> dict[str, Any]:
+        """See the contract."""
+        return event_schema({"keys": keys_schema(self.keys)})
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        """See the contract."""
+        if values.keys() != {"keys"} or not isinstance(values["keys"], str):
+            raise ValueError(
+                f'This world takes {{"keys": "{"".join(self.keys)[:1]}"}}, the held keys; '
+                f"got {dict(values)!r}."
+            )
+        check_keys(set(values["keys"]), self.keys)
+
+    def new_state(self) -> KeyState:
+        """No key is held."""
+        return KeyState()
+
+    def advance(self, state: KeyState, events: Sequence[Event], frames: range) -> Any:
+        """Apply the events over the frames of a chunk; see the contract."""
+        held, waiting = [], list(events)
+        for offset in range(len(frames)):
+            while waiting and waiting[0].frame <= offset:
+                state.keys = waiting.pop(0).values["keys"]
+            held.append(frozenset(state.keys))
+        return self.to_input(held)
+
+
+def keys_schema(keys: Mapping[str, str]) -> dict[str, Any]:
+    """JSON Schema of held keys.
+
+    Args:
+        keys: the known keys, one letter each, and what they do.
+    """
+    return {
+        "title": "Keys",
+        "type": "string",
+        "pattern": f"^[{''.join(keys)}]*$",
+        "description": ", ".join(f"{key}: {what}" for key, what in keys.items()),
+        "x-keys": dict(keys),
+    }
+
+
+def event_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON Schema of an event that has at least one of these values."""
+    return {
+        "type": "object",
+        "properties": dict(properties),
+        "minProperties": 1,
+        "additionalProperties": False,
+    }
+
+
+@dataclass
 class CameraState:
     """Pose of a camera, and what moves it."""
 
@@ -132,22 +212,9 @@ class KeyCamera(Controller):
 
     def accepts(self) -> dict[str, Any]:
         """See the contract."""
-        return {
-            "type": "object",
-            "properties": {
-                "keys": {
-                    "title": "Keys",
-                    "type": "string",
-                    "pattern": f"^[{''.join(KEYS)}]*$",
-                    "description": ", ".join(f"{key}: {what}" for key, what in KEYS.items()),
-                    "x-keys": dict(KEYS),
-                },
-                "look": LOOK_SCHEMA,
-                "camera": CAMERA_SCHEMA,
-            },
-            "minProperties": 1,
-            "additionalProperties": False,
-        }
+        return event_schema(
+            {"keys": keys_schema(KEYS), "look": LOOK_SCHEMA, "camera": CAMERA_SCHEMA}
+        )
 
     def check(self, values: Mapping[str, Any]) -> None:
         """See the contract."""
@@ -159,7 +226,7 @@ class KeyCamera(Controller):
             )
         if not isinstance(keys, str):
             raise ValueError(f'keys: must be the held keys, such as "wl"; got {keys!r}.')
-        check_keys(frozenset(keys))
+        check_keys(set(keys))
         if "look" in values:
             check_look(values["look"])
         if "camera" in values:

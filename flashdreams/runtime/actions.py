@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 
 import torch
@@ -194,15 +194,15 @@ def key_directions(keys: frozenset[str]) -> tuple[int, int, int]:
     )
 
 
-def check_keys(keys: frozenset[str]) -> None:
+def check_keys(keys: Set[str], known: Mapping[str, str] = KEYS) -> None:
     """Refuse unknown keys.
 
     Raises:
         ValueError: names one, and lists the keys.
     """
-    unknown = sorted(keys - KEYS.keys())
+    unknown = sorted(keys - known.keys())
     if unknown:
-        raise ValueError(f"unknown key {quoted(unknown[0])}. {_usage(KEYS)}")
+        raise ValueError(f"unknown key {quoted(unknown[0])}. {_usage(known)}")
 
 
 def _yaw(angle_rad: float) -> Tensor:

@@ -11,8 +11,14 @@ import torch
 from torch import Tensor
 
 from flashdreams.infra.camera_events import LOOK_SCHEMA, bounded, check_look
-from flashdreams.infra.controller import Controller, Event
-from flashdreams.parallel.plan import state
+from flashdreams.infra.controller import (
+    Controller,
+    Event,
+    KeyState,
+    event_schema,
+    keys_schema,
+)
+from flashdreams.runtime.actions import check_keys
 
 from .encoder import Actions, check_columns
 
@@ -48,10 +54,7 @@ class ActionKeys:
         Raises:
             ValueError: a key that the variant does not have, or several where it takes one.
         """
-        unknown = sorted(keys - self.names.keys())
-        if unknown:
-            listed = ", ".join(f"{key} ({what})" for key, what in self.names.items())
-            raise ValueError(f"unknown key {unknown[0]!r}. Keys: {listed}.")
+        check_keys(keys, self.names)
         if self.idle_column is not None and len(keys) > 1:
             raise ValueError(
                 f"the keys {', '.join(sorted(keys))} are held together; this variant takes one key "
@@ -104,14 +107,6 @@ KEYS: dict[Variant, ActionKeys] = {
 """Keys of each variant."""
 
 
-@dataclass
-class HeldKeys:
-    """Held keys at the end of a chunk."""
-
-    keys: str = state("host", default="")
-    """One letter each."""
-
-
 class ActionController(Controller):
     """Held keys and pointer motion, one pixel frame at a time.
 
@@ -126,16 +121,7 @@ class ActionController(Controller):
 
     def accepts(self) -> dict[str, Any]:
         """See the contract."""
-        names = self.keys.names
-        properties: dict[str, Any] = {
-            "keys": {
-                "title": "Keys",
-                "type": "string",
-                "pattern": f"^[{''.join(names)}]*$",
-                "description": ", ".join(f"{key}: {what}" for key, what in names.items()),
-                "x-keys": dict(names),
-            }
-        }
+        properties = {"keys": keys_schema(self.keys.names)}
         if self.keys.has_mouse:
             properties["look"] = LOOK_SCHEMA
             properties["mouse"] = {
@@ -146,12 +132,7 @@ class ActionController(Controller):
                 "maxItems": 2,
                 "description": "pitch and yaw per pixel frame, up and right positive",
             }
-        return {
-            "type": "object",
-            "properties": properties,
-            "minProperties": 1,
-            "additionalProperties": False,
-        }
+        return event_schema(properties)
 
     def check(self, values: Mapping[str, Any]) -> None:
         """See the contract."""
@@ -167,11 +148,11 @@ class ActionController(Controller):
         if "look" in values:
             check_look(values["look"])
 
-    def new_state(self) -> HeldKeys:
+    def new_state(self) -> KeyState:
         """No key is held."""
-        return HeldKeys()
+        return KeyState()
 
-    def advance(self, state: HeldKeys, events: Sequence[Event], frames: range) -> Actions:
+    def advance(self, state: KeyState, events: Sequence[Event], frames: range) -> Actions:
         """The actions of a chunk; see the contract."""
         pitch, yaw = 0.0, 0.0
         look = (0.0, 0.0)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flashdreams.infra.controller import Event, KeyCamera
+from flashdreams.infra.controller import Event, KeyCamera, KeyController
 from flashdreams.runtime.actions import KeyMotion
 
 MOTION = KeyMotion(move_per_frame=0.5, turn_per_frame_rad=math.radians(10))
@@ -142,3 +142,20 @@ def test_collisions_hold_for_all_that_moves():
 def test_events_that_are_none_are_refused(values):
     with pytest.raises(ValueError):
         KeyCamera(MOTION, lambda poses, held: poses).check(values)
+
+
+def test_keys_need_no_camera():
+    held = KeyController(list, {"w": "jump", "z": "turn"})
+    state, at = held.new_state(), [Event(1, {"keys": "wz"}), Event(2, {"keys": "z"})]
+    assert held.advance(state, at, range(0, 3)) == [set(), {"w", "z"}, {"z"}]
+    assert held.advance(state, [], range(3, 5)) == [{"z"}, {"z"}]
+    assert held.advance(held.new_state(), [], range(3, 4)) == [set()]  # negative control
+    assert held.accepts()["properties"]["keys"]["x-keys"] == {"w": "jump", "z": "turn"}
+
+
+@pytest.mark.parametrize("values", [{}, {"keys": 1}, {"keys": "a"}, {"keys": "w", "look": [0, 0]}])
+def test_keys_without_a_camera_refuse_other_values(values):
+    controller = KeyController(list, {"w": "jump", "z": "turn"})
+    controller.check({"keys": "wz"})
+    with pytest.raises(ValueError, match=r'takes \{"keys": "w"\}|unknown key .a.\. Keys: w \(jump'):
+        controller.check(values)
