@@ -1,9 +1,9 @@
 """The check of a method: ``flashdreams-check <slug>``, also ``python -m flashdreams.check``."""
 
 if __name__ == "__main__":  # before the imports below, which take time
-    from flashdreams.runtime.first_signals import end_at_once
+    from flashdreams.runtime.first_signals import begin_command
 
-    end_at_once("flashdreams-check")
+    begin_command("flashdreams-check")
 
 from collections.abc import Sequence
 from dataclasses import dataclass

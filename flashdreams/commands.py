@@ -1,11 +1,11 @@
 """Entry points of the commands: they answer signals before they import what takes time."""
 
-from flashdreams.runtime.first_signals import end_at_once
+from flashdreams.runtime.first_signals import begin_command
 
 
 def run() -> None:
     """``flashdreams-run``."""
-    end_at_once("flashdreams-run")
+    begin_command("flashdreams-run")
     from flashdreams.run import entry_point
 
     entry_point()
@@ -13,7 +13,7 @@ def run() -> None:
 
 def serve() -> None:
     """``flashdreams-serve``."""
-    end_at_once("flashdreams-serve")
+    begin_command("flashdreams-serve")
     from flashdreams.serve import entry_point
 
     entry_point()
@@ -21,7 +21,7 @@ def serve() -> None:
 
 def check() -> None:
     """``flashdreams-check``."""
-    end_at_once("flashdreams-check")
+    begin_command("flashdreams-check")
     from flashdreams.check import entry_point
 
     entry_point()
@@ -29,7 +29,7 @@ def check() -> None:
 
 def plan() -> None:
     """``flashdreams-plan``."""
-    end_at_once("flashdreams-plan")
+    begin_command("flashdreams-plan")
     from flashdreams.plan import entry_point
 
     entry_point()
@@ -37,7 +37,7 @@ def plan() -> None:
 
 def client() -> None:
     """``flashdreams-client``."""
-    end_at_once("flashdreams-client")
+    begin_command("flashdreams-client")
     from flashdreams.serving.client_command import entry_point
 
     entry_point()

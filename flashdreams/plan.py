@@ -1,9 +1,9 @@
 """The planner: ``flashdreams-plan <slug>``, also ``python -m flashdreams.plan <slug>``."""
 
 if __name__ == "__main__":  # before the imports below, which take time
-    from flashdreams.runtime.first_signals import end_at_once
+    from flashdreams.runtime.first_signals import begin_command
 
-    end_at_once("flashdreams-plan")
+    begin_command("flashdreams-plan")
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 """The command line: ``flashdreams-run <slug>``, also ``python -m flashdreams.run <slug>``."""
 
 if __name__ == "__main__":  # before the imports below, which take time
-    from flashdreams.runtime.first_signals import end_at_once
+    from flashdreams.runtime.first_signals import begin_command
 
-    end_at_once("flashdreams-run")
+    begin_command("flashdreams-run")
 
 import contextlib
 import io

@@ -1,9 +1,9 @@
 """Live sessions: ``flashdreams-serve <slug>``, also ``python -m flashdreams.serve <slug>``."""
 
 if __name__ == "__main__":  # before the imports below, which take time
-    from flashdreams.runtime.first_signals import end_at_once
+    from flashdreams.runtime.first_signals import begin_command
 
-    end_at_once("flashdreams-serve")
+    begin_command("flashdreams-serve")
 
 import os
 import signal

@@ -1,13 +1,16 @@
-"""What a signal does before a command has imported anything; imports next to nothing itself."""
+"""What a command does before it has imported anything; imports next to nothing itself."""
 
 import contextlib
 import os
 import signal
+import sys
 from types import FrameType
 
 
-def end_at_once(program: str) -> None:
+def begin_command(program: str) -> None:
     """Let SIGINT, SIGTERM and SIGHUP end the process with one line, until others handle them.
+
+    So does a working directory that was deleted: libraries of PyTorch crash in one.
 
     Nothing is to be cleaned up yet, and what is being imported must not see an exception: some
     packages swallow it, others crash. To be called from the main thread.
@@ -22,6 +25,11 @@ def end_at_once(program: str) -> None:
             os.write(2, f"{program}: {word}\n".encode())
         os._exit(128 + number)
 
+    try:
+        os.getcwd()
+    except OSError as error:
+        sys.stderr.write(f"{program}: error: the working directory: {error.strerror}\n")
+        sys.exit(2)
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:

@@ -1,9 +1,9 @@
 """The command line of the client: ``flashdreams-client http://127.0.0.1:8000``."""
 
 if __name__ == "__main__":  # before the imports below, which take time
-    from flashdreams.runtime.first_signals import end_at_once
+    from flashdreams.runtime.first_signals import begin_command
 
-    end_at_once("flashdreams-client")
+    begin_command("flashdreams-client")
 
 import asyncio
 import contextlib

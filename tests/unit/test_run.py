@@ -511,3 +511,21 @@ def test_help_imports_torch_but_nothing_else_that_takes_long(argv: str, slow: st
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
     )
     assert done.stderr.split() == slow.split()
+
+
+def test_a_command_in_a_deleted_folder_ends_with_one_line(tmp_path: Path) -> None:
+    begin = "from flashdreams.runtime.first_signals import begin_command; begin_command('x')"
+    for deletes, code, said in (
+        (
+            f"import os; os.rmdir({str(tmp_path)!r}); ",
+            2,
+            "x: error: the working directory: ",
+        ),
+        ("", 0, ""),
+    ):
+        words, where = [sys.executable, "-c", deletes + begin], tmp_path
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(words, cwd=where, env=environment, capture_output=True, text=True)
+        assert done.returncode == code and done.stderr.startswith(said), done.stderr
+        assert done.stderr.count("\n") == (code > 0)
+        tmp_path.mkdir(exist_ok=True)
