@@ -318,6 +318,13 @@ def _apply_overrides(config: Any, line: CommandLine) -> Any:
     from tyro.conf import AvoidSubcommands, FlagConversionOff, SuppressFixed
 
     program = f"{PROGRAM} {line.slug or config.runner_name}"
+    for name in _absent_components(config, ""):
+        flag = f"--{name.replace('_', '-')}."
+        if any(word.replace("_", "-").startswith(flag) for word in line.overrides):
+            raise UsageError(
+                f"{flag[:-1]} is None, so it has no flags. Set it in the config's literal or in a "
+                f"file: {program} --print-config > run.yaml, then {PROGRAM} --config run.yaml."
+            )
     form: Any = AvoidSubcommands[SuppressFixed[FlagConversionOff[type(config)]]]  # type: ignore[misc]
     stdout = sys.stdout if _rank() == 0 else io.StringIO()
     given = {"default": config, "description": _about(config)}

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -91,7 +90,7 @@ def claim_output(config: RecordedConfig) -> BinaryIO:
         return file
     except InUseError as error:
         holder, remedy = f"another run of {slug}", "wait until it ends"
-        if _content(lock) == own:
+        if lock.is_file() and lock.read_bytes() == own:
             holder = f"a runner of {slug} in this process"
             remedy = 'close() it; "with config.setup() as runner" does so'
         raise ValueError(
@@ -102,12 +101,6 @@ def claim_output(config: RecordedConfig) -> BinaryIO:
         raise ValueError(
             f"--output-dir {folder} cannot be written: {reason_of(error)}. Name another folder."
         ) from error
-
-
-def _content(path: Path) -> bytes:
-    with suppress(OSError):  # its owner has removed it
-        return path.read_bytes()
-    return b""
 
 
 @dataclass(eq=False)

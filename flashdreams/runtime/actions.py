@@ -202,7 +202,7 @@ def check_keys(keys: Set[str], known: Mapping[str, str] = KEYS) -> None:
     """
     unknown = sorted(keys - known.keys())
     if unknown:
-        raise ValueError(f"unknown key {quoted(unknown[0])}. {_usage(known)}")
+        raise ValueError(f"unknown key {quoted(unknown[0])}. {_listed(known)}.")
 
 
 def _yaw(angle_rad: float) -> Tensor:
@@ -234,8 +234,11 @@ def _frame_count(word: str, count: str, keys: Mapping[str, str]) -> int:
 
 
 def _usage(keys: Mapping[str, str]) -> str:
-    """One line that lists the keys."""
-    listed = ", ".join(f"{key} ({what})" for key, what in keys.items())
-    one, *_, other = keys
-    example = f"{one}8 {other}4 {one}{other}6"
-    return f"Keys: {listed}; a number after them is the frames to hold, as in '{example}'."
+    """One line that says how keys are written as text."""
+    one, *rest = keys
+    example = f"{one}8 {rest[-1]}4 {one}{rest[-1]}6" if rest else f"{one}8"
+    return f"{_listed(keys)}; a number after them is the frames to hold, as in '{example}'."
+
+
+def _listed(keys: Mapping[str, str]) -> str:
+    return "Keys: " + ", ".join(f"{key} ({what})" for key, what in keys.items())

@@ -213,6 +213,16 @@ def test_an_optional_component_is_no_subcommand_and_shows_the_fields_of_its_clas
     assert _resolved("plain", "--total-blocks", "1").pipeline.encoder is None
 
 
+def test_a_flag_of_an_absent_component_says_how_to_give_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flag = "--pipeline.encoder.embedding-dim"
+    assert run.main(["plain", flag, "8"]) == 2
+    assert "--pipeline.encoder is None, so it has no flags." in capsys.readouterr().err
+    assert run.main(["wide-one", f"{flag}s", "8"]) == 2
+    assert f"Did you mean {flag}" in capsys.readouterr().err, "negative control"
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["-h"]])
 def test_help_lists_every_slug_with_its_description(
     capsys: pytest.CaptureFixture[str], argv: list[str]

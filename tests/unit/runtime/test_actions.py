@@ -147,3 +147,9 @@ def test_hold_refuses_nothing_to_hold() -> None:
 def test_key_motion_refuses_impossible_speeds(speed: float) -> None:
     with pytest.raises(ValueError, match="move_per_frame"):
         KeyMotion(move_per_frame=speed, turn_per_frame_rad=0.1)
+
+
+def test_a_method_may_have_one_key() -> None:
+    with pytest.raises(ValueError, match=r"Keys: x \(fire\); a number .* as in 'x8'\."):
+        parse_actions("y", {"x": "fire"})
+    assert parse_actions("x2", {"x": "fire"}) == [{"x"}, {"x"}]
