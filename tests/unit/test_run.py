@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import pytest
 from flashdreams import run
 from flashdreams.infra.config import InstantiateConfig, derive_config
 from flashdreams.parallel.environment import OtherRankError
-from flashdreams.registry import VARIABLE, PluginError, Registry, Source, discover
+from flashdreams.registry import VARIABLE, PluginError, Registry, Source
 from flashdreams.runtime.checkpoint import CheckpointError, MissingWeightsError
 from flashdreams.runtime.termination import Terminated
 
@@ -213,16 +212,6 @@ def test_an_optional_component_is_no_subcommand_and_shows_the_fields_of_its_clas
     assert _resolved("plain", "--total-blocks", "1").pipeline.encoder is None
 
 
-def test_a_flag_of_an_absent_component_says_how_to_give_it(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    flag = "--pipeline.encoder.embedding-dim"
-    assert run.main(["plain", flag, "8"]) == 2
-    assert "--pipeline.encoder is None, so it has no flags." in capsys.readouterr().err
-    assert run.main(["wide-one", f"{flag}s", "8"]) == 2
-    assert f"Did you mean {flag}" in capsys.readouterr().err, "negative control"
-
-
 @pytest.mark.parametrize("argv", [["--help"], ["-h"]])
 def test_help_lists_every_slug_with_its_description(
     capsys: pytest.CaptureFixture[str], argv: list[str]
@@ -236,19 +225,6 @@ def test_help_lists_every_slug_with_its_description(
     assert "is hidden by stand-ins=" in out
     assert max(map(len, out.splitlines()[:-1])) <= 80
     assert not RunnerStandIn.calls
-
-
-def test_help_lists_first_what_runs_without_weights(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run, "discover", discover)
-    assert run.main(["--help"]) == 0
-    _, *parts = re.split(r"\n\n", capsys.readouterr().out)
-    slugs = [re.findall(r"^  (\S+)", part, re.MULTILINE) for part in parts]
-    assert parts[0].startswith("slugs that run as they are:") and slugs[0][0] == "toy-world"
-    assert parts[1].startswith("slugs that need weights;") and "lingbot-world-fast" in slugs[1]
-    assert all(s in ("toy-world", "courtyard") or s.endswith("-random") for s in slugs[0])
-    assert not any(s.endswith("-random") for s in slugs[1])
 
 
 @pytest.mark.parametrize("argv", [["wide-one", "--help"], ["--help", "wide-one"]])
@@ -521,21 +497,3 @@ def test_help_imports_torch_but_nothing_else_that_takes_long(argv: str, slow: st
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
     )
     assert done.stderr.split() == slow.split()
-
-
-def test_a_command_in_a_deleted_folder_ends_with_one_line(tmp_path: Path) -> None:
-    begin = "from flashdreams.runtime.first_signals import begin_command; begin_command('x')"
-    for deletes, code, said in (
-        (
-            f"import os; os.rmdir({str(tmp_path)!r}); ",
-            2,
-            "x: error: the working directory: ",
-        ),
-        ("", 0, ""),
-    ):
-        words, where = [sys.executable, "-c", deletes + begin], tmp_path
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(words, cwd=where, env=environment, capture_output=True, text=True)
-        assert done.returncode == code and done.stderr.startswith(said), done.stderr
-        assert done.stderr.count("\n") == (code > 0)
-        tmp_path.mkdir(exist_ok=True)
