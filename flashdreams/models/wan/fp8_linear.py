@@ -78,7 +78,7 @@ def scaled_mm(x: Tensor, weight: Tensor, rows: Tensor, scale: Tensor, bias: Tens
     promoted to float32 row-wise kernels are much slower (pytorch/ao 1325).
     """
     return torch._scaled_mm(
-        x, weight.t(), rows, scale[None], bias, out_dtype=bias.dtype, use_fast_accum=True
+        x, weight.t(), rows, scale.unsqueeze(0), bias, out_dtype=bias.dtype, use_fast_accum=True
     )
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashdreams.attention import fp8
 from flashdreams.infra.diffusion.causal_config import CausalTransformerConfig
@@ -92,6 +93,7 @@ def test_a_layer_is_near_the_one_that_it_replaces(dtype):
     assert error(layer(x).float(), expected.float()) > 0.1
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="a CPU had no scales per row")
 def test_a_gpu_is_asked_for_what_a_cpu_emulates():
     """PyTorch's own FP8 matmul, with the arguments for a GPU; a CPU has it, too."""
     layer = fp8_linear.FP8Linear(linear(64, 48, torch.bfloat16))
@@ -106,6 +108,28 @@ def test_a_gpu_is_asked_for_what_a_cpu_emulates():
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-3)
     other = (values, layer.weight, rows.flip(0), layer.weight_scale, layer.bias)
     assert error(fp8_linear.emulated_mm(*other).float(), found.float()) > 0.1
+
+
+def test_a_gpu_demands_the_layouts_that_it_gets():
+    """PyTorch checks them on tensors without memory, so that no GPU is needed."""
+    with FakeTensorMode():
+
+        def on_gpu(*shape: int, dtype: torch.dtype = fp8.FP8) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="cuda")
+
+        rows, scale = (on_gpu(*shape, dtype=torch.float32) for shape in ((7, 1), (48,)))
+        given = [on_gpu(7, 64), on_gpu(48, 64), rows, scale, on_gpu(48, dtype=torch.bfloat16)]
+        found = fp8_linear.scaled_mm(*given)
+        assert found.shape == (7, 48) and found.dtype == torch.bfloat16
+        for place, wrong, message in (  # negative controls
+            (0, on_gpu(64, 7).t(), "row_major"),
+            (1, on_gpu(64, 48).t(), "col_major"),
+            (1, on_gpu(40, 64), "divisible by 16"),
+            (2, rows.flatten(), "2D"),
+            (3, on_gpu(48, dtype=torch.bfloat16), "fp32"),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                fp8_linear.scaled_mm(*[wrong if i == place else x for i, x in enumerate(given)])
 
 
 def test_packed_layers_are_the_layers_and_move_with_copies():
