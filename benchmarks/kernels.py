@@ -1,9 +1,11 @@
 """Every fused kernel against its unfused form, and FP8 matmuls against the network's dtype.
 
 ``python benchmarks/kernels.py --json out.json`` measures a chunk of the 1.3B model at 480x832 on a
-GPU; on a CPU it runs the PyTorch references at a tiny size.
+GPU; on a CPU it runs the PyTorch references at a tiny size. What fails is left out, with the reason
+on stderr.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +15,8 @@ import command
 import report
 import torch
 import torch.nn.functional as F
-from flashdreams_kernels import adaln, fp8_rows, reference, rope_qknorm
+from flashdreams_kernels import adaln, fp8_rows, linear, reference, rope_qknorm
+from tiles import multiply
 from torch import Tensor, nn
 
 from flashdreams.models.wan.fp8_linear import FP8Linear, quantize_rows
@@ -25,6 +28,11 @@ COLUMNS = (
 )  # fmt: skip
 LINGBOT_DIM, LINGBOT_FFN_DIM = 5120, 13824
 """Widths of LingBot-World 14B."""
+PROJECTION_TILES = (
+    linear.LinearTile(64, 256, 64, 4, 2, descriptors=True),
+    linear.LinearTile(256, 128, 64, 8, 3, descriptors=True, persistent=True),
+)
+"""Of the batch-invariant linear layer, for output projections."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +171,24 @@ def fp8_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[Ca
                     2 * sizes.length * inputs * outputs,
                 )
             )
+        cases += projection_cases(x.to(dtype), dim)
     return cases
+
+
+def projection_cases(x: Tensor, dim: int) -> list[Case]:
+    """Output projections of attention, ``[B, L, dim]`` to the same, other than by ``F.linear``."""
+    weight = torch.randn(dim, dim, device=x.device).to(x.dtype) / dim**0.5
+    bias = torch.zeros(dim, device=x.device, dtype=x.dtype)
+    others: dict[str, Callable[[], Tensor]] = {"without bias": partial(F.linear, x, weight)}
+    for tile in PROJECTION_TILES:
+        name = f"tiles of {tile.block_m}x{tile.block_n}"
+        others[name] = partial(multiply, tile, x[0], weight, bias)
+    nbytes, flops = 2 * x.nbytes + weight.nbytes, 2 * x.numel() * dim
+    library = partial(F.linear, x, weight, bias)
+    return [
+        Case(f"projection, {dim}, {name}", library, call, nbytes, flops)
+        for name, call in others.items()
+    ]
 
 
 def residual_cases(
@@ -210,7 +235,7 @@ def write_unfused(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots:
 
 
 def measure(case: Case, device: torch.device, repeats: int, compiled: bool) -> list[dict[str, Any]]:
-    """One row for each computation that runs here."""
+    """One row for each computation that runs here; for the others the reason is printed."""
     variants = {"unfused": case.unfused}
     if device.type == "cuda":
         variants["fused"] = case.fused
@@ -219,8 +244,13 @@ def measure(case: Case, device: torch.device, repeats: int, compiled: bool) -> l
     expected = whole(case.unfused()).clone()
     rows: list[dict[str, Any]] = []
     for name, function in variants.items():
-        result = whole(function()).clone()
-        timing = report.timing_fields(report.time_calls(function, device, repeats))
+        try:
+            result = whole(function()).clone().view_as(expected)
+            timing = report.timing_fields(report.time_calls(function, device, repeats))
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            sys.stderr.write(f"{case.name}, {name}: cannot be used here: {reason}\n")
+            continue
         difference = (result.float() - expected.float()).abs().max()
         rows.append(
             {

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from importlib import import_module, util
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO, TypedDict
 
@@ -27,15 +27,13 @@ class Spec(TypedDict):
     device: str
     options: dict[str, Any]
     """Keyword arguments of the checkout's ``rollout.load_subject``."""
-    aliases: dict[str, str]
-    """Module names that replace others, if these are installed."""
 
 
 class Streamer:
     """A pipeline with a rollout whose window is full."""
 
     def __init__(self, spec: Spec) -> None:
-        """Import the checkout's code and build the pipeline.
+        """Import the checkout's code, without touching the device.
 
         Args:
             spec: what to stream.
@@ -43,35 +41,37 @@ class Streamer:
         Raises:
             ImportError: the package comes from another folder.
         """
-        cheap_weights = import_module("cheap_weights")  # this one, not the checkout's
+        self.spec = spec
+        self.weights = import_module("cheap_weights")  # this one, not the checkout's
         tree = Path(spec["tree"]).resolve()
         sys.path[:0] = [str(tree / part) for part in ("benchmarks", ".", "kernels")]
-        for alias, name in spec["aliases"].items():
-            if util.find_spec(alias) is None and util.find_spec(name) is not None:
-                sys.modules[alias] = import_module(name)
         import torch
 
         package = import_module("flashdreams")
         if not Path(str(package.__file__)).resolve().is_relative_to(tree):
             raise ImportError(f"flashdreams comes from {package.__file__}, not from {tree}.")
-        rollout, environment = (
-            import_module("rollout"),
-            import_module("flashdreams.parallel.environment"),
-        )
+        self.rollout = import_module("rollout")
+        self.torch = torch
+        self.subject: Any = None
+        self.cache: Any = None
+        self.chunk: Any = None
+
+    def build(self) -> dict[str, Any]:
+        """Build the pipeline; from here on the process has memory of the device."""
+        torch, spec = self.torch, self.spec
         torch.set_grad_enabled(False)
-        place = environment.init(spec["device"])
-        self.torch, self.device = torch, place.device
-        weights = cheap_weights.cheap_weights(place.device)
+        place = import_module("flashdreams.parallel.environment").init(spec["device"])
+        self.device = place.device
+        weights = self.weights.cheap_weights(place.device)
         start = time.perf_counter()
         with weights:
-            self.subject: Any = rollout.load_subject(spec["slug"], place, **spec["options"])
+            self.subject = self.rollout.load_subject(spec["slug"], place, **spec["options"])
         self._synchronize()
         if self.device.type == "cuda":  # weights may have been larger during construction
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         self.setup_s = time.perf_counter() - start
-        self.cache: Any = None
-        self.chunk: Any = None
+        return {"setup_s": self.setup_s}
 
     def warm_up(self, latents: str) -> dict[str, Any]:
         """Warm up and fill the window of a rollout.
@@ -178,7 +178,7 @@ class Streamer:
 
 
 def serve(spec: Spec, orders: TextIO, answers: TextIO) -> None:
-    """Build the pipeline, then execute orders until the input ends.
+    """Import the code, then execute orders until the input ends; the first one is to build.
 
     An order is ``{"do": METHOD, ...arguments}``; a failure is answered by ``{"error": TEXT}``.
     """
@@ -192,7 +192,6 @@ def serve(spec: Spec, orders: TextIO, answers: TextIO) -> None:
     except Exception as error:
         answer({"error": _one_line(error)})
         return
-    answer({"setup_s": streamer.setup_s})
     for line in orders:
         order = json.loads(line)
         try:

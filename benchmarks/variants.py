@@ -2,11 +2,12 @@
 
 ``python benchmarks/variants.py self-forcing-wan2.1-t2v-1.3b-taehv --reference .ref --json
 out.json``. Every variant streams in a separate process (`streamer.py`) and waits during the others'
-turns, so all use the same device at the same time. A turn is a few AR steps without waiting in
-between; ``p50_ms`` is the median over turns of the time of one step, ``latency_p50_ms`` that of
-``generate`` alone on an idle device. Weights that are not on this machine are one block of random
-numbers, the same for every variant and commit, so that ``latent_error_*`` can compare a variant's
-latents with those of the first variant, over the AR steps that fill the window.
+turns, so all use the same device at the same time; with ``--one-at-a-time`` a process builds its
+pipeline only when the previous one has ended. A turn is a few AR steps without waiting in between;
+``p50_ms`` is the median over turns of the time of one step, ``latency_p50_ms`` that of ``generate``
+alone on an idle device. Weights that are not on this machine are one block of random numbers, the
+same for every variant and commit, so that ``latent_error_*`` can compare a variant's latents with
+those of the first variant, over the AR steps that fill the window.
 
 Variants that fail or do not fit in the time limit are listed with the reason in ``not_measured``.
 """
@@ -22,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,11 +58,8 @@ class Variant:
     """Keyword arguments of `rollout.load_subject`."""
     is_reference: bool = False
     """Whether to run the code of the reference commit."""
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    """Module names that replace others."""
 
 
-FA3 = {"flash_attn_interface": "fa3_fwd_interface"}
 VARIANTS = {
     "default": Variant(),
     "fp8": Variant({"transformer": {"precision": "fp8"}}),
@@ -70,15 +69,8 @@ VARIANTS = {
     ),
     "graphs off": Variant({"use_cuda_graph": False}),
     "strict": Variant({"strict": True}),
-    "strict, graphs off": Variant({"strict": True, "use_cuda_graph": False}),
     "triton": Variant({"backend": "triton"}),
-    "cudnn": Variant({"backend": "sdpa_cudnn"}),
     "reference": Variant(is_reference=True),
-    "reference, all flags": Variant(
-        {"use_cuda_graph": True, "backend": "auto", "transformer": {"fused_kernels": True}},
-        is_reference=True,
-        aliases=FA3,
-    ),
 }
 """By name; the others of a run are compared with the first."""
 
@@ -131,14 +123,16 @@ class Streaming:
             raise NotMeasuredError(found["error"])
         return found
 
-    def ask(self, deadline: float, do: str, **arguments: Any) -> dict[str, Any]:
-        """Send an order and wait for its answer; arguments as for `answer`."""
+    def tell(self, do: str, **arguments: Any) -> None:
+        """Send an order; a process that has ended shows when its answer is read."""
         assert self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            raise NotMeasuredError("its process ended") from None
+
+    def ask(self, deadline: float, do: str, **arguments: Any) -> dict[str, Any]:
+        """Send an order and wait for its answer; arguments as for `answer`."""
+        self.tell(do, **arguments)
         return self.answer(deadline)
 
     def stop(self) -> None:
@@ -162,15 +156,17 @@ class Run:
 
     def measure(self) -> None:
         """Measure all variants: concurrently and in turns, or one after the other."""
+        names = self.options.variants
+        self.running = [found for name in names if (found := self._start(name)) is not None]
         if self.options.one_at_a_time:
-            for name in self.options.variants:
-                self._measure_some([name])
+            for variant in self.running:
+                self._measure_some([variant])
         else:
-            self._measure_some(self.options.variants)
+            self._measure_some(self.running)
 
-    def _measure_some(self, names: Sequence[str]) -> None:
-        started = [found for name in names if (found := self._start(name)) is not None]
-        self.running += started
+    def _measure_some(self, started: Sequence[Streaming]) -> None:
+        for variant in started:
+            variant.tell("build")
         for variant in started:
             self._try(variant, self._warm_up)
         turns = self.options.repeats
@@ -180,6 +176,7 @@ class Run:
             self.write()
         for variant in started:
             self._try(variant, self._measure_latency)
+        self.write()
         for variant in started if self.options.profile is not None else ():
             self._try(variant, self._profile)
         for variant in started:
@@ -191,16 +188,12 @@ class Run:
         if variant.is_reference and self.options.reference is None:
             self.not_measured[name] = "no --reference given"
             return None
-        if time.monotonic() > self.deadline:
-            self.not_measured[name] = "the time limit"
-            return None
         tree = self.options.reference if variant.is_reference else HERE
         spec = {
             "tree": str(tree),
             "slug": self.options.slug,
             "device": self.options.device,
             "options": dict(variant.options),
-            "aliases": dict(variant.aliases),
         }
         return Streaming(name, spec)
 
@@ -222,7 +215,7 @@ class Run:
         if time.monotonic() > self.started + share * self.options.seconds:
             raise NotMeasuredError("the time limit")
         variant.answer(self.deadline)
-        latents = self.folder / f"{len(self.running)}-{variant.name.replace(' ', '-')}.pt"
+        latents = self.folder / f"{variant.name}.pt"
         variant.facts = variant.ask(self.deadline, "warm_up", latents=str(latents))
         variant.facts["latents"] = latents
         variant.ask(self.deadline, "steps", count=1)

@@ -27,11 +27,13 @@ def script(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def start(tmp_path: Path, sections: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def start(
+    tmp_path: Path, sections: str, run: str = "", **variables: str
+) -> subprocess.CompletedProcess[str]:
     given = {"DRY_RUN": "1", "SECTIONS": sections, "COMMIT": "0" * 40, "PYTHON": sys.executable}
     given |= {"RESULTS": str(tmp_path / "results"), "OUT": str(tmp_path / "out")}
     return subprocess.run(
-        ["bash", str(FOLDER / "gpu_session.sh")],
+        ["bash", str(FOLDER / "gpu_session.sh"), *run.split()],
         env={**os.environ, **given, **variables},
         capture_output=True,
         text=True,
@@ -40,7 +42,7 @@ def start(tmp_path: Path, sections: str, **variables: str) -> subprocess.Complet
 
 
 def test_the_headline_compares_variants_and_another_checkout(tmp_path):
-    names = "default; reference; fp8_gemm; reference, all flags; graphs off"
+    names = "default; reference; fp8_gemm; triton; graphs off"
     reference = {"REFERENCE": str(ROOT), "REFERENCE_COMMIT": "1" * 40}
     done = start(tmp_path, "headline", HEADLINE=names, **reference)
     assert done.returncode == 0, done.stderr
@@ -51,7 +53,7 @@ def test_the_headline_compares_variants_and_another_checkout(tmp_path):
     for name in ("reference", "graphs off"):
         assert rows[name]["latent_error_last"] == 0, "float32 on a CPU: the same bits"
         assert rows[name]["output_sha256"] == rows["default"]["output_sha256"]
-    assert "fused_kernels" in report["not_measured"]["reference, all flags"]
+    assert "needs a CUDA device" in report["not_measured"]["triton"]
     table = (tmp_path / "out/summary.md").read_text()
     assert f"| headline | {SLUG} | default |" in table
     assert "- lingbot: not asked for, 0 s (not measured)" in table
@@ -61,15 +63,28 @@ def test_the_headline_compares_variants_and_another_checkout(tmp_path):
 
 
 def test_what_has_no_time_left_is_not_measured(tmp_path):
-    done = start(tmp_path, "attention kernels", TOTAL_S="9")
+    done = start(tmp_path, "tiles kernels", TOTAL_S="9")
     assert done.returncode == 1
-    assert "- attention: not measured: no time was left, 0 s" in done.stdout
+    assert "- tiles: not measured: no time was left, 0 s" in done.stdout
     assert not list((tmp_path / "results").glob("*.json"))
 
 
-def test_an_unknown_section_is_refused(tmp_path):
-    done = start(tmp_path, "headlines")
-    assert done.returncode == 2 and "unknown section headlines" in done.stderr
+def test_the_two_runs_have_all_sections_between_them(tmp_path):
+    found = {}
+    for run in ("decide", "check", ""):
+        assert start(tmp_path, "", run, TOTAL_S="9", PYTHON="true").returncode == 1
+        lines = (tmp_path / "results/sections.tsv").read_text().splitlines()
+        found[run] = [line.split("\t")[0] for line in lines if "no time was left" in line]
+    assert found["decide"] and found["check"] and found["decide"] + found["check"] == found[""]
+
+
+@pytest.mark.parametrize(
+    ("sections", "run", "message"),
+    [("headlines", "", "unknown section headlines"), ("", "decides", "unknown run decides")],
+)
+def test_an_unknown_section_or_run_is_refused(tmp_path, sections, run, message):
+    done = start(tmp_path, sections, run)
+    assert done.returncode == 2 and message in done.stderr
 
 
 def test_a_section_that_fails_is_named_and_the_others_run(tmp_path):
@@ -108,6 +123,16 @@ def test_a_variant_that_is_late_keeps_what_it_has(script, tmp_path, monkeypatch)
     rows = {row["variant"]: row for row in json.loads(path.read_text())["rows"]}
     assert (rows["default"]["repeats"], rows["graphs off"]["repeats"]) == (2, 1)
     assert rows["graphs off"]["latency_p50_ms"] == "not measured"
+
+
+def test_a_kernel_that_fails_is_left_out_with_the_reason(script, capsys):
+    kernels, once = script("kernels"), iter([torch.ones(2)])
+    call = lambda: next(once)  # noqa: E731
+    assert kernels.measure(kernels.Case("k", call, call, 1), torch.device("cpu"), 1, False) == []
+    assert "k, unfused: cannot be used here" in capsys.readouterr().err
+    case = kernels.Case("k", lambda: torch.ones(2), call, 1)
+    (row,) = kernels.measure(case, torch.device("cpu"), 1, False)
+    assert (row["variant"], row["error"]) == ("unfused", 0)
 
 
 @pytest.mark.parametrize(
