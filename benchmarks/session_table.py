@@ -28,6 +28,7 @@ MORE = {
     "gib_per_s": "{:.0f} GiB/s",
     "error": "error {:.1e}",
     "speedup": "{:.2f}x",
+    "conv_ratio": "{:.3f}x its convolutions",
     "max_difference": "difference {:.1e}",
     "memory_ratio": "memory {:.3f}",
     "verdict": "{}",

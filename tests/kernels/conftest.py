@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,14 @@ import pytest
 import torch
 
 PROGRAMS = "flashdreams_kernels.programs"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU, ``-m gpu`` runs the tests of this folder, too."""
+    if torch.cuda.is_available():
+        for item in items:
+            if item.path.is_relative_to(Path(__file__).parent):
+                item.add_marker(pytest.mark.gpu)
 
 
 def switch_to_interpreter(patch: pytest.MonkeyPatch) -> None:
