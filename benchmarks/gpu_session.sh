@@ -119,8 +119,8 @@ lingbot() {
 
 decoders() {
     mapfile -t size < <(sized --dim 8 --taehv-width 8 --latent-height 4 --latent-width 4 \
-        --repeats 2 --variants "fast; fast, graph; fast, pairs of frames" -- --dim 96 --taehv-width 64 --latent-height 60 --latent-width 104 \
-        --dtype bfloat16 --repeats 10)
+        --repeats 2 --variants "fast; fast, graph; fast, pairs of frames" -- --dim 96 \
+        --taehv-width 64 --latent-height 60 --latent-width 104 --dtype bfloat16 --repeats 10)
     bench decode "${size[@]}"
 }
 
