@@ -11,9 +11,9 @@
 # ends; interrupted or failed ones are listed as not measured in the table at the end, and the exit
 # code is then 1. What each figure decides is in results/NOTES.md.
 #
-# Before, where there is a network: wheels for the Python of the GPU machine, which has torch,
-# triton, transformers, safetensors, pyyaml, jinja2, matplotlib, pytest, pytest-timeout and
-# pytest-xdist (diffusers is for the section peers alone; 34 MB), and the reference.
+# Before, where there is a network: wheels (34 MB) for the Python of the GPU machine, and the
+# reference. The machine has torch, triton, transformers, safetensors, pyyaml, jinja2, matplotlib,
+# pytest, pytest-timeout and pytest-xdist; the section peers needs accelerate and diffusers.
 #
 #   pip download --no-deps --only-binary :all: --python-version 3.12 --abi cp312 --abi abi3 \
 #       --abi none --platform manylinux_2_24_x86_64 --platform any -d .whl \
