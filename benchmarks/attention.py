@@ -14,31 +14,13 @@ import command
 import report
 import torch
 from flashdreams_kernels import reference
-from flashdreams_kernels.attention import (
-    TileConfig,
-    chunk_attention,
-    new_outputs,
-    plan,
-)
-from flashdreams_kernels.launch import target_of
+from flashdreams_kernels.attention import chunk_attention
 from torch import Tensor
 
 from flashdreams.attention.backends import BACKENDS
 from flashdreams.runtime.stats import sha256_of
 
 COLUMNS = ("case", "variant", "p50_ms", "p95_ms", "p99_ms", "tflops", "error")
-CANDIDATES = [
-    TileConfig(128, 128, 8, 2),
-    TileConfig(128, 64, 8, 3),
-    TileConfig(128, 128, 8, 2, descriptors=True),
-    TileConfig(128, 128, 8, 3, descriptors=True),
-    TileConfig(128, 64, 8, 3, descriptors=True),
-    TileConfig(128, 64, 8, 2, 2, descriptors=True, max_registers=128),
-    TileConfig(128, 32, 8, 3, 2, descriptors=True, max_registers=128),
-    TileConfig(64, 128, 4, 2, descriptors=True),
-    TileConfig(64, 64, 4, 2, 2, descriptors=True),
-]
-"""Tiles to sweep with ``--tiles``; the winner is copied into the kernel's table by hand."""
 COMPARED_QUERIES = 256
 """Number of queries compared with the reference, which needs a score for every key."""
 
@@ -62,32 +44,13 @@ PRESETS = {
 }
 
 
-def variants(device: torch.device, tiles: bool) -> dict[str, Callable[..., Tensor]]:
-    """Backends by name; on CUDA also the Triton kernel, in its default and strict forms.
-
-    Args:
-        device: where they run.
-        tiles: instead, the Triton kernel with every tile configuration of :data:`CANDIDATES`.
-    """
-    found: dict[str, Callable[..., Tensor]] = dict(BACKENDS)
-    if device.type == "cuda" and tiles:
-        found = {f"triton {config}": partial(with_tiles, config) for config in CANDIDATES}
-    elif device.type == "cuda":
-        kernels: dict[str, Callable[..., Any]] = {
-            "triton": chunk_attention,
-            "triton, 1 split": partial(chunk_attention, num_splits=1),
-            "triton, 4 splits": partial(chunk_attention, num_splits=4),
-        }
-        found |= kernels
+def variants(device: torch.device) -> dict[str, Callable[..., Any]]:
+    """Backends by name; on CUDA also the Triton kernel with other numbers of KV splits."""
+    found: dict[str, Callable[..., Any]] = dict(BACKENDS)
+    if device.type == "cuda":
+        found["triton, 1 split"] = partial(chunk_attention, num_splits=1)
+        found["triton, 4 splits"] = partial(chunk_attention, num_splits=4)
     return found
-
-
-def with_tiles(config: TileConfig, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-    """The Triton kernel with one configuration, regardless of its table."""
-    out, lse = new_outputs(q, False)
-    for launch in plan(q, k, v, None, scale, out, lse, 0, target_of(q.device), config):
-        launch.run()
-    return out
 
 
 def measure(
@@ -96,7 +59,6 @@ def measure(
     dtype: torch.dtype,
     device: torch.device,
     repeats: int,
-    tiles: bool = False,
 ) -> list[dict[str, Any]]:
     """One row per usable backend; for the others the reason is printed."""
     length, keys = sizes.len_t * sizes.tokens_per_frame, window_t * sizes.tokens_per_frame
@@ -111,7 +73,7 @@ def measure(
     expected, _ = reference.chunk_attention(q[:, :COMPARED_QUERIES], k, v, scale=scale)
     flops = 4 * length * keys * sizes.num_heads * sizes.head_dim
     rows = []
-    for name, backend in variants(device, tiles).items():
+    for name, backend in variants(device).items():
         call = partial(backend, q, k, v, scale=scale)
         try:
             out = call()
@@ -136,11 +98,11 @@ def measure(
 
 
 def measure_windows(
-    sizes: Sizes, dtype: torch.dtype, device: torch.device, repeats: int, tiles: bool
+    sizes: Sizes, dtype: torch.dtype, device: torch.device, repeats: int
 ) -> Iterator[dict[str, Any]]:
     """The rows of all window lengths of a preset."""
     for window_t in sizes.windows_t:
-        yield from measure(sizes, window_t, dtype, device, repeats, tiles)
+        yield from measure(sizes, window_t, dtype, device, repeats)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -151,7 +113,6 @@ def main(arguments: list[str] | None = None) -> None:
         arguments,
         presets=PRESETS,
         gpu_repeats=50,
-        switch=("tiles", "sweep the Triton kernel's tiles"),
         measure=measure_windows,
         columns=COLUMNS,
     )

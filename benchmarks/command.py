@@ -54,9 +54,9 @@ def run_over_sizes(
     *,
     presets: Mapping[str, Any],
     gpu_repeats: int,
-    switch: tuple[str, str],
-    measure: Callable[[Any, torch.dtype, torch.device, int, bool], Iterable[dict[str, Any]]],
+    measure: Callable[..., Iterable[dict[str, Any]]],
     columns: Sequence[str],
+    switch: tuple[str, str] | None = None,
 ) -> None:
     """The complete script of a benchmark that measures one of several model sizes.
 
@@ -66,27 +66,29 @@ def run_over_sizes(
         arguments: command line; None: that of the process.
         presets: sizes by name; the default is ``tiny`` on a CPU and ``wan-1.3b`` on a GPU.
         gpu_repeats: timed calls of each variant on a GPU; it is 20 on a CPU.
-        switch: name and help of the script's own switch.
-        measure: yields rows for sizes, dtype, device, repeats, and whether the switch is on; rows
-            are written as they come, so that an interrupted run leaves its results.
+        measure: yields rows for sizes, dtype, device, repeats, and whether the switch is on if
+            there is one; rows are written as they come, so that an interrupted run leaves its
+            results.
         columns: row fields to print in the table.
+        switch: name and help of the script's own switch.
     """
     parser = argparse.ArgumentParser(description=(description or "").split("\n\n")[0])
     parser.add_argument("--preset", choices=presets, default=None, help="default: by device")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=None)
-    parser.add_argument(f"--{switch[0]}", action="store_true", help=switch[1])
+    if switch is not None:
+        parser.add_argument(f"--{switch[0]}", action="store_true", help=switch[1])
     options = parse(parser, arguments)
     device = init(options.device).device
     on_gpu = device.type == "cuda"
     preset = options.preset or ("wan-1.3b" if on_gpu else "tiny")
     dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
     repeats = options.repeats or (gpu_repeats if on_gpu else 20)
-    sizes, switched = presets[preset], getattr(options, switch[0])
+    sizes, switched = presets[preset], [] if switch is None else [getattr(options, switch[0])]
     config = {"preset": preset, "dtype": dtype, "repeats": repeats, **vars(sizes)}
     rows: list[dict[str, Any]] = []
     found: dict[str, Any] = {}
     with torch.no_grad():
-        for row in measure(sizes, getattr(torch, dtype), device, repeats, switched):
+        for row in measure(sizes, getattr(torch, dtype), device, repeats, *switched):
             rows.append(row)
             found = report.new_report(benchmark, device, config, rows, options.git_commit)
             if options.json is not None:

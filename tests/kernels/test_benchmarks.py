@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A script's module, found as when it is run by path."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for module in ("report", "attention", name):
+    for module in ("report", "tiles", name):
         monkeypatch.delitem(sys.modules, module, raising=False)
     return importlib.import_module(name)
 
