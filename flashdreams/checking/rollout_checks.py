@@ -144,9 +144,11 @@ def check_inputs(bench: Bench, base: list[Chunk]) -> str:
     """
     others: dict[str, dict[str, Any]] = {}
     given = bench.conditions()
-    if (text := given.get("text")) is not None:
-        encoded = text if isinstance(text, Tensor) else bench.pipeline.encode_prompts(text)
-        others["prompt"] = {"text": 1 - encoded}  # an encoder may refuse another text
+    text = given.get("text")
+    if isinstance(text, list) and bench.pipeline.context_encoder.text_encoder is not None:
+        text = bench.pipeline.encode_prompts(text)
+    if isinstance(text, Tensor):
+        others["prompt"] = {"text": 1 - text}  # the encoder may refuse another text
     if isinstance(image := given.get("image"), Tensor):
         others["image"] = {"image": -image}
     end = base[-1].frames.stop
