@@ -14,7 +14,11 @@ from flashdreams.parallel.environment import init, process_count, process_rank
 
 
 def parse(
-    parser: argparse.ArgumentParser, arguments: list[str] | None, *, ranks: bool = False
+    parser: argparse.ArgumentParser,
+    arguments: list[str] | None,
+    *,
+    ranks: bool = False,
+    draws: bool = False,
 ) -> argparse.Namespace:
     """Parse a command line; errors that would spoil the report are found before any measurement.
 
@@ -22,29 +26,24 @@ def parse(
         parser: has the script's own options; the common ones are added.
         arguments: command line; None: that of the process.
         ranks: whether the script runs on several ranks of torchrun.
+        draws: whether the script draws a picture of its report.
 
     Raises:
         ValueError: the commit of the code is unknown.
     """
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--repeats", type=count, default=None, help="timed calls of each variant")
-    add_output_options(parser)
+    parser.add_argument("--json", type=new_file, default=None, help="write the report here")
+    if draws:
+        parser.add_argument("--plot", type=new_picture, help="write a picture here (.svg, .png)")
+    parser.add_argument("--git-commit", default=None, help="where the tree has no .git: its commit")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
     if not ranks and process_count() > 1:
         parser.error("it measures one process; start it with python instead of torchrun")
     if options.git_commit is None:
         report.git_state()
     return options
-
-
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Add options for the output files and for the commit of the code."""
-    parser.add_argument("--json", type=new_file, default=None, help="write the report here")
-    parser.add_argument(
-        "--plot", type=new_picture, default=None, help="write a picture here (.svg, .png)"
-    )
-    parser.add_argument("--git-commit", default=None, help="where the tree has no .git: its commit")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def run_over_sizes(
@@ -66,9 +65,8 @@ def run_over_sizes(
         arguments: command line; None: that of the process.
         presets: sizes by name; the default is ``tiny`` on a CPU and ``wan-1.3b`` on a GPU.
         gpu_repeats: timed calls of each variant on a GPU; it is 20 on a CPU.
-        measure: yields rows for sizes, dtype, device, repeats, and whether the switch is on if
-            there is one; rows are written as they come, so that an interrupted run leaves its
-            results.
+        measure: yields rows for sizes, dtype, device, repeats and, if there is a switch, whether
+            it is on; rows are written as they come, so that an interrupted run leaves its results.
         columns: row fields to print in the table.
         switch: name and help of the script's own switch.
     """
@@ -83,7 +81,7 @@ def run_over_sizes(
     preset = options.preset or ("wan-1.3b" if on_gpu else "tiny")
     dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
     repeats = options.repeats or (gpu_repeats if on_gpu else 20)
-    sizes, switched = presets[preset], [] if switch is None else [getattr(options, switch[0])]
+    sizes, switched = presets[preset], () if switch is None else (getattr(options, switch[0]),)
     config = {"preset": preset, "dtype": dtype, "repeats": repeats, **vars(sizes)}
     rows: list[dict[str, Any]] = []
     found: dict[str, Any] = {}

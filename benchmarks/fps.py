@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from flashdreams.parallel import environment
+from flashdreams.planning.devices import DEVICES
+from flashdreams.planning.plans import Planner
 from flashdreams.runtime.stats import memory_stats, sha256_of
 
 COLUMNS = (
@@ -128,20 +130,13 @@ def _time_steps(
 
 def _flops(subject: rollout.Subject, cache: Any) -> tuple[int, str]:
     """Operations of a step on this rank, and how they were determined."""
-    model = subject.pipeline.diffusion_model
-    c: Any = model.transformer.config
-    if c.use_cuda_graph and model.transformer.device.type == "cuda":
-        # The operations of a replayed graph cannot be counted.
-        import scaling
-
-        visible_t = c.window_size_t + c.sink_size_t if c.streaming else c.len_t
-        degrees = subject.mesh.degrees
-        flops = scaling.predict_call(c, degrees, visible_t).flops
-        flops *= model.scheduler.num_inference_steps
-        if c.streaming:
-            flops += scaling.predict_call(c, degrees, visible_t, write_only=True).flops
-        branches = 1 if model.config.guidance_scale is None else 2
-        return branches * flops, "formula, transformer alone"
+    network: Any = subject.pipeline.diffusion_model.transformer
+    if network.config.use_cuda_graph and network.device.type == "cuda":
+        # The operations of a replayed graph cannot be counted; rates of a device do not matter.
+        planner = Planner(
+            subject.pipeline.config, DEVICES["H200-141GB"], parallel=subject.mesh.config
+        )
+        return planner.plan(subject.mesh.degrees).work.flops, "counted on the meta device"
     rolling = cache if subject.streaming else subject.new_rollout()
     return rollout.count_flops(lambda: subject.step(rolling)), "counted"
 

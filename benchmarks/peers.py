@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--preset", choices=PRESETS, default=None, help="default: by device")
     parser.add_argument("--dtype", choices=list(DIFFERENCE_BOUNDS), default=None)
     parser.add_argument("--threads", type=command.count, default=1, help="CPU threads")
-    options = command.parse(parser, arguments)
+    options = command.parse(parser, arguments, draws=True)
     torch.set_num_threads(options.threads)
     device = init(options.device).device
     on_gpu = device.type == "cuda"

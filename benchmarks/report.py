@@ -38,12 +38,8 @@ HEADER_FIELDS = (
 )
 ROW_FIELDS = ("case", "variant", "repeats", "p50_ms", "p95_ms", "p99_ms", "output_sha256")
 PACKAGES = ("torch", "triton", "numpy", "diffusers")
-PREDICTED = {"type": "predicted", "name": "predicted, not measured"}
-"""Device of predictions, which were not measured on any device."""
 MEASURED = ("flashdreams", "kernels", "benchmarks", ":!benchmarks/results")
 """Paths in which an uncommitted change means that figures belong to no commit."""
-MAX_BARS = 24
-"""Maximum number of rows that a picture shows as bars."""
 FLUSH_BYTES = 2**28
 """Bytes written between timed calls on a GPU, so that no call finds its data in the L2 cache."""
 
@@ -153,45 +149,8 @@ def new_report(
     Raises:
         ValueError: a field is missing or empty, or the commit of the code is unknown.
     """
-    report = {
-        **_header(benchmark, config, git_commit),
-        "device": describe_device(device),
-        "rows": [dict(row) for row in rows],
-    }
-    check_report(report, row_fields)
-    return report
-
-
-def new_prediction(
-    benchmark: str,
-    config: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
-    git_commit: str | None = None,
-) -> dict[str, Any]:
-    """Build a prediction, with the header of a report.
-
-    It is not a report: `check_report` refuses it, so that it is never listed with measurements.
-
-    Args:
-        benchmark: name of the benchmark.
-        config: all assumptions.
-        rows: the results, without the fields that only a measurement has.
-        git_commit: the code's commit; None asks git.
-
-    Raises:
-        ValueError: nothing says which commit the code is of.
-    """
-    return {
-        **_header(benchmark, config, git_commit),
-        "device": PREDICTED,
-        "rows": [dict(row) for row in rows],
-    }
-
-
-def _header(benchmark: str, config: Mapping[str, Any], git_commit: str | None) -> dict[str, Any]:
-    """Fields at the start of every report, except the device."""
     commit, dirty = git_state() if git_commit is None else (git_commit, False)
-    return {
+    report = {
         "benchmark": benchmark,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "git_commit": commit,
@@ -199,7 +158,11 @@ def _header(benchmark: str, config: Mapping[str, Any], git_commit: str | None) -
         "config": dict(config),
         "config_sha256": config_sha256(config),
         "versions": _versions(),
+        "device": describe_device(device),
+        "rows": [dict(row) for row in rows],
     }
+    check_report(report, row_fields)
+    return report
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:
@@ -288,16 +251,15 @@ def finish(
         report: a checked report.
         options: options from `command.parse`.
         columns: row fields to print in the table.
-        draw: draws the picture; None: :func:`plot`.
+        draw: draws the picture; None: there is none.
     """
     device = report["device"]
     sys.stdout.write(f"{report['benchmark']} on {device['name']} at {report['git_commit'][:12]}\n")
     sys.stdout.write(table(report["rows"], columns))
     if options.json is not None:
         write(report, options.json)
-    if options.plot is not None:
-        options.plot.parent.mkdir(parents=True, exist_ok=True)
-        (draw or plot)(report, options.plot)
+    if draw is not None and options.plot is not None:
+        draw(report, options.plot)
 
 
 def write(report: Mapping[str, Any], path: Path) -> None:
@@ -321,36 +283,6 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
         )
         text += "  ".join(padded).rstrip() + "\n"
     return text
-
-
-def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Median milliseconds as a picture: few rows as bars to p99, more as lines over the cases."""
-    from matplotlib.figure import Figure
-
-    rows = report["rows"]
-    as_bars = len(rows) <= MAX_BARS
-    height = 1.5 + 0.35 * len(rows) if as_bars else 4.5
-    figure = Figure(figsize=(8, height), layout="constrained")
-    axes = figure.subplots()
-    title = f"{report['benchmark']}, {report['device']['name']}, {report['date'][:10]}"
-    if as_bars:
-        medians = [row["p50_ms"] for row in rows]
-        beyond = [row["p99_ms"] - row["p50_ms"] for row in rows]
-        bars = axes.barh(range(len(rows)), medians, xerr=[[0] * len(rows), beyond], capsize=3)
-        axes.bar_label(bars, fmt="%.3g", label_type="center", color="white")
-        axes.set_yticks(range(len(rows)), [f"{row['case']}\n{row['variant']}" for row in rows])
-        axes.invert_yaxis()
-        axes.set_xlabel("median, ms; the whisker ends at p99")
-        figure.suptitle(title)
-    else:
-        for variant in dict.fromkeys(row["variant"] for row in rows):
-            mine = [row for row in rows if row["variant"] == variant]
-            axes.plot([r["case"] for r in mine], [r["p50_ms"] for r in mine], "o-", label=variant)
-        axes.set_ylabel("median, ms")
-        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
-        axes.set_title(title)
-        axes.legend()
-    figure.savefig(path)
 
 
 def _cell(value: Any) -> str:

@@ -112,13 +112,13 @@ def run_streaming(
         measure: rows for the method, the device and the number of steps.
         columns: row fields to print in the table.
         fields: required fields of every row in addition to those of every report.
-        draw: draws the picture; None: `report.plot`.
+        draw: draws the picture; None: there is none.
     """
     parser = argparse.ArgumentParser(description=(description or "").split("\n\n")[0])
     parser.add_argument("slug", nargs="?", default="toy-world", help="a streaming method")
     parser.add_argument("--window", type=command.count, help="latent frames of the sliding window")
     parser.add_argument("--threads", type=command.count, default=1, help="CPU threads")
-    options = command.parse(parser, arguments, ranks=True)
+    options = command.parse(parser, arguments, ranks=True, draws=draw is not None)
     torch.set_num_threads(options.threads)
     place = environment.init(options.device)
     window = None if options.window is None else {"window_size_t": options.window}

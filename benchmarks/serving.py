@@ -20,21 +20,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import command
 import report
 import torch
-from serving_tap import TappedHost
 
 from flashdreams.infra.session import Session
 from flashdreams.parallel.messages import MessageChannel
 from flashdreams.registry import discover
 from flashdreams.runtime.stats import sha256_of
 from flashdreams.runtime.video import to_pixels
+from flashdreams.serving.interface import Chunk, Host, Listener, Opening
 from flashdreams.serving.limits import ServingLimits
 from flashdreams.serving.server import Server
 from flashdreams.serving.web.server import WebServer
@@ -76,8 +77,44 @@ def load(slug: str, folder: Path) -> Any:
     return replace(config.for_serving(), output_dir=folder).setup()
 
 
+@dataclass
+class Tap:
+    """The chunks of the session that was opened last, on their way to the web server."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    processor_s: list[float] = field(default_factory=list)
+    """CPU time of this process, over all threads, when each chunk arrived."""
+
+
 @contextmanager
-def served(server: Server, fps: float | None = None) -> Iterator[tuple[WebServer, TappedHost]]:
+def tapped(host: Host, fps: float | None) -> Iterator[Tap]:
+    """Record what a host delivers.
+
+    Args:
+        host: of the sessions.
+        fps: frame rate that it offers; None: its own.
+    """
+    tap, open_session = Tap(), host.open
+
+    def open_tapped(opening: Opening, listener: Listener) -> str:
+        tap.chunks, tap.processor_s = [], []
+        deliver = listener.on_chunk
+
+        def on_chunk(chunk: Chunk) -> None:
+            tap.chunks.append(chunk)
+            tap.processor_s.append(time.process_time())
+            deliver(chunk)
+
+        listener.on_chunk = on_chunk  # type: ignore[method-assign]
+        return open_session(opening, listener)
+
+    offer = host.offer if fps is None else replace(host.offer, fps=fps)
+    with mock.patch.multiple(host, open=open_tapped, offer=offer):
+        yield tap
+
+
+@contextmanager
+def served(server: Server, fps: float | None = None) -> Iterator[tuple[WebServer, Tap]]:
     """The web server for a server whose loop runs concurrently.
 
     Args:
@@ -85,12 +122,12 @@ def served(server: Server, fps: float | None = None) -> Iterator[tuple[WebServer
         fps: playback frame rate; None: that of the method.
     """
     assert server.host is not None
-    host = TappedHost(server.host, fps)
     web = WebServer(WebSettings(port=0))
     web.start()
-    web.serve(host)
     try:
-        yield web, host
+        with tapped(server.host, fps) as tap:
+            web.serve(server.host)
+            yield web, tap
     finally:
         web.stop()
 
@@ -122,8 +159,8 @@ def measure_sessions(server: Server, counts: list[int], seconds: float) -> list[
             words = ("--seconds", str(seconds), "--log", str(LOG))
             found = [figures_of(client) for client in [visit(web, *words) for _ in range(count)]]
         case = f"{count} session{'s' * (count > 1)}"
-        for variant, field in (("key to photon", "key_to_photon_ms"), ("jitter", "jitter_ms")):
-            rows.append(_row(case, variant, found, field))
+        for variant, figure in (("key to photon", "key_to_photon_ms"), ("jitter", "jitter_ms")):
+            rows.append(_row(case, variant, found, figure))
     return rows
 
 
@@ -210,11 +247,11 @@ def bare_steps(
 def served_steps(server: Server, steps: int) -> tuple[list[float], list[float], torch.Tensor]:
     """The same between served chunks, with one reading client."""
     assert server.host is not None
-    with served(server, UNPACED_FPS) as (web, host):
+    with served(server, UNPACED_FPS) as (web, tap):
         frames = steps * server.host.offer.chunk_frames
         figures_of(visit(web, "--num-frames", str(frames), "--seconds", str(CLIENT_S)))
-        at = [chunk.finished_at for chunk in host.chunks]
-        return _between(at), _between(host.processor_s), host.chunks[-1].frames
+        at = [chunk.finished_at for chunk in tap.chunks]
+        return _between(at), _between(tap.processor_s), tap.chunks[-1].frames
 
 
 def _between(seconds: list[float]) -> list[float]:

@@ -208,19 +208,10 @@ def measure(case: Case, device: torch.device, repeats: int) -> list[dict[str, An
 
 
 def measure_all(
-    sizes: Sizes, dtype: torch.dtype, device: torch.device, repeats: int, alone: bool
+    sizes: Sizes, dtype: torch.dtype, device: torch.device, repeats: int
 ) -> Iterator[dict[str, Any]]:
-    """The rows of all cases.
-
-    Args:
-        sizes: sizes of the model.
-        dtype: dtype of all tensors.
-        device: device to run on.
-        repeats: timed calls of each variant.
-        alone: measure only linear layers.
-    """
-    cases = [linear_cases] if alone else [attention_cases, linear_cases]
-    for build in cases:
+    """The rows of all cases."""
+    for build in (attention_cases, linear_cases):
         for case in build(sizes, dtype, device):
             yield from measure(case, device, repeats)
 
@@ -233,7 +224,6 @@ def main(arguments: list[str] | None = None) -> None:
         arguments,
         presets=PRESETS,
         gpu_repeats=30,
-        switch=("linear", "linear layers alone"),
         measure=measure_all,
         columns=COLUMNS,
     )

@@ -49,10 +49,13 @@ def test_a_file_that_cannot_be_written_is_found_at_once(script, tmp_path, capsys
 
 def test_a_picture_is_of_a_kind_that_can_be_drawn(script, tmp_path, capsys):
     path = tmp_path / "plot.PNG"
-    assert parse(script, "--plot", str(path), "--git-commit", "a").plot == path
+    assert parse(script, "--plot", str(path), "--git-commit", "a", draws=True).plot == path
     with pytest.raises(SystemExit, match="2"):
-        parse(script, "--plot", str(tmp_path / "plot.docx"), "--git-commit", "a")
+        parse(script, "--plot", str(tmp_path / "plot.docx"), "--git-commit", "a", draws=True)
     assert "must end in one of" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        parse(script, "--plot", str(path), "--git-commit", "a")
+    assert "unrecognized arguments: --plot" in capsys.readouterr().err
 
 
 def test_a_script_of_one_process_is_not_run_by_two(script, monkeypatch, capsys):
@@ -117,37 +120,6 @@ def test_code_without_a_commit_is_refused_before_it_is_measured(checkout, script
         report.git_state()
 
 
-def test_a_prediction_has_the_header_of_a_report_and_says_what_it_is(
-    script, monkeypatch, tmp_path, capsys
-):
-    path = tmp_path / "scaling.json"
-    words = ["--model", "tiny", "--ranks", "1", "2", "--json", str(path), "--git-commit", "0" * 40]
-    monkeypatch.setattr(sys, "argv", ["scaling.py", *words])
-    assert script("scaling").main() == 0
-    assert "predicted, not measured" in capsys.readouterr().out
-    report, found = script("report"), json.loads(path.read_text())
-    assert all(found[name] not in (None, "", {}) for name in report.HEADER_FIELDS)
-    assert found["git_commit"] == "0" * 40 and set(report.PACKAGES) < found["versions"].keys()
-    assert found["device"] == {"type": "predicted", "name": "predicted, not measured"}
-    assert found["config"]["model"] == "tiny" and found["config"]["tflops"] == 650.0
-    assert [row["ranks"] for row in found["rows"]] == [1, 2]
-    timed = {"repeats", "p50_ms", "p95_ms", "p99_ms", "output_sha256"}
-    assert not any(timed & row.keys() for row in found["rows"])
-    with pytest.raises(ValueError, match=r"lacks rows\[0\]"):
-        report.check_report(found)
-
-
-@needs_git
-def test_a_prediction_of_code_without_a_commit_is_not_written(
-    checkout, script, monkeypatch, tmp_path
-):
-    path = tmp_path / "scaling.json"
-    monkeypatch.setattr(sys, "argv", ["scaling.py", "--model", "tiny", "--json", str(path)])
-    with pytest.raises(ValueError, match="is no git checkout; give --git-commit SHA"):
-        script("scaling").main()
-    assert not path.exists()
-
-
 def test_a_mistake_ends_in_one_line(script, monkeypatch, capsys):
     command = script("command")
 
@@ -163,20 +135,6 @@ def test_a_mistake_ends_in_one_line(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["fps.py", "--debug"])
     with pytest.raises(ValueError, match="no such"):
         command.run(refuse)
-
-
-@pytest.mark.parametrize("count", [2, 25])
-def test_a_picture_names_every_variant(script, tmp_path, count):
-    report, path = script("report"), tmp_path / "plot.svg"
-    rows = [
-        {"case": "one", "variant": f"way-{i}", "p50_ms": 16.75, "p99_ms": 20.0}
-        for i in range(count)
-    ]
-    made = {"benchmark": "b", "device": {"name": "d"}, "date": "2026-12-01T10:00:00", "rows": rows}
-    report.plot(made, path)
-    drawn = path.read_text()
-    assert all(f"<!-- way-{i} -->" in drawn or f"\nway-{i} -->" in drawn for i in range(count))
-    assert ("<!-- 16.8 -->" in drawn) == (count <= report.MAX_BARS), "bars bear their figure"
 
 
 def test_a_run_that_is_cut_leaves_the_rows_it_had(script, tmp_path, monkeypatch):

@@ -277,16 +277,6 @@ def test_ratios_are_of_pairs(script):
         ratio_fields([2, 4], [1])
 
 
-@pytest.mark.parametrize(
-    "words", [["scaling.py", "--model", "tiny"], ["collectives.py", "--table"]]
-)
-def test_scripts_that_read_the_command_line(script, monkeypatch, words, capsys):
-    name = words[0].removesuffix(".py")
-    monkeypatch.setattr(sys, "argv", words)
-    assert not script(name).main()
-    assert capsys.readouterr().out
-
-
 def test_a_report_that_leaves_something_out_is_refused(script):
     report = script("report")
     row = dict(

@@ -217,8 +217,8 @@ def test_a_wrong_flag_is_found() -> None:
     bad = Snippet(page, 1, "bash", "gpu", "torchrun -m flashdreams.run toy-world --fsp 8\n")
     with pytest.raises(AssertionError, match="fsp"):
         check_marked(bad)
-    wrong = Snippet(page, 1, "bash", "gpu", "torchrun benchmarks/scaling.py --chekc\n")
-    with pytest.raises(AssertionError, match="chekc"):
+    wrong = Snippet(page, 1, "bash", "gpu", "torchrun benchmarks/fps.py toy-world --repaets 1\n")
+    with pytest.raises(AssertionError, match="repaets"):
         check_marked(wrong)
     missing = Snippet(page, 1, "bash", "cluster", "sbatch launch/absent.sbatch\n")
     with pytest.raises(AssertionError, match="does not exist"):
