@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from flashdreams.attention.backends import sdpa
@@ -58,26 +59,23 @@ class Work:
         """Bytes that this rank sends."""
         return sum(traffic.bytes_sent for traffic in self.traffic.values())
 
-    def __add__(self, other: "Work") -> "Work":
-        traffic = dict(self.traffic)
-        for name, more in other.traffic.items():
-            traffic[name] = traffic.get(name, Traffic()) + more
-        sums = {n: getattr(self, n) + getattr(other, n) for n in _NUMBERS}
-        operators = dict(self.operators)
-        for operator, more_calls in other.operators.items():
-            operators[operator] = operators.get(operator, 0) + more_calls
-        return Work(**sums, traffic=traffic, operators=operators)
+    def plus(self, other: "Work", times: int = 1) -> "Work":
+        """This work and another one, some number of times."""
+        return Work(
+            **{n: getattr(self, n) + times * getattr(other, n) for n in _NUMBERS},
+            traffic=_sums(self.traffic, other.traffic, times, Traffic()),
+            operators=_sums(self.operators, other.operators, times, 0),
+        )
 
-    def __sub__(self, other: "Work") -> "Work":
-        return self + other * -1
+    def __add__(self, other: "Work") -> "Work":
+        return self.plus(other)
 
     def __mul__(self, times: int) -> "Work":
-        traffic = {
-            n: Traffic(times * t.calls, times * t.bytes_sent) for n, t in self.traffic.items()
-        }
-        operators = {operator: times * calls for operator, calls in self.operators.items()}
-        numbers = {n: times * getattr(self, n) for n in _NUMBERS}
-        return Work(**numbers, traffic=traffic, operators=operators)
+        return Work().plus(self, times)
+
+
+def _sums(a: Mapping[Any, Any], b: Mapping[Any, Any], times: int, zero: Any) -> dict[Any, Any]:
+    return {key: a.get(key, zero) + b.get(key, zero) * times for key in {**a, **b}}
 
 
 _NUMBERS = (
@@ -108,21 +106,12 @@ class Counter(TorchDispatchMode):
         """Count one operation."""
         kwargs = dict(kwargs or {})
         out = func(*args, **kwargs)
-        inputs = list(_meta_tensors((args, kwargs)))
-        outputs = list(_meta_tensors(out))
-        if outputs:
-            self._count(func, args, kwargs, inputs, outputs, out)
+        if outputs := _meta_tensors(out):
+            self._count(func, args, kwargs, outputs, out)
         return out
 
-    def _count(
-        self,
-        func: Any,
-        args: Any,
-        kwargs: Any,
-        inputs: list[Tensor],
-        outputs: list[Tensor],
-        out: Any,
-    ) -> None:
+    def _count(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor], out: Any) -> None:
+        inputs = _meta_tensors((args, kwargs))
         for x in outputs:
             self._follow(x)
         name = func._schema.name.rpartition("::")[2]
@@ -242,16 +231,8 @@ def count(
     return counter.work(traffic()), counter.peak_bytes
 
 
-def _meta_tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_meta:
-            yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _meta_tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _meta_tensors(item)
+def _meta_tensors(value: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(value) if isinstance(x, Tensor) and x.is_meta]
 
 
 def _nbytes(x: Tensor) -> int:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 MAX_FLOPS = 1e9
 """Operations of the largest timed operator; above it, rates are accurate enough."""
@@ -130,7 +131,8 @@ def _calls(
 ) -> list[Callable[[], Any]]:
     """Calls of an operator, each with weights and state of its own."""
     operator = _as_on_a_cpu(operator)
-    kept = sum(_nbytes(x) for x in _forms(operator) if x.kept)
+    forms = filter(_is_form, tree_leaves((operator.args, operator.kwargs), _is_form))
+    kept = sum(_nbytes(x) for x in forms if x.kept)
     return [
         partial(
             operator.function,
@@ -171,34 +173,31 @@ def _as_on_a_cpu(operator: Operator) -> Operator:
 
 def _innermost(value: Any) -> Any:
     """Arguments with the channels of clips innermost."""
-    if isinstance(value, TensorForm):
-        if len(value.shape) != CLIP_DIMS:
-            return value
-        plain = torch.empty(value.shape, dtype=value.dtype, device="meta")
-        innermost = plain.to(memory_format=torch.channels_last_3d)
-        return value._replace(stride=innermost.stride())
-    return tuple(map(_innermost, value)) if isinstance(value, tuple) else value
+
+    def of_form(form: TensorForm) -> TensorForm:
+        if len(form.shape) != CLIP_DIMS:
+            return form
+        plain = torch.empty(form.shape, dtype=form.dtype, device="meta")
+        return form._replace(stride=plain.to(memory_format=torch.channels_last_3d).stride())
+
+    return tree_map_only(TensorForm, of_form, value, _is_form)
 
 
 def _filled(value: Any, shared: dict[TensorForm, Tensor]) -> Any:
     """Arguments with tensors for their forms; those that are not kept are the same ones."""
-    if isinstance(value, TensorForm):
-        if value.kept:
-            return value.new()
-        if value not in shared:
-            shared[value] = value.new()
-        return shared[value]
-    return [_filled(item, shared) for item in value] if isinstance(value, tuple) else value
+
+    def of_form(form: TensorForm) -> Tensor:
+        if form.kept:
+            return form.new()
+        if form not in shared:
+            shared[form] = form.new()
+        return shared[form]
+
+    return tree_map_only(TensorForm, of_form, value, _is_form)
 
 
-def _forms(operator: Operator) -> Iterator[TensorForm]:
-    pending: list[Any] = [operator.args, *(value for _, value in operator.kwargs)]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, TensorForm):
-            yield value
-        elif isinstance(value, tuple):
-            pending.extend(value)
+def _is_form(value: Any) -> bool:
+    return isinstance(value, TensorForm)
 
 
 def _nbytes(form: TensorForm) -> int:

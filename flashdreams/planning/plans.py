@@ -1,6 +1,6 @@
 """Every mesh for a method: memory, traffic and time of an AR step."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -211,16 +211,11 @@ class Network:
 
     def extrapolate(self, two: "Network", layers: int) -> "Network":
         """The cost of many equal layers, from one layer (this) and two (the other)."""
-        more = layers - 1
-        return Network(
-            call=self.call + (two.call - self.call) * more,
-            clean=self.clean + (two.clean - self.clean) * more,
-            begin=self.begin + (two.begin - self.begin) * more,
-            weights=self.weights + (two.weights - self.weights) * more,
-            caches=self.caches + (two.caches - self.caches) * more,
-            state=self.state + (two.state - self.state) * more,
-            activations=two.activations,
-        )
+        both = {
+            name: one * (2 - layers) + getattr(two, name) * (layers - 1)
+            for name, one in vars(self).items()
+        }
+        return Network(**{**both, "activations": two.activations})
 
 
 class Planner:
@@ -394,20 +389,11 @@ class Planner:
         timestep = torch.tensor(500.0, dtype=torch.float32, device="cpu")
         with torch.no_grad():  # with gradients, nothing is cached
             transformer.modulation_of(timestep, cache)
-        sent = mesh.meter.snapshot()
-        call, activations = count(
-            transformer,
-            lambda: transformer.predict_flow(latent, timestep, cache),
-            cache,
-            lambda: mesh.meter.since(sent),
+        predict, clean_up = transformer.predict_flow, transformer.update_cache
+        call, activations = _count(
+            transformer, lambda: predict(latent, timestep, cache), cache, mesh
         )
-        sent_before = mesh.meter.snapshot()
-        clean, _ = count(
-            transformer,
-            lambda: transformer.update_cache(latent, timestep, cache),
-            cache,
-            lambda: mesh.meter.since(sent_before),
-        )
+        clean, _ = _count(transformer, lambda: clean_up(latent, timestep, cache), cache, mesh)
         return Network(
             call=call,
             clean=clean,
@@ -444,12 +430,8 @@ class Planner:
         if index:
             with torch.no_grad():
                 decoder(latent, autoregressive_index=0, cache=cache)
-        sent = mesh.meter.snapshot()
-        work, peak = count(
-            decoder,
-            lambda: decoder(latent, autoregressive_index=index, cache=cache),
-            cache,
-            lambda: mesh.meter.since(sent),
+        work, peak = _count(
+            decoder, lambda: decoder(latent, autoregressive_index=index, cache=cache), cache, mesh
         )
         return work, storages(cache), peak
 
@@ -463,6 +445,14 @@ class Planner:
     def _other_weights(self) -> int:
         names = ("text_encoder", "image_encoder", "encoder")
         return sum(_encoder_nbytes(getattr(self.config, name)) for name in names)
+
+
+def _count(
+    module: nn.Module, call: Callable[[], Any], state: Any, mesh: DryMesh
+) -> tuple[Work, int]:
+    """The work of a call, its collectives included, and the peak bytes of its tensors."""
+    sent = mesh.meter.snapshot()
+    return count(module, call, state, lambda: mesh.meter.since(sent))
 
 
 def _encoder_nbytes(config: Any) -> int:
