@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashdreams.infra.component import ComponentConfig
-from flashdreams.infra.decoder.base import StreamingDecoder, StreamingDecoderConfig
+from flashdreams.infra.decoder.base import StreamingDecoderConfig
 from flashdreams.infra.ranges import check_range
 from flashdreams.models.carried_frames import CarriedFrames, memory_format
 from flashdreams.models.decode_graph import DecodeGraph
@@ -24,15 +24,10 @@ from flashdreams.models.decoder_forms import (
     PaddedConv2d,
     UpsampledConv2d,
     activated,
-    forms_for,
     frames_at_once,
-    select_forms,
 )
-from flashdreams.models.taehv_forms import (
-    TAEHVPhases,
-    convolve_halves,
-    pair_weight,
-)
+from flashdreams.models.taehv_forms import TAEHVPhases, convolve_halves, pair_weight
+from flashdreams.models.video_decoder import VideoDecoder
 from flashdreams.models.wan.vae import (
     WAN21_LATENT_MEAN,
     WAN21_LATENT_STD,
@@ -42,7 +37,6 @@ from flashdreams.models.wan.vae import (
 )
 from flashdreams.models.wan.vae_blocks import fold_frames
 from flashdreams.parallel.plan import ParallelPlan
-from flashdreams.runtime.cuda_graph import GraphedCallable
 
 BLOCKS_PER_LEVEL = 3
 """Memory blocks at each resolution."""
@@ -258,7 +252,7 @@ class TAEHVDecoderConfig(TAEHVConfig, StreamingDecoderConfig):
         return self.patch_size * 2 ** len(self.temporal_upsample)
 
 
-class TAEHVDecoder(StreamingDecoder):
+class TAEHVDecoder(VideoDecoder):
     """Latents to frames, chunk by chunk, at a small fraction of the full decoder's cost."""
 
     config: TAEHVDecoderConfig
@@ -266,19 +260,8 @@ class TAEHVDecoder(StreamingDecoder):
     def __init__(self, config: TAEHVDecoderConfig) -> None:
         super().__init__(config)
         self.decoder = TAEHVDecoderNetwork(config)
-        self.graph: DecodeGraph | None = None
         name_memory_slots(self)
         self.to(self.dtype)
-
-    def after_load(self) -> None:
-        """Choose the forms of the layers for the device."""
-        super().after_load()
-        self.take_forms(forms_for(self.device, self.dtype))
-
-    def take_forms(self, forms: DecoderForms) -> None:
-        """Set the requested form of every layer; the weights are in place."""
-        self.graph = None
-        select_forms(self, forms)
 
     @torch.no_grad()
     def capture(self, latent: Tensor) -> None:
@@ -286,52 +269,10 @@ class TAEHVDecoder(StreamingDecoder):
         self.graph = DecodeGraph(self.decode, self.device)
         self.graph.capture(latent)
 
-    def graphed_calls(self) -> list[GraphedCallable]:
-        """The call that decodes a chunk, once it was captured."""
-        return [] if self.graph is None else [self.graph.call]
-
-    def drop_graphs(self) -> None:
-        """Free the graph; rollouts continue eagerly."""
-        if self.graph is not None:
-            self.graph.drop()
-
-    def initialize_cache(self) -> CarriedFrames:
-        """State of a new rollout."""
-        return CarriedFrames()
-
-    def frame_count(self, latent_frames: int) -> int:
-        """One for the first latent frame, ``time_factor`` for every later one."""
-        return 1 + self.config.time_factor * (latent_frames - 1)
-
-    @torch.no_grad()
-    def forward(
-        self, latent: Tensor, autoregressive_index: int = 0, cache: CarriedFrames | None = None
-    ) -> Tensor:
-        """Decode one chunk.
-
-        Args:
-            latent: ``[B, C, T, H, W]``, normalised (for all weights), any floating dtype.
-            autoregressive_index: number of the chunk, from 0; must follow what ``cache`` has seen.
-            cache: this rollout's state, updated in place; ``None`` decodes a whole clip at once.
-
-        Returns:
-            ``[B, F, 3, height, width]``, float32 in [-1, 1]; ``F = 1 + 4 (T - 1)`` for the first
-            chunk, ``4 T`` for later ones.
-
-        Raises:
-            ValueError: wrong shape, or a chunk out of order.
-        """
-        check_latent(latent, self.config.latent_channels)
-        carried = self.initialize_cache() if cache is None else cache
-        carried.begin_chunk(autoregressive_index)
-        call = self.decode if self.graph is None else self.graph
-        video = call(latent, carried)
-        carried.chunks += 1
-        return video
-
     def decode(self, latent: Tensor, carried: CarriedFrames) -> Tensor:
-        """The computation of ``forward``, for a chunk that follows ``carried``."""
+        """See `VideoDecoder.decode`."""
         config = self.config
+        check_latent(latent, config.latent_channels)
         if config.latents == "raw":
             latent = denormalise(latent, config.latent_mean, config.latent_std)
         latent = channels_innermost(latent, self.device, self.dtype)

@@ -16,6 +16,8 @@ from flashdreams.models.wan.vae import (
     WanVAEConfig,
     WanVAEDecoder,
     WanVAEDecoderConfig,
+    WanVAEDecoderNetwork,
+    WanVAEEncoderNetwork,
     WanVAEImageEncoder,
     WanVAEImageEncoderConfig,
 )
@@ -26,7 +28,6 @@ from flashdreams.models.wan.vae_blocks import (
     ResidualBlock,
     RMSNorm,
     Upsample,
-    run_head,
 )
 from flashdreams.parallel.plan import ParallelPlan
 
@@ -71,6 +72,12 @@ class WanVAE22Config(WanVAEConfig):
         return PATCH_SIZE * 2 ** (len(self.dim_mult) - 1)
 
 
+def _residual_blocks(channels: int, out_channels: int, count: int) -> nn.ModuleList:
+    """Residual blocks, the first of which changes the number of channels."""
+    widths = [channels, *[out_channels] * (count - 1)]
+    return nn.ModuleList(ResidualBlock(width, out_channels) for width in widths)
+
+
 class UpLevel(nn.Module):
     """Residual blocks and an upsampling, beside a shortcut without parameters."""
 
@@ -78,11 +85,7 @@ class UpLevel(nn.Module):
         """``scale_t``: frames that one frame becomes, 1 or 2; None at the last resolution."""
         super().__init__()
         self.scale_t, self.out_channels = scale_t, out_channels
-        self.upsamples = nn.ModuleList()
-        for index in range(blocks):
-            self.upsamples.append(
-                ResidualBlock(channels if index == 0 else out_channels, out_channels)
-            )
+        self.upsamples = _residual_blocks(channels, out_channels, blocks)
         if scale_t is not None:
             self.upsamples.append(Upsample(out_channels, out_channels, scale_t > 1))
 
@@ -106,11 +109,7 @@ class DownLevel(nn.Module):
         """``scale_t``: frames that become one frame, 1 or 2; None at the last resolution."""
         super().__init__()
         self.scale_t, self.out_channels = scale_t, out_channels
-        self.downsamples = nn.ModuleList()
-        for index in range(blocks):
-            self.downsamples.append(
-                ResidualBlock(channels if index == 0 else out_channels, out_channels)
-            )
+        self.downsamples = _residual_blocks(channels, out_channels, blocks)
         if scale_t is not None:
             self.downsamples.append(Downsample(out_channels, scale_t > 1))
 
@@ -181,11 +180,11 @@ def _written(cells: Tensor, size: tuple[int, ...], like: Tensor) -> Tensor:
     return cells.reshape(size).contiguous(memory_format=memory_format(like))
 
 
-class WanVAE22DecoderNetwork(nn.Module):
-    """Causal convolutions from raw latents to frames; state is handed in."""
+class WanVAE22DecoderNetwork(WanVAEDecoderNetwork):
+    """The same with levels that have shortcuts, and patches of pixels."""
 
     def __init__(self, config: WanVAE22Config) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         dims = [config.dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
         scales = [1 + temporal for temporal in reversed(config.temporal_downsample)]
         blocks = config.num_res_blocks + 1
@@ -202,19 +201,14 @@ class WanVAE22DecoderNetwork(nn.Module):
 
     def forward(self, z: Tensor, carried: CarriedFrames) -> Tensor:
         """Decode ``[B, C, T, H, W]`` as the continuation of what ``carried`` has seen."""
-        x = self.middle(self.conv1(z, carried), carried)
-        for level in self.upsamples:
-            x = level(x, carried)
-        x = run_head(self.head, x, carried)
-        carried.position += z.shape[2]
-        return unpatch_pixels(x)
+        return unpatch_pixels(super().forward(z, carried))
 
 
-class WanVAE22EncoderNetwork(nn.Module):
-    """Causal convolutions from frames to latent moments; state is handed in."""
+class WanVAE22EncoderNetwork(WanVAEEncoderNetwork):
+    """The same with levels that have shortcuts, and patches of pixels."""
 
     def __init__(self, config: WanVAE22Config) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         dims = [config.dim * mult for mult in (1, *config.dim_mult)]
         scales = [1 + temporal for temporal in config.temporal_downsample]
         self.conv1 = CausalConv3d(3 * PATCH_SIZE**2, dims[0], (3, 3, 3))
@@ -233,13 +227,7 @@ class WanVAE22EncoderNetwork(nn.Module):
 
         F is 1 + 4 n at the start of a rollout and 4 n later.
         """
-        x = self.conv1(patch_pixels(video), carried)
-        for level in self.downsamples:
-            x = level(x, carried)
-        x = self.middle(x, carried)
-        x = self.head["2"](F.silu(self.head["0"](x), inplace=True), carried)
-        carried.position += x.shape[2]
-        return x
+        return super().forward(patch_pixels(video), carried)
 
 
 @dataclass(kw_only=True)

@@ -1,5 +1,3 @@
-from copy import deepcopy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +13,7 @@ from flashdreams.models.taehv_encoder import ENCODER_IGNORES, TAEHVEncoder, TAEH
 from flashdreams.models.wan.vae import WAN21_LATENT_MEAN, WAN21_LATENT_STD, denormalise, normalise
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load_checkpoint
 from tests.manifests import load_manifest, write_sparse_safetensors
+from tests.wan_vae import decode
 
 ATOL = 1e-5  # float32, against a whole-sequence reference and across pass lengths
 
@@ -47,11 +46,6 @@ def latents(frames: int, batch: int = 1, channels: int = 16) -> Tensor:
 def pixels(frames: int, size: tuple[int, int] = (16, 24), batch: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(6)
     return torch.rand(batch, 3, frames, *size, generator=generator) * 2 - 1
-
-
-def decode(decoder: TAEHVDecoder, z: Tensor, split: list[int]) -> list[Tensor]:
-    cache = decoder.initialize_cache()
-    return [decoder(chunk, i, cache) for i, chunk in enumerate(z.split(split, dim=2))]
 
 
 # A reference that has no state: the whole clip, memory padded with zeros along time
@@ -121,22 +115,6 @@ def test_streamed_decode_equals_the_whole_sequence(split, at_once):
     assert ((expected > -1) & (expected < 1)).float().mean() > 0.3  # not all clamped
 
 
-def test_single_frame_passes_are_bit_equal_for_any_split_into_chunks():
-    decoder, z = tiny_decoder(decode_frames_at_once=1), latents(6)
-    whole = decoder(z)
-    for split in ([1] * 6, [3, 3], [2, 3, 1]):
-        assert torch.equal(torch.cat(decode(decoder, z, split), dim=1), whole)
-    forgetful = torch.cat([decoder(z[:, :, :3]), decoder(z[:, :, 3:])], dim=1)
-    assert not torch.equal(forgetful[:, 9:], whole[:, 12:])  # negative control
-
-
-@pytest.mark.parametrize(("split", "frames"), [([3, 3, 3], [9, 12, 12]), ([1, 1, 2], [1, 4, 8])])
-def test_decode_yields_the_exact_number_of_frames(split, frames):
-    chunks = decode(tiny_decoder(), latents(sum(split)), split)
-    assert [chunk.shape for chunk in chunks] == [(1, n, 3, 24, 32) for n in frames]
-    assert all(chunk.dtype == torch.float32 and chunk.abs().max() <= 1 for chunk in chunks)
-
-
 def test_raw_latents_are_denormalised_first():
     z = latents(3)
     raw = denormalise(z, WAN21_LATENT_MEAN, WAN21_LATENT_STD)
@@ -151,51 +129,6 @@ def test_patched_pixels_and_other_latents_decode():
     video = torch.cat(decode(decoder, z, [1, 1]), dim=1)
     assert video.shape == (1, 5, 3, 48, 64)
     torch.testing.assert_close(video[0], reference_decode(decoder, z[0], 2), rtol=0, atol=ATOL)
-
-
-def test_clips_of_a_batch_do_not_touch_each_other():
-    decoder, z = tiny_decoder(), latents(4, batch=2)
-    video = torch.cat(decode(decoder, z, [2, 2]), dim=1)
-    for i in range(2):
-        expected = reference_decode(decoder, z[i])
-        torch.testing.assert_close(video[i], expected, rtol=0, atol=ATOL)
-
-
-def test_interleaved_rollouts_equal_solo_rollouts():
-    decoder, first, second = tiny_decoder(), latents(4), latents(4).flip(2)
-    solo = decode(decoder, first, [2, 2]), decode(decoder, second, [2, 2])
-    caches = decoder.initialize_cache(), decoder.initialize_cache()
-    for i, (a, b) in enumerate(zip(first.split(2, dim=2), second.split(2, dim=2), strict=True)):
-        assert torch.equal(decoder(a, i, caches[0]), solo[0][i])
-        assert torch.equal(decoder(b, i, caches[1]), solo[1][i])
-
-
-def test_cache_round_trips_and_stays_at_constant_size():
-    decoder, z = tiny_decoder(), latents(12)
-    cache, sizes, expected = decoder.initialize_cache(), [], []
-    for i, chunk in enumerate(z.split(3, dim=2)):
-        if i == 2:
-            resumed = deepcopy(cache)
-        expected.append(decoder(chunk, i, cache))
-        sizes.append(cache.num_bytes())
-    assert len(set(sizes)) == 1
-    for i in (2, 3):
-        assert torch.equal(decoder(z[:, :, 3 * i : 3 * i + 3], i, resumed), expected[i])
-    fresh = decoder(z[:, :, 6:9])[:, -9:]
-    assert not torch.equal(fresh, expected[2][:, -9:])  # negative control
-
-
-def test_bfloat16_stays_near_float32():
-    z = latents(3)
-    exact, rounded = tiny_decoder()(z), tiny_decoder(dtype="bfloat16")(z)
-    error = (rounded - exact).abs()
-    assert rounded.dtype == torch.float32 and error.max() < 0.3 and error.mean() < 0.02
-
-
-def test_every_place_of_the_plan_exists_and_only_those_look_sideways():
-    decoder = tiny_decoder()
-    wide = {n for n, p in decoder.named_parameters() if p.dim() == 4 and p.shape[-1] > 1}
-    assert {n.removesuffix(".weight") for n in wide} == set(decoder.parallel_plan().spatial)
 
 
 # Encoding

@@ -1,19 +1,14 @@
 """The Wan 2.2 autoencoder against the official code, ``diffusers`` and itself in pieces."""
 
-import re
-from copy import deepcopy
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flashdreams.models.wan import vae22
 from flashdreams.models.wan.vae import (
-    DECODER_IGNORES,
-    ENCODER_IGNORES,
     WanVAEDecoderConfig,
     denormalise,
     normalise,
@@ -29,11 +24,18 @@ from flashdreams.models.wan.vae22 import (
 )
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load_checkpoint
 from tests.goldens import golden_config, golden_path, load_golden
-from tests.manifests import load_manifest, write_sparse_safetensors
-from tests.wan_vae import decode, draw_latents, draw_pixels, drawn
+from tests.wan_vae import (
+    ATOL,
+    check_against_diffusers,
+    check_published_tensors,
+    check_streamed_encode,
+    decode,
+    draw_latents,
+    draw_pixels,
+    drawn,
+)
 
 GOLDEN = "c2_wan22_vae_tiny"
-ATOL = 5e-5  # float32 against the official code and across pass lengths
 
 
 tiny_decoder = partial(drawn, WanVAE22DecoderConfig, seed=7)
@@ -169,44 +171,15 @@ def test_both_halves_match_diffusers(tmp_path):
         out_channels=12, patch_size=2, scale_factor_spatial=16, latents_mean=[0.0] * 48,
         latents_std=[1.0] * 48,
     )  # fmt: skip
-    for parameter in peer.parameters():
-        torch.nn.init.normal_(parameter, std=0.3 if parameter.dim() < 4 else 0.1)
-    save_file(peer.state_dict(), tmp_path / "peer.safetensors")
-    decoder = WanVAE22DecoderConfig(dim=6).setup()
-    encoder = WanVAE22ImageEncoderConfig(dim=4).setup()
-    for half, ignore in ((decoder, DECODER_IGNORES), (encoder, ENCODER_IGNORES)):
-        source = CheckpointConfig(source=str(tmp_path / "peer.safetensors"), ignore=ignore)
-        assert load_checkpoint(half, source).key_map == "diffusers"
-
-    z, video = latents(4), pixels(9)
-    with torch.no_grad():
-        raw = denormalise(z, WAN22_LATENT_MEAN, WAN22_LATENT_STD)
-        expected = peer.decode(raw).sample
-        mean = peer.encode(video).latent_dist.mean
-    decoded = torch.cat(decode(decoder, z, [1, 3]), dim=1).transpose(1, 2)
-    torch.testing.assert_close(decoded, expected, rtol=0, atol=ATOL)
-    assert expected.abs().min() < 0.5  # not all clamped
-    encoded = denormalise(encoder(video), WAN22_LATENT_MEAN, WAN22_LATENT_STD)
-    torch.testing.assert_close(encoded, mean, rtol=1e-5, atol=ATOL)
-    wrong = decoder(z.flip(1), 0, decoder.initialize_cache()).transpose(1, 2)
-    assert (wrong - expected).abs().max() > 20 * ATOL  # negative control: channels reversed
+    configs = WanVAE22DecoderConfig(dim=6), WanVAE22ImageEncoderConfig(dim=4)
+    check_against_diffusers(peer, *configs, tmp_path)
 
 
 def test_full_size_takes_exactly_the_published_tensors(tmp_path):
-    manifest = load_manifest("wan22_vae")
-    write_sparse_safetensors(tmp_path / "vae.safetensors", manifest)
+    configs = WanVAE22DecoderConfig(), WanVAE22ImageEncoderConfig()
+    source = check_published_tensors("wan22_vae", *configs, tmp_path)
     with torch.device("meta"):
-        halves = {
-            DECODER_IGNORES: WanVAE22DecoderConfig().setup(),
-            ENCODER_IGNORES: WanVAE22ImageEncoderConfig().setup(),
-        }
         other = WanVAEDecoderConfig().setup()
-    taken = 0
-    for ignore, half in halves.items():
-        source = CheckpointConfig(source=str(tmp_path / "vae.safetensors"), ignore=ignore)
-        taken += load_checkpoint(half, source, device="meta").tensors
-    assert taken == len(manifest) == 196
-    source = CheckpointConfig(source=str(tmp_path / "vae.safetensors"), ignore=DECODER_IGNORES)
     with pytest.raises(CheckpointError, match="does not fit"):  # negative control: Wan 2.1
         load_checkpoint(other, source, device="meta")
 
@@ -214,69 +187,11 @@ def test_full_size_takes_exactly_the_published_tensors(tmp_path):
 # Streaming
 
 
-def test_decode_is_bit_equal_for_any_split_into_chunks():
-    decoder, z = tiny_decoder(), latents(6)
-    whole = decoder(z)
-    assert whole.shape == (1, 21, 3, 48, 32)
-    for split in ([1] * 6, [3, 3], [2, 3, 1], [4, 2]):
-        assert torch.equal(torch.cat(decode(decoder, z, split), dim=1), whole)
-    restarted = torch.cat([decoder(z[:, :, :3]), decoder(z[:, :, 3:])], dim=1)
-    assert not torch.equal(restarted[:, 9:], whole[:, 9 : restarted.shape[1]])  # negative control
-
-
 def test_streamed_encode_is_bit_equal_to_the_whole_video():
     encoder, video = tiny_encoder(), pixels(13)
-    whole = encoder(video)
-    assert whole.shape == (1, 48, 4, 2, 3)
-    for split in ([1, 4, 8], [5, 8], [9, 4]):
-        cache = encoder.initialize_cache()
-        parts = [encoder.encode_chunk(part, cache) for part in video.split(split, dim=2)]
-        assert torch.equal(torch.cat(parts, dim=2), whole)
-    fresh = encoder.encode_chunk(video[:, :, 4:5], encoder.initialize_cache())
-    assert not torch.equal(fresh, whole[:, :, 1:2])  # negative control: no carried frames
+    check_streamed_encode(encoder, video)
     longer = encoder(torch.cat([video, video[:, :, :3]], dim=2))
-    assert torch.equal(longer, whole), "frames that fill no latent frame are left out"
-
-
-def test_interleaved_rollouts_equal_solo_rollouts_and_state_keeps_its_size():
-    decoder, first, second = tiny_decoder(), latents(4), latents(4).flip(2)
-    solo = decode(decoder, first, [1] * 4), decode(decoder, second, [1] * 4)
-    caches, sizes = (decoder.initialize_cache(), decoder.initialize_cache()), set()
-    for i, (a, b) in enumerate(zip(first.split(1, dim=2), second.split(1, dim=2), strict=True)):
-        if i == 2:
-            resumed = deepcopy(caches[0])
-        assert torch.equal(decoder(a, i, caches[0]), solo[0][i])
-        assert torch.equal(decoder(b, i, caches[1]), solo[1][i])
-        sizes.add(caches[0].num_bytes())
-    assert len(sizes) == 1
-    assert torch.equal(decoder(first[:, :, 2:3], 2, resumed), solo[0][2])
-
-
-def test_clips_of_a_batch_do_not_touch_each_other():
-    decoder, z = tiny_decoder(decode_frames_at_once=None), latents(4, batch=2)
-    both = torch.cat(decode(decoder, z, [2, 2]), dim=1)
-    for i in range(2):
-        alone = torch.cat(decode(decoder, z[i : i + 1], [2, 2]), dim=1)
-        torch.testing.assert_close(both[i : i + 1], alone, rtol=0, atol=ATOL)
-
-
-def test_bfloat16_stays_near_float32():
-    z = latents(3)
-    exact, rounded = tiny_decoder()(z), tiny_decoder(dtype="bfloat16")(z)
-    assert rounded.dtype == torch.float32
-    error = (rounded - exact).abs()
-    assert error.max() < 0.2 and error.mean() < 0.02
-
-
-def test_every_place_of_the_plan_exists_and_only_those_look_sideways():
-    decoder = tiny_decoder()
-    plan = decoder.parallel_plan().spatial
-    patterns = [re.compile(re.escape(p).replace(r"\*", "[^.]+")) for p in plan]
-    modules = dict(decoder.named_modules())
-    matched = {n for n in modules if any(p.fullmatch(n) for p in patterns)}
-    assert all(any(p.fullmatch(n) for n in modules) for p in patterns)
-    wide = {n for n, p in decoder.named_parameters() if p.dim() >= 4 and p.shape[-1] > 1}
-    assert {n.removesuffix(".weight") for n in wide} == matched - {"decoder.middle.1.core"}
+    assert torch.equal(longer, encoder(video)), "frames that fill no latent frame are left out"
 
 
 # Bad input
