@@ -1,7 +1,7 @@
 """Configs of Causal-Forcing: streaming text- and image-to-video on Wan 2.1 1.3B."""
 
 from flashdreams.infra.config import derive_config
-from flashdreams.infra.runner import RunnerConfig
+from flashdreams.infra.runner_configs import by_name, with_pipeline
 from flashdreams.infra.video_runner import ImageToVideoRunnerConfig, TextToVideoRunnerConfig
 from flashdreams.models.wan.config import (
     FOUR_STEP_PIPELINE_1_3B,
@@ -100,11 +100,10 @@ CHUNKWISE_RUNNER = TextToVideoRunnerConfig(
     pipeline=CHUNKWISE_PIPELINE,
 )
 
-FRAMEWISE_RUNNER = derive_config(
+FRAMEWISE_RUNNER = with_pipeline(
     CHUNKWISE_RUNNER,
-    runner_name=FRAMEWISE_PIPELINE.name,
-    description="Causal-Forcing on Wan 2.1 1.3B: streaming text-to-video, 4 frames a step.",
-    pipeline=FRAMEWISE_PIPELINE,
+    FRAMEWISE_PIPELINE,
+    "Causal-Forcing on Wan 2.1 1.3B: streaming text-to-video, 4 frames a step.",
     total_blocks=180,
 )
 
@@ -116,12 +115,7 @@ I2V_FRAMEWISE_RUNNER = ImageToVideoRunnerConfig(
 )
 
 FEW_STEP_RUNNERS = [
-    derive_config(
-        runner,
-        runner_name=pipeline.name,
-        description=f"Causal-Forcing++ on Wan 2.1 1.3B: {what}, {steps} a chunk.",
-        pipeline=pipeline,
-    )
+    with_pipeline(runner, pipeline, f"Causal-Forcing++ on Wan 2.1 1.3B: {what}, {steps} a chunk.")
     for runner, pipeline, what, steps in (
         (FRAMEWISE_RUNNER, TWO_STEP_PIPELINE, "streaming text-to-video", "2 steps"),
         (FRAMEWISE_RUNNER, ONE_STEP_PIPELINE, "streaming text-to-video", "1 step"),
@@ -130,19 +124,15 @@ FEW_STEP_RUNNERS = [
     )
 ]
 
-TINY_RUNNER = derive_config(
+TINY_RUNNER = with_pipeline(
     I2V_FRAMEWISE_RUNNER,
-    runner_name=TINY_PIPELINE.name,
-    description="Causal-Forcing at toy size with random weights: noise, in seconds.",
-    pipeline=TINY_PIPELINE,
+    TINY_PIPELINE,
+    "Causal-Forcing at toy size with random weights: noise, in seconds.",
     total_blocks=7,
     test_image=True,
 )
 
-RUNNER_CONFIGS: dict[str, RunnerConfig] = {
-    runner.runner_name: runner
-    for runner in (
-        *(CHUNKWISE_RUNNER, FRAMEWISE_RUNNER, I2V_FRAMEWISE_RUNNER),
-        *(*FEW_STEP_RUNNERS, TINY_RUNNER),
-    )
-}
+RUNNER_CONFIGS = by_name(
+    *(CHUNKWISE_RUNNER, FRAMEWISE_RUNNER, I2V_FRAMEWISE_RUNNER),
+    *(*FEW_STEP_RUNNERS, TINY_RUNNER),
+)

@@ -7,7 +7,7 @@ from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.diffusion.scheduler.fm import FlowMatchSchedulerConfig
 from flashdreams.infra.diffusion.scheduler.fm_unipc import FlowUniPCSchedulerConfig
 from flashdreams.infra.pipeline import StreamInferencePipelineConfig
-from flashdreams.infra.runner import RunnerConfig
+from flashdreams.infra.runner_configs import by_name, with_pipeline
 from flashdreams.models.wan.config import (
     NEGATIVE_PROMPT,
     TAEHV_DECODER,
@@ -170,18 +170,16 @@ RUNNER = CameraToVideoRunnerConfig(
     pipeline=PIPELINE,
 )
 
-TAEHV_RUNNER = derive_config(
+TAEHV_RUNNER = with_pipeline(
     RUNNER,
-    runner_name=TAEHV_PIPELINE.name,
-    description="LingBot-World with a short window and the tiny decoder, for speed and memory.",
-    pipeline=TAEHV_PIPELINE,
+    TAEHV_PIPELINE,
+    "LingBot-World with a short window and the tiny decoder, for speed and memory.",
 )
 
-TINY_RUNNER = derive_config(
+TINY_RUNNER = with_pipeline(
     RUNNER,
-    runner_name=TINY_PIPELINE.name,
-    description="LingBot-World at toy size with random weights: noise, in seconds.",
-    pipeline=TINY_PIPELINE,
+    TINY_PIPELINE,
+    "LingBot-World at toy size with random weights: noise, in seconds.",
     total_blocks=4,
     actions="w20 l8 wl17",
     test_image=True,
@@ -199,16 +197,12 @@ BASE_RUNNER = CameraToClipRunnerConfig(
     total_blocks=1,
 )
 
-BASE_TINY_RUNNER = derive_config(
+BASE_TINY_RUNNER = with_pipeline(
     BASE_RUNNER,
-    runner_name=BASE_TINY_PIPELINE.name,
-    description="LingBot-World base at toy size with random weights: noise, in seconds.",
-    pipeline=BASE_TINY_PIPELINE,
+    BASE_TINY_PIPELINE,
+    "LingBot-World base at toy size with random weights: noise, in seconds.",
     negative_prompt=TINY_NEGATIVE_PROMPT,
     test_image=True,
 )
 
-RUNNER_CONFIGS: dict[str, RunnerConfig] = {
-    runner.runner_name: runner
-    for runner in (RUNNER, TAEHV_RUNNER, BASE_RUNNER, TINY_RUNNER, BASE_TINY_RUNNER)
-}
+RUNNER_CONFIGS = by_name(RUNNER, TAEHV_RUNNER, BASE_RUNNER, TINY_RUNNER, BASE_TINY_RUNNER)

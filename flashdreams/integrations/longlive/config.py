@@ -4,7 +4,7 @@ from flashdreams.infra.config import derive_config
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.diffusion.scheduler.fm_unipc import FlowUniPCSchedulerConfig
 from flashdreams.infra.pipeline import StreamInferencePipelineConfig
-from flashdreams.infra.runner import RunnerConfig
+from flashdreams.infra.runner_configs import by_name, with_pipeline
 from flashdreams.infra.video_runner import ImageToVideoRunnerConfig, TextToVideoRunnerConfig
 from flashdreams.models.wan.config import (
     FOUR_STEP_PIPELINE_1_3B,
@@ -118,11 +118,10 @@ RUNNER = TextToVideoRunnerConfig(
     pipeline=PIPELINE,
 )
 
-INFINITY_RUNNER = derive_config(
+INFINITY_RUNNER = with_pipeline(
     RUNNER,
-    runner_name=INFINITY_PIPELINE.name,
-    description="LongLive 1.0 with cache-relative RoPE, for videos of unlimited length.",
-    pipeline=INFINITY_PIPELINE,
+    INFINITY_PIPELINE,
+    "LongLive 1.0 with cache-relative RoPE, for videos of unlimited length.",
 )
 
 SHOTS_RUNNER = TextToVideoRunnerConfig(
@@ -141,15 +140,11 @@ SHOTS_IMAGE_RUNNER = ImageToVideoRunnerConfig(
     fps=24,
 )
 
-TINY_RUNNER = derive_config(
+TINY_RUNNER = with_pipeline(
     SHOTS_RUNNER,
-    runner_name=TINY_PIPELINE.name,
-    description="LongLive at toy size with random weights: noise, in seconds.",
-    pipeline=TINY_PIPELINE,
+    TINY_PIPELINE,
+    "LongLive at toy size with random weights: noise, in seconds.",
     total_blocks=8,
 )
 
-RUNNER_CONFIGS: dict[str, RunnerConfig] = {
-    runner.runner_name: runner
-    for runner in (RUNNER, INFINITY_RUNNER, SHOTS_RUNNER, SHOTS_IMAGE_RUNNER, TINY_RUNNER)
-}
+RUNNER_CONFIGS = by_name(RUNNER, INFINITY_RUNNER, SHOTS_RUNNER, SHOTS_IMAGE_RUNNER, TINY_RUNNER)

@@ -4,7 +4,7 @@ from flashdreams.infra.config import derive_config
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.diffusion.scheduler.fm import FlowMatchSchedulerConfig
 from flashdreams.infra.pipeline import StreamInferencePipelineConfig
-from flashdreams.infra.runner import RunnerConfig
+from flashdreams.infra.runner_configs import by_name, with_pipeline
 from flashdreams.models.clip import CLIPImageEncoderConfig
 from flashdreams.models.wan.config import (
     TAEHV_DECODER,
@@ -121,27 +121,24 @@ RUNNER = MatrixGameRunnerConfig(
     pipeline=PIPELINE,
 )
 
-GTA_DRIVE_RUNNER = derive_config(
+GTA_DRIVE_RUNNER = with_pipeline(
     RUNNER,
-    runner_name=GTA_DRIVE_PIPELINE.name,
-    description="Matrix-Game 2.0, fine-tuned for driving a car.",
+    GTA_DRIVE_PIPELINE,
+    "Matrix-Game 2.0, fine-tuned for driving a car.",
     variant="gta_drive",
-    pipeline=GTA_DRIVE_PIPELINE,
 )
 
-TEMPLE_RUN_RUNNER = derive_config(
+TEMPLE_RUN_RUNNER = with_pipeline(
     RUNNER,
-    runner_name=TEMPLE_RUN_PIPELINE.name,
-    description="Matrix-Game 2.0, fine-tuned for a running game: one key at a time, no mouse.",
+    TEMPLE_RUN_PIPELINE,
+    "Matrix-Game 2.0, fine-tuned for a running game: one key at a time, no mouse.",
     variant="temple_run",
-    pipeline=TEMPLE_RUN_PIPELINE,
 )
 
-TINY_RUNNER = derive_config(
+TINY_RUNNER = with_pipeline(
     RUNNER,
-    runner_name=TINY_PIPELINE.name,
-    description="Matrix-Game 2.0 at toy size with random weights: noise, in seconds.",
-    pipeline=TINY_PIPELINE,
+    TINY_PIPELINE,
+    "Matrix-Game 2.0 at toy size with random weights: noise, in seconds.",
     total_blocks=4,
     actions="w12 wl12 j8",
     test_image=True,
@@ -151,17 +148,10 @@ TINY_RUNNER = derive_config(
 def with_tiny_decoder(runner: MatrixGameRunnerConfig) -> MatrixGameRunnerConfig:
     """The same world with the tiny decoder, for speed."""
     name = f"{runner.runner_name}-taehv"
-    return derive_config(
-        runner,
-        runner_name=name,
-        description=f"{runner.description} Tiny decoder, for speed.",
-        pipeline=derive_config(runner.pipeline, name=name, decoder=TAEHV_DECODER),
-    )
+    pipeline = derive_config(runner.pipeline, name=name, decoder=TAEHV_DECODER)
+    return with_pipeline(runner, pipeline, f"{runner.description} Tiny decoder, for speed.")
 
 
 FULL_SIZE = (RUNNER, GTA_DRIVE_RUNNER, TEMPLE_RUN_RUNNER)
 
-RUNNER_CONFIGS: dict[str, RunnerConfig] = {
-    runner.runner_name: runner
-    for runner in (*FULL_SIZE, *map(with_tiny_decoder, FULL_SIZE), TINY_RUNNER)
-}
+RUNNER_CONFIGS = by_name(*FULL_SIZE, *map(with_tiny_decoder, FULL_SIZE), TINY_RUNNER)

@@ -1,7 +1,7 @@
 """Configs of Self-Forcing: streaming text-to-video on Wan 2.1 1.3B."""
 
 from flashdreams.infra.config import derive_config
-from flashdreams.infra.runner import RunnerConfig
+from flashdreams.infra.runner_configs import by_name, with_pipeline
 from flashdreams.infra.video_runner import TextToVideoRunnerConfig
 from flashdreams.models.wan.config import (
     FOUR_STEP_PIPELINE_1_3B,
@@ -50,28 +50,19 @@ RUNNER = TextToVideoRunnerConfig(
     pipeline=PIPELINE,
 )
 
-TAEHV_RUNNER = derive_config(
-    RUNNER,
-    runner_name=TAEHV_PIPELINE.name,
-    description="Self-Forcing with the tiny decoder, for speed.",
-    pipeline=TAEHV_PIPELINE,
+TAEHV_RUNNER = with_pipeline(
+    RUNNER, TAEHV_PIPELINE, "Self-Forcing with the tiny decoder, for speed."
 )
 
-REROPE_RUNNER = derive_config(
-    RUNNER,
-    runner_name=REROPE_PIPELINE.name,
-    description="Self-Forcing with 5 sink and 7 window frames, for long rollouts.",
-    pipeline=REROPE_PIPELINE,
+REROPE_RUNNER = with_pipeline(
+    RUNNER, REROPE_PIPELINE, "Self-Forcing with 5 sink and 7 window frames, for long rollouts."
 )
 
-TINY_RUNNER = derive_config(
+TINY_RUNNER = with_pipeline(
     RUNNER,
-    runner_name=TINY_PIPELINE.name,
-    description="Self-Forcing at toy size with random weights: noise, in seconds.",
-    pipeline=TINY_PIPELINE,
+    TINY_PIPELINE,
+    "Self-Forcing at toy size with random weights: noise, in seconds.",
     total_blocks=7,
 )
 
-RUNNER_CONFIGS: dict[str, RunnerConfig] = {
-    runner.runner_name: runner for runner in (RUNNER, TAEHV_RUNNER, REROPE_RUNNER, TINY_RUNNER)
-}
+RUNNER_CONFIGS = by_name(RUNNER, TAEHV_RUNNER, REROPE_RUNNER, TINY_RUNNER)

@@ -4,7 +4,7 @@ from flashdreams.infra.config import derive_config
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.diffusion.scheduler.fm import FlowMatchSchedulerConfig
 from flashdreams.infra.pipeline import StreamInferencePipelineConfig
-from flashdreams.infra.runner import RunnerConfig
+from flashdreams.infra.runner_configs import by_name
 from flashdreams.models.wan.transformer import WanTransformerConfig
 from flashdreams.runtime.checkpoint import CheckpointConfig
 
@@ -100,6 +100,4 @@ COURTYARD_RUNNER = derive_config(
     scale=4,
 )
 
-RUNNER_CONFIGS: dict[str, RunnerConfig] = {
-    config.runner_name: config for config in (TOY_WORLD_RUNNER, COURTYARD_RUNNER)
-}
+RUNNER_CONFIGS = by_name(TOY_WORLD_RUNNER, COURTYARD_RUNNER)

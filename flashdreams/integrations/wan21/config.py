@@ -4,7 +4,7 @@ from flashdreams.infra.config import derive_config
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.diffusion.scheduler.fm_unipc import FlowUniPCSchedulerConfig
 from flashdreams.infra.pipeline import StreamInferencePipelineConfig
-from flashdreams.infra.runner import RunnerConfig
+from flashdreams.infra.runner_configs import by_name, with_pipeline
 from flashdreams.infra.video_runner import ImageToVideoRunnerConfig, TextToVideoRunnerConfig
 from flashdreams.models.wan.config import (
     I2V_14B_480P_REPO,
@@ -118,11 +118,10 @@ T2V_1_3B_480P_RUNNER = TextToVideoRunnerConfig(
     total_blocks=1,
 )
 
-T2V_14B_720P_RUNNER = derive_config(
+T2V_14B_720P_RUNNER = with_pipeline(
     T2V_1_3B_480P_RUNNER,
-    runner_name=T2V_14B_720P_PIPELINE.name,
-    description="Wan 2.1 text-to-video 14B, 81 frames at 720x1280, all frames at once.",
-    pipeline=T2V_14B_720P_PIPELINE,
+    T2V_14B_720P_PIPELINE,
+    "Wan 2.1 text-to-video 14B, 81 frames at 720x1280, all frames at once.",
 )
 
 I2V_14B_480P_RUNNER = ImageToVideoRunnerConfig(
@@ -133,30 +132,25 @@ I2V_14B_480P_RUNNER = ImageToVideoRunnerConfig(
     total_blocks=1,
 )
 
-T2V_TINY_RUNNER = derive_config(
+T2V_TINY_RUNNER = with_pipeline(
     T2V_1_3B_480P_RUNNER,
-    runner_name=T2V_TINY_PIPELINE.name,
-    description="Wan 2.1 text-to-video at toy size with random weights: noise, in seconds.",
-    pipeline=T2V_TINY_PIPELINE,
+    T2V_TINY_PIPELINE,
+    "Wan 2.1 text-to-video at toy size with random weights: noise, in seconds.",
     negative_prompt=TINY_NEGATIVE_PROMPT,
 )
 
-I2V_TINY_RUNNER = derive_config(
+I2V_TINY_RUNNER = with_pipeline(
     I2V_14B_480P_RUNNER,
-    runner_name=I2V_TINY_PIPELINE.name,
-    description="Wan 2.1 image-to-video at toy size with random weights: noise, in seconds.",
-    pipeline=I2V_TINY_PIPELINE,
+    I2V_TINY_PIPELINE,
+    "Wan 2.1 image-to-video at toy size with random weights: noise, in seconds.",
     negative_prompt=TINY_NEGATIVE_PROMPT,
     test_image=True,
 )
 
-RUNNER_CONFIGS: dict[str, RunnerConfig] = {
-    runner.runner_name: runner
-    for runner in (
-        T2V_1_3B_480P_RUNNER,
-        T2V_14B_720P_RUNNER,
-        I2V_14B_480P_RUNNER,
-        T2V_TINY_RUNNER,
-        I2V_TINY_RUNNER,
-    )
-}
+RUNNER_CONFIGS = by_name(
+    T2V_1_3B_480P_RUNNER,
+    T2V_14B_720P_RUNNER,
+    I2V_14B_480P_RUNNER,
+    T2V_TINY_RUNNER,
+    I2V_TINY_RUNNER,
+)

@@ -4,7 +4,7 @@ from flashdreams.infra.config import derive_config
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.diffusion.scheduler.fm_unipc import FlowUniPCSchedulerConfig
 from flashdreams.infra.pipeline import StreamInferencePipelineConfig
-from flashdreams.infra.runner import RunnerConfig
+from flashdreams.infra.runner_configs import by_name, with_pipeline
 from flashdreams.models.wan.config import (
     NEGATIVE_PROMPT,
     TAEHV22_DECODER,
@@ -76,22 +76,16 @@ RUNNER = TextImageToVideoRunnerConfig(
     fps=24,
 )
 
-TAEHV_RUNNER = derive_config(
-    RUNNER,
-    runner_name=TAEHV_PIPELINE.name,
-    description="Wan 2.2 text- and image-to-video 5B with the tiny decoder.",
-    pipeline=TAEHV_PIPELINE,
+TAEHV_RUNNER = with_pipeline(
+    RUNNER, TAEHV_PIPELINE, "Wan 2.2 text- and image-to-video 5B with the tiny decoder."
 )
 
-TINY_RUNNER = derive_config(
+TINY_RUNNER = with_pipeline(
     RUNNER,
-    runner_name=TINY_PIPELINE.name,
-    description="Wan 2.2 text- and image-to-video at toy size with random weights: noise.",
-    pipeline=TINY_PIPELINE,
+    TINY_PIPELINE,
+    "Wan 2.2 text- and image-to-video at toy size with random weights: noise.",
     negative_prompt=TINY_NEGATIVE_PROMPT,
     max_pixels=64 * 96,
 )
 
-RUNNER_CONFIGS: dict[str, RunnerConfig] = {
-    runner.runner_name: runner for runner in (RUNNER, TAEHV_RUNNER, TINY_RUNNER)
-}
+RUNNER_CONFIGS = by_name(RUNNER, TAEHV_RUNNER, TINY_RUNNER)
