@@ -1,4 +1,4 @@
-"""Collectives as functions of a tensor and a group, and a meter of their bytes.
+"""Collectives of a group of ranks, and a meter of their bytes.
 
 Gloo accepts GPU tensors only in some collectives: over a gloo group they are staged through
 the host. That is slow and cannot be captured in a graph; it lets several ranks share one GPU, which
@@ -39,119 +39,9 @@ def _to_wire(x: Tensor, group: ProcessGroup) -> Tensor:
     return x.cpu() if needs_host(x.device, group) else x
 
 
-def all_gather(x: Tensor, group: ProcessGroup, dim: int = 0) -> Tensor:
-    """Join the slices of all ranks along ``dim``, in the order of the group.
-
-    Args:
-        x: any shape; this rank's slice, the same shape and dtype on every rank.
-        group: ranks in the order of the slices, ``P`` of them.
-        dim: dim along which the slices follow one another.
-
-    Returns:
-        ``x``'s shape with ``dim`` multiplied by ``P``.
-    """
-    size = group.size()
-    sent = _plain(_to_wire(x.contiguous(), group))
-    received = sent.new_empty((size * x.shape[0], *x.shape[1:]))
-    _all_gather_single(received, sent, group=group)
-    gathered = received.to(x.device).view(x.dtype)
-    if dim == 0:
-        return gathered
-    return gathered.unflatten(0, (size, -1)).movedim(0, dim).flatten(dim, dim + 1)
-
-
-def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Send slice ``p`` of the first dim to rank ``p`` and receive one slice from each rank.
-
-    Args:
-        x: ``[P, ...]``, contiguous.
-        group: the ``P`` ranks.
-
-    Returns:
-        ``[P, ...]``; slice ``p`` came from rank ``p``.
-    """
-    sent = _plain(_to_wire(x, group))
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
-    return received.to(x.device).view(x.dtype)
-
-
 def _plain(x: Tensor) -> Tensor:
     """The same storage in a dtype that all backends support: 8-bit floats as bytes."""
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
-
-
-def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum over all ranks.
-
-    Args:
-        x: any shape, the same on every rank; overwritten.
-        group: the ranks, in any order.
-
-    Returns:
-        Shaped like ``x``, the same values on every rank.
-    """
-    summed = _to_wire(x, group)
-    dist.all_reduce(summed, group=group)
-    return summed.to(x.device)
-
-
-def start_rotate(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
-    """Start sending ``x`` to the next rank of a ring; the result waits for the previous rank's.
-
-    Args:
-        x: any shape, contiguous; the same shape and dtype on every rank; not to be written to
-            before the result was called.
-        group: ranks in ring order.
-    """
-    rank, size = group.rank(), group.size()
-    following = dist.get_global_rank(group, (rank + 1) % size)
-    previous = dist.get_global_rank(group, (rank - 1) % size)
-    sent = _to_wire(x, group)
-    received = torch.empty_like(sent)
-    operations = [
-        dist.P2POp(dist.isend, sent, following, group),
-        dist.P2POp(dist.irecv, received, previous, group),
-    ]
-    pending = dist.batch_isend_irecv(operations)
-
-    def finish() -> Tensor:
-        for work in pending:
-            work.wait()
-        operations.clear()  # they keep the sent tensor alive until here
-        return received.to(x.device)
-
-    return finish
-
-
-def exchange_edges(
-    left: Tensor, right: Tensor, group: ProcessGroup
-) -> tuple[Tensor | None, Tensor | None]:
-    """Give ``left`` to the previous rank and ``right`` to the next one.
-
-    Args:
-        left: this rank's left edge, any shape, contiguous.
-        right: this rank's right edge, like ``left``.
-        group: ranks in the order of their parts.
-
-    Returns:
-        The previous rank's right edge and the next rank's left edge; None where there is no such
-        rank.
-    """
-    rank, last = group.rank(), group.size() - 1
-    operations = []
-    received: list[Tensor | None] = [None, None]
-    for side, (edge, neighbour) in enumerate(((left, rank - 1), (right, rank + 1))):
-        if 0 <= neighbour <= last:
-            peer = dist.get_global_rank(group, neighbour)
-            sent = _to_wire(edge, group)
-            received[side] = incoming = torch.empty_like(sent)
-            operations.append(dist.P2POp(dist.isend, sent, peer, group))
-            operations.append(dist.P2POp(dist.irecv, incoming, peer, group))
-    for work in dist.batch_isend_irecv(operations) if operations else ():
-        work.wait()
-    before, after = (x if x is None else x.to(left.device) for x in received)
-    return before, after
 
 
 def sent_bytes(collective: str, nbytes: int, size: int) -> int:
@@ -162,23 +52,16 @@ def sent_bytes(collective: str, nbytes: int, size: int) -> int:
         nbytes: bytes of this rank's input tensor.
         size: number of ranks.
 
-    Raises:
-        ValueError: another collective.
-
     Source: ring algorithms, Patarasuk and Yuan 2009, doi:10.1016/j.jpdc.2008.09.002.
     """
     others = size - 1
-    if collective == "all_gather":
-        return nbytes * others
-    if collective == "all_to_all":
-        return nbytes * others // size
-    if collective == "all_reduce":
-        return 2 * nbytes * others // size
-    if collective == "rotate":
-        return nbytes
-    raise ValueError(
-        f"Unknown collective {collective!r}. Allowed: all_gather, all_to_all, all_reduce, rotate."
-    )
+    times, parts = {
+        "all_gather": (others, 1),
+        "all_to_all": (others, size),
+        "all_reduce": (2 * others, size),
+        "rotate": (1, 1),
+    }[collective]
+    return nbytes * times // parts
 
 
 @dataclass(frozen=True)
@@ -191,8 +74,8 @@ class Traffic:
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(self.calls + other.calls, self.bytes_sent + other.bytes_sent)
 
-    def __sub__(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.calls - other.calls, self.bytes_sent - other.bytes_sent)
+    def __mul__(self, times: int) -> "Traffic":
+        return Traffic(times * self.calls, times * self.bytes_sent)
 
 
 @dataclass
@@ -243,7 +126,7 @@ class TrafficMeter:
 
     def since(self, snapshot: Mapping[str, Traffic]) -> dict[str, Traffic]:
         """What was counted after a snapshot; names without new calls are left out."""
-        new = {n: t - snapshot.get(n, Traffic()) for n, t in self.counts.items()}
+        new = {n: t + snapshot.get(n, Traffic()) * -1 for n, t in self.counts.items()}
         return {name: traffic for name, traffic in new.items() if traffic.calls}
 
 
@@ -266,42 +149,112 @@ class Channel:
         return self.group.rank()
 
     def all_gather(self, x: Tensor, dim: int = 0) -> Tensor:
-        """See `all_gather`."""
+        """Join the slices of all ranks along ``dim``, in the order of the group.
+
+        Args:
+            x: any shape; this rank's slice, the same shape and dtype on every rank.
+            dim: dim along which the slices follow one another.
+
+        Returns:
+            ``x``'s shape with ``dim`` multiplied by the number of ranks.
+        """
         with self._call("all_gather", x):
-            return all_gather(x, self.group, dim)
+            sent = _plain(_to_wire(x.contiguous(), self.group))
+            received = sent.new_empty((self.size * x.shape[0], *x.shape[1:]))
+            _all_gather_single(received, sent, group=self.group)
+            gathered = received.to(x.device).view(x.dtype)
+            if dim == 0:
+                return gathered
+            return gathered.unflatten(0, (self.size, -1)).movedim(0, dim).flatten(dim, dim + 1)
 
     def all_to_all(self, x: Tensor) -> Tensor:
-        """See `all_to_all`."""
+        """Send slice ``p`` of the first dim to rank ``p`` and receive one slice from each rank.
+
+        Args:
+            x: ``[P, ...]``, contiguous, for P ranks.
+
+        Returns:
+            ``[P, ...]``; slice ``p`` came from rank ``p``.
+        """
         with self._call("all_to_all", x):
-            return all_to_all(x, self.group)
+            sent = _plain(_to_wire(x, self.group))
+            received = torch.empty_like(sent)
+            dist.all_to_all_single(received, sent, group=self.group)
+            return received.to(x.device).view(x.dtype)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """See `all_reduce`."""
+        """The sum over all ranks.
+
+        Args:
+            x: any shape, the same on every rank; overwritten.
+
+        Returns:
+            Shaped like ``x``, the same values on every rank.
+        """
         with self._call("all_reduce", x):
-            return all_reduce(x, self.group)
+            summed = _to_wire(x, self.group)
+            dist.all_reduce(summed, group=self.group)
+            return summed.to(x.device)
 
     def start_rotate(self, x: Tensor) -> Callable[[], Tensor]:
-        """See `start_rotate`."""
+        """Start sending ``x`` to the next rank of a ring; the result waits for the previous rank's.
+
+        Args:
+            x: any shape, contiguous; the same shape and dtype on every rank; not to be written to
+                before the result was called.
+        """
         with self._call("rotate", x):
-            wait = start_rotate(x, self.group)
+            sent = _to_wire(x, self.group)
+            received = torch.empty_like(sent)
+            operations = [
+                dist.P2POp(dist.isend, sent, self._peer(self.rank + 1), self.group),
+                dist.P2POp(dist.irecv, received, self._peer(self.rank - 1), self.group),
+            ]
+            pending = dist.batch_isend_irecv(operations)
 
         def finish() -> Tensor:
             with self.meter.watched(f"{self.name}.rotate (wait)"):
-                return wait()
+                for work in pending:
+                    work.wait()
+                operations.clear()  # they keep the sent tensor alive until here
+                return received.to(x.device)
 
         return finish
 
     def exchange_edges(self, left: Tensor, right: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """See `exchange_edges`."""
-        neighbours = (self.rank > 0) + (self.rank < self.size - 1)
-        sent = neighbours * left.numel() * left.element_size()
-        with self.meter.call(f"{self.name}.halo", sent):
-            return exchange_edges(left, right, self.group)
+        """Give ``left`` to the previous rank and ``right`` to the next one.
+
+        Args:
+            left: this rank's left edge, any shape, contiguous.
+            right: this rank's right edge, like ``left``.
+
+        Returns:
+            The previous rank's right edge and the next rank's left edge; None where there is no
+            such rank.
+        """
+        operations = []
+        received: list[Tensor | None] = [None, None]
+        with self._count_halo(left):
+            for side, (edge, peer) in enumerate(((left, self.rank - 1), (right, self.rank + 1))):
+                if 0 <= peer < self.size:
+                    sent = _to_wire(edge, self.group)
+                    received[side] = incoming = torch.empty_like(sent)
+                    for way, tensor in ((dist.isend, sent), (dist.irecv, incoming)):
+                        operations.append(dist.P2POp(way, tensor, self._peer(peer), self.group))
+            for work in dist.batch_isend_irecv(operations) if operations else ():
+                work.wait()
+            before, after = (x if x is None else x.to(left.device) for x in received)
+            return before, after
+
+    def _peer(self, place: int) -> int:
+        """Rank in the default group of a place in this one, counted around."""
+        return dist.get_global_rank(self.group, place % self.size)
 
     def _call(self, collective: str, x: Tensor) -> AbstractContextManager[None]:
         sent = sent_bytes(collective, x.numel() * x.element_size(), self.size)
         return self.meter.call(f"{self.name}.{collective}", sent)
 
-    def _count(self, collective: str, x: Tensor) -> None:
-        with self._call(collective, x):
-            pass
+    def _count_halo(self, edge: Tensor) -> AbstractContextManager[None]:
+        neighbours = (self.rank > 0) + (self.rank < self.size - 1)
+        sent = neighbours * edge.numel() * edge.element_size()
+        return self.meter.call(f"{self.name}.halo", sent)

@@ -31,34 +31,33 @@ class DryChannel(Channel):
     """Collectives that count what they would send and return tensors of the right shapes."""
 
     def all_gather(self, x: Tensor, dim: int = 0) -> Tensor:
-        """See `flashdreams.parallel.collectives.all_gather`."""
-        self._count("all_gather", x)
+        """See `Channel.all_gather`."""
         shape = list(x.shape)
         shape[dim] *= self.size
-        return x.new_empty(shape)
+        with self._call("all_gather", x):
+            return x.new_empty(shape)
 
     def all_to_all(self, x: Tensor) -> Tensor:
-        """See `flashdreams.parallel.collectives.all_to_all`."""
-        self._count("all_to_all", x)
-        return x.new_empty(x.shape)
+        """See `Channel.all_to_all`."""
+        with self._call("all_to_all", x):
+            return x.new_empty(x.shape)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """See `flashdreams.parallel.collectives.all_reduce`."""
-        self._count("all_reduce", x)
-        return x
+        """See `Channel.all_reduce`."""
+        with self._call("all_reduce", x):
+            return x
 
     def start_rotate(self, x: Tensor) -> Callable[[], Tensor]:
-        """See `flashdreams.parallel.collectives.start_rotate`."""
-        self._count("rotate", x)
-        return lambda: x.new_empty(x.shape)
+        """See `Channel.start_rotate`."""
+        with self._call("rotate", x):
+            return lambda: x.new_empty(x.shape)
 
     def exchange_edges(self, left: Tensor, right: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """See `flashdreams.parallel.collectives.exchange_edges`."""
-        neighbours = (self.rank > 0) + (self.rank < self.size - 1)
-        self.meter.add(f"{self.name}.halo", neighbours * left.numel() * left.element_size())
+        """See `Channel.exchange_edges`."""
         before = right.new_empty(right.shape) if self.rank > 0 else None
         after = left.new_empty(left.shape) if self.rank < self.size - 1 else None
-        return before, after
+        with self._count_halo(left):
+            return before, after
 
 
 @dataclass(frozen=True)

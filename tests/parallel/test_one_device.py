@@ -28,7 +28,8 @@ def test_groups_of_one_rank_give_the_plain_bits():
 
 def through_the_host(staged: bool) -> list[torch.Tensor]:
     """Every collective, with tensors that claim to be of a GPU."""
-    group, rank, copies = dist.group.WORLD, dist.get_rank(), []
+    channel = collectives.Channel("all", dist.group.WORLD, collectives.TrafficMeter())
+    rank, copies = dist.get_rank(), []
 
     class Counted(torch.Tensor):
         def cpu(self):
@@ -41,12 +42,12 @@ def through_the_host(staged: bool) -> list[torch.Tensor]:
         x = torch.arange(float(torch.Size(shape).numel())).view(shape) + 100 * rank
         return x.as_subclass(Counted) if staged else x
 
-    first, second = collectives.exchange_edges(new(3), new(3), group)
+    first, second = channel.exchange_edges(new(3), new(3))
     results = [
-        collectives.all_gather(new(2, 3), group, dim=1),
-        collectives.all_to_all(new(2, 3), group),
-        collectives.all_reduce(new(4), group),
-        collectives.start_rotate(new(5), group)(),
+        channel.all_gather(new(2, 3), dim=1),
+        channel.all_to_all(new(2, 3)),
+        channel.all_reduce(new(4)),
+        channel.start_rotate(new(5))(),
         *(x for x in (first, second) if x is not None),
     ]
     assert len(copies) == (5 if staged else 0), "the edge that nobody wants stays"

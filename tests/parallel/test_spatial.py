@@ -139,7 +139,7 @@ def test_split_decode_in_the_forms_of_a_gpu_equals_the_whole(world_size):
 
 
 def forgotten_halo(kind, form=as_it_is):
-    collectives.exchange_edges = lambda left, right, group: (None, None)
+    collectives.Channel.exchange_edges = lambda self, left, right: (None, None)
     return split(kind, "float32", 2, form)[0]
 
 
