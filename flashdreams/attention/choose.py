@@ -136,6 +136,7 @@ def kv_splits_of(
     return choose_kv_splits(*sizes, processors or count_processors(device))
 
 
+@torch.no_grad()
 def choose_backend(
     shape: AttentionShape,
     device: torch.device,
@@ -163,17 +164,6 @@ def choose_backend(
     if dtype not in ERROR_BOUNDS:
         allowed = ", ".join(str(t).removeprefix("torch.") for t in ERROR_BOUNDS)
         raise ValueError(f"Attention in {dtype} has no error bound. Allowed: {allowed}.")
-    return _measure(shape, device, dtype, candidates, repeats)
-
-
-@torch.no_grad()
-def _measure(
-    shape: AttentionShape,
-    device: torch.device,
-    dtype: torch.dtype,
-    candidates: Mapping[str, AttentionBackend],
-    repeats: int,
-) -> BackendChoice:
     q, k, v = draw_inputs(shape, device, dtype)
     call_of, seen = _prepare(shape, q, k, v)
     places = compared_places(shape.queries)

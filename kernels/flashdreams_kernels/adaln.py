@@ -3,6 +3,8 @@
 Shape letters: B batch, L tokens.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from flashdreams_kernels.launch import (
     check_tensor,
     named_strides,
     next_power_of_2,
-    target_of,
+    strided,
     warps_of,
 )
 
@@ -93,7 +95,6 @@ def _normed(
         raise TypeError(f"dtype is {dtype}; allowed here: {', '.join(map(str, FLOAT_TYPES))}.")
     out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     if x.numel():
-        target_of(x.device)
         plan_norm_modulate(x, shift, scale, eps, out, added).run()
     return out
 
@@ -133,7 +134,6 @@ def gate_residual(
     check_tensor("y", y, x.shape, x, FLOAT_TYPES)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
-        target_of(x.device)
         plan_gate_add(x, y, gate, out, scale, shift).run()
     return out
 
@@ -166,10 +166,10 @@ def check_modulation(x: Tensor, modulation: dict[str, Tensor]) -> None:
         check_tensor(name, tensor, (clips, tokens, width), x, FLOAT_TYPES)
 
 
-def _broadcast_strides(x: Tensor | None) -> tuple[int, int]:
-    if x is None:
-        return 0, 0
-    return 0 if x.shape[0] == 1 else x.stride(0), 0 if x.shape[1] == 1 else x.stride(1)
+def _broadcast(name: str, x: Tensor | None) -> dict[str, Any]:
+    """Arguments of a program for a tensor that is repeated over dims of size 1."""
+    strides = [0, 0] if x is None else [x.stride(d) if x.shape[d] > 1 else 0 for d in (0, 1)]
+    return {name: x, **named_strides(name, "bl", strides)}
 
 
 def plan_norm_modulate(
@@ -193,16 +193,13 @@ def plan_norm_modulate(
         "norm_modulate",
         (batch * length,),
         {
-            "x": x,
-            "shift": shift,
-            "scale": scale,
             "out": out,
             "out_scale": out_scale,
             "eps": eps,
             "num_tokens": length,
-            **named_strides("x", "bl", x.stride()[:2]),
-            **named_strides("shift", "bl", _broadcast_strides(shift)),
-            **named_strides("scale", "bl", _broadcast_strides(scale)),
+            **strided("x", "bl", x),
+            **_broadcast("shift", shift),
+            **_broadcast("scale", scale),
         },
         {
             "ADDED": added,
@@ -231,18 +228,13 @@ def plan_gate_add(
         "gate_add",
         (batch * length,),
         {
-            "x": x,
-            "y": y,
-            "gate": gate,
-            "scale": scale,
-            "shift": shift,
             "out": out,
             "num_tokens": length,
-            **named_strides("x", "bl", x.stride()[:2]),
-            **named_strides("y", "bl", y.stride()[:2]),
-            **named_strides("gate", "bl", _broadcast_strides(gate)),
-            **named_strides("scale", "bl", _broadcast_strides(scale)),
-            **named_strides("shift", "bl", _broadcast_strides(shift)),
+            **strided("x", "bl", x),
+            **strided("y", "bl", y),
+            **_broadcast("gate", gate),
+            **_broadcast("scale", scale),
+            **_broadcast("shift", shift),
         },
         {"WIDTH": width, "BLOCK": block},
         num_warps=warps_of(block),

@@ -4,9 +4,8 @@ Shape letters: B batch, L query tokens, S key slots, N heads, D head dim.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from flashdreams_kernels.launch import (
     is_aligned,
     named_strides,
     next_power_of_2,
+    strided,
     target_of,
 )
 
@@ -103,21 +103,6 @@ def choose_num_splits(num_tiles: int, num_blocks: int, num_slots: int) -> int:
         return waves * (ceil_div(num_blocks, splits) + ends + (merge if splits > 1 else 0))
 
     return min(range(1, max(1, min(MAX_SPLITS, num_blocks)) + 1), key=steps)
-
-
-def splits_for(q: Tensor, num_keys: Sequence[int], tiles: TileConfig, target: Target) -> int:
-    """Number of KV splits for given queries and keys on a GPU; see :func:`choose_num_splits`.
-
-    Args:
-        q: ``[B, L, N, D]``.
-        num_keys: number of keys of each run that starts a new block.
-        tiles: sizes of the tiles.
-        target: the machine.
-    """
-    batch, length, heads, _ = q.shape
-    num_tiles = ceil_div(length, tiles.block_l) * batch * heads
-    num_blocks = sum(ceil_div(count, tiles.block_s) for count in num_keys)
-    return choose_num_splits(num_tiles, num_blocks, target.num_processors * tiles.per_processor)
 
 
 def chunk_attention(
@@ -261,35 +246,22 @@ def plan(
         tiles: tiles to use instead of those of the table.
     """
     tiles = tiles or tile_config(target, q.shape[-1], q.element_size())
-    num_splits = num_splits or splits_for(q, (k.shape[1],), tiles, target)
-    attend = partial(_attend_launch, (q, k, v, visible, scale), tiles, target)
-    return plan_shares(out, lse, num_splits, attend)
-
-
-def plan_shares(
-    out: Tensor,
-    lse: Tensor,
-    num_splits: int,
-    attend: Callable[[Tensor, Tensor, tuple[int, ...], dict[str, Any]], Launch],
-) -> list[Launch]:
-    """One launch that writes the result, or one for partial results and one that merges them.
-
-    Args:
-        out: ``[B, L, N, D]`` contiguous; written to.
-        lse: ``[B, N, L]`` float32; written to unless it is empty.
-        num_splits: number of KV splits.
-        attend: makes the launch from the output ``[splits, B, L, N, D]``, the log-sum-exp output,
-            its strides (splits, B, L, N), and constants of the program.
-    """
-    _, length, heads, _ = out.shape
+    batch, length, heads, _ = q.shape
+    if not num_splits:
+        num_tiles = ceil_div(length, tiles.block_l) * batch * heads
+        num_blocks = ceil_div(k.shape[1], tiles.block_s)
+        num_slots = target.num_processors * tiles.per_processor
+        num_splits = choose_num_splits(num_tiles, num_blocks, num_slots)
+    inputs = (q, k, v, visible, scale)
     if num_splits == 1:
+        strides: tuple[int, ...] = (0, heads * length, 1, length)
         constants = {"WRITE_LSE": lse.numel() > 0, "LSE_UNIT": math.log(2)}
-        return [attend(out[None], lse, (0, heads * length, 1, length), constants)]
+        return [_attend_launch(inputs, tiles, target, out[None], lse, strides, constants)]
     shares = out.new_empty((num_splits, *out.shape), dtype=torch.float32)
     shares_lse = shares.new_empty(shares.shape[:-1])
-    constants = {"WRITE_LSE": True, "LSE_UNIT": 1.0}
+    strides, constants = shares_lse.stride(), {"WRITE_LSE": True, "LSE_UNIT": 1.0}
     return [
-        attend(shares, shares_lse, shares_lse.stride(), constants),
+        _attend_launch(inputs, tiles, target, shares, shares_lse, strides, constants),
         _merge_launch(shares, shares_lse, out, lse),
     ]
 
@@ -303,21 +275,51 @@ def _attend_launch(
     lse_strides: tuple[int, ...],
     constants: dict[str, Any],
 ) -> Launch:
-    """Attention in ``len(out)`` KV splits; ``out`` is ``[splits, B, L, N, D]``."""
-    q, k, v, visible, _ = inputs
+    """Attention in ``len(out)`` KV splits.
+
+    Args:
+        inputs: queries, keys, values, the number of visible keys, and the scale.
+        tiles: their sizes.
+        target: GPU of the launch.
+        out: ``[splits, B, L, N, D]``.
+        lse: output for the log-sum-exp.
+        lse_strides: strides of ``lse`` over splits, B, L and N.
+        constants: of the log-sum-exp.
+    """
+    q, k, v, visible, scale = inputs
+    batch, length, heads, head_dim = q.shape
     in_blocks = tiles.descriptors and has_blocks(k) and has_blocks(v)
-    block = (1, tiles.block_s, q.shape[-1])
+    block = (1, tiles.block_s, head_dim)
     return Launch(
         "attention",
         "attend",
-        attend_grid(q, len(out), tiles),
+        (ceil_div(length, tiles.block_l), len(out), batch * heads),
         {
-            **attend_arguments(inputs, out, lse, lse_strides),
+            "lse": lse,
+            "visible": visible,
+            "num_queries": length,
+            "num_heads": heads,
+            "scale_log2": scale * math.log2(math.e),
+            **strided("q", "bln", q),
+            **strided("k", "bsn", k),
+            **strided("v", "bsn", v),
+            **strided("out", "sbln", out),
+            **named_strides("lse", "sbln", lse_strides),
             "k_blocks": Block(k.flatten(2), block) if in_blocks else None,
             "v_blocks": Block(v.flatten(2), block) if in_blocks else None,
             "num_keys": k.shape[1],
         },
-        {**constants, **attend_constants(q, visible, tiles, target), "IN_BLOCKS": in_blocks},
+        {
+            **constants,
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": max(16, next_power_of_2(head_dim)),
+            "BLOCK_L": tiles.block_l,
+            "BLOCK_S": tiles.block_s,
+            "HAS_VISIBLE": visible is not None,
+            "UPCAST": target.interpreted and q.dtype != torch.float32,
+            "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
+            "IN_BLOCKS": in_blocks,
+        },
         tiles.num_warps,
         tiles.num_stages,
         q.device,
@@ -330,60 +332,6 @@ def has_blocks(x: Tensor) -> bool:
     heads, head_dim = x.shape[2:]
     beside = heads == 1 or x.stride(2) == head_dim
     return beside and next_power_of_2(head_dim) == head_dim >= 16 and is_aligned(x)
-
-
-def attend_grid(q: Tensor, num_splits: int, tiles: TileConfig) -> tuple[int, int, int]:
-    """Grid of an attention program: tiles of queries, KV splits, heads."""
-    batch, length, heads, _ = q.shape
-    return ceil_div(length, tiles.block_l), num_splits, batch * heads
-
-
-def attend_arguments(
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, float],
-    out: Tensor,
-    lse: Tensor,
-    lse_strides: tuple[int, ...],
-) -> dict[str, Any]:
-    """Arguments common to all attention programs.
-
-    Args:
-        inputs: queries, keys, values, the number of visible keys, and the scale.
-        out: ``[splits, B, L, N, D]``.
-        lse: output for the log-sum-exp.
-        lse_strides: strides of ``lse`` over splits, B, L and N.
-    """
-    q, k, v, visible, scale = inputs
-    return {
-        "q": q,
-        "k": k,
-        "v": v,
-        "out": out,
-        "lse": lse,
-        "visible": visible,
-        "num_queries": q.shape[1],
-        "num_heads": q.shape[2],
-        "scale_log2": scale * math.log2(math.e),
-        **named_strides("q", "bln", q.stride()[:3]),
-        **named_strides("k", "bsn", k.stride()[:3]),
-        **named_strides("v", "bsn", v.stride()[:3]),
-        **named_strides("out", "sbln", out.stride()[:4]),
-        **named_strides("lse", "sbln", lse_strides),
-    }
-
-
-def attend_constants(
-    q: Tensor, visible: Tensor | None, tiles: TileConfig, target: Target
-) -> dict[str, Any]:
-    """Constants common to all attention programs."""
-    return {
-        "HEAD_DIM": q.shape[-1],
-        "BLOCK_D": max(16, next_power_of_2(q.shape[-1])),
-        "BLOCK_L": tiles.block_l,
-        "BLOCK_S": tiles.block_s,
-        "HAS_VISIBLE": visible is not None,
-        "UPCAST": target.interpreted and q.dtype != torch.float32,
-        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
-    }
 
 
 def _merge_launch(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor) -> Launch:

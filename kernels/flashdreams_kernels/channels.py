@@ -15,7 +15,6 @@ from flashdreams_kernels.launch import (
     Launch,
     ceil_div,
     next_power_of_2,
-    target_of,
 )
 
 MAX_WIDTH = 8192
@@ -50,7 +49,6 @@ def norm_silu(
         raise ValueError(f"Pixels of out are {out.stride(1)} values apart; they must be {width}.")
     _check_vectors(x, width, gain=gain, bias=bias)
     if x.numel():
-        target_of(x.device)
         plan_norm_silu(x, gain, scale, least, out, bias).run()
 
 
@@ -76,7 +74,6 @@ def add_(
         _check("residual", residual, x.shape, x)
     _check_vectors(x, width, bias=bias)
     if x.numel():
-        target_of(x.device)
         plan_add(x, bias, residual, relu).run()
     return x
 
@@ -98,7 +95,6 @@ def sum_halves(y: Tensor, last: Tensor, bias: Tensor, out: Tensor) -> None:
     _check("out", out, (batch, frames, pixels, both // 2), y)
     _check_vectors(y, both // 2, bias=bias)
     if y.numel():
-        target_of(y.device)
         plan_sum_halves(y, last, bias, out).run()
 
 
@@ -126,7 +122,6 @@ def spread_phases(
     _check("out", out, shape, y)
     _check_vectors(y, width, bias=bias)
     if out.numel():
-        target_of(y.device)
         plan_spread_phases(y, out, bias, pairs).run()
 
 

@@ -100,8 +100,10 @@ class Launch:
         """Launch on the device of the tensors.
 
         Raises:
+            ValueError: as for :func:`target_of`.
             ImportError: triton is not installed.
         """
+        target_of(self.device)
         program = getattr(load_programs(self.module), self.program)[self.grid]
         arguments = {
             name: value.descriptor() if isinstance(value, Block) else value
@@ -186,6 +188,11 @@ def warps_of(block: int) -> int:
 def named_strides(name: str, letters: str, strides: Sequence[int]) -> dict[str, int]:
     """Arguments ``{name}_stride_{letter}`` of a program."""
     return {f"{name}_stride_{x}": step for x, step in zip(letters, strides, strict=True)}
+
+
+def strided(name: str, letters: str, x: Tensor) -> dict[str, Any]:
+    """Arguments of a program for a tensor: itself, and its strides over the first dims."""
+    return {name: x, **named_strides(name, letters, x.stride()[: len(letters)])}
 
 
 def check_tensor(

@@ -173,7 +173,7 @@ def plan(
         "num_columns": num_columns,
         "width": width,
     }
-    constants = {
+    constants: dict[str, Any] = {
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
@@ -181,38 +181,28 @@ def plan(
         "HAS_BIAS": bias is not None,
         "UPCAST": target.interpreted and x.dtype != torch.float32,
     }
+    x, weight = _aligned(x), _aligned(weight)
     if tile.descriptors and is_whole:
-        programs = min(tiles, target.num_processors) if tile.persistent else tiles
-        return Launch(
-            "linear",
-            "linear_descriptors",
-            (programs,),
-            {
-                "x": Block(_aligned(x), (tile.block_m, tile.block_k)),
-                "weight": Block(_aligned(weight), (tile.block_n, tile.block_k)),
-                "out": Block(out, (tile.block_m, tile.block_n)) if tile.persistent else out,
-                **arguments,
-            },
-            {**constants, "PERSISTENT": tile.persistent},
-            tile.num_warps,
-            tile.num_stages,
-            x.device,
-        )
+        program, programs = "linear_descriptors", tiles
+        if tile.persistent:
+            programs = min(tiles, target.num_processors)
+        arguments |= {
+            "x": Block(x, (tile.block_m, tile.block_k)),
+            "weight": Block(weight, (tile.block_n, tile.block_k)),
+            "out": Block(out, (tile.block_m, tile.block_n)) if tile.persistent else out,
+        }
+        constants["PERSISTENT"] = tile.persistent
+    else:
+        program, programs = "linear_pointers", tiles
+        arguments |= {"x": x, "weight": weight, "out": out}
+        constants["WHOLE_K"] = width % tile.block_k == 0
+        constants["PRECISION"] = "ieee" if x.dtype == torch.float32 else "tf32"
     return Launch(
         "linear",
-        "linear_pointers",
-        (tiles,),
-        {
-            "x": _aligned(x),
-            "weight": _aligned(weight),
-            "out": out,
-            **arguments,
-        },
-        {
-            **constants,
-            "WHOLE_K": width % tile.block_k == 0,
-            "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
-        },
+        program,
+        (programs,),
+        arguments,
+        constants,
         tile.num_warps,
         tile.num_stages,
         x.device,

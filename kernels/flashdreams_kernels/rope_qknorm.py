@@ -16,7 +16,7 @@ from flashdreams_kernels.launch import (
     check_tensor,
     named_strides,
     next_power_of_2,
-    target_of,
+    strided,
     warps_of,
 )
 
@@ -52,7 +52,6 @@ def qk_norm_rope(
     _check(q, k, q_weight, k_weight, table)
     q_out, k_out = _empty(q), _empty(k)
     if q.numel():
-        target_of(q.device)
         plan((q, k, k), (q_out, k_out, k_out), q_weight, k_weight, table, eps, None).run()
     return q_out, k_out
 
@@ -105,7 +104,6 @@ def qk_norm_rope_write(
     check_write(k, v, k_cache, v_cache, slots)
     q_out = _empty(q)
     if q.numel():
-        target_of(q.device)
         plan((q, k, v), (q_out, k_cache, v_cache), q_weight, k_weight, table, eps, slots).run()
     return q_out
 
@@ -154,7 +152,6 @@ def qk_norm_rope_quantize(
     check_scales(scales, q)
     outputs = (_empty(q, FP8), _empty(q, FP8), _empty(q, FP8))
     if q.numel():
-        target_of(q.device)
         plan((q, k, v), outputs, q_weight, k_weight, table, eps, None, scales).run()
     return outputs
 
@@ -206,7 +203,6 @@ def qk_norm_rope_write_fp8(
     check_scales(scales, q)
     q_out = _empty(q, FP8)
     if q.numel():
-        target_of(q.device)
         outputs = (q_out, k_cache, v_cache)
         plan((q, k, v), outputs, q_weight, k_weight, table, eps, slots, scales).run()
     return q_out
@@ -270,12 +266,6 @@ def plan(
         "norm_rope",
         (batch * length, 2 if slots is None and scales is None else 3),
         {
-            "q": q,
-            "k": k,
-            "v": v,
-            "q_out": q_out,
-            "k_out": k_out,
-            "v_out": v_out,
             "q_weight": q_weight,
             "k_weight": k_weight,
             "table": table,
@@ -287,12 +277,12 @@ def plan(
             "num_slots": k_out.shape[1],
             "table_stride_l": 0 if len(table) == 1 else table.stride(0),
             **named_strides("scales", "br", (0, 0) if scales is None else scales.stride()[:2]),
-            **named_strides("q", "bln", q.stride()[:3]),
-            **named_strides("k", "bln", k.stride()[:3]),
-            **named_strides("v", "bln", v.stride()[:3]),
-            **named_strides("q_out", "bln", q_out.stride()[:3]),
-            **named_strides("k_out", "bln", k_out.stride()[:3]),
-            **named_strides("v_out", "bln", v_out.stride()[:3]),
+            **strided("q", "bln", q),
+            **strided("k", "bln", k),
+            **strided("v", "bln", v),
+            **strided("q_out", "bln", q_out),
+            **strided("k_out", "bln", k_out),
+            **strided("v_out", "bln", v_out),
         },
         {
             "HEAD_DIM": head_dim,
