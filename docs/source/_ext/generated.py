@@ -267,26 +267,6 @@ def measured(family: str) -> str:
     return figures.speeds(figures.read_reports(), trained)
 
 
-def precision(_: str) -> str:
-    """Table of what lower precision costs, from the committed reports of the benchmarks."""
-    return figures.precisions(figures.read_reports())
-
-
-def steady_steps(_: str) -> str:
-    """Table of steady AR steps on GPUs, from the committed reports of the benchmarks."""
-    return figures.steady_steps(figures.read_reports())
-
-
-def attention_rates(_: str) -> str:
-    """Table of the rate of each attention backend, from the committed reports of the benchmarks."""
-    return figures.attention_rates(figures.read_reports())
-
-
-def ratios(_: str) -> str:
-    """Overhead over a bare loop, growth over a long rollout, and peers."""
-    return figures.ratios(figures.read_reports())
-
-
 def mesh(family: str) -> str:
     """Table of the meshes that the automatic degrees give, by number of heads and guidance."""
     lines = ["| slug | " + " | ".join(f"{n} ranks" for n in RANKS[1:]) + " |", "|---|---|---|---|"]
@@ -351,24 +331,6 @@ def _help(words: list[str]) -> str:
 
 def _text(content: str) -> str:
     return f"```text\n{content}\n```"
-
-
-def graph_status(_: str) -> str:
-    """Whether the flag for CUDA graphs does anything yet, read off the code."""
-    flag = "`--pipeline.diffusion-model.transformer.use-cuda-graph False`"
-    package = PACKAGE.rglob("*.py")
-    users = [f for f in package if "GraphedCallable" in f.read_text() and f.name != "cuda_graph.py"]
-    if users:
-        return (
-            "On a GPU the network call of a Wan transformer is wrapped in it. All graphs are "
-            "captured at warm-up or, without a warm-up, on first use. On a CPU the call is eager; "
-            f"{flag} makes it eager on a GPU, too."
-        )
-    return (
-        "```{note}\nIn this version no shipped method wraps its network call in it: the field "
-        f"behind {flag} is accepted and changes nothing. Your own transformer may use the class "
-        "as shown.\n```"
-    )
 
 
 def backends(_: str) -> str:
@@ -438,13 +400,17 @@ PARTS: dict[str, Callable[[str], str]] = {
         listing,
         flags,
         backends,
-        graph_status,
         toy_quality,
-        precision,
-        steady_steps,
-        attention_rates,
-        ratios,
         modules,
+    )
+}
+PARTS |= {
+    name: lambda _, make=make: make(figures.read_reports())
+    for name, make in (
+        ("precision", figures.precisions),
+        ("steady_steps", figures.steady_steps),
+        ("attention_rates", figures.attention_rates),
+        ("ratios", figures.ratios),
     )
 }
 
