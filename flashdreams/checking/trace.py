@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 _HOST = "_flashdreams_on_host"
 _MADE = "_flashdreams_made_in"
@@ -64,7 +65,7 @@ class Recorder(TorchFunctionMode):
         """Record one call."""
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", str(func))
-        inputs = list(_tensors((args, kwargs)))
+        inputs = _tensors((args, kwargs))
         if name in READ_ONLY:
             out = func(*args, **kwargs)
             return self._note_results(name, args, kwargs, inputs, out)
@@ -127,15 +128,8 @@ def mark_host(x: Tensor) -> Tensor:
     return copy
 
 
-def _tensors(value: Any) -> Iterable[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
+def _tensors(value: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
 
 
 def _form(value: Any) -> Iterable[Any]:

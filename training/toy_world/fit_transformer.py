@@ -202,7 +202,9 @@ class Trainer:
         pose = pose[rows, picked].flatten(0, 1)[:, None]
         noisy, timestep = self._noisy(clean)
         scene = scene.repeat_interleave(4, 0)
-        output = self._predict(noisy, timestep[:, 0], scene, pose, torch.zeros(1))
+        output = predict(
+            self.model, self.camera, noisy, timestep[:, 0], scene, pose, torch.zeros(1)
+        )
         return self._error(output, clean)
 
     def video_loss(self, batch: int) -> Tensor:
@@ -236,13 +238,8 @@ class Trainer:
         both = torch.cat([past, noisy], dim=2)
         levels = torch.cat([torch.zeros_like(timestep), timestep], dim=1)
         poses, places = torch.cat([pose, pose], dim=1), torch.cat([frames, frames])
-        output = self._predict(both, levels, scene, poses, places)
+        output = predict(self.model, self.camera, both, levels, scene, poses, places)
         return output[:, :, CONTEXT_FRAMES:]
-
-    def _predict(
-        self, latent: Tensor, timestep: Tensor, scene: Tensor, pose: Tensor, frames: Tensor
-    ) -> Tensor:
-        return predict(self.model, self.camera, latent, timestep, scene, pose, frames)
 
     def _hide(self, scene: Tensor) -> Tensor:
         """Hide random prompt slots in half of the clips, floor and sky more often than others."""
