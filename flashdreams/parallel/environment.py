@@ -17,7 +17,7 @@ from flashdreams.parallel.siblings import watch_siblings
 T = TypeVar("T")
 
 LOAD_TIMEOUT_S = 1800.0
-"""Limit of one collective while weights are downloaded and loaded; AR steps have their own
+"""Limit of one collective while weights are downloaded and loaded; AR steps have their
 own (`flashdreams.parallel.watchdog`)."""
 
 MEETING_DEADLINE_S = 300.0
@@ -155,7 +155,7 @@ def first_on_node(fn: Callable[[], T]) -> T:
     Raises:
         OtherRankError: ``fn`` failed on the first rank of some node, which raises the true error.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if group_size() == 1:
         return fn()
     is_first = _read_int("LOCAL_RANK", dist.get_rank()) == 0
     failed = torch.zeros(1, dtype=torch.int32, device=_collective_device())
@@ -209,7 +209,7 @@ def broadcast_from_rank_zero(x: Tensor | None, shape: Sequence[int], dtype: torc
     Raises:
         ValueError: rank zero's tensor differs from the given shape or dtype.
     """
-    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    alone = group_size() == 1
     if group_rank() == 0:
         if x is None or tuple(x.shape) != tuple(shape) or x.dtype != dtype:
             got = "none" if x is None else f"{x.dtype} {list(x.shape)}"
@@ -235,7 +235,7 @@ def from_rank_zero(fn: Callable[[], T]) -> T:
     Raises:
         RankZeroError: ``fn`` failed; rank zero raises the true error.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if group_size() == 1:
         return fn()
     error: BaseException | None = None
     box: list[Any] = [None]
@@ -261,7 +261,7 @@ def gather_to_rank_zero(value: T) -> list[T]:
     Returns:
         On rank zero one value per rank, elsewhere an empty list.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if group_size() == 1:
         return [value]
     into: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, into, dst=0)

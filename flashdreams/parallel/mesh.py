@@ -12,8 +12,13 @@ from flashdreams.attention.choose import AttentionShape
 from flashdreams.parallel.collectives import Channel, TrafficMeter
 
 Degree = int | Literal["auto"]
-DEGREES = ("ulysses_degree", "ring_degree", "tensor_parallel_degree", "cfg_parallel_degree")
+DEGREES = ("cfg_parallel_degree", "ring_degree", "ulysses_degree", "tensor_parallel_degree")
 """Fields of `ParallelConfig` whose product is the number of ranks."""
+
+NO_STREAMING = (
+    "context_backend='xfuser' cannot serve a streaming model: it has no cache of keys and values "
+    "that the ranks share. Use --parallel.context-backend native."
+)
 
 
 @dataclass(kw_only=True)
@@ -159,8 +164,7 @@ def _requests_met(degrees: ParallelDegrees, config: ParallelConfig) -> int:
 
 
 def _refuse_conflicts(config: ParallelConfig, guided: bool) -> None:
-    fields = DEGREES
-    for name in fields:
+    for name in DEGREES:
         request = getattr(config, name)
         if request != "auto" and (not isinstance(request, int) or request < 1):
             raise ValueError(f'{name}={request!r} must be at least 1, or "auto".')
@@ -199,10 +203,7 @@ def _refuse_conflicts(config: ParallelConfig, guided: bool) -> None:
 
 def _refuse_cache(config: ParallelConfig, degrees: ParallelDegrees, frame_tokens: int) -> None:
     if config.context_backend == "xfuser" and degrees.sequence > 1:
-        raise ValueError(
-            "context_backend='xfuser' cannot serve a streaming model: it has no cache of keys and "
-            "values that the ranks share. Use --parallel.context-backend native."
-        )
+        raise ValueError(NO_STREAMING)
     if config.ring_method == "rotate" and frame_tokens % degrees.ring:
         raise ValueError(
             f"ring_method='rotate' shares every latent frame evenly, but {frame_tokens} tokens are "
@@ -213,12 +214,7 @@ def _refuse_cache(config: ParallelConfig, degrees: ParallelDegrees, frame_tokens
 def _explain(
     config: ParallelConfig, world_size: int, num_heads: int | None, best: ParallelDegrees
 ) -> str:
-    requests = {
-        "cfg_parallel_degree": config.cfg_parallel_degree,
-        "ring_degree": config.ring_degree,
-        "ulysses_degree": config.ulysses_degree,
-        "tensor_parallel_degree": config.tensor_parallel_degree,
-    }
+    requests = {name: getattr(config, name) for name in DEGREES}
     asked = ", ".join(
         f"{name}={request}" for name, request in requests.items() if request != "auto"
     )

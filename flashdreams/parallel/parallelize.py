@@ -92,8 +92,8 @@ def parallelize(module: nn.Module, plan: ParallelPlan | None, mesh: Mesh) -> Par
     slices: dict[str, TensorSlice] = {}
     unit = 1
     if mesh.config.strict:
-        strictness = make_strict(module, mesh.device_type)
-        unit, installed[strictness.installed] = strictness.unit, 1
+        what, unit = make_strict(module, mesh.device_type)
+        installed[what] = 1
     matches.leave_whole(plan, mesh.tp.size)
     cut_weights = mesh.tp.is_shared and bool(plan.tensor)
     if cut_weights:
@@ -108,7 +108,8 @@ def parallelize(module: nn.Module, plan: ParallelPlan | None, mesh: Mesh) -> Par
     for strategy in _wrap_cores(module, plan, matches, layout, mesh):
         installed[strategy] = installed.get(strategy, 0) + 1
     width_layout = None
-    if mesh.decode.is_shared and plan.spatial and _wants_split_decode(mesh):
+    wants_split = mesh.config.decode in ("auto", "split") and not mesh.config.strict
+    if mesh.decode.is_shared and plan.spatial and wants_split:
         width_layout = split_by_width(module, matches.spatial, mesh.channel(mesh.decode))
         installed["halo convolution"] = sum(s == "halo" for s in matches.spatial.values())
     idle = (mesh.sequence.size > 1 and not cut_sequence) or (mesh.tp.size > 1 and not cut_weights)
@@ -120,10 +121,6 @@ def parallelize(module: nn.Module, plan: ParallelPlan | None, mesh: Mesh) -> Par
     )
     object.__setattr__(module, _MARK, report)
     return report
-
-
-def _wants_split_decode(mesh: Mesh) -> bool:
-    return mesh.config.decode in ("auto", "split") and not mesh.config.strict
 
 
 class _Matches:

@@ -4,7 +4,6 @@ import contextlib
 import threading
 import time
 from datetime import timedelta
-from types import TracebackType
 
 import torch.distributed as dist
 
@@ -41,12 +40,7 @@ class PeerWatch:
         watch_processes(others, self._note, self._stopped)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self._stopped.set()
 
     def explain(self, error: BaseException) -> BaseException:

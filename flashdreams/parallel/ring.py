@@ -1,7 +1,7 @@
 """Ring attention: the KV cache stays split over the ranks and is sent around the ring."""
 
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,8 +27,6 @@ class ShardedCursor:
     def __init__(self, cursor: Cursor, ranks: int) -> None:
         self.cursor = cursor
         self.ranks = ranks
-        self.sink_size_t = cursor.sink_size_t
-        self.window_size_t = cursor.window_size_t
         self.tokens_per_frame = cursor.tokens_per_frame // ranks
 
     @property
@@ -45,28 +43,9 @@ class ShardedCursor:
         """Length of the prefix of slots that attention reads."""
         return self.cursor.visible_tokens // self.ranks
 
-    @property
-    def start(self) -> int:
-        """Latent frames before the current chunk."""
-        return self.cursor.start
-
-    @property
-    def end(self) -> int:
-        """Latent frames up to the end of the current chunk."""
-        return self.cursor.end
-
-    def past_frames(self) -> list[int]:
-        """Latent frames before the current chunk that are in the cache."""
-        return self.cursor.past_frames()
-
-    def slot_of(self, frame: int) -> int:
-        """Slot of a latent frame; every rank has its share of each."""
-        return self.cursor.slot_of(frame)
-
-    @property
-    def evicted(self) -> int:
-        """Latent frames that have left the window."""
-        return self.cursor.evicted
+    def __getattr__(self, name: str) -> Any:
+        """Frames and their slots are those of the model: every rank has its share of each."""
+        return getattr(self.cursor, name)
 
 
 class RingAttention(AttentionWrapper):

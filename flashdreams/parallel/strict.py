@@ -10,7 +10,6 @@ the rest. A GPU computes element by element and norms row by row, which asks for
 """
 
 import importlib.util
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -92,17 +91,7 @@ class InvariantLinear(StrictLinear):
         return invariant_linear(input, self.weight, self.bias)
 
 
-@dataclass(frozen=True)
-class Strictness:
-    """Report of `make_strict`."""
-
-    installed: str
-    """Description of its linear layers."""
-    unit: int
-    """A sequence must be split in multiples of so many tokens."""
-
-
-def make_strict(module: nn.Module, device_type: str) -> Strictness:
+def make_strict(module: nn.Module, device_type: str) -> tuple[str, int]:
     """Make every linear layer and every attention core of a module strict, at any world size.
 
     On a GPU linear layers run through one batch-invariant kernel; without Triton, and on a CPU, in
@@ -116,6 +105,9 @@ def make_strict(module: nn.Module, device_type: str) -> Strictness:
     Args:
         module: changed in place; parameters keep their names.
         device_type: where it will run.
+
+    Returns:
+        What its linear layers are now; a sequence must be split in multiples of so many tokens.
     """
     rows = TILE_ROWS.get(device_type, TILE_ROWS["cuda"])
     invariant = device_type == "cuda" and importlib.util.find_spec("triton") is not None
@@ -128,8 +120,8 @@ def make_strict(module: nn.Module, device_type: str) -> Strictness:
                 setattr(parent, name, strict)
     tile_attention(module, device_type)
     if invariant:
-        return Strictness("linear layers with the same bits for any number of rows", 1)
-    return Strictness("tiles of fixed size", rows)
+        return "linear layers with the same bits for any number of rows", 1
+    return "tiles of fixed size", rows
 
 
 def tile_attention(module: nn.Module, device_type: str) -> None:

@@ -9,10 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from types import TracebackType
 from typing import Any, Protocol
 
-from flashdreams.parallel.environment import LOAD_TIMEOUT_S, Environment
+from flashdreams.parallel.environment import Environment
 from flashdreams.runtime.termination import DEADLINE_EXIT_CODE, end_now
 from flashdreams.runtime.text import say
 
@@ -111,12 +110,7 @@ class Watchdog:
         atexit.register(self._stop)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self._stop()
 
     def _stop(self) -> None:
@@ -217,15 +211,3 @@ def end_process(report: str) -> None:
 
 def _key(rank: int) -> str:
     return f"rank{rank}"
-
-
-__all__ = [
-    "EXIT_CODE",
-    "LOAD_TIMEOUT_S",
-    "STEP_DEADLINE_S",
-    "Heartbeat",
-    "StageGuard",
-    "Watchdog",
-    "end_process",
-    "no_guard",
-]

@@ -11,7 +11,7 @@ from flashdreams.attention.core import AttentionCore
 from flashdreams.attention.cursor import Cursor
 from flashdreams.attention.merge import attend_with_lse
 from flashdreams.parallel.context import AttentionWrapper
-from flashdreams.parallel.mesh import Mesh
+from flashdreams.parallel.mesh import NO_STREAMING, Mesh
 from flashdreams.parallel.sequence import SequenceLayout
 
 INSTALL = "pip install 'flashdreams[gpu]'"
@@ -40,10 +40,7 @@ class XfuserAttention(AttentionWrapper):
         Raises:
             ValueError: always.
         """
-        raise ValueError(
-            "context_backend='xfuser' cannot serve a streaming model: it has no cache of keys and "
-            "values that the ranks share. Use --parallel.context-backend native."
-        )
+        raise ValueError(NO_STREAMING)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
         """Attend; the arguments are ``[B, L/P, N, D]``, and so is the result.
@@ -65,14 +62,8 @@ def build_long_context(mesh: Mesh) -> nn.Module:
     """The attention module of xfuser or yunchang on this mesh; a collective call.
 
     Raises:
-        ValueError: tensor parallelism, which these packages do not support.
         ImportError: neither package can be imported; the message says what to install.
     """
-    if mesh.tp.size > 1:
-        raise ValueError(
-            f"context_backend='xfuser' with tensor_parallel_degree={mesh.tp.size}: its groups are "
-            "runs of neighbouring ranks. Use --parallel.context-backend native."
-        )
     yunchang = _import_yunchang()
     yunchang.set_seq_parallel_pg(
         mesh.ulysses.size, mesh.ring.size, dist.get_rank(), dist.get_world_size()

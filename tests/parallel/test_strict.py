@@ -128,4 +128,5 @@ def test_strict_on_a_gpu_has_one_call_per_linear_layer_and_pads_nothing(monkeypa
     cores = [m for m in model.modules() if isinstance(m, AttentionCore)]
     assert cores and all(core.strict and core.backend.rows == TILE_ROWS["cuda"] for core in cores)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert make_strict(nn.Sequential(nn.Linear(2, 2)), "cuda").unit == TILE_ROWS["cuda"]
+    _, unit = make_strict(nn.Sequential(nn.Linear(2, 2)), "cuda")
+    assert unit == TILE_ROWS["cuda"]

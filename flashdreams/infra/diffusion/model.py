@@ -26,7 +26,7 @@ from flashdreams.infra.diffusion.scheduler.base import SchedulerConfig
 from flashdreams.infra.diffusion.transformer import ContextChunk, TransformerConfig
 from flashdreams.infra.ranges import LARGEST_SIZE, check_range
 from flashdreams.parallel.environment import all_ranks_agree
-from flashdreams.parallel.guidance import Guidance, SerialGuidance
+from flashdreams.parallel.guidance import Guidance
 from flashdreams.parallel.plan import state
 from flashdreams.runtime.cuda_graph import GraphedCallable
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource
@@ -153,7 +153,7 @@ class DiffusionModel(nn.Module):
     def __init__(self, config: DiffusionModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.guidance: Guidance = SerialGuidance()
+        self.guidance = Guidance()
         self.transformer = build_component(config.transformer)
         self.scheduler = config.scheduler.setup()
         self.first_chunk_scheduler = self.scheduler
