@@ -1,12 +1,13 @@
 """Every mesh for a method: memory, traffic and time of an AR step."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from flashdreams.infra.component import select_context
 from flashdreams.infra.decoder.base import Decoder, StreamingDecoder
@@ -382,8 +383,7 @@ class Planner:
         index = STEADY_CHUNKS if streaming else 0
         for cursor in cache.cursors:
             cursor.reset(index * transformer.config.len_t)
-        control = transformer.example_control(1)
-        control = _on_meta(control)
+        control = tree_map_only(Tensor, lambda x: x.to("meta"), transformer.example_control(1))
         begin, _ = count(transformer, lambda: transformer.begin_step(index, cache, control), cache)
         latent = torch.empty(transformer.latent_shape(1), dtype=torch.float32, device="meta")
         timestep = torch.tensor(500.0, dtype=torch.float32, device="cpu")
@@ -467,10 +467,3 @@ def _encoder_nbytes(config: Any) -> int:
         if checkpoint is None or checkpoint.size_bytes is None:
             raise
         return int(checkpoint.size_bytes)
-
-
-def _on_meta(control: Any) -> Any:
-    """A control input without values."""
-    if isinstance(control, Mapping):
-        return {name: _on_meta(value) for name, value in control.items()}
-    return control.to("meta") if isinstance(control, torch.Tensor) else control
