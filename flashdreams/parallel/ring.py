@@ -45,6 +45,8 @@ class ShardedCursor:
 
     def __getattr__(self, name: str) -> Any:
         """Frames and their slots are those of the model: every rank has its share of each."""
+        if name == "cursor":  # a copy that is still empty
+            raise AttributeError(name)
         return getattr(self.cursor, name)
 
 
