@@ -74,6 +74,9 @@ class Traffic:
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(self.calls + other.calls, self.bytes_sent + other.bytes_sent)
 
+    def __sub__(self, other: "Traffic") -> "Traffic":
+        return self + other * -1
+
     def __mul__(self, times: int) -> "Traffic":
         return Traffic(times * self.calls, times * self.bytes_sent)
 
@@ -126,7 +129,7 @@ class TrafficMeter:
 
     def since(self, snapshot: Mapping[str, Traffic]) -> dict[str, Traffic]:
         """What was counted after a snapshot; names without new calls are left out."""
-        new = {n: t + snapshot.get(n, Traffic()) * -1 for n, t in self.counts.items()}
+        new = {n: t - snapshot.get(n, Traffic()) for n, t in self.counts.items()}
         return {name: traffic for name, traffic in new.items() if traffic.calls}
 
 
