@@ -161,12 +161,12 @@ def _load_and_run(options: ServeOptions, config: Any, web: Any, debug: bool) -> 
     ready = False
     try:
         if web is not None:
-            web.phase = "warming"
+            web.gate.enter("warming")
         server = Server(runner, options.limits)
 
         def drain() -> None:
             if web is not None:
-                web.phase = "draining"
+                web.gate.enter("draining")
             server.drain()
 
         drain_on_signals(drain)

@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 Name = Annotated[str, Field(pattern=r"^[\w-]{1,64}$")]
 EventId = Annotated[str, Field(min_length=1, max_length=128)]
 Text = Annotated[str, Field(max_length=20_000)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
 
-class _Message(BaseModel):
+class Message(BaseModel):
     """Ignores unknown fields, because clients of later versions may send more."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
@@ -24,35 +25,40 @@ class _Message(BaseModel):
 # ---------------------------------------------------------------- client to server
 
 
-class ImageReference(_Message):
+class ImageReference(Message):
     """The first frame."""
 
     image_url: str
     """``data:image/...;base64,...``; an ``https`` address only where the server allows it."""
 
 
-class SessionStart(_Message):
-    """Start a session. Absent fields and None mean the server's default."""
+class SessionOptions(Message):
+    """Options of a new session. Absent fields and None mean the server's default."""
 
-    type: Literal["session.start"]
     model: str | None = None
     """The slug that the server serves."""
     prompt: Text | None = None
-    format: Literal["m4s", "jpeg"] = "m4s"
-    """``"m4s"``: fragmented MP4 with H.264. ``"jpeg"``: one picture per binary frame."""
     width: int | None = None
     height: int | None = None
     fps: float | None = None
     num_frames: Annotated[int, Field(ge=1)] | None = None
     """Pixel frames after which the session is done; None: it continues until it is stopped."""
-    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+    seed: Seed | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    extra_params: dict[str, Any] = {}
     image_reference: ImageReference | None = None
 
 
-class SessionResume(_Message):
+class SessionStart(SessionOptions):
+    """Start a session. Absent fields and None mean the server's default."""
+
+    type: Literal["session.start"]
+    format: Literal["m4s", "jpeg"] = "m4s"
+    """``"m4s"``: fragmented MP4 with H.264. ``"jpeg"``: one picture per binary frame."""
+    extra_params: dict[str, Any] = {}
+
+
+class SessionResume(Message):
     """Resume a session whose socket was lost."""
 
     type: Literal["session.resume"]
@@ -63,7 +69,7 @@ class SessionResume(_Message):
     format: Literal["m4s", "jpeg"] = "m4s"
 
 
-class CameraData(_Message):
+class CameraData(Message):
     """A motion or a pose."""
 
     translation: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -71,7 +77,7 @@ class CameraData(_Message):
     """Quaternion x, y, z, w."""
 
 
-class CameraMotion(_Message):
+class CameraMotion(Message):
     """A camera in metres and unit quaternions: +x right, +y up, +z forward."""
 
     mode: Literal["velocity", "target"]
@@ -79,20 +85,20 @@ class CameraMotion(_Message):
     data: CameraData
 
 
-class MultiModalData(_Message):
+class MultiModalData(Message):
     """Content of an event other than text."""
 
     camera: CameraMotion | None = None
 
 
-class InteractionEvent(_Message):
+class InteractionEvent(Message):
     """A change of the prompt, of the camera, or of both."""
 
     prompt: Text | None = None
     multi_modal_data: MultiModalData | None = None
 
 
-class Interaction(_Message):
+class Interaction(Message):
     """An event with its identifier."""
 
     event_id: EventId
@@ -101,7 +107,7 @@ class Interaction(_Message):
     """Number of chunks over which a ``"target"`` is reached; None means one."""
 
 
-class SessionInteraction(_Message):
+class SessionInteraction(Message):
     """Change the prompt or the camera."""
 
     type: Literal["session.interaction"]
@@ -109,7 +115,7 @@ class SessionInteraction(_Message):
     interaction: Interaction
 
 
-class SessionControl(_Message):
+class SessionControl(Message):
     """What the controller accepts: held keys, pointer motion, sliders."""
 
     type: Literal["session.control"]
@@ -118,22 +124,22 @@ class SessionControl(_Message):
     """As ``controls`` of ``video.start`` describes."""
 
 
-class SessionPause(_Message):
+class SessionPause(Message):
     """Pause or resume at the next chunk boundary."""
 
     type: Literal["session.pause"]
     paused: bool = True
 
 
-class SessionReset(_Message):
+class SessionReset(Message):
     """Restart the rollout."""
 
     type: Literal["session.reset"]
     event_id: EventId | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+    seed: Seed | None = None
 
 
-class SessionKeep(_Message):
+class SessionKeep(Message):
     """Store the state under a name (``save`` on disk, ``fork`` on the device), or return to it."""
 
     type: Literal["session.save", "session.fork", "session.rewind"]
@@ -141,7 +147,7 @@ class SessionKeep(_Message):
     name: Name
 
 
-class SessionShown(_Message):
+class SessionShown(Message):
     """A receipt: frames up to this one were shown."""
 
     type: Literal["session.shown"]
@@ -152,19 +158,19 @@ class SessionShown(_Message):
     """Frames that the client dropped since its last receipt."""
 
 
-class SessionKey(_Message):
+class SessionKey(Message):
     """Make the next picture a key picture, where decoding and thus a recording can start."""
 
     type: Literal["session.key"]
 
 
-class SessionPing(_Message):
+class SessionPing(Message):
     """Keep the connection alive."""
 
     type: Literal["session.ping"]
 
 
-class SessionStop(_Message):
+class SessionStop(Message):
     """End the session."""
 
     type: Literal["session.stop"]
@@ -189,30 +195,24 @@ ClientMessage = Annotated[
 # ---------------------------------------------------------------- server to client
 
 
-class StartConfig(_Message):
+class StartConfig(Message):
     """The parameters of a session."""
 
     model: str
-    """The slug that the server serves."""
     prompt: str | None
     """None if the model takes no prompt."""
     width: int
-    """Pixels."""
     height: int
-    """Pixels."""
     fps: float
-    """Playback frame rate."""
     seed: int
-    """Seed of the noise."""
     num_frames: int | None
     """Pixel frames after which the session is done; None: it continues until it is stopped."""
     num_inference_steps: int
-    """Number of denoising steps."""
     guidance_scale: float | None
     """None: without guidance."""
 
 
-class VideoStart(_Message):
+class VideoStart(Message):
     """The session has started or resumed."""
 
     type: Literal["video.start"] = "video.start"
@@ -237,7 +237,7 @@ class VideoStart(_Message):
     """Names that ``session.rewind`` accepts."""
 
 
-class VideoQueued(_Message):
+class VideoQueued(Message):
     """All places are taken; the session starts when one is free."""
 
     type: Literal["video.queued"] = "video.queued"
@@ -246,7 +246,7 @@ class VideoQueued(_Message):
     """1 is next."""
 
 
-class VideoChunk(_Message):
+class VideoChunk(Message):
     """Metadata of the next binary frame, or of the next picture of a media track."""
 
     type: Literal["video.chunk_metadata"] = "video.chunk_metadata"
@@ -272,7 +272,7 @@ class VideoChunk(_Message):
     """Over WebRTC: the picture's RTP timestamp minus that of the connection's first picture."""
 
 
-class Queued(_Message):
+class Queued(Message):
     """An event was accepted but not yet applied."""
 
     type: Literal["session.interaction.queued"] = "session.interaction.queued"
@@ -280,7 +280,7 @@ class Queued(_Message):
     event_id: str
 
 
-class Applied(_Message):
+class Applied(Message):
     """Events act from this chunk on."""
 
     type: Literal["session.interaction.applied"] = "session.interaction.applied"
@@ -290,7 +290,7 @@ class Applied(_Message):
     first_frame: int
 
 
-class Kept(_Message):
+class Kept(Message):
     """A ``save``, ``fork``, ``rewind`` or ``reset`` was carried out."""
 
     type: Literal["session.kept"] = "session.kept"
@@ -301,7 +301,7 @@ class Kept(_Message):
     saved: list[str]
 
 
-class Status(_Message):
+class Status(Message):
     """Figures, about once a second."""
 
     type: Literal["session.status"] = "session.status"
@@ -323,13 +323,13 @@ class Status(_Message):
     host_bytes: int
 
 
-class Pong(_Message):
+class Pong(Message):
     """Reply to a ping."""
 
     type: Literal["session.pong"] = "session.pong"
 
 
-class Done(_Message):
+class Done(Message):
     """The session is over."""
 
     type: Literal["session.done"] = "session.done"
@@ -339,7 +339,7 @@ class Done(_Message):
     """Whether it was stopped, rather than having reached ``num_frames``."""
 
 
-class Error(_Message):
+class Error(Message):
     """Something failed; unless the socket closes, the stream continues."""
 
     type: Literal["error"] = "error"

@@ -4,19 +4,21 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-from flashdreams.serving.interface import Full, Host, Listener, Offer, Opening, Refused
-from flashdreams.serving.protocol import Error, ImageReference, SessionStart, StartConfig
+from flashdreams.serving.interface import Full, Host, Offer, Opening, Refused
+from flashdreams.serving.protocol import Error, SessionOptions, StartConfig
 from flashdreams.serving.web.feed import Feed
 from flashdreams.serving.web.gate import Gate, for_clients
 from flashdreams.serving.web.images import image_of
 from flashdreams.serving.web.metrics import Metrics
 from flashdreams.serving.web.settings import WebSettings
+from flashdreams.serving.web.stepper import Stepper
 
 T = TypeVar("T")
+L = TypeVar("L", Feed, Stepper)
 
 logger = logging.getLogger(__name__)
 
@@ -24,22 +26,25 @@ INTERNAL = "Internal server error; see the server's log."
 
 
 class Denied(Exception):
-    """A refused request; it is answered by an error message."""
+    """A refused request; ``error`` is the message that answers it."""
 
-    def __init__(self, error: Error) -> None:
-        super().__init__(error.message)
-        self.error = error
+    def __init__(self, message: str, code: Any, **fields: Any) -> None:
+        super().__init__(message)
+        self.error = Error(message=message, code=code, **fields)
 
 
-@dataclass
-class Session:
+@dataclass(eq=False)
+class Session(Generic[L]):
     """One session as seen by the web server."""
 
     id: str
-    feed: Feed
+    listener: L
+    """A feed for sockets; a stepper if it is driven step by step over HTTP."""
     config: StartConfig
+    attached: bool = False
+    """Whether the host has had this listener."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while a socket resumes it."""
+    """Held while a client resumes it."""
 
 
 class Accounts:
@@ -48,9 +53,7 @@ class Accounts:
     def __init__(self, gate: Gate, settings: WebSettings, metrics: Metrics) -> None:
         """Start without sessions."""
         self.gate, self.settings, self.metrics = gate, settings, metrics
-        self.sessions: dict[str, Session] = {}
-        self.step_driven: Container[str] = ()
-        """Identifiers of the sessions of ``/v1/sessions``, which sockets cannot resume."""
+        self.sessions: dict[str, Session[Any]] = {}
         self.conversations: set[Any] = set()
         """Conversations of the open connections."""
 
@@ -90,87 +93,90 @@ class Accounts:
         """
         host = self.gate.host
         if host is None:
-            raise Denied(self.absence())
+            raise self.absence()
         return host
 
-    def absence(self) -> Error:
+    def absence(self) -> Denied:
         """The error for requests while there is no host."""
         stops = self.gate.phase == "draining"
-        return Error(message=self.gate.words(), code="draining" if stops else "not_ready")
+        return Denied(self.gate.words(), "draining" if stops else "not_ready")
 
-    async def open(self, start: SessionStart, listener: Listener) -> tuple[str, StartConfig]:
+    async def open(self, options: SessionOptions, listener: L) -> Session[L]:
         """Open a session.
-
-        Returns:
-            Its identifier and parameters.
 
         Raises:
             Denied: its parameters are not served, or there is no place.
         """
         host = self.host()
-        check_allowed(start, host.offer)
-        image = start.image_reference
+        check_allowed(options, host.offer)
+        image = None
+        if options.image_reference is not None:
+            url = options.image_reference.image_url
+            image = await answered(image_of, url, host.offer, self.settings)
         opening = Opening(
-            prompt=start.prompt,
-            seed=start.seed,
-            num_frames=start.num_frames,
-            image=None if image is None else await self._image(image, host.offer),
+            prompt=options.prompt, seed=options.seed, num_frames=options.num_frames, image=image
         )
         id = await answered(host.open, opening, listener)
-        return id, config_of(start, host.offer)
+        self.forget_ended()
+        session = Session(id, listener, config_of(options, host.offer), attached=True)
+        self.sessions[id] = session
+        return session
 
     @contextlib.asynccontextmanager
-    async def taking_up(self, id: str) -> AsyncIterator[Session]:
+    async def taking_up(
+        self, id: str, kind: type[L], new: Callable[[], L]
+    ) -> AsyncIterator[Session[L]]:
         """A session by its token, locked against being resumed by others.
 
+        One from an earlier server process is registered at once, so that all clients that resume it
+        share one listener.
+
+        Args:
+            id: the token.
+            kind: class of the session's listener.
+            new: makes a listener.
+
         Raises:
-            Denied: there is no host, or the session is driven over HTTP.
+            Denied: there is no host, or the session is driven in another way.
         """
         while True:
-            session = self._find(id)
+            host = self.host()
+            self.forget_ended()
+            session = self.sessions.get(id)
+            if session is None:
+                config = config_of(SessionOptions(), host.offer)
+                session = self.sessions[id] = Session(id, new(), config)
+            if not isinstance(session.listener, kind):
+                text = f"This session is controlled over {session.listener.carrier}."
+                raise Denied(text, "unknown_session")
             async with session.lock:
-                # Another socket may have registered a new session after an earlier one was refused.
+                # Another client may have registered a new session after this one was refused.
                 if self.sessions.get(id) is session:
                     yield session
                     return
 
-    def _find(self, id: str) -> Session:
-        """A session; one from an earlier server process gets a new feed.
-
-        It is registered at once, so that all clients that resume it share one feed.
-        """
-        host = self.host()
-        if id in self.step_driven:
-            text = "This session is controlled over HTTP."
-            raise Denied(Error(message=text, code="unknown_session"))
-        self.forget_ended()
-        session = self.sessions.get(id)
-        if session is None:
-            feed = Feed(host.offer, self.settings, self.metrics)
-            config = config_of(SessionStart(type="session.start"), host.offer)
-            session = self.sessions[id] = Session(id, feed, config)
-        return session
-
     async def reap(self) -> None:
-        """Periodically drop data for which no client reconnects."""
+        """Periodically drop sessions and pictures that no client comes back for."""
         while True:
             await asyncio.sleep(self.settings.reap_s)
             self.forget_ended()
             for session in self.sessions.values():
-                session.feed.let_go()
+                session.listener.let_go()
 
     def forget_ended(self) -> None:
-        """Drop ended sessions whose last frames no client fetches."""
-        for id in [id for id, session in self.sessions.items() if session.feed.abandoned]:
-            del self.sessions[id]
+        """Drop sessions that no client comes back for."""
+        host = self.gate.host
+        for session in list(self.sessions.values()):
+            if session.lock.locked() or not session.listener.abandoned:
+                continue
+            self.forget(session)
+            if host is not None and session.listener.end is None:
+                host.close(session.id)
 
-    def forget(self, session: Session) -> None:
+    def forget(self, session: Session[Any]) -> None:
         """Drop a session."""
         if self.sessions.get(session.id) is session:
             del self.sessions[session.id]
-
-    async def _image(self, reference: ImageReference, offer: Offer) -> Any:
-        return await answered(image_of, reference.image_url, offer, self.settings)
 
 
 async def answered(function: Callable[..., T], *arguments: Any) -> T:
@@ -179,68 +185,36 @@ async def answered(function: Callable[..., T], *arguments: Any) -> T:
     Raises:
         Denied: it was refused or failed.
     """
-    return await denying(asyncio.to_thread(function, *arguments))
-
-
-async def denying(call: Awaitable[T]) -> T:
-    """Await a call of the host.
-
-    Raises:
-        Denied: it was refused or failed.
-    """
     try:
-        return await call
-    except Full as error:
-        raise Denied(Error(message=for_clients(str(error)), code="queue_full")) from error
+        return await asyncio.to_thread(function, *arguments)
     except Refused as error:
-        raise Denied(Error(message=for_clients(str(error)), code="not_allowed")) from error
+        code = "queue_full" if isinstance(error, Full) else "not_allowed"
+        raise Denied(for_clients(str(error)), code) from error
     except Exception as error:
         logger.exception("a client's request has failed")
-        raise Denied(Error(message=INTERNAL, code="session_failed")) from error
+        raise Denied(INTERNAL, "session_failed") from error
 
 
-def check_allowed(start: SessionStart, offer: Offer) -> None:
+def check_allowed(options: SessionOptions, offer: Offer) -> None:
     """Refuse parameters that this server does not serve.
 
     Raises:
         Denied: with all accepted values.
     """
-    allowed = {
-        "model": offer.model,
-        "width": offer.width,
-        "height": offer.height,
-        "fps": offer.fps,
-        "num_inference_steps": offer.num_inference_steps,
-        "guidance_scale": offer.guidance_scale,
-    }
-    wrong = {
-        name: wanted
-        for name, value in allowed.items()
-        if (wanted := getattr(start, name)) is not None and wanted != value
-    }
+    fixed = ("model", "width", "height", "fps", "num_inference_steps", "guidance_scale")
+    allowed = {name: getattr(offer, name) for name in fixed}
+    asked = {name: getattr(options, name) for name in fixed}
+    wrong = {n: x for n, x in asked.items() if x is not None and x != allowed[n]}
     if wrong:
-        asked = ", ".join(f"{name}={wanted!r}" for name, wanted in wrong.items())
+        found = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
         served = ", ".join(f"{name}={allowed[name]!r}" for name in wrong)
-        raise Denied(
-            Error(
-                message=f"Not served here: {asked}. This server has {served}; leave out what does "
-                "not matter.",
-                code="not_allowed",
-                allowed=allowed,
-            )
+        text = (
+            f"Not served here: {found}. This server has {served}; leave out what does not matter."
         )
+        raise Denied(text, "not_allowed", allowed=allowed)
 
 
-def config_of(start: SessionStart, offer: Offer) -> StartConfig:
-    """The parameters of a session."""
-    return StartConfig(
-        model=offer.model,
-        prompt=offer.prompt if start.prompt is None else start.prompt,
-        width=offer.width,
-        height=offer.height,
-        fps=offer.fps,
-        seed=offer.seed if start.seed is None else start.seed,
-        num_frames=start.num_frames,
-        num_inference_steps=offer.num_inference_steps,
-        guidance_scale=offer.guidance_scale,
-    )
+def config_of(options: SessionOptions, offer: Offer) -> StartConfig:
+    """The parameters of a session: its own, else those of the server."""
+    own = options.model_dump(include={"prompt", "seed", "num_frames"}, exclude_none=True)
+    return StartConfig(**{"num_frames": None} | vars(offer) | own)

@@ -13,7 +13,6 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 
 import flashdreams
-from flashdreams.serving.interface import Host
 from flashdreams.serving.protocol import schema
 from flashdreams.serving.web.accounts import INTERNAL, Accounts
 from flashdreams.serving.web.conversation import Conversation
@@ -32,23 +31,21 @@ PAGE = Path(__file__).resolve().parents[1] / "page"
 logger = logging.getLogger(__name__)
 
 
-def create_app(host: Host | Gate, settings: WebSettings) -> FastAPI:
+def create_app(gate: Gate, settings: WebSettings) -> FastAPI:
     """The application of one server.
 
     Args:
-        host: the host, or the gate that will hold it.
+        gate: holds the host, now or later.
         settings: addresses and limits.
     """
-    gate = host if isinstance(host, Gate) else Gate(host)
     metrics, guard = Metrics(gate), Guard(settings)
     accounts = Accounts(gate, settings, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        reapers = [asyncio.create_task(each.reap()) for each in (app.state.steppers, accounts)]
+        reaper = asyncio.create_task(accounts.reap())
         yield
-        for reaper in reapers:
-            reaper.cancel()
+        reaper.cancel()
 
     app = FastAPI(
         title="flashdreams",
@@ -60,11 +57,10 @@ def create_app(host: Host | Gate, settings: WebSettings) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.accounts = accounts
-    app.state.guard = guard
     app.add_middleware(GuardedApp, guard=guard)
     _add_probes(app, gate, metrics)
     add_models(app, gate)
-    app.state.steppers = add_sessions(app, accounts)
+    add_sessions(app, accounts)
     _add_socket(app, accounts, guard)
     add_peers(app, accounts, guard)
     _add_page(app, settings)

@@ -21,13 +21,7 @@ from flashdreams.serving.protocol import (
     Status,
     VideoStart,
 )
-from flashdreams.serving.web.accounts import (
-    INTERNAL,
-    Accounts,
-    Denied,
-    Session,
-    answered,
-)
+from flashdreams.serving.web.accounts import INTERNAL, Accounts, Denied, Session, answered
 from flashdreams.serving.web.codec import new_encoder
 from flashdreams.serving.web.feed import Feed
 from flashdreams.serving.web.gate import for_clients
@@ -59,25 +53,19 @@ class Conversation:
         """
         self.transport, self.accounts = transport, accounts
         self.settings, self.metrics = accounts.settings, accounts.metrics
-        self.request_id = f"video-{uuid.uuid4().hex}"
         self.format: Any = "m4s"
-        self.session: Session | None = None
+        self.session: Session[Feed] | None = None
         self.begun = False
         self.resumed_at: int | None = None
-        self.outlet = Outlet(
-            transport,
-            self.request_id,
-            self.metrics,
-            waiting_pictures=self.settings.waiting_pictures,
-            slow_s=self.settings.slow_s,
-        )
+        request_id = f"video-{uuid.uuid4().hex}"
+        self.outlet = Outlet(transport, request_id, self.settings, self.metrics)
         self._bucket = TokenBucket(self.settings.messages_per_s)
 
     @property
     def feed(self) -> Feed:
         """Feed of the session."""
         assert self.session is not None
-        return self.session.feed
+        return self.session.listener
 
     async def run(self, guard: Guard) -> None:
         """Run the conversation; returns when the socket is closed."""
@@ -85,7 +73,7 @@ class Conversation:
         last: Done | Error | None = None
         try:
             if not guard.knows_token(self.transport.scope):
-                raise Denied(Error(message="A token is required.", code="unauthorized"))
+                raise Denied("A token is required.", "unauthorized")
             await self._open(await self._first())
             last = await self._carry_on(writer)
         except Denied as denied:
@@ -94,7 +82,7 @@ class Conversation:
             pass
         except Exception:
             logger.exception("a conversation has failed")
-            last = Error(message=INTERNAL, code="session_failed")
+            last = Denied(INTERNAL, "session_failed").error
         finally:
             self._leave(last)
         await self._close(last, writer)
@@ -102,77 +90,80 @@ class Conversation:
     async def _first(self) -> SessionStart | SessionResume:
         try:
             text = await asyncio.wait_for(self._receive(first=True), self.settings.start_s)
-        except (TimeoutError, asyncio.TimeoutError):
+        except asyncio.TimeoutError:
             text = f"session.start must arrive within {self.settings.start_s:g} s."
-            raise Denied(Error(message=text, code="timeout")) from None
+            raise Denied(text, "timeout") from None
         large = len(text) > self.settings.max_message_bytes
         message = await asyncio.to_thread(read_message, text) if large else read_message(text)
-        self.metrics.message(message.type)
+        self.metrics.messages(message.type).inc()
         if not isinstance(message, FIRST):
             text = f"The first message is session.start or session.resume, not {message.type}."
-            raise Denied(Error(message=text, code="bad_message"))
+            raise Denied(text, "bad_message")
         return message
 
     async def _receive(self, first: bool = False) -> str:
         text = await self.transport.receive()
         if isinstance(text, bytes):
-            raise Denied(Error(message="Messages are JSON in text frames.", code="bad_message"))
+            raise Denied("Messages are JSON in text frames.", "bad_message")
         limit = self.settings.max_socket_bytes if first else self.settings.max_message_bytes
         if len(text) > limit:
-            raise Denied(Error(message=f"The limit is {limit:,} bytes.", code="bad_message"))
+            raise Denied(f"The limit is {limit:,} bytes.", "bad_message")
         return text
 
     async def _open(self, first: SessionStart | SessionResume) -> None:
         self.format = self.transport.format or first.format
         if isinstance(first, SessionStart):
-            host = self.accounts.host()
-            feed = Feed(host.offer, self.settings, self.metrics)
+            feed = self._new_feed()
             feed.connect(self.outlet)
             feed.num_frames = first.num_frames
-            id, config = await self.accounts.open(first, feed)
-            self.accounts.forget_ended()
-            self.session = self.accounts.sessions[id] = Session(id, feed, config)
+            self.session = await self.accounts.open(first, feed)
             return
-        async with self.accounts.taking_up(first.token) as session:
-            before = session.feed.outlet
+        async with self.accounts.taking_up(first.token, Feed, self._new_feed) as session:
+            feed, before = session.listener, session.listener.outlet
             if before is not None:  # send it before its thread notices
                 text = "The session was resumed by another connection."
                 before.post(Error(message=text, code="unknown_session"))
-            session.feed.connect(self.outlet)
+            feed.connect(self.outlet)
             if before is not None:
                 before.finish()
             following = await self._attach(session, first.from_frame)
-            kept = session.feed.go_back(first.from_frame)
+            kept = feed.go_back(first.from_frame)
             self.resumed_at = following if kept is None else kept
             self.session = session
-        if session.feed.state not in ("waiting", "parked"):
+        if feed.state not in ("waiting", "parked"):
             self.outlet.set_running()
 
-    async def _attach(self, session: Session, from_frame: int) -> int:
+    def _new_feed(self) -> Feed:
+        return Feed(self.accounts.host().offer, self.settings, self.metrics)
+
+    async def _attach(self, session: Session[Feed], from_frame: int) -> int:
         """Resume the session in the host; a finished one may still have unsent pictures here."""
-        if session.feed.end is not None:
+        feed, accounts = session.listener, self.accounts
+        if feed.end is not None:
             return from_frame
-        accounts = self.accounts
         try:
-            host = accounts.host()
-            return await answered(host.attach, session.id, session.feed, from_frame)
+            following = await answered(accounts.host().attach, session.id, feed, from_frame)
+            session.attached = True
+            return following
         except Denied as denied:
-            if accounts.gate.host is None:
-                denied.error = accounts.absence()
-            elif denied.error.code == "not_allowed":
+            if denied.error.code == "not_allowed" and accounts.gate.host is not None:
                 known = accounts.sessions.get(session.id) is session
-                if known and session.feed.state != "waiting":
+                if known and feed.state != "waiting":
                     return from_frame  # it has just ended; on_end follows
                 denied.error.code = "unknown_session"
-            session.feed.disconnect(self.outlet)
+            feed.disconnect(self.outlet)
             accounts.forget(session)
+            accounts.host()  # says better why there is none
             raise
 
-    async def _carry_on(self, writer: asyncio.Task[None]) -> Done | Error | None:
+    async def _carry_on(self, writer: asyncio.Task[None]) -> Done | None:
         """Run until the session or the socket ends.
 
         Returns:
             The last message; None if the socket is gone.
+
+        Raises:
+            Denied: the last message is an error.
         """
         assert self.session is not None
         requests = Requests(self.accounts.host(), self.session.id, self.feed)
@@ -182,7 +173,7 @@ class Conversation:
         try:
             while not writer.done() and not reader.done():
                 done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in done & set(others):
+                for task in done - {writer}:
                     task.result()
         finally:
             for task in (reader, *others):
@@ -194,26 +185,31 @@ class Conversation:
             writer.result()
         except TooSlow:
             text = f"Nothing was read for {self.settings.slow_s:g} s."
-            return Error(message=text, code="too_slow")
+            raise Denied(text, "too_slow") from None
         except OSError:  # disconnected
             return None
         return self._end()
 
-    def _end(self) -> Done | Error | None:
-        """The last message, once everything else was sent."""
+    def _end(self) -> Done | None:
+        """The last message, once everything else was sent.
+
+        Raises:
+            Denied: it is an error.
+        """
         if self.accounts.gate.phase == "draining":
-            return self.accounts.absence()
+            raise self.accounts.absence()
         if self.outlet.failed:
-            return Error(message=INTERNAL, code="session_failed")
+            raise Denied(INTERNAL, "session_failed")
         end = self.feed.end
         if self.feed.outlet is not self.outlet or end is None:
             return None
         if end.error is not None:
-            return Error(message=end.error, code="session_failed")
+            raise Denied(end.error, "session_failed")
         return self._done(end.stopped)
 
     def _done(self, stopped: bool) -> Done:
-        return Done(request_id=self.request_id, chunks=self.outlet.sent_chunks, stopped=stopped)
+        outlet = self.outlet
+        return Done(request_id=outlet.request_id, chunks=outlet.sent_chunks, stopped=stopped)
 
     async def _begin(self) -> None:
         """Wait for the session's place, send ``video.start``, start the pictures, send figures."""
@@ -223,32 +219,25 @@ class Conversation:
         if self.feed.end is not None and self.feed.end.error is not None:
             self.outlet.finish()
             return
+        size = (offer.width, offer.height, offer.fps)
         try:
             encoder = await asyncio.to_thread(
-                new_encoder,
-                self.format,
-                offer.width,
-                offer.height,
-                offer.fps,
-                self.settings.encoder,
+                new_encoder, self.format, *size, self.settings.encoder
             )
         except ValueError as error:
-            text = for_clients(str(error))
             allowed = {"format": ["jpeg"]}
-            raise Denied(Error(message=text, code="not_allowed", allowed=allowed)) from error
+            raise Denied(for_clients(str(error)), "not_allowed", allowed=allowed) from error
         self.feed.saved = await asyncio.to_thread(host.saved, session.id)
         self.outlet.post(
             VideoStart(
-                request_id=self.request_id,
+                **vars(offer),  # controls, prompts_change, commands
+                request_id=self.outlet.request_id,
                 format=self.format,
                 config=session.config,
                 token=session.id,
                 resumed=self.resumed_at is not None,
                 first_frame=self.resumed_at or 0,
                 codec=encoder.codec,
-                controls=None if offer.controls is None else dict(offer.controls),
-                prompts_change=offer.prompts_change,
-                commands=list(offer.commands),
                 saved=self.feed.saved,
             )
         )
@@ -261,49 +250,43 @@ class Conversation:
 
     def _status(self) -> Status:
         assert self.session is not None
-        figures = self.accounts.host().figures(self.session.id)
-        state = figures.state if figures.state != "ended" else "paused"
+        figures = vars(self.accounts.host().figures(self.session.id))
+        state = "paused" if figures["state"] == "ended" else figures["state"]
         return Status(
-            request_id=self.request_id,
-            state=state,
-            frames_per_second=figures.frames_per_second,
-            chunk_ms=dict(figures.chunk_ms),
+            **{**figures, "state": state},
+            request_id=self.outlet.request_id,
             key_to_photon_p50_ms=self.feed.latency_ms(0.50),
             key_to_photon_p99_ms=self.feed.latency_ms(0.99),
             unshown_frames=self.outlet.unshown,
-            sessions=figures.sessions,
-            queued=figures.queued,
-            device_bytes=figures.device_bytes,
-            host_bytes=figures.host_bytes,
         )
 
-    async def _read(self, requests: Requests) -> Done | Error | None:
-        """Read until the client stops, disconnects or violates the protocol."""
+    async def _read(self, requests: Requests) -> Done | None:
+        """Read until the client stops or disconnects.
+
+        Raises:
+            Denied: the client violates the protocol.
+        """
         flooding = 0.0
         while True:
             try:
                 text = await asyncio.wait_for(self._receive(), self.settings.stall_s)
                 message = read_message(text)
-            except (TimeoutError, asyncio.TimeoutError):
+                self.metrics.messages(message.type).inc()
+                if isinstance(message, SessionStop):
+                    return self._done(stopped=True)
+                self._take(message, requests)
+            except asyncio.TimeoutError:
                 text = f"Nothing was heard for {self.settings.stall_s:g} s; send session.ping."
-                return Error(message=text, code="timeout")
+                raise Denied(text, "timeout") from None
             except Gone:
                 return None
             except Denied as denied:
                 self._refuse(denied.error)
-            else:
-                self.metrics.message(message.type)
-                if isinstance(message, SessionStop):
-                    return self._done(stopped=True)
-                try:
-                    self._take(message, requests)
-                except Denied as denied:
-                    self._refuse(denied.error)
             wait = self._bucket.take()
             flooding = flooding + wait if wait else 0.0
             if flooding > self.settings.flood_s:
                 text = f"More than {self.settings.messages_per_s:g} messages per second."
-                return Error(message=text, code="bad_message")
+                raise Denied(text, "bad_message")
             await asyncio.sleep(wait)
             while self.outlet.crowded:
                 await asyncio.sleep(0.1)
@@ -318,23 +301,24 @@ class Conversation:
         elif isinstance(message, SessionPause):
             requests.pause(message.paused)
         elif isinstance(message, FIRST):
-            raise Denied(Error(message="The session has already started.", code="bad_message"))
+            raise Denied("The session has already started.", "bad_message")
         else:
             requests.take(message)
 
     def _refuse(self, error: Error) -> None:
-        self.metrics.refused(error.code)
-        error.request_id = self.request_id
+        self.metrics.errors(error.code).inc()
+        error.request_id = self.outlet.request_id
         self.outlet.post(error)
 
     def _leave(self, last: Done | Error | None) -> None:
         """After the socket is closed: let the session wait for another one, or end it."""
         session, host = self.session, self.accounts.gate.host
-        if session is None or not session.feed.disconnect(self.outlet):
+        if session is None or not self.feed.disconnect(self.outlet):
             return
-        if last is not None and (session.feed.end is not None or isinstance(last, Done)):
+        over = self.feed.end is not None
+        if last is not None and (over or isinstance(last, Done)):
             self.accounts.forget(session)
-        if session.feed.end is not None or host is None:
+        if over or host is None:
             return
         if isinstance(last, Done) or not (self.begun or self.resumed_at is not None):
             host.close(session.id)
@@ -345,8 +329,8 @@ class Conversation:
         self.outlet.close()
         code = NORMAL
         if isinstance(last, Error):
-            self.metrics.refused(last.code)
-            last.request_id = self.request_id
+            self.metrics.errors(last.code).inc()
+            last.request_id = self.outlet.request_id
             code = _CLOSE_CODES.get(last.code, POLICY)
             code = INTERNAL_ERROR if last.code == "session_failed" else code
         _, late = await asyncio.wait({writer}, timeout=FLUSH_S)

@@ -24,7 +24,7 @@ LATENCIES = 512
 """Number of recent key-to-photon times in the percentiles."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Picture:
     """One picture of a session."""
 
@@ -61,6 +61,8 @@ class Feed(Listener):
     encoder's thread and the event loop call it; one lock, held only briefly, guards it.
     """
 
+    carrier = "a WebSocket"
+
     def __init__(self, offer: Offer, settings: WebSettings, metrics: Metrics) -> None:
         """Start without a socket."""
         self.offer, self.settings, self.metrics = offer, settings, metrics
@@ -83,7 +85,8 @@ class Feed(Listener):
         self._hurry = False
         self._position = 0
         self._alone_since = time.monotonic()
-        self._encoding = 0
+        self._encoding: set[Picture] = set()
+        """Taken pictures that are still to be shown."""
         self._news: deque[_News] = deque()
         """News of events; each goes with the first picture sent at or after its frame."""
 
@@ -156,7 +159,7 @@ class Feed(Listener):
         """See `Listener`."""
         event, outlet = self.withdraw(event_id), self.outlet
         if outlet is not None:
-            self.metrics.refused("interaction_failed")
+            self.metrics.errors("interaction_failed").inc()
             outlet.post(
                 Error(
                     message=for_clients(message),
@@ -197,8 +200,9 @@ class Feed(Listener):
                 if self._pending:
                     wait = self._playout.wait(time.monotonic())
                     if wait <= 0:
-                        self._encoding = 1
-                        return self._pending.popleft()
+                        picture = self._pending.popleft()
+                        self._encoding.add(picture)
+                        return picture
                 elif self.end is not None:
                     return None
                 self._changed.wait(wait)
@@ -211,16 +215,13 @@ class Feed(Listener):
             Whether it was sent; False for an outdated one.
         """
         with self._lock:
-            self._encoding = 0
-            if picture.epoch != self._epoch:
-                self.metrics.stale(1)
+            if picture not in self._encoding:
+                self.metrics.frames("stale").inc()
                 return False
+            self._encoding.discard(picture)
             if self.outlet is not outlet:  # for the next socket
                 pending = [picture, *self._pending]
                 self._pending = deque(sorted(pending, key=lambda waiting: waiting.frame))
-                return False
-            if outlet.purged:
-                self.metrics.stale(1)
                 return False
             self._keep(picture)
             late_s = self._playout.show(time.monotonic())
@@ -249,12 +250,12 @@ class Feed(Listener):
             outlet.post_picture(message, data, late_s=late_s, accepted_at=tuple(accepted_at))
             return True
 
-    def skip(self) -> None:
+    def skip(self, picture: Picture) -> None:
         """Drop a picture because the client is too slow."""
         with self._lock:
-            self._encoding = 0
+            self._encoding.discard(picture)
             self._playout.show(time.monotonic())
-        self.metrics.dropped(1)
+        self.metrics.frames("dropped").inc()
 
     # ------------------------------------------------------------ the event loop's thread
 
@@ -359,7 +360,7 @@ class Feed(Listener):
     def _delay(self) -> float:
         """Seconds until all queued pictures have been shown."""
         wait = self._playout.wait(time.monotonic()) if self.outlet is not None else 0.0
-        return wait + (len(self._pending) + self._encoding) * self._playout.period
+        return wait + (len(self._pending) + len(self._encoding)) * self._playout.period
 
     def _keep(self, picture: Picture) -> None:
         self._kept.append(picture)
@@ -369,9 +370,10 @@ class Feed(Listener):
             self._kept.popleft()
 
     def _forget_pending(self) -> None:
-        """Drop the queued pictures; their news of events go with the next picture."""
-        self.metrics.stale(len(self._pending))
+        """Drop the pictures that are not sent; their news of events go with the next picture."""
+        self.metrics.frames("stale").inc(len(self._pending))
         self._pending.clear()
+        self._encoding.clear()
         if self.outlet is not None:
             self.outlet.purge()
         self._changed.notify_all()

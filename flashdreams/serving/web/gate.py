@@ -2,7 +2,7 @@
 
 import re
 import time
-from typing import Literal, get_args
+from typing import Literal
 
 from flashdreams.serving.interface import Host
 
@@ -22,30 +22,23 @@ class Gate:
             host: the host if it is ready; None: the model is still loading.
         """
         self._host = host
-        self._phase: Phase = "loading" if host is None else "ready"
+        self.enter("loading" if host is None else "ready")
+
+    def enter(self, phase: Phase) -> None:
+        """Begin a phase; draining ends all conversations."""
+        self.phase = phase
         self.since = time.monotonic()
         """When the phase began."""
 
     @property
-    def phase(self) -> Phase:
-        """The server's current phase."""
-        return self._phase
-
-    @phase.setter
-    def phase(self, phase: Phase) -> None:
-        """Set the phase; draining ends all conversations."""
-        if phase not in get_args(Phase):
-            raise ValueError(f"Unknown phase {phase!r}; allowed: {', '.join(get_args(Phase))}.")
-        self._phase, self.since = phase, time.monotonic()
-
-    @property
     def host(self) -> Host | None:
         """The host; None unless sessions can be opened and resumed."""
-        return self._host if self._phase == "ready" else None
+        return self._host if self.phase == "ready" else None
 
     def serve(self, host: Host) -> None:
-        """Set the host."""
-        self._host, self.phase = host, "ready"
+        """Set the host, which is ready."""
+        self._host = host
+        self.enter("ready")
 
     def words(self) -> str:
         """The current phase as text for clients."""
@@ -55,7 +48,7 @@ class Gate:
             "ready": "Ready.",
             "draining": "The server is shutting down; sessions continue when it is back.",
             "failed": "The server has failed; see its log.",
-        }[self._phase]
+        }[self.phase]
 
 
 def for_clients(text: str) -> str:

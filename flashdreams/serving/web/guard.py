@@ -3,8 +3,13 @@
 import hmac
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
+from starlette.responses import PlainTextResponse
+from starlette.websockets import WebSocketClose
 
 from flashdreams.serving.web.settings import WebSettings, is_loopback
 
@@ -64,15 +69,12 @@ class Guard:
         wanted = self.settings.token
         if not wanted:
             return True
-        headers = headers_of(scope)
-        found = urllib.parse.parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
-        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        request = HTTPConnection(scope)
+        found = request.query_params.getlist("token")
+        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             found.append(bearer.strip())
-        for cookie in headers.get("cookie", "").split(";"):
-            name, _, value = cookie.strip().partition("=")
-            if name == cookie_name(scope):
-                found.append(urllib.parse.unquote(value))
+        found.append(urllib.parse.unquote(request.cookies.get(cookie_name(scope), "")))
         same = [hmac.compare_digest(text.encode(), wanted.encode()) for text in found]
         return any(same)
 
@@ -84,12 +86,12 @@ class Guard:
         """
         if self.settings.token or not is_loopback(self.settings.host):
             return True
-        name = _host_name(headers_of(scope).get("host", ""))
+        name = _split(f"//{Headers(scope=scope).get('host', '')}").hostname or ""
         return is_loopback(name) or name in self.settings.allowed_hosts
 
     def allows_origin(self, scope: Scope) -> bool:
         """Whether the requesting page is from this server or allowed; programs send no origin."""
-        headers = headers_of(scope)
+        headers = Headers(scope=scope)
         origin = headers.get("origin")
         if origin is None or origin in self.settings.allowed_origins:
             return True
@@ -109,12 +111,16 @@ class GuardedApp:
         if scope["type"] == "websocket":
             if not self._guard.allows_host(scope) or not self._guard.allows_origin(scope):
                 await receive()
-                await send({"type": "websocket.close", "code": 1008})
+                await WebSocketClose(1008)(scope, receive, send)
                 return
         elif scope["type"] == "http":
             refusal = self._refusal(scope)
             if refusal is not None:
-                await _answer(send, *refusal)
+                status, text = refusal
+                headers = {"connection": "close"}
+                if status == 401:
+                    headers["www-authenticate"] = "Bearer"
+                await PlainTextResponse(text, status, headers)(scope, receive, send)
                 return
             request = _Request(receive, send, self._limit(scope))
             receive, send = request.receive, request.send
@@ -129,7 +135,7 @@ class GuardedApp:
         if scope["path"] not in OPEN_PATHS and not guard.knows_token(scope):
             return 401, "A token is required: ?token=..., or Authorization: Bearer ..."
         try:
-            length = int(headers_of(scope).get("content-length", "0"))
+            length = int(Headers(scope=scope).get("content-length", "0"))
         except ValueError:
             return 400, "Content-Length is not a number."
         if length > self._limit(scope):
@@ -146,20 +152,9 @@ class TooLarge(Exception):
     """The body of a request is larger than allowed."""
 
 
-def headers_of(scope: Scope) -> Mapping[str, str]:
-    """Headers of a request by lower-case name; the last one if repeated."""
-    return {
-        key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]
-    }
-
-
 def cookie_name(scope: Scope) -> str:
     """Name of the cookie with the token; contains the port, because cookies ignore ports."""
     return f"flashdreams_token_{(scope.get('server') or ('', 0))[1]}"
-
-
-def _host_name(host: str) -> str:
-    return _split(f"//{host}").hostname or ""
 
 
 def _split(address: str) -> urllib.parse.SplitResult:
@@ -191,11 +186,3 @@ class _Request:
                 message["status"] = 413
                 message["headers"].append((b"connection", b"close"))
         await self._send(message)
-
-
-async def _answer(send: Send, status: int, text: str) -> None:
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
-    if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": text.encode()})

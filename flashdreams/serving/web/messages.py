@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flashdreams.serving.protocol import CLIENT_MESSAGE, Error, SessionResume, SessionStart
+from flashdreams.serving.protocol import CLIENT_MESSAGE, SessionResume, SessionStart
 from flashdreams.serving.web.accounts import Denied
 
 MAX_DEPTH = 8
@@ -23,11 +23,11 @@ def read_message(text: str) -> Any:
     """
     try:
         message = CLIENT_MESSAGE.validate_json(text)
-        if hasattr(message, "values"):
-            check_values(message.values)
-        return message
     except ValidationError as error:
-        raise Denied(_explained(error)) from None
+        raise _explained(error) from None
+    if hasattr(message, "values"):
+        check_values(message.values)
+    return message
 
 
 def check_values(values: Any, depth: int = 0) -> None:
@@ -37,24 +37,21 @@ def check_values(values: Any, depth: int = 0) -> None:
         Denied: describes what is wrong.
     """
     if isinstance(values, float) and not math.isfinite(values):
-        raise Denied(Error(message="A value is NaN or infinite.", code="bad_message"))
+        raise Denied("A value is NaN or infinite.", "bad_message")
     if isinstance(values, int) and abs(values) > LARGEST:
-        text = f"A whole number is larger than {LARGEST}."
-        raise Denied(Error(message=text, code="bad_message"))
+        raise Denied(f"A whole number is larger than {LARGEST}.", "bad_message")
     if isinstance(values, dict | list):
         if depth >= MAX_DEPTH:
-            text = f"Values are nested more than {MAX_DEPTH} deep."
-            raise Denied(Error(message=text, code="bad_message"))
+            raise Denied(f"Values are nested more than {MAX_DEPTH} deep.", "bad_message")
         for value in values.values() if isinstance(values, dict) else values:
             check_values(value, depth + 1)
 
 
-def _explained(error: ValidationError) -> Error:
-    details = error.errors(include_url=False, include_context=False)
-    first = details[0]
+def _explained(error: ValidationError) -> Denied:
+    first = error.errors(include_url=False, include_context=False)[0]
     place = ".".join(str(part) for part in first["loc"])
     shown = repr(first.get("input"))[:80]
     text = f"{place}: {first['msg']}; got {shown}" if place else first["msg"]
     if first["loc"][-1:] == ("format",):
-        return Error(message=text, code="not_allowed", allowed={"format": FORMATS})
-    return Error(message=f"Unknown message. {text}", code="bad_message")
+        return Denied(text, "not_allowed", allowed={"format": FORMATS})
+    return Denied(f"Unknown message. {text}", "bad_message")

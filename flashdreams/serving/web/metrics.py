@@ -2,24 +2,24 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from flashdreams.serving.interface import Host
-from flashdreams.serving.web.gate import Gate
+from flashdreams.serving.web.gate import Gate, Phase
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _STAGES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _LATENCIES = (0.02, 0.04, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 5.0)
 _JITTER = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+_FRACTION = "Frames generated per second, as a fraction of the display rate."
 RECENT = 1024
 """Number of recent key-to-photon times in the quantiles."""
-_PHASES = ("loading", "warming", "ready", "draining", "failed")
 
 
 class Metrics:
@@ -38,17 +38,17 @@ class Metrics:
 
         self._steps = counter("ar_steps", "AR steps whose frames have arrived on the host.")
         # looking up a label takes as long as everything else
-        self._frames = cache(counter("frames", "Frames by fate.", "fate").labels)
+        self.frames = cache(counter("frames", "Frames by fate.", "fate").labels)
         self._bytes = counter("media_bytes", "Bytes of video sent over WebSockets.")
-        self._messages = counter("messages", "Messages from clients.", "type")
-        self._refused = counter("errors", "Error messages to clients.", "code")
+        self.messages = cache(counter("messages", "Messages from clients.", "type").labels)
+        self.errors = cache(counter("errors", "Error messages to clients.", "code").labels)
         stages = histogram("stage", "Time of an AR step by stage.", _STAGES, "stage")
         self._stages = cache(stages.labels)
-        self._encode = histogram("encode", "Time to encode a frame.", _JITTER)
+        self.encode = histogram("encode", "Time to encode a frame.", _JITTER)
         self._late = histogram(
             "frame_lateness", "Time between when a frame was due and when it was sent.", _JITTER
         )
-        self._answers = histogram(
+        self.answers = histogram(
             "control_to_send", "Time from an event to its first frame sent.", _LATENCIES
         )
         self._photons = histogram(
@@ -69,21 +69,9 @@ class Metrics:
 
     def sent(self, size: int, late_s: float) -> None:
         """Count a sent picture."""
-        self._frames("sent").inc()
+        self.frames("sent").inc()
         self._bytes.inc(size)
         self._late.observe(max(0.0, late_s))
-
-    def dropped(self, count: int) -> None:
-        """Count pictures dropped for a slow client."""
-        self._frames("dropped").inc(count)
-
-    def stale(self, count: int) -> None:
-        """Count pictures dropped because a reset, rewind or event made them outdated."""
-        self._frames("stale").inc(count)
-
-    def answered(self, seconds: float) -> None:
-        """Record the time until the first picture that responds to an event was sent."""
-        self._answers.observe(seconds)
 
     def shown(self, latencies_ms: list[float], dropped: int) -> None:
         """Record a client's receipt."""
@@ -91,18 +79,6 @@ class Metrics:
             self._photons.observe(milliseconds / 1e3)
         self._recent.extend(milliseconds / 1e3 for milliseconds in latencies_ms)
         self._client_drops.inc(dropped)
-
-    def message(self, type: str) -> None:
-        """Count a client's message of a known type."""
-        self._messages.labels(type).inc()
-
-    def refused(self, code: str) -> None:
-        """Count an error sent to a client."""
-        self._refused.labels(code).inc()
-
-    def encoding(self) -> Any:
-        """A context manager that times the encoding of a picture."""
-        return self._encode.time()
 
     def value(self, name: str, **labels: str) -> float:
         """Value of a counter; 0 if it does not exist yet."""
@@ -128,7 +104,7 @@ class _Loop(Collector):
             quantiles.add_metric([str(share)], recent[math.ceil(share * len(recent)) - 1])
         yield quantiles
         phase = GaugeMetricFamily("flashdreams_phase", "1 for the current phase.", labels=["phase"])
-        for name in _PHASES:
+        for name in get_args(Phase):
             phase.add_metric([name], float(name == self._gate.phase))
         yield phase
         host = self._gate.host
@@ -136,23 +112,18 @@ class _Loop(Collector):
             yield from self._gauges(host)
 
     def _gauges(self, host: Host) -> Iterator[GaugeMetricFamily]:
-        figures, fps = host.figures(), host.offer.fps
-        gauge: Callable[..., GaugeMetricFamily] = GaugeMetricFamily
-        yield gauge("flashdreams_sessions", "Sessions with a place.", figures.sessions)
-        yield gauge("flashdreams_places", "Places for sessions.", figures.places)
-        yield gauge("flashdreams_queue_length", "Queued sessions.", figures.queued)
-        yield gauge("flashdreams_parked_sessions", "Sessions without a place.", figures.parked)
-        yield gauge("flashdreams_parked_bytes", "Host memory of those.", figures.parked_bytes)
-        yield gauge(
-            "flashdreams_frames_per_second",
-            "Frames generated per second, over the last seconds.",
-            figures.frames_per_second,
-        )
-        yield gauge(
-            "flashdreams_real_time_fraction",
-            "Frames generated per second, as a fraction of the display rate.",
-            figures.frames_per_second / fps,
-        )
-        yield gauge("flashdreams_host_bytes", "Memory of the process.", figures.host_bytes)
-        if figures.device_bytes is not None:
-            yield gauge("flashdreams_device_bytes", "Memory of the device.", figures.device_bytes)
+        figures = host.figures()
+        fps = figures.frames_per_second
+        for name, text, value in (
+            ("sessions", "Sessions with a place.", figures.sessions),
+            ("places", "Places for sessions.", figures.places),
+            ("queue_length", "Queued sessions.", figures.queued),
+            ("parked_sessions", "Sessions without a place.", figures.parked),
+            ("parked_bytes", "Host memory of those.", figures.parked_bytes),
+            ("frames_per_second", "Frames generated per second, over the last seconds.", fps),
+            ("real_time_fraction", _FRACTION, fps / host.offer.fps),
+            ("host_bytes", "Memory of the process.", figures.host_bytes),
+            ("device_bytes", "Memory of the device.", figures.device_bytes),
+        ):
+            if value is not None:
+                yield GaugeMetricFamily(f"flashdreams_{name}", text, value)

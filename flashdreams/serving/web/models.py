@@ -51,20 +51,6 @@ def add_models(app: FastAPI, gate: Gate) -> None:
             raise HTTPException(503, gate.words())
         offer = host.offer
         even = offer.width % 2 == offer.height % 2 == 0
-        model = Model(
-            id=offer.model,
-            width=offer.width,
-            height=offer.height,
-            fps=offer.fps,
-            seed=offer.seed,
-            prompt=offer.prompt,
-            num_inference_steps=offer.num_inference_steps,
-            guidance_scale=offer.guidance_scale,
-            formats=["m4s", "jpeg"] if even else ["jpeg"],
-            controls=None if offer.controls is None else dict(offer.controls),
-            prompts_change=offer.prompts_change,
-            takes_image=offer.takes_image,
-            commands=list(offer.commands),
-            chunk_frames=offer.chunk_frames,
-        )
+        formats = ["m4s", "jpeg"] if even else ["jpeg"]
+        model = Model(**vars(offer), id=offer.model, formats=formats)
         return Models(data=[model])

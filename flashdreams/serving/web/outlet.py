@@ -1,17 +1,19 @@
-"""Queue of messages and pictures for one client's socket, filled from several threads."""
+"""Queue of messages and pictures for one client, filled from several threads."""
 
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import BaseModel
 
 from flashdreams.serving.protocol import VideoChunk
 from flashdreams.serving.web.codec import Encoder
 from flashdreams.serving.web.metrics import Metrics
+from flashdreams.serving.web.settings import WebSettings
+from flashdreams.serving.web.transport import Transport
 
 MAX_TEXTS = 1000
 """Maximum number of queued messages per socket."""
@@ -19,29 +21,8 @@ TRICKLE_S = 0.5
 """A client with missing receipts still gets a picture this often, to be able to send one."""
 
 
-class Socket(Protocol):
-    """Sends messages and pictures to a client."""
-
-    def send_text(self, data: str) -> Awaitable[None]:
-        """Send a message; returns when the next one can be sent."""
-
-    def send_picture(self, message: VideoChunk, picture: Any) -> Awaitable[None]:
-        """Send a picture after its metadata; returns when the next one can be sent.
-
-        Args:
-            message: the metadata; fields that depend on the transport are set here.
-            picture: from ``Encoder.wrap``.
-        """
-
-
 class TooSlow(Exception):
     """A client has not read for too long."""
-
-
-@dataclass
-class _Sent:
-    frame: int
-    at: float
 
 
 @dataclass
@@ -61,21 +42,18 @@ class Outlet:
 
     def __init__(
         self,
-        socket: Socket,
+        transport: Transport,
         request_id: str,
+        settings: WebSettings,
         metrics: Metrics,
-        *,
-        waiting_pictures: int,
-        slow_s: float,
     ) -> None:
         """Create an empty queue, on the event loop's thread.
 
         Args:
-            socket: an accepted socket.
+            transport: an open connection.
             request_id: for the messages.
+            settings: limits of the server.
             metrics: metrics of the server.
-            waiting_pictures: maximum number of encoded pictures in the queue.
-            slow_s: seconds after which a client that reads nothing is disconnected.
         """
         self.request_id = request_id
         self.encoder: Encoder | None = None
@@ -84,20 +62,16 @@ class Outlet:
         """Number of pictures so far."""
         self.running = asyncio.Event()
         """Whether the session has its place."""
-        self._socket = socket
-        self._metrics = metrics
-        self._limit = waiting_pictures
-        self._slow_s = slow_s
+        self._transport, self._settings, self._metrics = transport, settings, metrics
         self._loop = asyncio.get_running_loop()
         self._items: deque[str | _Picture | None] = deque()
         self._ready = asyncio.Event()
         self._posted = 0  # written only by the encoder's thread
         self._left = 0  # written only by the event loop's thread
-        self._unshown: deque[_Sent] = deque()
+        self._unshown: deque[tuple[int, float]] = deque()
+        """(frame, time) of the sent pictures without a receipt."""
         self._receipts = False
         self._closed = False
-        self.purged = False
-        """Whether there was a ``purge`` since ``take_purged``."""
         self._key_asked = False
         self.failed = False
         """Whether encoding has failed."""
@@ -128,20 +102,15 @@ class Outlet:
 
     def purge(self) -> None:
         """Drop the queued pictures; the next one must be a key picture."""
-        self.purged = True
+        self.ask_for_key()
         self._call(self._purge)
-
-    def take_purged(self) -> bool:
-        """Whether there was a ``purge`` since the last call."""
-        purged, self.purged = self.purged, False
-        return purged
 
     def ask_for_key(self) -> None:
         """Request that the next picture is a key picture."""
         self._key_asked = True
 
     def take_key(self) -> bool:
-        """Whether there was an ``ask_for_key`` since the last call."""
+        """Whether the next picture has to be a key picture; resets it."""
         asked, self._key_asked = self._key_asked, False
         return asked
 
@@ -166,16 +135,16 @@ class Outlet:
         Args:
             limit: pictures that may be sent without a receipt, if it sends receipts.
         """
-        if self._posted - self._left >= self._limit:
+        if self._posted - self._left >= self._settings.waiting_pictures:
             return True
         if not self._receipts or len(self._unshown) < limit:
             return False
-        return time.monotonic() - self._unshown[-1].at < TRICKLE_S
+        return time.monotonic() - self._unshown[-1][1] < TRICKLE_S
 
     def shown(self, frame: int) -> None:
         """Process a receipt for all pictures up to this one."""
         self._receipts = True
-        while self._unshown and self._unshown[0].frame <= frame:
+        while self._unshown and self._unshown[0][0] <= frame:
             self._unshown.popleft()
 
     @property
@@ -217,7 +186,7 @@ class Outlet:
             late = True
             task.cancel()
 
-        timer = self._loop.call_later(self._slow_s, cut)
+        timer = self._loop.call_later(self._settings.slow_s, cut)
         try:
             await self._send(item)
         except asyncio.CancelledError as error:
@@ -229,21 +198,21 @@ class Outlet:
 
     async def _send(self, item: str | _Picture) -> None:
         if isinstance(item, str):
-            await self._socket.send_text(item)
+            await self._transport.send_text(item)
             return
         encoder, message = self.encoder, item.message
         assert encoder is not None
         picture = encoder.wrap(item.data, key=message.key)
         message.transport_chunk_index = self.sent_chunks
-        await self._socket.send_picture(message, picture)
+        await self._transport.send_picture(message, picture)
         self.sent_chunks += 1
         now = time.monotonic()
-        self._unshown.append(_Sent(message.first_frame, now))
+        self._unshown.append((message.first_frame, now))
         if len(self._unshown) > MAX_TEXTS:
             self._unshown.popleft()
         self._metrics.sent(message.byte_length, now - item.due_late_s)
         for accepted_at in item.accepted_at:
-            self._metrics.answered(now - accepted_at)
+            self._metrics.answers.observe(now - accepted_at)
 
     def _append(self, item: Any) -> None:
         if item is None or not (self._closed or len(self._items) > MAX_TEXTS):

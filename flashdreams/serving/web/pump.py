@@ -25,24 +25,21 @@ class Pump:
         threading.Thread(target=self._run, name="flashdreams-encoder", daemon=True).start()
 
     def _run(self) -> None:
-        try:
-            self._pump()
-        except Exception:
-            logger.exception("encoding for one client has failed")
-            self._outlet.failed = True
-        self._outlet.finish()
-
-    def _pump(self) -> None:
         feed, outlet = self._feed, self._outlet
         unshown = round(feed.settings.unshown_s * feed.offer.fps)
-        epoch, key = None, True
-        while (picture := feed.take(outlet)) is not None:
-            if outlet.behind(unshown):
-                feed.skip()
-                continue
-            purged, asked = outlet.take_purged(), outlet.take_key()  # both, to clear both flags
-            key = key or purged or asked or picture.epoch != epoch
-            epoch = picture.epoch
-            with self._metrics.encoding():
-                data, is_key = self._encoder.encode(picture.pixels, key=key)
-            key = not feed.send(picture, data, is_key, outlet)
+        key, picture = True, None
+        try:
+            while (picture := feed.take(outlet)) is not None:
+                if outlet.behind(unshown):
+                    feed.skip(picture)
+                    continue
+                key = outlet.take_key() or key
+                with self._metrics.encode.time():
+                    data, is_key = self._encoder.encode(picture.pixels, key=key)
+                key = not feed.send(picture, data, is_key, outlet)
+        except Exception:
+            logger.exception("encoding for one client has failed")
+            outlet.failed = True
+            if picture is not None:
+                feed.skip(picture)
+        outlet.finish()

@@ -2,12 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from flashdreams.serving.interface import Host, Refused
 from flashdreams.serving.protocol import (
-    Error,
     Queued,
     SessionControl,
     SessionInteraction,
@@ -35,7 +35,7 @@ class Requests:
     def __init__(self, host: Host, session: str, feed: Feed) -> None:
         """Store the arguments, on the event loop's thread."""
         self.host, self.session, self.feed = host, session, feed
-        self._slow: asyncio.Queue[tuple[str, Callable[[], Coroutine[Any, Any, None]]]]
+        self._slow: asyncio.Queue[tuple[str, Callable[..., None]]]
         self._slow = asyncio.Queue(MAX_SLOW_REQUESTS)
 
     def pause(self, paused: bool) -> None:
@@ -47,7 +47,7 @@ class Requests:
         try:
             self.host.pause(self.session, paused)
         except Refused as error:
-            raise Denied(_failed(None, for_clients(str(error)))) from error
+            raise _failed(None, for_clients(str(error))) from error
 
     def take(
         self, message: SessionControl | SessionInteraction | SessionReset | SessionKeep
@@ -58,36 +58,34 @@ class Requests:
             Denied: it cannot be executed.
         """
         if isinstance(message, SessionControl):
-            self.control(message.event_id, message.values)
+            self._control(message)
         elif isinstance(message, SessionInteraction):
-            self.interaction(message)
+            self._interaction(message)
         else:
-            self.command(message)
+            self._command(message)
 
-    def control(self, event_id: str | None, values: Any) -> None:
-        """See `take`."""
+    def _control(self, message: SessionControl) -> None:
         if self.feed.offer.controls is None:
-            raise Denied(_failed(event_id, "Nothing is controlled in this session."))
-        ids = self._accept(event_id, {"control": None})
+            raise _failed(message.event_id, "Nothing is controlled in this session.")
+        ids = self._accept(message.event_id, {"control": None})
         if ids is not None:
-            self._tell_loop(ids["control"], self.host.control, values)
+            self._carry_out(
+                ids["control"], partial(self.host.control, self.session, message.values)
+            )
 
-    def interaction(self, message: SessionInteraction) -> None:
-        """See `take`."""
+    def _interaction(self, message: SessionInteraction) -> None:
         interaction, offer = message.interaction, self.feed.offer
         event_id, prompt = interaction.event_id, interaction.event.prompt
         media = interaction.event.multi_modal_data
         camera = None if media is None else media.camera
         known = (offer.controls or {}).get("properties", {})
         if prompt is None and camera is None:
-            raise Denied(_failed(event_id, "The event changes neither prompt nor camera."))
+            raise _failed(event_id, "The event changes neither prompt nor camera.")
         if prompt is not None and not offer.prompts_change:
-            raise Denied(_failed(event_id, "Prompts cannot change in this session."))
+            raise _failed(event_id, "Prompts cannot change in this session.")
         if camera is not None and "camera" not in known:
-            text = (
-                f"There is no camera here; session.control takes {', '.join(known) or 'nothing'}."
-            )
-            raise Denied(_failed(event_id, text))
+            takes = ", ".join(known) or "nothing"
+            raise _failed(event_id, f"There is no camera here; session.control takes {takes}.")
         chunks = interaction.transition_chunks or 1
         parts: dict[Part, int | None] = {}
         if camera is not None:
@@ -104,33 +102,25 @@ class Requests:
                 "rotation": list(camera.data.rotation),
                 "transition_chunks": chunks,
             }
-            self._tell_loop(ids["camera"], self.host.control, {"camera": values})
+            self._carry_out(
+                ids["camera"], partial(self.host.control, self.session, {"camera": values})
+            )
         if prompt is not None:
-            self._later(ids["prompt"], self.host.prompt, prompt)
+            self._later(ids["prompt"], partial(self.host.prompt, self.session, prompt))
 
-    def command(self, message: SessionReset | SessionKeep) -> None:
-        """See `take`."""
+    def _command(self, message: SessionReset | SessionKeep) -> None:
         kind = message.type.removeprefix("session.")
         if kind not in self.feed.offer.commands:
             takes = ", ".join(self.feed.offer.commands) or "none"
             text = f"There is no {kind} in this session; commands are: {takes}."
-            raise Denied(_failed(message.event_id, text))
-        values: dict[str, Any] = {}
-        if isinstance(message, SessionKeep):
-            values["name"] = message.name
-        elif message.seed is not None:
-            values["seed"] = message.seed
+            raise _failed(message.event_id, text)
+        values: dict[str, Any] = message.model_dump(include={"name", "seed"}, exclude_none=True)
         ids = self._accept(message.event_id, {"command": None})
         if ids is None:
             return
         if kind in ("reset", "rewind"):
             self.feed.hurry()
-        host, event = self.host, ids["command"]
-
-        def command(session: str, values: Any, event_id: str) -> None:
-            host.command(session, kind, event_id, values)
-
-        self._later(event, command, values)
+        self._later(ids["command"], partial(self.host.command, self.session, kind, values=values))
 
     def _accept(self, event_id: str | None, parts: dict[Part, int | None]) -> Any:
         ids = self.feed.accept(event_id, parts)
@@ -139,19 +129,17 @@ class Requests:
             outlet.post(Queued(request_id=outlet.request_id, event_id=event_id))
         return ids
 
-    def _tell_loop(self, event: str, function: Callable[..., None], *values: Any) -> None:
+    def _carry_out(self, event: str, call: Callable[..., None]) -> None:
+        """Pass an event to the host, with the host's identifier of it."""
         try:
-            function(self.session, *values, event)
+            call(event_id=event)
         except Refused as error:
             self.feed.on_refused(event, str(error))
         except Exception:
             logger.exception("an event has failed")
             self.feed.on_refused(event, INTERNAL)
 
-    def _later(self, event: str, function: Callable[..., None], *values: Any) -> None:
-        async def call() -> None:
-            await asyncio.to_thread(self._tell_loop, event, function, *values)
-
+    def _later(self, event: str, call: Callable[..., None]) -> None:
         try:
             self._slow.put_nowait((event, call))
         except asyncio.QueueFull:
@@ -161,13 +149,12 @@ class Requests:
         """Execute queued prompts and commands one at a time; withdraw the rest at the end."""
         try:
             while True:
-                _, call = await self._slow.get()
-                await call()
+                await asyncio.to_thread(self._carry_out, *await self._slow.get())
         finally:
             while not self._slow.empty():
                 event, _ = self._slow.get_nowait()
                 self.feed.withdraw(event)
 
 
-def _failed(event_id: str | None, text: str) -> Error:
-    return Error(message=text, code="interaction_failed", event_id=event_id)
+def _failed(event_id: str | None, text: str) -> Denied:
+    return Denied(text, "interaction_failed", event_id=event_id)

@@ -34,45 +34,9 @@ class PeerAnswer(BaseModel):
     type: Literal["answer"] = "answer"
 
 
-class Peers:
-    """The peer connections of a server; used only on the event loop's thread."""
-
-    def __init__(self, accounts: Accounts, guard: Guard) -> None:
-        """Start without connections."""
-        self.accounts, self.guard = accounts, guard
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    async def answer(self, peer: Peer, sdp: str) -> str:
-        """Answer an offer, and run its session in a task.
-
-        Raises:
-            ValueError: it cannot be answered.
-        """
-        answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        task = asyncio.create_task(self._carry_on(peer, sdp, answer))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return await answer
-
-    async def _carry_on(self, peer: Peer, sdp: str, answer: asyncio.Future[str]) -> None:
-        conversation = Conversation(peer, self.accounts)
-        with self.accounts.counted(conversation):
-            try:
-                text = await peer.answer(sdp)
-                if not answer.cancelled():
-                    answer.set_result(text)
-                    await conversation.run(self.guard)
-            except ValueError as error:
-                if not answer.done():
-                    answer.set_exception(error)
-            finally:
-                answer.cancel()
-                await peer.hang_up()
-
-
 def add_peers(app: FastAPI, accounts: Accounts, guard: Guard) -> None:
     """Add the route."""
-    peers = Peers(accounts, guard)
+    tasks: set[asyncio.Task[None]] = set()
 
     @app.post("/v1/realtime/webrtc", tags=["live sessions"], responses=_RESPONSES)
     async def realtime_webrtc(request: Request, offer: PeerOffer) -> PeerAnswer:
@@ -85,10 +49,33 @@ def add_peers(app: FastAPI, accounts: Accounts, guard: Guard) -> None:
             peer = Peer(request.scope, accounts.settings)
         except ImportError:
             return _refusal(501, "not_installed", NOT_INSTALLED)
+        answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(_carry_on(peer, offer.sdp, answer, accounts, guard))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
         try:
-            return PeerAnswer(sdp=await peers.answer(peer, offer.sdp))
+            return PeerAnswer(sdp=await answer)
         except ValueError as error:
             return _refusal(400, "bad_message", str(error))
+
+
+async def _carry_on(
+    peer: Peer, sdp: str, answer: asyncio.Future[str], accounts: Accounts, guard: Guard
+) -> None:
+    """Answer an offer, then run its session."""
+    conversation = Conversation(peer, accounts)
+    with accounts.counted(conversation):
+        try:
+            text = await peer.answer(sdp)
+            if not answer.cancelled():
+                answer.set_result(text)
+                await conversation.run(guard)
+        except ValueError as error:
+            if not answer.done():
+                answer.set_exception(error)
+        finally:
+            answer.cancel()
+            await peer.hang_up()
 
 
 def _refusal(status: int, code: str, message: str) -> Any:

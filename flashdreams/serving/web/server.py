@@ -12,7 +12,7 @@ import uvicorn
 from flashdreams.runtime.text import reason_of
 from flashdreams.serving.interface import Host
 from flashdreams.serving.web.app import create_app
-from flashdreams.serving.web.gate import Gate, Phase
+from flashdreams.serving.web.gate import Gate
 from flashdreams.serving.web.metrics import Metrics
 from flashdreams.serving.web.settings import WebSettings
 
@@ -53,16 +53,6 @@ class WebServer:
         return metrics
 
     @property
-    def phase(self) -> Phase:
-        """Phase reported to clients while there is no host: loading or warming."""
-        return self.gate.phase
-
-    @phase.setter
-    def phase(self, phase: Phase) -> None:
-        """Set the phase."""
-        self.gate.phase = phase
-
-    @property
     def url(self) -> str:
         """URL of the page, without the token."""
         host = self.settings.host
@@ -92,7 +82,7 @@ class WebServer:
 
     def stop(self) -> None:
         """Tell all clients that the server stops, close their sockets and end the thread."""
-        self.gate.phase = "draining"
+        self.gate.enter("draining")
         if self._thread is None:
             return
         if self._loop is not None and self._thread.is_alive():

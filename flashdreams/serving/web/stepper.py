@@ -11,6 +11,7 @@ from flashdreams.serving.interface import Chunk, Listener, State
 from flashdreams.serving.web.events import EventLog
 from flashdreams.serving.web.gate import for_clients
 from flashdreams.serving.web.metrics import Metrics
+from flashdreams.serving.web.settings import WebSettings
 
 NOTED = 64
 """Maximum number of commands and of refusals in a step's figures, which are a header."""
@@ -26,7 +27,9 @@ class Stepper(Listener):
     The turn loop's thread calls the methods of `Listener`, the event loop's thread all others.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
+    carrier = "HTTP"
+
+    def __init__(self, settings: WebSettings, metrics: Metrics) -> None:
         """Start without a request, on the event loop's thread."""
         self.state: State = "waiting"
         self.position = 0
@@ -34,9 +37,9 @@ class Stepper(Listener):
         self.events = EventLog()
         self.lock = asyncio.Lock()
         """Held by the request that runs a step."""
-        self.ended: str | None = None
+        self.end: str | None = None
         """Why the session is over; None while it is running."""
-        self._metrics = metrics
+        self._settings, self._metrics = settings, metrics
         self._loop = asyncio.get_running_loop()
         self._wanted = False
         self._chunk: asyncio.Future[Chunk] | None = None
@@ -72,6 +75,15 @@ class Stepper(Listener):
         """0 if a chunk is requested, else infinity."""
         return 0.0 if self._wanted else math.inf
 
+    @property
+    def abandoned(self) -> bool:
+        """Whether there were no requests for too long."""
+        idle_s = time.monotonic() - self.used_at
+        return idle_s > self._settings.idle_s and not self.lock.locked()
+
+    def let_go(self) -> None:
+        """Do nothing: a stepper keeps no pictures."""
+
     async def next_chunk(self, wake: Callable[[], None], timeout: float) -> Chunk:
         """Request a chunk and wait for it.
 
@@ -83,8 +95,8 @@ class Stepper(Listener):
             Ended: the session is over.
             TimeoutError: no chunk arrived in time; the next call returns it if it arrives later.
         """
-        if self.ended is not None:
-            raise Ended(self.ended)
+        if self.end is not None:
+            raise Ended(self.end)
         if self._chunk is None:
             self._chunk = self._loop.create_future()
             self._wanted = True
@@ -105,7 +117,7 @@ class Stepper(Listener):
             self._chunk.set_result(chunk)
 
     def _fail(self, reason: str) -> None:
-        self.ended = reason
+        self.end = reason
         if self._chunk is not None and not self._chunk.done():
             self._chunk.set_exception(Ended(reason))
 

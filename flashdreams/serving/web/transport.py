@@ -7,14 +7,13 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from flashdreams.serving.protocol import VideoChunk
 from flashdreams.serving.web.codec import Format
-from flashdreams.serving.web.outlet import Socket
 
 
 class Gone(OSError):
     """The connection is closed or lost."""
 
 
-class Transport(Socket, Protocol):
+class Transport(Protocol):
     """An open connection to one client."""
 
     format: Format | None
@@ -29,6 +28,17 @@ class Transport(Socket, Protocol):
 
         Raises:
             Gone: the connection is closed.
+        """
+
+    async def send_text(self, data: str) -> None:
+        """Send a message; returns when the next one can be sent."""
+
+    async def send_picture(self, message: VideoChunk, picture: Any) -> None:
+        """Send a picture after its metadata; returns when the next one can be sent.
+
+        Args:
+            message: the metadata; fields that depend on the transport are set here.
+            picture: from ``Encoder.wrap``.
         """
 
     async def close(self, code: int) -> None:

@@ -132,7 +132,7 @@ def test_whoever_waits_hears_that_the_client_has_left() -> None:
         async with LiveClient(url) as client:
             await client.start()
             await frames_of(client, 1)
-            host.command = lambda *arguments: None  # type: ignore[method-assign, assignment]
+            host.command = lambda *arguments, **values: None  # type: ignore[method-assign, assignment]
             kept = asyncio.create_task(client.keep("save", "here"))
             seen = asyncio.create_task(frames_of(client, 1000))
             await asyncio.sleep(0.05)

@@ -355,7 +355,7 @@ def test_what_fails_at_the_opening_says_no_path(prompt: str, code: str) -> None:
 def test_a_server_that_stops_says_so_and_refuses_new_sessions() -> None:
     with web(FakeHost()) as server, PlainClient(server) as client:
         client.start()
-        server.phase = "draining"
+        server.gate.enter("draining")
         with PlainClient(server) as late:
             late.send("session.start")
             assert late.until("error")["code"] == "draining"
@@ -366,13 +366,13 @@ def test_a_server_that_stops_says_so_and_refuses_new_sessions() -> None:
 
 def test_a_server_that_still_loads_says_so() -> None:
     with web(FakeHost()) as server:
-        server.phase = "warming"
+        server.gate.enter("warming")
         with PlainClient(server) as client:
             client.send("session.start")
             error = client.until("error")
             assert error["code"] == "not_ready" and "warmed up" in error["message"]
             assert client.close_code() == 1013
-        server.phase = "ready"
+        server.gate.enter("ready")
 
 
 def test_sockets_are_counted() -> None:

@@ -147,7 +147,7 @@ def test_requests_for_the_same_session_take_it_up_once() -> None:
     host = SlowHost()
     with web(host) as server, client_of(server) as http, ThreadPoolExecutor(4) as pool:
         session = create(http)
-        server._app.state.steppers.sessions.clear()
+        server._app.state.accounts.sessions.clear()
         assert {answer.status_code for answer in pool.map(http.get, 4 * [session])} == {200}
         assert host.calls.count(("attach",)) == 1
 
@@ -170,7 +170,7 @@ def test_probes_tell_the_phase() -> None:
     try:
         with client_of(server) as http:
             for phase in ("loading", "warming"):
-                server.phase = phase  # type: ignore[assignment]
+                server.gate.enter(phase)  # type: ignore[arg-type]
                 answer = http.get("readyz")
                 assert answer.status_code == 503 and answer.json()["phase"] == phase
                 assert http.get("healthz").status_code == 200
@@ -178,7 +178,7 @@ def test_probes_tell_the_phase() -> None:
                 assert http.post("v1/sessions", json={}).status_code == 503
             server.serve(host)
             assert http.get("readyz").json()["ready"] is True
-            server.phase = "draining"
+            server.gate.enter("draining")
             assert http.get("readyz").status_code == 503
     finally:
         server.stop()

@@ -190,7 +190,7 @@ class FakeSocket:
 
 
 def new_outlet(socket: FakeSocket, slow_s: float = 5.0) -> Outlet:
-    outlet = Outlet(socket, "r", Metrics(Gate()), waiting_pictures=2, slow_s=slow_s)
+    outlet = Outlet(socket, "r", WebSettings(slow_s=slow_s), Metrics(Gate()))  # type: ignore[arg-type]
     outlet.encoder = new_encoder("jpeg", 8, 8, 10.0)
     return outlet
 
@@ -328,7 +328,6 @@ def test_news_of_events_go_with_the_next_picture_that_leaves() -> None:
         feed.on_chunk(chunk(4, 4, epoch=1))
         picture = feed.take(outlet)
         assert picture is not None and picture.frame == 4
-        outlet.take_purged()
         assert feed.send(picture, b"x", True, outlet)
         outlet.finish()
         await outlet.run()
@@ -380,7 +379,7 @@ def test_every_socket_is_told_the_place_in_the_queue() -> None:
 
 def test_a_step_tells_of_the_last_commands_and_refusals_only() -> None:
     async def run() -> Stepper:
-        stepper = Stepper(Metrics(Gate()))
+        stepper = Stepper(WebSettings(), Metrics(Gate()))
         for number in range(100):
             stepper.on_kept("save", f"s{number}", None)
             stepper.on_refused(None, f"r{number}")
@@ -399,7 +398,7 @@ def test_requests_that_a_lost_socket_leaves_undone_may_be_sent_again() -> None:
         for name in ("a", "b"):
             ids = feed.accept(name, {"prompt": 1})
             assert ids is not None
-            requests._later(ids["prompt"], lambda *values: None, "words")
+            requests._later(ids["prompt"], lambda event_id: None)
         work = asyncio.create_task(requests.work())
         await asyncio.sleep(0)  # the first one has begun
         work.cancel()
