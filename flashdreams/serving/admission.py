@@ -1,6 +1,5 @@
 """Resource use of a session, measured with a trial session, and how many sessions fit."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,11 +31,8 @@ class Trial:
     """Memory of its state."""
     step_bytes: int
     """Temporary memory of an AR step; sessions take turns, so they share it."""
-    step_s: float
-    """Duration of the last AR step, until its pictures are on the device."""
-    first_frames: int
     chunk_frames: int
-    """Pixel frames of the first chunk and of the last one."""
+    """Pixel frames of the last chunk."""
     height: int
     width: int
     keeps: bool
@@ -67,16 +63,11 @@ def try_session(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     steps = min(MOST_STEPS, max(3, transformer.warm_up_steps + 1)) if streams(pipeline) else 1
-    sizes: list[int] = []
-    shape: tuple[int, ...] = ()
     for _ in range(steps):
-        start = time.perf_counter()
         step = session.step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        step_s = time.perf_counter() - start
-        sizes.append(len(step.frames))
-        shape = shape if step.chunk is None else tuple(step.chunk.shape)
+    shape = () if step.chunk is None else tuple(step.chunk.shape)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     keeps, state = True, 0
     try:
@@ -92,9 +83,7 @@ def try_session(
     return Trial(
         rollout_bytes=max(held - before, state),
         step_bytes=max(0, peak - held),
-        step_s=step_s,
-        first_frames=sizes[0],
-        chunk_frames=sizes[-1],
+        chunk_frames=len(step.frames),
         height=shape[3] if shape else 0,
         width=shape[4] if shape else 0,
         keeps=keeps,

@@ -12,7 +12,7 @@ from flashdreams.infra.snapshot_header import SnapshotError
 from flashdreams.parallel.environment import group_size
 from flashdreams.runtime.shortage import is_shortage
 from flashdreams.runtime.text import reason_of
-from flashdreams.serving.engine import SessionEngine, fails_alike
+from flashdreams.serving.engine import fails_alike
 from flashdreams.serving.host import LiveHost
 from flashdreams.serving.live import LiveSession
 from flashdreams.serving.orders import Order
@@ -30,15 +30,9 @@ class OrderError(Exception):
 class Dispatcher:
     """Sends orders to all ranks, one at a time; on rank zero's main thread."""
 
-    def __init__(self, host: LiveHost, engine: SessionEngine) -> None:
-        """Store the arguments.
-
-        Args:
-            host: requests of clients.
-            engine: engine of this rank.
-        """
+    def __init__(self, host: LiveHost) -> None:
+        """Store the host, which has the requests of clients and the engine of this rank."""
         self.host = host
-        self.engine = engine
         self._resting = True
         self._active = time.monotonic()
 
@@ -53,7 +47,7 @@ class Dispatcher:
         """
         self._resting, self._active = False, time.monotonic()
         try:
-            return self.engine.tell(order)
+            return self.host.engine.tell(order)
         except Exception as error:
             if group_size() > 1 and not fails_alike(order, error):
                 raise

@@ -35,11 +35,6 @@ class ParkedSession:
     rollout: ParkedRollout
     forks: dict[str, ParkedRollout]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of host memory on this rank."""
-        return self.rollout.nbytes + sum(fork.nbytes for fork in self.forks.values())
-
 
 class SessionEngine:
     """Executes orders; every rank has one, with the same sessions.
@@ -95,6 +90,12 @@ class SessionEngine:
             return found or self.live.get(name)
         return parked.session
 
+    @property
+    def parked_bytes(self) -> int:
+        """Host memory of the parked sessions on this rank; any thread may ask."""
+        parked = list(self.parked.values())
+        return sum(x.nbytes for each in parked for x in (each.rollout, *each.forks.values()))
+
     def follow(self) -> None:
         """Execute rank zero's orders until the order to stop; called on all other ranks."""
         while (order := self._exchange(None)).kind != "stop":
@@ -112,7 +113,8 @@ class SessionEngine:
         """
         if order.kind in ("rest", "stop"):
             return None
-        return getattr(self, f"_{order.kind}")(order)
+        kept = order.kind in ("save", "fork", "rewind", "reset")
+        return self._keep(order) if kept else getattr(self, f"_{order.kind}")(order)
 
     def _exchange(self, order: Order | None) -> Order:
         message = None if order is None else order.to_message()
@@ -142,13 +144,9 @@ class SessionEngine:
             seed=order.values.get("seed", self.default_seed),
             channel=self._channel,
             name=order.session,
-            folder=self.saves_of(order.session),
+            folder=self.folder / order.session / "saves",
             **({"controller": self.new_controller()} | going_on),
         )
-
-    def saves_of(self, session: str) -> Path:
-        """Folder of the snapshots that a client saved."""
-        return self.folder / session / "saves"
 
     def _step(self, order: Order) -> Step:
         session = self.live[order.session]
@@ -158,27 +156,16 @@ class SessionEngine:
             self.logs.note_step(session, step)
         return step
 
-    def _save(self, order: Order) -> None:
-        self.live[order.session].keep("save", order.values["name"])
-        self._note(order)
-
-    def _fork(self, order: Order) -> None:
-        self.live[order.session].keep("fork", order.values["name"])
-        self._note(order)
-
-    def _rewind(self, order: Order) -> None:
-        self.live[order.session].rewind(order.values["name"])
-        self._note(order)
-
-    def _reset(self, order: Order) -> None:
-        self.live[order.session].reset(order.values.get("seed"))
-        self._note(order)
-
-    def _note(self, order: Order) -> None:
+    def _keep(self, order: Order) -> None:
+        session, kind, values = self.live[order.session], order.kind, dict(order.values)
+        if kind == "reset":
+            session.reset(values.get("seed"))
+        elif kind == "rewind":
+            session.rewind(values["name"])
+        else:
+            session.keep(kind, values["name"])  # type: ignore[arg-type]
         if self.logs is not None:
-            kind: Any = order.kind
-            session = self.live[order.session]
-            self.logs.note(session, Command(kind=kind, values=dict(order.values)))
+            self.logs.note(session, Command(kind=kind, values=values))  # type: ignore[arg-type]
 
     def _snapshot(self, order: Order) -> None:
         session = self.live[order.session]

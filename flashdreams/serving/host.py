@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from flashdreams.infra.controller import Controller
-from flashdreams.infra.session import Command, Session
+from flashdreams.infra.session import Command
 from flashdreams.serving.delivery import Delivery
+from flashdreams.serving.engine import SessionEngine
 from flashdreams.serving.interface import (
     Figures,
     Full,
@@ -23,7 +24,7 @@ from flashdreams.serving.interface import (
     Refused,
 )
 from flashdreams.serving.limits import ServingLimits
-from flashdreams.serving.live import Keeping, LiveSession
+from flashdreams.serving.live import LiveSession
 from flashdreams.serving.memory import resident_bytes
 from flashdreams.serving.prompts import Prompts
 
@@ -49,7 +50,7 @@ class LiveHost(Host):
         places: int,
         prompts: Prompts,
         controller: Controller | None,
-        device: torch.device,
+        engine: SessionEngine,
     ) -> None:
         """Store the arguments; starts nothing.
 
@@ -59,14 +60,14 @@ class LiveHost(Host):
             places: number of sessions that take turns on the device.
             prompts: encodes prompts.
             controller: checks events; None: no controls.
-            device: device of rank zero.
+            engine: the sessions on rank zero.
         """
         self.offer = offer
         self.limits = limits
         self.places = places
         self.prompts = prompts
         self.controller = controller
-        self.device = device
+        self.engine = engine
         self.lock = threading.Condition()
         self.sessions: dict[str, LiveSession] = {}
         self.queue: list[LiveSession] = []
@@ -77,9 +78,6 @@ class LiveHost(Host):
         self.delivery = Delivery()
         self.steps = 0
         """Number of AR steps of all sessions."""
-        self.engine_of: Callable[[str], Session | None] = lambda session: None
-        """Returns the session with an identifier, on the device or parked in host memory."""
-        self.parked_bytes: Callable[[], int] = lambda: 0
         self.adopt: Callable[[str], LiveSession | None] = lambda session: None
         """Takes over a session from another server's folder; called without the lock."""
 
@@ -181,7 +179,7 @@ class LiveHost(Host):
             if command.kind == "prompt":
                 _refuse_many_prompts(live)
             # While it moves to or from its place, older events may not be handed over yet.
-            held = self.engine_of(session) if live.where in ("device", "host") else None
+            held = self.engine.session(session) if live.where in ("device", "host") else None
             try:
                 if held is None:
                     live.commands.append(command)
@@ -200,7 +198,8 @@ class LiveHost(Host):
         if kind not in self.offer.commands:
             offered = ", ".join(self.offer.commands) or "none"
             raise Refused(f"{self.offer.model} has no {kind!r}; commands: {offered}.")
-        seed = values.get("seed")
+        given = {n: x for n, x in values.items() if n in ("name", "seed") and x is not None}
+        seed = given.get("seed")
         whole = isinstance(seed, int) and not isinstance(seed, bool)
         if kind == "reset" and seed is not None and not (whole and 0 <= seed < 2**64):
             raise Refused(f"seed={seed!r} must be a whole number from 0 to 2**64 - 1.")
@@ -209,15 +208,15 @@ class LiveHost(Host):
             if len(live.keepings) >= MAX_KEEPINGS:
                 raise Refused(f"{MAX_KEEPINGS} commands are pending; send fewer.")
             if kind != "reset":
-                self._check_name(live, kind, values.get("name"))
-            live.keepings.append(Keeping(kind, event_id, dict(values)))  # type: ignore[arg-type]
+                self._check_name(live, kind, given.get("name"))
+            live.keepings.append(Command(kind=kind, id=event_id or "", values=given))  # type: ignore[arg-type]
             self._note_input(live)
 
     def _check_name(self, live: LiveSession, kind: str, name: Any) -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise Refused(f"A {kind} needs a name of 1 to 64 letters, digits, - and _.")
-        saves = [*live.saves, *(k.name for k in live.keepings if k.kind == "save")]
-        forks = [*live.forks, *(k.name for k in live.keepings if k.kind == "fork")]
+        saves = [*live.saves, *_names(live, "save")]
+        forks = [*live.forks, *_names(live, "fork")]
         if kind == "rewind" and name not in saves + forks:
             there = ", ".join(live.forks + live.saves) or "nothing"
             raise Refused(f"There is no kept state {name!r}; available: {there}.")
@@ -254,7 +253,7 @@ class LiveHost(Host):
 
     def figures(self, session: str | None = None) -> Figures:
         """See `Host`."""
-        cuda, now = self.device.type == "cuda", time.monotonic()
+        device, now = self.engine.pipeline.target_device, time.monotonic()
         with self.lock:
             asked = [self._find(session)] if session else list(self.sessions.values())
             lives = list(self.sessions.values())
@@ -265,10 +264,10 @@ class LiveHost(Host):
                 chunk_ms=dict(last.stage_ms) if last is not None else {},
                 sessions=sum(live.where == "device" for live in lives),
                 queued=len(self.queue),
-                device_bytes=torch.cuda.memory_allocated(self.device) if cuda else None,
+                device_bytes=torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
                 host_bytes=resident_bytes(),
                 parked=sum(live.where in ("host", "disk") for live in lives),
-                parked_bytes=self.parked_bytes(),
+                parked_bytes=self.engine.parked_bytes,
                 steps=last.chunks if session and last is not None else self.steps,
                 places=self.places,
             )
@@ -323,6 +322,11 @@ class LiveHost(Host):
         else:
             self.wake()
 
+    def pause_idle(self, live: LiveSession) -> None:
+        """Pause a session whose client sends nothing."""
+        with self.lock:
+            self._pause(live, "idle")
+
     def _pause(self, live: LiveSession, reason: Any) -> None:
         live.pause(reason, time.monotonic())
         self.tell_states()
@@ -346,6 +350,11 @@ class LiveHost(Host):
         live.waits = True
         ahead = sum(other.where != "nowhere" for other in self.queue)
         self.queue.insert(ahead, live)
+
+
+def _names(live: LiveSession, kind: str) -> list[Any]:
+    """Names of the pending commands of one kind."""
+    return [command.values["name"] for command in live.keepings if command.kind == kind]
 
 
 def _refuse_many_prompts(live: LiveSession) -> None:

@@ -5,10 +5,11 @@ import time
 from functools import partial
 from typing import Any
 
+from flashdreams.infra.session import Command
 from flashdreams.serving.dispatch import Dispatcher, OrderError
-from flashdreams.serving.live import Keeping, LiveSession
+from flashdreams.serving.live import LiveSession
 from flashdreams.serving.orders import Order
-from flashdreams.serving.restart import Kept, SessionFolder
+from flashdreams.serving.restart import SessionFolder
 
 RESTARTING = "The server restarts; resume the session with its token."
 STOPPING = "The server is shutting down; start another session later."
@@ -31,24 +32,22 @@ class Keeper:
             rollout_bytes: memory of one session's rollout, as measured by the trial.
             keeps: whether the state of sessions can be saved and parked.
         """
-        self.host, self.engine = dispatcher.host, dispatcher.engine
+        self.host, self.engine = dispatcher.host, dispatcher.host.engine
         self.dispatcher, self.folder, self.keeps = dispatcher, folder, keeps
         self.rollout_bytes = rollout_bytes
 
     def take_over(self) -> None:
         """Restore the sessions of an earlier process, so that their clients can resume them."""
         self.folder.claim()
-        for kept in self.folder.find() if self.keeps else []:
-            live = _from_disk(kept)
-            with self.host.lock:
-                self.host.sessions[live.id] = live
+        found = self.folder.find() if self.keeps else []
+        with self.host.lock:
+            self.host.sessions |= {live.id: live for live in found}
 
     def adopt(self, session: str) -> LiveSession | None:
         """Take over a session of another server; its snapshot moves to this server's folder."""
         if not self.keeps or self.host.limits.adopt_from is None:
             return None
-        kept = self.folder.adopt(session, self.host.limits.adopt_from)
-        return None if kept is None else _from_disk(kept)
+        return self.folder.adopt(session, self.host.limits.adopt_from)
 
     def admit(self, live: LiveSession) -> None:
         """Give a session a free place."""
@@ -95,36 +94,28 @@ class Keeper:
             if not live.keepings:
                 return
             keeping = live.keepings.popleft()
-        values: dict[str, Any] = {}
-        if keeping.name is not None:
-            values["name"] = keeping.name
-        if keeping.values.get("seed") is not None:
-            values["seed"] = keeping.values["seed"]
-        order = Order(kind=keeping.kind, session=live.id, values=values)
+        kind, name, event_id = keeping.kind, keeping.values.get("name"), keeping.id or None
+        order = Order(kind=kind, session=live.id, values=keeping.values)  # type: ignore[arg-type]
         tell = partial(self.dispatcher.tell, order)
-        if keeping.kind == "reset":  # the old rollout was freed for the new one
+        if kind == "reset":  # the old rollout was freed for the new one
             if not self.dispatcher.attempt(live, tell):
                 return
         else:
             try:
                 tell()
             except OrderError as error:
-                text = f"No {keeping.kind}: {error} The session continues."
-                self._refuse(live, keeping.event_id, text)
+                self._refuse(live, event_id, f"No {kind}: {error} The session continues.")
                 return
         with self.host.lock:
             self._note(live, keeping)
         if live.listener is not None:
-            told = (keeping.kind, keeping.name, keeping.event_id)
-            self.host.delivery.call(live.listener.on_kept, *told)
+            self.host.delivery.call(live.listener.on_kept, kind, name, event_id)
 
-    def _note(self, live: LiveSession, keeping: Keeping) -> None:
+    def _note(self, live: LiveSession, keeping: Command) -> None:
         if keeping.kind in ("save", "fork"):
-            (live.saves if keeping.kind == "save" else live.forks).append(keeping.name or "")
+            (live.saves if keeping.kind == "save" else live.forks).append(keeping.values["name"])
             return
-        seed = keeping.values.get("seed")
-        if keeping.kind == "reset" and seed is not None:
-            live.seed = seed
+        live.seed = keeping.values.get("seed", live.seed)
         live.epoch += 1
         live.changes += 1
         live.owes_step = True
@@ -156,11 +147,10 @@ class Keeper:
         """Free the place of an idle session; it goes to disk if host memory is short."""
         limits, forks = self.host.limits, self.engine.live[live.id].forks
         more = self.rollout_bytes * (1 + len(forks))
-        to_disk = self.host.parked_bytes() + more > limits.parked_gib * 2**30
-        stale = live.snapshot is None or live.saved_changes != live.changes
-        if stale and (to_disk or limits.snapshot_every > 0):
-            stale = not self.snapshot(live)
-        if to_disk and stale:
+        to_disk = self.engine.parked_bytes + more > limits.parked_gib * 2**30
+        if live.stale and (to_disk or limits.snapshot_every > 0):
+            self.snapshot(live)
+        if to_disk and live.stale:
             live.unparkable = True
             return
         if to_disk:
@@ -208,11 +198,11 @@ class Keeper:
         """
         kept = live
         if live.where not in ("host", "disk"):
-            found = None if live.snapshot is None else self.folder.read(live.id)
+            found = None if live.snapshot is None else self.folder.read(live.snapshot.parent)
             if found is None:
                 return None
             self._leave(live)
-            kept = _from_disk(found)
+            kept = found
         with self.host.lock:
             kept.set_aside(time.monotonic())
             self.host.sessions[kept.id] = kept
@@ -233,11 +223,10 @@ class Keeper:
         with self.host.lock:
             lives = list(self.host.sessions.values())
         for live in sorted(lives, key=lambda live: live.where != "device"):
-            stale = live.snapshot is None or live.saved_changes != live.changes
             kept = self.keeps and live.where in ("device", "host", "disk") and not live.closing
             if live.failed is not None:
                 kept = kept and live.blameless and live.snapshot is not None
-            elif kept and stale:
+            elif kept and live.stale:
                 kept = self._save_for_restart(live) or live.snapshot is not None
             self._leave(live)
             if not kept:
@@ -258,26 +247,3 @@ class Keeper:
             except OrderError:
                 return False
         return self.snapshot(live)
-
-
-def _from_disk(kept: Kept) -> LiveSession:
-    run, now = kept.run, time.monotonic()
-    live = LiveSession(
-        id=kept.session,
-        prompt=run["prompt"],
-        seed=run["seed"],
-        num_frames=run["num_frames"],
-        tensors=kept.tensors,
-        listener=None,
-        where="disk",
-        snapshot=kept.snapshot,
-        waits=False,
-        next_frame=run["next_frame"],
-        epoch=run["epoch"] + 1,
-        chunks=run["chunks"],
-        snapshots=kept.number,
-        saves=kept.saves,
-        saved_changes=0,
-    )
-    live.set_aside(now)
-    return live

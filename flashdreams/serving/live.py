@@ -17,20 +17,7 @@ Reason = Literal["client", "detached", "idle"]
 
 RATE_S = 5.0
 """Seconds over which frames per second are averaged."""
-
-
-@dataclass(frozen=True)
-class Keeping:
-    """A ``save``, ``fork``, ``rewind`` or ``reset`` that waits for the next chunk boundary."""
-
-    kind: Literal["save", "fork", "rewind", "reset"]
-    event_id: str | None
-    values: Mapping[str, Any]
-
-    @property
-    def name(self) -> str | None:
-        """Name of the saved state."""
-        return self.values.get("name")
+_SAVED = ("prompt", "seed", "num_frames", "next_frame", "epoch", "chunks")
 
 
 @dataclass(eq=False)
@@ -71,7 +58,8 @@ class LiveSession:
     """Why it has to end, as a message for the client."""
     blameless: bool = False
     """The failure was of memory or a file, not of its state, so it may be retried."""
-    keepings: deque[Keeping] = field(default_factory=deque)
+    keepings: deque[Command] = field(default_factory=deque)
+    """Saves, forks, rewinds and resets that wait for the next chunk boundary."""
     owes_step: bool = False
     """It generates one chunk although it is paused, because its state changed."""
     next_frame: int = 0
@@ -117,6 +105,11 @@ class LiveSession:
             return "paused" if self.reasons else "running"
         return "waiting" if self.waits else "parked"
 
+    @property
+    def stale(self) -> bool:
+        """Whether its snapshot is older than its state, or there is none."""
+        return self.saved_changes != self.changes
+
     def pause(self, reason: Reason, now: float) -> None:
         """Add a reason to be paused."""
         self.reasons.add(reason)
@@ -161,12 +154,18 @@ class LiveSession:
 
     def to_json(self) -> dict[str, Any]:
         """State that a restarted server needs apart from the rollout."""
-        return {
-            "session": self.id,
-            "prompt": self.prompt,
-            "seed": self.seed,
-            "num_frames": self.num_frames,
-            "next_frame": self.next_frame,
-            "epoch": self.epoch,
-            "chunks": self.chunks,
-        }
+        return {"session": self.id} | {name: getattr(self, name) for name in _SAVED}
+
+    @classmethod
+    def from_json(cls, run: Mapping[str, Any], **others: Any) -> "LiveSession":
+        """A session from ``to_json`` that waits on disk for its client.
+
+        Raises:
+            KeyError: a field is missing.
+        """
+        saved = {name: run[name] for name in _SAVED}
+        place = {"listener": None, "where": "disk", "waits": False, "saved_changes": 0}
+        live = cls(id=run["session"], **{**saved, **place, **others})
+        live.epoch += 1
+        live.set_aside(time.monotonic())
+        return live

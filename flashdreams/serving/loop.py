@@ -1,5 +1,6 @@
 """The turn loop: decides on rank zero's main thread what all ranks do next."""
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -7,11 +8,15 @@ from typing import Any
 
 from flashdreams.serving.dispatch import Dispatcher
 from flashdreams.serving.keeper import Keeper
+from flashdreams.serving.live import LiveSession
 from flashdreams.serving.turns import IDLE_S, Turns
-from flashdreams.serving.upkeep import Due, next_upkeep
 
 DELIVERY_S = 5.0
 """How long shutdown waits for pictures being copied, before it writes sessions to disk."""
+QUEUED_S = 30.0
+"""Seconds for which a disconnected client keeps its position in the queue."""
+PARK_SOON_S = 3.0
+"""Seconds of pause after which a session is parked if others wait for a place."""
 
 
 class TurnLoop:
@@ -62,7 +67,7 @@ class TurnLoop:
             if live.in_flight:
                 continue
             if live.failed is not None:
-                return partial(self.keeper.end, live, live.failed, stopped=False)
+                return self._end(live, live.failed)
             if live.closing or live.finished:
                 return partial(self.keeper.end, live, None, stopped=not live.finished)
             if live.keepings and live.where == "device":
@@ -70,20 +75,41 @@ class TurnLoop:
         following = host.next_waiting()
         if following is not None and host.free_places() > 0:
             return partial(self.keeper.admit, following)
-        due = next_upkeep(host, time.monotonic(), keeps=self.keeper.keeps)
-        return None if due is None else partial(self._maintain, due)
+        return self._upkeep(time.monotonic())
 
-    def _maintain(self, due: Due) -> None:
-        if due.kind == "pause":
-            with self.host.lock:
-                due.live.pause("idle", time.monotonic())
-                self.host.tell_states()
-        elif due.kind == "park":
-            self.keeper.park(due.live)
-        elif due.kind == "snapshot":
-            self.keeper.snapshot(due.live)
-        else:
-            self.keeper.end(due.live, due.reason, stopped=False)
+    def _upkeep(self, now: float) -> Callable[[], Any] | None:
+        """The timed task that is due first, or None; the lock is held."""
+        host, limits, keeps = self.host, self.host.limits, self.keeper.keeps
+        gone = [live for live in host.sessions.values() if live.detached_since is not None]
+        if len(gone) > limits.max_kept:
+            oldest = min(gone, key=lambda live: live.detached_since or 0.0)
+            return self._end(oldest, "Too many sessions are kept; this one was idle the longest.")
+        wanted = host.next_waiting() is not None and host.free_places() <= 0
+        for live in host.sessions.values():
+            if live.in_flight:
+                continue
+            if limits.max_session_s is not None and now - live.began > limits.max_session_s:
+                return self._end(live, f"A session lasts at most {limits.max_session_s:g} s here.")
+            gone_s = 0.0 if live.detached_since is None else now - live.detached_since
+            most_s = min(limits.end_after_s, QUEUED_S if live.where == "nowhere" else math.inf)
+            if gone_s > most_s:
+                return self._end(live, f"No client came back within {most_s:g} s.")
+            if live.where != "device":
+                continue
+            if not live.reasons and now - live.last_input > limits.pause_after_s:
+                return partial(host.pause_idle, live)
+            idle_s = 0.0 if live.idle_since is None else now - live.idle_since
+            patience_s = min(PARK_SOON_S, limits.park_after_s) if wanted else limits.park_after_s
+            if keeps and not live.unparkable and live.reasons and idle_s > patience_s:
+                return partial(self.keeper.park, live)
+        for live in host.sessions.values() if keeps and limits.snapshot_every > 0 else ():
+            late = now - live.snapped_at > limits.snapshot_every
+            if late and live.stale and live.where == "device" and not live.in_flight:
+                return partial(self.keeper.snapshot, live)
+        return None
+
+    def _end(self, live: LiveSession, reason: str) -> Callable[[], Any]:
+        return partial(self.keeper.end, live, reason, stopped=False)
 
     def _await_deliveries(self) -> None:
         with self.host.lock:

@@ -1,7 +1,7 @@
 """Prompts of a server: encoded on arrival, in the calling thread, and cached."""
 
 import threading
-from collections import OrderedDict
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ class Prompts:
             pipeline: loaded.
         """
         self.pipeline = pipeline
-        self._known: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()
+        self._remembered = lru_cache(REMEMBERED)(self._encode)
 
     @property
     def change(self) -> bool:
@@ -51,12 +51,7 @@ class Prompts:
                 f"A prompt has from 1 to {MAX_CHARACTERS} characters; got {len(text.strip())}."
             )
         with self._lock:
-            if text not in self._known:
-                self._known[text] = self._encode(text)
-                while len(self._known) > REMEMBERED:
-                    self._known.popitem(last=False)
-            self._known.move_to_end(text)
-            return self._known[text]
+            return self._remembered(text)
 
     def _encode(self, text: str) -> Tensor:
         try:

@@ -7,7 +7,6 @@ import re
 import shutil
 import time
 import uuid
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +18,7 @@ from flashdreams.infra.snapshot_header import SnapshotError, check_identity, rea
 from flashdreams.runtime.files import InUseError, open_owned, write_whole
 from flashdreams.runtime.text import reason_of
 from flashdreams.serving.interface import Refused
+from flashdreams.serving.live import LiveSession
 
 logger = logging.getLogger(__name__)
 
@@ -29,23 +29,6 @@ _IN_USE = ".in-use"
 """File that a running server locks; without file locks no server waits for another."""
 ADOPT_S = 30.0
 """How long a server that takes over a session waits for the old one to write it."""
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A session that an earlier process saved."""
-
-    session: str
-    snapshot: Path
-    """The newest complete snapshot."""
-    number: int
-    """Number of the snapshot."""
-    run: dict[str, Any]
-    """From `flashdreams.serving.live.LiveSession.to_json`."""
-    tensors: dict[str, Tensor]
-    """Initial tensors of the session."""
-    saves: list[str]
-    """Names of the snapshots that its client saved."""
 
 
 class SessionFolder:
@@ -107,7 +90,7 @@ class SessionFolder:
         """Delete all data of a session; failures are logged."""
         self._remove(self.root / session)
 
-    def find(self) -> list[Kept]:
+    def find(self) -> list[LiveSession]:
         """The sessions that can be continued.
 
         Damaged snapshots and those of other methods are logged and not changed.
@@ -118,13 +101,9 @@ class SessionFolder:
             if _SESSION.fullmatch(folder.name) and folder.is_dir():
                 remove_unfinished(folder)
                 remove_unfinished(folder / "saves")
-                kept = self._read(folder)
+                kept = self.read(folder)
                 found += [] if kept is None else [kept]
         return found
-
-    def read(self, session: str) -> Kept | None:
-        """A session of this folder that can be continued; None: there is no snapshot of it."""
-        return self._read(self.root / session)
 
     def claim(self) -> None:
         """Lock the folder, so that other servers do not take over its sessions.
@@ -145,7 +124,7 @@ class SessionFolder:
         if self._claim is not None:
             self._claim.close()
 
-    def adopt(self, session: str, among: Path) -> Kept | None:
+    def adopt(self, session: str, among: Path) -> LiveSession | None:
         """Take over a session from the folder of another server.
 
         Its folder is renamed, so that only one of several servers gets it. If the other server
@@ -167,7 +146,7 @@ class SessionFolder:
             if folder.parent == self.root:
                 continue
             _await_end(folder.parent)
-            if self._read(folder) is None:
+            if self.read(folder) is None:
                 continue
             own = self.root / session
             try:
@@ -177,14 +156,15 @@ class SessionFolder:
                 continue
             remove_unfinished(own)
             remove_unfinished(own / "saves")
-            return self._read(own)
+            return self.read(own)
         return None
 
     @functools.cached_property
     def _identity(self) -> tuple[Any, Any]:
         return describe_config(self._pipeline), hash_weights(self._pipeline)
 
-    def _read(self, folder: Path) -> Kept | None:
+    def read(self, folder: Path) -> LiveSession | None:
+        """The session of a folder; None: it cannot be continued, and the reason is logged."""
         try:
             names = [path.name for path in folder.iterdir() if _SNAPSHOT.fullmatch(path.name)]
         except OSError as error:
@@ -195,14 +175,12 @@ class SessionFolder:
             try:
                 header = read_header(folder / name)
                 check_identity(header, *self._identity, folder / name)
-                run = dict(header.run)
-                if run["session"] != folder.name:
+                if header.run["session"] != folder.name:
                     raise SnapshotError("it is of another session")
-                return Kept(
-                    session=folder.name,
+                return LiveSession.from_json(
+                    header.run,
                     snapshot=folder / name,
-                    number=int(name.removeprefix("state-")),
-                    run=run,
+                    snapshots=int(name.removeprefix("state-")),
                     tensors=_read_opening(folder / _OPENING),
                     saves=sorted(p.name for p in saves.iterdir()) if saves.is_dir() else [],
                 )

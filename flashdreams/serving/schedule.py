@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A session that wants a turn."""
 
-    session: str
+    session: Any
     unshown_s: float
     """Playback time of its unshown pictures; 0: it has none left."""
     step_s: float
@@ -17,17 +18,8 @@ class Candidate:
     """Time of its last turn; among sessions without pictures the longest ago goes first."""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The next session."""
-
-    session: str
-    wait_s: float
-    """Time until the turn should start; 0: now."""
-
-
-def choose(candidates: Iterable[Candidate], margin_s: float) -> Choice | None:
-    """The session that runs out of pictures first, and how long its AR step may wait.
+def choose(candidates: Iterable[Candidate], margin_s: float) -> tuple[Any, float] | None:
+    """The session that runs out of pictures first, and the seconds that its AR step may wait.
 
     If a step starts later than ``unshown_s - step_s``, its session runs out of pictures. If several
     sessions are about to, the steps before it have to fit in as well. No step starts more than
@@ -47,4 +39,4 @@ def choose(candidates: Iterable[Candidate], margin_s: float) -> Choice | None:
     for candidate in reversed(order):
         # It must end before its session runs out of pictures and before the next step must start.
         latest = min(latest, max(0.0, candidate.unshown_s)) - candidate.step_s
-    return Choice(order[0].session, max(0.0, latest - margin_s))
+    return order[0].session, max(0.0, latest - margin_s)

@@ -85,12 +85,8 @@ class Server:
         if runner.is_rank_zero:
             prompts = Prompts(pipeline)
             offer = make_offer(runner, own, self.trial, prompts.change, controller)
-            self.host = LiveHost(offer, limits, places, prompts, controller, pipeline.target_device)
-            self.host.engine_of = self.engine.session
-            self.host.parked_bytes = lambda: sum(
-                parked.nbytes for parked in list(self.engine.parked.values())
-            )
-            dispatcher = Dispatcher(self.host, self.engine)
+            self.host = LiveHost(offer, limits, places, prompts, controller, self.engine)
+            dispatcher = Dispatcher(self.host)
             keeper = Keeper(
                 dispatcher,
                 SessionFolder(folder, pipeline.config),

@@ -64,8 +64,7 @@ class SessionLogs:
         self.flush()
         self._forget_old()
         header = self._header(session.seed, prompt if "text" in tensors else None, tensors)
-        self._logs[session.name] = RunLog(self.path(session.name), lambda: header)
-        session.on_turn = lambda number, turn: self._note_turn(session.name, number, turn)
+        self._follow(session, RunLog(self.path(session.name), lambda: header))
 
     def resume(self, session: Session) -> None:
         """Continue the log of a resumed session; lines after its ``turns`` are dropped."""
@@ -76,19 +75,21 @@ class SessionLogs:
         except (OSError, ValueError):
             logger.warning("The log of a session is missing; it is not continued.")
             return
-        self._logs[session.name] = log
-        session.on_turn = lambda number, turn: self._note_turn(session.name, number, turn)
+        self._follow(session, log)
+
+    def _follow(self, session: Session, log: RunLog) -> None:
+        def note(number: int, turn: Turn) -> None:
+            if turn.commands:
+                row = turn_row(number, turn.autoregressive_index, turn.commands)
+                self._thread.submit(self._append, session.name, row)
+
+        self._logs[session.name], session.on_turn = log, note
 
     def note(self, session: Session, command: Command) -> None:
         """Log a command that was carried out between AR steps."""
         told = replace(command, kind="fork") if command.kind == "save" else command
         row = turn_row(session.turns, session.cache.next_index, (told,)) | {"between_steps": True}
         self._thread.submit(self._append, session.name, row)
-
-    def _note_turn(self, session: str, number: int, turn: Turn) -> None:
-        if turn.commands:
-            row = turn_row(number, turn.autoregressive_index, turn.commands)
-            self._thread.submit(self._append, session, row)
 
     def note_step(self, session: Session, step: Step) -> None:
         """Queue the latent of an AR step for hashing."""

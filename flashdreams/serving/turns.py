@@ -41,24 +41,23 @@ class Turns:
     def next(self) -> Callable[[], Any] | float:
         """The AR step that is due, or the seconds until one may be."""
         with self.host.lock:
-            lives = {live.id: live for live in self.host.sessions.values() if live.runs}
+            lives = [live for live in self.host.sessions.values() if live.runs]
             in_flight = sum(live.in_flight for live in self.host.sessions.values())
-        if not lives or in_flight >= MAX_IN_FLIGHT:
+        if in_flight >= MAX_IN_FLIGHT:
             return IDLE_S
         candidates = [
-            Candidate(live.id, _unshown_s(live.listener), live.step_s, live.last_turn)
-            for live in lives.values()
+            Candidate(live, _unshown_s(live.listener), live.step_s, live.last_turn)
+            for live in lives
         ]
-        choice = choose(
-            [c for c in candidates if math.isfinite(c.unshown_s)], self.host.limits.margin_ms / 1e3
-        )
+        finite = [candidate for candidate in candidates if math.isfinite(candidate.unshown_s)]
+        choice = choose(finite, self.host.limits.margin_ms / 1e3)
         if choice is None:
             return IDLE_S
-        live = lives[choice.session]
-        return choice.wait_s or partial(self.dispatcher.attempt, live, partial(self._step, live))
+        live, wait_s = choice
+        return wait_s or partial(self.dispatcher.attempt, live, partial(self._step, live))
 
     def _step(self, live: LiveSession) -> None:
-        session = self.dispatcher.engine.live[live.id]
+        session = self.host.engine.live[live.id]
         with self.host.lock:
             turn = session.next_turn()
             live.events = live.prompts = 0

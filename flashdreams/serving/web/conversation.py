@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import threading
 import uuid
 from typing import Any
 
@@ -28,7 +29,7 @@ from flashdreams.serving.web.gate import for_clients
 from flashdreams.serving.web.guard import Guard, TokenBucket
 from flashdreams.serving.web.messages import FIRST, read_message
 from flashdreams.serving.web.outlet import Outlet, TooSlow
-from flashdreams.serving.web.pump import Pump
+from flashdreams.serving.web.pump import pump
 from flashdreams.serving.web.requests import Requests
 from flashdreams.serving.web.transport import Gone, Transport
 
@@ -115,7 +116,6 @@ class Conversation:
         if isinstance(first, SessionStart):
             feed = self._new_feed()
             feed.connect(self.outlet)
-            feed.num_frames = first.num_frames
             self.session = await self.accounts.open(first, feed)
             return
         async with self.accounts.taking_up(first.token, Feed, self._new_feed) as session:
@@ -242,7 +242,8 @@ class Conversation:
             )
         )
         self.begun = True
-        Pump(self.feed, self.outlet, encoder, self.metrics)
+        name, arguments = "flashdreams-encoder", (self.feed, self.outlet, encoder)
+        threading.Thread(target=pump, name=name, args=arguments, daemon=True).start()
         while True:
             await asyncio.sleep(STATUS_S)
             with contextlib.suppress(Refused):  # it has just ended

@@ -4,13 +4,22 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from flashdreams.serving.interface import Chunk, Listener, Offer, State
-from flashdreams.serving.protocol import Applied, Error, Kept, VideoChunk, VideoQueued
+from flashdreams.serving.protocol import (
+    Applied,
+    Error,
+    Kept,
+    Message,
+    Queued,
+    VideoChunk,
+    VideoQueued,
+)
 from flashdreams.serving.web.events import ChunkEvents, EventLog, Part
 from flashdreams.serving.web.gate import for_clients
 from flashdreams.serving.web.metrics import Metrics
@@ -69,14 +78,11 @@ class Feed(Listener):
         self.events = EventLog()
         self.state: State = "waiting"
         self.end: End | None = None
-        self.num_frames: int | None = None
-        """Number of pictures of the whole session; None: no limit."""
         self.saved: list[str] = []
         """Names that ``session.rewind`` accepts."""
         self.outlet: Outlet | None = None
         self.latencies_ms: deque[float] = deque(maxlen=LATENCIES)
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
+        self._lock = threading.Condition()
         self._playout = Playout(offer.fps)
         self._bearable_s = max(settings.stale_s, STALE_PICTURES * self._playout.period)
         self._pending: deque[Picture] = deque()
@@ -95,20 +101,18 @@ class Feed(Listener):
     def on_state(self, state: State, position: int = 0) -> None:
         """See `Listener`."""
         with self._lock:
-            self.state, outlet = state, self.outlet
+            self.state = state
             moved, self._position = position != self._position, position
-        if outlet is None:
-            return
-        if state == "waiting" and moved and position:
-            outlet.post(VideoQueued(request_id=outlet.request_id, position=position))
-        elif state == "running":
-            outlet.set_running()
+            if state == "waiting" and moved and position:
+                self._post(VideoQueued, position=position)
+            elif state == "running":
+                self._set_running()
 
     def on_chunk(self, chunk: Chunk) -> None:
         """See `Listener`."""
         self.metrics.chunk(chunk.stage_ms)
         pixels = chunk.frames.numpy()
-        with self._changed:
+        with self._lock:
             events = self.events.apply(chunk.applied)
             if chunk.epoch != self._epoch:
                 self._epoch = chunk.epoch
@@ -124,15 +128,12 @@ class Feed(Listener):
             if events.completed:
                 ending = ChunkEvents(completed=events.completed)
                 self._news.append(_News(stop - 1, chunk.index, ending))
-            for frame, picture in enumerate(pixels, start=chunk.first_frame):
-                if self.num_frames is None or frame < self.num_frames:
-                    self._pending.append(
-                        Picture(picture, frame, chunk.index, chunk.epoch, events.active)
-                    )
-            outlet = self.outlet
-            self._changed.notify_all()
-        if outlet is not None:
-            outlet.set_running()
+            self._pending += [
+                Picture(picture, frame, chunk.index, chunk.epoch, events.active)
+                for frame, picture in enumerate(pixels, start=chunk.first_frame)
+            ]
+            self._lock.notify_all()
+            self._set_running()
 
     def on_kept(self, command: str, name: str | None, event_id: str | None) -> None:
         """See `Listener`."""
@@ -142,44 +143,25 @@ class Feed(Listener):
                 self._forget_pending()
             elif name is not None and name not in self.saved:
                 self.saved.append(name)
-            outlet = self.outlet
-        if outlet is None:
-            return
-        outlet.post(
-            Kept(
-                request_id=outlet.request_id,
-                event_id=event,
-                command=command,  # type: ignore[arg-type]
-                name=name,
-                saved=list(self.saved),
-            )
-        )
+            self._post(Kept, event_id=event, command=command, name=name, saved=list(self.saved))
 
     def on_refused(self, event_id: str | None, message: str) -> None:
         """See `Listener`."""
-        event, outlet = self.withdraw(event_id), self.outlet
-        if outlet is not None:
-            self.metrics.errors("interaction_failed").inc()
-            outlet.post(
-                Error(
-                    message=for_clients(message),
-                    code="interaction_failed",
-                    request_id=outlet.request_id,
-                    event_id=event,
-                )
-            )
+        with self._lock:
+            event, text = self.withdraw(event_id), for_clients(message)
+            if self.outlet is not None:
+                self.metrics.errors("interaction_failed").inc()
+            self._post(Error, message=text, code="interaction_failed", event_id=event)
 
     def on_end(self, error: str | None, stopped: bool) -> None:
         """See `Listener`."""
-        with self._changed:
+        with self._lock:
             self.state = "ended"
             self.end = End(None if error is None else for_clients(error), stopped)
             if stopped or error is not None:
                 self._forget_pending()
-            self._changed.notify_all()
-            outlet = self.outlet
-        if outlet is not None:
-            outlet.set_running()
+            self._lock.notify_all()
+            self._set_running()
 
     def unshown_seconds(self) -> float:
         """See `Listener`; 0 while a reset or rewind is requested and not yet carried out."""
@@ -194,7 +176,7 @@ class Feed(Listener):
         Returns:
             The picture; None once ``outlet`` is no longer the session's, or there are no more.
         """
-        with self._changed:
+        with self._lock:
             while self.outlet is outlet:
                 wait = None
                 if self._pending:
@@ -205,7 +187,7 @@ class Feed(Listener):
                         return picture
                 elif self.end is not None:
                     return None
-                self._changed.wait(wait)
+                self._lock.wait(wait)
             return None
 
     def send(self, picture: Picture, data: bytes, key: bool, outlet: Outlet) -> bool:
@@ -230,8 +212,14 @@ class Feed(Listener):
             accepted_at: list[float] = []
             while self._news and self._news[0].frame <= picture.frame:
                 news = self._news.popleft()
-                self._tell(news, picture, outlet)
                 started += news.events.applied
+                if news.events.applied:
+                    self._post(
+                        Applied,
+                        event_ids=list(news.events.applied),
+                        generation_chunk_index=news.step,
+                        first_frame=picture.frame,
+                    )
                 completed += news.events.completed
                 accepted_at += news.events.accepted_at
             message = VideoChunk(
@@ -261,9 +249,9 @@ class Feed(Listener):
 
     def connect(self, outlet: Outlet) -> None:
         """Send the session's pictures to a socket; an earlier socket gets no more."""
-        with self._changed:
+        with self._lock:
             self.outlet, self._position = outlet, 0
-            self._changed.notify_all()
+            self._lock.notify_all()
         if self.state == "running":
             outlet.set_running()
 
@@ -273,13 +261,13 @@ class Feed(Listener):
         Returns:
             Whether it was the session's current socket.
         """
-        with self._changed:
+        with self._lock:
             outlet.close()
             if self.outlet is not outlet:
                 return False
             self.outlet = None
             self._alone_since = time.monotonic()
-            self._changed.notify_all()
+            self._lock.notify_all()
             return True
 
     @property
@@ -291,8 +279,8 @@ class Feed(Listener):
     @property
     def abandoned(self) -> bool:
         """Whether the session has ended and no client will fetch the rest."""
-        nothing = self.end is not None and not (self._pending or self._kept)
-        return self.end is not None and self.outlet is None and (self.alone or nothing)
+        left = self.end is not None and self.outlet is None
+        return left and (self.alone or not (self._pending or self._kept))
 
     def let_go(self) -> None:
         """Drop sent pictures kept for a reconnect, if there was none for too long."""
@@ -327,9 +315,12 @@ class Feed(Listener):
     def accept(
         self, event_id: str | None, parts: Mapping[Part, int | None]
     ) -> dict[Part, str] | None:
-        """Record an event: see `EventLog.accept`."""
+        """Record an event as `EventLog.accept` does, and acknowledge it."""
         with self._lock:
-            return self.events.accept(event_id, parts)
+            ids = self.events.accept(event_id, parts)
+            if event_id is not None:
+                self._post(Queued, event_id=event_id)
+            return ids
 
     def withdraw(self, event_id: str | None) -> str | None:
         """Withdraw an accepted event that will not be carried out; the client may send it again.
@@ -349,10 +340,8 @@ class Feed(Listener):
     def latency_ms(self, share: float) -> float | None:
         """A percentile of the key-to-photon times that the client has reported."""
         values = sorted(self.latencies_ms)
-        if not values:
-            return None
-        if len(values) == 1:
-            return values[0]
+        if len(values) < 2:
+            return values[0] if values else None
         return statistics.quantiles(values, n=100, method="inclusive")[round(share * 100) - 1]
 
     # ------------------------------------------------------------
@@ -376,15 +365,13 @@ class Feed(Listener):
         self._encoding.clear()
         if self.outlet is not None:
             self.outlet.purge()
-        self._changed.notify_all()
+        self._lock.notify_all()
 
-    def _tell(self, news: _News, picture: Picture, outlet: Outlet) -> None:
-        if news.events.applied:
-            outlet.post(
-                Applied(
-                    request_id=outlet.request_id,
-                    event_ids=list(news.events.applied),
-                    generation_chunk_index=news.step,
-                    first_frame=picture.frame,
-                )
-            )
+    def _set_running(self) -> None:
+        if self.outlet is not None:
+            self.outlet.set_running()
+
+    def _post(self, kind: Callable[..., Message], **fields: Any) -> None:
+        """Send a message to the socket, if there is one; the lock is held."""
+        if self.outlet is not None:
+            self.outlet.post(kind(request_id=self.outlet.request_id, **fields))

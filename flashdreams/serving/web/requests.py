@@ -8,7 +8,6 @@ from typing import Any
 
 from flashdreams.serving.interface import Host, Refused
 from flashdreams.serving.protocol import (
-    Queued,
     SessionControl,
     SessionInteraction,
     SessionKeep,
@@ -67,7 +66,7 @@ class Requests:
     def _control(self, message: SessionControl) -> None:
         if self.feed.offer.controls is None:
             raise _failed(message.event_id, "Nothing is controlled in this session.")
-        ids = self._accept(message.event_id, {"control": None})
+        ids = self.feed.accept(message.event_id, {"control": None})
         if ids is not None:
             self._carry_out(
                 ids["control"], partial(self.host.control, self.session, message.values)
@@ -92,7 +91,7 @@ class Requests:
             parts["camera"] = chunks if camera.mode == "target" else None
         if prompt is not None:
             parts["prompt"] = chunks
-        ids = self._accept(event_id, parts)
+        ids = self.feed.accept(event_id, parts)
         if ids is None:
             return
         if camera is not None:
@@ -115,19 +114,12 @@ class Requests:
             text = f"There is no {kind} in this session; commands are: {takes}."
             raise _failed(message.event_id, text)
         values: dict[str, Any] = message.model_dump(include={"name", "seed"}, exclude_none=True)
-        ids = self._accept(message.event_id, {"command": None})
+        ids = self.feed.accept(message.event_id, {"command": None})
         if ids is None:
             return
         if kind in ("reset", "rewind"):
             self.feed.hurry()
         self._later(ids["command"], partial(self.host.command, self.session, kind, values=values))
-
-    def _accept(self, event_id: str | None, parts: dict[Part, int | None]) -> Any:
-        ids = self.feed.accept(event_id, parts)
-        outlet = self.feed.outlet
-        if event_id is not None and outlet is not None:
-            outlet.post(Queued(request_id=outlet.request_id, event_id=event_id))
-        return ids
 
     def _carry_out(self, event: str, call: Callable[..., None]) -> None:
         """Pass an event to the host, with the host's identifier of it."""

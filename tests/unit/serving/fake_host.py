@@ -238,6 +238,8 @@ class FakeHost(Host):
             listener.on_kept(kind, values.get("name"), event_id)
         count = self.offer.chunk_frames
         first, session.frame = session.frame, session.frame + count
+        wanted = session.opening.num_frames
+        count = count if wanted is None else min(count, wanted - first)
         frames = picture(range(first, first + count), self.offer.height, self.offer.width)
         if self.noise:
             frames = torch.randint_like(frames, 256)
@@ -255,7 +257,6 @@ class FakeHost(Host):
             )
         )
         session.index += 1
-        wanted = session.opening.num_frames
         if wanted is not None and session.frame >= wanted:
             self._end(session, None, False)
 

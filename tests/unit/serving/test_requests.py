@@ -23,7 +23,8 @@ def host() -> Iterator[LiveHost]:
     )
     controller: Any = SimpleNamespace(check=lambda values: None)
     prompts: Any = SimpleNamespace(encode=lambda text: torch.zeros(1, 2, 3))
-    host = LiveHost(offer, ServingLimits(), 1, prompts, controller, torch.device("cpu"))
+    engine: Any = SimpleNamespace(session=lambda session: None)
+    host = LiveHost(offer, ServingLimits(), 1, prompts, controller, engine)
     yield host
     host.delivery.close()
 
@@ -79,7 +80,7 @@ def test_events_of_a_session_without_a_place_wait_behind_the_older_ones(
     live = host.sessions[host.open(Opening(), Client())]
     handed_over: list[Any] = []
     rollout: Any = SimpleNamespace(submit=handed_over.append)
-    host.engine_of = lambda session: rollout
+    host.engine.session = lambda session: rollout
     live.where = where
     host.control(live.id, {"keys": "w"}, "a")
     assert [command.id for command in live.commands] == (["a"] if waits else [])

@@ -333,7 +333,8 @@ def test_news_of_events_go_with_the_next_picture_that_leaves() -> None:
         await outlet.run()
         return socket.sent
 
-    applied, metadata, data = asyncio.run(run())
+    queued, applied, metadata, data = asyncio.run(run())
+    assert "session.interaction.queued" in str(queued)
     assert '"event_ids":["e"]' in str(applied) and '"first_frame":4' in str(applied)
     assert '"started_event_ids":["e"]' in str(metadata) and data == b"x"
 
