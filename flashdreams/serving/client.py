@@ -140,9 +140,8 @@ class LiveClient:
         await self.close()
         if not self.begin:
             raise ConnectionError("No session has begun; call start().")
-        first = {"type": "session.resume", "token": self.begin["token"]}
-        fields = {"from_frame": self._shown + 1, "format": self.begin["format"]}
-        return await self._open({**first, **fields})
+        known = {"token": self.begin["token"], "format": self.begin["format"]}
+        return await self._open({"type": "session.resume", "from_frame": self._shown + 1, **known})
 
     async def pictures(self) -> AsyncIterator[Received]:
         """Yield pictures as they arrive, until the session ends.
@@ -163,7 +162,9 @@ class LiveClient:
         Returns:
             The identifier of the event; ``figures`` records the time to its first picture.
         """
-        return await self._event({"type": "session.control", "values": dict(values)})
+        event_id = uuid.uuid4().hex
+        await self.send({"type": "session.control", "event_id": event_id, "values": dict(values)})
+        return event_id
 
     async def prompt(self, text: str) -> str:
         """Change the prompt; see ``control``."""
@@ -190,8 +191,9 @@ class LiveClient:
             SessionError: the server refused it.
         """
         event_id = uuid.uuid4().hex
-        message = {"type": f"session.{command}", "event_id": event_id, **_given(fields)}
-        return await self._answer("kept", event_id, message | _given({"name": name}))
+        message = {"type": f"session.{command}", "event_id": event_id}
+        given = _given({**fields, "name": name})
+        return await self._answer("session.kept", event_id, message | given)
 
     async def pause(self, paused: bool = True) -> None:
         """Pause at the next chunk boundary, or resume."""
@@ -207,7 +209,7 @@ class LiveClient:
             SessionError: it has failed.
             ConnectionError: the socket was lost.
         """
-        return self.done or await self._answer("done", None, {"type": "session.stop"})
+        return self.done or await self._answer("session.done", None, {"type": "session.stop"})
 
     async def send(self, message: Mapping[str, Any]) -> None:
         """Send any message of the protocol; an ``event_id`` in it is measured.
@@ -217,11 +219,10 @@ class LiveClient:
             ConnectionError: it is over, or the socket was lost.
         """
         self._refuse_over()
-        event_id = message.get("event_id")
-        if message["type"] == "session.interaction":
-            event_id = message["interaction"]["event_id"]
-        if event_id is not None and message["type"] in ("session.control", "session.interaction"):
-            self.figures.sent(event_id)
+        events = {"session.control": message, "session.interaction": message.get("interaction")}
+        event = events.get(message["type"]) or {}
+        if event.get("event_id") is not None:
+            self.figures.sent(event["event_id"])
         from websockets.exceptions import ConnectionClosed
 
         try:
@@ -270,12 +271,7 @@ class LiveClient:
             raise ConnectionError(f"No live server answers at {self.address}: {error}.") from error
         self._reader = asyncio.create_task(self._read())
         self._tasks = [self._reader, asyncio.create_task(self._tell())]
-        return await self._answer("start", None, first)
-
-    async def _event(self, message: dict[str, Any]) -> str:
-        event_id = uuid.uuid4().hex
-        await self.send({**message, "event_id": event_id})
-        return event_id
+        return await self._answer("video.start", None, first)
 
     async def _interaction(self, event: dict[str, Any]) -> str:
         event_id = uuid.uuid4().hex
@@ -341,24 +337,23 @@ class LiveClient:
         kind = message["type"]
         if kind == "video.start":
             self.begin = message
-            self._resolve("start", None, message)
         elif kind == "session.interaction.applied":
             self.figures.applied(message["event_ids"], message["first_frame"])
-        elif kind == "session.kept":
-            self._resolve("kept", message["event_id"], message)
         elif kind == "session.status":
             self.status = message
         elif kind == "session.done":
             self.done = message
-            self._resolve("done", None, message)
         elif kind == "error":
             self._take_error(message)
+        future = self._waiting.pop((kind, message.get("event_id")), None)
+        if future is not None and not future.done():
+            future.set_result(message)
 
     def _take_error(self, message: dict[str, Any]) -> None:
         error, event_id = SessionError(message), message.get("event_id")
         if event_id is not None:
             self.figures.forget(event_id)
-            future = self._waiting.pop(("kept", event_id), None)
+            future = self._waiting.pop(("session.kept", event_id), None)
             if future is not None and not future.done():
                 future.set_exception(error)
                 return
@@ -366,11 +361,6 @@ class LiveClient:
         if message["code"] in ("interaction_failed", "bad_message") and self.begin:
             return
         raise error
-
-    def _resolve(self, kind: str, event_id: str | None, message: dict[str, Any]) -> None:
-        future = self._waiting.pop((kind, event_id), None)
-        if future is not None and not future.done():
-            future.set_result(message)
 
     def _leave(self, error: Exception) -> None:
         """Stop reading: release all waiting calls with the error."""

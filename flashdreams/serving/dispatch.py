@@ -56,6 +56,14 @@ class Dispatcher:
             logger.warning("%s of a session failed: %s", order.kind, text, exc_info=_odd(error))
             raise OrderError(for_people(error)) from error
 
+    def succeeds(self, order: Order) -> bool:
+        """Execute an order on all ranks; False: it failed, and the reason is logged."""
+        try:
+            self.tell(order)
+            return True
+        except OrderError:
+            return False
+
     def attempt(self, live: LiveSession, task: Callable[[], Any]) -> bool:
         """Run a task for a session; if it fails, the session ends.
 

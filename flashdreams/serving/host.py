@@ -134,7 +134,6 @@ class LiveHost(Host):
             live = self._find(session)
             live.listener, live.told = listener, None
             live.detached_since = None
-            live.last_input = time.monotonic()
             if live.where == "disk":
                 live.count_on(from_frame)
             self._go_on(live, "client", "detached", "idle")
@@ -189,7 +188,7 @@ class LiveHost(Host):
                 raise Refused(str(error)) from error
             live.events += 1
             live.prompts += command.kind == "prompt"
-            self._note_input(live)
+            self._go_on(live, "idle")
 
     def command(
         self, session: str, kind: str, event_id: str | None, values: Mapping[str, Any]
@@ -210,7 +209,7 @@ class LiveHost(Host):
             if kind != "reset":
                 self._check_name(live, kind, given.get("name"))
             live.keepings.append(Command(kind=kind, id=event_id or "", values=given))  # type: ignore[arg-type]
-            self._note_input(live)
+            self._go_on(live, "idle")
 
     def _check_name(self, live: LiveSession, kind: str, name: Any) -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -231,8 +230,8 @@ class LiveHost(Host):
         """See `Host`."""
         with self.lock:
             live = self._find(session)
-            live.last_input = time.monotonic()
             if paused:
+                live.last_input = time.monotonic()
                 self._pause(live, "client")
             else:
                 self._go_on(live, "client", "idle")
@@ -315,13 +314,6 @@ class LiveHost(Host):
         if self.draining:
             raise Refused("The server accepts no more sessions: it is about to restart.")
 
-    def _note_input(self, live: LiveSession) -> None:
-        live.last_input = time.monotonic()
-        if "idle" in live.reasons or live.keepings:
-            self._go_on(live, "idle")
-        else:
-            self.wake()
-
     def pause_idle(self, live: LiveSession) -> None:
         """Pause a session whose client sends nothing."""
         with self.lock:
@@ -333,6 +325,7 @@ class LiveHost(Host):
         self.wake()
 
     def _go_on(self, live: LiveSession, *reasons: Any) -> None:
+        live.last_input = time.monotonic()
         live.go_on(*reasons)
         self.wait_again(live)
         self.tell_states()

@@ -132,11 +132,9 @@ class Keeper:
             changes, run = live.changes, live.to_json()
         path = self.folder.snapshot_path(live.id, live.snapshots)
         values = {"folder": str(path), "run": run}
-        if not self.folder.keep_opening(live.id, live.tensors):
-            return False
-        try:
-            self.dispatcher.tell(Order(kind="snapshot", session=live.id, values=values))
-        except OrderError:
+        order = Order(kind="snapshot", session=live.id, values=values)
+        opening_is_kept = self.folder.keep_opening(live.id, live.tensors)
+        if not opening_is_kept or not self.dispatcher.succeeds(order):
             return False
         with self.host.lock:
             live.snapshot, live.saved_changes = path, changes
@@ -153,30 +151,22 @@ class Keeper:
         if to_disk and live.stale:
             live.unparkable = True
             return
+        order = Order(kind="close" if to_disk else "park", session=live.id)
         if to_disk:
             with self.host.lock:  # later events are appended to earlier ones
                 live.where = "disk"
                 live.commands += self.engine.live[live.id].next_turn().commands
                 live.forks.clear()
-        if not (self._close if to_disk else self._move_to_host)(live):
+            moved = self.dispatcher.attempt(live, partial(self.dispatcher.tell, order))
+        else:
+            moved = self.dispatcher.succeeds(order)
+        if not moved:  # it stays where it is
+            live.unparkable = True
             return
         with self.host.lock:
             live.where = "disk" if to_disk else "host"
             self.host.wait_again(live)  # it may have been resumed in the meantime
             self.host.tell_states()
-
-    def _close(self, live: LiveSession) -> bool:
-        order = Order(kind="close", session=live.id)
-        return self.dispatcher.attempt(live, lambda: self.dispatcher.tell(order))
-
-    def _move_to_host(self, live: LiveSession) -> bool:
-        try:
-            self.dispatcher.tell(Order(kind="park", session=live.id))
-            return True
-        except OrderError:  # it stays where it is
-            with self.host.lock:
-                live.unparkable = True
-            return False
 
     def end(self, live: LiveSession, error: str | None, stopped: bool) -> None:
         """End a session and delete its data, unless the error did not come from its state."""
@@ -241,9 +231,7 @@ class Keeper:
 
     def _save_for_restart(self, live: LiveSession) -> bool:
         """Write a session as it is now; if that fails, its older snapshot stays."""
-        if live.where == "host":
-            try:
-                self.dispatcher.tell(Order(kind="unpark", session=live.id))
-            except OrderError:
-                return False
-        return self.snapshot(live)
+        back = live.where != "host" or self.dispatcher.succeeds(
+            Order(kind="unpark", session=live.id)
+        )
+        return back and self.snapshot(live)

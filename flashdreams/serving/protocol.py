@@ -115,13 +115,18 @@ class SessionInteraction(Message):
     interaction: Interaction
 
 
-class SessionControl(Message):
+class Control(Message):
+    """Values for the controller, from the next step on."""
+
+    values: dict[str, Any]
+    """As ``controls`` of ``video.start`` describes."""
+    event_id: EventId | None = None
+
+
+class SessionControl(Control):
     """What the controller accepts: held keys, pointer motion, sliders."""
 
     type: Literal["session.control"]
-    event_id: EventId | None = None
-    values: dict[str, Any]
-    """As ``controls`` of ``video.start`` describes."""
 
 
 class SessionPause(Message):
@@ -131,20 +136,30 @@ class SessionPause(Message):
     paused: bool = True
 
 
-class SessionReset(Message):
+class Reset(Message):
+    """Begin the rollout again with the next step."""
+
+    seed: Seed | None = None
+    event_id: EventId | None = None
+
+
+class SessionReset(Reset):
     """Restart the rollout."""
 
     type: Literal["session.reset"]
+
+
+class Keep(Message):
+    """Name for the state before the next step."""
+
+    name: Name
     event_id: EventId | None = None
-    seed: Seed | None = None
 
 
-class SessionKeep(Message):
+class SessionKeep(Keep):
     """Store the state under a name (``save`` on disk, ``fork`` on the device), or return to it."""
 
     type: Literal["session.save", "session.fork", "session.rewind"]
-    event_id: EventId | None = None
-    name: Name
 
 
 class SessionShown(Message):

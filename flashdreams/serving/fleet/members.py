@@ -151,13 +151,11 @@ async def probe(client: Any, member: Member) -> Health:
     except (httpx.HTTPError, ValueError):
         return Health()
 
-    def number(name: str) -> int:
-        return int(values.get(f"flashdreams_{name}", 0))
-
-    return Health(
-        ready="flashdreams_places" in values,
-        sessions=number("sessions"),
-        queued=number("queue_length"),
-        parked=number("parked_sessions"),
-        places=number("places"),
-    )
+    names = {
+        "sessions": "sessions",
+        "queued": "queue_length",
+        "parked": "parked_sessions",
+        "places": "places",
+    }
+    found = {field: int(values.get(f"flashdreams_{name}", 0)) for field, name in names.items()}
+    return Health(ready="flashdreams_places" in values, **found)

@@ -81,7 +81,7 @@ class ServerProcess:
         if not self._ready.wait(seconds) or not self._url:
             self.stop()
             raise RuntimeError(f"A server did not start:\n{''.join(self._tail)}")
-        Member(self.name, self._url, self._token).announce(self.root)
+        self.member.announce(self.root)
 
     @property
     def member(self) -> Member:
@@ -106,7 +106,7 @@ class ServerProcess:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        Member(self.name, "", "").withdraw(self.root)
+        self.member.withdraw(self.root)
 
     def _read(self) -> None:
         assert self._process.stdout is not None

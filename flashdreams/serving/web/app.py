@@ -43,6 +43,7 @@ def create_app(gate: Gate, settings: WebSettings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.loop = asyncio.get_running_loop()
         reaper = asyncio.create_task(accounts.reap())
         yield
         reaper.cancel()

@@ -48,12 +48,12 @@ class Encoder(ABC):
             The encoded picture, and whether decoding can start here.
         """
 
-    @abstractmethod
     def wrap(self, picture: bytes, *, key: bool) -> Any:
         """Wrap a picture of ``encode`` for the transport; dropped pictures are not wrapped.
 
-        May be called from another thread than ``encode``.
+        May be called from another thread than ``encode``. By default it is sent as it is.
         """
+        return picture
 
 
 class JpegEncoder(Encoder):
@@ -69,10 +69,6 @@ class JpegEncoder(Encoder):
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=JPEG_QUALITY)
         return file.getvalue(), True
-
-    def wrap(self, picture: bytes, *, key: bool) -> bytes:
-        """The file itself."""
-        return picture
 
 
 class PlanesEncoder(Encoder):

@@ -122,8 +122,7 @@ class GuardedApp:
                     headers["www-authenticate"] = "Bearer"
                 await PlainTextResponse(text, status, headers)(scope, receive, send)
                 return
-            request = _Request(receive, send, self._limit(scope))
-            receive, send = request.receive, request.send
+            receive, send = _limited(receive, send, self._limit(scope))
         await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
@@ -165,24 +164,24 @@ def _split(address: str) -> urllib.parse.SplitResult:
         return urllib.parse.urlsplit("")
 
 
-class _Request:
-    """The body of a request within its limit, and the headers of its response."""
+def _limited(receive: Receive, send: Send, limit: int) -> tuple[Receive, Send]:
+    """Limit the body of a request, and add headers to its response."""
+    size = 0
 
-    def __init__(self, receive: Receive, send: Send, limit: int) -> None:
-        self._receive, self._send, self._limit = receive, send, limit
-        self._size = 0
-
-    async def receive(self) -> MutableMapping[str, Any]:
-        message = await self._receive()
-        self._size += len(message.get("body", b""))
-        if self._size > self._limit:
-            raise TooLarge(f"At most {self._limit:,} bytes are accepted.")
+    async def receive_within_limit() -> MutableMapping[str, Any]:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > limit:
+            raise TooLarge(f"At most {limit:,} bytes are accepted.")
         return message
 
-    async def send(self, message: MutableMapping[str, Any]) -> None:
+    async def send_with_headers(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             message["headers"] = [*message.get("headers", []), *_HEADERS]
-            if self._size > self._limit:  # the rest of the body is not read
+            if size > limit:  # the rest of the body is not read
                 message["status"] = 413
                 message["headers"].append((b"connection", b"close"))
-        await self._send(message)
+        await send(message)
+
+    return receive_within_limit, send_with_headers

@@ -45,7 +45,7 @@ class Peer:
         """
         from aiortc import RTCConfiguration, RTCPeerConnection
 
-        self._scope, self._settings = scope, settings
+        self.scope, self._settings = scope, settings
         servers = [_ice_server(text) for text in settings.ice_servers]
         # without a list aiortc uses a public STUN server
         self._connection = RTCPeerConnection(RTCConfiguration(iceServers=servers))
@@ -59,11 +59,6 @@ class Peer:
         self._drained = asyncio.Event()
         self._began: float | None = None
         self._timestamp = -1
-
-    @property
-    def scope(self) -> MutableMapping[str, Any]:
-        """See `Transport`."""
-        return self._scope
 
     async def answer(self, sdp: str) -> str:
         """Answer the client's offer; the connection is then established in the background.

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import socket
 import threading
+import time
 
 import uvicorn
 
@@ -42,9 +43,6 @@ class WebServer:
         self._app = create_app(self.gate, settings)
         self._server = uvicorn.Server(_config(self._app, settings))
         self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._failure: BaseException | None = None
-        self._listening = threading.Event()
 
     @property
     def metrics(self) -> Metrics:
@@ -73,8 +71,11 @@ class WebServer:
             target=self._run, args=(listening,), name="flashdreams-web", daemon=True
         )
         self._thread.start()
-        if not self._listening.wait(START_S) or self._failure is not None:
-            raise RuntimeError("The web server has not started.") from self._failure
+        limit = time.monotonic() + START_S
+        while not self._server.started:
+            if not self._thread.is_alive() or time.monotonic() > limit:
+                raise RuntimeError("The web server has not started; see the log.")
+            time.sleep(0.01)
 
     def serve(self, host: Host) -> None:
         """Set the host and accept sessions."""
@@ -85,10 +86,12 @@ class WebServer:
         self.gate.enter("draining")
         if self._thread is None:
             return
-        if self._loop is not None and self._thread.is_alive():
+        if self._thread.is_alive():
             goodbye = self._app.state.accounts.finish_all(GOODBYE_S)
             with contextlib.suppress(TimeoutError, concurrent.futures.TimeoutError):
-                asyncio.run_coroutine_threadsafe(goodbye, self._loop).result(2 * GOODBYE_S)
+                asyncio.run_coroutine_threadsafe(goodbye, self._app.state.loop).result(
+                    2 * GOODBYE_S
+                )
         self._server.should_exit = True
         self._thread.join(STOP_S)
         if self._thread.is_alive():
@@ -97,26 +100,17 @@ class WebServer:
 
     def _run(self, listening: socket.socket) -> None:
         try:
-            asyncio.run(self._serve(listening))
-        except BaseException as error:
-            self._failure = error
+            self._server.run([listening])
+        except BaseException:
             logger.exception("the web server has ended")
         finally:
             listening.close()
-            self._listening.set()
-
-    async def _serve(self, listening: socket.socket) -> None:
-        self._loop = asyncio.get_running_loop()
-        server = asyncio.create_task(self._server.serve(sockets=[listening]))
-        while not self._server.started and not server.done():
-            await asyncio.sleep(0.01)
-        self._listening.set()
-        await server
 
 
 def _config(app: object, settings: WebSettings) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
+        loop="asyncio",
         log_config=None,
         access_log=False,  # URLs may contain tokens
         log_level="warning",

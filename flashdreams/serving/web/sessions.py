@@ -15,10 +15,11 @@ from pydantic import BaseModel
 from flashdreams.runtime.text import quoted
 from flashdreams.serving.interface import Chunk, Refused
 from flashdreams.serving.protocol import (
+    Control,
     EventId,
+    Keep,
     Message,
-    Name,
-    Seed,
+    Reset,
     SessionOptions,
     StartConfig,
     Text,
@@ -72,31 +73,10 @@ class SessionInfo(BaseModel):
     saved: list[str]
 
 
-class Control(Message):
-    """Values for the controller, from the next step on."""
-
-    values: dict[str, Any]
-    event_id: EventId | None = None
-
-
 class Prompt(Message):
     """New prompt from the next step on."""
 
     prompt: Text
-    event_id: EventId | None = None
-
-
-class Keep(Message):
-    """Name for the state before the next step."""
-
-    name: Name
-    event_id: EventId | None = None
-
-
-class Reset(Message):
-    """Begin the rollout again with the next step."""
-
-    seed: Seed | None = None
     event_id: EventId | None = None
 
 

@@ -19,9 +19,8 @@ class Transport(Protocol):
     format: Format | None
     """Format of all its pictures; None: the client chooses."""
 
-    @property
-    def scope(self) -> MutableMapping[str, Any]:
-        """ASGI scope of the request that opened it."""
+    scope: MutableMapping[str, Any]
+    """ASGI scope of the request that opened it."""
 
     async def receive(self) -> str | bytes:
         """The client's next message.
@@ -57,11 +56,7 @@ class SocketTransport:
     def __init__(self, socket: WebSocket) -> None:
         """Wrap a WebSocket."""
         self._socket = socket
-
-    @property
-    def scope(self) -> MutableMapping[str, Any]:
-        """See `Transport`."""
-        return self._socket.scope
+        self.scope: MutableMapping[str, Any] = socket.scope
 
     async def receive(self) -> str | bytes:
         """See `Transport`."""
