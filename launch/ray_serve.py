@@ -44,9 +44,9 @@ class Replica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Load figures of the server, for `wanted_replicas`."""
-        from flashdreams.serving.fleet.members import probe
+        from flashdreams.serving.fleet.members import Health, probe
 
-        health = await probe(self._client, self._server.member)
+        health = await probe(self._client, self._server.member) or Health()
         return {name: float(getattr(health, name)) for name in ("sessions", "queued", "places")}
 
     def check_health(self) -> None:

@@ -4,6 +4,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 MAX_VALUES = 100_000
 MAX_RECEIPT = 64
 """Maximum number of key-to-photon times in one receipt."""
@@ -97,6 +99,7 @@ def percentiles(values: Sequence[float]) -> dict[str, float] | None:
     """The 50th, 95th and 99th percentile and the maximum; None if there are no values."""
     if not values:
         return None
-    ordered = sorted(values)
-    found = {f"p{share}": ordered[-(-share * len(ordered) // 100) - 1] for share in (50, 95, 99)}
-    return {name: round(value, 3) for name, value in (found | {"max": ordered[-1]}).items()}
+    shares = (50, 95, 99, 100)
+    found = np.percentile(values, shares, method="inverted_cdf")
+    names = (*(f"p{share}" for share in shares[:3]), "max")
+    return {name: round(float(value), 3) for name, value in zip(names, found, strict=True)}

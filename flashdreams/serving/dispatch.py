@@ -12,10 +12,9 @@ from flashdreams.infra.snapshot_header import SnapshotError
 from flashdreams.parallel.environment import group_size
 from flashdreams.runtime.shortage import is_shortage
 from flashdreams.runtime.text import reason_of
-from flashdreams.serving.engine import fails_alike
+from flashdreams.serving.engine import Order, fails_alike
 from flashdreams.serving.host import LiveHost
 from flashdreams.serving.live import LiveSession
-from flashdreams.serving.orders import Order
 
 RESTS_AFTER_S = 1.0
 """Idle time after which the other ranks are told to wait outside of collectives."""

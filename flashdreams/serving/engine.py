@@ -1,9 +1,11 @@
 """The sessions of a server on one rank, and execution of the orders that all ranks receive."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from torch import Tensor
 
 from flashdreams.infra.controller import Controller
 from flashdreams.infra.finite import NotFiniteError
@@ -11,14 +13,72 @@ from flashdreams.infra.parked import ParkedRollout
 from flashdreams.infra.pipeline import StreamInferencePipeline
 from flashdreams.infra.run_log import command_to_json
 from flashdreams.infra.runner import to_device
-from flashdreams.infra.session import Command, Session, Step
+from flashdreams.infra.session import Command, Session, Step, Turn
 from flashdreams.parallel.environment import OtherRankError
-from flashdreams.parallel.messages import MessageChannel
-from flashdreams.serving.orders import Order
+from flashdreams.parallel.messages import Message, MessageChannel
 from flashdreams.serving.session_log import SessionLogs
 
 MAX_LOGGED = 1024
 """Maximum number of commands kept for a session's snapshots; the last ones are kept."""
+
+
+OrderKind = Literal[
+    "open",
+    "step",
+    "save",
+    "fork",
+    "rewind",
+    "reset",
+    "snapshot",
+    "park",
+    "unpark",
+    "resume",
+    "close",
+    "rest",
+    "stop",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """A task that all ranks execute together; plain values, the same on all ranks."""
+
+    kind: OrderKind
+    """``"open"``: start a session. ``"step"``: one AR step, with its `Turn`. ``"save"``, ``"fork"``
+    and ``"rewind"``: as commands of a session, with ``{"name": ...}``; ``"reset"`` with
+    ``{"seed": ...}``. ``"snapshot"``: write the session to ``{"folder": ...}``. ``"park"``: to host
+    memory; ``"unpark"``: back; ``"resume"``: from ``{"folder": ...}``. ``"close"``: end a session.
+    ``"rest"``: the next order may be late. ``"stop"``: it was the last."""
+    session: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """JSON values."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """On the CPU: the initial ``text`` and ``image`` of a session, or those of a turn."""
+
+    @classmethod
+    def of_turn(cls, turn: Turn) -> "Order":
+        """The order for an AR step."""
+        message = turn.to_message()
+        return cls(
+            kind="step",
+            session=turn.session,
+            values={"turn": message.value},
+            tensors=message.tensors,
+        )
+
+    def turn(self) -> Turn:
+        """Input of a session for its AR step."""
+        return Turn.from_message(Message(self.values["turn"], self.tensors))
+
+    def to_message(self) -> Message:
+        """The order as JSON and tensors."""
+        return Message([self.kind, self.session, dict(self.values)], self.tensors)
+
+    @classmethod
+    def from_message(cls, message: Message) -> "Order":
+        """The inverse of ``to_message``."""
+        kind, session, values = message.value
+        return cls(kind=kind, session=session, values=values, tensors=message.tensors)
 
 
 def fails_alike(order: Order, error: BaseException) -> bool:

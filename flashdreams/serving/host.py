@@ -1,10 +1,12 @@
 """The host of live sessions: calls of the web server, from any thread."""
 
+import os
 import re
 import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +27,6 @@ from flashdreams.serving.interface import (
 )
 from flashdreams.serving.limits import ServingLimits
 from flashdreams.serving.live import LiveSession
-from flashdreams.serving.memory import resident_bytes
 from flashdreams.serving.prompts import Prompts
 
 MAX_EVENTS = 256
@@ -353,3 +354,12 @@ def _names(live: LiveSession, kind: str) -> list[Any]:
 def _refuse_many_prompts(live: LiveSession) -> None:
     if live.prompts >= MAX_PROMPTS:
         raise Refused(f"{MAX_PROMPTS} prompts are pending for the next chunk; send fewer.")
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process; 0 if the system does not report it."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -7,8 +7,8 @@ from typing import Any
 
 from flashdreams.infra.session import Command
 from flashdreams.serving.dispatch import Dispatcher, OrderError
+from flashdreams.serving.engine import Order
 from flashdreams.serving.live import LiveSession
-from flashdreams.serving.orders import Order
 from flashdreams.serving.restart import SessionFolder
 
 RESTARTING = "The server restarts; resume the session with its token."

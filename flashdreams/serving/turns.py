@@ -10,9 +10,9 @@ from typing import Any
 from flashdreams.infra.session import Session, Step
 from flashdreams.serving.delivery import Pictures
 from flashdreams.serving.dispatch import Dispatcher, OrderError, for_people
+from flashdreams.serving.engine import Order
 from flashdreams.serving.interface import Chunk, Listener
 from flashdreams.serving.live import LiveSession
-from flashdreams.serving.orders import Order
 from flashdreams.serving.schedule import Candidate, choose
 
 MAX_IN_FLIGHT = 2

@@ -44,7 +44,6 @@ class Member:
 class Health:
     """A server's last answer to a health check."""
 
-    ready: bool = False
     sessions: int = 0
     queued: int = 0
     parked: int = 0
@@ -68,6 +67,7 @@ class Fleet:
         self.root = root
         self.members: dict[str, Member] = {}
         self.health: dict[str, Health] = {}
+        """Of the servers that accept sessions."""
 
     async def refresh(self, client: Any) -> None:
         """Check the health of all servers.
@@ -78,44 +78,40 @@ class Fleet:
         found = await asyncio.to_thread(read_members, self.root)
         answers = await asyncio.gather(*(probe(client, member) for member in found))
         self.members = {member.name: member for member in found}
-        self.health = dict(zip(self.members, answers, strict=True))
+        answered = zip(self.members, answers, strict=True)
+        self.health = {name: health for name, health in answered if health is not None}
 
     def lost(self, member: Member) -> None:
         """Mark a server that did not answer; it gets no requests until the next health check."""
         self.health.pop(member.name, None)
-
-    def is_ready(self, name: str) -> bool:
-        """Whether a server accepts sessions."""
-        return name in self.health and self.health[name].ready
 
     async def of_session(self, token: str) -> Member | None:
         """The server that has a session, or else one that can take it over."""
         first = [name for name in self.members if token.startswith(f"{name}-")]
         owner = await asyncio.to_thread(find_folder, self.root, token)
         for name in (owner, *first):
-            if name is not None and self.is_ready(name):
+            if name in self.health:
                 return self.members[name]
         return self.least_loaded()
 
     def least_loaded(self) -> Member | None:
         """The server for a new session; None: no server is ready."""
-        ready = [name for name in self.members if self.is_ready(name)]
-        if not ready:
+        if not self.health:
             return None
-        name = min(ready, key=lambda name: (self.health[name].load, name))
+        name = min(self.health, key=lambda name: (self.health[name].load, name))
         self.health[name].sessions += 1  # until the next health check
         return self.members[name]
 
     def has_place(self, but: str) -> bool:
         """Whether another server could start a session at once."""
         return any(
-            health.ready and name != but and health.sessions + health.queued < health.places
+            name != but and health.sessions + health.queued < health.places
             for name, health in self.health.items()
         )
 
     def total(self, field: str) -> int:
         """Sum of a figure over all servers that are ready."""
-        return sum(getattr(health, field) for health in self.health.values() if health.ready)
+        return sum(getattr(health, field) for health in self.health.values())
 
 
 def read_members(root: Path) -> list[Member]:
@@ -137,8 +133,8 @@ def find_folder(root: Path, token: str) -> str | None:
     return next((path.parent.name for path in root.glob(f"*/{glob.escape(token)}")), None)
 
 
-async def probe(client: Any, member: Member) -> Health:
-    """Health of a server; one that does not answer is not ready."""
+async def probe(client: Any, member: Member) -> Health | None:
+    """Health of a server; None: it does not accept sessions."""
     import httpx
     from prometheus_client.parser import text_string_to_metric_families
 
@@ -149,7 +145,7 @@ async def probe(client: Any, member: Member) -> Health:
         families = text_string_to_metric_families(answer.text)
         values = {s.name: s.value for family in families for s in family.samples if not s.labels}
     except (httpx.HTTPError, ValueError):
-        return Health()
+        return None
 
     names = {
         "sessions": "sessions",
@@ -158,4 +154,4 @@ async def probe(client: Any, member: Member) -> Health:
         "places": "places",
     }
     found = {field: int(values.get(f"flashdreams_{name}", 0)) for field, name in names.items()}
-    return Health(ready="flashdreams_places" in values, **found)
+    return Health(**found) if "flashdreams_places" in values else None

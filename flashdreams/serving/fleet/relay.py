@@ -10,14 +10,14 @@ from typing import Any
 
 from fastapi import FastAPI, Request, WebSocket
 from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
 from starlette.websockets import WebSocketDisconnect
 
 from flashdreams.serving.fleet.members import Fleet, Member
-from flashdreams.serving.protocol import Error
+from flashdreams.serving.protocol import Error, SessionResume
 from flashdreams.serving.web.app import add_errors
-from flashdreams.serving.web.guard import Guard, GuardedApp
+from flashdreams.serving.web.guard import Guard, GuardedApp, keep_token
 from flashdreams.serving.web.settings import WebSettings
-from flashdreams.serving.web.welcome import keep_token
 
 logger = logging.getLogger(__name__)
 
@@ -87,13 +87,13 @@ def _add_probes(app: FastAPI, fleet: Fleet) -> None:
 
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
-        ready = any(health.ready for health in fleet.health.values())
+        ready = bool(fleet.health)
         phase = "ready" if ready else "loading"
         return JSONResponse({"ready": ready, "phase": phase}, 200 if ready else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        values = {"servers": sum(health.ready for health in fleet.health.values())}
+        values = {"servers": len(fleet.health)}
         values |= {n: fleet.total(n) for n in ("sessions", "queued", "parked", "places")}
         lines = [
             f"# TYPE flashdreams_fleet_{name} gauge\nflashdreams_fleet_{name} {value}\n"
@@ -246,10 +246,6 @@ async def _end(socket: WebSocket, error: Error, code: int) -> None:
 def _token_of(first: str) -> str | None:
     """The token of a first message that resumes a session."""
     try:
-        message = json.loads(first)
-    except ValueError:
+        return SessionResume.model_validate_json(first).token
+    except ValidationError:
         return None
-    if not isinstance(message, dict) or message.get("type") != "session.resume":
-        return None
-    token = message.get("token")
-    return token if isinstance(token, str) else None

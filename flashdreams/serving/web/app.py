@@ -6,29 +6,60 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from fastapi import FastAPI, Request, WebSocket
+from fastapi import FastAPI, HTTPException, Request, WebSocket
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel
 
 import flashdreams
 from flashdreams.serving.protocol import schema
 from flashdreams.serving.web.accounts import INTERNAL, Accounts
 from flashdreams.serving.web.conversation import Conversation
 from flashdreams.serving.web.gate import Gate
-from flashdreams.serving.web.guard import Guard, GuardedApp, TooLarge
+from flashdreams.serving.web.guard import Guard, GuardedApp, TooLarge, keep_token
 from flashdreams.serving.web.metrics import CONTENT_TYPE, Metrics
-from flashdreams.serving.web.models import add_models
 from flashdreams.serving.web.rtc import add_peers
 from flashdreams.serving.web.sessions import add_sessions
 from flashdreams.serving.web.settings import WebSettings
 from flashdreams.serving.web.transport import SocketTransport
-from flashdreams.serving.web.welcome import keep_token
 
 PAGE = Path(__file__).resolve().parents[1] / "page"
 
 logger = logging.getLogger(__name__)
+
+
+class Model(BaseModel):
+    """The model of a server, and the only values that it serves."""
+
+    id: str
+    object: Literal["model"] = "model"
+    width: int
+    height: int
+    fps: float
+    seed: int
+    """Default for sessions."""
+    prompt: str | None
+    """Default for sessions."""
+    num_inference_steps: int
+    guidance_scale: float | None
+    """None: without guidance."""
+    formats: list[str]
+    controls: dict[str, Any] | None
+    """JSON Schema of a session's controls; None: no controls."""
+    prompts_change: bool
+    takes_image: bool
+    commands: list[str]
+    chunk_frames: int
+    """Number of pictures of one AR step."""
+
+
+class Models(BaseModel):
+    """All served models: exactly one."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
 
 
 def create_app(gate: Gate, settings: WebSettings) -> FastAPI:
@@ -60,7 +91,7 @@ def create_app(gate: Gate, settings: WebSettings) -> FastAPI:
     app.state.accounts = accounts
     app.add_middleware(GuardedApp, guard=guard)
     _add_probes(app, gate, metrics)
-    add_models(app, gate)
+    _add_models(app, gate)
     add_sessions(app, accounts)
     _add_socket(app, accounts, guard)
     add_peers(app, accounts, guard)
@@ -96,6 +127,20 @@ def _add_probes(app: FastAPI, gate: Gate, metrics: Metrics) -> None:
     async def messages() -> dict[str, Any]:
         """JSON Schema of the messages of ``WS /v1/realtime/video``, of both directions."""
         return schema()
+
+
+def _add_models(app: FastAPI, gate: Gate) -> None:
+    @app.get("/v1/models", tags=["server"], responses={503: {"description": "Not ready."}})
+    async def models() -> Models:
+        """The model that this server serves."""
+        host = gate.host
+        if host is None:
+            raise HTTPException(503, gate.words())
+        offer = host.offer
+        even = offer.width % 2 == offer.height % 2 == 0
+        formats = ["m4s", "jpeg"] if even else ["jpeg"]
+        model = Model(**vars(offer), id=offer.model, formats=formats)
+        return Models(data=[model])
 
 
 def _add_socket(app: FastAPI, accounts: Accounts, guard: Guard) -> None:

@@ -90,7 +90,9 @@ class Conversation:
 
     async def _first(self) -> SessionStart | SessionResume:
         try:
-            text = await asyncio.wait_for(self._receive(first=True), self.settings.start_s)
+            text = await asyncio.wait_for(
+                self._receive(self.settings.max_socket_bytes), self.settings.start_s
+            )
         except asyncio.TimeoutError:
             text = f"session.start must arrive within {self.settings.start_s:g} s."
             raise Denied(text, "timeout") from None
@@ -102,11 +104,10 @@ class Conversation:
             raise Denied(text, "bad_message")
         return message
 
-    async def _receive(self, first: bool = False) -> str:
+    async def _receive(self, limit: int) -> str:
         text = await self.transport.receive()
         if isinstance(text, bytes):
             raise Denied("Messages are JSON in text frames.", "bad_message")
-        limit = self.settings.max_socket_bytes if first else self.settings.max_message_bytes
         if len(text) > limit:
             raise Denied(f"The limit is {limit:,} bytes.", "bad_message")
         return text
@@ -270,7 +271,8 @@ class Conversation:
         flooding = 0.0
         while True:
             try:
-                text = await asyncio.wait_for(self._receive(), self.settings.stall_s)
+                receiving = self._receive(self.settings.max_message_bytes)
+                text = await asyncio.wait_for(receiving, self.settings.stall_s)
                 message = read_message(text)
                 self.metrics.messages(message.type).inc()
                 if isinstance(message, SessionStop):

@@ -1,6 +1,5 @@
 """Buffer of a session's pictures between the turn loop and the sockets."""
 
-import statistics
 import threading
 import time
 from collections import deque
@@ -339,10 +338,8 @@ class Feed(Listener):
 
     def latency_ms(self, share: float) -> float | None:
         """A percentile of the key-to-photon times that the client has reported."""
-        values = sorted(self.latencies_ms)
-        if len(values) < 2:
-            return values[0] if values else None
-        return statistics.quantiles(values, n=100, method="inclusive")[round(share * 100) - 1]
+        values = self.latencies_ms.copy()
+        return float(np.quantile(values, share)) if values else None
 
     # ------------------------------------------------------------
 

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.requests import HTTPConnection
-from starlette.responses import PlainTextResponse
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.websockets import WebSocketClose
 
 from flashdreams.serving.web.settings import WebSettings, is_loopback
@@ -154,6 +154,31 @@ class TooLarge(Exception):
 def cookie_name(scope: Scope) -> str:
     """Name of the cookie with the token; contains the port, because cookies ignore ports."""
     return f"flashdreams_token_{(scope.get('server') or ('', 0))[1]}"
+
+
+def keep_token(request: Request, wanted: str | None) -> RedirectResponse | None:
+    """Move the token of a URL into a cookie, so that it is not in the URL and the history.
+
+    Args:
+        request: request of the page; the guard has checked its token.
+        wanted: the server's token.
+
+    Returns:
+        None: the URL has no token, or the server requires none.
+    """
+    token = request.query_params.get("token")
+    if token is None or not wanted:
+        return None
+    rest = [item for item in request.query_params.multi_items() if item[0] != "token"]
+    answer = RedirectResponse(f"/?{urllib.parse.urlencode(rest)}" if rest else "/", 303)
+    answer.set_cookie(
+        cookie_name(request.scope),
+        urllib.parse.quote(token, safe=""),
+        httponly=True,
+        samesite="strict",
+        secure=request.url.scheme == "https",
+    )
+    return answer
 
 
 def _split(address: str) -> urllib.parse.SplitResult:

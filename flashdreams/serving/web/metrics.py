@@ -1,11 +1,11 @@
 """Prometheus metrics."""
 
-import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, get_args
 
+import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -96,12 +96,12 @@ class _Loop(Collector):
         self._gate, self._recent = gate, recent
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        recent = sorted(self._recent.copy())
+        recent = self._recent.copy()
         text = "Quantiles of the last key-to-photon times reported by clients."
         name = "flashdreams_key_to_photon_recent_seconds"
         quantiles = GaugeMetricFamily(name, text, labels=["quantile"])
         for share in (0.5, 0.99) if recent else ():
-            quantiles.add_metric([str(share)], recent[math.ceil(share * len(recent)) - 1])
+            quantiles.add_metric([str(share)], np.quantile(recent, share, method="inverted_cdf"))
         yield quantiles
         phase = GaugeMetricFamily("flashdreams_phase", "1 for the current phase.", labels=["phase"])
         for name in get_args(Phase):

@@ -98,7 +98,7 @@ def test_sessions_are_spread_and_come_back_to_their_server(tmp_path):
 def test_client_that_waits_moves_to_a_server_that_has_a_place(tmp_path):
     with member(tmp_path, "a") as a, relayed(tmp_path) as relay:
         a.places = 1
-        until(lambda: relay.fleet.is_ready("a"))
+        until(lambda: "a" in relay.fleet.health)
         with (
             PlainClient(relay) as first,  # type: ignore[arg-type]
             PlainClient(relay) as second,  # type: ignore[arg-type]
@@ -115,7 +115,7 @@ def test_client_that_waits_moves_to_a_server_that_has_a_place(tmp_path):
 def test_server_that_is_lost_closes_its_sockets_with_a_word(tmp_path):
     with relayed(tmp_path) as relay:
         with member(tmp_path, "a"):
-            until(lambda: relay.fleet.is_ready("a"))
+            until(lambda: "a" in relay.fleet.health)
             client = PlainClient(relay)  # type: ignore[arg-type]
             client.start()
         assert client.close_code() == 1012 and client.of_type("error")[-1]["code"] == "draining"
@@ -126,7 +126,7 @@ def test_server_that_is_lost_closes_its_sockets_with_a_word(tmp_path):
 
 def test_server_that_refuses_a_socket_is_passed_over(tmp_path):
     with member(tmp_path, "a", max_sockets=1) as a, relayed(tmp_path) as relay:
-        until(lambda: relay.fleet.is_ready("a"))
+        until(lambda: "a" in relay.fleet.health)
         with PlainClient(relay) as first:  # type: ignore[arg-type]
             first.start()
             with PlainClient(relay) as second:  # type: ignore[arg-type]
@@ -211,7 +211,7 @@ def test_session_of_a_server_that_is_gone_goes_to_the_one_that_took_it_over(tmp_
     (tmp_path / "b" / token).mkdir(parents=True)
     fleet = Fleet(tmp_path)
     fleet.members = {name: Member(name, "", "") for name in ("b", "c")}
-    fleet.health = {"b": Health(True, sessions=3, places=4), "c": Health(True, places=4)}
+    fleet.health = {"b": Health(sessions=3, places=4), "c": Health(places=4)}
     owner = asyncio.run(fleet.of_session(token))
     assert owner is not None and owner.name == "b"
     other = asyncio.run(fleet.of_session("gone-of-nobody-at-all"))
@@ -222,9 +222,8 @@ def test_new_sessions_go_where_most_places_are_free(tmp_path):
     fleet = Fleet(tmp_path)
     fleet.members = {name: Member(name, "", "") for name in ("a", "b", "c")}
     fleet.health = {
-        "a": Health(True, sessions=3, places=4),
-        "b": Health(True, sessions=1, queued=1, places=4),
-        "c": Health(False, places=4),
+        "a": Health(sessions=3, places=4),
+        "b": Health(sessions=1, queued=1, places=4),
     }
     chosen = [fleet.least_loaded() for _ in range(3)]
     assert [m.name for m in chosen if m] == ["b", "a", "b"]

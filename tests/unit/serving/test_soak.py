@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from flashdreams.serving.host import resident_bytes
 from flashdreams.serving.interface import Opening
-from flashdreams.serving.memory import resident_bytes
 from tests.live import Visit, served
 
 STEPS = int(os.environ.get("FLASHDREAMS_SOAK_STEPS", "1600"))
