@@ -37,7 +37,7 @@ class Encoder(ABC):
     """Codec name for browsers; None if each picture is a file."""
 
     @abstractmethod
-    def encode(self, pixels: np.ndarray, *, key: bool) -> tuple[bytes, bool]:
+    def encode(self, pixels: np.ndarray, *, key: bool) -> tuple[Any, bool]:
         """Encode a picture.
 
         Args:
@@ -48,7 +48,7 @@ class Encoder(ABC):
             The encoded picture, and whether decoding can start here.
         """
 
-    def wrap(self, picture: bytes, *, key: bool) -> Any:
+    def wrap(self, picture: Any, *, key: bool) -> Any:
         """Wrap a picture of ``encode`` for the transport; dropped pictures are not wrapped.
 
         May be called from another thread than ``encode``. By default it is sent as it is.
@@ -97,24 +97,14 @@ class PlanesEncoder(Encoder):
 
         self._to_yuv: Any = VideoReformatter()  # its stubs do not declare names of colour spaces
         self._threads = _threads(width, height)
-        self._shape = (height * 3 // 2, width)
 
-    def encode(self, pixels: np.ndarray, *, key: bool) -> tuple[bytes, bool]:
-        """See `Encoder`; the receiver requests key pictures from the track."""
+    def encode(self, pixels: np.ndarray, *, key: bool) -> tuple[Any, bool]:
+        """A ``VideoFrame`` of PyAV; the receiver requests key pictures from the track."""
         import av
 
         frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-        frame = self._to_yuv.reformat(
-            frame, format="yuv420p", dst_colorspace="ITU601", threads=self._threads
-        )
-        return frame.to_ndarray().tobytes(), False
-
-    def wrap(self, picture: bytes, *, key: bool) -> Any:
-        """A ``VideoFrame`` of PyAV."""
-        import av
-
-        planes = np.frombuffer(picture, np.uint8).reshape(self._shape)
-        return av.VideoFrame.from_ndarray(planes, format="yuv420p")
+        options = {"format": "yuv420p", "dst_colorspace": "ITU601", "threads": self._threads}
+        return self._to_yuv.reformat(frame, **options), False
 
 
 class H264Encoder(Encoder):

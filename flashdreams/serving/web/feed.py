@@ -189,7 +189,7 @@ class Feed(Listener):
                 self._lock.wait(wait)
             return None
 
-    def send(self, picture: Picture, data: bytes, key: bool, outlet: Outlet) -> bool:
+    def send(self, picture: Picture, data: Any, key: bool, outlet: Outlet) -> bool:
         """Pass an encoded picture to its socket, and keep it until there is a receipt.
 
         Returns:

@@ -28,7 +28,7 @@ class TooSlow(Exception):
 @dataclass
 class _Picture:
     message: VideoChunk
-    data: bytes
+    data: Any
     due_late_s: float
     accepted_at: tuple[float, ...]
 
@@ -83,7 +83,7 @@ class Outlet:
     def post_picture(
         self,
         message: VideoChunk,
-        data: bytes,
+        data: Any,
         *,
         late_s: float = 0.0,
         accepted_at: tuple[float, ...] = (),
