@@ -143,13 +143,6 @@ class SessionEngine:
         """
         return self.carry_out(self._exchange(order))
 
-    def session(self, name: str) -> Session | None:
-        """A session on the device or in host memory; None if there is none of that name."""
-        found, parked = self.live.get(name), self.parked.get(name)
-        if found is not None or parked is None:  # the loop may just have moved it
-            return found or self.live.get(name)
-        return parked.session
-
     @property
     def parked_bytes(self) -> int:
         """Host memory of the parked sessions on this rank; any thread may ask."""

@@ -1,5 +1,6 @@
 """The host of live sessions: calls of the web server, from any thread."""
 
+import json
 import os
 import re
 import secrets
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flashdreams.infra.controller import Controller
-from flashdreams.infra.session import Command
+from flashdreams.infra.session import REMEMBERED_IDS, Command
 from flashdreams.serving.delivery import Delivery
 from flashdreams.serving.engine import SessionEngine
 from flashdreams.serving.interface import (
@@ -155,7 +156,8 @@ class LiveHost(Host):
             raise Refused(f"{self.offer.model} has no controls.")
         try:
             self.controller.check(values)
-        except ValueError as error:
+            json.dumps(dict(values), allow_nan=False)
+        except (TypeError, ValueError) as error:
             raise Refused(str(error)) from error
         self._submit(session, Command(kind="control", id=event_id or "", values=dict(values)))
 
@@ -174,21 +176,17 @@ class LiveHost(Host):
     def _submit(self, session: str, command: Command) -> None:
         with self.lock:
             live = self._find(session)
-            if live.events >= MAX_EVENTS:
+            if len(live.commands) >= MAX_EVENTS:
                 raise Refused(f"{MAX_EVENTS} events are pending for the next chunk; send fewer.")
             if command.kind == "prompt":
                 _refuse_many_prompts(live)
-            # While it moves to or from its place, older events may not be handed over yet.
-            held = self.engine.session(session) if live.where in ("device", "host") else None
-            try:
-                if held is None:
-                    live.commands.append(command)
-                else:
-                    held.submit(command)
-            except ValueError as error:
-                raise Refused(str(error)) from error
-            live.events += 1
-            live.prompts += command.kind == "prompt"
+            if command.id in live.ids:
+                return
+            if command.id:
+                live.ids[command.id] = None
+                if len(live.ids) > REMEMBERED_IDS:
+                    del live.ids[next(iter(live.ids))]
+            live.commands.append(command)
             self._go_on(live, "idle")
 
     def command(
@@ -352,7 +350,7 @@ def _names(live: LiveSession, kind: str) -> list[Any]:
 
 
 def _refuse_many_prompts(live: LiveSession) -> None:
-    if live.prompts >= MAX_PROMPTS:
+    if sum(command.kind == "prompt" for command in live.commands) >= MAX_PROMPTS:
         raise Refused(f"{MAX_PROMPTS} prompts are pending for the next chunk; send fewer.")
 
 

@@ -62,21 +62,7 @@ class Keeper:
             live.where = "device"
             live.last_turn = live.snapped_at = time.monotonic()
             live.idle_since = live.last_turn if live.reasons else None
-            self._hand_over(live)
             self.host.tell_states()
-
-    def _hand_over(self, live: LiveSession) -> None:
-        """Pass the events that waited for its place to a session's rollout; the lock is held."""
-        commands, live.commands = live.commands, []
-        for command in commands:
-            try:
-                self.engine.live[live.id].submit(command)
-            except ValueError as error:
-                self._refuse(live, command.id or None, str(error))
-
-    def _refuse(self, live: LiveSession, event_id: str | None, message: str) -> None:
-        if live.listener is not None:
-            self.host.delivery.call(live.listener.on_refused, event_id, message)
 
     def _begin(self, live: LiveSession) -> None:
         values: dict[str, Any] = {"seed": live.seed, "prompt": live.prompt}
@@ -104,7 +90,9 @@ class Keeper:
             try:
                 tell()
             except OrderError as error:
-                self._refuse(live, event_id, f"No {kind}: {error} The session continues.")
+                if live.listener is not None:
+                    text = f"No {kind}: {error} The session continues."
+                    self.host.delivery.call(live.listener.on_refused, event_id, text)
                 return
         with self.host.lock:
             self._note(live, keeping)
@@ -153,9 +141,7 @@ class Keeper:
             return
         order = Order(kind="close" if to_disk else "park", session=live.id)
         if to_disk:
-            with self.host.lock:  # later events are appended to earlier ones
-                live.where = "disk"
-                live.commands += self.engine.live[live.id].next_turn().commands
+            with self.host.lock:
                 live.forks.clear()
             moved = self.dispatcher.attempt(live, partial(self.dispatcher.tell, order))
         else:

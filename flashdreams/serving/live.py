@@ -49,11 +49,9 @@ class LiveSession:
     told: tuple[State, int] | None = None
     """State and position that the listener knows."""
     commands: list[Command] = field(default_factory=list)
-    """Controls and prompts that arrived before it had a place."""
-    events: int = 0
-    """Number of controls and prompts since the last chunk started."""
-    prompts: int = 0
-    """Number of prompts among these."""
+    """Controls and prompts that wait for its next chunk."""
+    ids: dict[str, None] = field(default_factory=dict)
+    """Identifiers of the last events, to drop duplicates."""
     failed: str | None = None
     """Why it has to end, as a message for the client."""
     blameless: bool = False

@@ -3,17 +3,16 @@
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from flashdreams.infra.session import Session, Step
+from flashdreams.infra.session import Session, Step, Turn
 from flashdreams.serving.delivery import Pictures
 from flashdreams.serving.dispatch import Dispatcher, OrderError, for_people
 from flashdreams.serving.engine import Order
 from flashdreams.serving.interface import Chunk, Listener
 from flashdreams.serving.live import LiveSession
-from flashdreams.serving.schedule import Candidate, choose
 
 MAX_IN_FLIGHT = 2
 """Maximum number of AR steps queued on the device: one running and one waiting."""
@@ -45,11 +44,8 @@ class Turns:
             in_flight = sum(live.in_flight for live in self.host.sessions.values())
         if in_flight >= MAX_IN_FLIGHT:
             return IDLE_S
-        candidates = [
-            Candidate(live, _unshown_s(live.listener), live.step_s, live.last_turn)
-            for live in lives
-        ]
-        finite = [candidate for candidate in candidates if math.isfinite(candidate.unshown_s)]
+        unshown = [(_unshown_s(live.listener), live) for live in lives]
+        finite = [(unshown_s, live) for unshown_s, live in unshown if math.isfinite(unshown_s)]
         choice = choose(finite, self.host.limits.margin_ms / 1e3)
         if choice is None:
             return IDLE_S
@@ -59,8 +55,8 @@ class Turns:
     def _step(self, live: LiveSession) -> None:
         session = self.host.engine.live[live.id]
         with self.host.lock:
-            turn = session.next_turn()
-            live.events = live.prompts = 0
+            turn = Turn(live.id, session.cache.next_index, tuple(live.commands))
+            live.commands.clear()
             live.last_turn = began = time.monotonic()
         step = self.dispatcher.tell(Order.of_turn(turn))
         applied = tuple(command.id for command in turn.commands if command.id)
@@ -124,6 +120,33 @@ class Turns:
             live.note_step(now - max(began, self._delivered_at), now, frames)
             self._delivered_at = now
             self.host.wake()
+
+
+def choose(
+    unshown: Sequence[tuple[float, LiveSession]], margin_s: float
+) -> tuple[LiveSession, float] | None:
+    """The session that runs out of pictures first, and the seconds that its AR step may wait.
+
+    If a step starts later than its session's unshown pictures last, less its own duration, the
+    session runs out of them. If several sessions are about to, the steps before it have to fit in
+    as well. No step starts more than ``margin_s`` earlier than needed, so that it sees the latest
+    events. Among sessions without pictures, the one whose last turn is the longest ago is first.
+
+    Args:
+        unshown: sessions that want a turn, each with the playback time of its unshown pictures.
+        margin_s: reserve for steps that take longer than before.
+
+    Returns:
+        None without sessions.
+    """
+    order = sorted(unshown, key=lambda pair: (pair[0], pair[1].last_turn))
+    if not order:
+        return None
+    latest = math.inf
+    for unshown_s, live in reversed(order):
+        # It must end before its session runs out of pictures and before the next step must start.
+        latest = min(latest, unshown_s) - live.step_s
+    return order[0][1], max(0.0, latest - margin_s)
 
 
 def _unshown_s(listener: Listener | None) -> float:

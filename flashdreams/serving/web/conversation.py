@@ -228,7 +228,7 @@ class Conversation:
         except ValueError as error:
             allowed = {"format": ["jpeg"]}
             raise Denied(for_clients(str(error)), "not_allowed", allowed=allowed) from error
-        self.feed.saved = await asyncio.to_thread(host.saved, session.id)
+        self.feed.saved = host.saved(session.id)
         self.outlet.post(
             VideoStart(
                 **vars(offer),  # controls, prompts_change, commands
@@ -248,7 +248,7 @@ class Conversation:
         while True:
             await asyncio.sleep(STATUS_S)
             with contextlib.suppress(Refused):  # it has just ended
-                self.outlet.post(await asyncio.to_thread(self._status))
+                self.outlet.post(self._status())
 
     def _status(self) -> Status:
         assert self.session is not None

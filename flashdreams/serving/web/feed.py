@@ -22,7 +22,7 @@ from flashdreams.serving.protocol import (
 from flashdreams.serving.web.events import ChunkEvents, EventLog, Part
 from flashdreams.serving.web.gate import for_clients
 from flashdreams.serving.web.metrics import Metrics
-from flashdreams.serving.web.outlet import Outlet
+from flashdreams.serving.web.outlet import Outgoing, Outlet
 from flashdreams.serving.web.playout import Playout
 from flashdreams.serving.web.settings import WebSettings
 
@@ -205,7 +205,8 @@ class Feed(Listener):
                 self._pending = deque(sorted(pending, key=lambda waiting: waiting.frame))
                 return False
             self._keep(picture)
-            late_s = self._playout.show(time.monotonic())
+            now = time.monotonic()
+            late_s = self._playout.show(now)
             started: list[str] = []
             completed: list[str] = []
             accepted_at: list[float] = []
@@ -234,7 +235,7 @@ class Feed(Listener):
                 key=key,
                 epoch=picture.epoch,
             )
-            outlet.post_picture(message, data, late_s=late_s, accepted_at=tuple(accepted_at))
+            outlet.post_picture(Outgoing(message, data, now - late_s, tuple(accepted_at)))
             return True
 
     def skip(self, picture: Picture) -> None:

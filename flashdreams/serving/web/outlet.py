@@ -26,11 +26,17 @@ class TooSlow(Exception):
 
 
 @dataclass
-class _Picture:
+class Outgoing:
+    """An encoded picture."""
+
     message: VideoChunk
+    """Its metadata, but for the counters, which are set when it is sent."""
     data: Any
-    due_late_s: float
-    accepted_at: tuple[float, ...]
+    """From ``encoder.encode``."""
+    due: float
+    """``time.monotonic`` when it should be sent."""
+    accepted_at: tuple[float, ...] = ()
+    """When the events that it responds to were accepted."""
 
 
 class Outlet:
@@ -64,7 +70,7 @@ class Outlet:
         """Whether the session has its place."""
         self._transport, self._settings, self._metrics = transport, settings, metrics
         self._loop = asyncio.get_running_loop()
-        self._items: deque[str | _Picture | None] = deque()
+        self._items: deque[str | Outgoing | None] = deque()
         self._ready = asyncio.Event()
         self._posted = 0  # written only by the encoder's thread
         self._left = 0  # written only by the event loop's thread
@@ -80,25 +86,10 @@ class Outlet:
         """Queue a message."""
         self._call(self._append, message.model_dump_json())
 
-    def post_picture(
-        self,
-        message: VideoChunk,
-        data: Any,
-        *,
-        late_s: float = 0.0,
-        accepted_at: tuple[float, ...] = (),
-    ) -> None:
-        """Queue a picture; the counters in its message are set when it is sent.
-
-        Args:
-            message: its metadata.
-            data: from ``encoder.encode``.
-            late_s: how late it is so far, in seconds.
-            accepted_at: when the events that it responds to were accepted.
-        """
+    def post_picture(self, picture: Outgoing) -> None:
+        """Queue a picture."""
         self._posted += 1
-        due = time.monotonic() - late_s
-        self._call(self._append, _Picture(message, data, due, accepted_at))
+        self._call(self._append, picture)
 
     def purge(self) -> None:
         """Drop the queued pictures; the next one must be a key picture."""
@@ -173,10 +164,10 @@ class Outlet:
             try:
                 await self._send_in_time(item)
             finally:
-                if isinstance(item, _Picture):
+                if isinstance(item, Outgoing):
                     self._left += 1
 
-    async def _send_in_time(self, item: str | _Picture) -> None:
+    async def _send_in_time(self, item: str | Outgoing) -> None:
         """Send with a timeout, like ``wait_for`` but without a task per item."""
         task, late = asyncio.current_task(), False
         assert task is not None
@@ -196,7 +187,7 @@ class Outlet:
         finally:
             timer.cancel()
 
-    async def _send(self, item: str | _Picture) -> None:
+    async def _send(self, item: str | Outgoing) -> None:
         if isinstance(item, str):
             await self._transport.send_text(item)
             return
@@ -210,7 +201,7 @@ class Outlet:
         self._unshown.append((message.first_frame, now))
         if len(self._unshown) > MAX_TEXTS:
             self._unshown.popleft()
-        self._metrics.sent(message.byte_length, now - item.due_late_s)
+        self._metrics.sent(message.byte_length, now - item.due)
         for accepted_at in item.accepted_at:
             self._metrics.answers.observe(now - accepted_at)
 
@@ -220,7 +211,7 @@ class Outlet:
             self._ready.set()
 
     def _purge(self) -> None:
-        kept = [item for item in self._items if not isinstance(item, _Picture)]
+        kept = [item for item in self._items if not isinstance(item, Outgoing)]
         self._left += len(self._items) - len(kept)
         self._items = deque(kept)
 

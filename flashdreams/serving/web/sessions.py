@@ -105,11 +105,11 @@ class Steppers:
 
     async def create(self, body: SessionCreate) -> SessionInfo:
         """Open a session that generates chunks on request."""
-        return await self._describe(await self.accounts.open(body, self._new_stepper()))
+        return self._describe(await self.accounts.open(body, self._new_stepper()))
 
     async def info(self, id: SessionId) -> SessionInfo:
         """Describe a session and its accepted inputs."""
-        return await self._describe(await self.find(id))
+        return self._describe(await self.find(id))
 
     async def close(self, id: SessionId) -> None:
         """End a session."""
@@ -194,7 +194,7 @@ class Steppers:
     def _new_stepper(self) -> Stepper:
         return Stepper(self.accounts.settings, self.accounts.metrics)
 
-    async def _describe(self, session: Session[Stepper]) -> SessionInfo:
+    def _describe(self, session: Session[Stepper]) -> SessionInfo:
         host, stepper = self.accounts.host(), session.listener
         return SessionInfo(
             **vars(host.offer),
@@ -202,7 +202,7 @@ class Steppers:
             state="ended" if stepper.end is not None else stepper.state,
             position=stepper.position,
             config=session.config,
-            saved=await asyncio.to_thread(host.saved, session.id),
+            saved=host.saved(session.id),
         )
 
     async def _command(self, id: str, kind: str, event_id: str | None, **values: Any) -> Accepted:

@@ -67,7 +67,7 @@ def test_event_that_comes_twice_acts_once(runner, folder):
         visit.keys("s", "a")
         visit.ask(1)
         assert visit.client.chunks[0].applied == ("a",)
-        session = server.engine.session(visit.id)
+        session = server.engine.live[visit.id]
         assert session.cache.controller.held == "w"
 
 
@@ -323,17 +323,3 @@ def test_session_whose_reset_fails_ends_alone(runner, folder, monkeypatch):
         ill.client.wait(lambda: ill.client.end is not None)
         assert "no memory" in ill.client.end[0] and ill.client.refused == []
         assert len(well.ask(2)) == 2
-
-
-def test_event_that_a_new_session_does_not_take_is_refused(runner, folder, monkeypatch):
-    with served(runner, max_sessions=1, state_dir=folder) as server:
-        first, second = Visit(server.host), Visit(server.host)
-        first.ask(1)
-        with monkeypatch.context() as patch:
-            patch.setattr(server.host.controller, "check", lambda values: None)
-            server.host.control(second.id, {"keys": 1}, "bad")
-        second.keys("w", "good")
-        first.close()
-        second.ask(1)
-        assert [event for event, _ in second.client.refused] == ["bad"]
-        assert second.client.chunks[0].applied == ("good",)

@@ -23,7 +23,7 @@ def host() -> Iterator[LiveHost]:
     )
     controller: Any = SimpleNamespace(check=lambda values: None)
     prompts: Any = SimpleNamespace(encode=lambda text: torch.zeros(1, 2, 3))
-    engine: Any = SimpleNamespace(session=lambda session: None)
+    engine: Any = SimpleNamespace()
     host = LiveHost(offer, ServingLimits(), 1, prompts, controller, engine)
     yield host
     host.delivery.close()
@@ -70,21 +70,15 @@ def test_every_request_of_a_client_wakes_the_loop(host: LiveHost) -> None:
         assert host.news > before
 
 
-@pytest.mark.parametrize(
-    ("where", "waits"), [("nowhere", True), ("disk", True), ("device", False), ("host", False)]
-)
-def test_events_of_a_session_without_a_place_wait_behind_the_older_ones(
-    host: LiveHost, where: Any, waits: bool
-) -> None:
-    """Also while it gets its place, when its rollout is there and its events are not."""
+@pytest.mark.parametrize("where", ["nowhere", "disk", "device", "host"])
+def test_events_wait_for_the_next_turn_wherever_the_session_is(host: LiveHost, where: Any) -> None:
     live = host.sessions[host.open(Opening(), Client())]
-    handed_over: list[Any] = []
-    rollout: Any = SimpleNamespace(submit=handed_over.append)
-    host.engine.session = lambda session: rollout
     live.where = where
-    host.control(live.id, {"keys": "w"}, "a")
-    assert [command.id for command in live.commands] == (["a"] if waits else [])
-    assert [command.id for command in handed_over] == ([] if waits else ["a"])
+    for name in ("a", "b", "a", None, None):
+        host.control(live.id, {"keys": "w"}, name)
+    assert [command.id for command in live.commands] == ["a", "b", "", ""], "no event acts twice"
+    with pytest.raises(Refused):
+        host.control(live.id, {"look": float("nan")}, None)
 
 
 @pytest.mark.parametrize(("seconds", "in_flight", "rests"),

@@ -1,17 +1,19 @@
 """Who has the next turn, and when."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from flashdreams.serving.schedule import Candidate, choose
+from flashdreams.serving.turns import choose
 
 
 def candidate(session, unshown_s, step_s=0.1, last_turn=0.0):
-    return Candidate(session, unshown_s, step_s, last_turn)
+    return unshown_s, SimpleNamespace(id=session, step_s=step_s, last_turn=last_turn)
 
 
 def test_the_session_that_runs_dry_first_is_next():
     session, _ = choose([candidate("late", 0.5), candidate("soon", 0.2)], 0.0)
-    assert session == "soon"
+    assert session.id == "soon"
 
 
 def test_step_begins_no_earlier_than_needed():
@@ -35,6 +37,6 @@ def test_sessions_that_are_dry_take_turns():
             [candidate(name, 0.0, last_turn=at) for name, at in turns.items()], 0.0
         )
         assert wait_s == 0
-        turns[session] = float(now)
-        order.append(session)
+        turns[session.id] = float(now)
+        order.append(session.id)
     assert order == ["b", "c", "a", "b", "c", "a"]

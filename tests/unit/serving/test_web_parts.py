@@ -18,7 +18,7 @@ from flashdreams.serving.web.events import EventLog
 from flashdreams.serving.web.feed import Feed
 from flashdreams.serving.web.gate import Gate, for_clients
 from flashdreams.serving.web.metrics import Metrics
-from flashdreams.serving.web.outlet import Outlet, TooSlow
+from flashdreams.serving.web.outlet import Outgoing, Outlet, TooSlow
 from flashdreams.serving.web.playout import Playout
 from flashdreams.serving.web.requests import Requests
 from flashdreams.serving.web.settings import WebSettings
@@ -214,12 +214,12 @@ def test_a_purge_leaves_out_pictures_and_no_message() -> None:
         sending = asyncio.create_task(outlet.run())
         outlet.post(Pong())
         await asyncio.sleep(0)
-        outlet.post_picture(chunk_message(0), b"old")
-        outlet.post_picture(chunk_message(1), b"old")
+        outlet.post_picture(Outgoing(chunk_message(0), b"old", 0.0))
+        outlet.post_picture(Outgoing(chunk_message(1), b"old", 0.0))
         assert outlet.behind(100), "two pictures wait"
         outlet.purge()
         outlet.post(Pong())
-        outlet.post_picture(chunk_message(2), b"new")
+        outlet.post_picture(Outgoing(chunk_message(2), b"new", 0.0))
         outlet.finish()
         await asyncio.sleep(0)
         assert not outlet.behind(100)
@@ -249,7 +249,7 @@ def test_a_client_that_sends_receipts_gets_no_more_than_it_shows() -> None:
         socket = FakeSocket()
         outlet = new_outlet(socket)
         for frame in range(5):
-            outlet.post_picture(chunk_message(frame), b"x")
+            outlet.post_picture(Outgoing(chunk_message(frame), b"x", 0.0))
         outlet.finish()
         await outlet.run()
         assert not outlet.behind(4), "it sends no receipts"
