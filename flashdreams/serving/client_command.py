@@ -85,13 +85,11 @@ def main(argv: Sequence[str]) -> int:
         report = asyncio.run(visit(options, log))
     except KeyboardInterrupt:
         return INTERRUPTED
-    except SessionError as error:
-        return _say(error, FAILED)
     except ConnectionRefusedError:
         return _say(
             f"No server answers at {options.url}; is flashdreams-serve running?", WRONG_USAGE
         )
-    except ConnectionError as error:
+    except (SessionError, ConnectionError) as error:
         return _say(error, FAILED)
     except (ValueError, OSError, ImportError) as error:
         return _say(error, WRONG_USAGE)

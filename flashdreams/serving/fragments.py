@@ -95,8 +95,3 @@ def avcc_of(init: bytes) -> bytes:
     (size,) = struct.unpack_from(">I", entry, 8)  # after version, flags and number of entries
     visual = entry[16 + 78 : 8 + size]  # after the fields of a VisualSampleEntry
     return find_box(visual, b"avcC")
-
-
-def codec_name(avcc: bytes) -> str:
-    """Codec name for browsers, such as ``avc1.42c01f``."""
-    return f"avc1.{avcc[1:4].hex()}"

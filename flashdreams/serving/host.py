@@ -137,7 +137,7 @@ class LiveHost(Host):
             live.listener, live.told = listener, None
             live.detached_since = None
             if live.where == "disk":
-                live.count_on(from_frame)
+                live.next_frame = max(live.next_frame, from_frame)
             self._go_on(live, "client", "detached", "idle")
             return live.next_frame
 

@@ -57,7 +57,6 @@ class Chunk:
     index: int
     """Index of the AR step in its rollout."""
     epoch: int
-    """Incremented by reset and rewind."""
     first_frame: int
     """Pixel frame of the first picture, counted from the start of the session's video, across
     resets and rewinds."""
@@ -82,11 +81,8 @@ class Figures:
     device_bytes: int | None
     """Memory in use on rank zero's device; None on a CPU."""
     host_bytes: int
-    """Resident memory of rank zero's process."""
     parked: int = 0
-    """Sessions in host memory or on disk."""
     parked_bytes: int = 0
-    """Host memory of the parked sessions on rank zero."""
     steps: int = 0
     """AR steps of the session, or of all sessions since the start."""
     places: int = 0

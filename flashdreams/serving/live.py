@@ -40,12 +40,9 @@ class LiveSession:
     """Why it is paused; empty: it runs, once it has a place."""
     closing: bool = False
     """Its client has ended it."""
-    finished: bool = False
-    """All requested frames were generated."""
     unparkable: bool = False
     """Its place could not be freed in this pause."""
     waits: bool = True
-    """It is in the queue."""
     told: tuple[State, int] | None = None
     """State and position that the listener knows."""
     commands: list[Command] = field(default_factory=list)
@@ -64,7 +61,6 @@ class LiveSession:
     """Pixel frame of the next picture, counted across resets and rewinds."""
     epoch: int = 0
     chunks: int = 0
-    """Number of chunks generated."""
     changes: int = 0
     """Number of AR steps, resets and rewinds."""
     saved_changes: int = -1
@@ -80,12 +76,16 @@ class LiveSession:
     snapped_at: float = field(default_factory=time.monotonic)
     last_turn: float = 0.0
     step_s: float = 0.0
-    """Duration of an AR step, smoothed."""
     in_flight: int = 0
     """Number of chunks not yet copied to the host."""
     stage_ms: dict[str, float] = field(default_factory=dict)
     recent: deque[tuple[float, int]] = field(default_factory=deque)
     """(time, frames) of the last chunks."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether all requested frames were generated."""
+        return self.num_frames is not None and self.next_frame >= self.num_frames
 
     @property
     def runs(self) -> bool:
@@ -126,11 +126,6 @@ class LiveSession:
         if not self.reasons:
             self.idle_since = None
             self.unparkable = False
-
-    def count_on(self, frame: int) -> None:
-        """Advance ``next_frame``; the session is finished once it has all frames."""
-        self.next_frame = max(self.next_frame, frame)
-        self.finished = self.num_frames is not None and self.next_frame >= self.num_frames
 
     def note_step(self, taken_s: float, now: float, frames: int) -> None:
         """Record the duration of an AR step whose pictures have arrived on the host."""

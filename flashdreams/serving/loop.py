@@ -41,7 +41,8 @@ class TurnLoop:
         """Run until the host is told to drain; then write all sessions to disk and return."""
         while not self.host.draining:
             self.run_once()
-        self._await_deliveries()
+        with self.host.lock:
+            self.host.lock.wait_for(lambda: not self._in_flight(), DELIVERY_S)
         self.keeper.drain()
         self.host.delivery.close()
 
@@ -49,7 +50,7 @@ class TurnLoop:
         """Do the next task, or wait until there may be one."""
         with self.host.lock:
             seen, task = self.host.news, self._between_steps()
-            in_flight = any(live.in_flight for live in self.host.sessions.values())
+            in_flight = self._in_flight()
         following = task or self.turns.next()
         if not isinstance(following, float):
             following()
@@ -111,8 +112,6 @@ class TurnLoop:
     def _end(self, live: LiveSession, reason: str) -> Callable[[], Any]:
         return partial(self.keeper.end, live, reason, stopped=False)
 
-    def _await_deliveries(self) -> None:
-        with self.host.lock:
-            self.host.lock.wait_for(
-                lambda: not any(live.in_flight for live in self.host.sessions.values()), DELIVERY_S
-            )
+    def _in_flight(self) -> bool:
+        """Whether pictures are being copied; the lock is held."""
+        return any(live.in_flight for live in self.host.sessions.values())

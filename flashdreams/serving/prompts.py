@@ -13,7 +13,6 @@ from flashdreams.serving.interface import Refused
 REMEMBERED = 64
 """Maximum number of prompts whose embeddings are cached."""
 MAX_CHARACTERS = 20_000
-"""Maximum length of a prompt."""
 
 
 class Prompts:

@@ -36,7 +36,6 @@ class SessionOptions(Message):
     """Options of a new session. Absent fields and None mean the server's default."""
 
     model: str | None = None
-    """The slug that the server serves."""
     prompt: Text | None = None
     width: int | None = None
     height: int | None = None
@@ -247,7 +246,6 @@ class VideoStart(Message):
     prompts_change: bool
     """Whether ``session.interaction`` may carry a prompt."""
     commands: list[str]
-    """The commands (save, fork, rewind, reset) that this session accepts."""
     saved: list[str] = []
     """Names that ``session.rewind`` accepts."""
 

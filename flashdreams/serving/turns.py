@@ -81,20 +81,22 @@ class Turns:
             live.stage_ms = _stage_ms(session)
             if live.num_frames is not None:
                 frames = min(frames, live.num_frames - live.next_frame)
-            described: dict[str, Any] = {
-                "session": live.id,
-                "index": step.autoregressive_index,
-                "epoch": live.epoch,
-                "first_frame": live.next_frame,
-                "applied": applied,
-                "stage_ms": dict(live.stage_ms),
-            }
-            live.count_on(live.next_frame + frames)
+            chunk = partial(
+                Chunk,
+                session=live.id,
+                index=step.autoregressive_index,
+                epoch=live.epoch,
+                first_frame=live.next_frame,
+                applied=applied,
+                stage_ms=dict(live.stage_ms),
+            )
+            live.next_frame += frames
             live.chunks += 1
             live.changes += 1
             live.in_flight += 1
             live.owes_step = False
-            live.finished = live.finished or not self._streams
+            if not self._streams:
+                live.num_frames = live.next_frame
             self.host.steps += 1
             listener = live.listener
 
@@ -105,21 +107,16 @@ class Turns:
                 pixels, error = pictures.wait()[:frames], step.cache.finite.read()
                 now = time.monotonic()
                 if listener is not None and error is None:
-                    listener.on_chunk(Chunk(frames=pixels, finished_at=now, **described))
+                    listener.on_chunk(chunk(frames=pixels, finished_at=now))
             finally:
-                self._note_arrival(live, began, now, frames, error)
+                with self.host.lock:
+                    live.in_flight -= 1
+                    live.failed = live.failed or error
+                    live.note_step(now - max(began, self._delivered_at), now, frames)
+                    self._delivered_at = now
+                    self.host.wake()
 
         self.host.delivery.call(deliver)
-
-    def _note_arrival(
-        self, live: LiveSession, began: float, now: float, frames: int, error: str | None
-    ) -> None:
-        with self.host.lock:
-            live.in_flight -= 1
-            live.failed = live.failed or error
-            live.note_step(now - max(began, self._delivered_at), now, frames)
-            self._delivered_at = now
-            self.host.wake()
 
 
 def choose(

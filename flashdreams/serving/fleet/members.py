@@ -24,7 +24,6 @@ class Member:
     url: str
     """URL without a trailing slash."""
     token: str
-    """Token that it requires."""
 
     def announce(self, root: Path) -> None:
         """Write the address into the server's folder, readable by the owner only."""

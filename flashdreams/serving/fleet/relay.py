@@ -22,7 +22,6 @@ from flashdreams.serving.web.settings import WebSettings
 logger = logging.getLogger(__name__)
 
 REFRESH_S = 1.0
-"""Interval between health checks, in seconds."""
 MAX_SERVERS = 64
 """Maximum number of servers that a socket tries or waits at, before it is refused."""
 WAITING_PICTURES = 2

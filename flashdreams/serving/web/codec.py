@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from flashdreams.serving.fragments import TIMESCALE, avcc_of, avcc_sample, codec_name, fragment
+from flashdreams.serving.fragments import TIMESCALE, avcc_of, avcc_sample, fragment
 
 Format = Literal["m4s", "jpeg", "webrtc"]
 EncoderName = Literal["auto", "libx264", "h264_nvenc"]
@@ -135,7 +135,7 @@ class H264Encoder(Encoder):
         self._to_yuv = VideoReformatter()
         self._threads = _threads(width, height)
         self._stream, self.init = _open(width, height, fps, name)
-        self.codec = codec_name(avcc_of(self.init))
+        self.codec = f"avc1.{avcc_of(self.init)[1:4].hex()}"
         self._encoded = 0
         self._wrapped = 0
 

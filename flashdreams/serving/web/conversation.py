@@ -12,13 +12,8 @@ from flashdreams.serving.protocol import (
     Done,
     Error,
     Pong,
-    SessionKey,
-    SessionPause,
-    SessionPing,
     SessionResume,
-    SessionShown,
     SessionStart,
-    SessionStop,
     Status,
     VideoStart,
 )
@@ -275,7 +270,7 @@ class Conversation:
                 text = await asyncio.wait_for(receiving, self.settings.stall_s)
                 message = read_message(text)
                 self.metrics.messages(message.type).inc()
-                if isinstance(message, SessionStop):
+                if message.type == "session.stop":
                     return self._done(stopped=True)
                 self._take(message, requests)
             except asyncio.TimeoutError:
@@ -295,13 +290,14 @@ class Conversation:
                 await asyncio.sleep(0.1)
 
     def _take(self, message: Any, requests: Requests) -> None:
-        if isinstance(message, SessionPing):
+        kind = message.type
+        if kind == "session.ping":
             self.outlet.post(Pong())
-        elif isinstance(message, SessionKey):
+        elif kind == "session.key":
             self.outlet.ask_for_key()
-        elif isinstance(message, SessionShown):
+        elif kind == "session.shown":
             self.feed.shown(message.frame, message.key_to_photon_ms, message.dropped)
-        elif isinstance(message, SessionPause):
+        elif kind == "session.pause":
             requests.pause(message.paused)
         elif isinstance(message, FIRST):
             raise Denied("The session has already started.", "bad_message")

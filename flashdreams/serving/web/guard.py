@@ -3,12 +3,12 @@
 import hmac
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Callable
 
 from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import PlainTextResponse, RedirectResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
 from flashdreams.serving.web.settings import WebSettings, is_loopback
@@ -29,11 +29,6 @@ _HEADERS = (
         b"frame-ancestors 'none'",
     ),
 )
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class TokenBucket:
@@ -102,7 +97,7 @@ class Guard:
 class GuardedApp:
     """An ASGI application behind a `Guard`; also limits the size of request bodies."""
 
-    def __init__(self, app: App, guard: Guard) -> None:
+    def __init__(self, app: ASGIApp, guard: Guard) -> None:
         """Wrap an application."""
         self._app, self._guard = app, guard
 
@@ -193,7 +188,7 @@ def _limited(receive: Receive, send: Send, limit: int) -> tuple[Receive, Send]:
     """Limit the body of a request, and add headers to its response."""
     size = 0
 
-    async def receive_within_limit() -> MutableMapping[str, Any]:
+    async def receive_within_limit() -> Message:
         nonlocal size
         message = await receive()
         size += len(message.get("body", b""))
@@ -201,7 +196,7 @@ def _limited(receive: Receive, send: Send, limit: int) -> tuple[Receive, Send]:
             raise TooLarge(f"At most {limit:,} bytes are accepted.")
         return message
 
-    async def send_with_headers(message: MutableMapping[str, Any]) -> None:
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             message["headers"] = [*message.get("headers", []), *_HEADERS]
             if size > limit:  # the rest of the body is not read

@@ -1,7 +1,6 @@
 """Initial images sent by clients."""
 
 import base64
-import binascii
 import http.client
 import io
 import re
@@ -80,10 +79,9 @@ def _data_of(url: str, settings: WebSettings) -> bytes:
     if len(encoded) // 4 * 3 - 2 > limit:
         raise Refused(f"The image has more than {limit:,} bytes.")
     try:
-        data = base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError) as error:
+        return base64.b64decode(encoded, validate=True)
+    except ValueError as error:
         raise Refused("image_url is not valid base64.") from error
-    return data
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

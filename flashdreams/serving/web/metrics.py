@@ -80,10 +80,6 @@ class Metrics:
         self._recent.extend(milliseconds / 1e3 for milliseconds in latencies_ms)
         self._client_drops.inc(dropped)
 
-    def value(self, name: str, **labels: str) -> float:
-        """Value of a counter; 0 if it does not exist yet."""
-        return self.registry.get_sample_value(f"flashdreams_{name}_total", labels) or 0.0
-
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)

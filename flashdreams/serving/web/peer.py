@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import MutableMapping
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from flashdreams.serving.protocol import VideoChunk
@@ -246,13 +247,9 @@ def _listen_on(connection: Any, address: str) -> None:
     transports = {each.receiver.transport.transport for each in connection.getTransceivers()}
     transports.add(connection.sctp.transport.transport)
     for transport in transports:
-        _gather_from(transport.iceGatherer._connection, address)
+        ice = transport.iceGatherer._connection
+        ice.get_component_candidates = partial(_gather, ice.get_component_candidates, [address])
 
 
-def _gather_from(ice: Any, address: str) -> None:
-    gather = ice.get_component_candidates
-
-    async def gather_one(component: int, addresses: list[str], **options: Any) -> Any:
-        return await gather(component=component, addresses=[address], **options)
-
-    ice.get_component_candidates = gather_one
+async def _gather(gather: Any, own: list[str], *, addresses: list[str], **options: Any) -> Any:
+    return await gather(addresses=own, **options)

@@ -14,7 +14,6 @@ from flashdreams.runtime.text import reason_of
 from flashdreams.serving.interface import Host
 from flashdreams.serving.web.app import create_app
 from flashdreams.serving.web.gate import Gate
-from flashdreams.serving.web.metrics import Metrics
 from flashdreams.serving.web.settings import WebSettings
 
 START_S = 30.0
@@ -43,12 +42,6 @@ class WebServer:
         self._app = create_app(self.gate, settings)
         self._server = uvicorn.Server(_config(self._app, settings))
         self._thread: threading.Thread | None = None
-
-    @property
-    def metrics(self) -> Metrics:
-        """Metrics of this server."""
-        metrics: Metrics = self._app.state.accounts.metrics
-        return metrics
 
     @property
     def url(self) -> str:

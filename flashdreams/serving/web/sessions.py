@@ -33,9 +33,6 @@ from flashdreams.serving.web.stepper import Ended, Stepper
 MAX_DETAILS = 8
 """Maximum number of fields of a body named in a refusal."""
 _STATUS = {
-    "bad_message": 422,
-    "not_allowed": 422,
-    "interaction_failed": 422,
     "unknown_session": 404,
     "queue_full": 503,
     "not_ready": 503,
@@ -257,7 +254,7 @@ def add_sessions(app: FastAPI, accounts: Accounts) -> None:
     async def denied(request: Any, error: Denied) -> JSONResponse:
         accounts.metrics.errors(error.error.code).inc()
         content = error.error.model_dump(include={"code", "message", "event_id", "allowed"})
-        return JSONResponse(content, _STATUS.get(error.error.code, 400))
+        return JSONResponse(content, _STATUS.get(error.error.code, 422))
 
     @app.exception_handler(Refused)
     async def refused(request: Any, error: Refused) -> JSONResponse:

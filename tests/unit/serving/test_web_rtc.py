@@ -273,7 +273,7 @@ def test_garbage_is_refused_in_one_line_and_the_server_goes_on() -> None:
         for body in ({"sdp": good, "type": "answer"}, {"type": "offer"}):
             assert httpx.post(server.url + ROUTE, json=body).status_code == 422
         deadline = time.monotonic() + PATIENCE_S
-        while server.metrics.registry.get_sample_value("flashdreams_sockets"):
+        while server._app.state.accounts.metrics.registry.get_sample_value("flashdreams_sockets"):
             assert time.monotonic() < deadline, "a refused offer is still counted"
             time.sleep(0.02)
 
