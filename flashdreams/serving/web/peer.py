@@ -105,14 +105,10 @@ class Peer:
         """See `Transport`."""
         from aiortc.exceptions import InvalidStateError
 
-        while (
-            self._channel is not None
-            and not self._gone.is_set()
-            and self._channel.bufferedAmount > BUFFERED_BYTES
-        ):
+        while self._is_open and self._channel.bufferedAmount > BUFFERED_BYTES:
             self._drained.clear()
             await self._drained.wait()
-        if self._channel is None or self._gone.is_set():
+        if not self._is_open:
             raise Gone("There is no data channel.")
         try:
             self._channel.send(data)
@@ -132,7 +128,7 @@ class Peer:
 
     async def close(self, code: int) -> None:
         """See `Transport`."""
-        if self._channel is not None and not self._gone.is_set():
+        if self._is_open:
             await self._track.pictures.join()
             self._channel.close()
             await self._gone.wait()
@@ -142,6 +138,10 @@ class Peer:
         self._lose()
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self._connection.close(), CLOSE_S)
+
+    @property
+    def _is_open(self) -> bool:
+        return self._channel is not None and not self._gone.is_set()
 
     def _take_channel(self, channel: Any) -> None:
         reliable = channel.maxRetransmits is None and channel.maxPacketLifeTime is None
