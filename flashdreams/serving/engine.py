@@ -1,5 +1,7 @@
 """The sessions of a server on one rank, and execution of the orders that all ranks receive."""
 
+import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +16,20 @@ from flashdreams.infra.pipeline import StreamInferencePipeline
 from flashdreams.infra.run_log import command_to_json
 from flashdreams.infra.runner import to_device
 from flashdreams.infra.session import Command, Session, Step, Turn
-from flashdreams.parallel.environment import OtherRankError
+from flashdreams.infra.snapshot_header import SnapshotError
+from flashdreams.parallel.environment import OtherRankError, group_size
 from flashdreams.parallel.messages import Message, MessageChannel
+from flashdreams.runtime.shortage import is_shortage
+from flashdreams.runtime.text import reason_of
 from flashdreams.serving.session_log import SessionLogs
 
+RESTS_AFTER_S = 1.0
+"""Idle time after which the other ranks are told to wait outside of collectives."""
 MAX_LOGGED = 1024
 """Maximum number of commands kept for a session's snapshots; the last ones are kept."""
 
+
+logger = logging.getLogger(__name__)
 
 OrderKind = Literal[
     "open",
@@ -81,6 +90,10 @@ class Order:
         return cls(kind=kind, session=session, values=values, tensors=message.tensors)
 
 
+class OrderError(Exception):
+    """An order could not be carried out on any rank; the message is for the client."""
+
+
 def fails_alike(order: Order, error: BaseException) -> bool:
     """Whether an error on this rank implies that the order failed on all ranks."""
     kinds = ("open", "resume", "save", "fork", "rewind", "snapshot", "park", "unpark")
@@ -134,14 +147,40 @@ class SessionEngine:
         """Logs of the sessions, on rank zero; None: no logs."""
         self._channel = channel
         self._idle = True
+        self._active = time.monotonic()
 
     def tell(self, order: Order) -> Any:
-        """Execute an order on all ranks; called on rank zero.
+        """Execute an order on all ranks; a collective call, on rank zero's main thread.
 
         Returns:
             The result of ``carry_out`` on this rank.
+
+        Raises:
+            OrderError: it failed in the same way on all ranks, or this is the only rank.
         """
-        return self.carry_out(self._exchange(order))
+        self._active = time.monotonic()
+        try:
+            return self.carry_out(self._exchange(order))
+        except Exception as error:
+            if group_size() > 1 and not fails_alike(order, error):
+                raise
+            hint = "; flashdreams-plan SLUG says how many sessions fit" * is_shortage(error)
+            text = f"{error or type(error).__name__}{hint}"
+            logger.warning("%s of a session failed: %s", order.kind, text, exc_info=_odd(error))
+            raise OrderError(for_people(error)) from error
+
+    def succeeds(self, order: Order) -> bool:
+        """Execute an order as ``tell`` does; False: it failed, and the reason is logged."""
+        try:
+            self.tell(order)
+            return True
+        except OrderError:
+            return False
+
+    def rest(self) -> None:
+        """Let the other ranks wait outside of collectives after a second without orders."""
+        if not self._idle and time.monotonic() - self._active > RESTS_AFTER_S:
+            self.tell(Order(kind="rest"))
 
     @property
     def parked_bytes(self) -> int:
@@ -262,3 +301,21 @@ class SessionEngine:
             except NotFiniteError:  # the reason why it is closed; rank zero has it
                 continue
         session.release()
+
+
+def for_people(error: BaseException) -> str:
+    """The text of an error for clients: no path, no traceback."""
+    if is_shortage(error):
+        return "The device has no memory left for this session."
+    if isinstance(error, NotFiniteError):
+        return str(error)
+    if isinstance(error, SnapshotError):
+        return "The snapshot is damaged, or was made by another method."
+    if isinstance(error, OSError):
+        return f"A file of the server failed: {reason_of(error)}."
+    return f"It failed ({type(error).__name__}); see the server's log."
+
+
+def _odd(error: BaseException) -> bool:
+    """Whether the error is unexpected, so that the log needs a traceback."""
+    return not (is_shortage(error) or isinstance(error, ValueError | OSError | ArithmeticError))

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from flashdreams.infra.controller import Controller
 from flashdreams.infra.session import REMEMBERED_IDS, Command
+from flashdreams.runtime.shortage import is_shortage
 from flashdreams.serving.delivery import Delivery
-from flashdreams.serving.engine import SessionEngine
+from flashdreams.serving.engine import OrderError, SessionEngine
 from flashdreams.serving.interface import (
     Figures,
     Full,
@@ -274,6 +275,24 @@ class LiveHost(Host):
         """See `Host`."""
         # Also called by the handler of a signal, on the thread that may hold the lock.
         self.draining = True
+
+    def attempt(self, live: LiveSession, task: Callable[[], Any]) -> bool:
+        """Run a task for a session, called by the loop; if it fails, the session ends.
+
+        Returns:
+            Whether it succeeded.
+        """
+        try:
+            task()
+            return True
+        except OrderError as error:
+            cause = error.__cause__
+            if isinstance(cause, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+            with self.lock:
+                live.failed = str(error)
+                live.blameless = isinstance(cause, OSError) or is_shortage(cause or error)
+            return False
 
     def wake(self) -> None:
         """Wake the loop after a change; the lock is held."""

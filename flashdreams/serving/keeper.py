@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any
 
 from flashdreams.infra.session import Command
-from flashdreams.serving.dispatch import Dispatcher, OrderError
-from flashdreams.serving.engine import Order
+from flashdreams.serving.engine import Order, OrderError
+from flashdreams.serving.host import LiveHost
 from flashdreams.serving.live import LiveSession
 from flashdreams.serving.restart import SessionFolder
 
@@ -22,19 +22,18 @@ class Keeper:
     """Assigns and frees places and saves sessions to disk; on rank zero's main thread."""
 
     def __init__(
-        self, dispatcher: Dispatcher, folder: SessionFolder, rollout_bytes: int, *, keeps: bool
+        self, host: LiveHost, folder: SessionFolder, rollout_bytes: int, *, keeps: bool
     ) -> None:
         """Store the arguments.
 
         Args:
-            dispatcher: sends the orders.
+            host: the sessions.
             folder: folder of the snapshots.
             rollout_bytes: memory of one session's rollout, as measured by the trial.
             keeps: whether the state of sessions can be saved and parked.
         """
-        self.host, self.engine = dispatcher.host, dispatcher.host.engine
-        self.dispatcher, self.folder, self.keeps = dispatcher, folder, keeps
-        self.rollout_bytes = rollout_bytes
+        self.host, self.engine, self.folder = host, host.engine, folder
+        self.keeps, self.rollout_bytes = keeps, rollout_bytes
 
     def take_over(self) -> None:
         """Restore the sessions of an earlier process, so that their clients can resume them."""
@@ -56,7 +55,7 @@ class Keeper:
                 return
             self.host.queue.remove(live)
             live.waits = False
-        if not self.dispatcher.attempt(live, lambda: self._begin(live)):
+        if not self.host.attempt(live, lambda: self._begin(live)):
             return
         with self.host.lock:
             live.where = "device"
@@ -67,12 +66,12 @@ class Keeper:
     def _begin(self, live: LiveSession) -> None:
         values: dict[str, Any] = {"seed": live.seed, "prompt": live.prompt}
         if live.where == "host":
-            self.dispatcher.tell(Order(kind="unpark", session=live.id))
+            self.engine.tell(Order(kind="unpark", session=live.id))
             return
         kind: Any = "open" if live.where == "nowhere" else "resume"
         if kind == "resume":
             values |= {"folder": str(live.snapshot), "turns": live.chunks}
-        self.dispatcher.tell(Order(kind=kind, session=live.id, values=values, tensors=live.tensors))
+        self.engine.tell(Order(kind=kind, session=live.id, values=values, tensors=live.tensors))
 
     def keep(self, live: LiveSession) -> None:
         """Carry out the oldest save, fork, rewind or reset of a session."""
@@ -82,9 +81,9 @@ class Keeper:
             keeping = live.keepings.popleft()
         kind, name, event_id = keeping.kind, keeping.values.get("name"), keeping.id or None
         order = Order(kind=kind, session=live.id, values=keeping.values)  # type: ignore[arg-type]
-        tell = partial(self.dispatcher.tell, order)
+        tell = partial(self.engine.tell, order)
         if kind == "reset":  # the old rollout was freed for the new one
-            if not self.dispatcher.attempt(live, tell):
+            if not self.host.attempt(live, tell):
                 return
         else:
             try:
@@ -122,7 +121,7 @@ class Keeper:
         values = {"folder": str(path), "run": run}
         order = Order(kind="snapshot", session=live.id, values=values)
         opening_is_kept = self.folder.keep_opening(live.id, live.tensors)
-        if not opening_is_kept or not self.dispatcher.succeeds(order):
+        if not opening_is_kept or not self.engine.succeeds(order):
             return False
         with self.host.lock:
             live.snapshot, live.saved_changes = path, changes
@@ -143,9 +142,9 @@ class Keeper:
         if to_disk:
             with self.host.lock:
                 live.forks.clear()
-            moved = self.dispatcher.attempt(live, partial(self.dispatcher.tell, order))
+            moved = self.host.attempt(live, partial(self.engine.tell, order))
         else:
-            moved = self.dispatcher.succeeds(order)
+            moved = self.engine.succeeds(order)
         if not moved:  # it stays where it is
             live.unparkable = True
             return
@@ -192,7 +191,7 @@ class Keeper:
             self.host.sessions.pop(live.id, None)
             self.host.tell_states()
         if live.id in self.engine.live or live.id in self.engine.parked:
-            self.dispatcher.tell(Order(kind="close", session=live.id))
+            self.engine.tell(Order(kind="close", session=live.id))
 
     def drain(self) -> None:
         """Write every session to disk for the next process, then let all ranks return."""
@@ -213,11 +212,9 @@ class Keeper:
         if self.engine.logs is not None:
             self.engine.logs.flush()
         self.folder.give_up()
-        self.dispatcher.tell(Order(kind="stop"))
+        self.engine.tell(Order(kind="stop"))
 
     def _save_for_restart(self, live: LiveSession) -> bool:
         """Write a session as it is now; if that fails, its older snapshot stays."""
-        back = live.where != "host" or self.dispatcher.succeeds(
-            Order(kind="unpark", session=live.id)
-        )
+        back = live.where != "host" or self.engine.succeeds(Order(kind="unpark", session=live.id))
         return back and self.snapshot(live)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from flashdreams.serving.dispatch import Dispatcher
+from flashdreams.serving.host import LiveHost
 from flashdreams.serving.keeper import Keeper
 from flashdreams.serving.live import LiveSession
 from flashdreams.serving.turns import IDLE_S, Turns
@@ -26,16 +26,15 @@ class TurnLoop:
     step of the session that would run out of pictures first. If nothing is due it waits for a wake.
     """
 
-    def __init__(self, dispatcher: Dispatcher, keeper: Keeper, turns: Turns) -> None:
+    def __init__(self, host: LiveHost, keeper: Keeper, turns: Turns) -> None:
         """Store the arguments.
 
         Args:
-            dispatcher: sends the orders.
+            host: the sessions.
             keeper: does the work between AR steps.
             turns: runs the AR steps.
         """
-        self.host = dispatcher.host
-        self.dispatcher, self.keeper, self.turns = dispatcher, keeper, turns
+        self.host, self.keeper, self.turns = host, keeper, turns
 
     def run(self) -> None:
         """Run until the host is told to drain; then write all sessions to disk and return."""
@@ -56,7 +55,7 @@ class TurnLoop:
             following()
             return
         if following >= IDLE_S and not in_flight:
-            self.dispatcher.rest()
+            self.host.engine.rest()
         with self.host.lock:
             if not self.host.draining and self.host.news == seen:
                 self.host.lock.wait(min(following, IDLE_S))

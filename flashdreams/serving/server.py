@@ -11,7 +11,6 @@ from flashdreams.infra.pipeline import StreamInferencePipeline
 from flashdreams.infra.runner import Runner
 from flashdreams.parallel.messages import MessageChannel
 from flashdreams.serving.admission import Trial, count_places, streams, try_session
-from flashdreams.serving.dispatch import Dispatcher
 from flashdreams.serving.engine import SessionEngine
 from flashdreams.serving.host import LiveHost
 from flashdreams.serving.interface import Offer
@@ -86,9 +85,8 @@ class Server:
             prompts = Prompts(pipeline)
             offer = make_offer(runner, own, self.trial, prompts.change, controller)
             self.host = LiveHost(offer, limits, places, prompts, controller, self.engine)
-            dispatcher = Dispatcher(self.host)
             keeper = Keeper(
-                dispatcher,
+                self.host,
                 SessionFolder(folder, pipeline.config),
                 self.trial.rollout_bytes,
                 keeps=self.trial.keeps and streams(pipeline),
@@ -98,7 +96,7 @@ class Server:
             if limits.max_logs:
                 logs = (limits.adopt_from or folder) / "logs"
                 self.engine.logs = SessionLogs(runner, logs, limits.max_logs)
-            self._loop = TurnLoop(dispatcher, keeper, Turns(dispatcher, streams=streams(pipeline)))
+            self._loop = TurnLoop(self.host, keeper, Turns(self.host, streams=streams(pipeline)))
 
     def run(self) -> None:
         """Serve until the host is told to drain; a collective call."""

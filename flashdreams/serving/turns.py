@@ -9,8 +9,8 @@ from typing import Any
 
 from flashdreams.infra.session import Session, Step, Turn
 from flashdreams.serving.delivery import Pictures
-from flashdreams.serving.dispatch import Dispatcher, OrderError, for_people
-from flashdreams.serving.engine import Order
+from flashdreams.serving.engine import Order, OrderError, for_people
+from flashdreams.serving.host import LiveHost
 from flashdreams.serving.interface import Chunk, Listener
 from flashdreams.serving.live import LiveSession
 
@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 class Turns:
     """Gives the next turn to the most urgent session; on rank zero's main thread."""
 
-    def __init__(self, dispatcher: Dispatcher, *, streams: bool) -> None:
+    def __init__(self, host: LiveHost, *, streams: bool) -> None:
         """Store the arguments.
 
         Args:
-            dispatcher: sends the orders.
+            host: the sessions.
             streams: whether sessions continue after their first chunk.
         """
-        self.dispatcher, self.host = dispatcher, dispatcher.host
+        self.host = host
         self._streams = streams
         self._delivered_at = 0.0
 
@@ -50,7 +50,7 @@ class Turns:
         if choice is None:
             return IDLE_S
         live, wait_s = choice
-        return wait_s or partial(self.dispatcher.attempt, live, partial(self._step, live))
+        return wait_s or partial(self.host.attempt, live, partial(self._step, live))
 
     def _step(self, live: LiveSession) -> None:
         session = self.host.engine.live[live.id]
@@ -58,7 +58,7 @@ class Turns:
             turn = Turn(live.id, session.cache.next_index, tuple(live.commands))
             live.commands.clear()
             live.last_turn = began = time.monotonic()
-        step = self.dispatcher.tell(Order.of_turn(turn))
+        step = self.host.engine.tell(Order.of_turn(turn))
         applied = tuple(command.id for command in turn.commands if command.id)
         try:
             self._send(live, session, step, applied, began)

@@ -45,10 +45,10 @@ def test_what_happens_while_the_loop_decides_wakes_it(
 
     waits: list[float] = []
     monkeypatch.setattr(host.lock, "wait", waits.append)
-    dispatcher: Any = SimpleNamespace(host=host, rest=lambda: None)
+    host.engine.rest = lambda: None
     keeper: Any = SimpleNamespace(keeps=True)
     turns: Any = SimpleNamespace(next=decide)
-    TurnLoop(dispatcher, keeper, turns).run_once()
+    TurnLoop(host, keeper, turns).run_once()
     assert len(waits) == (0 if happens else 1)
 
 
@@ -92,10 +92,10 @@ def test_ranks_wait_outside_of_collectives_while_no_client_asks_for_a_chunk(
     live.where, live.waits, live.in_flight = "device", False, in_flight
     calls: list[bool] = []
     monkeypatch.setattr(host.lock, "wait", lambda seconds: None)
-    dispatcher: Any = SimpleNamespace(host=host, rest=lambda: calls.append(True))
+    host.engine.rest = lambda: calls.append(True)
     keeper: Any = SimpleNamespace(keeps=True)
     turns: Any = SimpleNamespace(next=lambda: seconds)
-    TurnLoop(dispatcher, keeper, turns).run_once()
+    TurnLoop(host, keeper, turns).run_once()
     assert bool(calls) == rests
 
 
