@@ -16,7 +16,7 @@ from starlette.websockets import WebSocketDisconnect
 from flashdreams.serving.fleet.members import Fleet, Member
 from flashdreams.serving.protocol import Error, SessionResume
 from flashdreams.serving.web.app import add_errors
-from flashdreams.serving.web.guard import Guard, GuardedApp, keep_token
+from flashdreams.serving.web.guard import GuardedApp, keep_token, knows_token
 from flashdreams.serving.web.settings import WebSettings
 
 logger = logging.getLogger(__name__)
@@ -41,8 +41,6 @@ def create_relay(fleet: Fleet, settings: WebSettings) -> FastAPI:
     """
     import httpx
 
-    guard = Guard(settings)
-
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with httpx.AsyncClient(timeout=httpx.Timeout(10.0, read=settings.step_s)) as client:
@@ -54,13 +52,13 @@ def create_relay(fleet: Fleet, settings: WebSettings) -> FastAPI:
 
     app = FastAPI(title="flashdreams", docs_url=None, redoc_url=None, openapi_url=None,
                   lifespan=lifespan)  # fmt: skip
-    app.add_middleware(GuardedApp, guard=guard)
+    app.add_middleware(GuardedApp, settings=settings)
     _add_probes(app, fleet)
     add_errors(app)
 
     @app.websocket("/v1/realtime/video")
     async def realtime_video(socket: WebSocket) -> None:
-        await _relay_socket(socket, fleet, guard)
+        await _relay_socket(socket, fleet, settings)
 
     @app.api_route("/{path:path}", methods=["GET", "HEAD", "POST", "DELETE"])
     async def http(path: str, request: Request) -> Response:
@@ -129,13 +127,13 @@ async def _relay_request(path: str, request: Request, fleet: Fleet) -> Response:
     return JSONResponse(_NONE.model_dump(include={"code", "message"}), 503)
 
 
-async def _relay_socket(socket: WebSocket, fleet: Fleet, guard: Guard) -> None:
+async def _relay_socket(socket: WebSocket, fleet: Fleet, settings: WebSettings) -> None:
     await socket.accept()
-    if not guard.knows_token(socket.scope):
+    if not knows_token(socket.scope, settings):
         await _end(socket, Error(message="A token is required.", code="unauthorized"), 1008)
         return
     try:
-        first = await asyncio.wait_for(socket.receive_text(), guard.settings.start_s)
+        first = await asyncio.wait_for(socket.receive_text(), settings.start_s)
     except (asyncio.TimeoutError, KeyError):
         await _end(socket, Error(message="session.start must come first.", code="timeout"), 1008)
         return

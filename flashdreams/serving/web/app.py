@@ -18,7 +18,7 @@ from flashdreams.serving.protocol import schema
 from flashdreams.serving.web.accounts import INTERNAL, Accounts
 from flashdreams.serving.web.conversation import Conversation
 from flashdreams.serving.web.gate import Gate
-from flashdreams.serving.web.guard import Guard, GuardedApp, TooLarge, keep_token
+from flashdreams.serving.web.guard import GuardedApp, TooLarge, keep_token
 from flashdreams.serving.web.metrics import CONTENT_TYPE, Metrics
 from flashdreams.serving.web.rtc import add_peers
 from flashdreams.serving.web.sessions import add_sessions
@@ -69,7 +69,7 @@ def create_app(gate: Gate, settings: WebSettings) -> FastAPI:
         gate: holds the host, now or later.
         settings: addresses and limits.
     """
-    metrics, guard = Metrics(gate), Guard(settings)
+    metrics = Metrics(gate)
     accounts = Accounts(gate, settings, metrics)
 
     @contextlib.asynccontextmanager
@@ -89,12 +89,12 @@ def create_app(gate: Gate, settings: WebSettings) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.accounts = accounts
-    app.add_middleware(GuardedApp, guard=guard)
+    app.add_middleware(GuardedApp, settings=settings)
     _add_probes(app, gate, metrics)
     _add_models(app, gate)
     add_sessions(app, accounts)
-    _add_socket(app, accounts, guard)
-    add_peers(app, accounts, guard)
+    _add_socket(app, accounts)
+    add_peers(app, accounts)
     _add_page(app, settings)
     add_errors(app)
     return app
@@ -143,7 +143,7 @@ def _add_models(app: FastAPI, gate: Gate) -> None:
         return Models(data=[model])
 
 
-def _add_socket(app: FastAPI, accounts: Accounts, guard: Guard) -> None:
+def _add_socket(app: FastAPI, accounts: Accounts) -> None:
     @app.websocket("/v1/realtime/video")
     async def realtime_video(socket: WebSocket) -> None:
         if accounts.full:
@@ -152,7 +152,7 @@ def _add_socket(app: FastAPI, accounts: Accounts, guard: Guard) -> None:
         await socket.accept()
         conversation = Conversation(SocketTransport(socket), accounts)
         with accounts.counted(conversation):
-            await conversation.run(guard)
+            await conversation.run()
 
 
 def _add_page(app: FastAPI, settings: WebSettings) -> None:

@@ -21,7 +21,7 @@ from flashdreams.serving.web.accounts import INTERNAL, Accounts, Denied, Session
 from flashdreams.serving.web.codec import new_encoder
 from flashdreams.serving.web.feed import Feed
 from flashdreams.serving.web.gate import for_clients
-from flashdreams.serving.web.guard import Guard, TokenBucket
+from flashdreams.serving.web.guard import TokenBucket, knows_token
 from flashdreams.serving.web.messages import FIRST, read_message
 from flashdreams.serving.web.outlet import Outlet, TooSlow
 from flashdreams.serving.web.pump import pump
@@ -63,12 +63,12 @@ class Conversation:
         assert self.session is not None
         return self.session.listener
 
-    async def run(self, guard: Guard) -> None:
+    async def run(self) -> None:
         """Run the conversation; returns when the socket is closed."""
         writer = asyncio.create_task(self.outlet.run())
         last: Done | Error | None = None
         try:
-            if not guard.knows_token(self.transport.scope):
+            if not knows_token(self.transport.scope, self.settings):
                 raise Denied("A token is required.", "unauthorized")
             await self._open(await self._first())
             last = await self._carry_on(writer)

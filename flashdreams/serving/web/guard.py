@@ -52,59 +52,55 @@ class TokenBucket:
         return max(0.0, -self._tokens / self.rate)
 
 
-class Guard:
-    """Decides on requests by their headers."""
+def knows_token(scope: Scope, settings: WebSettings) -> bool:
+    """Whether a request has the token: in its query, as a bearer token, or in a cookie."""
+    wanted = settings.token
+    if not wanted:
+        return True
+    request = HTTPConnection(scope)
+    found = request.query_params.getlist("token")
+    scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        found.append(bearer.strip())
+    found.append(urllib.parse.unquote(request.cookies.get(cookie_name(scope), "")))
+    same = [hmac.compare_digest(text.encode(), wanted.encode()) for text in found]
+    return any(same)
 
-    def __init__(self, settings: WebSettings) -> None:
-        """Store the settings."""
-        self.settings = settings
 
-    def knows_token(self, scope: Scope) -> bool:
-        """Whether a request has the token: in its query, as a bearer token, or in a cookie."""
-        wanted = self.settings.token
-        if not wanted:
-            return True
-        request = HTTPConnection(scope)
-        found = request.query_params.getlist("token")
-        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer":
-            found.append(bearer.strip())
-        found.append(urllib.parse.unquote(request.cookies.get(cookie_name(scope), "")))
-        same = [hmac.compare_digest(text.encode(), wanted.encode()) for text in found]
-        return any(same)
+def allows_host(scope: Scope, settings: WebSettings) -> bool:
+    """Whether a request is for a host name of this server.
 
-    def allows_host(self, scope: Scope) -> bool:
-        """Whether a request is for a host name of this server.
+    A loopback server without a token refuses all other names; otherwise DNS rebinding would
+    give a foreign page access.
+    """
+    if settings.token or not is_loopback(settings.host):
+        return True
+    name = _split(f"//{Headers(scope=scope).get('host', '')}").hostname or ""
+    return is_loopback(name) or name in settings.allowed_hosts
 
-        A loopback server without a token refuses all other names; otherwise DNS rebinding would
-        give a foreign page access.
-        """
-        if self.settings.token or not is_loopback(self.settings.host):
-            return True
-        name = _split(f"//{Headers(scope=scope).get('host', '')}").hostname or ""
-        return is_loopback(name) or name in self.settings.allowed_hosts
 
-    def allows_origin(self, scope: Scope) -> bool:
-        """Whether the requesting page is from this server or allowed; programs send no origin."""
-        headers = Headers(scope=scope)
-        origin = headers.get("origin")
-        if origin is None or origin in self.settings.allowed_origins:
-            return True
-        own = headers.get("host", "").lower()
-        return bool(own) and _split(origin).netloc.lower() == own
+def allows_origin(scope: Scope, settings: WebSettings) -> bool:
+    """Whether the requesting page is from this server or allowed; programs send no origin."""
+    headers = Headers(scope=scope)
+    origin = headers.get("origin")
+    if origin is None or origin in settings.allowed_origins:
+        return True
+    own = headers.get("host", "").lower()
+    return bool(own) and _split(origin).netloc.lower() == own
 
 
 class GuardedApp:
-    """An ASGI application behind a `Guard`; also limits the size of request bodies."""
+    """An ASGI application that answers allowed requests only, with bodies of limited size."""
 
-    def __init__(self, app: ASGIApp, guard: Guard) -> None:
+    def __init__(self, app: ASGIApp, settings: WebSettings) -> None:
         """Wrap an application."""
-        self._app, self._guard = app, guard
+        self._app, self._settings = app, settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse a request or pass it on."""
         if scope["type"] == "websocket":
-            if not self._guard.allows_host(scope) or not self._guard.allows_origin(scope):
+            settings = self._settings
+            if not (allows_host(scope, settings) and allows_origin(scope, settings)):
                 await receive()
                 await WebSocketClose(1008)(scope, receive, send)
                 return
@@ -121,12 +117,12 @@ class GuardedApp:
         await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
-        guard = self._guard
-        if not guard.allows_host(scope):
+        settings = self._settings
+        if not allows_host(scope, settings):
             return 421, "Unknown host name."
-        if scope["method"] not in ("GET", "HEAD") and not guard.allows_origin(scope):
+        if scope["method"] not in ("GET", "HEAD") and not allows_origin(scope, settings):
             return 403, "Pages of other origins are not allowed."
-        if scope["path"] not in OPEN_PATHS and not guard.knows_token(scope):
+        if scope["path"] not in OPEN_PATHS and not knows_token(scope, settings):
             return 401, "A token is required: ?token=..., or Authorization: Bearer ..."
         try:
             length = int(Headers(scope=scope).get("content-length", "0"))
@@ -137,7 +133,7 @@ class GuardedApp:
         return None
 
     def _limit(self, scope: Scope) -> int:
-        settings = self._guard.settings
+        settings = self._settings
         with_image = scope["path"] in UPLOAD_PATHS
         return settings.max_socket_bytes if with_image else settings.max_message_bytes
 

@@ -9,7 +9,6 @@ from pydantic import BaseModel
 
 from flashdreams.serving.web.accounts import Accounts
 from flashdreams.serving.web.conversation import Conversation
-from flashdreams.serving.web.guard import Guard
 from flashdreams.serving.web.peer import Peer
 
 NOT_INSTALLED = "WebRTC is not installed here: pip install 'flashdreams[webrtc]'"
@@ -34,7 +33,7 @@ class PeerAnswer(BaseModel):
     type: Literal["answer"] = "answer"
 
 
-def add_peers(app: FastAPI, accounts: Accounts, guard: Guard) -> None:
+def add_peers(app: FastAPI, accounts: Accounts) -> None:
     """Add the route."""
     tasks: set[asyncio.Task[None]] = set()
 
@@ -50,7 +49,7 @@ def add_peers(app: FastAPI, accounts: Accounts, guard: Guard) -> None:
         except ImportError:
             return _refusal(501, "not_installed", NOT_INSTALLED)
         answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        task = asyncio.create_task(_carry_on(peer, offer.sdp, answer, accounts, guard))
+        task = asyncio.create_task(_carry_on(peer, offer.sdp, answer, accounts))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
         try:
@@ -59,9 +58,7 @@ def add_peers(app: FastAPI, accounts: Accounts, guard: Guard) -> None:
             return _refusal(400, "bad_message", str(error))
 
 
-async def _carry_on(
-    peer: Peer, sdp: str, answer: asyncio.Future[str], accounts: Accounts, guard: Guard
-) -> None:
+async def _carry_on(peer: Peer, sdp: str, answer: asyncio.Future[str], accounts: Accounts) -> None:
     """Answer an offer, then run its session."""
     conversation = Conversation(peer, accounts)
     with accounts.counted(conversation):
@@ -69,7 +66,7 @@ async def _carry_on(
             text = await peer.answer(sdp)
             if not answer.cancelled():
                 answer.set_result(text)
-                await conversation.run(guard)
+                await conversation.run()
         except ValueError as error:
             if not answer.done():
                 answer.set_exception(error)
