@@ -155,33 +155,32 @@ class Keeper:
 
     def end(self, live: LiveSession, error: str | None, stopped: bool) -> None:
         """End a session and delete its data, unless the error did not come from its state."""
-        listener, kept = live.listener, None
-        if live.blameless and not live.closing:
-            kept = self._set_aside(live)
-        if kept is None:
+        listener = live.listener
+        if live.blameless and not live.closing and self._set_aside(live):
+            error = f"{error} {KEPT}"
+        else:
             self._leave(live)
             self.folder.forget(live.id)
         if listener is not None:
-            text = error if kept is None else f"{error} {KEPT}"
-            self.host.delivery.call(listener.on_end, text, stopped)
+            self.host.delivery.call(listener.on_end, error, stopped)
 
-    def _set_aside(self, live: LiveSession) -> LiveSession | None:
+    def _set_aside(self, live: LiveSession) -> bool:
         """Keep a session whose state did not cause the error, so that its client can retry.
 
         Returns:
-            The session as it was parked, or from its last snapshot; None without either.
+            Whether it was parked, or there is a snapshot that is now the session.
         """
         kept = live
         if live.where not in ("host", "disk"):
             found = None if live.snapshot is None else self.folder.read(live.snapshot.parent)
             if found is None:
-                return None
+                return False
             self._leave(live)
             kept = found
         with self.host.lock:
             kept.set_aside(time.monotonic())
             self.host.sessions[kept.id] = kept
-        return kept
+        return True
 
     def _leave(self, live: LiveSession) -> None:
         with self.host.lock:

@@ -337,9 +337,7 @@ class Conversation:
             writer.cancel()
         await asyncio.gather(writer, return_exceptions=True)
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._say_last(last, code), FLUSH_S)
-
-    async def _say_last(self, last: Done | Error | None, code: int) -> None:
-        if last is not None:
-            await self.transport.send_text(last.model_dump_json())
-        await self.transport.close(code)
+            if last is not None:
+                text = last.model_dump_json()
+                await asyncio.wait_for(self.transport.send_text(text), FLUSH_S)
+            await asyncio.wait_for(self.transport.close(code), FLUSH_S)
