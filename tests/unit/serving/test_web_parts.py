@@ -298,6 +298,24 @@ def test_older_pictures_that_would_delay_an_answer_are_left_out() -> None:
         assert feed.unshown_seconds() == pytest.approx((waiting + 4) * 0.1), "no event, none"
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_picture_that_is_encoded_when_an_answer_outdates_it_is_left_out(answers: bool) -> None:
+    async def run() -> bool:
+        feed, outlet = new_feed(stale_s=0.15), new_outlet(FakeSocket())
+        feed.connect(outlet)
+        ids = feed.accept("e", {"control": None})
+        assert ids is not None
+        feed.on_chunk(chunk(0, 4))
+        picture = feed.take(outlet)
+        assert picture is not None
+        outlet.take_key()  # as the encoder's thread does before it encodes
+        feed.on_chunk(chunk(4, 4, applied=(ids["control"],) if answers else ()))
+        assert outlet.take_key() == answers, "the next one refers to no picture that is left out"
+        return feed.send(picture, b"x", True, outlet)
+
+    assert asyncio.run(run()) == (not answers)
+
+
 def test_a_feed_keeps_pictures_within_its_bounds() -> None:
     async def run(**settings: object) -> int:
         feed = new_feed(**settings)
