@@ -213,15 +213,21 @@ class StartConfig(Message):
     """The parameters of a session."""
 
     model: str
+    """The slug that the server serves."""
     prompt: str | None
     """None if the model takes no prompt."""
     width: int
+    """Pixels."""
     height: int
+    """Pixels."""
     fps: float
+    """Playback frame rate."""
     seed: int
+    """Seed of the noise."""
     num_frames: int | None
     """Pixel frames after which the session is done; None: it continues until it is stopped."""
     num_inference_steps: int
+    """Number of denoising steps."""
     guidance_scale: float | None
     """None: without guidance."""
 
