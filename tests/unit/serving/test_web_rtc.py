@@ -279,7 +279,7 @@ def test_garbage_is_refused_in_one_line_and_the_server_goes_on() -> None:
 
 
 def test_an_offer_without_a_first_message_is_let_go() -> None:
-    with web(host(), start_s=0.2, max_sockets=1) as server:
+    with web(host(), start_s=1.0, max_sockets=1) as server:
         body = {"sdp": offer_of("application", "video"), "type": "offer"}
         assert httpx.post(server.url + ROUTE, json=body).status_code == 200
         full = httpx.post(server.url + ROUTE, json=body)
