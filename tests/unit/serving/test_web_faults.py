@@ -166,6 +166,7 @@ def test_a_flood_is_slowed_and_then_cut_and_others_go_on() -> None:
     ):
         flood.start()
         other.start()
+        began = time.monotonic()
         try:
             for _ in range(5000):
                 flood.send("session.ping")
@@ -173,7 +174,8 @@ def test_a_flood_is_slowed_and_then_cut_and_others_go_on() -> None:
             pass
         assert flood.close_code() == 1008
         assert "messages per second" in flood.of_type("error")[-1]["message"]
-        assert len(flood.of_type("session.pong")) < 1000
+        most = 100 * (time.monotonic() - began + 3)
+        assert len(flood.of_type("session.pong")) < most, "twice the rate within the first second"
         other.pictures(20)
 
 
