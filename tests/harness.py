@@ -17,10 +17,16 @@ FORKS = multiprocessing.get_context("forkserver")
 """Starts processes that have torch and the engine already."""
 FORKS.set_forkserver_preload(
     [
+        "pytest",
+        "safetensors.torch",
+        "torch._dynamo",  # what builds on meta asks it, and importing it takes a second
         "torch.distributed.device_mesh",
+        "flashdreams.checking.rank_checks",
         "flashdreams.models.wan.transformer",
+        "flashdreams.models.wan.vae",
         "flashdreams.parallel.parallelize",
         "flashdreams.run",
+        "tests.parallel.pipelines",
         "tests.harness",
     ]
 )
