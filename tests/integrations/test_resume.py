@@ -6,8 +6,6 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from flashdreams.integrations.toy_world import config
+from tests.forked_torchrun import start_torchrun
 from tests.harness import run_engine
 
 ROOT = Path(__file__).parents[2]
@@ -41,17 +40,12 @@ pytestmark = [
 
 
 def start(folder, ranks, *words, launcher=("--standalone",), restarts=3):
-    """A run in its own process group, under torchrun."""
-    torchrun = ["-m", "torch.distributed.run", *launcher, "--nproc-per-node", str(ranks)]
-    torchrun += ["--max-restarts", str(restarts), "-m", "flashdreams.run"]
+    """A run in its own process group, under torch's agent."""
+    torchrun = [*launcher, "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
+    words = [*torchrun, "-m", "flashdreams.run", *WORDS, *words, "--output-dir", str(folder)]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".txt").open("ab") as out:
-        return subprocess.Popen(
-            [sys.executable, *torchrun, *WORDS, *words, "--output-dir", str(folder)],
-            stdout=out, stderr=out, cwd=ROOT, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1",
-                 "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
-        )  # fmt: skip
+    printed = folder.with_suffix(".txt")
+    return start_torchrun(words, ROOT, printed, printed)
 
 
 def complete(folder, ranks, *words):
@@ -90,14 +84,14 @@ def steps_of(folder):
     return log.read_bytes().count(b'{"step"') if log.exists() else 0
 
 
-def wait_until(happens, process, folder, may_end=False):
+def wait_until(happens, process, folder, may_end=False, every_s=0.02):
     """Wait for something; False if the run, which ``may_end``, has ended before."""
     deadline = time.monotonic() + LIMIT_S
     while not happens():
         if process.poll() is not None and may_end:
             return False
         assert process.poll() is None and time.monotonic() < deadline, said(folder)[-3000:]
-        time.sleep(0.002)
+        time.sleep(every_s)
     return True
 
 
@@ -184,7 +178,7 @@ def kill_a_rank(moment, process, folder, draw):
     old, alive, resumed = unfinished(folder), workers(process.pid), resumes(folder)
     if moment == "snapshot" and runs:
         writes = lambda: unfinished(folder) - old  # noqa: E731
-        runs = wait_until(writes, process, folder, may_end=True)
+        runs = wait_until(writes, process, folder, may_end=True, every_s=0.002)
     time.sleep(draw.random() * (0.1 if moment == "chunk" else 0.01))
     if not runs or not workers(process.pid):
         return None

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked_torchrun import start_torchrun
+
 ROOT = Path(__file__).parents[2]
 TINY = "self-forcing-tiny-random"
 LIMIT_S = 120.0
@@ -26,16 +28,14 @@ pytestmark = [
 class Job:
     """torchrun with two ranks; its processes are found by a variable that all of them inherit."""
 
-    def __init__(
-        self, folder: Path, *words: str, torchrun: tuple[str, ...] = (), **variables: str
-    ) -> None:
+    def __init__(self, folder: Path, *words: str, **variables: str) -> None:
         self.folder, self.mark = folder, uuid.uuid4().hex
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
         variables |= {"OMP_NUM_THREADS": "1", "MARK": self.mark, "PYTHONPATH": path}
         with (folder / "said").open("wb") as said:
             self.process = subprocess.Popen(
-                [*command, "--nproc-per-node", "2", *torchrun, *words],
+                [*command, "--nproc-per-node", "2", *words],
                 cwd=folder, stdout=said, stderr=said, start_new_session=True,
                 env={**os.environ, **variables},
             )  # fmt: skip
@@ -86,8 +86,8 @@ class Job:
 def start(tmp_path: Path):
     jobs: list[Job] = []
 
-    def begin(*words: str, torchrun: tuple[str, ...] = (), **variables: str) -> Job:
-        jobs.append(Job(tmp_path, *words, torchrun=torchrun, **variables))
+    def begin(*words: str, **variables: str) -> Job:
+        jobs.append(Job(tmp_path, *words, **variables))
         return jobs[-1]
 
     yield begin
@@ -196,9 +196,14 @@ shutdown()
 """
 
 
-def test_ranks_that_are_started_again_meet_no_old_addresses(start, tmp_path: Path) -> None:
+def test_ranks_that_are_started_again_meet_no_old_addresses(tmp_path: Path) -> None:
     (tmp_path / "meets.py").write_text(MEETS)
-    job = start("meets.py", torchrun=("--max-restarts", "2"))
-    assert job.process.wait(LIMIT_S) == 0, job.said()
+    said = tmp_path / "said"
+    words = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2", "meets.py"]
+    job = start_torchrun(words, tmp_path, said, said)
+    try:
+        assert job.wait(LIMIT_S) == 0, said.read_text()
+    finally:
+        job.kill()
     for rank in (0, 1):
-        assert f"rank {rank} in attempt 2" in job.said()
+        assert f"rank {rank} in attempt 2" in said.read_text()

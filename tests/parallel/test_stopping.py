@@ -4,19 +4,17 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from flashdreams import run
 from flashdreams.integrations.toy_world import config
-from tests.harness import meeting_point, run_engine
+from tests.forked_torchrun import Forked, start_torchrun
+from tests.harness import meeting_point, new_process, run_engine
 
-ROOT = Path(__file__).parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-RUN = ["-m", "flashdreams.run"]
 LIMIT_S = 240
 WITHIN_S = 25
 """A group must be gone so soon after the fault: before torchrun would kill a rank that does not
@@ -31,19 +29,25 @@ pytestmark = [
 ]
 
 
-def start(command, folder, **variables):
-    """Start ``command`` in a session of its own, output in files of ``folder``."""
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "FLASHDREAMS_RUNNER_CONFIGS": "faulty=tests.parallel.faulty:FAULTY",
-        **variables,
-    }
-    with (folder / "err").open("ab") as err, (folder / "out").open("ab") as out:
-        return subprocess.Popen(
-            command, stdout=out, stderr=err, env=env, cwd=folder, start_new_session=True
-        )
+@pytest.fixture(autouse=True)
+def faulty_is_registered(monkeypatch):
+    monkeypatch.setenv("FLASHDREAMS_RUNNER_CONFIGS", "faulty=tests.parallel.faulty:FAULTY")
+
+
+def start(words, folder):
+    """Two ranks under torch's agent in a session of its own, output in files of ``folder``."""
+    torchrun = ["--standalone", "--nproc-per-node", "2", "-m", "flashdreams.run"]
+    return start_torchrun([*torchrun, *words], folder, folder / "out", folder / "err")
+
+
+def run_alone(words, folder, variables):
+    """The engine as one rank that no agent has started."""
+    os.environ.update(variables)
+    for descriptor, name in ((1, "out"), (2, "err")):
+        with (folder / name).open("ab") as file:
+            os.dup2(file.fileno(), descriptor)
+    sys.argv[1:] = words
+    run.entry_point()
 
 
 def faulty(fault, folder, blocks=5):
@@ -56,7 +60,9 @@ def wait(process):
         return process.wait(LIMIT_S)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            for pid in [process.pid, *members(process.pid)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def first_error(folder):
@@ -83,7 +89,7 @@ def has_ended(*pids):
 
 @pytest.mark.parametrize("fault", ["raise", "die"])
 def test_a_rank_that_fails_takes_the_group_down(fault, tmp_path):
-    process = start([*TORCHRUN, "2", *RUN, *faulty(fault, tmp_path)], tmp_path)
+    process = start(faulty(fault, tmp_path), tmp_path)
     wait_for(tmp_path / "fault", process)
     assert has_ended(*(int((tmp_path / name).read_text()) for name in ("pid0", "pid1")))
     assert wait(process) != 0
@@ -100,12 +106,10 @@ def test_a_rank_that_fails_takes_the_group_down(fault, tmp_path):
 @pytest.mark.parametrize("fault", ["stats", "video"])
 def test_a_failing_write_reaches_all_ranks(fault, tmp_path):
     """Without torchrun, which would end the other ranks by itself."""
-    command = [sys.executable, *RUN, *faulty(fault, tmp_path)]
+    words = faulty(fault, tmp_path)
     with meeting_point() as place:
-        ranks = [
-            start(command, tmp_path, WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, **place)
-            for rank in "01"
-        ]
+        places = [dict(WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"]
+        ranks = [Forked(new_process(run_alone, words, tmp_path, place)) for place in places]
         assert [wait(rank) != 0 for rank in ranks] == [True, True]
     error = first_error(tmp_path)
     assert error.startswith("flashdreams-run: error: ")
@@ -115,8 +119,7 @@ def test_a_failing_write_reaches_all_ranks(fault, tmp_path):
 @pytest.mark.parametrize("whole_group", [False, True])
 def test_an_interrupt_ends_all_ranks_and_leaves_a_playable_video(whole_group, tmp_path):
     """Also in a terminal, which interrupts ffmpeg as well, and the ranks beside torchrun."""
-    command = [*TORCHRUN, "2", *RUN, *faulty("slow", tmp_path, blocks=2000)]
-    process = start(command, tmp_path)
+    process = start(faulty("slow", tmp_path, blocks=2000), tmp_path)
     wait_for(tmp_path / "step8", process)
     if whole_group:
         os.killpg(process.pid, signal.SIGINT)
@@ -132,8 +135,7 @@ def test_an_interrupt_ends_all_ranks_and_leaves_a_playable_video(whole_group, tm
 
 def test_a_termination_ends_all_processes_and_leaves_a_playable_video(tmp_path):
     """What a cluster sends first: its patience is for closing files, and nothing may be left."""
-    command = [*TORCHRUN, "2", *RUN, *faulty("slow", tmp_path, blocks=2000)]
-    process = start(command, tmp_path)
+    process = start(faulty("slow", tmp_path, blocks=2000), tmp_path)
     wait_for(tmp_path / "step8", process)
     while count_frames(tmp_path / "faulty.partial.mp4") < 1:
         assert process.poll() is None
