@@ -160,7 +160,7 @@ def test_a_gigabyte_over_http_is_cut() -> None:
 
 def test_a_flood_is_slowed_and_then_cut_and_others_go_on() -> None:
     with (
-        web(FakeHost(), messages_per_s=100, flood_s=0.5) as server,
+        web(FakeHost(), messages_per_s=5, flood_s=0.5) as server,  # a slow client sends more, too
         PlainClient(server) as flood,
         PlainClient(server) as other,
     ):
@@ -174,7 +174,7 @@ def test_a_flood_is_slowed_and_then_cut_and_others_go_on() -> None:
             pass
         assert flood.close_code() == 1008
         assert "messages per second" in flood.of_type("error")[-1]["message"]
-        most = 100 * (time.monotonic() - began + 3)
+        most = 5 * (time.monotonic() - began + 3)
         assert len(flood.of_type("session.pong")) < most, "twice the rate within the first second"
         other.pictures(20)
 
