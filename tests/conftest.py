@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+from multiprocessing.forkserver import ensure_running
 
 import pytest
 
@@ -30,3 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
     from tests.goldens import GoldenCases
 
     config.pluginmanager.register(GoldenCases())
+
+
+def pytest_collection_finish() -> None:
+    """Let the server that ranks are forked from import what they need, beside the first tests."""
+    if "tests.harness" in sys.modules:
+        ensure_running()

@@ -186,7 +186,8 @@ OF_OTHER_PROGRAMS = {
 @pytest.mark.slow
 def test_flags_in_the_text_exist() -> None:
     known = set(OF_OTHER_PROGRAMS)
-    for words in ([], *([slug] for slug in discover())):
+    tiny = [slug for slug in discover() if slug.endswith(("-tiny-random", "toy-world"))]
+    for words in ([], *([slug] for slug in tiny)):  # of every family
         known |= set(re.findall(r"--[\w.-]+", engine([*words, "--help"])[1]))
     said = io.StringIO()
     with contextlib.redirect_stdout(said):

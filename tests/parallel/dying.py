@@ -31,6 +31,5 @@ def reached_by(owner: type, method: str, stage: str) -> None:
 
 reach("import")
 reached_by(ToyWorldRunner, "__init__", "meeting")
-reached_by(StreamInferencePipeline, "load", "loading")
 reached_by(StreamInferencePipeline, "warm_up", "warm-up")
 DYING = TOY_WORLD_RUNNER

@@ -148,7 +148,7 @@ def test_a_killed_rank_is_named_first(start, tmp_path: Path) -> None:
     assert len(records(tmp_path)) >= 10
 
 
-@pytest.mark.parametrize("stage", ["import", "meeting", "loading", "warm-up"])
+@pytest.mark.parametrize("stage", ["import", "meeting", "warm-up"])
 def test_a_rank_killed_before_the_first_step_is_named_first(start, stage: str) -> None:
     job = start(
         "-m", "flashdreams.run", "toy-world", "--total-blocks", "2", "--device", "cpu",

@@ -58,8 +58,7 @@ OUTSIDE = """() => [...document.querySelectorAll('.pad, #actions button')]
 """Pads and buttons that stick out of the view."""
 
 
-@pytest.mark.parametrize("scheme", ["dark", "light"])
-@pytest.mark.parametrize("width, height", [(1280, 800), (390, 844)])
+@pytest.mark.parametrize("width, height, scheme", [(1280, 800, "dark"), (390, 844, "light")])
 def test_readable_and_whole(
     open_tab: Callable[..., Tab],
     steered_world: LiveServer,

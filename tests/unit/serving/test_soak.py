@@ -8,9 +8,9 @@ from flashdreams.serving.host import resident_bytes
 from flashdreams.serving.interface import Opening
 from tests.live import Visit, served
 
-STEPS = int(os.environ.get("FLASHDREAMS_SOAK_STEPS", "1600"))
+STEPS = int(os.environ.get("FLASHDREAMS_SOAK_STEPS", "800"))
 GROWTH_BYTES = 12 * 2**20
-"""Of the last three quarters; a leak of one rollout a session would be 10 times that in 1600."""
+"""Of the last three quarters; a leak of one rollout a session would be 5 times that in 800."""
 
 
 class Forgetful(list):
