@@ -222,7 +222,7 @@ def test_unknown_gpus_are_refused_with_all_kinds(text):
         resolve_gpus(text, DEVICES)
 
 
-def test_the_command(capsys):
+def test_the_command(capsys, tmp_path):
     words = ["self-forcing-tiny-random", "--gpus", "2xH100-80GB", "--fps", "24", "--height", "64"]
     assert plan.main(words) == 0
     printed = capsys.readouterr().out
@@ -231,7 +231,10 @@ def test_the_command(capsys):
     assert f"Type: {launch} --parallel.cfg-parallel-degree 1" in printed and "ASSUMED" in printed
     assert printed.split("Type: ")[1].splitlines()[0].endswith(" --height 64")
     assert "Launching kernels is not counted" in printed
-    assert plan.main(["lingbot-world-fast", "--gpus", "RTX-4090"]) == 1
+    small = tmp_path / "devices.yaml"
+    small.write_text("RTX-4090-24GB: {memory_gib: 0.01}\n")
+    words = ["self-forcing-tiny-random", "--gpus", "RTX-4090", "--height", "64"]
+    assert plan.main([*words, "--devices", str(small)]) == 1
     assert "No plan fits" in capsys.readouterr().out
     assert plan.main(["toy-world", "--gpus", "8xH99"]) == 2
     assert "Kinds: " in capsys.readouterr().err
