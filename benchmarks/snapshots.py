@@ -77,8 +77,7 @@ def _files(
 
 def _forks(subject: rollout.Subject, device: torch.device, repeats: int) -> list[dict[str, Any]]:
     pipeline, cache = subject.pipeline, subject.new_steady_rollout()
-    plan = pipeline.diffusion_model.transformer.parallel_plan()
-    size = FORKS * copied_bytes(cache, pipeline.layout, device, plan)
+    size = FORKS * copied_bytes(cache, pipeline.layout)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     forks, batch = cache.fork(FORKS), cache.fork_batch(FORKS)
     made: dict[str, Any] = {}

@@ -17,7 +17,6 @@ from flashdreams.runtime.region import (
     Region,
     TensorPart,
     region_shape,
-    select_region,
     whole_region,
 )
 
@@ -88,10 +87,7 @@ class KVCacheSpec:
 
 
 class CacheLayout(Protocol):
-    """Converts between a rank's part of a cache and the whole; an attention core is one."""
-
-    def gather_cache(self, x: Tensor) -> Tensor:
-        """``[B, slots, N, D]`` of the whole model from this rank's part; a collective call."""
+    """Which part of a cache a rank holds; an attention core is one."""
 
     def cache_region(self, region: Region) -> Region:
         """Which entries of a region of ``[B, slots, N, D]`` of the whole model are cached here."""
@@ -314,9 +310,12 @@ class KVCache:
         return self.spec.nbytes
 
     def parts(self) -> Iterator[tuple[str, TensorPart]]:
-        """This rank's part of what ``canonical_tensors`` gives, which is not read yet.
+        """This rank's parts of the cached tensors of the whole model, which are not read yet.
 
-        Not a collective call, and nothing is gathered.
+        Returns:
+            ``k`` and ``v`` ``[B, F * tokens per frame, N, D]``, keys as they are rotated now, of
+            the frames ``cursor.past_frames()``, ordered by position; ``sink_k``, the sink's frames
+            among these as first rotated, where those are stored.
         """
         frames = self.cursor.past_frames()
         tokens = len(frames) * self.spec.tokens_per_frame
@@ -341,31 +340,12 @@ class KVCache:
         whole = self.whole_region(tokens)
         return whole if self.layout is None else self.layout.cache_region(whole)
 
-    def canonical_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The cached tensors of the whole model one by one, frames ordered by position.
-
-        A collective call. The frames are those of ``cursor.past_frames()``.
-
-        Returns:
-            ``k`` and ``v`` ``[B, F * tokens per frame, N, D]``, keys as they are rotated now;
-            ``sink_k``, the sink's frames among these as first rotated, where those are stored.
-        """
-        frames = self.cursor.past_frames()
-        tokens = self._tokens_of(self._slots_of(frames))
-        for name, stored in (("k", self.k), ("v", self.v)):
-            yield name, self._gather(stored[:, tokens])
-        if self.sink_k is not None:
-            yield "sink_k", self._gather(self.sink_k[:, : self._sink_tokens_of(frames)])
-
-    def load_canonical(
-        self, frames: Sequence[int], state: Mapping[str, Tensor], *, is_cut: bool = False
-    ) -> None:
-        """Take this rank's part of ``canonical_tensors``, in place; the cursor comes first.
+    def load_parts(self, frames: Sequence[int], state: Mapping[str, Tensor]) -> None:
+        """Take what this rank holds of the whole model, in place; the cursor comes first.
 
         Args:
             frames: positions that the tensors hold.
-            state: the tensors by name.
-            is_cut: they are already this rank's parts.
+            state: this rank's tensors by name, as `parts` gives them.
 
         Raises:
             ValueError: other frames than this sink and window hold, or another size of model.
@@ -386,10 +366,10 @@ class KVCache:
             )
         tokens = self._tokens_of(self._slots_of(held))
         for name, stored in (("k", self.k), ("v", self.v)):
-            stored[:, tokens] = self._own_part(state[name], len(tokens), is_cut)
+            stored[:, tokens] = self._fitting(state[name], len(tokens))
         if self.sink_k is not None:
             kept = self._sink_tokens_of(held)
-            self.sink_k[:, :kept] = self._own_part(state["sink_k"], kept, is_cut)
+            self.sink_k[:, :kept] = self._fitting(state["sink_k"], kept)
 
     def _part(self, tokens: int, read: Callable[[], Tensor]) -> TensorPart:
         """The part ``[B, tokens, N, D]`` of this rank, which ``read`` gives."""
@@ -408,20 +388,14 @@ class KVCache:
     def _sink_tokens_of(self, frames: Sequence[int]) -> int:
         return sum(p < self.spec.sink_size_t for p in frames) * self.spec.tokens_per_frame
 
-    def _gather(self, x: Tensor) -> Tensor:
-        return x if self.layout is None else self.layout.gather_cache(x)
-
-    def _own_part(self, x: Tensor, tokens: int, is_cut: bool) -> Tensor:
-        own = x
-        if not is_cut and self.layout is not None:
-            own = select_region(x, self.layout.cache_region(whole_region(x.shape)))
+    def _fitting(self, x: Tensor, tokens: int) -> Tensor:
         wanted = (self.spec.batch_size, tokens, self.spec.num_heads, self.spec.head_dim)
-        if tuple(own.shape) != wanted or own.dtype != self.spec.dtype:
+        if tuple(x.shape) != wanted or x.dtype != self.spec.dtype:
             raise ValueError(
-                f"This rank's part of the keys is {own.dtype} {list(own.shape)} in the state and "
+                f"This rank's part of the keys is {x.dtype} {list(x.shape)} in the state and "
                 f"{self.spec.dtype} {list(wanted)} here: it was exported from another model."
             )
-        return own
+        return x
 
 
 def __getattr__(name: str) -> Any:

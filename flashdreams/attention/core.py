@@ -28,14 +28,6 @@ class AttentionCore(nn.Module):
         """Allocate storage for one rollout; a wrapper changes the spec first."""
         return KVCache(spec, cursor, layout=self)
 
-    def gather_cache(self, x: Tensor) -> Tensor:
-        """Cached keys or values of the whole model; a core without wrappers holds all of them.
-
-        Args:
-            x: ``[B, slots, N, D]``, any number of slots, in whole frames.
-        """
-        return x
-
     def cache_region(self, region: Region) -> Region:
         """Which entries of a region of ``[B, slots, N, D]`` of the whole model are cached here."""
         return region
@@ -47,10 +39,6 @@ class AttentionCore(nn.Module):
     def share_maxima(self, maxima: Tensor) -> Tensor:
         """Largest values over all ranks; see `CacheLayout`. Without wrappers, its own."""
         return maxima
-
-    def shard_cache(self, x: Tensor) -> Tensor:
-        """This rank's part of keys or values of the whole model: the inverse."""
-        return x
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None = None) -> Tensor:
         """Attend to the cache, the current chunk included; without a cache to ``k`` and ``v``.

@@ -30,7 +30,7 @@ from flashdreams.parallel.guidance import build_guidance
 from flashdreams.parallel.mesh import Mesh, ParallelConfig, build_mesh, resolve_degrees
 from flashdreams.parallel.parallelize import ParallelReport, parallelize
 from flashdreams.parallel.ring import NO_FP8
-from flashdreams.parallel.spatial import resolve_decode
+from flashdreams.parallel.spatial import WidthLayout, resolve_decode
 from flashdreams.parallel.state_layout import StateLayout
 from flashdreams.parallel.watchdog import StageGuard, no_guard
 from flashdreams.runtime.compilation import compiled_so_far
@@ -126,7 +126,7 @@ class Assembly(nn.Module):
             self.decoder = build_component(config.decoder)
         for part in self.components().values():
             part.check_device(self.target_device)
-        self.layout = StateLayout(Mesh(), self.diffusion_model.transformer.parallel_plan())
+        self.layout = self._new_layout(Mesh())
         self.requires_grad_(False).eval()
         if load:
             self.load()
@@ -202,9 +202,12 @@ class Assembly(nn.Module):
         # Concurrent collectives of two groups may deadlock.
         self.diffusion_model.may_overlap &= decode != "split"
         width = reports["decoder"].width_layout if "decoder" in reports else None
-        cut = self.diffusion_model.transformer.parallel_plan()
-        self.layout = StateLayout(mesh, cut, width, self._latent_width)
+        self.layout = self._new_layout(mesh, width)
         return reports
+
+    def _new_layout(self, mesh: Mesh, width: WidthLayout | None = None) -> StateLayout:
+        plan = self.diffusion_model.transformer.parallel_plan()
+        return StateLayout(mesh, self.target_device, plan, width, self._latent_width)
 
     @property
     def context_encoder(self) -> ContextEncoder:

@@ -4,21 +4,20 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from flashdreams.infra.rollout import (
+    Parts,
     StreamInferencePipelineCache,
     encode_rollout,
     fill_rollout,
 )
 from flashdreams.infra.state import StateDecoder, StateEncoder
 from flashdreams.parallel.environment import least_of_all_ranks
-from flashdreams.parallel.plan import ParallelPlan
 from flashdreams.parallel.state_layout import StateLayout
+from flashdreams.runtime.region import TensorPart
 from flashdreams.runtime.stats import BYTES_PER_GIB, free_bytes
 
 logger = logging.getLogger(__name__)
@@ -26,30 +25,22 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def copied_bytes(
-    cache: StreamInferencePipelineCache,
-    layout: StateLayout,
-    device: torch.device,
-    plan: ParallelPlan | None,
-) -> int:
+def copied_bytes(cache: StreamInferencePipelineCache, layout: StateLayout) -> int:
     """Bytes of a clone of a rollout on this rank: state that is written in place, without prompts.
 
     Args:
         cache: between AR steps.
         layout: how ranks hold the state.
-        device: where the pipeline runs.
-        plan: of the transformer.
 
     Raises:
         StateError: state of a component that does not declare how it is held.
     """
     sizes: list[int] = []
 
-    def note(path: str, x: Tensor) -> None:
-        sizes.append(x.nbytes)
+    def note(path: str, part: TensorPart) -> None:
+        sizes.append(part.read().nbytes)
 
-    encoder = StateEncoder(layout, device, note, in_process=True)
-    values = encode_rollout(cache, encoder, lambda branch: replace(encoder), plan)
+    values = encode_rollout(cache, StateEncoder(layout, note, in_process=True))
     return sum(sizes) + sum(found.nbytes for found in _caches(values))
 
 
@@ -95,11 +86,7 @@ def timed_forks(make: Callable[[], T], count: int, each: int, device: torch.devi
 
 
 def copy_rollout(
-    source: StreamInferencePipelineCache,
-    into: StreamInferencePipelineCache,
-    layout: StateLayout,
-    device: torch.device,
-    plan: ParallelPlan | None,
+    source: StreamInferencePipelineCache, into: StreamInferencePipelineCache, layout: StateLayout
 ) -> None:
     """Copy a running rollout into fresh state, on the device and without collectives.
 
@@ -107,35 +94,25 @@ def copy_rollout(
         source: between AR steps.
         into: fresh, under the same context.
         layout: how ranks hold it.
-        device: where the pipeline runs.
-        plan: of the transformer.
 
     Raises:
         StateError: state of a component that does not declare how it is held.
     """
     if source.controller is not None:
         into.controller = copy.deepcopy(source.controller)
-    fill_rollout(into, *live_state(source, layout, device, plan))
+    fill_rollout(into, *live_state(source, layout))
 
 
 def live_state(
-    source: StreamInferencePipelineCache,
-    layout: StateLayout,
-    device: torch.device,
-    plan: ParallelPlan | None,
+    source: StreamInferencePipelineCache, layout: StateLayout
 ) -> tuple[dict[str, Any], StateDecoder]:
     """The values of a running rollout, and a reader of its tensors; arguments as above.
 
     KV caches are included as values.
     """
-    live: dict[str, Tensor] = {}
-    encoder = StateEncoder(layout, device, live.__setitem__, in_process=True)
-
-    def of_branch(branch: str) -> StateEncoder:
-        return replace(encoder, emit=lambda path, x: live.__setitem__(f"{branch}/{path}", x))
-
-    values = encode_rollout(source, encoder, of_branch, plan)
-    return values, StateDecoder(layout, device, lambda path, *_: live[path], in_process=True)
+    parts: Parts = {}
+    values = encode_rollout(source, StateEncoder(layout, parts.__setitem__, in_process=True))
+    return values, StateDecoder(layout, lambda path, *_: parts[path].read(), in_process=True)
 
 
 def _wait_for(device: torch.device) -> None:

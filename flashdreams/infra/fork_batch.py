@@ -10,7 +10,6 @@ from torch import Tensor
 
 from flashdreams.infra.fork import live_state
 from flashdreams.infra.rollout import StreamInferencePipelineCache, fill_rollout
-from flashdreams.parallel.plan import ParallelPlan
 from flashdreams.parallel.state_layout import StateLayout
 from flashdreams.runtime.noise import NoiseFunction
 
@@ -92,8 +91,6 @@ def fill_batch(
     batch: StreamInferencePipelineCache,
     encoders: Sequence[Any],
     layout: StateLayout,
-    device: torch.device,
-    plan: ParallelPlan | None,
 ) -> None:
     """Copy a running rollout into a fresh batch, on the device and without collectives.
 
@@ -102,14 +99,12 @@ def fill_batch(
         batch: fresh, under the repeated context.
         encoders: fresh state of the encoder, for each fork.
         layout: how ranks hold the state.
-        device: where the pipeline runs.
-        plan: of the transformer.
 
     Raises:
         ValueError: state without a batch dim.
         StateError: state of a component that does not declare how it is held.
     """
-    values, whole = live_state(source, layout, device, plan)
+    values, whole = live_state(source, layout)
     change = repeated(source.diffusion.batch_size, len(encoders))
     many = replace(whole, take=lambda path, *at: change(path, whole.take(path, *at)))
     fill_rollout(batch, values | {"encoder": None, "controller": None}, many)
@@ -124,8 +119,6 @@ def fill_pick(
     rows: slice,
     into: StreamInferencePipelineCache,
     layout: StateLayout,
-    device: torch.device,
-    plan: ParallelPlan | None,
 ) -> None:
     """Bring a fresh rollout to where one fork of a batch is.
 
@@ -135,10 +128,8 @@ def fill_pick(
         rows: its batch entries.
         into: fresh, under its part of the context.
         layout: how ranks hold the state.
-        device: where the pipeline runs.
-        plan: of the transformer.
     """
-    values, whole = live_state(batch, layout, device, plan)
+    values, whole = live_state(batch, layout)
     one = replace(whole, take=lambda *at: whole.take(*at)[rows], rows=rows)
     encoder, fresh = values["encoder"]["items"][index], into.encoder
     fill_rollout(into, values | {"encoder": None, "controller": None}, one)

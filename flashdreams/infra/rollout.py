@@ -1,9 +1,8 @@
 """The state of one rollout: saved, loaded and cloned by the styles of its fields."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Protocol, get_type_hints
 
 import torch
@@ -19,15 +18,25 @@ from flashdreams.infra.state import (
     RolloutState,
     StateDecoder,
     StateEncoder,
+    Take,
     check_plan_styles,
     check_styles,
     plan_styles,
 )
-from flashdreams.parallel.environment import broadcast_from_rank_zero, group_rank
+from flashdreams.parallel.environment import (
+    broadcast_from_rank_zero,
+    gather_to_rank_zero,
+    group_rank,
+    largest_of_all_ranks,
+)
 from flashdreams.parallel.plan import ParallelPlan, StateStyle
 from flashdreams.parallel.state_layout import BRANCHES, StateLayout
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource
 from flashdreams.runtime.profiler import StageTimer
+from flashdreams.runtime.region import Region, TensorPart, select_region
+
+Parts = dict[str, TensorPart]
+"""This rank's parts of the tensors of a state, by path."""
 
 
 class Conductor(Protocol):
@@ -259,87 +268,70 @@ def check_state(cache: StreamInferencePipelineCache, plan: ParallelPlan | None) 
     check_styles(cache.decoder, "decoder")
 
 
-def save_rollout(
+def collect_parts(
     cache: StreamInferencePipelineCache,
     layout: StateLayout,
-    device: torch.device,
-    plan: ParallelPlan | None,
     name: str,
     fingerprint: dict[str, Any],
-) -> RolloutState | None:
-    """Gather a rollout into its canonical form; a collective call, one tensor at a time.
+    *,
+    light: bool = False,
+) -> tuple[dict[str, Any], Parts]:
+    """The canonical form of a rollout: its values, and this rank's parts of its tensors.
+
+    Nothing is read or gathered yet.
 
     Args:
         cache: between AR steps.
         layout: how ranks hold it.
-        device: where the pipeline runs.
-        plan: of the transformer.
         name: of the pipeline.
         fingerprint: of the numerics, kept beside the state.
-
-    Returns:
-        The form on rank zero, None on all others.
+        light: omit the KV caches.
 
     Raises:
-        StateError: state of a component that has no plain form.
+        StateError: state of a component that does not declare how it is held.
     """
-    tensors: dict[str, Tensor] = {}
-
-    def keep(path: str, x: Tensor) -> None:
-        if group_rank() == 0:
-            tensors[path] = x.detach().to("cpu", copy=True).contiguous()
-
-    def keep_branch(own: str, path: str, x: Tensor) -> None:
-        for branch, part in layout.gather_branches(x, own).items():
-            keep(f"{branch}/{path}", part)
-
-    encoder = StateEncoder(layout, device, keep)
-    values = encode_rollout(
-        cache, encoder, lambda branch: replace(encoder, emit=partial(keep_branch, branch)), plan
-    )
-    if group_rank() != 0:
-        return None
-    values |= encode_origin(cache, encoder, name, fingerprint)
-    return {"format": FORMAT, "values": values, "tensors": tensors}
-
-
-def encode_origin(
-    cache: StreamInferencePipelineCache,
-    encoder: StateEncoder,
-    name: str,
-    fingerprint: dict[str, Any],
-) -> dict[str, Any]:
-    """How the rollout was started; the same on all ranks.
-
-    Args:
-        cache: between AR steps.
-        encoder: of everything but the transformer's state.
-        name: of the pipeline.
-        fingerprint: of the numerics.
-    """
+    parts: Parts = {}
+    encoder = StateEncoder(layout, parts.__setitem__, without_caches=light)
     noise = cache.diffusion.noise
-    return {
+    values = encode_rollout(cache, encoder) | {
         "name": name,
         "fingerprint": fingerprint,
         "seed": noise.seed if isinstance(noise, NoiseSource) else None,
         "context": encoder.encode(cache.context, "context", "whole"),
         "negative_text": encoder.encode(cache.negative_text, "negative_text", "whole"),
     }
+    return values, parts
 
 
-def encode_rollout(
-    cache: StreamInferencePipelineCache,
-    encoder: StateEncoder,
-    branch_encoder: Callable[[str], StateEncoder],
-    plan: ParallelPlan | None,
-) -> dict[str, Any]:
-    """All state but what ``encode_origin`` gives.
+def gather_parts(parts: Parts) -> dict[str, Tensor]:
+    """The whole tensors on rank zero, on the CPU; a collective call, one tensor at a time.
+
+    Args:
+        parts: of this rank, from `collect_parts`.
+
+    Returns:
+        By path; empty on the other ranks.
+    """
+    own = [(path, part) for path, part in parts.items() if part.written is not None]
+    found: dict[str, Tensor] = {}
+    for index in range(int(largest_of_all_ranks(len(own)))):
+        piece: Any = None
+        if index < len(own):
+            path, part = own[index]
+            piece = (path, part.shape, part.written, part.read_written().to("cpu", copy=True))
+        for path, shape, region, x in filter(None, gather_to_rank_zero(piece)):
+            if path not in found:
+                found[path] = torch.empty(shape, dtype=x.dtype, device="cpu")
+            select_region(found[path], region).copy_(x)
+    return found
+
+
+def encode_rollout(cache: StreamInferencePipelineCache, encoder: StateEncoder) -> dict[str, Any]:
+    """The values of all state but the conditions of the rollout.
 
     Args:
         cache: between AR steps.
-        encoder: of everything but the transformer's state.
-        branch_encoder: of the transformer's state in a branch, by its name.
-        plan: of the transformer.
+        encoder: takes the tensors.
 
     Raises:
         StateError: state of a component that does not declare how it is held.
@@ -356,41 +348,33 @@ def encode_rollout(
         "decoder": encoder.encode(cache.decoder, "decoder", decoder_style),
         "controller": encoder.encode(cache.controller, "controller", None),
     }
+    in_branch = replace(encoder, in_branch=True, styles=plan_styles(layout.plan))
     for name in BRANCHES:
-        of_branch = replace(branch_encoder(name), styles=plan_styles(plan))
-        values[name] = of_branch.encode(getattr(diffusion, name), "", None)
+        values[name] = in_branch.encode(getattr(diffusion, name), name, None)
     if layout.branches_apart and not encoder.in_process:
         # Each rank knows the form of its own branch, and both are the same.
         values |= dict.fromkeys(BRANCHES, values["conditional"] or values["unconditional"])
     return values
 
 
-def checked_values(
-    state: RolloutState | None,
+def check_values(
+    values: Mapping[str, Any],
     name: str,
     noise: NoiseFunction | None,
     controller: Controller | None,
-) -> dict[str, Any]:
-    """The values of a canonical form; to be called on rank zero.
+) -> None:
+    """Check that the values of a canonical form can be continued; to be called on rank zero.
 
     Args:
-        state: what ``state_dict`` returned.
+        values: from `collect_parts`.
         name: of the pipeline that will continue it.
         noise: that the caller gives.
         controller: that the caller gives.
 
     Raises:
-        ValueError: another format or pipeline, or missing noise or controller.
+        ValueError: another pipeline, damage, or missing noise or controller.
     """
-    if state is None or not {"format", "values", "tensors"} <= set(state):
-        raise ValueError(
-            "Rank zero needs the state of a rollout: what cache.state_dict() returned there."
-        )
-    if state["format"] != FORMAT:
-        raise ValueError(
-            f"The state has format {state['format']}; this release reads format {FORMAT}."
-        )
-    values, index = state["values"], state["values"]["next_index"]
+    index = values["next_index"]
     if type(index) is not int or index < 0:
         raise ValueError(f"The state is damaged: its next AR step is {quoted(index)}.")
     if values["name"] != name:
@@ -407,11 +391,27 @@ def checked_values(
             "The rollout has a controller; pass one of the same kind: "
             "pipeline.load_cache(state, controller=...)."
         )
-    return values
+
+
+def values_of(state: RolloutState | None) -> dict[str, Any]:
+    """The values of what ``state_dict`` has returned; to be called on rank zero.
+
+    Raises:
+        ValueError: it is something else, or of another format.
+    """
+    if state is None or not {"format", "values", "tensors"} <= set(state):
+        raise ValueError(
+            "Rank zero needs the state of a rollout: what cache.state_dict() returned there."
+        )
+    if state["format"] != FORMAT:
+        raise ValueError(
+            f"The state has format {state['format']}; this release reads format {FORMAT}."
+        )
+    return state["values"]
 
 
 def restore_context(
-    values: dict[str, Any], decoder: StateDecoder, parts: Sequence[Any]
+    values: Mapping[str, Any], decoder: StateDecoder, parts: Sequence[Any]
 ) -> tuple[dict[str, Any], Any]:
     """The conditions of a saved rollout; a collective call.
 
@@ -435,7 +435,7 @@ def restore_context(
 
 
 def fill_rollout(
-    cache: StreamInferencePipelineCache, values: dict[str, Any], decoder: StateDecoder
+    cache: StreamInferencePipelineCache, values: Mapping[str, Any], decoder: StateDecoder
 ) -> None:
     """Load a saved rollout into fresh state, in place; a collective call.
 
@@ -469,11 +469,11 @@ def fill_rollout(
     cache.controller = decoder.restore(values["controller"], "controller", cache.controller)
 
 
-def from_state(state: RolloutState | None) -> Any:
-    """Tensors of rank zero's form, for every rank; a collective call each."""
+def from_state(state: RolloutState | None) -> Take:
+    """Parts of the tensors of rank zero's form, for every rank; a collective call each."""
 
-    def take(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def take(path: str, shape: tuple[int, ...], region: Region, dtype: torch.dtype) -> Tensor:
         stored = state["tensors"][path] if state is not None and group_rank() == 0 else None
-        return broadcast_from_rank_zero(stored, shape, dtype)
+        return select_region(broadcast_from_rank_zero(stored, shape, dtype), region)
 
     return take

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from flashdreams.infra.assembly import Assembly
 from flashdreams.infra.component import Component, select_context
 from flashdreams.infra.controller import Controller
@@ -25,30 +23,34 @@ from flashdreams.infra.fork_batch import (
     repeated,
     rows_of,
 )
+from flashdreams.infra.identity import describe_config, hash_weights
 from flashdreams.infra.parked import ParkedRollout, park_parts
 from flashdreams.infra.rollout import (
     StreamInferencePipelineCache,
-    checked_values,
+    check_values,
+    collect_parts,
     fill_rollout,
     from_state,
+    gather_parts,
     restore_context,
-    save_rollout,
+    values_of,
 )
 from flashdreams.infra.snapshot import (
-    SnapshotOrigin,
     SnapshotReader,
     SnapshotReport,
-    collect_parts,
     fill_together,
-    new_origin,
     open_snapshot,
     readable_damage,
     save_snapshot,
 )
-from flashdreams.infra.state import FORMAT, RolloutState, StateDecoder, no_whole_tensor
-from flashdreams.parallel.environment import LOAD_TIMEOUT_S, all_ranks_agree, from_rank_zero
-from flashdreams.parallel.plan import ParallelPlan
-from flashdreams.parallel.state_layout import StateLayout
+from flashdreams.infra.snapshot_header import SnapshotHeader
+from flashdreams.infra.state import FORMAT, RolloutState, StateDecoder
+from flashdreams.parallel.environment import (
+    LOAD_TIMEOUT_S,
+    all_ranks_agree,
+    from_rank_zero,
+    group_rank,
+)
 from flashdreams.runtime.grad_mode import without_grad
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource
 
@@ -76,7 +78,11 @@ class SavedRollouts(Assembly, ABC):
         with self.guard("export", cache.next_index, LOAD_TIMEOUT_S):
             self.check_values(cache)
             self.diffusion_model.side.join()
-            return save_rollout(cache, *self._place(), self.config.name, self.fingerprint())
+            values, parts = collect_parts(cache, self.layout, self.config.name, self.fingerprint())
+            tensors = gather_parts(parts)
+            if group_rank() != 0:
+                return None
+            return {"format": FORMAT, "values": values, "tensors": tensors}
 
     @without_grad
     def load_cache(
@@ -105,10 +111,8 @@ class SavedRollouts(Assembly, ABC):
         """
         with self.guard("import", None, LOAD_TIMEOUT_S):
             with readable_damage("The state"):
-                values = from_rank_zero(
-                    lambda: checked_values(state, self.config.name, noise, controller)
-                )
-                decoder = StateDecoder(self.layout, self.target_device, from_state(state))
+                values = from_rank_zero(lambda: self._checked(values_of(state), noise, controller))
+                decoder = StateDecoder(self.layout, from_state(state), in_order=True)
                 cache, differ = self._restore(values, decoder, noise, controller)
             self._measure_numerics(cache, differ)
             return cache
@@ -151,8 +155,21 @@ class SavedRollouts(Assembly, ABC):
         with self.guard("save", cache.next_index, LOAD_TIMEOUT_S):
             self.check_values(cache)
             self.diffusion_model.side.join()
-            origin = new_origin(self.config, self.fingerprint(), log=log, run=run, light=light)
-            return save_snapshot(cache, Path(path), origin, *self._place())
+            name, fingerprint = self.config.name, self.fingerprint()
+            values, parts = collect_parts(cache, self.layout, name, fingerprint, light=light)
+            header = SnapshotHeader(
+                name=name,
+                config=describe_config(self.config),
+                weights=hash_weights(self.config),
+                fingerprint=fingerprint,
+                autoregressive_index=values["next_index"],
+                seed=values["seed"],
+                light=light,
+                log=list(log),
+                run=dict(run or {}),
+                values=values,
+            )
+            return save_snapshot(Path(path), header, parts)
 
     @without_grad
     def resume(
@@ -184,18 +201,13 @@ class SavedRollouts(Assembly, ABC):
             OtherRankError: the same on another rank.
         """
         folder = Path(path)
-
-        def check(values: Mapping[str, Any]) -> None:
-            state = {"format": FORMAT, "values": values, "tensors": {}}
-            checked_values(state, self.config.name, noise, controller)
-
         with self.guard("resume", None, LOAD_TIMEOUT_S):
-            header = open_snapshot(folder, self.config, check)
-            reader = SnapshotReader(folder, header)
-            place = (self.layout, self.target_device)
-            decoder = StateDecoder(*place, no_whole_tensor, take_part=reader.take)
+            header = open_snapshot(
+                folder, self.config, lambda values: self._checked(values, noise, controller)
+            )
+            decoder = StateDecoder(self.layout, SnapshotReader(folder, header).take)
             with readable_damage(folder):
-                cache, differ = self._restore(dict(header.values), decoder, noise, controller)
+                cache, differ = self._restore(header.values, decoder, noise, controller)
             if header.light:
                 self.diffusion_model.rebuild_context(cache.diffusion)
             else:
@@ -216,11 +228,8 @@ class SavedRollouts(Assembly, ABC):
         cache.require_finalized("parking")
         with self.guard("park", cache.next_index, LOAD_TIMEOUT_S):
             self.diffusion_model.side.join()
-            origin = SnapshotOrigin(
-                name=self.config.name, config={}, weights={}, fingerprint=self.fingerprint()
-            )
-            values, parts = collect_parts(cache, origin, *self._place())
-            return park_parts(values, parts, self.target_device)
+            found = collect_parts(cache, self.layout, self.config.name, self.fingerprint())
+            return park_parts(*found, self.target_device)
 
     @without_grad
     def unpark(
@@ -240,17 +249,22 @@ class SavedRollouts(Assembly, ABC):
             ValueError: no ``noise`` or ``controller`` for a rollout that was begun with one.
         """
         with self.guard("unpark", None, LOAD_TIMEOUT_S):
-            values = dict(parked.values)
-            state = {"format": FORMAT, "values": values, "tensors": {}}
-            checked_values(state, self.config.name, noise, controller)
-            decoder = StateDecoder(
-                self.layout, self.target_device, no_whole_tensor, take_part=parked.take
-            )
+            values = self._checked(parked.values, noise, controller)
+            decoder = StateDecoder(self.layout, parked.take)
             return self._restore(values, decoder, noise, controller)[0]
+
+    def _checked(
+        self,
+        values: Mapping[str, Any],
+        noise: NoiseFunction | None,
+        controller: Controller | None,
+    ) -> Mapping[str, Any]:
+        check_values(values, self.config.name, noise, controller)
+        return values
 
     def _restore(
         self,
-        values: dict[str, Any],
+        values: Mapping[str, Any],
         decoder: StateDecoder,
         noise: NoiseFunction | None,
         controller: Controller | None,
@@ -293,7 +307,7 @@ class SavedRollouts(Assembly, ABC):
             self.diffusion_model.side.join()
             noise = _noise_of_clone(cache) if noise is None else noise
             other = self.new_cache(dict(cache.context), cache.negative_text, noise)
-            copy_rollout(cache, other, *self._place())
+            copy_rollout(cache, other, self.layout)
             return other
 
     @without_grad
@@ -314,7 +328,7 @@ class SavedRollouts(Assembly, ABC):
             noise = ForkNoise(_noise_of_clone(cache), count)
             batch = self._resized(cache, count * size, repeated(size, count), noise)
             encoders = [new_state(self.encoder, cache.context) for _ in range(count)]
-            fill_batch(cache, batch, encoders, *self._place())
+            fill_batch(cache, batch, encoders, self.layout)
             return batch
 
         with self.guard("fork", cache.next_index, LOAD_TIMEOUT_S):
@@ -331,19 +345,15 @@ class SavedRollouts(Assembly, ABC):
             noise = _noise_of_clone(batch)
             size = rows.stop - rows.start
             fork = self._resized(batch, size, lambda _, x: x[rows], noise)
-            fill_pick(batch, index, rows, fork, *self._place())
+            fill_pick(batch, index, rows, fork, self.layout)
             return fork
 
     def _forked(self, cache: StreamInferencePipelineCache, count: int, make: Callable[[], T]) -> T:
         """The result of ``make``, if there is memory for so many forks; timed."""
         self.diffusion_model.side.join()
-        each = copied_bytes(cache, *self._place())
+        each = copied_bytes(cache, self.layout)
         require_room(count, each, self.target_device)
         return timed_forks(make, count, each, self.target_device)
-
-    def _place(self) -> tuple[StateLayout, torch.device, ParallelPlan | None]:
-        plan = self.diffusion_model.transformer.parallel_plan()
-        return self.layout, self.target_device, plan
 
     def _resized(
         self,

@@ -15,11 +15,7 @@ from torch import Tensor
 
 from flashdreams.infra.config import quoted
 from flashdreams.infra.identity import describe_config, hash_weights
-from flashdreams.infra.rollout import (
-    StreamInferencePipelineCache,
-    encode_origin,
-    encode_rollout,
-)
+from flashdreams.infra.rollout import Parts, StreamInferencePipelineCache
 from flashdreams.infra.snapshot_header import (
     HEADER_NAME,
     SnapshotError,
@@ -29,7 +25,7 @@ from flashdreams.infra.snapshot_header import (
     check_identity,
     read_header,
 )
-from flashdreams.infra.state import StateEncoder, dtype_of
+from flashdreams.infra.state import dtype_of
 from flashdreams.parallel.environment import (
     OtherRankError,
     all_ranks_agree,
@@ -37,8 +33,6 @@ from flashdreams.parallel.environment import (
     group_rank,
     group_size,
 )
-from flashdreams.parallel.plan import ParallelPlan
-from flashdreams.parallel.state_layout import StateLayout
 from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.files import write_whole
 from flashdreams.runtime.parts import (
@@ -51,15 +45,12 @@ from flashdreams.runtime.parts import (
 )
 from flashdreams.runtime.region import (
     Region,
-    TensorPart,
     intersect,
     positions_in,
     region_shape,
     select_region,
 )
 from flashdreams.runtime.text import reason_of
-
-Parts = dict[str, TensorPart]
 
 
 @dataclass(frozen=True)
@@ -77,96 +68,30 @@ class SnapshotReport:
         return f"{self.bytes / 2**20:.1f} MiB in {self.seconds:.2f} s ({rate:.0f} MiB/s)"
 
 
-@dataclass(frozen=True, kw_only=True)
-class SnapshotOrigin:
-    """Metadata of a snapshot besides the state; the same on all ranks."""
-
-    name: str
-    config: Mapping[str, Any]
-    weights: Mapping[str, str]
-    fingerprint: dict[str, Any]
-    log: Sequence[Any] = ()
-    run: Mapping[str, Any] | None = None
-    light: bool = False
-
-
-def new_origin(config: Any, fingerprint: dict[str, Any], **beside: Any) -> SnapshotOrigin:
-    """The origin of a rollout of a pipeline.
-
-    Args:
-        config: of the pipeline.
-        fingerprint: of the numerics.
-        beside: ``log``, ``run`` and ``light``.
-    """
-    described, weights = describe_config(config), hash_weights(config)
-    return SnapshotOrigin(
-        name=config.name, config=described, weights=weights, fingerprint=fingerprint, **beside
-    )
-
-
-def save_snapshot(
-    cache: StreamInferencePipelineCache,
-    path: Path,
-    origin: SnapshotOrigin,
-    layout: StateLayout,
-    device: torch.device,
-    plan: ParallelPlan | None,
-) -> SnapshotReport:
+def save_snapshot(path: Path, header: SnapshotHeader, parts: Parts) -> SnapshotReport:
     """Write a rollout into a folder that gets its final name when complete; a collective call.
 
     Each rank writes its part, one tensor at a time; nothing is gathered.
 
     Args:
-        cache: between AR steps.
         path: of the folder; it must not exist.
-        origin: see there.
-        layout: how ranks hold the state.
-        device: where the pipeline runs.
-        plan: of the transformer.
+        header: on rank zero, without the tensors and parts that the ranks will have written.
+        parts: of this rank.
 
     Raises:
         ValueError: ``path`` exists.
-        StateError: state of a component that does not declare how it is held.
         OSError: a file cannot be written; no partial snapshot remains.
         OtherRankError: the same on another rank.
     """
     start = time.perf_counter()
-    values, parts = collect_parts(cache, origin, layout, device, plan)
     folder = from_rank_zero(lambda: _new_folder(path))
     try:
         _together(lambda: _write_own(folder, parts), "could not write its part of the snapshot")
-        return from_rank_zero(lambda: _finish(folder, path, values, origin, start))
+        return from_rank_zero(lambda: _finish(folder, path, header, start))
     except BaseException:
         if group_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def collect_parts(
-    cache: StreamInferencePipelineCache,
-    origin: SnapshotOrigin,
-    layout: StateLayout,
-    device: torch.device,
-    plan: ParallelPlan | None,
-) -> tuple[dict[str, Any], Parts]:
-    """The values of the state, and this rank's parts of its tensors, without reading them.
-
-    Arguments as for `save_snapshot`.
-    """
-    parts: Parts = {}
-
-    def nothing(path: str, x: Tensor) -> None:
-        raise AssertionError(f"{path} was gathered")
-
-    encoder = StateEncoder(layout, device, nothing, emit_part=parts.__setitem__)
-    in_branch = replace(encoder, in_branch=True, without_caches=origin.light)
-
-    def of_branch(branch: str) -> StateEncoder:
-        return replace(in_branch, emit_part=lambda path, x: parts.update({f"{branch}/{path}": x}))
-
-    values = encode_rollout(cache, encoder, of_branch, plan)
-    values |= encode_origin(cache, encoder, origin.name, origin.fingerprint)
-    return values, parts
 
 
 def _new_folder(path: Path) -> Path:
@@ -191,8 +116,12 @@ def _write_own(folder: Path, parts: Parts) -> None:
             "need a shared folder."
         )
     owned = {path: part for path, part in parts.items() if part.written is not None}
+    entries = [
+        Entry(path, region_shape(part.written or ()), part.dtype, part.read_written)
+        for path, part in owned.items()
+    ]
     file = folder / f"part-{group_rank():05d}.safetensors"
-    written = write_part(file, [_entry(path, part) for path, part in owned.items()])
+    written = write_part(file, entries)
     listed = {
         path: [
             list(p.shape),
@@ -205,18 +134,7 @@ def _write_own(folder: Path, parts: Parts) -> None:
     (folder / f"rank-{group_rank():05d}.json").write_text(index, encoding="utf-8")
 
 
-def _entry(path: str, part: TensorPart) -> Entry:
-    written = part.written or ()
-
-    def read() -> Tensor:
-        return select_region(part.read(), positions_in(part.region, written))
-
-    return Entry(path, region_shape(written), part.dtype, read)
-
-
-def _finish(
-    folder: Path, path: Path, values: dict[str, Any], origin: SnapshotOrigin, start: float
-) -> SnapshotReport:
+def _finish(folder: Path, path: Path, header: SnapshotHeader, start: float) -> SnapshotReport:
     """Merge the ranks' descriptions into one header, and rename the folder."""
     files: list[PartFile] = []
     tensors: dict[str, StoredTensor] = {}
@@ -229,20 +147,7 @@ def _finish(
             if own.region not in [other.region for other in found.slices]:
                 tensors[name] = replace(found, slices=(*found.slices, own))
         index.unlink()
-    header = SnapshotHeader(
-        name=origin.name,
-        config=origin.config,
-        weights=origin.weights,
-        fingerprint=origin.fingerprint,
-        autoregressive_index=values["next_index"],
-        seed=values["seed"],
-        light=origin.light,
-        log=list(origin.log),
-        run=dict(origin.run or {}),
-        values=values,
-        tensors=tensors,
-        parts=tuple(files),
-    )
+    header = replace(header, tensors=tensors, parts=tuple(files))
     with write_whole(folder / HEADER_NAME, sync=True) as file:
         file.write(header.to_bytes())
     sync_folder(folder)
@@ -253,7 +158,7 @@ def _finish(
 
 
 def open_snapshot(
-    folder: Path, config: Any, check: Callable[[Mapping[str, Any]], None]
+    folder: Path, config: Any, check: Callable[[Mapping[str, Any]], object]
 ) -> SnapshotHeader:
     """The header of a snapshot whose files are intact; a collective call.
 

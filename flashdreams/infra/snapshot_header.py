@@ -71,9 +71,9 @@ class SnapshotHeader:
     """Data for the program that saved it."""
     values: Mapping[str, Any]
     """The state's values, as `flashdreams.infra.state.StateEncoder` gives them."""
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
     """By path."""
-    parts: tuple[PartFile, ...]
+    parts: tuple[PartFile, ...] = ()
     """The files."""
 
     def to_bytes(self) -> bytes:

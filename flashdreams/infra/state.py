@@ -18,7 +18,7 @@ from flashdreams.attention.cache import KVCache
 from flashdreams.attention.cursor import Cursor
 from flashdreams.parallel.plan import ParallelPlan, StateStyle, style_of
 from flashdreams.parallel.state_layout import StateLayout
-from flashdreams.runtime.region import Region, TensorPart, region_shape
+from flashdreams.runtime.region import Region, TensorPart, region_shape, whole_region
 
 FORMAT = 2
 """Number of the form; a state of another one is refused."""
@@ -31,16 +31,10 @@ _MEMORY_FORMATS = {
 RolloutState = dict[str, Any]
 """What ``cache.state_dict()`` returns on rank zero."""
 
-Emit = Callable[[str, Tensor], None]
-"""Takes the whole of a tensor under its path."""
-
-Take = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
-"""The whole tensor of a path, shape and type."""
-
-EmitPart = Callable[[str, TensorPart], None]
+Emit = Callable[[str, TensorPart], None]
 """Takes this rank's part of a tensor under its path."""
 
-TakePart = Callable[[str, tuple[int, ...], Region, torch.dtype], Tensor]
+Take = Callable[[str, tuple[int, ...], Region, torch.dtype], Tensor]
 """The entries of a region of the tensor of a path, by the shape and type of its whole."""
 
 PlanStyles = Mapping[str, StateStyle]
@@ -122,21 +116,16 @@ def _check_leaves(value: Any, style: StateStyle, where: str) -> None:
 
 @dataclass(frozen=True)
 class StateEncoder:
-    """Converts state to values and emits its tensors one by one; a collective call."""
+    """Converts state to values and emits this rank's parts of its tensors; gathers nothing."""
 
     layout: StateLayout
-    """Gathers tensors."""
-    device: torch.device
-    """Where the pipeline runs; tensors elsewhere are host tensors."""
+    """How ranks hold the state; tensors on another device than its own are host tensors."""
     emit: Emit
-    """Takes the tensors."""
+    """Takes the parts."""
     styles: PlanStyles | None = None
     """Of a deprecated plan: fields without a style are then ``"whole"``."""
     in_process: bool = False
-    """The values stay in this process: this rank's part of each tensor is emitted, and KV caches
-    are included as values."""
-    emit_part: EmitPart | None = None
-    """Takes this rank's part of every tensor in the place of ``emit``: nothing is gathered."""
+    """The values stay in this process: they include KV caches."""
     in_branch: bool = False
     """The state is of a branch of guidance, which other ranks may not have."""
     without_caches: bool = False
@@ -195,27 +184,17 @@ class StateEncoder:
             return {"kind": "live_cache", "cache": cache}
         if self.without_caches:
             return {"kind": "absent_cache"}
-        if self.emit_part is not None:
-            parts = {
-                name: self._encode_part(part, _join(path, name), "whole")
-                for name, part in cache.parts()
-            }
-            return {"kind": "cache", "frames": cache.cursor.past_frames(), "parts": parts}
         parts = {
-            name: self._encode_tensor(x, _join(path, name), "whole")
-            for name, x in cache.canonical_tensors()
+            name: self._encode_part(part, _join(path, name), "whole")
+            for name, part in cache.parts()
         }
         return {"kind": "cache", "frames": cache.cursor.past_frames(), "parts": parts}
 
     def _encode_tensor(self, x: Tensor, path: str, style: StateStyle) -> dict[str, Any]:
         order = next((n for n, f in _MEMORY_FORMATS.items() if _has_format(x, f)), None)
-        on_host = x.device.type != self.device.type
-        if self.emit_part is not None:
-            part = self.layout.part(style, x, in_branch=self.in_branch)
-            return self._encode_part(part, path, style, order, on_host)
-        whole = x if self.in_process else self.layout.gather(style, x)
-        self.emit(path, whole)
-        return _describe(whole.shape, whole.dtype, style, order, on_host)
+        on_host = x.device.type != self.layout.device.type
+        part = self.layout.part(style, x, in_branch=self.in_branch)
+        return self._encode_part(part, path, style, order, on_host)
 
     def _encode_part(
         self,
@@ -225,9 +204,16 @@ class StateEncoder:
         order: str | None = None,
         on_host: bool = False,
     ) -> dict[str, Any]:
-        assert self.emit_part is not None
-        self.emit_part(path, part)
-        return _describe(part.shape, part.dtype, style, order, on_host)
+        """Emit a part; returns the value that represents its tensor."""
+        self.emit(path, part)
+        return {
+            "kind": "tensor",
+            "style": style,
+            "shape": list(part.shape),
+            "dtype": str(part.dtype)[6:],
+            "order": order,
+            "host": on_host,
+        }
 
 
 @dataclass(frozen=True)
@@ -235,17 +221,15 @@ class StateDecoder:
     """Fills fresh state from values and tensors; the inverse of `StateEncoder`."""
 
     layout: StateLayout
-    """Takes this rank's part of tensors."""
-    device: torch.device
-    """Where the pipeline runs."""
+    """How ranks hold the state."""
     take: Take
-    """Gives the tensors, in the order in which they were emitted."""
+    """Gives this rank's parts of the tensors."""
     in_process: bool = False
     """The values are of an encoder with ``in_process``."""
     rows: slice | None = None
     """Batch entries to take from KV caches, with ``in_process``; None: all of them."""
-    take_part: TakePart | None = None
-    """Gives this rank's part of every tensor in the place of ``take``, in any order."""
+    in_order: bool = False
+    """All ranks must take all tensors, in the order in which they were emitted."""
 
     def restore(self, value: Any, path: str, into: Any = None, hint: Any = None) -> Any:
         """The state that ``encode`` received.
@@ -265,7 +249,7 @@ class StateDecoder:
         if kind == "tensor":
             return self._restore_tensor(value, path, into)
         if kind == "device":
-            return self.device
+            return self.layout.device
         if kind == "cursor":
             into.reset(value["start"], value.get("frames"), value.get("pinned", ()))
             return into
@@ -287,18 +271,14 @@ class StateDecoder:
             }
         if into is None:
             raise ValueError(f"{path}: there is no object here to load this state into.")
-        if kind == "cache" and self.take_part is not None:
-            into.load_canonical(value["frames"], self._cache_parts(value, path, into), is_cut=True)
-            return into
-        parts = {n: self.restore(x, _join(path, n)) for n, x in value["parts"].items()}
         if kind == "cache":
-            into.load_canonical(value["frames"], parts)
+            into.load_parts(value["frames"], self._cache_parts(value, path, into))
         else:
+            parts = {n: self.restore(x, _join(path, n)) for n, x in value["parts"].items()}
             into.load_state_dict(parts)
         return into
 
     def _cache_parts(self, value: dict[str, Any], path: str, into: KVCache) -> dict[str, Tensor]:
-        assert self.take_part is not None
         found = {}
         for name, x in value["parts"].items():
             shape, region = tuple(x["shape"]), into.region(x["shape"][1])
@@ -307,15 +287,16 @@ class StateDecoder:
                     f"{_join(path, name)} is {list(shape)} in the state and "
                     f"{list(region_shape(whole))} here: it was exported from another model."
                 )
-            found[name] = self.take_part(_join(path, name), shape, region, dtype_of(x["dtype"]))
+            found[name] = self.take(_join(path, name), shape, region, dtype_of(x["dtype"]))
         return found
 
     def skip(self, value: Any, path: str) -> None:
-        """Take the tensors of ``value`` in order and drop them."""
-        if not isinstance(value, dict) or self.take_part is not None:
+        """Leave ``value`` out; tensors that must be taken in order are dropped."""
+        if not isinstance(value, dict) or not self.in_order:
             return
         if value["kind"] == "tensor":
-            self.take(path, tuple(value["shape"]), dtype_of(value["dtype"]))
+            shape = tuple(value["shape"])
+            self.take(path, shape, whole_region(shape), dtype_of(value["dtype"]))
         for i, x in enumerate(value.get("items", [])):
             self.skip(x, _join(path, str(i)))
         for name, x in value.get("parts", {}).items():
@@ -363,23 +344,14 @@ class StateDecoder:
 
     def _restore_tensor(self, value: Any, path: str, into: Any) -> Tensor:
         shape, dtype = tuple(value["shape"]), dtype_of(value["dtype"])
-        if self.take_part is not None:
-            x = self.take_part(path, shape, self.layout.region(value["style"], shape), dtype)
-        else:
-            whole = self.take(path, shape, dtype)
-            x = whole if self.in_process else self.layout.shard(value["style"], whole)
-        x = x.to("cpu" if value["host"] else self.device)
+        x = self.take(path, shape, self.layout.region(value["style"], shape), dtype)
+        x = x.to("cpu" if value["host"] else self.layout.device)
         if value["order"] is not None:
             x = x.contiguous(memory_format=_MEMORY_FORMATS[value["order"]])
         elif not self.in_process:
             x = x.contiguous()
         fits = isinstance(into, Tensor) and into.shape == x.shape and into.dtype == x.dtype
         return into.copy_(x) if fits else x.clone()
-
-
-def no_whole_tensor(path: str, *_: Any) -> Tensor:
-    """The ``take`` of a decoder that reads parts only."""
-    raise ValueError(f"{path}: this state is stored in parts and cannot be read whole.")
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -392,20 +364,6 @@ def dtype_of(name: str) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise ValueError(f"{name!r} is not a dtype.")
     return found
-
-
-def _describe(
-    shape: Sequence[int], dtype: torch.dtype, style: StateStyle, order: str | None, on_host: bool
-) -> dict[str, Any]:
-    """The value that represents a tensor."""
-    return {
-        "kind": "tensor",
-        "style": style,
-        "shape": list(shape),
-        "dtype": str(dtype)[6:],
-        "order": order,
-        "host": on_host,
-    }
 
 
 def _needs_style(value: Any) -> bool:

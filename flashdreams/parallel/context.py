@@ -12,7 +12,7 @@ from flashdreams.attention.core import AttentionCore
 from flashdreams.attention.cursor import Cursor
 from flashdreams.parallel.collectives import Channel
 from flashdreams.parallel.sequence import SequenceLayout, pad_dim
-from flashdreams.runtime.region import Region, select_region, whole_region
+from flashdreams.runtime.region import Region
 
 
 class AttentionWrapper(nn.Module):
@@ -41,17 +41,6 @@ class AttentionWrapper(nn.Module):
         cache.layout = self
         return cache
 
-    def gather_cache(self, x: Tensor) -> Tensor:
-        """Cached keys or values of all ranks; a collective call.
-
-        Args:
-            x: ``[B, slots, N, D]`` as this rank holds them.
-
-        Returns:
-            The same for the whole model, on every rank.
-        """
-        return self.core.gather_cache(x)
-
     def cache_region(self, region: Region) -> Region:
         """Which entries of a region of the whole model's cache this rank holds.
 
@@ -75,14 +64,6 @@ class AttentionWrapper(nn.Module):
         """
         return self.core.share_maxima(maxima)
 
-    def shard_cache(self, x: Tensor) -> Tensor:
-        """This rank's part of cached keys or values: the inverse of ``gather_cache``.
-
-        Args:
-            x: ``[B, slots, N, D]`` of the whole model.
-        """
-        return select_region(x, self.cache_region(whole_region(x.shape)))
-
     def write(self, k: Tensor, v: Tensor, cache: KVCache) -> None:
         """Write this rank's part of the chunk; see `AttentionCore.write`.
 
@@ -103,10 +84,6 @@ class HeadShardAttention(AttentionWrapper):
         cache = super().new_cache(_divide_heads(spec, self.channel), cursor)
         cache.whole_spec = spec
         return cache
-
-    def gather_cache(self, x: Tensor) -> Tensor:
-        """Join the heads of all ranks: ``[B, slots, N/P, D]`` to ``[B, slots, N, D]``."""
-        return self.channel.all_gather(super().gather_cache(x), dim=2)
 
     def cache_region(self, region: Region) -> Region:
         """This rank's heads."""

@@ -92,11 +92,6 @@ class RingAttention(AttentionWrapper):
         cache.whole_spec = spec
         return cache
 
-    def gather_cache(self, x: Tensor) -> Tensor:
-        """Interleave the tokens of all ranks: ``[B, slots/P, N, D]`` to ``[B, slots, N, D]``."""
-        parts = self.channel.all_gather(super().gather_cache(x)[:, :, None], dim=2)
-        return parts.flatten(1, 2)
-
     def cache_region(self, region: Region) -> Region:
         """Every P-th token, from this rank's own number on."""
         return super().cache_region(self._every_other(region))

@@ -56,23 +56,6 @@ class WidthLayout:
         kept = [p.narrow(dim, 0, w * scale) for p, w in zip(parts, self.widths, strict=True)]
         return torch.cat(kept, dim)
 
-    def gather_state(self, x: Tensor, latent_width: int) -> Tensor:
-        """Carried frames ``[..., W]`` of the whole width from ``[..., w]`` of all ranks.
-
-        A collective call.
-
-        Args:
-            x: this rank's part; a 0-dim tensor is the same on every rank.
-            latent_width: columns of the whole latent.
-        """
-        self._share_out(latent_width)
-        return self.gather(x) if x.ndim else x
-
-    def shard_state(self, x: Tensor, latent_width: int) -> Tensor:
-        """This rank's carried frames: the inverse of ``gather_state``."""
-        self._share_out(latent_width)
-        return self._own_part(x) if x.ndim else x
-
     def state_region(self, shape: Sequence[int], latent_width: int, *, is_whole: bool) -> Region:
         """Which entries of carried frames ``[..., W]`` of the whole width this rank holds.
 

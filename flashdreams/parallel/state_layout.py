@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from flashdreams.parallel.context import share_region
@@ -18,7 +19,7 @@ BRANCHES = ("conditional", "unconditional")
 
 
 class StateLayout:
-    """Gathers and shards state tensors by the style that their field declares.
+    """Which part of state tensors a rank holds, by the style that their field declares.
 
     KV caches are not handled here: each asks the attention core that it belongs to.
     """
@@ -26,6 +27,7 @@ class StateLayout:
     def __init__(
         self,
         mesh: Mesh,
+        device: torch.device,
         plan: ParallelPlan | None = None,
         width_layout: WidthLayout | None = None,
         latent_width: int = 0,
@@ -34,11 +36,14 @@ class StateLayout:
 
         Args:
             mesh: the ranks.
+            device: of this rank's part.
             plan: of the transformer.
             width_layout: how the decoder's columns are shared; None where they are not.
             latent_width: columns of the whole latent.
         """
         self.mesh = mesh
+        self.device = device
+        self.plan = plan
         self._width_layout = width_layout
         self._latent_width = latent_width
         self._heads_are_cut = mesh.tp.group is not None and (
@@ -54,27 +59,6 @@ class StateLayout:
     def branches_apart(self) -> bool:
         """Whether the two branches of guidance are on different ranks."""
         return self.mesh.cfg.group is not None
-
-    def gather(self, style: StateStyle, x: Tensor) -> Tensor:
-        """The whole of a tensor; a collective call where the style is cut.
-
-        Args:
-            style: of its field.
-            x: this rank's part.
-        """
-        if style == "heads" and self._heads_are_cut:
-            return self.mesh.channel(self.mesh.tp).all_gather(x, dim=HEADS_DIM)
-        if style == "columns" and self._width_layout is not None:
-            return self._width_layout.gather_state(x, self._latent_width)
-        return x
-
-    def shard(self, style: StateStyle, x: Tensor) -> Tensor:
-        """This rank's part of a whole tensor: the inverse of ``gather``."""
-        if style == "heads" and self._heads_are_cut:
-            return x.chunk(self.mesh.tp.size, dim=HEADS_DIM)[self.mesh.tp.rank]
-        if style == "columns" and self._width_layout is not None:
-            return self._width_layout.shard_state(x, self._latent_width)
-        return x
 
     def region(self, style: StateStyle, shape: Sequence[int]) -> Region:
         """Which entries of a whole tensor of a shape this rank holds."""
@@ -110,15 +94,3 @@ class StateLayout:
         else:
             writes = writes and mesh.tp.rank == 0
         return TensorPart(tuple(shape), x.dtype, region, region if writes else None, lambda: x)
-
-    def gather_branches(self, x: Tensor, own: str) -> dict[str, Tensor]:
-        """A tensor of both branches of guidance, which has the same shape in both.
-
-        Args:
-            x: of the branch that this rank evaluates.
-            own: the name of that branch.
-        """
-        if not self.branches_apart:
-            return {own: x}
-        both = self.mesh.channel(self.mesh.cfg).all_gather(x[None]).unbind(0)
-        return dict(zip(BRANCHES, both, strict=True))

@@ -27,6 +27,11 @@ class TensorPart:
     """Gives the entries of ``region``; called when they are needed, so that memory holds one tensor
     at a time."""
 
+    def read_written(self) -> Tensor:
+        """The entries of ``written``, which is not None."""
+        assert self.written is not None
+        return select_region(self.read(), positions_in(self.region, self.written))
+
 
 def whole_region(shape: Sequence[int]) -> Region:
     """All entries of a tensor of a shape."""

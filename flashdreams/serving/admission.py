@@ -71,8 +71,7 @@ def try_session(
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     keeps, state = True, 0
     try:
-        plan = transformer.parallel_plan()
-        state = copied_bytes(session.cache, pipeline.layout, device, plan)
+        state = copied_bytes(session.cache, pipeline.layout)
     except StateError:
         keeps = False
     session.release()

@@ -14,6 +14,7 @@ from flashdreams.parallel.mesh import Axis, Mesh, ParallelConfig
 from flashdreams.parallel.parallelize import parallelize
 from flashdreams.parallel.plan import ParallelPlan
 from flashdreams.parallel.spatial import resolve_decode, split_by_width
+from flashdreams.runtime.region import select_region
 from tests.harness import run_ranks
 from tests.parallel.rollout import make_mesh
 
@@ -85,9 +86,11 @@ def split_cases(world_size):
         frames, mesh, report, cache = split(kind, "float32", world_size)
         found[kind, "float32"] = frames
         layout = report.width_layout
-        state = {name: layout.gather_state(x, WIDTH) for name, x in cache.slots.items()}
+        state = {}
         for name, x in cache.slots.items():
-            assert torch.equal(layout.shard_state(state[name], WIDTH), x), name
+            region = layout.state_region(x.shape, WIDTH, is_whole=False)
+            state[name] = layout.gather(x) if x.ndim else x
+            assert torch.equal(select_region(state[name], region), x), name
         found[kind, "state"] = state
         found[kind, "counts"] = (cache.position, cache.chunks)
         assert mesh.meter.counts["decode.halo"].bytes_sent > 0

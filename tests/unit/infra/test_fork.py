@@ -12,13 +12,6 @@ from tests.tiny import tiny_pipeline
 from tests.unit.infra.test_snapshot import begin
 from tests.unit.infra.test_state import advance, prompt
 
-CPU = torch.device("cpu")
-
-
-def bytes_of(pipeline, cache):
-    plan = pipeline.diffusion_model.transformer.parallel_plan()
-    return copied_bytes(cache, pipeline.layout, CPU, plan)
-
 
 def test_forks_go_on_apart_and_like_their_source():
     pipeline, cache = begin(tiny_pipeline(), 3)
@@ -38,8 +31,8 @@ def test_the_bytes_are_those_of_what_is_copied():
     held = [x for layer in fork.diffusion.conditional.layers() for x in (layer.k, layer.v)]
     caches = sum(x.nbytes for x in held)
     assert caches == pipeline.diffusion_model.transformer.cache_nbytes(1)
-    rest = bytes_of(pipeline, cache) - caches
-    assert 0 < rest < bytes_of(pipeline, cache)
+    rest = copied_bytes(cache, pipeline.layout) - caches
+    assert 0 < rest < copied_bytes(cache, pipeline.layout)
     assert fork.context["text"] is cache.context["text"]  # shared
     mine = {
         x.data_ptr() for layer in cache.diffusion.conditional.layers() for x in (layer.k, layer.v)
@@ -49,7 +42,7 @@ def test_the_bytes_are_those_of_what_is_copied():
 
 def test_forks_that_do_not_fit_are_refused_with_how_many_do(monkeypatch):
     pipeline, cache = begin(tiny_pipeline(), 1)
-    each = bytes_of(pipeline, cache)
+    each = copied_bytes(cache, pipeline.layout)
     monkeypatch.setattr(fork_module, "free_bytes", lambda device: 3 * each + each // 2)
     assert len(cache.fork(3)) == 3
     with pytest.raises(ValueError, match=r"4 forks take .* GiB each.*: 3 fit"):

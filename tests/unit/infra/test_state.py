@@ -165,9 +165,12 @@ class Undeclared:
 
 
 def codec(tensors):
-    layout = StateLayout(Mesh())
-    encoder = StateEncoder(layout, CPU, lambda path, x: tensors.__setitem__(path, x.contiguous()))
-    return encoder, StateDecoder(layout, CPU, lambda path, *_: tensors[path])
+    layout = StateLayout(Mesh(), CPU)
+
+    def emit(path, part):
+        tensors[path] = part.read().contiguous()
+
+    return StateEncoder(layout, emit), StateDecoder(layout, lambda path, *_: tensors[path])
 
 
 def test_containers_and_dataclasses_come_back():
@@ -317,8 +320,8 @@ def test_differences_of_the_numerics_are_logged(caplog):
 @pytest.mark.parametrize(
     ("module", "work", "name"),
     [
-        ("saved_rollouts", "save_rollout", "export of AR step 2"),
-        ("saved_rollouts", "checked_values", "import"),
+        ("saved_rollouts", "collect_parts", "export of AR step 2"),
+        ("saved_rollouts", "values_of", "import"),
         ("conditioning.ContextEncoder", "encode", "initialize"),
         ("conditioning.ContextEncoder", "encode_text", "update_prompt of AR step 2"),
     ],
@@ -342,8 +345,8 @@ def test_moving_or_conditioning_a_rollout_has_a_long_deadline(
         monkeypatch.setattr(f"flashdreams.infra.{owner}.LOAD_TIMEOUT_S", limit_s)
     reports = []
     calls = {
-        "save_rollout": cache.state_dict,
-        "checked_values": lambda: pipeline.load_cache({}),
+        "collect_parts": cache.state_dict,
+        "values_of": lambda: pipeline.load_cache({}),
         "encode": lambda: pipeline.initialize_cache(text=prompt(0)),
         "encode_text": lambda: pipeline.update_prompt(cache, prompt(1)),
     }
