@@ -1,4 +1,4 @@
-"""Checks of the calls of a rollout: their order and arguments."""
+"""Checks of the conditions of a rollout."""
 
 import difflib
 from collections.abc import Collection, Iterable
@@ -11,33 +11,6 @@ from flashdreams.infra.finite import tensors_in
 
 PIXEL_LIMIT = 1.5
 """Largest absolute pixel value: [-1, 1] with room for the overshoot of interpolation."""
-
-
-def check_order(call: str, index: int, next_index: int, pending: bool) -> None:
-    """Refuse an AR step out of order.
-
-    Args:
-        call: ``"generate"`` or ``"finalize"``.
-        index: the AR step asked for.
-        next_index: the AR step of the next ``generate``.
-        pending: whether the chunk before it is not finalized yet.
-
-    Raises:
-        ValueError: says what was expected and what was got.
-    """
-    if pending == (call == "generate"):
-        first = (
-            f"finalize(autoregressive_index={next_index - 1})"
-            if pending
-            else f"generate(autoregressive_index={next_index})"
-        )
-        raise ValueError(f"{call}(autoregressive_index={index}): expected {first} first.")
-    expected = next_index - 1 if pending else next_index
-    if index != expected:
-        raise ValueError(
-            f"{call}: expected autoregressive_index={expected}, got {index}. "
-            "AR steps of a rollout come in order."
-        )
 
 
 def refuse_unknown(names: Iterable[str], known: Collection[str], method: str) -> None:

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -47,30 +47,13 @@ LOCK_S = 1.0
 log = logging.getLogger(__name__)
 
 
-class RecordedConfig(Protocol):
-    """The fields of a runner's config that the recorder reads."""
-
-    runner_name: str
-    """The slug."""
-    output_dir: Path
-    """Folder of the files."""
-    seed: int
-    """Of the noise."""
-    save_latents: bool
-    """Whether latents are written."""
-    hash_frames: bool
-    """Whether frames are hashed."""
-    trace: Path | None
-    """The file of the timeline."""
-
-
 def own_files(folder: Path, slug: str) -> list[Path]:
     """The files that a run of a slug may write into its output folder."""
     names = ("{}.mp4", "stats_{}.json", "latents_{}.safetensors", "log_{}.jsonl", "report_{}.html")
     return [folder / name.format(slug) for name in names]
 
 
-def claim_output(config: RecordedConfig) -> BinaryIO:
+def claim_output(config: Any) -> BinaryIO:
     """Make the output folder and check that no other run writes files of this slug into it.
 
     Returns:
@@ -146,7 +129,7 @@ class RunRecorder:
 
     def __init__(
         self,
-        config: RecordedConfig,
+        config: Any,
         environment: Environment,
         mesh: Mesh,
         pipeline: StreamInferencePipeline,
@@ -289,7 +272,7 @@ class RunRecorder:
         """Of the stats, once `close` has written them."""
         return self._stats.path
 
-    def log_header(self, config: RecordedConfig | None = None) -> dict[str, Any]:
+    def log_header(self, config: Any = None) -> dict[str, Any]:
         """The first line of the log.
 
         Args:

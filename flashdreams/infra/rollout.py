@@ -3,12 +3,11 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
-from flashdreams.infra.checks import check_order
 from flashdreams.infra.config import quoted
 from flashdreams.infra.controller import Controller
 from flashdreams.infra.diffusion.model import DiffusionCache
@@ -39,36 +38,13 @@ Parts = dict[str, TensorPart]
 """This rank's parts of the tensors of a state, by path."""
 
 
-class Conductor(Protocol):
-    """The interface of the pipeline that a rollout uses."""
-
-    diffusion_model: Any
-    decodes_here: bool
-    """False on a rank that does not decode."""
-
-    def save_cache(self, cache: Any) -> RolloutState | None:
-        """The canonical form."""
-
-    def clone_cache(self, cache: Any, noise: NoiseFunction | None = None) -> Any:
-        """An independent rollout with the same state."""
-
-    def fork_cache(self, cache: Any, count: int) -> list[Any]:
-        """Several of them."""
-
-    def fork_batch(self, cache: Any, count: int) -> Any:
-        """Several of them as one rollout."""
-
-    def pick_fork(self, batch: Any, index: int) -> Any:
-        """One of these as an independent rollout."""
-
-
 @dataclass
 class StreamInferencePipelineCache:
     """All state of one rollout; the pipeline itself has none."""
 
     diffusion: DiffusionCache
-    pipeline: Conductor = field(repr=False)
-    """The pipeline that the rollout runs on."""
+    pipeline: Any = field(repr=False)
+    """The `StreamInferencePipeline` that the rollout runs on."""
     context: dict[str, Any] = field(repr=False)
     """The encoded conditions of the rollout, by name."""
     encoder: Any
@@ -121,7 +97,19 @@ class StreamInferencePipelineCache:
             ValueError: states what was expected; or the rollout was released.
         """
         self.require_live()
-        check_order(call, autoregressive_index, self.next_index, self.pending)
+        index, following = autoregressive_index, self.next_index
+        if self.pending == (call == "generate"):
+            wanted, at = ("finalize", following - 1) if self.pending else ("generate", following)
+            raise ValueError(
+                f"{call}(autoregressive_index={index}): expected "
+                f"{wanted}(autoregressive_index={at}) first."
+            )
+        expected = following - 1 if self.pending else following
+        if index != expected:
+            raise ValueError(
+                f"{call}: expected autoregressive_index={expected}, got {index}. "
+                "AR steps of a rollout come in order."
+            )
 
     def require_live(self) -> None:
         """Refuse a released rollout.

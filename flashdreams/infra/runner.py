@@ -22,7 +22,6 @@ from flashdreams.infra.resumable import Progress, ResumableRun
 from flashdreams.infra.same_options import refuse_other_options
 from flashdreams.infra.session import Command, Session, Step
 from flashdreams.infra.stored_choices import read_choices
-from flashdreams.infra.traced_stages import traced
 from flashdreams.infra.weights import require_packages
 from flashdreams.parallel.environment import (
     LOAD_TIMEOUT_S,
@@ -43,7 +42,7 @@ from flashdreams.runtime.noise import SEED_LIMIT
 from flashdreams.runtime.run_report import write_report
 from flashdreams.runtime.segments import SegmentedVideo
 from flashdreams.runtime.text import tell
-from flashdreams.runtime.trace import Tracer, slowest_rank, write_trace
+from flashdreams.runtime.trace import Tracer, slowest_rank, traced, write_trace
 from flashdreams.runtime.video import VideoWriter
 
 MAX_THREADS = 1024
@@ -197,7 +196,7 @@ class Runner(Generic[ConfigT, PipelineT]):
             watchdog = self._resources.enter_context(Watchdog(where, config.step_deadline_s))
             self.pipeline.guard = watchdog.stage
         self.tracer = Tracer(self.environment.rank, keep=config.trace is not None)
-        self.pipeline.guard = traced(self.pipeline.guard, self.tracer, self.mesh)
+        self.pipeline.guard = traced(self.pipeline.guard, self.tracer, self.mesh.meter)
         with announced("loading weights", where), self.pipeline.guard("load", None, limit_s):
             self.pipeline.load(self.fetch_all, self.prompt_options())
         with announced("warming up", where), self.pipeline.guard("warm-up", None, limit_s):

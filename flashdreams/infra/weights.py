@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,16 +28,7 @@ from flashdreams.runtime.checkpoint import (
 _FIELD = re.compile(r"(?<![\w.-])checkpoint\.(source|file|select|download|ignore)\b(=(\w+))?")
 
 
-class NamedPipelineConfig(Protocol):
-    """The fields of a `StreamInferencePipelineConfig` that are read here."""
-
-    name: str
-    """Name of the method."""
-    diffusion_model: Any
-    """A `DiffusionModelConfig`."""
-
-
-PipelineConfigT = TypeVar("PipelineConfigT", bound=NamedPipelineConfig)
+PipelineConfigT = TypeVar("PipelineConfigT")
 
 _TEXT_ENCODER = "text_encoder."
 """Prefix of the paths of the text encoder's files."""
@@ -110,7 +101,7 @@ def _with_options(text: str, path: str) -> str:
     return _FIELD.sub(option, text)
 
 
-def require_packages(config: NamedPipelineConfig, *, fetch_all: str | None = None) -> None:
+def require_packages(config: Any, *, fetch_all: str | None = None) -> None:
     """Refuse a pipeline whose text encoder needs packages that are not installed.
 
     Called before anything is built. The same error also lists missing weights.
@@ -145,7 +136,7 @@ def _components(config: Any) -> Iterator[Any]:
 
 
 def require_weights(
-    config: NamedPipelineConfig,
+    config: Any,
     *,
     fetch_all: str | None = None,
     encodes_text: bool | None = None,
@@ -178,15 +169,13 @@ def require_weights(
         require()
 
 
-def _refuse_missing(config: NamedPipelineConfig, fetch_all: str | None, encodes_text: bool) -> None:
+def _refuse_missing(config: Any, fetch_all: str | None, encodes_text: bool) -> None:
     lines = _list_missing(config, fetch_all, encodes_text)
     if lines:
         raise MissingWeightsError("\n".join(lines))
 
 
-def _list_missing(
-    config: NamedPipelineConfig, fetch_all: str | None, encodes_text: bool
-) -> list[str]:
+def _list_missing(config: Any, fetch_all: str | None, encodes_text: bool) -> list[str]:
     """The missing files, one or two lines each; empty if nothing is missing."""
     missing: dict[tuple[str, str | None], tuple[str, CheckpointConfig]] = {}
     named_files = list(named_checkpoints(config))
@@ -231,7 +220,7 @@ def _total(sizes: list[int | None]) -> str:
     return f"{least}{describe_size(sum(known))} on disk"
 
 
-def fetch_weights(config: NamedPipelineConfig, *, text_on_rank_zero: bool = False) -> None:
+def fetch_weights(config: Any, *, text_on_rank_zero: bool = False) -> None:
     """Download missing files that may be downloaded; one rank per node does it.
 
     Collective where there are several ranks.
@@ -261,7 +250,7 @@ def weight_nbytes(component: Component) -> int:
     return sum(x.numel() * component.dtype_of(name).itemsize for name, x in named)
 
 
-def memory_estimate(config: NamedPipelineConfig, batch_size: int = 1) -> str:
+def memory_estimate(config: Any, batch_size: int = 1) -> str:
     """Text with the bytes of weights and one rollout's KV cache, from shapes, not measured."""
     with torch.device("meta"):
         transformer = config.diffusion_model.transformer.setup()

@@ -2,12 +2,13 @@
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashdreams.models.carried_frames import CarriedFrames
-from flashdreams.runtime.cuda_graph import CaptureBackend, GraphedCallable
+from flashdreams.runtime.cuda_graph import GraphedCallable
 
 Decode = Callable[[Tensor, CarriedFrames], Tensor]
 """Latents of a chunk and the carried frames, which it updates in place, to frames."""
@@ -25,9 +26,7 @@ class DecodeGraph:
     Life: ``capture`` once, at warm-up -> calls -> ``drop``.
     """
 
-    def __init__(
-        self, decode: Decode, device: torch.device, backend: CaptureBackend | None = None
-    ) -> None:
+    def __init__(self, decode: Decode, device: torch.device, backend: Any = None) -> None:
         """Prepare.
 
         Args:

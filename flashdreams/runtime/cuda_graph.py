@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,33 +27,6 @@ class Captured:
     output: Tensor
     counted: Any = None
     """Counts of the captured call, added again at every replay; None without a meter."""
-
-
-class CaptureBackend(Protocol):
-    """What captures a call."""
-
-    def capture(self, function: Callable[[], Tensor]) -> Captured:
-        """Capture ``function``; its result need not have been computed yet.
-
-        Raises:
-            CaptureError: it runs, but not while it is captured.
-        """
-
-    def wait(self) -> None:
-        """Wait for all replays, and raise their errors."""
-
-
-class CallMeter(Protocol):
-    """Counts what calls do on the host, where a replay does nothing."""
-
-    def snapshot(self) -> Any:
-        """The counts as they are now."""
-
-    def since(self, snapshot: Any) -> Any:
-        """What was counted after a snapshot."""
-
-    def add_all(self, counts: Any) -> None:
-        """Count all of it once more."""
 
 
 class CudaCapture:
@@ -140,7 +113,8 @@ class GraphedCallable:
     The function is run more than once while it is captured, so running it again must change
     nothing: the chunk's cache slots are overwritten with the same values.
 
-    A meter given as ``meter`` counts replays, too.
+    A meter given as ``meter`` counts replays, too: what its ``since`` gives of the captured call is
+    added by its ``add_all``.
 
     A function that runs but cannot be captured, such as one that waits for the GPU, is called
     eagerly from then on; a warning says why, once, and ``failure`` has the reason.
@@ -156,7 +130,7 @@ class GraphedCallable:
         *,
         key: Callable[..., Hashable] | None = None,
         state_of: Callable[..., object] | None = None,
-        backend: CaptureBackend | None = None,
+        backend: Any = None,
     ) -> None:
         """Wrap a function.
 
@@ -167,7 +141,7 @@ class GraphedCallable:
                 None makes the call eager.
             state_of: of the state's arguments: the object that the graphs belong to; None: the
                 first of them.
-            backend: what captures; None means CUDA's own on CUDA.
+            backend: what captures, with the methods of `CudaCapture`; None: that on CUDA.
         """
         self.function = function
         self.key = key
@@ -185,7 +159,7 @@ class GraphedCallable:
         self._inputs: list[Tensor] = []
         self._graphs: dict[tuple[int, Hashable], Captured] = {}
         self._captured_states: dict[int, object] = {}  # kept, so that their ids are not reused
-        self.meter: CallMeter | None = None
+        self.meter: Any = None
         self._states: Sequence[object] | None = None
 
     def __call__(self, *arguments: Any) -> Tensor:
@@ -301,7 +275,7 @@ class GraphedCallable:
             buffer.copy_(tensor, non_blocking=True)
 
     def _capture(
-        self, backend: CaptureBackend, graph_key: tuple[int, Hashable], state: tuple[Any, ...]
+        self, backend: Any, graph_key: tuple[int, Hashable], state: tuple[Any, ...]
     ) -> Captured:
         """Capture the call; the graph is kept once its first replay has succeeded."""
         if self.sealed:

@@ -2,7 +2,8 @@
 
 import time
 from collections import deque
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class StageTimer:
         self._clock = _CudaClock(self.device) if self.device.type == "cuda" else _HostClock()
         self._in_step = False
 
-    def step(self, autoregressive_index: int) -> "_Span":
+    def step(self, autoregressive_index: int) -> AbstractContextManager[None]:
         """A context for one AR step; it begins the record.
 
         Raises:
@@ -60,9 +61,9 @@ class StageTimer:
         record: dict[str, Any] = {"autoregressive_index": autoregressive_index, **_NO_TIMES}
         self.records.append(record)
         del self.records[:-MAX_RECORDS]
-        return _Span(self, record, ("total_ms",), is_step=True)
+        return self._span(record, ("total_ms",), is_step=True)
 
-    def stage(self, name: str) -> "_Span":
+    def stage(self, name: str) -> AbstractContextManager[None]:
         """A context for one stage. A stage entered again in the same step adds to its time.
 
         Raises:
@@ -71,7 +72,20 @@ class StageTimer:
         if not self.records:
             raise ValueError(f"stage {name!r} is outside an AR step: enter timer.step(0).")
         keys = (f"{name}_ms",) if self._in_step else (f"{name}_ms", "total_ms")
-        return _Span(self, self.records[-1], keys, is_step=False)
+        return self._span(self.records[-1], keys)
+
+    @contextmanager
+    def _span(
+        self, record: dict[str, Any], keys: tuple[str, ...], is_step: bool = False
+    ) -> Iterator[None]:
+        """Add what the context takes to ``keys`` of a record."""
+        self._in_step |= is_step
+        begin = self._clock.mark()
+        try:
+            yield
+        finally:
+            self._in_step &= not is_step
+            self._clock.span(record, keys, begin, self._clock.mark())
 
     def note(self, **values: Any) -> None:
         """Put further values into the record of the step last begun (frames, memory, ...)."""
@@ -86,33 +100,6 @@ class StageTimer:
         """The records with all times; on CUDA this waits for the spans that have not passed."""
         self._clock.collect(wait=True)
         return self.records
-
-
-class _Span:
-    """The context of a step or stage: two marks, and the keys of the record that get its time."""
-
-    __slots__ = ("_begin", "_is_step", "_keys", "_record", "_timer")
-
-    def __init__(
-        self, timer: StageTimer, record: dict[str, Any], keys: tuple[str, ...], *, is_step: bool
-    ) -> None:
-        self._timer, self._record, self._keys, self._is_step = timer, record, keys, is_step
-
-    def __enter__(self) -> None:
-        if self._is_step:
-            self._timer._in_step = True
-        self._begin = self._timer._clock.mark()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        clock = self._timer._clock
-        if self._is_step:
-            self._timer._in_step = False
-        clock.span(self._record, self._keys, self._begin, clock.mark())
 
 
 class _HostClock:

@@ -4,11 +4,15 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from flashdreams.runtime.files import write_whole
+
+Guard = Callable[..., AbstractContextManager[None]]
+"""Watches a stage: called with its name, its AR step and its time limit."""
 
 MAX_EVENTS = 200_000
 """Spans that one rank keeps; later ones are dropped and counted, so that memory stays bounded."""
@@ -62,7 +66,9 @@ class Tracer:
             if name == "generate":
                 self.steps_ms.append(duration_us / 1e3)
             if self.keep:
-                self._add(name, index, start_ns / 1e3, duration_us, _since(before, sent()))
+                step = {} if index is None else {"autoregressive_index": index}
+                args = {**step, **_since(before, sent())}
+                self._append(name, "stage", start_ns / 1e3, duration_us, 0, args)
 
     def note_collective(self, name: str, bytes_sent: int, start_ns: int) -> None:
         """Record a collective that has just returned as a span beside the stages.
@@ -76,17 +82,6 @@ class Tracer:
         args = {"bytes_sent": bytes_sent}
         self._append(name, "collective", start_ns / 1e3, duration_us, 1, args)
 
-    def _add(
-        self,
-        name: str,
-        index: int | None,
-        start_us: float,
-        duration_us: float,
-        sent: dict[str, Any],
-    ) -> None:
-        step = {} if index is None else {"autoregressive_index": index}
-        self._append(name, "stage", start_us, duration_us, 0, {**step, **sent})
-
     def _append(
         self, name: str, category: str, start_us: float, duration_us: float, track: int, args: Any
     ) -> None:
@@ -96,6 +91,31 @@ class Tracer:
         event = {"name": name, "cat": category, "ph": "X", "ts": start_us, "dur": duration_us}
         place = {"pid": self.rank, "tid": thread_id(self.rank, track)}
         self.events.append({**event, **place, "args": args})
+
+
+def traced(guard: Guard, tracer: Tracer, meter: Any) -> Guard:
+    """A guard that also records the duration of each stage, and what it sent.
+
+    If spans are recorded, each collective is one as well.
+
+    Args:
+        guard: watches the stages.
+        tracer: takes the spans.
+        meter: counts the collectives, as ``Mesh.meter`` does.
+    """
+
+    def sent() -> dict[str, Any]:
+        return {name: asdict(traffic) for name, traffic in meter.counts.items()}
+
+    if tracer.keep:
+        meter.watch = tracer.note_collective
+
+    @contextmanager
+    def stage(name: str, index: int | None, limit_s: float | None = None, /) -> Iterator[None]:
+        with tracer.span(name, index, sent), guard(name, index, limit_s):
+            yield
+
+    return stage
 
 
 def thread_id(rank: int, track: int) -> int:
@@ -124,21 +144,21 @@ def write_trace(path: Path, ranks: Sequence[Sequence[dict[str, Any]]]) -> None:
     """
     events = [event for spans in ranks for event in spans]
     begin = min((event["ts"] for event in events), default=0.0)
-    named = [
-        {"name": "process_name", "ph": "M", "pid": rank, "tid": thread_id(rank, 0),
-         "args": {"name": f"rank {rank}"}}
-        for rank in range(len(ranks))
-    ]  # fmt: skip
+    named = [_name("process_name", rank, 0, f"rank {rank}") for rank in range(len(ranks))]
     named += [
-        {"name": "thread_name", "ph": "M", "pid": rank, "tid": thread_id(rank, track),
-         "args": {"name": name}}
+        _name("thread_name", rank, track, name)
         for rank in range(len(ranks))
         for track, name in enumerate(TRACKS)
-    ]  # fmt: skip
+    ]
     shifted = [{**event, "ts": event["ts"] - begin} for event in events]
     with write_whole(path) as file:
         text = json.dumps({"traceEvents": [*named, *shifted], "displayTimeUnit": "ms"})
         file.write(text.encode())
+
+
+def _name(kind: str, rank: int, track: int, name: str) -> dict[str, Any]:
+    place = {"pid": rank, "tid": thread_id(rank, track)}
+    return {"name": kind, "ph": "M", **place, "args": {"name": name}}
 
 
 def slowest_rank(steps_ms: Sequence[Sequence[float]]) -> dict[str, Any]:

@@ -2,39 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from flashdreams.infra.diffusion.causal_config import CausalTransformerConfig
-from flashdreams.infra.diffusion.causal_state import CausalState, StepInputs, select_tokens
+from flashdreams.infra.diffusion.causal_state import CausalState, select_tokens
 from flashdreams.infra.diffusion.transformer import ContextChunk
 
 RewriteMode = Literal["chunks", "once"]
 """How the window is recomputed: chunk by chunk, or all frames in one forward pass."""
-
-
-class RewritableTransformer(Protocol):
-    """The interface of `CausalTransformer` that rewriting uses."""
-
-    config: CausalTransformerConfig
-
-    @property
-    def device(self) -> torch.device:
-        """Of the weights."""
-
-    def rotate_sinks(self, cache: CausalState) -> None:
-        """With cache-relative RoPE: move the sink of every layer to directly before the window."""
-
-    def inputs_at(self, cache: CausalState, frames: Tensor, control: Any) -> StepInputs:
-        """Inputs of a network call for latent frames at the positions ``[T]``."""
-
-    def modulation_of(self, timestep: Tensor, cache: CausalState) -> Tensor:
-        """Modulation of a timestep."""
-
-    def __call__(self, *args: Any) -> Tensor:
-        """The network."""
 
 
 def context_frames(config: CausalTransformerConfig, cache: CausalState) -> list[int]:
@@ -74,7 +52,7 @@ def check_rewrite(config: CausalTransformerConfig, cache: CausalState, mode: Rew
 
 
 def rewrite_window(
-    transformer: RewritableTransformer,
+    transformer: Any,
     cache: CausalState,
     chunks: Sequence[ContextChunk],
     timestep: Tensor,
@@ -83,7 +61,7 @@ def rewrite_window(
     """Recompute the window, and the sink according to ``rewritten_sink``.
 
     Args:
-        transformer: the network and its engine.
+        transformer: a `CausalTransformer`.
         cache: this rollout's state.
         chunks: clean latents of the frames that ``context_frames`` names.
         timestep: of the clean pass.
@@ -110,7 +88,7 @@ def rewrite_window(
 
 
 def _write_group(
-    transformer: RewritableTransformer,
+    transformer: Any,
     cache: CausalState,
     group: Sequence[ContextChunk],
     timestep: Tensor,

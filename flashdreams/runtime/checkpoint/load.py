@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from flashdreams.runtime.checkpoint.config import CheckpointConfig, CheckpointError, LoRA
 from flashdreams.runtime.checkpoint.keys import KeyMap, NameMatch, describe_mismatch, map_names
 from flashdreams.runtime.checkpoint.lora import Update, resolve_loras, updated
-from flashdreams.runtime.checkpoint.pairs import refuse_scaled
 from flashdreams.runtime.checkpoint.read import (
     NO_TENSOR,
     TensorInfo,
@@ -19,7 +18,12 @@ from flashdreams.runtime.checkpoint.read import (
     TensorStore,
     open_tensors,
 )
-from flashdreams.runtime.checkpoint.scaled import dequantize, find_scales, refuse_missing_scales
+from flashdreams.runtime.checkpoint.scaled import (
+    dequantize,
+    find_scales,
+    refuse_missing_scales,
+    refuse_scaled,
+)
 from flashdreams.runtime.checkpoint.source import ensure_local
 from flashdreams.runtime.text import shown
 

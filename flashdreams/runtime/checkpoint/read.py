@@ -10,7 +10,7 @@ import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,16 +94,7 @@ class TensorSlice(NamedTuple):
         return runs.flatten(self.dim, self.dim + 1)
 
 
-class TensorStore(Protocol):
-    """Tensors of an opened checkpoint."""
-
-    infos: dict[str, TensorInfo]
-
-    def read(self, wanted: Mapping[str, TensorSlice | None]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the requested tensors, or slices of them, as views of mapped memory."""
-
-
-def open_tensors(local: LocalCheckpoint, select: tuple[str, ...] = ()) -> TensorStore:
+def open_tensors(local: LocalCheckpoint, select: tuple[str, ...] = ()) -> "TensorStore":
     """Open a checkpoint and read only its headers.
 
     Args:
@@ -213,6 +204,10 @@ class PickleStore:
             part = wanted[name]
             tensor = self._tensors[name]
             yield name, tensor if part is None else part.of(tensor)
+
+
+TensorStore = SafetensorsStore | PickleStore
+"""Tensors of an opened checkpoint."""
 
 
 def _refuse_inflated(path: Path, file_bytes: int, name: str, tensor: Tensor) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from flashdreams.infra.config import quoted
-from flashdreams.runtime.checkpoint.address import cached_file, download_file, fetch_command
 from flashdreams.runtime.checkpoint.config import (
     CheckpointConfig,
     CheckpointError,
@@ -67,7 +66,7 @@ def ensure_local(
         raise MissingWeightsError(describe_missing(config, flag=flag))
     _refuse_download(config)
     if target is None:
-        download_file(config)
+        _download_address(config)
     else:
         _download(config, *target)
     local = find_local(config)
@@ -198,15 +197,30 @@ def _repository(config: CheckpointConfig) -> tuple[str, str] | None:
 
 
 def _fetch_command(config: CheckpointConfig, target: tuple[str, str] | None) -> str:
-    return fetch_command(config) if target is None else _hf_command(config, *target)
-
-
-def _hf_command(config: CheckpointConfig, repo: str, file: str) -> str:
+    """What to type to fetch the file; the page of an HTTP error does not take its place."""
+    if target is None:
+        saved = str(cached_file(config))
+        return shlex.join(["curl", "--create-dirs", "-fLo", saved, config.source])
+    repo, file = target
     revision = ["--revision", config.revision] if config.revision else []
     names = [file]
     if file.endswith(_INDEX_SUFFIX):
         names = ["--include", file.removesuffix(_INDEX_SUFFIX).removesuffix(".safetensors") + "*"]
     return shlex.join(["hf", "download", repo, *names, *revision])
+
+
+def cached_file(config: CheckpointConfig) -> Path:
+    """The local path of a downloaded file: in the folder of ``torch.hub``.
+
+    The name contains the checksum or, without one, the commit in the URL, so another file
+    under the same name is another one here.
+    """
+    import torch
+
+    name = PurePosixPath(config.source).name
+    stem, dot, suffix = name.partition(".")
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    return folder / f"{stem}-{(config.sha256 or config.commit or '')[:8]}{dot}{suffix}"
 
 
 def _cached(repo: str, file: str, revision: str | None) -> Path | None:
@@ -338,6 +352,22 @@ def _refuse_download(config: CheckpointConfig) -> None:
         _check_disk(config, Path(constants.HF_HUB_CACHE), "HF_HOME")
 
 
+def _download_address(config: CheckpointConfig) -> None:
+    """Download the file, compare its checksum and move it into place; never a partial file."""
+    import torch
+
+    path = cached_file(config)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(config.source, str(path), hash_prefix=config.sha256)
+    except (OSError, RuntimeError) as error:
+        raise MissingWeightsError(
+            f"Could not download {config.source}: {str(error).splitlines()[0]}. Without a network, "
+            f"download it elsewhere: {_fetch_command(config, None)}; then name the file with "
+            "checkpoint.source"
+        ) from error
+
+
 def _download(config: CheckpointConfig, repo: str, file: str) -> None:
     import huggingface_hub
 
@@ -353,7 +383,7 @@ def _download(config: CheckpointConfig, repo: str, file: str) -> None:
         raise MissingWeightsError(
             f"Could not download {file} of {repo}, revision {config.revision or 'main'}: "
             f"{_reason(error)}. Without a network, download it elsewhere: "
-            f"{_hf_command(config, repo, file)}; then name the file with checkpoint.source"
+            f"{_fetch_command(config, (repo, file))}; then name the file with checkpoint.source"
         ) from error
 
 
