@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,9 @@ import flashdreams
 from flashdreams.infra.config import (
     annotated_types,
     check_slug,
-    config_fields,
     expand_home,
     field_annotation,
-    is_config,
+    walk,
 )
 from flashdreams.parallel.siblings import watch_siblings
 from flashdreams.parallel.stopping import say_stopped, stopped
@@ -58,6 +57,8 @@ _OWN_OPTIONS = {
     "--debug": "show the traceback of an error",
     "--version": "print the versions of flashdreams, Python and PyTorch and exit",
 }
+
+_FILES = {"--config": "FILE", "--replay": "outputs/log_<slug>.jsonl"}
 
 _PAUSE_S = 3.0
 """Seconds that a rank waits for another rank to report the cause."""
@@ -143,16 +144,11 @@ def _split(argv: Sequence[str]) -> CommandLine:
     words = iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
-        if name == "--config":
+        if name in _FILES:
             value = value if equals else next(words, "")
             if not value or value.startswith("--"):
-                raise UsageError("--config needs a file: --config FILE.")
-            line.config_file = Path(os.path.expanduser(value))
-        elif name == "--replay":
-            value = value if equals else next(words, "")
-            if not value or value.startswith("--"):
-                raise UsageError("--replay needs a file: --replay outputs/log_<slug>.jsonl.")
-            line.replay_file = Path(os.path.expanduser(value))
+                raise UsageError(f"{name} needs a file: {name} {_FILES[name]}.")
+            setattr(line, f"{name[2:]}_file", Path(os.path.expanduser(value)))
         elif word in ("--debug", "--no-instantiate", "--print-config", "--version"):
             setattr(line, word[2:].replace("-", "_"), True)
         else:
@@ -343,23 +339,19 @@ def _about(config: Any) -> str:
     """The text above the flags in the help of a slug."""
     lines = [getattr(config, "description", "")]
     lines += [f"{name}: {text}." for name, text in _OWN_OPTIONS.items()]
-    absent = list(_absent_components(config, ""))
+    absent = [
+        path
+        for path, owner, value in walk(config)
+        if value is None and any(map(is_dataclass, annotated_types(_annotation(owner, path))))
+    ]
     if absent:
         names = ", ".join(absent)
         lines += ["", f"Components that are None have no flags, set them with --config: {names}."]
     return "\n".join(lines)
 
 
-def _absent_components(config: Any, prefix: str) -> Iterator[str]:
-    """Dotted names of the components that are None, which have no flags."""
-    for name in config_fields(config):
-        value = getattr(config, name)
-        if is_config(value):
-            yield from _absent_components(value, f"{prefix}{name}.")
-        elif value is None:
-            named = annotated_types(field_annotation(type(config), name))
-            if any(is_dataclass(kind) for kind in named):
-                yield prefix + name
+def _annotation(owner: Any, path: str) -> Any:
+    return field_annotation(type(owner), path.rpartition(".")[2])
 
 
 def _run(config: Any, debug: bool, replay: Any = None) -> int:

@@ -11,7 +11,7 @@ import reprlib
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
@@ -142,6 +142,15 @@ def config_fields(config_type: Any) -> dict[str, dataclasses.Field]:
     """The user-settable fields of a config or config class, by name, without ``_target``."""
     fields = dataclasses.fields(config_type)
     return {f.name: f for f in fields if f.init and f.name != "_target"}
+
+
+def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """All values of a config, of its components and of theirs: dotted path, owner and value."""
+    for name in config_fields(config):
+        value = getattr(config, name)
+        yield f"{prefix}{name}", config, value
+        if is_config(value):
+            yield from walk(value, f"{prefix}{name}.")
 
 
 def has_default(field: dataclasses.Field) -> bool:

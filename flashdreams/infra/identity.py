@@ -3,11 +3,10 @@
 import enum
 import hashlib
 import re
-from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
-from flashdreams.infra.config import config_fields, is_config
+from flashdreams.infra.config import config_fields, is_config, walk
 from flashdreams.infra.weights import named_checkpoints
 from flashdreams.runtime.checkpoint import find_local
 
@@ -50,11 +49,12 @@ def describe_config(pipeline: Any) -> dict[str, Any]:
     Returns:
         Dotted names and JSON values.
     """
-    return {
-        name: value
-        for name, value in _flatten(pipeline, "")
-        if name.split(".")[0] not in BEFORE_THE_ROLLOUT
-    }
+    found = {"type": type(pipeline).__name__}
+    for path, _, value in walk(pipeline):
+        names = path.split(".")
+        if names[0] not in BEFORE_THE_ROLLOUT and not HOW_IT_RUNS.intersection(names):
+            found[path] = type(value).__name__ if is_config(value) else _plain(value)
+    return found
 
 
 def describe_inputs(runner: Any) -> dict[str, Any]:
@@ -106,18 +106,6 @@ def _sample(path: Path, digest: Any) -> None:
         for index in range(SAMPLES):
             file.seek(max(0, size - SAMPLE_BYTES) * index // (SAMPLES - 1))
             digest.update(file.read(SAMPLE_BYTES))
-
-
-def _flatten(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    yield prefix.removesuffix(".") or "type", type(config).__name__
-    for name in config_fields(config):
-        value, path = getattr(config, name), f"{prefix}{name}"
-        if name in HOW_IT_RUNS:
-            continue
-        if is_config(value):
-            yield from _flatten(value, f"{path}.")
-        else:
-            yield path, _plain(value)
 
 
 def _plain(value: Any) -> Any:

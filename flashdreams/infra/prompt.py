@@ -10,7 +10,7 @@ from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.checkpoint.read import open_tensors
 from flashdreams.runtime.checkpoint.source import LocalCheckpoint
 from flashdreams.runtime.files import write_whole
-from flashdreams.runtime.text import read_text, reason_of, shown
+from flashdreams.runtime.text import read_text, shown, unreadable
 
 MAX_PROMPT_CHARACTERS = 20_000
 """Most characters of a prompt: several times what any text encoder takes."""
@@ -31,15 +31,11 @@ def read_prompt(prompt: str, prompt_path: Path | None) -> str:
                 f"--prompt has {len(prompt)} characters; at most {MAX_PROMPT_CHARACTERS} are taken."
             )
         return prompt
-    try:
+    remedy = "Name a text file, or give the words with --prompt."
+    with unreadable(f"--prompt-path {prompt_path}", remedy):
         text = read_text(prompt_path, 4 * MAX_PROMPT_CHARACTERS, "utf-8-sig").strip()
         if len(text) > MAX_PROMPT_CHARACTERS:
             raise ValueError(f"it has more than {MAX_PROMPT_CHARACTERS} characters")
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--prompt-path {prompt_path} cannot be read: {reason_of(error)}. Name a text file, "
-            "or give the words with --prompt."
-        ) from error
     if not text:
         raise ValueError(f"--prompt-path {prompt_path} is empty; describe the video in it.")
     return text

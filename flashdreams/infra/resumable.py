@@ -28,7 +28,7 @@ from flashdreams.parallel.environment import (
     least_of_all_ranks,
 )
 from flashdreams.runtime.files import write_whole
-from flashdreams.runtime.text import read_text, reason_of
+from flashdreams.runtime.text import read_text, reason_of, unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -223,17 +223,9 @@ def _run_of(path: Path) -> dict[str, Any]:
 
 
 def _read_mark(mark: Path) -> dict[str, Any]:
-    """What an earlier process has written about its run.
-
-    Raises:
-        ValueError: one line that says what is wrong with the file.
-    """
-    try:
+    """What an earlier process has written about its run."""
+    with unreadable(f"--output-dir: {mark}", "Remove it to start over."):
         found = json.loads(read_text(mark, MAX_MARK_BYTES))
         if not isinstance(found, dict):
             raise ValueError("it holds no object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"--output-dir: {mark} cannot be read: {reason_of(error)}. Remove it to start over."
-        ) from error
     return found

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import MISSING
 from typing import Any
 
-from flashdreams.infra.config import config_fields, is_config
+from flashdreams.infra.config import config_fields, walk
 from flashdreams.parallel.environment import from_rank_zero, gather_to_rank_zero
 from flashdreams.runtime.checkpoint import CheckpointConfig
 
@@ -29,7 +29,7 @@ def refuse_other_options(config: Any) -> None:
         ValueError: on rank zero, names options and ranks.
         RankZeroError: the same on the other ranks.
     """
-    found = gather_to_rank_zero(dict(_options(config, "")))
+    found = gather_to_rank_zero(dict(_options(config)))
     from_rank_zero(lambda: _compare(found))
 
 
@@ -50,16 +50,14 @@ def _compare(found: Sequence[dict[str, str]]) -> None:
             )
 
 
-def _options(config: Any, prefix: str) -> Iterator[tuple[str, str]]:
+def _options(config: Any) -> Iterator[tuple[str, str]]:
     """Dotted names and values of what has the same form in every process."""
-    if isinstance(config, CheckpointConfig):
-        return
-    for name, field in config_fields(config).items():
-        value = getattr(config, name)
-        if is_config(value):
-            yield from _options(value, f"{prefix}{name}.")
-        elif name not in OF_A_NODE and field.default_factory is MISSING and _is_plain(value):
-            yield f"{prefix}{name}", repr(value)
+    for path, owner, value in walk(config):
+        name = path.rpartition(".")[2]
+        differs = name in OF_A_NODE or isinstance(owner, CheckpointConfig)
+        computed = config_fields(owner)[name].default_factory is not MISSING
+        if not (differs or computed) and _is_plain(value):
+            yield path, repr(value)
 
 
 def _is_plain(value: Any) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashdreams.infra.prompt import MAX_PROMPT_CHARACTERS
-from flashdreams.runtime.text import read_text, reason_of
+from flashdreams.runtime.text import read_text, unreadable
 
 MAX_SHOTS = 4096
 """Most prompts of one video."""
@@ -30,13 +30,8 @@ def read_shot_file(path: Path) -> list[str]:
     Raises:
         ValueError: the file cannot be read, or has no shot.
     """
-    try:
+    with unreadable(f"--shot-path {path}", "Name a text file with one prompt a line."):
         text = read_text(path, 4 * MAX_PROMPT_CHARACTERS * 16, "utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--shot-path {path} cannot be read: {reason_of(error)}. Name a text file with one "
-            "prompt a line."
-        ) from error
     lines = [line.strip() for line in text.splitlines()]
     shots = [line for line in lines if line and not line.startswith("#")]
     if not shots:

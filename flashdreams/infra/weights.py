@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from flashdreams.infra.component import Component
-from flashdreams.infra.config import config_fields, derive_config, is_config
+from flashdreams.infra.config import derive_config, walk
 from flashdreams.parallel.environment import first_on_node, from_rank_zero, process_rank
 from flashdreams.runtime.checkpoint import (
     CheckpointConfig,
@@ -43,19 +43,17 @@ def _checkpoint_of(loras: str) -> str:
     return f"{loras.removesuffix(_LORAS)}checkpoint"
 
 
-def named_checkpoints(config: Any, prefix: str = "") -> Iterator[tuple[str, CheckpointConfig]]:
+def named_checkpoints(config: Any) -> Iterator[tuple[str, CheckpointConfig]]:
     """Every checkpoint that a config names, LoRAs included, with the dotted path of its field."""
-    for name in config_fields(config):
-        value = getattr(config, name)
+    for path, owner, value in walk(config):
         if isinstance(value, CheckpointConfig):
-            yield f"{prefix}{name}", value
-        elif name.endswith(_LORAS):
-            beside = getattr(config, _checkpoint_of(name), None) or config.checkpoint
+            yield path, value
+        elif path.endswith(_LORAS):
+            name = path.rpartition(".")[2]
+            beside = getattr(owner, _checkpoint_of(name), None) or owner.checkpoint
             download = beside is not None and beside.download
             for text in value:
-                yield f"{prefix}{name}", parse_lora(text, download=download).checkpoint
-        elif is_config(value):
-            yield from named_checkpoints(value, f"{prefix}{name}.")
+                yield path, parse_lora(text, download=download).checkpoint
 
 
 def option_of(path: str) -> str:
@@ -114,7 +112,7 @@ def require_packages(config: Any, *, fetch_all: str | None = None) -> None:
         ImportError: says what to install, and lists missing weights.
     """
     needed: dict[str, str] = {}
-    for part in _components(config):
+    for _, _, part in walk(config):
         needed |= getattr(part, "packages", {})
     absent = [name for name in needed if importlib.util.find_spec(name) is None]
     if not absent:
@@ -125,14 +123,6 @@ def require_packages(config: Any, *, fetch_all: str | None = None) -> None:
         f"with: pip install {wanted}"
     )
     raise ImportError("\n".join([line, *_list_missing(config, fetch_all, encodes_text=True)]))
-
-
-def _components(config: Any) -> Iterator[Any]:
-    for name in config_fields(config):
-        value = getattr(config, name)
-        if is_config(value):
-            yield value
-            yield from _components(value)
 
 
 def require_weights(

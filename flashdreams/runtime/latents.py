@@ -1,7 +1,7 @@
 """Latents on disk: parts while a run is in progress, one safetensors file at its end."""
 
-import json
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashdreams.runtime.array_file import load_array
 from flashdreams.runtime.files import OutputGuard, open_partial, write_whole
+from flashdreams.runtime.parts import safetensors_header
 from flashdreams.runtime.text import quoted
 
 BLOCK_BYTES = 2**24
@@ -136,17 +137,9 @@ def read_latent_parts(path: str | Path) -> Tensor:
 def _write_safetensors(file: BinaryIO, frames: np.ndarray) -> None:
     """Write ``[T, B, C, H, W]`` as ``[B, C, T, H, W]``, a block at a time."""
     length, batch, channels, height, width = frames.shape
-    entry = {
-        "dtype": "F32",
-        "shape": [batch, channels, length, height, width],
-        "data_offsets": [0, frames.nbytes],
-    }
-    header = json.dumps({"latents": entry}, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the data is aligned to 8 bytes
-    file.write(len(header).to_bytes(8, "little") + header)
+    shape = (batch, channels, length, height, width)
+    file.write(safetensors_header({"latents": ("F32", shape, frames.nbytes)}))
     at_once = max(1, BLOCK_BYTES // (4 * height * width))
-    for entry_index in range(batch):
-        for channel in range(channels):
-            for first in range(0, length, at_once):
-                block = frames[first : first + at_once, entry_index, channel]
-                file.write(np.ascontiguousarray(block).data)
+    for entry, channel, first in product(range(batch), range(channels), range(0, length, at_once)):
+        block = frames[first : first + at_once, entry, channel]
+        file.write(np.ascontiguousarray(block).data)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,11 @@ class Entry:
     dtype: torch.dtype
     read: Callable[[], Tensor]
     """Gives the tensor, on any device; called once, in the order of the file."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ def write_part(path: Path, entries: Sequence[Entry]) -> PartFile:
     """
     digest, size = hashlib.sha256(), 0
     with path.open("xb") as file, ThreadPoolExecutor(1, "checksum") as thread:
-        header = _header(entries)
+        names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+        header = safetensors_header({e.name: (names[e.dtype], e.shape, e.nbytes) for e in entries})
         digest.update(header)
         size += file.write(header)
         for entry in entries:
@@ -105,21 +111,19 @@ def sync_folder(path: Path) -> None:
             os.close(descriptor)
 
 
-def _header(entries: Sequence[Entry]) -> bytes:
-    """The head of a safetensors file.
+def safetensors_header(tensors: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:
+    """The head of a safetensors file whose tensors follow in order.
+
+    Args:
+        tensors: type in the format's words, shape and bytes of each, by name.
 
     Source: the format's description, https://huggingface.co/docs/safetensors.
     """
-    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     described, offset = {}, 0
-    for entry in entries:
-        end = offset + math.prod(entry.shape) * entry.dtype.itemsize
-        described[entry.name] = {
-            "dtype": names[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
+    for name, (kind, shape, nbytes) in tensors.items():
+        place = [offset, offset + nbytes]
+        described[name] = {"dtype": kind, "shape": list(shape), "data_offsets": place}
+        offset += nbytes
     text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data is aligned to 8 bytes
     return len(text).to_bytes(8, "little") + text

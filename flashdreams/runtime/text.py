@@ -7,6 +7,7 @@ import select
 import stat
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from flashdreams.infra.config import quoted
@@ -80,6 +81,23 @@ def reason_of(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+@contextlib.contextmanager
+def unreadable(what: str, remedy: str) -> Iterator[None]:
+    """Turn the error of a file that cannot be read into one line.
+
+    Args:
+        what: names the file, such as ``--prompt-path x.txt``.
+        remedy: a sentence.
+
+    Raises:
+        ValueError: the line.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{what} cannot be read: {reason_of(error)}. {remedy}") from error
+
+
 def shown(name: object) -> str:
     """A name from a file unchanged if it is short and plain, else quoted and cut."""
     text = str(name) if isinstance(name, (str, int)) else quoted(name)
@@ -144,4 +162,5 @@ __all__ = [
     "say",
     "shown",
     "tell",
+    "unreadable",
 ]

@@ -86,8 +86,6 @@ def load_checkpoint(
     device: torch.device | str | None = None,
     dtype: DType | None = None,
     slices: Mapping[str, tuple[int, ...]] | None = None,
-    key_maps: Sequence[KeyMap] | None = None,
-    progress: bool = False,
     loras: Sequence[LoRA] = (),
 ) -> LoadReport:
     """Fill all parameters and persistent buffers of a module from a checkpoint, strictly.
@@ -108,8 +106,6 @@ def load_checkpoint(
         dtype: for all floating point tensors, or of each by the module's name for it; ``None``:
             each keeps its own.
         slices: tensor name to `TensorSlice` or ``(dim, start, length)``: the part to load.
-        key_maps: other naming schemes to recognise; ``None``: ``module.checkpoint_key_maps``.
-        progress: show a progress bar in bytes.
         loras: merged, in float32, into the tensors that they name; checked before any is read.
 
     Raises:
@@ -117,8 +113,7 @@ def load_checkpoint(
         ValueError: ``slices`` names no tensor of the module.
     """
     started = time.perf_counter()
-    if key_maps is None:
-        key_maps = getattr(module, "checkpoint_key_maps", ())
+    key_maps = getattr(module, "checkpoint_key_maps", ())
     store = open_tensors(ensure_local(config), config.select)
     scales, aside = find_scales(store.infos)
     refuse_scaled(store.infos, config, {*scales, *aside})
@@ -136,7 +131,7 @@ def load_checkpoint(
     read = 0
     if device is None or torch.device(device).type != "meta":
         _attach_scales(sources, scales, store)
-        read = _fill(store, sources, device, dtype, title if progress else None)
+        read = _fill(store, sources, device, dtype)
     return LoadReport(
         tensors=len(sources),
         bytes_read=read,
@@ -178,7 +173,6 @@ def merge_loras(
     loras: Sequence[LoRA],
     *,
     slices: Mapping[str, tuple[int, ...]] | None = None,
-    key_maps: Sequence[KeyMap] | None = None,
 ) -> int:
     """Merge LoRAs into existing weights, for modules without a checkpoint.
 
@@ -186,7 +180,6 @@ def merge_loras(
         module: holds its tensors, or on ``meta`` to be compared only.
         loras: as for `load_checkpoint`.
         slices: `TensorSlice` of each tensor that the module has a part of.
-        key_maps: as for `load_checkpoint`.
 
     Returns:
         How many tensors were changed.
@@ -194,8 +187,6 @@ def merge_loras(
     Raises:
         CheckpointError: a LoRA is missing or does not fit; nothing is changed.
     """
-    if key_maps is None:
-        key_maps = getattr(module, "checkpoint_key_maps", ())
     targets = _collect_targets(module)
     parts = _slices_of(targets, slices or {})
     sources = []
@@ -205,7 +196,7 @@ def merge_loras(
         if part is not None:
             shape[part.dim] = part.size or shape[part.dim]
         sources.append(_Source(target, part, tuple(shape)))
-    _attach_updates(sources, loras, key_maps)
+    _attach_updates(sources, loras, getattr(module, "checkpoint_key_maps", ()))
     changed = [source for source in sources if source.updates]
     for source in changed:
         tensor = source.target.tensor
@@ -330,28 +321,19 @@ def _fill(
     sources: Mapping[str, _Source],
     device: torch.device | str | None,
     dtype: DType | None,
-    title: str | None,
 ) -> int:
     """Read the needed tensors into the module; returns the bytes read."""
-    from tqdm import tqdm
-
-    total = sum(
-        source.target.tensor.numel() * store.infos[name].dtype.itemsize
-        for name, source in sources.items()
-    )
-    bar = tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=title is None)
     read = 0
-    with torch.no_grad(), bar:
+    with torch.no_grad():
         for name, value in store.read({name: source.part for name, source in sources.items()}):
-            source, size = sources[name], value.numel() * value.element_size()
+            source = sources[name]
+            read += value.nbytes
             place = _place(source.target, device, dtype)
             if source.scale is not None:
                 value = dequantize(value, source.scale, source.part)
             if source.updates:
                 value = updated(value.to(place.device), source.updates, source.shape, source.part)
             place.copy_(value)
-            read += size
-            bar.update(size)
     return read
 
 

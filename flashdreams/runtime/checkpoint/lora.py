@@ -5,7 +5,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,8 @@ class Update:
         return self.scale * product.reshape(list(shape))
 
 
-@dataclass
-class _Entry:
-    """The tensors of a file that change one module, by kind; the file's names."""
-
-    names: dict[str, str] = field(default_factory=dict)
+Entry = Mapping[str, str]
+"""The tensors of a file that change one module: kind -> the file's name."""
 
 
 def resolve_loras(
@@ -146,22 +143,24 @@ def _resolve(
     unknown: list[str] = []
     misfits: dict[str, str] = {}
     for path, entry in entries.items():
-        for leaf, names in _leaves(entry, path, source):
+        for leaf, files in _leaves(entry, path, source):
             name = finder.find(path, leaf)
             if name is None:
                 unknown.append(f"{path}.{leaf}")
                 continue
-            tensors = tuple(store.infos[n].shape for n in names)
-            wrong = _misfit(tensors, shapes[name]) or next(
-                filter(None, (_why_refused(store.infos[n]) for n in names)), None
+            infos = [store.infos[file] for file in files]
+            wrong = _misfit([info.shape for info in infos], shapes[name]) or next(
+                filter(None, map(_why_refused, infos)), None
             )
-            if any(len(update.names) == len(names) for update in found.get(name, [])):
-                wrong = f"is changed twice, the second time by {names[0]}"
+            if any(len(update.names) == len(files) for update in found.get(name, [])):
+                wrong = f"is changed twice, the second time by {files[0]}"
             if wrong:
                 misfits[name] = wrong
                 continue
-            scale = _scale(entry, store, settings, tensors[1][0], source) if names[1:] else 1.0
-            update = Update(store=store, scale=lora.weight * scale, names=names)
+            scale = 1.0
+            if files[1:]:
+                scale = _scale(entry, store, settings, infos[1].shape[0], source)
+            update = Update(store=store, scale=lora.weight * scale, names=files)
             found.setdefault(name, []).append(update)
     if unknown or misfits or not found:
         listing = describe_mismatch([], unknown, misfits, wanted=sorted(shapes), present=[])
@@ -173,10 +172,10 @@ def _resolve(
     return found
 
 
-def _entries(lora: LoRA, store: TensorStore) -> dict[str, _Entry]:
+def _entries(lora: LoRA, store: TensorStore) -> dict[str, dict[str, str]]:
     """The tensors of a file by the module path that they belong to, as the file spells it."""
     ignored = [re.compile(pattern) for pattern in lora.checkpoint.ignore]
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, dict[str, str]] = {}
     strange = []
     for name in store.infos:
         if any(pattern.match(name) for pattern in ignored):
@@ -185,7 +184,7 @@ def _entries(lora: LoRA, store: TensorStore) -> dict[str, _Entry]:
         for kind, pattern in _KINDS.items():
             path, count = re.subn(pattern, "", plain)
             if count:
-                entries.setdefault(path, _Entry()).names[kind] = name
+                entries.setdefault(path, {})[kind] = name
                 break
         else:
             strange.append(name)
@@ -198,9 +197,8 @@ def _entries(lora: LoRA, store: TensorStore) -> dict[str, _Entry]:
     return entries
 
 
-def _leaves(entry: _Entry, path: str, source: str) -> Iterable[tuple[str, tuple[str, ...]]]:
+def _leaves(names: Entry, path: str, source: str) -> Iterable[tuple[str, tuple[str, ...]]]:
     """The parameters that an entry changes: leaf name and the file's tensors."""
-    names = entry.names
     if ("up" in names) != ("down" in names):
         there, absent = ("up", "down") if "up" in names else ("down", "up")
         raise CheckpointError(
@@ -240,7 +238,7 @@ def _why_refused(info: TensorInfo) -> str | None:
 
 
 def _scale(
-    entry: _Entry, store: TensorStore, settings: Mapping[str, object], rank: int, source: str
+    names: Entry, store: TensorStore, settings: Mapping[str, object], rank: int, source: str
 ) -> float:
     """alpha / rank.
 
@@ -248,10 +246,11 @@ def _scale(
         CheckpointError: an alpha that is not a finite number.
     """
     root = False
-    if "alpha" in entry.names:
-        name = entry.names["alpha"]
-        if math.prod(store.infos[name].shape) != 1 or store.infos[name].refused:
-            shape = quoted(list(store.infos[name].shape))
+    if "alpha" in names:
+        name = names["alpha"]
+        info = store.infos[name]
+        if math.prod(info.shape) != 1 or info.refused:
+            shape = quoted(list(info.shape))
             raise CheckpointError(f"LoRA {source}: {shown(name)} {shape} must be a single number")
         alpha: Any = float(next(value for _, value in store.read({name: None})))
     else:

@@ -39,7 +39,7 @@ class LocalCheckpoint:
 
 
 def ensure_local(
-    config: CheckpointConfig, *, allow_download: bool | None = None, flag: str | None = None
+    config: CheckpointConfig, *, allow_download: bool | None = None
 ) -> LocalCheckpoint:
     """Find the checkpoint on this machine, or download it if that is allowed.
 
@@ -51,7 +51,6 @@ def ensure_local(
     Args:
         config: the checkpoint.
         allow_download: whether it may be downloaded; ``None``: ``config.download``.
-        flag: command line option that allows it, for the message; ``None``: a generic one.
 
     Raises:
         MissingWeightsError: missing and not to be downloaded, or the download failed.
@@ -63,7 +62,7 @@ def ensure_local(
     allowed = config.download if allow_download is None else allow_download
     target = _repository(config)
     if not allowed or not can_download(config):
-        raise MissingWeightsError(describe_missing(config, flag=flag))
+        raise MissingWeightsError(describe_missing(config))
     _refuse_download(config)
     if target is None:
         _download_address(config)

@@ -448,11 +448,3 @@ def test_tensors_at_odd_places_are_read(tmp_path: Path) -> None:
     found = dict(store.read(dict.fromkeys(store.infos)))
     assert found["one"].tolist() == [1] and found["two"].tolist() == [2.0, 3.0]
     assert found["none"].shape == (0, 3)
-
-
-def test_progress_bar_counts_bytes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    config = saved(tmp_path / "w.safetensors", tensors())
-    load_checkpoint(meta(Tiny), config, progress=True)
-    assert "104/104" in capsys.readouterr().err.replace(".0", "")
-    load_checkpoint(meta(Tiny), config)
-    assert capsys.readouterr().err == ""

@@ -62,6 +62,7 @@ def test_the_other_networks_of_a_whole_pipeline_are_left_aside(tmp_path) -> None
 def test_a_prefix_comes_before_another_publishers_names(tmp_path) -> None:
     module = nn.Linear(3, 2)
     keys = KeyMap(name="other", marker="w$", rename=(("^w$", "weight"), ("^b$", "bias")))
+    module.checkpoint_key_maps = (keys,)
     content = {"model.w": torch.ones(2, 3), "model.b": torch.ones(2)}
-    report = load_checkpoint(module, saved(tmp_path, content), key_maps=(keys,))
+    report = load_checkpoint(module, saved(tmp_path, content))
     assert (report.prefix, report.key_map) == ("model.", "other")
