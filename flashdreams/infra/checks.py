@@ -47,6 +47,8 @@ def refuse_non_finite(name: str, value: Any) -> None:
             device, or sparse).
     """
     for tensor in tensors_in(value):
+        if not tensor.is_floating_point():
+            continue
         if tensor.is_meta or tensor.layout is not torch.strided:
             kind = "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
             raise ValueError(f"{name} is a {kind} tensor; give a dense one that holds values.")

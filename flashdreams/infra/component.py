@@ -232,23 +232,16 @@ def slices_of_part(name: str, slices: Mapping[str, Any] | None) -> dict[str, Any
 
 def declared_context(function: Callable[..., Any]) -> frozenset[str]:
     """Names of the keyword arguments that a component's method declares."""
+    # Cached by the function of the class: AR steps need it, and no component is kept alive.
     method = getattr(function, "__func__", None)
-    if method is None:
-        return frozenset(_keyword_names(function))
-    return _names_of_method(method)
+    return _keyword_names(function if method is None else method, method is not None)
 
 
 @lru_cache(maxsize=1024)
-def _names_of_method(method: Callable[..., Any]) -> frozenset[str]:
-    """The same for a method of a class, without ``self``; cached, as AR steps need it."""
-    return frozenset(_keyword_names(method.__get__(object())))
-
-
-def _keyword_names(function: Callable[..., Any]) -> Iterator[str]:
+def _keyword_names(function: Callable[..., Any], is_method: bool) -> frozenset[str]:
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind in named:
-            yield parameter.name
+    parameters = list(inspect.signature(function).parameters.values())[is_method:]
+    return frozenset(parameter.name for parameter in parameters if parameter.kind in named)
 
 
 def select_context(function: Callable[..., Any], context: Mapping[str, Any]) -> dict[str, Any]:

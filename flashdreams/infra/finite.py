@@ -3,7 +3,7 @@
 import math
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -109,19 +109,19 @@ class _Sums(NamedTuple):
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The floating-point tensors of a value, at any depth of mappings, sequences, dataclasses."""
+    """The tensors of a value, at any depth of mappings, sequences and dataclasses, in order."""
     if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
+        yield value
+        return
+    parts: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        parts = value.values()
     elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
+        parts = value
     elif is_dataclass(value) and not isinstance(value, type):
-        for own in fields(value):
-            yield from tensors_in(getattr(value, own.name))
+        parts = [getattr(value, own.name) for own in fields(value)]
+    for part in parts:
+        yield from tensors_in(part)
 
 
 def name_bad_weights(module: nn.Module) -> str:

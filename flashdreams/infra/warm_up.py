@@ -200,23 +200,16 @@ def stats(
         found |= done.attention.stats() if done.attention is not None else {}
     calls = [call for call in calls if call.can_capture]
     if calls:
-        captures = done.captures if done is not None else 0
-        found["cuda_graphs"] = {
-            "captures_at_warm_up": captures,
-            "captures_after_ready": sum(call.captures for call in calls) - captures,
-            "replays": sum(call.replays for call in calls),
-            "eager_calls": sum(call.eager_calls for call in calls),
-        }
+        at_warm_up, counts = done.captures if done is not None else 0, _counts(calls)
+        after = counts.pop("captures") - at_warm_up
+        captures = {"captures_at_warm_up": at_warm_up, "captures_after_ready": after}
+        found["cuda_graphs"] = captures | counts
         failures = [call.failure for call in calls if call.failure is not None]
         if failures:
             found["cuda_graphs"]["off"] = failures[0]
     decoder_calls = [call for call in decoder_calls if call.can_capture]
     if decoder_calls:
-        found["decoder_cuda_graph"] = {
-            "captures": sum(call.captures for call in decoder_calls),
-            "replays": sum(call.replays for call in decoder_calls),
-            "eager_calls": sum(call.eager_calls for call in decoder_calls),
-        }
+        found["decoder_cuda_graph"] = _counts(decoder_calls)
     if done is not None and done.compiled.graphs:
         found["torch_compile"] = {
             "graphs_at_warm_up": done.compiled.graphs,
@@ -224,3 +217,8 @@ def stats(
             "graphs_after_ready": (compiled_so_far() - done.compiled_so_far).graphs,
         }
     return found
+
+
+def _counts(calls: Sequence[GraphedCallable]) -> dict[str, Any]:
+    names = ("captures", "replays", "eager_calls")
+    return {name: sum(getattr(call, name) for call in calls) for name in names}

@@ -4,7 +4,7 @@ Shape letters as in `flashdreams.infra.diffusion.causal`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from flashdreams.attention.choose import AttentionShape
 from flashdreams.attention.cursor import Cursor
 from flashdreams.infra.diffusion.causal_config import CausalTransformerConfig
 from flashdreams.infra.diffusion.transformer import Transformer
+from flashdreams.infra.finite import tensors_in
 from flashdreams.parallel.plan import state
 from flashdreams.runtime.transfer import to_device
 
@@ -202,27 +203,13 @@ def token_values_to_pixels(
 
 def copy_tensors(stored: Any, new: Any) -> None:
     """Copy the tensors of one nest into those of another of the same shapes, in place."""
-    for into, x in zip(_tensors(stored), _tensors(new), strict=True):
+    for into, x in zip(tensors_in(stored), tensors_in(new), strict=True):
         into.copy_(x)
 
 
 def same_shapes(a: Any, b: Any) -> bool:
     """Whether two nests hold tensors of the same shapes in the same order."""
-    return [x.shape for x in _tensors(a)] == [x.shape for x in _tensors(b)]
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif is_dataclass(value):
-        for part in fields(value):
-            yield from _tensors(getattr(value, part.name))
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
+    return [x.shape for x in tensors_in(a)] == [x.shape for x in tensors_in(b)]
 
 
 def _filled(stored: Any, new: Any) -> Any:

@@ -22,6 +22,25 @@ class SchedulerConfig(InstantiateConfig):
     )
 
 
+@dataclass(kw_only=True)
+class SolverSchedulerConfig(SchedulerConfig):
+    """What schedules of many steps along the flow have in common."""
+
+    num_inference_steps: int = 50
+    """Calls of the network per sample, 1 to 1000."""
+
+    shift: float = 5.0
+    """Warp of the noise levels; 1 spaces them evenly, more spends more steps on high noise."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_inference_steps <= NUM_TRAIN_TIMESTEPS:
+            raise ValueError(
+                f"num_inference_steps={self.num_inference_steps} is out of range: it must be from "
+                f"1 to {NUM_TRAIN_TIMESTEPS}. Fewer than 50 are usual."
+            )
+        check_shift(self.shift)
+
+
 class Scheduler(ABC):
     """A sampler from noise to a clean latent.
 
@@ -157,16 +176,6 @@ def shifted_sigmas(
     """
     sigmas = torch.linspace(sigma_max, sigma_min, count + 1, dtype=dtype, device="cpu")[:-1]
     return shift * sigmas / (1 + (shift - 1) * sigmas)
-
-
-def check_schedule(num_inference_steps: int, shift: float) -> None:
-    """Refuse an invalid step count or shift (ValueError)."""
-    if not 1 <= num_inference_steps <= NUM_TRAIN_TIMESTEPS:
-        raise ValueError(
-            f"num_inference_steps={num_inference_steps} is out of range: it must be from 1 to "
-            f"{NUM_TRAIN_TIMESTEPS}. Fewer than 50 are usual."
-        )
-    check_shift(shift)
 
 
 def check_shift(shift: float) -> None:

@@ -10,27 +10,17 @@ from torch import Tensor
 from flashdreams.infra.diffusion.scheduler.base import (
     NUM_TRAIN_TIMESTEPS,
     Scheduler,
-    SchedulerConfig,
-    check_schedule,
+    SolverSchedulerConfig,
     require_same_shape,
     shifted_sigmas,
 )
 
 
 @dataclass(kw_only=True)
-class EulerSchedulerConfig(SchedulerConfig):
+class EulerSchedulerConfig(SolverSchedulerConfig):
     """Euler steps along the flow from pure noise to the clean latent."""
 
     _target: type["EulerScheduler"] = field(default_factory=lambda: EulerScheduler)
-
-    num_inference_steps: int = 50
-    """Calls of the network per sample, 1 to 1000."""
-
-    shift: float = 5.0
-    """Warp of the noise levels; 1 spaces them evenly, more spends more steps on high noise."""
-
-    def __post_init__(self) -> None:
-        check_schedule(self.num_inference_steps, self.shift)
 
 
 class EulerScheduler(Scheduler):

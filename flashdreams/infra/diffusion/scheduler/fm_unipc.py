@@ -10,8 +10,7 @@ from torch import Tensor
 from flashdreams.infra.diffusion.scheduler.base import (
     NUM_TRAIN_TIMESTEPS,
     Scheduler,
-    SchedulerConfig,
-    check_schedule,
+    SolverSchedulerConfig,
     flow_to_x0,
     shifted_sigmas,
 )
@@ -21,19 +20,10 @@ SIGMA_MAX = torch.tensor(1 - 1 / NUM_TRAIN_TIMESTEPS, dtype=torch.float32, devic
 
 
 @dataclass(kw_only=True)
-class FlowUniPCSchedulerConfig(SchedulerConfig):
+class FlowUniPCSchedulerConfig(SolverSchedulerConfig):
     """The schedule of Wan's bidirectional models: UniPC of order 2 (bh2), predicting x0."""
 
     _target: type["FlowUniPCScheduler"] = field(default_factory=lambda: FlowUniPCScheduler)
-
-    num_inference_steps: int = 50
-    """Calls of the network per sample, 1 to 1000."""
-
-    shift: float = 5.0
-    """Warp of the noise levels; 1 spaces them evenly, more spends more steps on high noise."""
-
-    def __post_init__(self) -> None:
-        check_schedule(self.num_inference_steps, self.shift)
 
 
 class FlowUniPCScheduler(Scheduler):
@@ -51,20 +41,21 @@ class FlowUniPCScheduler(Scheduler):
     config: FlowUniPCSchedulerConfig
 
     def __init__(self, config: FlowUniPCSchedulerConfig) -> None:
+        self.config = config
         count, shift = config.num_inference_steps, config.shift
-        precise = shifted_sigmas(SIGMA_MAX, 0.0, count, shift, torch.float64)
+        self._tabulate(shifted_sigmas(SIGMA_MAX, 0.0, count, shift, torch.float64), correct=True)
+
+    def _tabulate(self, precise: Tensor, *, correct: bool) -> None:
+        """Compute all weights for noise levels ``[S]`` float64."""
         timesteps = (precise * NUM_TRAIN_TIMESTEPS).long()
-        super().__init__(config, timesteps=timesteps, sigmas=precise.float())
-        levels = [*self.sigmas.tolist(), 0.0]
-        orders = [1 if step in (0, count - 1) else 2 for step in range(count)]
-        self._predictors = [
-            predictor_weights(levels[max(step - 1, 0) : step + 2], orders[step])
+        super().__init__(self.config, timesteps=timesteps, sigmas=precise.float())
+        count, levels = len(timesteps), [*self.sigmas.tolist(), 0.0]
+        steps = [
+            (levels[max(step - 1, 0) : step + 2], 1 if step in (0, count - 1) else 2)
             for step in range(count)
         ]
-        self._correctors = [
-            corrector_weights(levels[max(step - 1, 0) : step + 2], orders[step])
-            for step in range(count - 1)
-        ]
+        self._predictors = [predictor_weights(*step) for step in steps]
+        self._correctors = [corrector_weights(*step) for step in steps[:-1]] if correct else []
 
     def sample(
         self, predict_flow: Callable[[Tensor, Tensor], Tensor], noise: Callable[[int], Tensor]
@@ -75,7 +66,7 @@ class FlowUniPCScheduler(Scheduler):
         start = newest = older = latent
         for step in range(self.num_inference_steps):
             x0 = flow_to_x0(latent, predict_flow(latent, timesteps[step]), sigmas[step])
-            if step > 0:
+            if step > 0 and self._correctors:
                 latent = combine(self._correctors[step - 1], (start, newest, older, x0))
             start, newest, older = latent, x0, newest
             latent = combine(self._predictors[step], (start, newest, older))
