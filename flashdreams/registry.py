@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -77,28 +77,19 @@ class BrokenPlugin:
     error: BaseException
 
 
-class Registry(Mapping[str, InstantiateConfig]):
+class Registry(dict[str, InstantiateConfig]):
     """Runner configs by slug, in the order of their registration; the first of a slug wins."""
 
     def __init__(self, sources: Iterable[Source]) -> None:
+        super().__init__()
         self.broken: list[BrokenPlugin] = []
         """Registrations that cannot be used, with their errors."""
         self.collisions: dict[str, list[str]] = {}
         """Messages by slug: the origin that is used, and the one that it hides."""
-        self._configs: dict[str, InstantiateConfig] = {}
         self._origins: dict[str, Source] = {}
         self._labels: dict[str, dict[str, InstantiateConfig]] = {}
         for source in sources:
             self._register(source)
-
-    def __getitem__(self, slug: str) -> InstantiateConfig:
-        return self._configs[slug]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._configs)
-
-    def __len__(self) -> int:
-        return len(self._configs)
 
     def origin(self, slug: str) -> Source:
         """The source that registered a slug."""
@@ -111,8 +102,8 @@ class Registry(Mapping[str, InstantiateConfig]):
             ValueError: no such slug (the nearest and all are listed), or a label of several.
             PluginError: the plug-in is broken; its own error and traceback are the cause.
         """
-        if name in self._configs:
-            return self._configs[name]
+        if name in self:
+            return self[name]
         labelled = self._labels.get(name, {})
         if len(labelled) == 1:
             return next(iter(labelled.values()))
@@ -127,7 +118,7 @@ class Registry(Mapping[str, InstantiateConfig]):
             raise ValueError(
                 f"{name!r} registers several runners: {', '.join(labelled)}. Choose one."
             )
-        raise ValueError(unknown_name(name, self._configs, f"slug {name!r}", "slugs"))
+        raise ValueError(unknown_name(name, self, f"slug {name!r}", "slugs"))
 
     def _register(self, source: Source) -> None:
         try:
@@ -144,10 +135,10 @@ class Registry(Mapping[str, InstantiateConfig]):
                 self.broken.append(BrokenPlugin(str(slug), source, error))
                 continue
             self._labels.setdefault(source.label, {}).setdefault(slug, config)
-            if slug not in self._configs:
-                self._configs[slug] = config
+            if slug not in self:
+                self[slug] = config
                 self._origins[slug] = source
-            elif config is not self._configs[slug]:
+            elif config is not self[slug]:
                 self._collide(slug, source)
 
     def _collide(self, slug: str, source: Source) -> None:

@@ -1,12 +1,12 @@
 """Checks of the conditions of a rollout."""
 
-import difflib
 from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashdreams.infra.config import did_you_mean
 from flashdreams.infra.finite import tensors_in
 
 PIXEL_LIMIT = 1.5
@@ -27,10 +27,8 @@ def refuse_unknown(names: Iterable[str], known: Collection[str], method: str) ->
     for name in names:
         if name in known:
             continue
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise TypeError(
-            f"No component of {method} takes the context {name!r}.{hint} "
+            f"No component of {method} takes the context {name!r}.{did_you_mean(name, known)} "
             f"Known: {', '.join(sorted(known))}."
         )
 

@@ -11,7 +11,7 @@ import reprlib
 import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
@@ -212,9 +212,9 @@ def unknown_name(name: str, valid: Iterable[str], what: str, kind: str = "fields
     if removed is not None:
         return removed
     valid = list(valid)
-    nearest = _nearest(name, valid)
-    hint = f" Did you mean {' or '.join(repr(n) for n in nearest)}?" if nearest else ""
-    return f"Unknown {what}.{hint} Valid {kind}: {', '.join(valid) or '(none)'}."
+    return (
+        f"Unknown {what}.{did_you_mean(name, valid)} Valid {kind}: {', '.join(valid) or '(none)'}."
+    )
 
 
 def quoted(value: Any) -> str:
@@ -235,11 +235,12 @@ def check_slug(name: Any) -> None:
         )
 
 
-def _nearest(name: str, valid: list[str]) -> list[str]:
-    """At most three names, those about as near as the nearest."""
+def did_you_mean(name: str, valid: Collection[str]) -> str:
+    """A sentence with at most three names, those about as near as the nearest; or nothing."""
     found = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
     ratios = [difflib.SequenceMatcher(None, other, name).ratio() for other in found]
-    return [n for n, ratio in zip(found, ratios, strict=True) if ratio > max(ratios) - 0.1]
+    near = [repr(n) for n, ratio in zip(found, ratios, strict=True) if ratio > max(ratios) - 0.1]
+    return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 def check_leaf(config_type: type, name: str, value: Any, path: str) -> None:

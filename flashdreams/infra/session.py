@@ -387,6 +387,3 @@ def key_commands(
 
 class SessionEnded(RuntimeError):
     """The session was ended by an ``"end"`` command."""
-
-
-__all__ = ["Command", "Session", "SessionEnded", "Step", "Turn", "key_commands"]

@@ -111,13 +111,13 @@ def read_header(folder: Path) -> SnapshotHeader:
         if _sealed(content) != data:
             raise ValueError("its checksum does not match")
         if content["format"] != SNAPSHOT_FORMAT:
-            raise _NewerFormatError(content["format"])
+            raise SnapshotError(
+                f"{folder} has snapshot format {content['format']}; this release reads format "
+                f"{SNAPSHOT_FORMAT}. Load it with the release that saved it."
+            )
         return _from_json(content)
-    except _NewerFormatError as error:
-        raise SnapshotError(
-            f"{folder} has snapshot format {error}; this release reads format {SNAPSHOT_FORMAT}. "
-            "Load it with the release that saved it."
-        ) from error
+    except SnapshotError:
+        raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise SnapshotError(f"{path} is damaged ({error}). Use another snapshot.") from error
 
@@ -140,10 +140,6 @@ def check_identity(header: SnapshotHeader, config: Mapping[str, Any], weights: M
                 f"{folder} was saved with another {what}: {'; '.join(found[:5])}{more}. "
                 "Load it with the method that saved it."
             )
-
-
-class _NewerFormatError(Exception):
-    """Another format."""
 
 
 def _sealed(content: Any) -> bytes:

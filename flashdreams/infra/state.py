@@ -6,7 +6,6 @@ A value that represents a tensor has its shape, dtype and memory format; the ten
 path of fields that leads to it. No class name is stored: a load fills fresh state by field path.
 """
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_args, get_type_hints
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from flashdreams.attention.cache import KVCache
 from flashdreams.attention.cursor import Cursor
+from flashdreams.infra.config import did_you_mean
 from flashdreams.parallel.plan import ParallelPlan, StateStyle, style_of
 from flashdreams.parallel.state_layout import StateLayout
 from flashdreams.runtime.region import Region, TensorPart, region_shape, whole_region
@@ -59,11 +59,9 @@ def check_plan_styles(state: Any, styles: PlanStyles) -> None:
     known = [f.name for f in fields(state)] if is_dataclass(state) else []
     for name in styles:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
                 f"The plan's rollout names {name!r}, which is not a field of "
-                f"{type(state).__name__}.{hint} Fields: {', '.join(known)}."
+                f"{type(state).__name__}.{did_you_mean(name, known)} Fields: {', '.join(known)}."
             )
 
 

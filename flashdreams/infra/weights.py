@@ -240,13 +240,13 @@ def weight_nbytes(component: Component) -> int:
     return sum(x.numel() * component.dtype_of(name).itemsize for name, x in named)
 
 
-def memory_estimate(config: Any, batch_size: int = 1) -> str:
+def memory_estimate(config: Any) -> str:
     """Text with the bytes of weights and one rollout's KV cache, from shapes, not measured."""
     with torch.device("meta"):
         transformer = config.diffusion_model.transformer.setup()
         transformer.quantize_weights()
     branches = 1 if config.diffusion_model.guidance_scale is None else 2
-    cache = transformer.cache_nbytes(batch_size) * branches
+    cache = transformer.cache_nbytes(1) * branches
     dtype_of = transformer.dtype_of
     weights = weight_nbytes(transformer)
     others = [

@@ -126,14 +126,6 @@ def gradient_image(height: int, width: int) -> Tensor:
 
 def cover(image: Any, height: int, width: int) -> Any:
     """Scale an image of Pillow to cover a size, and cut away evenly what is outside."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    scale = min(image.width / width, image.height / height)
-    left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
-    box = (
-        max(0.0, left),
-        max(0.0, top),
-        image.width - max(0.0, left),
-        image.height - max(0.0, top),
-    )
-    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)

@@ -2,15 +2,14 @@
 
 import subprocess
 from pathlib import Path
-from types import TracebackType
 
 from torch import Tensor
 
 from flashdreams.runtime.files import open_owned
-from flashdreams.runtime.video import VideoWriter
+from flashdreams.runtime.video import ClosedAtEnd, VideoWriter
 
 
-class SegmentedVideo:
+class SegmentedVideo(ClosedAtEnd):
     """Writes ``<folder>/<first AR step>.mp4`` one after the other, and joins them at the end.
 
     Each segment is complete once the next one has begun, so a killed run loses only the
@@ -73,20 +72,6 @@ class SegmentedVideo:
         """End the segment and leave it under its partial name."""
         if self._segment is not None:
             self._segment.abort()
-
-    def __enter__(self) -> "SegmentedVideo":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()
 
     def _new(self, first: int) -> VideoWriter:
         path = self.folder / f"{first:08d}.mp4"

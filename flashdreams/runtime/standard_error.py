@@ -51,6 +51,3 @@ def prepare_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     errors = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = cast(TextIO, LossyStream(errors))
-
-
-__all__ = ["LossyStream", "prepare_streams"]

@@ -150,17 +150,3 @@ def tell(text: str) -> None:
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     with contextlib.suppress(OSError, ValueError):
         print(printable(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
-
-
-__all__ = [
-    "MAX_MESSAGE_CHARACTERS",
-    "check_regular",
-    "printable",
-    "quoted",
-    "read_text",
-    "reason_of",
-    "say",
-    "shown",
-    "tell",
-    "unreadable",
-]

@@ -5,8 +5,7 @@ import contextlib
 import queue
 import threading
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +27,9 @@ FFMPEG_ARGS = (
 )
 
 
+WriterT = TypeVar("WriterT", bound="ClosedAtEnd")
+
+
 class _Frames(NamedTuple):
     """Frames on the host, ``[F, H, W, 3]`` uint8, once ``arrived`` has passed (None: they have)."""
 
@@ -35,7 +37,28 @@ class _Frames(NamedTuple):
     arrived: torch.cuda.Event | None
 
 
-class VideoWriter:
+class ClosedAtEnd:
+    """A context that calls ``close`` at its end, and ``abort`` if its body raises."""
+
+    def close(self) -> None:
+        """Complete the file."""
+        raise NotImplementedError
+
+    def abort(self) -> None:
+        """Leave what was written under a partial name."""
+        raise NotImplementedError
+
+    def __enter__(self: WriterT) -> WriterT:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+class VideoWriter(ClosedAtEnd):
     """Streams chunks into ``<name>.partial.mp4``, which becomes ``<name>.mp4`` at the end.
 
     H.264 in fragmented mp4: a process that is killed leaves a partial file which plays up to its
@@ -158,20 +181,6 @@ class VideoWriter:
         if not self._closed:
             self._finish()
             self._owned.close()
-
-    def __enter__(self) -> "VideoWriter":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()
 
     def _give_name(self) -> None:
         if self.frames_written == 0:
