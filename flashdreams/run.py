@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -314,7 +314,7 @@ def _apply_overrides(config: Any, line: CommandLine) -> Any:
     from tyro.conf import AvoidSubcommands, FlagConversionOff, SuppressFixed
 
     program = f"{PROGRAM} {line.slug or config.runner_name}"
-    for name in _absent_components(config, ""):
+    for name in _absent_components(config):
         flag = f"--{name.replace('_', '-')}."
         if any(word.replace("_", "-").startswith(flag) for word in line.overrides):
             raise UsageError(
@@ -339,19 +339,19 @@ def _about(config: Any) -> str:
     """The text above the flags in the help of a slug."""
     lines = [getattr(config, "description", "")]
     lines += [f"{name}: {text}." for name, text in _OWN_OPTIONS.items()]
-    absent = [
-        path
-        for path, owner, value in walk(config)
-        if value is None and any(map(is_dataclass, annotated_types(_annotation(owner, path))))
-    ]
+    absent = list(_absent_components(config))
     if absent:
         names = ", ".join(absent)
         lines += ["", f"Components that are None have no flags, set them with --config: {names}."]
     return "\n".join(lines)
 
 
-def _annotation(owner: Any, path: str) -> Any:
-    return field_annotation(type(owner), path.rpartition(".")[2])
+def _absent_components(config: Any) -> Iterator[str]:
+    """Dotted names of the components that are None, which have no flags."""
+    for path, owner, value in walk(config):
+        annotation = field_annotation(type(owner), path.rpartition(".")[2])
+        if value is None and any(map(is_dataclass, annotated_types(annotation))):
+            yield path
 
 
 def _run(config: Any, debug: bool, replay: Any = None) -> int:

@@ -217,15 +217,12 @@ class Assembly(nn.Module):
             if part is not None and hasattr(part, "initialize_cache"):
                 known |= declared_context(part.initialize_cache)
         return ContextEncoder(
-            method=self.config.name,
+            config=self.config,
             text_encoder=self.text_encoder,
             image_encoder=self.image_encoder,
-            encodes_text=self.config.text_encoder is not None,
             text_from_rank_zero=self.text_from_rank_zero,
             device=self.target_device,
-            guided=self.config.diffusion_model.guidance_scale is not None,
             known=frozenset(known),
-            takes_image=self.config.diffusion_model.begins_with_image,
         )
 
     def load(self, fetch_all: str | None = None, prompts: Mapping[str, str] | None = None) -> None:

@@ -166,11 +166,10 @@ def load_component(
     Raises:
         CheckpointError: weights are missing or do not fit; see ``load_checkpoint``.
     """
-    checkpoint = component.config.checkpoint
-    parts = nested_components(component) if component.loads_parts else {}
-    for name, part in parts.items():
-        load_component(part, device, slices_of_part(name, slices))
-    loras = component.loras()
+    parts = _parts_that_load(component, slices)
+    for part, own in parts:
+        load_component(part, device, own)
+    loras, checkpoint = component.loras(), component.config.checkpoint
     if checkpoint is not None and not component.loads_parts:
         dtype_of = component.dtype_of
         with concerning(checkpoint):
@@ -196,13 +195,20 @@ def check_weights(component: Component, slices: Mapping[str, Any] | None = None)
     Raises:
         CheckpointError: a file is missing or damaged, or does not fit.
     """
-    parts = nested_components(component) if component.loads_parts else {}
-    for name, part in parts.items():
-        check_weights(part, slices_of_part(name, slices))
+    for part, own in _parts_that_load(component, slices):
+        check_weights(part, own)
     loras, checkpoint = component.loras(), component.config.checkpoint
     if checkpoint is not None and not component.loads_parts:
         with concerning(checkpoint):
             load_checkpoint(component, checkpoint, device="meta", slices=slices, loras=loras)
+
+
+def _parts_that_load(
+    component: Component, slices: Mapping[str, Any] | None
+) -> list[tuple[Component, dict[str, Any] | None]]:
+    """The nested components that load their own weights, each with its part of ``slices``."""
+    found = nested_components(component) if component.loads_parts else {}
+    return [(part, slices_of_part(name, slices)) for name, part in found.items()]
 
 
 def nested_components(component: Component) -> dict[str, Component]:

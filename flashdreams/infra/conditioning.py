@@ -20,24 +20,18 @@ OWN_CONTEXT = frozenset({"text", "negative_text", "image", "seed", "noise"})
 class ContextEncoder:
     """Checks and encodes prompts, images and other context of a rollout."""
 
-    method: str
-    """Name of the pipeline, for messages."""
+    config: Any
+    """The `StreamInferencePipelineConfig`."""
     text_encoder: Any
     """None: ``text`` is passed through, unless the encoder was released or is on another rank."""
     image_encoder: Any
     """None: ``image`` is passed through."""
-    encodes_text: bool
-    """Whether the pipeline has a text encoder, on this rank or on rank zero."""
     text_from_rank_zero: bool
     """Only rank zero has the text encoder: it may be larger than the transformer."""
     device: torch.device
     """The device of the embeddings."""
-    guided: bool
-    """Whether there is an unconditional branch."""
     known: frozenset[str]
     """Context that the components declare."""
-    takes_image: bool
-    """Whether the diffusion model starts from the latents of an image."""
 
     def encode(
         self,
@@ -70,10 +64,10 @@ class ContextEncoder:
             encoded |= dict(found) if isinstance(found, Mapping) else {"image": found}
         if text is not None:
             encoded["text"] = self.encode_text(text)
-        if not self.guided:
+        if self.config.diffusion_model.guidance_scale is None:
             if negative_text is not None:
                 raise ValueError(
-                    f"{self.method} runs without guidance, so it takes no negative_text; set "
+                    f"{self.config.name} runs without guidance, so it takes no negative_text; set "
                     "diffusion_model.guidance_scale, or omit it."
                 )
             return encoded, None
@@ -95,7 +89,7 @@ class ContextEncoder:
                 after the text encoder was released.
         """
         refuse_non_finite("text", text)
-        if not self.encodes_text:
+        if self.config.text_encoder is None:
             return text
         if isinstance(text, Tensor):
             if not text.is_floating_point():
@@ -154,9 +148,10 @@ class ContextEncoder:
 
     def _check_names(self, context: Mapping[str, Any], image: Any) -> None:
         encoded = self.image_encoder is not None or isinstance(image, Mapping)
-        if image is not None and not (encoded or self.takes_image or "image" in self.known):
-            raise TypeError(f"{self.method} takes no image, so image must be None.")
-        refuse_unknown(context, (self.known | OWN_CONTEXT) - {"batch_size"}, self.method)
+        taken = self.config.diffusion_model.begins_with_image or "image" in self.known
+        if image is not None and not (encoded or taken):
+            raise TypeError(f"{self.config.name} takes no image, so image must be None.")
+        refuse_unknown(context, (self.known | OWN_CONTEXT) - {"batch_size"}, self.config.name)
 
 
 def _refuse_string(text: Any) -> None:

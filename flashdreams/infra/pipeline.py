@@ -15,7 +15,7 @@ from flashdreams.infra.diffusion.causal import RewriteMode
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.encoder.base import EncoderConfig, StreamingEncoder
 from flashdreams.infra.finite import FiniteCheck, NotFiniteError, name_bad_weights
-from flashdreams.infra.fork_batch import encode_each
+from flashdreams.infra.fork import encode_each
 from flashdreams.infra.ranges import check_range
 from flashdreams.infra.rollout import StreamInferencePipelineCache, check_state
 from flashdreams.infra.saved_rollouts import SavedRollouts, new_state

@@ -8,12 +8,13 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,11 +54,14 @@ def own_files(folder: Path, slug: str) -> list[Path]:
     return [folder / name.format(slug) for name in names]
 
 
-def claim_output(config: Any) -> BinaryIO:
-    """Make the output folder and check that no other run writes files of this slug into it.
+@contextmanager
+def claimed_output(config: Any) -> Iterator[None]:
+    """Make the output folder, and keep other runs from writing files of this slug into it.
 
-    Returns:
-        ``.<slug>.lock`` in the folder; closing it, or the end of the process, releases the names.
+    It has the file ``.<slug>.lock`` meanwhile; the end of the process also releases the names.
+
+    Args:
+        config: of the runner.
 
     Raises:
         ValueError: one line with the reason.
@@ -70,7 +74,6 @@ def claim_output(config: Any) -> BinaryIO:
         file = open_owned(lock)
         file.write(own)
         file.flush()
-        return file
     except InUseError as error:
         holder, remedy = f"another run of {slug}", "wait until it ends"
         if lock.is_file() and lock.read_bytes() == own:
@@ -84,6 +87,12 @@ def claim_output(config: Any) -> BinaryIO:
         raise ValueError(
             f"--output-dir {folder} cannot be written: {reason_of(error)}. Name another folder."
         ) from error
+    with file:
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # the folder may have been deleted
+                lock.unlink(missing_ok=True)
 
 
 @dataclass(eq=False)

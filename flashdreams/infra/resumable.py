@@ -9,10 +9,10 @@ import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flashdreams.infra.controller import Controller
 from flashdreams.infra.pipeline import StreamInferencePipeline
@@ -42,14 +42,13 @@ MAX_MARK_BYTES = 4096
 _SNAPSHOT = re.compile(r"step-(\d{8})")
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
     """Progress of a resumed run."""
 
+    seed: int
     cache: StreamInferencePipelineCache
     turns: int
     """AR steps that were made."""
-    seed: int
 
 
 class ResumableRun:
@@ -76,7 +75,6 @@ class ResumableRun:
         # An agent that joined later counts fewer restarts than the others.
         self._launch = replace(launch, restarts=-least_of_all_ranks(-launch.restarts))
         self.token, self.goes_on = from_rank_zero(lambda: self._find(resume))
-        self.progress: Progress | None = None
         if every > 0 or self.goes_on:
             self._require_shared_folder()
 
@@ -129,8 +127,7 @@ class ResumableRun:
             except (SnapshotError, OtherRankError) as error:
                 logger.warning("%s Trying an older snapshot.", error)
                 continue
-            self.progress = Progress(cache, run["turns"], run["seed"])
-            return self.progress
+            return Progress(run["seed"], cache, run["turns"])
         return None
 
     def choices(self) -> Mapping[str, Any] | None:

@@ -17,8 +17,8 @@ from flashdreams.infra.pipeline import (
     StreamInferencePipelineConfig,
 )
 from flashdreams.infra.ranges import check_range
-from flashdreams.infra.recorder import RunRecorder, claim_output
-from flashdreams.infra.resumable import Progress, ResumableRun
+from flashdreams.infra.recorder import RunRecorder, claimed_output
+from flashdreams.infra.resumable import ResumableRun
 from flashdreams.infra.same_options import refuse_other_options
 from flashdreams.infra.session import Command, Session, Step
 from flashdreams.infra.stored_choices import read_choices
@@ -160,11 +160,13 @@ class Runner(Generic[ConfigT, PipelineT]):
         self._is_closed = False
         self._resources = contextlib.ExitStack()
         self._peers = self._resources.enter_context(PeerWatch(self.environment))
-        self._claim = claim_output(config) if self.is_rank_zero else None
+        self._output = contextlib.ExitStack()
+        if self.is_rank_zero:
+            self._output.enter_context(claimed_output(config))
         try:
             self._assemble(config)
         except BaseException as error:
-            self._give_back_output()
+            self._output.close()
             found = self.explain(error)
             self._resources.close()
             if found is error:
@@ -187,8 +189,8 @@ class Runner(Generic[ConfigT, PipelineT]):
         )
         self.mesh = self._build_mesh()
         reports = self.pipeline.parallelize(self.mesh)
-        if self.environment.world_size > 1 and self.is_rank_zero:
-            tell(f"ranks: {self.mesh.degrees}; transformer: {reports['transformer']}")
+        if self.environment.world_size > 1:
+            self._tell(f"ranks: {self.mesh.degrees}; transformer: {reports['transformer']}")
         self._apply_choices()
         self._videos: list[Path] = []
         self._video: SegmentedVideo | None = None
@@ -201,8 +203,8 @@ class Runner(Generic[ConfigT, PipelineT]):
             self.pipeline.load(self.fetch_all, self.prompt_options())
         with announced("warming up", where), self.pipeline.guard("warm-up", None, limit_s):
             warmed_up = self.pipeline.warm_up()
-        if warmed_up.steps and self.is_rank_zero:
-            tell(f"{warmed_up.measured}ready: {warmed_up}")
+        if warmed_up.steps:
+            self._tell(f"{warmed_up.measured}ready: {warmed_up}")
         self.recorder = RunRecorder(config, self.environment, self.mesh, self.pipeline)
         self.recorder.resumable = bool(self.resumable.every or self.resumable.goes_on)
         self.pipeline.observers.append(self.recorder.observe)
@@ -215,8 +217,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         else:
             stored = from_rank_zero(lambda: read_choices(source))
         for line in () if stored is None else self.pipeline.apply_choices(stored):
-            if self.is_rank_zero:
-                tell(f"numerics: {line}.")
+            self._tell(f"numerics: {line}.")
 
     def _build_mesh(self) -> Mesh:
         """The requested mesh; a resumed run uses one that fits its ranks."""
@@ -226,10 +227,13 @@ class Runner(Generic[ConfigT, PipelineT]):
         except ValueError as error:
             if not self.resumable.goes_on:
                 raise
-            if self.is_rank_zero:
-                tell(f"ranks: {error} This run continues with degrees that fit.")
+            self._tell(f"ranks: {error} This run continues with degrees that fit.")
             degrees = dict.fromkeys(DEGREES, "auto")
             return self.pipeline.build_mesh(ranks, replace(asked, **degrees))  # type: ignore[arg-type]
+
+    def _tell(self, text: str) -> None:
+        if self.is_rank_zero:
+            tell(text)
 
     @property
     def is_rank_zero(self) -> bool:
@@ -276,29 +280,25 @@ class Runner(Generic[ConfigT, PipelineT]):
         """Start or resume a rollout that can be steered; a collective call."""
         controller = self.controller()
         progress = self.resumable.resume(self.pipeline, controller)
+        seed, cache = (self.config.seed, None) if progress is None else progress[:2]
         replay = self.recorder.replay
         opening = {} if replay is None else replay.opening
         session = Session(
             self.pipeline,
             {**self.conditions(), **to_device(opening, self.device)},
-            seed=self.config.seed if progress is None else progress.seed,
+            seed=seed,
             controller=controller,
             channel=MessageChannel(self.environment.store),
             name=name,
-            cache=None if progress is None else progress.cache,
+            cache=cache,
         )
         session.on_turn = self.recorder.note_turn
-        if progress is not None:
-            self._go_on(session, progress)
+        if progress is not None:  # truncate the files of the run to its snapshot
+            session.turns = progress.turns
+            frames = progress.turns * self.pipeline.diffusion_model.transformer.config.len_t
+            from_rank_zero(lambda: self.recorder.resume(progress.turns, frames))
+            self._tell(f"resumed before AR step {session.cache.next_index}")
         return session
-
-    def _go_on(self, session: Session, progress: Progress) -> None:
-        """Truncate the files of the run to its snapshot; a collective call."""
-        session.turns = progress.turns
-        frames = progress.turns * self.pipeline.diffusion_model.transformer.config.len_t
-        from_rank_zero(lambda: self.recorder.resume(progress.turns, frames))
-        if self.is_rank_zero:
-            tell(f"resumed before AR step {progress.cache.next_index}")
 
     def stream(self, total_blocks: int) -> Iterator[Step]:
         """AR steps of a session with ``commands``, with a progress bar on rank zero.
@@ -395,7 +395,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         self._is_closed = True
         limit_s = LOAD_TIMEOUT_S if self.config.save_latents else None  # there may be many
         with contextlib.ExitStack() as at_the_end:
-            at_the_end.callback(self._give_back_output)
+            at_the_end.callback(self._output.close)
             at_the_end.enter_context(self.pipeline.guard("close", self.recorder.steps, limit_s))
             ranks = gather_to_rank_zero((list(self.tracer.steps_ms), self.tracer.events))
             self.recorder.ranks = slowest_rank([steps for steps, _ in ranks]) if ranks else {}
@@ -433,7 +433,7 @@ class Runner(Generic[ConfigT, PipelineT]):
 
     def end_serving(self) -> None:
         """Unlock the output folder and leave the process group; writes no files."""
-        self._give_back_output()
+        self._output.close()
         self._leave()
 
     def _leave(self) -> None:
@@ -459,14 +459,7 @@ class Runner(Generic[ConfigT, PipelineT]):
         guard = self.pipeline.guard("abort", self.recorder.steps)  # a hung device blocks checksums
         with contextlib.suppress(Exception), guard:
             self.recorder.abort()
-        self._give_back_output()
-
-    def _give_back_output(self) -> None:
-        if self._claim is not None:
-            with contextlib.suppress(OSError):  # the folder may have been deleted
-                Path(self._claim.name).unlink(missing_ok=True)
-            self._claim.close()
-            self._claim = None
+        self._output.close()
 
 
 def to_device(conditions: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

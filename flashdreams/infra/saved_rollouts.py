@@ -1,5 +1,6 @@
 """Saving, moving and copying rollouts."""
 
+import copy
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -13,15 +14,18 @@ from flashdreams.infra.decoder.base import StreamingDecoder
 from flashdreams.infra.diffusion.recompute import numerics_difference
 from flashdreams.infra.encoder.base import StreamingEncoder
 from flashdreams.infra.fingerprint import differences
-from flashdreams.infra.fork import copied_bytes, copy_rollout, require_room, timed_forks
-from flashdreams.infra.fork_batch import (
+from flashdreams.infra.fork import (
     Change,
     ForkNoise,
     changed_context,
+    copied_bytes,
     fill_batch,
     fill_pick,
+    live_state,
     repeated,
+    require_room,
     rows_of,
+    timed_forks,
 )
 from flashdreams.infra.identity import describe_config, hash_weights
 from flashdreams.infra.parked import ParkedRollout, park_parts
@@ -36,10 +40,10 @@ from flashdreams.infra.rollout import (
     values_of,
 )
 from flashdreams.infra.snapshot import (
-    SnapshotReader,
     SnapshotReport,
     fill_together,
     open_snapshot,
+    read_from,
     readable_damage,
     save_snapshot,
 )
@@ -205,7 +209,7 @@ class SavedRollouts(Assembly, ABC):
             header = open_snapshot(
                 folder, self.config, lambda values: self._checked(values, noise, controller)
             )
-            decoder = StateDecoder(self.layout, SnapshotReader(folder, header).take)
+            decoder = StateDecoder(self.layout, read_from(folder, header))
             with readable_damage(folder):
                 cache, differ = self._restore(header.values, decoder, noise, controller)
             if header.light:
@@ -307,7 +311,8 @@ class SavedRollouts(Assembly, ABC):
             self.diffusion_model.side.join()
             noise = _noise_of_clone(cache) if noise is None else noise
             other = self.new_cache(dict(cache.context), cache.negative_text, noise)
-            copy_rollout(cache, other, self.layout)
+            other.controller = copy.deepcopy(cache.controller)
+            fill_rollout(other, *live_state(cache, self.layout))
             return other
 
     @without_grad

@@ -25,7 +25,7 @@ from flashdreams.infra.snapshot_header import (
     check_identity,
     read_header,
 )
-from flashdreams.infra.state import dtype_of
+from flashdreams.infra.state import Take, dtype_of
 from flashdreams.parallel.environment import (
     OtherRankError,
     all_ranks_agree,
@@ -205,47 +205,38 @@ def _verify(folder: Path, parts: Sequence[PartFile]) -> None:
             )
 
 
-class SnapshotReader:
-    """Reads regions of the tensors of a snapshot from the mapped files."""
+def read_from(folder: Path, header: SnapshotHeader) -> Take:
+    """A reader of regions of the tensors of a snapshot, from the mapped files to the CPU.
 
-    def __init__(self, folder: Path, header: SnapshotHeader) -> None:
-        self._folder = folder
-        self._tensors = header.tensors
-        self._open: dict[str, dict[str, Tensor]] = {}
+    It raises `SnapshotError` for a tensor that the snapshot does not have.
+    """
+    mapped: dict[str, dict[str, Tensor]] = {}
 
-    def take(self, path: str, shape: tuple[int, ...], region: Region, dtype: torch.dtype) -> Tensor:
-        """The entries of a region of a tensor, on the CPU.
+    def stored_slice(piece: StoredSlice, path: str) -> Tensor:
+        if piece.file not in mapped:
+            try:
+                mapped[piece.file] = read_part(folder / piece.file)
+            except CheckpointError as error:
+                raise SnapshotError(str(error)) from error
+        x = mapped[piece.file].get(path)
+        if x is None or tuple(x.shape) != region_shape(piece.region):
+            raise SnapshotError(f"{folder / piece.file} does not hold its part of {path}.")
+        return x
 
-        Args:
-            path: of the tensor.
-            shape: expected shape of the whole tensor.
-            region: the requested entries.
-            dtype: expected dtype of the tensor.
-
-        Raises:
-            SnapshotError: no such tensor in the snapshot.
-        """
-        stored = self._tensors.get(path)
+    def take(path: str, shape: tuple[int, ...], region: Region, dtype: torch.dtype) -> Tensor:
+        stored = header.tensors.get(path)
         if stored is None or (stored.shape, dtype_of(stored.dtype)) != (shape, dtype):
             raise SnapshotError(f"The snapshot has no tensor {path} {dtype} {list(shape)}.")
         out = torch.empty(region_shape(region), dtype=dtype, device="cpu")
         for piece in stored.slices:
             shared = intersect(region, piece.region)
             if shared is not None:
-                theirs = select_region(self._map(piece, path), positions_in(piece.region, shared))
+                places = positions_in(piece.region, shared)
+                theirs = select_region(stored_slice(piece, path), places)
                 select_region(out, positions_in(region, shared)).copy_(theirs)
         return out
 
-    def _map(self, piece: StoredSlice, path: str) -> Tensor:
-        if piece.file not in self._open:
-            try:
-                self._open[piece.file] = read_part(self._folder / piece.file)
-            except CheckpointError as error:
-                raise SnapshotError(str(error)) from error
-        x = self._open[piece.file].get(path)
-        if x is None or tuple(x.shape) != region_shape(piece.region):
-            raise SnapshotError(f"{self._folder / piece.file} does not hold its part of {path}.")
-        return x
+    return take
 
 
 def _together(work: Callable[[], None], what: str) -> None:

@@ -5,7 +5,7 @@ import contextlib
 import queue
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,11 +30,8 @@ FFMPEG_ARGS = (
 WriterT = TypeVar("WriterT", bound="ClosedAtEnd")
 
 
-class _Frames(NamedTuple):
-    """Frames on the host, ``[F, H, W, 3]`` uint8, once ``arrived`` has passed (None: they have)."""
-
-    pixels: Tensor
-    arrived: torch.cuda.Event | None
+Frames = tuple[Tensor, "torch.cuda.Event | None"]
+"""Pixels on the host, ``[F, H, W, 3]`` uint8, once the event has passed (None: they have)."""
 
 
 class ClosedAtEnd:
@@ -117,7 +114,7 @@ class VideoWriter(ClosedAtEnd):
         self._closed = False
         _import_mediapy()
         self._reserve()
-        self._queue: queue.Queue[_Frames | None] = queue.Queue(max_pending_chunks)
+        self._queue: queue.Queue[Frames | None] = queue.Queue(max_pending_chunks)
         # A daemon, for an interpreter that ends would wait for any other thread before it asks
         # for _finish(). It has to: a thread that is cut off inside PyTorch aborts the process.
         self._thread = threading.Thread(target=self._encode, name="video", daemon=True)
@@ -153,8 +150,7 @@ class VideoWriter(ClosedAtEnd):
                 f"{self._frame_shape[1]}x{self._frame_shape[0]} in one video."  # type: ignore[index]
             )
         self._frame_shape = shape
-        here = not pixels.is_cuda
-        self._queue.put(_Frames(pixels, None) if here else _Frames(*start_host_copy(pixels)))
+        self._queue.put(start_host_copy(pixels) if pixels.is_cuda else (pixels, None))
         self.frames_written += len(pixels)
 
     def close(self) -> None:
@@ -330,11 +326,12 @@ def to_pixels(chunk: Tensor) -> Tensor:
     return samples.permute(1, 3, 0, 4, 2).reshape(frames, height, batch * width, channels)
 
 
-def _on_arrival(frames: _Frames, scale: int) -> np.ndarray:
+def _on_arrival(frames: Frames, scale: int) -> np.ndarray:
     """The frames as ``[F, height, width, 3]``, enlarged, height and width even."""
-    if frames.arrived is not None:
-        frames.arrived.synchronize()
-    pixels = frames.pixels.numpy()
+    on_host, arrived = frames
+    if arrived is not None:
+        arrived.synchronize()
+    pixels = on_host.numpy()
     if scale > 1:
         pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
     height, width = pixels.shape[1:3]

@@ -41,7 +41,7 @@ def serve(folder, script, limits):
         threading.Thread(target=play).start()
     server.run()
     runner._resources.close()  # the process group is the harness's
-    runner._give_back_output()
+    runner._output.close()
     return found[0] if found else None
 
 

@@ -138,13 +138,14 @@ def _resolve(
     """The updates of one file, by the names of the module."""
     source = lora.checkpoint.source
     entries = _entries(lora, store)
-    finder = _Finder(shapes, key_maps)
+    paths = [name.rpartition(".")[0] for name in shapes]
+    by_underscores = {path.replace(".", "_"): path for path in paths}
     found: dict[str, list[Update]] = {}
     unknown: list[str] = []
     misfits: dict[str, str] = {}
     for path, entry in entries.items():
         for leaf, files in _leaves(entry, path, source):
-            name = finder.find(path, leaf)
+            name = _find(path, leaf, shapes, by_underscores, key_maps)
             if name is None:
                 unknown.append(f"{path}.{leaf}")
                 continue
@@ -282,27 +283,21 @@ def _adapter_settings(path: Path) -> Mapping[str, object]:
     return settings
 
 
-class _Finder:
-    """From the module paths of LoRA files to the names of a model's tensors."""
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], key_maps: Sequence[KeyMap]) -> None:
-        self.shapes = shapes
-        self.key_maps = key_maps
-        self.by_underscores: dict[str, str] = {}
-        for name in shapes:
-            path = name.rpartition(".")[0]
-            self.by_underscores[path.replace(".", "_")] = path
-
-    def find(self, path: str, leaf: str) -> str | None:
-        """The model's name of ``leaf`` of a module, or None."""
-        for candidate in _without_prefixes(path):
-            spelled = self.by_underscores.get(candidate, candidate)
-            name = f"{spelled}.{leaf}"
-            for names in ((), *(key_map.rename for key_map in self.key_maps)):
-                translated = rename(name, names)
-                if translated in self.shapes:
-                    return translated
-        return None
+def _find(
+    path: str,
+    leaf: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    by_underscores: Mapping[str, str],
+    key_maps: Sequence[KeyMap],
+) -> str | None:
+    """The model's name of ``leaf`` of a module that a LoRA names, or None."""
+    for candidate in _without_prefixes(path):
+        name = f"{by_underscores.get(candidate, candidate)}.{leaf}"
+        for names in ((), *(key_map.rename for key_map in key_maps)):
+            translated = rename(name, names)
+            if translated in shapes:
+                return translated
+    return None
 
 
 def _without_prefixes(path: str) -> Iterable[str]:

@@ -335,18 +335,15 @@ def load_pickle(path: Path) -> object:
             warnings.filterwarnings("ignore", message=".*looks like a TorchScript archive")
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]{1,200})", str(error))
-        reason = (
-            f"it asks Python to run {found[1]}" if found else "it holds more than plain tensors"
-        )
+    except (pickle.UnpicklingError, HostileFile) as error:
+        reason = str(error)
+        if not isinstance(error, HostileFile):
+            found = re.search(r"GLOBAL ([\w.]{1,200})", reason)
+            reason = "it holds more than plain tensors"
+            if found:
+                reason = f"it asks Python to run {found[1]}"
         raise CheckpointError(
             f"{path} was refused and nothing of it was executed: {reason}. "
-            "Use a safetensors version of these weights"
-        ) from error
-    except HostileFile as error:
-        raise CheckpointError(
-            f"{path} was refused and nothing of it was executed: {error}. "
             "Use a safetensors version of these weights"
         ) from error
     except OSError as error:

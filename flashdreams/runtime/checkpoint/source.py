@@ -90,23 +90,21 @@ def find_local(config: CheckpointConfig) -> LocalCheckpoint | None:
         fetched = cached_file(config)
         return LocalCheckpoint(files=(fetched,)) if fetched.is_file() else None
     target = _repository(config)
-    if target is not None:
-        repo, file = target
-        path = _cached(repo, file, config.revision)
-        if path is None:
+    if target is None:
+        path = _local_path(config)
+        return None if path is None else _local_files(path)
+    repo, file = target
+    path = _cached(repo, file, config.revision)
+    if path is None or not file.endswith(_INDEX_SUFFIX):
+        return None if path is None else LocalCheckpoint(files=(path,))
+    tensor_files, folder = _read_index(path), PurePosixPath(file).parent
+    shards: dict[str, Path] = {}
+    for name in set(tensor_files.values()):
+        shard = _cached(repo, str(folder / name), config.revision)
+        if shard is None:
             return None
-        if not file.endswith(_INDEX_SUFFIX):
-            return LocalCheckpoint(files=(path,))
-        tensor_files = _read_index(path)
-        folder = PurePosixPath(file).parent
-        shards = {
-            name: _cached(repo, str(folder / name), config.revision)
-            for name in sorted(set(tensor_files.values()))
-        }
-        found = {name: shard for name, shard in shards.items() if shard is not None}
-        return _sharded(tensor_files, found) if len(found) == len(shards) else None
-    local_path = _local_path(config)
-    return None if local_path is None else _local_files(local_path)
+        shards[name] = shard
+    return _sharded(tensor_files, shards)
 
 
 def can_download(config: CheckpointConfig) -> bool:

@@ -10,7 +10,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory):
     """The toy world, loaded once."""
     runner = toy_runner(tmp_path_factory.mktemp("served"))
     yield runner
-    runner._give_back_output()
+    runner._output.close()
 
 
 @pytest.fixture
