@@ -9,10 +9,15 @@ from torch import Tensor
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.pipeline import StreamInferencePipeline
-from flashdreams.infra.prompt import load_prompt_embeds, read_prompt
+from flashdreams.infra.prompt import (
+    cut_once,
+    load_prompt_embeds,
+    plan_shots,
+    read_prompt,
+    read_shot_file,
+)
 from flashdreams.infra.runner import Runner, RunnerConfig
 from flashdreams.infra.session import Command
-from flashdreams.infra.shots import cut_once, plan_shots, read_shot_file
 from flashdreams.infra.weights import with_downloads
 from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.image_file import gradient_image, load_image

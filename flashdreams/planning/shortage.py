@@ -10,7 +10,7 @@ from flashdreams.parallel.environment import process_count
 from flashdreams.parallel.mesh import resolve_degrees
 from flashdreams.planning.advice import explain
 from flashdreams.planning.devices import GIB, Device, host_memory_bytes
-from flashdreams.runtime.shortage import is_shortage
+from flashdreams.runtime.stats import is_shortage
 
 
 class ShortageError(OSError):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,6 +16,7 @@ from torch import Tensor
 from flashdreams.runtime.files import OutputGuard, open_owned, open_partial, write_whole
 
 BYTES_PER_GIB = 2**30
+_HOST_SHORTAGE = re.compile(r"DefaultCPUAllocator: can't allocate memory|bad_alloc|out of memory")
 
 
 class StatsWriter:
@@ -162,6 +164,13 @@ def free_bytes(device: torch.device | str) -> int | None:
         return None
     found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
     return int(found[0]) * 1024 if found else None
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; torch has no type of its own for the host's."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_HOST_SHORTAGE.search(str(error)))
 
 
 def _to_json(value: Mapping[str, Any], path: str, indent: int | None = None) -> bytes:

@@ -19,7 +19,7 @@ from flashdreams.infra.session import Command, Session, Step, Turn
 from flashdreams.infra.snapshot_header import SnapshotError
 from flashdreams.parallel.environment import OtherRankError, group_size
 from flashdreams.parallel.messages import Message, MessageChannel
-from flashdreams.runtime.shortage import is_shortage
+from flashdreams.runtime.stats import is_shortage
 from flashdreams.runtime.text import reason_of
 from flashdreams.serving.session_log import SessionLogs
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flashdreams.infra.controller import Controller
 from flashdreams.infra.session import REMEMBERED_IDS, Command
-from flashdreams.runtime.shortage import is_shortage
+from flashdreams.runtime.stats import is_shortage
 from flashdreams.serving.delivery import Delivery
 from flashdreams.serving.engine import OrderError, SessionEngine
 from flashdreams.serving.interface import (

@@ -11,8 +11,7 @@ import warnings
 
 from torch import Tensor
 
-from flashdreams.runtime.image_colours import as_rgb
-from flashdreams.runtime.image_file import FORMATS, cover, to_pixels
+from flashdreams.runtime.image_file import FORMATS, as_rgb, cover, to_pixels
 from flashdreams.serving.interface import Offer, Refused
 from flashdreams.serving.web.settings import WebSettings
 

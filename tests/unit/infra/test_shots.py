@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flashdreams.infra.config import derive_config
-from flashdreams.infra.shots import Shot, cut_once, plan_shots, read_shot_file
+from flashdreams.infra.prompt import Shot, cut_once, plan_shots, read_shot_file
 from flashdreams.integrations.longlive.config import TINY_RUNNER
 
 

@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flashdreams.runtime.image_colours import as_rgb
-from flashdreams.runtime.image_file import load_image
+from flashdreams.runtime.image_file import as_rgb, load_image
 
 HEIGHT, WIDTH = 32, 48
 RED, GREEN = (255, 0, 0), (0, 255, 0)
