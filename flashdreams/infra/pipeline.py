@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flashdreams.infra.config import InstantiateConfig
 from flashdreams.infra.decoder.base import Decoder, DecoderConfig, StreamingDecoder
-from flashdreams.infra.diffusion.causal import RewriteMode
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
+from flashdreams.infra.diffusion.rewrite import RewriteMode
 from flashdreams.infra.encoder.base import EncoderConfig, StreamingEncoder
 from flashdreams.infra.finite import FiniteCheck, NotFiniteError, name_bad_weights
 from flashdreams.infra.fork import encode_each

@@ -4,7 +4,7 @@ Shape letters: B batch, C channels, T latent frames, H W latent rows and columns
 S key tokens, N heads, D head dim. Tokens run frame by frame, row by row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ from flashdreams.attention.core import bind_cores
 from flashdreams.attention.cursor import Cursor
 from flashdreams.attention.fp8 import check_fp8
 from flashdreams.attention.rope import RotaryEmbedding3D, time_rotation
+from flashdreams.infra.diffusion import rewrite
 from flashdreams.infra.diffusion.causal_config import CausalTransformerConfig
 from flashdreams.infra.diffusion.causal_state import (
     MAX_TIMESTEPS,
@@ -33,13 +34,7 @@ from flashdreams.infra.diffusion.causal_state import (
     scales_by_glob,
     token_values_to_pixels,
 )
-from flashdreams.infra.diffusion.rewrite import (
-    RewriteMode,
-    check_rewrite,
-    context_frames,
-    rewrite_window,
-)
-from flashdreams.infra.diffusion.transformer import ContextChunk, Transformer
+from flashdreams.infra.diffusion.transformer import Transformer
 from flashdreams.parallel.plan import glob_pattern
 from flashdreams.runtime.cuda_graph import GraphedCallable
 from flashdreams.runtime.noise import NoiseSource
@@ -307,32 +302,9 @@ class CausalTransformer(Transformer):
             cursor.advance()
         cache.shots.opening = False
 
-    def context_frames(self, cache: CausalState) -> list[int]:
-        """See `flashdreams.infra.diffusion.rewrite.context_frames`."""
-        return context_frames(self.config, cache)
-
-    def check_rewrite(self, cache: CausalState, mode: RewriteMode) -> None:
-        """See `flashdreams.infra.diffusion.rewrite.check_rewrite`."""
-        check_rewrite(self.config, cache, mode)
-
-    def rewrite_context(
-        self,
-        cache: CausalState,
-        chunks: Sequence[ContextChunk],
-        timestep: Tensor,
-        mode: RewriteMode = "chunks",
-    ) -> None:
-        """Recompute sink and window; frames keep their positions.
-
-        ``"chunks"``: each chunk sees itself and earlier frames. With cache-relative RoPE the
-        sink is placed right before the window once the first frames behind it are reached.
-        ``"once"``: one forward pass over all frames, which attend to each other without a mask.
-
-        Raises:
-            ValueError: see ``check_rewrite``.
-        """
-        self.check_rewrite(cache, mode)
-        rewrite_window(self, cache, chunks, timestep, mode)
+    context_frames = rewrite.context_frames
+    check_rewrite = rewrite.check_rewrite
+    rewrite_context = rewrite.rewrite_context
 
     def begin_shot(self, cache: CausalState) -> None:
         """Make the next chunk begin a shot: called between AR steps, once per shot.

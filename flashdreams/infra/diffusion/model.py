@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from flashdreams.infra.component import build_component, declared_context, select_context
 from flashdreams.infra.config import InstantiateConfig
-from flashdreams.infra.diffusion.causal import RewriteMode
 from flashdreams.infra.diffusion.given import (
     INITIAL_LATENT,
     check_image,
@@ -22,6 +21,7 @@ from flashdreams.infra.diffusion.given import (
     sample_rest,
 )
 from flashdreams.infra.diffusion.pool import Storage, StoragePool
+from flashdreams.infra.diffusion.rewrite import RewriteMode
 from flashdreams.infra.diffusion.scheduler.base import SchedulerConfig
 from flashdreams.infra.diffusion.transformer import ContextChunk, TransformerConfig
 from flashdreams.infra.ranges import LARGEST_SIZE, check_range
@@ -463,10 +463,10 @@ class DiffusionModel(nn.Module):
         def noise(denoising_step: int) -> Tensor:
             drawn = cache.noise(autoregressive_index, denoising_step, shape)
             if not isinstance(drawn, Tensor) or drawn.is_meta or tuple(drawn.shape) != shape:
-                kind = type(drawn).__name__
-                got = list(drawn.shape) if isinstance(drawn, Tensor) else f"a {kind}"
-                where = " without values" if isinstance(drawn, Tensor) and drawn.is_meta else ""
-                raise ValueError(f"The noise must be a tensor {list(shape)}; got {got}{where}.")
+                got = f"a {type(drawn).__name__}"
+                if isinstance(drawn, Tensor):
+                    got = f"{list(drawn.shape)}{' without values' * drawn.is_meta}"
+                raise ValueError(f"The noise must be a tensor {list(shape)}; got {got}.")
             return to_device(drawn, device)
 
         return noise

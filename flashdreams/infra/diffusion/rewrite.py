@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from flashdreams.infra.diffusion.causal_config import CausalTransformerConfig
 from flashdreams.infra.diffusion.causal_state import CausalState, select_tokens
 from flashdreams.infra.diffusion.transformer import ContextChunk
 
@@ -15,8 +14,9 @@ RewriteMode = Literal["chunks", "once"]
 """How the window is recomputed: chunk by chunk, or all frames in one forward pass."""
 
 
-def context_frames(config: CausalTransformerConfig, cache: CausalState) -> list[int]:
+def context_frames(transformer: Any, cache: CausalState) -> list[int]:
     """Latent frames whose clean latents may be needed to recompute the window, oldest first."""
+    config = transformer.config
     if not config.streaming:
         return []
     cursor = cache.cursor
@@ -25,7 +25,7 @@ def context_frames(config: CausalTransformerConfig, cache: CausalState) -> list[
     return cursor.past_frames()
 
 
-def check_rewrite(config: CausalTransformerConfig, cache: CausalState, mode: RewriteMode) -> None:
+def check_rewrite(transformer: Any, cache: CausalState, mode: RewriteMode) -> None:
     """Refuse an unsupported way to recompute the window, before anything is changed.
 
     Raises:
@@ -33,6 +33,7 @@ def check_rewrite(config: CausalTransformerConfig, cache: CausalState, mode: Rew
             ``"chunks"`` where the sink moves; layers whose windows hold other frames than those of
             the first; shots, whose frames have positions of their own.
     """
+    config = transformer.config
     if mode not in get_args(RewriteMode):
         raise ValueError(f'reencode_window={mode!r}: must be True, False, "chunks" or "once".')
     if mode == "once" and config.relative_rope and config.rewritten_sink != "kept":
@@ -51,14 +52,18 @@ def check_rewrite(config: CausalTransformerConfig, cache: CausalState, mode: Rew
         )
 
 
-def rewrite_window(
+def rewrite_context(
     transformer: Any,
     cache: CausalState,
     chunks: Sequence[ContextChunk],
     timestep: Tensor,
-    mode: RewriteMode,
+    mode: RewriteMode = "chunks",
 ) -> None:
-    """Recompute the window, and the sink according to ``rewritten_sink``.
+    """Recompute the window, and the sink according to ``rewritten_sink``; frames keep positions.
+
+    ``"chunks"``: each chunk sees itself and earlier frames. With cache-relative RoPE the
+    sink is placed right before the window once the first frames behind it are reached.
+    ``"once"``: one forward pass over all frames, which attend to each other without a mask.
 
     Args:
         transformer: a `CausalTransformer`.
@@ -66,7 +71,11 @@ def rewrite_window(
         chunks: clean latents of the frames that ``context_frames`` names.
         timestep: of the clean pass.
         mode: see `RewriteMode`.
+
+    Raises:
+        ValueError: see ``check_rewrite``.
     """
+    transformer.check_rewrite(cache, mode)
     config = transformer.config
     policy, first_slot = config.rewritten_sink, 0
     if policy == "kept" and cache.cursor.start > cache.cursor.capacity_t:
