@@ -330,6 +330,10 @@ class KVCache:
         if sink_k is not None:
             yield "sink_k", self._part(kept, lambda: sink_k[:, :kept])
 
+    def canonical_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What this rank holds of these tensors."""
+        return ((name, part.read()) for name, part in self.parts())
+
     def whole_region(self, tokens: int) -> Region:
         """``[B, tokens, N, D]`` of the whole model."""
         spec = self.whole_spec
@@ -340,7 +344,7 @@ class KVCache:
         whole = self.whole_region(tokens)
         return whole if self.layout is None else self.layout.cache_region(whole)
 
-    def load_parts(self, frames: Sequence[int], state: Mapping[str, Tensor]) -> None:
+    def load_canonical(self, frames: Sequence[int], state: Mapping[str, Tensor]) -> None:
         """Take what this rank holds of the whole model, in place; the cursor comes first.
 
         Args:

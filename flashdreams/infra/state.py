@@ -270,7 +270,7 @@ class StateDecoder:
         if into is None:
             raise ValueError(f"{path}: there is no object here to load this state into.")
         if kind == "cache":
-            into.load_parts(value["frames"], self._cache_parts(value, path, into))
+            into.load_canonical(value["frames"], self._cache_parts(value, path, into))
         else:
             parts = {n: self.restore(x, _join(path, n)) for n, x in value["parts"].items()}
             into.load_state_dict(parts)

@@ -70,7 +70,7 @@ def error_of(output: torch.Tensor, folder: str, case: str) -> float:
 def assert_final_keys(cache, golden: dict) -> None:
     """Keys and values by position: the official window is in their order."""
     for layer, kv in enumerate(cache.diffusion.conditional.caches[SELF_ATTENTION]):
-        held = {name: part.read() for name, part in kv.parts()}
+        held = dict(kv.canonical_tensors())
         for name in "kv":
             expected = golden[f"final_kv/{layer}/{name}"]
             torch.testing.assert_close(held[name], expected, atol=ATOL, rtol=0)

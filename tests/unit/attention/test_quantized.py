@@ -144,15 +144,15 @@ def test_the_sink_is_turned_from_what_was_stored_first():
 def test_a_cache_goes_on_with_the_same_bits_from_its_state():
     cache = new_cache()
     fill(cache, 6)
-    state, frames = {n: x.read() for n, x in cache.parts()}, cache.cursor.past_frames()
+    state, frames = dict(cache.canonical_tensors()), cache.cursor.past_frames()
     assert state["k"].dtype == torch.float32
     other = new_cache()
     other.cursor.reset(cache.cursor.start)
-    other.load_parts(frames, state)
+    other.load_canonical(frames, state)
     for x, y in ((cache.k, other.k), (cache.v, other.v), (cache.sink_k, other.sink_k)):
         assert torch.equal(x[:, :], y[:, :])
     state["k"][:, -1] *= 1.1
-    other.load_parts(frames, state)
+    other.load_canonical(frames, state)
     assert not torch.equal(cache.k[:, :], other.k[:, :])
 
 

@@ -277,7 +277,7 @@ def written_at_once(model: TwoCaches, frames: list[int]) -> list[Tensor]:
 
 def kept(state: CausalState) -> list[Tensor]:
     """Keys and values, frames in order."""
-    return [part.read() for cache in state.layers() for _, part in cache.parts()]
+    return [x for cache in state.layers() for _, x in cache.canonical_tensors()]
 
 
 def test_rewriting_at_once_is_one_forward_without_a_mask():

@@ -113,7 +113,7 @@ def test_whole_rollout_matches_official():
     state = cache.diffusion.conditional
     for glob, name in ((SELF_ATTENTION, "final_kv"), (MOUSE_CACHE, "final_mouse_kv")):
         for layer, kv in enumerate(state.caches[glob]):
-            found = {part: x.read() for part, x in kv.parts()}
+            found = dict(kv.canonical_tensors())
             for part in "kv":
                 expected = calls[f"{name}/{layer}/{part}"]
                 if glob == MOUSE_CACHE:  # officially [positions, frames, heads, channels]
@@ -121,9 +121,9 @@ def test_whole_rollout_matches_official():
                 held = expected[:, -found[part].shape[1] :]
                 torch.testing.assert_close(found[part], held, atol=ATOL, rtol=0)
     for layer, kv in enumerate(state.caches[KEYBOARD_CACHE]):
-        for part, found in kv.parts():
+        for part, found in kv.canonical_tensors():
             expected = calls[f"keyboard_kv_after_chunk5/{layer}/{part}"]
-            torch.testing.assert_close(found.read(), expected, atol=ATOL, rtol=0)
+            torch.testing.assert_close(found, expected, atol=ATOL, rtol=0)
     for layer, ((k, v),) in enumerate(state.context.pairs):
         torch.testing.assert_close(k, calls[f"final_cross_kv/{layer}/k"], atol=ATOL, rtol=0)
         torch.testing.assert_close(v, calls[f"final_cross_kv/{layer}/v"], atol=ATOL, rtol=0)
