@@ -160,14 +160,6 @@ def test_unknown_context_names_the_nearest_and_the_known(pipeline):
         pipeline.initialize_cache(text=text(0), ofset=3.0)
 
 
-def test_a_single_string_is_no_list_of_prompts():
-    from flashdreams.integrations.toy_world.prompt import ScenePromptEncoderConfig
-
-    config = derive_config(tiny_pipeline(), text_encoder=ScenePromptEncoderConfig())
-    with pytest.raises(ValueError, match="list of prompts"):
-        config.setup(device="cpu").initialize_cache(text="a cat")
-
-
 def test_input_without_an_encoder_is_refused():
     config = derive_config(tiny_pipeline(control_dim=None), encoder=None)
     pipeline = config.setup(device="cpu")

@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from flashdreams.infra.config import derive_config
 from flashdreams.infra.runner import SMALL_PARAMETERS, set_threads
-from flashdreams.integrations.self_forcing.config import TINY_RUNNER
 
 MANY = 3
 
@@ -47,8 +45,3 @@ def test_what_the_environment_says_holds(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("OMP_NUM_THREADS", str(MANY))
     set_threads(None, pipeline(1))
     assert torch.get_num_threads() == MANY
-
-
-def test_a_count_below_one_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"--threads 0: must be at least 1"):
-        derive_config(TINY_RUNNER, threads=0)

@@ -187,16 +187,18 @@ def test_missing_weights_say_what_they_need_and_how_to_get_them(cache: Path) -> 
         license="CC BY-NC-SA 4.0",
     )
     with pytest.raises(CheckpointError) as caught:
-        ensure_local(config, flag="--pipeline.decoder.checkpoint.download")
+        ensure_local(config)
     text = str(caught.value)
     for part in (
         "org/name, file checkpoints/w.pt, revision abc",
         "5.7 GB on disk, licence: CC BY-NC-SA 4.0",
         str(cache),
         "hf download org/name checkpoints/w.pt --revision abc",
-        "--pipeline.decoder.checkpoint.download True",
+        "set checkpoint.download=True",
     ):
         assert part in text
+    flag = "--pipeline.decoder.checkpoint.download"
+    assert f"{flag} True" in describe_missing(config, flag=flag)
     assert not cache.exists(), "nothing is downloaded before it is allowed"
     sharded = CheckpointConfig(source="hf://org/name", file=INDEX, size_bytes=45_000_000)
     assert "hf download org/name --include 'dit/model*'" in describe_missing(sharded)
