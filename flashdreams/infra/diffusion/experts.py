@@ -7,14 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flashdreams.attention.choose import AttentionShape, KVSplitsOf
 from flashdreams.attention.cursor import Cursor
 from flashdreams.infra.config import config_fields
 from flashdreams.infra.diffusion.causal import CausalTransformer
 from flashdreams.infra.diffusion.causal_config import CausalTransformerConfig
 from flashdreams.infra.diffusion.causal_state import CausalState
-from flashdreams.infra.diffusion.rewrite import RewriteMode
-from flashdreams.infra.diffusion.transformer import ContextChunk, Transformer
+from flashdreams.infra.diffusion.transformer import Transformer
 from flashdreams.infra.ranges import check_range
 from flashdreams.parallel.plan import ParallelPlan
 from flashdreams.runtime.checkpoint import CheckpointConfig, LoRA, parse_lora
@@ -108,6 +106,27 @@ class ExpertsState:
         return [self.high_noise.caches, self.low_noise.caches]
 
 
+def _of_both(name: str) -> Any:
+    """The method of this name of both networks, with the state of each for that of both."""
+
+    def call(self: "NoiseExperts", *args: Any, **kwargs: Any) -> None:
+        for expert in EXPERTS:
+            own = [getattr(x, expert) if isinstance(x, ExpertsState) else x for x in args]
+            getattr(getattr(self, expert), name)(*own, **kwargs)
+
+    return call
+
+
+def _of_either(name: str) -> Any:
+    """The method of this name of one network, which gives the same as that of the other."""
+
+    def call(self: "NoiseExperts", *args: Any) -> Any:
+        own = [x.high_noise if isinstance(x, ExpertsState) else x for x in args]
+        return getattr(self.high_noise, name)(*own)
+
+    return call
+
+
 class NoiseExperts(Transformer):
     """Chooses one of two networks to predict the flow, by noise level.
 
@@ -145,6 +164,23 @@ class NoiseExperts(Transformer):
         largest = float(timestep if timestep.ndim == 0 else timestep.max())
         return self.pairs(cache)[0 if largest >= 1000 * self.config.boundary else 1]
 
+    # The contract, as far as each network does it for itself.
+
+    check_device = _of_both("check_device")
+    init_buffers = _of_both("init_buffers")
+    quantize_weights = _of_both("quantize_weights")
+    bind_kv_splits = _of_both("bind_kv_splits")
+    begin_step = _of_both("begin_step")
+    update_cache = _of_both("update_cache")
+    begin_shot = _of_both("begin_shot")
+    check_rewrite = _of_both("check_rewrite")
+    rewrite_context = _of_both("rewrite_context")
+    resolved_choices = _of_either("resolved_choices")
+    attention_shape = _of_either("attention_shape")
+    example_context = _of_either("example_context")
+    example_control = _of_either("example_control")
+    context_frames = _of_either("context_frames")
+
     # Building and loading.
 
     @property
@@ -169,30 +205,11 @@ class NoiseExperts(Transformer):
         expert, _, rest = name.partition(".")
         return getattr(self, expert).dtype_of(rest)
 
-    def check_device(self, device: torch.device) -> None:
-        """See the contract."""
-        for expert in self.experts:
-            expert.check_device(device)
-
-    def init_buffers(self) -> None:
-        """See the contract."""
-        for expert in self.experts:
-            expert.init_buffers()
-
     def after_load(self) -> None:
         """See the contract; networks with files of their own have done it."""
         if not self.loads_parts:
             for expert in self.experts:
                 expert.after_load()
-
-    def quantize_weights(self) -> None:
-        """Those of both networks; see the contract."""
-        for expert in self.experts:
-            expert.quantize_weights()
-
-    def resolved_choices(self) -> dict[str, Any]:
-        """Those of either network; see the contract."""
-        return self.high_noise.resolved_choices()
 
     def apply_choices(self, stored: Mapping[str, Any], device: torch.device) -> list[str]:
         """To both networks; see the contract."""
@@ -204,27 +221,10 @@ class NoiseExperts(Transformer):
         plan = self.high_noise.parallel_plan()
         return None if plan is None else plan_of_parts(plan, EXPERTS)
 
-    def attention_shape(self, batch_size: int) -> AttentionShape | None:
-        """That of either network; see the contract."""
-        return self.high_noise.attention_shape(batch_size)
-
-    def bind_kv_splits(self, name: str, splits_of: KVSplitsOf) -> None:
-        """See the contract."""
-        for expert in self.experts:
-            expert.bind_kv_splits(name, splits_of)
-
     @property
     def warm_up_steps(self) -> int:
         """That of either network; see the contract."""
         return self.high_noise.warm_up_steps
-
-    def example_context(self, batch_size: int) -> dict[str, Any] | None:
-        """That of either network; see the contract."""
-        return self.high_noise.example_context(batch_size)
-
-    def example_control(self, batch_size: int) -> Any:
-        """That of either network; see the contract."""
-        return self.high_noise.example_control(batch_size)
 
     def cache_nbytes(self, batch_size: int) -> int:
         """Bytes of the KV caches of both networks."""
@@ -250,13 +250,6 @@ class NoiseExperts(Transformer):
         for expert, state in self.pairs(cache):
             expert.update_context(state, text, image_tokens)
 
-    def begin_step(
-        self, autoregressive_index: int, cache: ExpertsState, control: Any = None
-    ) -> None:
-        """Assign cache slots to the chunk and fill the step inputs of both networks."""
-        for expert, state in self.pairs(cache):
-            expert.begin_step(autoregressive_index, state, control)
-
     def predict_flow(self, latent: Tensor, timestep: Tensor, cache: ExpertsState) -> Tensor:
         """Predict ``noise - x0`` with the network of this noise level; see the contract."""
         expert, state = self.chosen(timestep, cache)
@@ -266,36 +259,6 @@ class NoiseExperts(Transformer):
         """Modulation of a timestep in the network of this noise level; see `CausalTransformer`."""
         expert, state = self.chosen(timestep, cache)
         return expert.modulation_of(timestep, state)
-
-    def update_cache(self, latent: Tensor, timestep: Tensor, cache: ExpertsState) -> None:
-        """The clean pass of both networks, where they have KV caches."""
-        for expert, state in self.pairs(cache):
-            expert.update_cache(latent, timestep, state)
-
-    def begin_shot(self, cache: ExpertsState) -> None:
-        """See `CausalTransformer`."""
-        for expert, state in self.pairs(cache):
-            expert.begin_shot(state)
-
-    def context_frames(self, cache: ExpertsState) -> list[int]:
-        """Frames that the KV caches of either network hold; see the contract."""
-        return self.high_noise.context_frames(cache.high_noise)
-
-    def check_rewrite(self, cache: ExpertsState, mode: RewriteMode) -> None:
-        """See the contract."""
-        for expert, state in self.pairs(cache):
-            expert.check_rewrite(state, mode)
-
-    def rewrite_context(
-        self,
-        cache: ExpertsState,
-        chunks: Sequence[ContextChunk],
-        timestep: Tensor,
-        mode: RewriteMode = "chunks",
-    ) -> None:
-        """Refill sink and window of both networks; see `CausalTransformer`."""
-        for expert, state in self.pairs(cache):
-            expert.rewrite_context(state, chunks, timestep, mode)
 
 
 def plan_of_parts(plan: ParallelPlan, names: Sequence[str]) -> ParallelPlan:
