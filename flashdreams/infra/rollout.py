@@ -300,17 +300,26 @@ def gather_parts(parts: Parts) -> dict[str, Tensor]:
     Returns:
         By path; empty on the other ranks.
     """
-    own = [(path, part) for path, part in parts.items() if part.written is not None]
     found: dict[str, Tensor] = {}
-    for index in range(int(largest_of_all_ranks(len(own)))):
+
+    def put(path: str, shape: tuple[int, ...], region: Region, x: Tensor) -> None:
+        if path not in found:
+            found[path] = torch.empty(shape, dtype=x.dtype, device="cpu")
+        select_region(found[path], region).copy_(x)
+
+    sent = []
+    for path, part in parts.items():
+        if part.written is not None and group_rank() == 0:
+            put(path, part.shape, part.written, part.read_written())
+        elif part.written is not None:
+            sent.append((path, part))
+    for index in range(int(largest_of_all_ranks(len(sent)))):
         piece: Any = None
-        if index < len(own):
-            path, part = own[index]
+        if index < len(sent):
+            path, part = sent[index]
             piece = (path, part.shape, part.written, part.read_written().to("cpu", copy=True))
-        for path, shape, region, x in filter(None, gather_to_rank_zero(piece)):
-            if path not in found:
-                found[path] = torch.empty(shape, dtype=x.dtype, device="cpu")
-            select_region(found[path], region).copy_(x)
+        for arrived in filter(None, gather_to_rank_zero(piece)):
+            put(*arrived)
     return found
 
 
