@@ -318,6 +318,10 @@ def warm_forkserver() -> None:
 
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(
-        ["flashdreams.checking.rank_checks", "torch.distributed.device_mesh"]
+        [
+            "flashdreams.checking.rank_checks",
+            "torch.distributed.device_mesh",
+            "torch._dynamo",  # what builds on meta asks it, and importing it takes a second
+        ]
     )
     ensure_running()

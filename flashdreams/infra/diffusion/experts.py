@@ -111,8 +111,7 @@ def _of_both(name: str) -> Any:
 
     def call(self: "NoiseExperts", *args: Any, **kwargs: Any) -> None:
         for expert in EXPERTS:
-            own = [getattr(x, expert) if isinstance(x, ExpertsState) else x for x in args]
-            getattr(getattr(self, expert), name)(*own, **kwargs)
+            self.call_one(expert, name, args, kwargs)
 
     return call
 
@@ -120,9 +119,8 @@ def _of_both(name: str) -> Any:
 def _of_either(name: str) -> Any:
     """The method of this name of one network, which gives the same as that of the other."""
 
-    def call(self: "NoiseExperts", *args: Any) -> Any:
-        own = [x.high_noise if isinstance(x, ExpertsState) else x for x in args]
-        return getattr(self.high_noise, name)(*own)
+    def call(self: "NoiseExperts", *args: Any, **kwargs: Any) -> Any:
+        return self.call_one(EXPERTS[0], name, args, kwargs)
 
     return call
 
@@ -163,6 +161,24 @@ class NoiseExperts(Transformer):
         """
         largest = float(timestep if timestep.ndim == 0 else timestep.max())
         return self.pairs(cache)[0 if largest >= 1000 * self.config.boundary else 1]
+
+    def call_one(
+        self, expert: str, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """A method of one network, with its state for that of both.
+
+        Args:
+            expert: one of ``EXPERTS``.
+            name: of the method.
+            args: its arguments.
+            kwargs: its keyword arguments.
+        """
+
+        def own(value: Any) -> Any:
+            return getattr(value, expert) if isinstance(value, ExpertsState) else value
+
+        method = getattr(getattr(self, expert), name)
+        return method(*map(own, args), **{key: own(value) for key, value in kwargs.items()})
 
     # The contract, as far as each network does it for itself.
 

@@ -65,7 +65,7 @@ def latent_of(model, seed: int = 0) -> torch.Tensor:
 def test_the_noise_level_chooses_the_network(timestep, expert):
     model = build(experts_config())
     cache = model.initialize_cache(text())
-    model.begin_step(0, cache)
+    model.begin_step(autoregressive_index=0, cache=cache)
     x, flows = latent_of(model), {}
     for name in EXPERTS:
         network = getattr(model, name)
