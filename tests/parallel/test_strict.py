@@ -2,8 +2,6 @@
 
 import hashlib
 import importlib
-import os
-from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from flashdreams.parallel.strict import (
     make_strict,
 )
 from tests.harness import run_ranks
+from tests.kernels.conftest import switch_to_interpreter
 from tests.parallel.rollout import build_model, make_mesh, roll_out
 
 module = importlib.import_module("flashdreams.parallel.parallelize")
@@ -64,8 +63,9 @@ def digests_as_on_a_gpu(world_size):
 
     Widths are whole vectors of a CPU, so that its element-wise loops have no ends either.
     """
-    os.environ["TRITON_INTERPRET"] = "1"
-    with mock.patch.object(module, "make_strict", lambda model, _: make_strict(model, "cuda")):
+    with pytest.MonkeyPatch.context() as patch:
+        switch_to_interpreter(patch)
+        patch.setattr(module, "make_strict", lambda model, _: make_strict(model, "cuda"))
         ulysses = ParallelConfig(strict=True)
         gather = ParallelConfig(strict=True, ulysses_degree=1)
         few = {**FEWEST_TOKENS, "dim": 64, "ffn_dim": 128, "num_heads": 4}

@@ -30,7 +30,7 @@ class Outgoing:
     """An encoded picture."""
 
     message: VideoChunk
-    """Its metadata, but for the counters, which are set when it is sent."""
+    """Its metadata, except for the counters, which are set when it is sent."""
     data: Any
     """From ``encoder.encode``."""
     due: float
