@@ -53,11 +53,12 @@ class Keeper:
         with self.host.lock:
             if live.closing or live not in self.host.queue:
                 return
+        begun = self.host.attempt(live, lambda: self._begin(live))
+        with self.host.lock:  # until here it waits, or an event would queue it once more
             self.host.queue.remove(live)
             live.waits = False
-        if not self.host.attempt(live, lambda: self._begin(live)):
-            return
-        with self.host.lock:
+            if not begun:
+                return
             live.where = "device"
             live.last_turn = live.snapped_at = time.monotonic()
             live.idle_since = live.last_turn if live.reasons else None
