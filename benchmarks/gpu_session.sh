@@ -24,8 +24,8 @@
 # On the GPU machine, in this tree with both folders. The second run follows at once on the same
 # machine, whose disk cache and compiled kernels it needs to be in time.
 #
-#   python3 -m pip install -q --no-index --no-deps --target /tmp/site .whl/*.whl
-#   export PYTHONPATH=/tmp/site COMMIT=SHA REFERENCE=.ref REFERENCE_COMMIT=7918d52
+#   python3 -m pip install -q --no-index --no-deps --target .site .whl/*.whl
+#   export PYTHONPATH=$PWD/.site COMMIT=SHA REFERENCE=.ref REFERENCE_COMMIT=7918d52
 #   OUT=out/decide bash benchmarks/gpu_session.sh decide
 #   OUT=out/check bash benchmarks/gpu_session.sh check
 #

@@ -1,5 +1,6 @@
 """What the streaming decoders of video autoencoders have in common."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from flashdreams.models.decoder_forms import DecoderForms, forms_for, select_for
 from flashdreams.runtime.cuda_graph import GraphedCallable
 
 
-class VideoDecoder(StreamingDecoder):
+class VideoDecoder(StreamingDecoder, ABC):
     """Latents to frames, chunk by chunk, by causal layers that carry their trailing frames.
 
     A subclass writes ``decode``; its config has ``time_factor``.
@@ -62,7 +63,8 @@ class VideoDecoder(StreamingDecoder):
 
         Returns:
             ``[B, F, 3, height, width]``, float32 in [-1, 1], ``spatial_factor`` pixels per latent
-            row and column; ``F = 1 + 4 (T - 1)`` for the first chunk, ``4 T`` for later ones.
+            row and column. The first chunk has ``F = 1 + time_factor (T - 1)`` frames, later ones
+            ``time_factor T``.
 
         Raises:
             ValueError: wrong shape, or a chunk out of order.
@@ -74,6 +76,14 @@ class VideoDecoder(StreamingDecoder):
         carried.chunks += 1
         return video
 
+    @abstractmethod
     def decode(self, latent: Tensor, carried: CarriedFrames) -> Tensor:
-        """The computation of ``forward``, for a chunk that follows ``carried``."""
-        raise NotImplementedError
+        """The computation of ``forward``, for a chunk that follows ``carried``.
+
+        Args:
+            latent: ``[B, C, T, H, W]``, normalised, any floating dtype.
+            carried: trailing frames of every layer, updated in place.
+
+        Returns:
+            ``[B, F, 3, height, width]``, float32 in [-1, 1].
+        """

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import queue
 import threading
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,16 +35,16 @@ Frames = tuple[Tensor, "torch.cuda.Event | None"]
 """Pixels on the host, ``[F, H, W, 3]`` uint8, once the event has passed (None: they have)."""
 
 
-class ClosedAtEnd:
+class ClosedAtEnd(ABC):
     """A context that calls ``close`` at its end, and ``abort`` if its body raises."""
 
+    @abstractmethod
     def close(self) -> None:
         """Complete the file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def abort(self) -> None:
         """Leave what was written under a partial name."""
-        raise NotImplementedError
 
     def __enter__(self: WriterT) -> WriterT:
         return self
