@@ -54,6 +54,30 @@ def test_detached_session_is_parked_and_goes_on_where_it_was(runner, folder, alo
     assert torch.equal(visit.client.frames, alone)
 
 
+@pytest.mark.parametrize("parked_gib", [1.0, 0.0], ids=["in host memory", "on disk"])
+def test_an_event_on_the_way_back_to_the_device_restores_a_session_once(
+    runner, folder, monkeypatch, parked_gib
+):
+    limits = {"park_after_s": 0.0, "parked_gib": parked_gib, "state_dir": folder}
+    with served(runner, **limits) as server:
+        visit, told = parked_with_a_fork(server), []
+        carry_out = server.host.engine.carry_out
+
+        def and_an_event(order):
+            told.append(order.kind)
+            if order.kind in ("unpark", "resume"):
+                visit.keys("l")
+            return carry_out(order)
+
+        monkeypatch.setattr(server.host.engine, "carry_out", and_an_event)
+        attach(visit)
+        visit.ask(2)
+        visit.close()
+    assert [kind for kind in told if kind in ("unpark", "resume")] == [
+        "unpark" if parked_gib else "resume"
+    ]
+
+
 def test_fork_survives_parking(runner, folder, alone):
     with served(runner, park_after_s=0.0, state_dir=folder) as server:
         visit = Visit(server.host, Opening(seed=1))
