@@ -13,7 +13,6 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, is_dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from flashdreams.infra.config import (
     walk,
 )
 from flashdreams.parallel.siblings import watch_siblings
-from flashdreams.parallel.stopping import say_stopped, stopped
+from flashdreams.parallel.stopping import run_command, stopped
 from flashdreams.registry import VARIABLE, PluginError, Registry, discover, is_runner_config
 from flashdreams.runtime.checkpoint import CheckpointError, MissingWeightsError
 from flashdreams.runtime.command_text import (
@@ -40,8 +39,6 @@ from flashdreams.runtime.standard_error import prepare_streams
 from flashdreams.runtime.termination import (
     IMPORT_DEADLINE_S,
     ends_after,
-    leave,
-    raise_on_sigterm,
 )
 from flashdreams.runtime.text import printable, quoted, read_text, reason_of, say
 
@@ -94,10 +91,9 @@ class CommandLine:
 
 def entry_point() -> None:
     """Run the process's own command line and exit with its code."""
-    raise_on_sigterm(before_end=partial(say_stopped, program=PROGRAM))
     watch_siblings()
     prepare_streams()
-    leave(main(sys.argv[1:]))
+    run_command(PROGRAM, main)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -7,10 +7,8 @@ if __name__ == "__main__":  # before the imports below, which take time
 
 import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib.util import find_spec
 from types import FrameType
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 from tyro.conf import OmitArgPrefixes
 
 from flashdreams.parallel.siblings import watch_siblings
-from flashdreams.parallel.stopping import say_stopped, stopped
+from flashdreams.parallel.stopping import run_command, stopped
 from flashdreams.run import (
     DONE,
     RUN_FAILED,
@@ -31,7 +29,6 @@ from flashdreams.run import (
 )
 from flashdreams.runtime.command_text import lost_output, read_options
 from flashdreams.runtime.standard_error import prepare_streams
-from flashdreams.runtime.termination import leave, raise_on_sigterm
 from flashdreams.runtime.text import say, tell
 from flashdreams.serving.limits import ServingLimits
 from flashdreams.serving.web.settings import WebSettings
@@ -58,10 +55,9 @@ class ServeOptions:
 
 def entry_point() -> None:
     """Run the process's own command line and exit with its code."""
-    raise_on_sigterm(grace_s=DRAIN_S, before_end=partial(say_stopped, program=PROGRAM))
     watch_siblings()
     prepare_streams()
-    leave(main(sys.argv[1:]))
+    run_command(PROGRAM, main, DRAIN_S)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -7,24 +7,27 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NoReturn
 
-from flashdreams.runtime.termination import Terminated, leave, raise_on_sigterm
+from flashdreams.runtime.termination import GRACE_S, Terminated, leave, raise_on_sigterm
 from flashdreams.runtime.text import say
 
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code."""
 
 
-def run_command(program: str, main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Carry out the command line of a process that has nothing to save, and exit with its code.
+def run_command(
+    program: str, main: Callable[[Sequence[str]], int], grace_s: float = GRACE_S
+) -> NoReturn:
+    """Carry out the process's own command line and exit with its code.
 
     Args:
         program: its name.
         main: from the words after the program's name to an exit code.
+        grace_s: time to end by itself after a signal, as for `raise_on_sigterm`.
     """
-    raise_on_sigterm(before_end=partial(say_stopped, program=program))
+    raise_on_sigterm(grace_s, before_end=partial(say_stopped, program=program))
     try:
         code = main(sys.argv[1:])
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt as stop:  # also one that comes while an error is reported
         code = stopped(stop, program)
     leave(code)
 

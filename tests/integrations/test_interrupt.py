@@ -94,6 +94,27 @@ def test_a_module_that_has_only_begun_ends_with_one_line(module: str, imported: 
         assert "Traceback" in said and said.count("\n") > 3
 
 
+STOPS_ITS_REPORT = """
+import os, signal, sys
+from flashdreams import {0} as program
+
+def stop(error, *_, **__):
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise AssertionError("went on")
+
+program.report = stop
+sys.argv[0:] = ["flashdreams-{0}", "no-such-slug"]
+program.entry_point()
+"""
+
+
+@pytest.mark.parametrize("program", ["run", "serve"])
+def test_a_signal_while_an_error_is_reported_shows_no_traceback(program: str) -> None:
+    """torchrun sends it to the other ranks of one that has died, whose errors follow from that."""
+    code, said = interrupt(STOPS_ITS_REPORT.format(program), "of no import")
+    assert (code, said) == (143, f"flashdreams-{program}: terminated\n")
+
+
 @pytest.mark.skipif(
     not (Path(config.__file__).parent / "weights" / "transformer.safetensors").exists(),
     reason="needs the toy world's weights",
