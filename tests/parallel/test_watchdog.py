@@ -128,7 +128,7 @@ class SlowStore:
     began = threading.Event()
     def set(self, key, value):
         self.began.set()
-        torch.ones(1500, 1500) @ torch.ones(1500, 1500)
+        torch.ones(1000, 1000) @ torch.ones(1000, 1000)
 
 watchdog = Watchdog(dataclasses.replace(ALONE, store=SlowStore()))
 watchdog.__enter__()
