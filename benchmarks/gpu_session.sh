@@ -16,8 +16,8 @@
 # pytest, pytest-timeout and pytest-xdist; the section peers needs accelerate and diffusers.
 #
 #   pip download --no-deps --only-binary :all: --python-version 3.12 --abi cp312 --abi abi3 \
-#       --abi none --platform manylinux_2_24_x86_64 --platform any -d .whl \
-#       tyro docstring-parser typeguard fa3-fwd diffusers
+#       --abi none --platform manylinux_2_24_x86_64 --platform manylinux_2_28_x86_64 \
+#       --platform any -d .whl tyro docstring-parser typeguard psutil fa3-fwd diffusers
 #   mkdir .ref; git archive 7918d52 flashdreams kernels benchmarks \
 #       ':!flashdreams/integrations/toy_world/weights' | tar x -C .ref; git rev-parse HEAD
 #

@@ -10,7 +10,6 @@ with a new one whose window has just filled: ``paired_ratio`` is the median of o
 pair. The limit applies to it and to the memory.
 """
 
-import os
 import statistics
 from collections.abc import Mapping
 from functools import partial
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import command
+import psutil
 import report
 import rollout
 import torch
@@ -40,8 +40,7 @@ def memory_mib(device: torch.device) -> float:
     """Memory in use now."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 2**20
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return psutil.Process().memory_info().rss / 2**20
 
 
 def measure(subject: rollout.Subject, device: torch.device, steps: int) -> list[dict[str, Any]]:

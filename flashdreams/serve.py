@@ -5,8 +5,8 @@ if __name__ == "__main__":  # before the imports below, which take time
 
     begin_command("flashdreams-serve")
 
-import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -198,7 +198,7 @@ def drain_on_signals(drain: Callable[[], None]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     numbers = [signal.SIGTERM, signal.SIGINT]
-    if os.name == "posix" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
     for number in numbers:
         signal.signal(number, handle)

@@ -1,6 +1,7 @@
 """Checks of a method on two ranks: equality, and omissions of its plan."""
 
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -312,7 +313,9 @@ def _compare_states(found: RolloutState, expected: RolloutState, way: str) -> No
 
 
 def warm_forkserver() -> None:
-    """Let the forkserver import what ranks need while other checks run."""
+    """Let the forkserver, where there is one, import what ranks need while other checks run."""
+    if sys.platform == "win32":
+        return
     import multiprocessing
     from multiprocessing.forkserver import ensure_running
 

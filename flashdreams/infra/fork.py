@@ -62,12 +62,12 @@ def require_room(count: int, each: int, device: torch.device) -> None:
         ValueError: states how many fit.
     """
     free = free_bytes(device)
-    fits = least_of_all_ranks(count if free is None else free // max(each, 1))
+    fits = least_of_all_ranks(free // max(each, 1))
     if fits < count:
-        room = "" if free is None else f", {free / BYTES_PER_GIB:.2f} GiB are free on {device}"
         raise ValueError(
-            f"{count} forks take {each / BYTES_PER_GIB:.2f} GiB each{room}: {fits} fit. Fork fewer "
-            "at a time, or save the rollout with pipeline.save and resume it for each branch."
+            f"{count} forks take {each / BYTES_PER_GIB:.2f} GiB each, {free / BYTES_PER_GIB:.2f} "
+            f"GiB are free on {device}: {fits} fit. Fork fewer at a time, or save the rollout with "
+            "pipeline.save and resume it for each branch."
         )
 
 

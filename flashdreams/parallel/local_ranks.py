@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -60,10 +61,13 @@ def new_process(target: Callable[..., None], *args: Any) -> BaseProcess:
     """A process that is ready to start, and sees the variables of this one as they are now.
 
     It comes from the forkserver, which imports torch once; by themselves its processes would see
-    the variables of whoever needed the server first.
+    the variables of whoever needed the server first. Windows has none.
     """
+    arguments = (dict(os.environ), target, args)
+    if sys.platform == "win32":
+        return multiprocessing.Process(target=_in_environment, args=arguments)
     forks = multiprocessing.get_context("forkserver")
-    return forks.Process(target=_in_environment, args=(dict(os.environ), target, args))
+    return forks.Process(target=_in_environment, args=arguments)
 
 
 def _in_environment(

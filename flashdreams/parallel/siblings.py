@@ -5,18 +5,19 @@ Imports no PyTorch, so that it also covers the seconds in which the ranks import
 
 import contextlib
 import os
-import select
+import selectors
 import signal
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from flashdreams.runtime.text import say
 
-_ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_ASKED = ("SIGTERM", "SIGINT", "SIGHUP")
 _NAME = "siblings"
 _LOOKS = 40
-_PERIOD_MS = 250
+_PERIOD_S = 0.25
 _SAME_JOB = ("MASTER_ADDR", "MASTER_PORT")
 
 Note = Callable[[int, int, str], None]
@@ -65,17 +66,19 @@ def _open(pids: Mapping[int, int]) -> dict[int, int]:
     """File descriptor by rank of the existing processes that may be watched."""
     files: dict[int, int] = {}
     for rank, pid in pids.items():
-        with contextlib.suppress(OSError, AttributeError):  # not allowed here, gone, or no Linux
-            files[rank] = os.pidfd_open(pid)
+        if sys.platform == "linux":
+            # Not allowed here, gone, or not in this build of Python.
+            with contextlib.suppress(OSError, AttributeError):
+                files[rank] = os.pidfd_open(pid)
     return files
 
 
 def _ended(files: dict[int, int]) -> list[int]:
     """Wait a moment for the end of processes: their ranks; they are closed and taken out."""
-    poller = select.poll()
-    for file in files.values():
-        poller.register(file, select.POLLIN)
-    found = {file for file, _ in poller.poll(_PERIOD_MS)}
+    with selectors.DefaultSelector() as selector:
+        for file in files.values():
+            selector.register(file, selectors.EVENT_READ)
+        found = {key.fd for key, _ in selector.select(_PERIOD_S)}
     ranks = sorted(rank for rank, file in files.items() if file in found)
     for rank in ranks:
         os.close(files.pop(rank))
@@ -96,8 +99,8 @@ def _how_it_ended(rank: int, pid: int) -> tuple[int, str]:
     if number == 0:
         code = status >> 8
         return 0, f"Rank {rank} (process {pid}) ended with exit code {code} before the others."
-    why = ", as the kernel does when memory is full" if number == signal.SIGKILL else ""
     name = signal.Signals(number).name if number in list(signal.Signals) else "unknown"
+    why = ", as the kernel does when memory is full" if name == "SIGKILL" else ""
     return number, f"Rank {rank} (process {pid}) was killed by signal {number} ({name}){why}."
 
 
@@ -124,7 +127,8 @@ class _SiblingWatch:
 
     def _note(self, rank: int) -> None:
         number, text = _how_it_ended(rank, self.pids[rank])
-        if number and number not in _ASKED and self.rank < min(self.files, default=self.rank + 1):
+        asked = any(number == getattr(signal, name, 0) for name in _ASKED)
+        if number and not asked and self.rank < min(self.files, default=self.rank + 1):
             say(f"flashdreams: error: {text}", beside=self.rank > 0)
 
 

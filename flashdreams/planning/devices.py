@@ -1,13 +1,14 @@
 """Devices: peak figures of data sheets, and achieved rates."""
 
 import contextlib
-import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 
@@ -322,12 +323,13 @@ def _engine_us(times: OperatorTimes, dim: int) -> tuple[float, float]:
 
 def host_memory_bytes() -> int:
     """Host memory that this process may use: the limit of machine, container or process."""
-    import resource
+    limits = [psutil.virtual_memory().total]
+    if sys.platform != "win32":
+        import resource
 
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    own, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if own != resource.RLIM_INFINITY:
-        limits.append(own)
+        own, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if own != resource.RLIM_INFINITY:
+            limits.append(own)
     for file in CGROUP_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
             limits.append(int(Path(file).read_text("ascii")))

@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import sys
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -11,10 +12,8 @@ from typing import BinaryIO
 
 from flashdreams.runtime.text import reason_of
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 """Error numbers of a file system without locks."""
@@ -91,16 +90,15 @@ def _create(path: str, flags: int) -> int:
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    if fcntl is None or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        message = f"{path} is being written by another run"
-        raise InUseError(error.errno, message, str(path)) from error
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
+    if sys.platform != "win32" and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            message = f"{path} is being written by another run"
+            raise InUseError(error.errno, message, str(path)) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
 
 
 def _has_name(file: BinaryIO, path: Path) -> bool:
@@ -108,6 +106,26 @@ def _has_name(file: BinaryIO, path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
+
+
+def give_name(file: BinaryIO, path: Path, name: Path | None) -> None:
+    """Rename or remove a file that this process owns.
+
+    Args:
+        file: from `open_owned`; it stays open, and so nobody else's, except on Windows, which
+            neither locks it nor renames an open file.
+        path: its name.
+        name: its new name, replacing a file that has it; None: the file is removed.
+
+    Raises:
+        OSError: it cannot be done.
+    """
+    if sys.platform == "win32":
+        file.close()
+    if name is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.replace(name)
 
 
 class OutputGuard:

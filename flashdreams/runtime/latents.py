@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashdreams.runtime.array_file import load_array
-from flashdreams.runtime.files import OutputGuard, open_partial, write_whole
+from flashdreams.runtime.files import OutputGuard, give_name, open_partial, write_whole
 from flashdreams.runtime.parts import safetensors_header
 from flashdreams.runtime.text import quoted
 
@@ -93,7 +93,8 @@ class LatentWriter:
         try:  # the parts stay open, and so this writer's, until the end
             with write_whole(self.path) as file:
                 _write_safetensors(file, np.load(self.partial_path, mmap_mode="r"))
-            self.partial_path.unlink()
+            assert self._file is not None
+            give_name(self._file, self.partial_path, None)
         finally:
             self.close()
 

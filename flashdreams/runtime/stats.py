@@ -10,10 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import psutil
 import torch
 from torch import Tensor
 
-from flashdreams.runtime.files import OutputGuard, open_owned, open_partial, write_whole
+from flashdreams.runtime.files import OutputGuard, give_name, open_owned, open_partial, write_whole
 
 BYTES_PER_GIB = 2**30
 _HOST_SHORTAGE = re.compile(r"DefaultCPUAllocator: can't allocate memory|bad_alloc|out of memory")
@@ -83,7 +84,8 @@ class StatsWriter:
         """
         try:  # the lines stay open, and so this writer's, until the end
             self.write()
-            self.partial_path.unlink(missing_ok=True)
+            if self._lines is not None:
+                give_name(self._lines, self.partial_path, None)
         finally:
             self.close()
 
@@ -139,31 +141,26 @@ def memory_stats(device: torch.device | str) -> dict[str, float]:
             "mem_reserved_gib": torch.cuda.memory_reserved(device) / BYTES_PER_GIB,
             "mem_peak_gib": torch.cuda.max_memory_allocated(device) / BYTES_PER_GIB,
         }
-    try:
-        import resource
-    except ImportError:
-        return {}
+    if sys.platform == "win32":
+        return {"mem_peak_gib": psutil.Process().memory_info().peak_wset / BYTES_PER_GIB}
+    import resource
+
     unit_bytes = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
     return {"mem_peak_gib": peak / BYTES_PER_GIB}
 
 
-def free_bytes(device: torch.device | str) -> int | None:
-    """Bytes that may still be allocated on a device; None if unknown.
+def free_bytes(device: torch.device | str) -> int:
+    """Bytes that may still be allocated on a device.
 
     On CUDA the driver's free memory plus the allocator's unused memory; on a CPU the memory that
-    Linux reports as available.
+    the system can give out without swapping.
     """
     device = torch.device(device)
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None
+    return psutil.virtual_memory().available
 
 
 def is_shortage(error: BaseException) -> bool:

@@ -58,7 +58,8 @@ def raise_on_sigterm(
         grace_s: time for the main thread to end by itself.
         before_end: is called with the signal before the process is ended without its main thread.
     """
-    if os.name != "posix":
+    if sys.platform == "win32":  # Ctrl-C only
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         return
     numbers = {signal.SIGTERM, signal.SIGINT}
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
@@ -113,8 +114,9 @@ def _end_after(
 def leave(code: int) -> NoReturn:
     """End the process, quickly, once all is written."""
     # The interpreter's own end may be cut short by a second signal.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # not all of them on Windows
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
     # Otherwise the interpreter looks through all of PyTorch for rubbish once more, for a second.
     gc.freeze()
     sys.exit(code)

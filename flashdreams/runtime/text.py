@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-import select
+import selectors
 import stat
 import sys
 import time
@@ -63,11 +63,11 @@ def _read_pipe(path: Path, most_bytes: int) -> bytes:
     """What is written into a named pipe until it is closed, or the limit is reached."""
     found, end = bytearray(), time.monotonic() + PIPE_S
     # A blocking open would wait for a writer without a limit.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
-        poll = select.poll()
-        poll.register(file, select.POLLIN)
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(descriptor, "rb", buffering=0) as file, selectors.DefaultSelector() as selector:
+        selector.register(file, selectors.EVENT_READ)
         while len(found) < most_bytes:
-            if not poll.poll(max(0.0, end - time.monotonic()) * 1e3):
+            if not selector.select(max(0.0, end - time.monotonic())):
                 raise ValueError(f"it is a pipe that was not closed within {PIPE_S:g} s")
             block = file.read(most_bytes - len(found))
             if not block:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashdreams.runtime.files import OutputGuard, open_partial, remedy
+from flashdreams.runtime.files import OutputGuard, give_name, open_partial, remedy
 from flashdreams.runtime.text import reason_of
 from flashdreams.runtime.transfer import start_host_copy
 
@@ -181,11 +181,11 @@ class VideoWriter(ClosedAtEnd):
 
     def _give_name(self) -> None:
         if self.frames_written == 0:
-            self.partial_path.unlink(missing_ok=True)
+            give_name(self._owned, self.partial_path, None)
             return
         self._check_place()
         try:
-            self.partial_path.replace(self.path)
+            give_name(self._owned, self.partial_path, self.path)
         except OSError as error:
             kept = f" It is complete in {self.partial_path}." * self.partial_path.exists()
             raise OSError(
@@ -212,7 +212,7 @@ class VideoWriter(ClosedAtEnd):
             self._thread.join()
         atexit.unregister(self._finish)
         if self.partial_path.is_file() and self.partial_path.stat().st_size == 0:
-            self.partial_path.unlink()
+            give_name(self._owned, self.partial_path, None)
 
     def _check_place(self) -> None:
         try:

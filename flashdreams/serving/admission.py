@@ -108,15 +108,14 @@ def count_places(trial: Trial, device: torch.device, max_sessions: int | None, p
     """
     free = free_bytes(device)
     fits = DERIVED_SESSIONS if max_sessions is None else max_sessions
-    if free is not None:
-        room = int(free * (1 - RESERVE)) - trial.step_bytes
-        fits = min(fits, pooled + max(0, room) // max(1, trial.rollout_bytes))
+    room = int(free * (1 - RESERVE)) - trial.step_bytes
+    fits = min(fits, pooled + max(0, room) // max(1, trial.rollout_bytes))
     fits = least_of_all_ranks(fits)
     if fits < (max_sessions or 1):
         gib = 2**30
         raise ValueError(
             f"--max-sessions {max_sessions or 1}: a session takes {trial.rollout_bytes / gib:.2f} "
-            f"GiB and an AR step {trial.step_bytes / gib:.2f} GiB more; {(free or 0) / gib:.2f} "
+            f"GiB and an AR step {trial.step_bytes / gib:.2f} GiB more; {free / gib:.2f} "
             f"GiB are free on {device}: {fits} fit. Ask for fewer, or for a smaller window."
         )
     return fits

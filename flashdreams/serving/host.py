@@ -1,15 +1,14 @@
 """The host of live sessions: calls of the web server, from any thread."""
 
 import json
-import os
 import re
 import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -264,7 +263,7 @@ class LiveHost(Host):
                 sessions=sum(live.where == "device" for live in lives),
                 queued=len(self.queue),
                 device_bytes=torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
-                host_bytes=resident_bytes(),
+                host_bytes=psutil.Process().memory_info().rss,
                 parked=sum(live.where in ("host", "disk") for live in lives),
                 parked_bytes=self.engine.parked_bytes,
                 steps=last.chunks if session and last is not None else self.steps,
@@ -371,12 +370,3 @@ def _names(live: LiveSession, kind: str) -> list[Any]:
 def _refuse_many_prompts(live: LiveSession) -> None:
     if sum(command.kind == "prompt" for command in live.commands) >= MAX_PROMPTS:
         raise Refused(f"{MAX_PROMPTS} prompts are pending for the next chunk; send fewer.")
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process; 0 if the system does not report it."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")

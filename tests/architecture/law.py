@@ -42,7 +42,7 @@ METHODS_MAY_USE = (
 
 BASE_PACKAGES = {
     "torch", "numpy", "safetensors", "tyro", "yaml", "mediapy", "imageio_ffmpeg",
-    "huggingface_hub", "jinja2", "matplotlib", "tqdm", "PIL",
+    "huggingface_hub", "jinja2", "matplotlib", "tqdm", "PIL", "psutil",
 }  # fmt: skip
 """Third parties of the base install; all others are imported where they are needed."""
 

@@ -7,6 +7,7 @@ import mmap
 import pickle
 import re
 import struct
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -171,7 +172,7 @@ def _view(mapped: mmap.mmap, info: TensorInfo, part: TensorSlice | None) -> Tens
     if part is not None and part.dim == 0 and part.parts == 1:
         row = length // info.shape[0]
         start, length = start + part.start * row, part.length * row
-    if hasattr(mmap, "MADV_WILLNEED") and length > 0:
+    if sys.platform != "win32" and length > 0:
         page = start - start % mmap.PAGESIZE
         with contextlib.suppress(OSError):  # a hint only
             mapped.madvise(mmap.MADV_WILLNEED, page, length + start - page)

@@ -32,7 +32,7 @@ class Member:
         path = folder / f".{ADDRESS}.part"
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump(asdict(self), file)
-        path.rename(folder / ADDRESS)
+        path.replace(folder / ADDRESS)
 
     def withdraw(self, root: Path) -> None:
         """Remove the address after the server has ended."""

@@ -2,9 +2,9 @@
 
 import os
 
+import psutil
 import pytest
 
-from flashdreams.serving.host import resident_bytes
 from flashdreams.serving.interface import Opening
 from tests.live import Visit, served
 
@@ -60,8 +60,8 @@ def test_memory_is_steady(runner, folder):
             lasting.keys("wl"[number % 2])
             round_of(server.host, number)
             if number == STEPS // 40 // 4:
-                before = resident_bytes()
-        growth = resident_bytes() - before
+                before = psutil.Process().memory_info().rss
+        growth = psutil.Process().memory_info().rss - before
         assert server.host.figures().steps >= STEPS
         print(f"{server.host.figures().steps} AR steps: {growth / 2**20:.1f} MiB more")
         assert growth < GROWTH_BYTES
