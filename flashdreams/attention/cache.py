@@ -363,7 +363,7 @@ class KVCache:
             )
         if ("sink_k" in state) != (self.sink_k is not None):
             raise ValueError("The state and this model differ in relative_rope; set it equally.")
-        if self.scales is not None and not bool(self.scales.all()):
+        if held and self.scales is not None and not bool(self.scales.all()):
             raise ValueError(
                 "The state has no scales per head: it was exported with precision='native'. Load "
                 "it with that setting."

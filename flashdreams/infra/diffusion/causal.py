@@ -35,6 +35,7 @@ from flashdreams.infra.diffusion.causal_state import (
     token_values_to_pixels,
 )
 from flashdreams.infra.diffusion.transformer import Transformer
+from flashdreams.infra.finite import tensors_in
 from flashdreams.parallel.plan import glob_pattern
 from flashdreams.runtime.cuda_graph import GraphedCallable
 from flashdreams.runtime.noise import NoiseSource
@@ -235,6 +236,9 @@ class CausalTransformer(Transformer):
         cache.shots = Shots()
         for cursor in cache.cursors:
             cursor.reset()
+        cache.scales = scales_by_glob(cache.caches)
+        for scales in tensors_in(cache.scales):
+            scales.zero_()
         return True
 
     def update_context(
@@ -266,6 +270,8 @@ class CausalTransformer(Transformer):
             )
         for cursor in cache.cursors:
             cursor.begin_step(c.len_t, self.device)
+        # A state that was exported with precision="native" before its first chunk has none.
+        cache.scales = cache.scales or scales_by_glob(cache.caches)
         self.rotate_sinks(cache)
         frames = torch.arange(cache.cursor.start, cache.cursor.end, dtype=torch.int64, device="cpu")
         cache.inputs.fill(self.inputs_at(cache, frames, control))

@@ -25,8 +25,7 @@ MAX_TIMESTEPS = 64
 class StepInputs:
     """Inputs of a network call besides latent, modulation and state; constant over an AR step.
 
-    Filled in place: tensors of an unchanged shape keep their storage from step to step, as CUDA
-    graphs need.
+    Filled in place: the tensors of the first fill keep their storage, as CUDA graphs need.
     """
 
     def __init__(self, rotations: Any = None, condition: Any = None, control: Any = None) -> None:
@@ -36,12 +35,24 @@ class StepInputs:
         """``[B, condition_channels, T, H, W]`` of the chunk."""
         self.control = control
         """What ``embed_control`` returned."""
+        self.in_place = True
+        """Whether the tensors are those of the first fill; if not, graphs do not read them."""
+        self._first: tuple[Any, ...] | None = None
 
     def fill(self, new: "StepInputs") -> None:
-        """Copy the values of ``new``, without keeping references to it."""
-        self.rotations = _filled(self.rotations, new.rotations)
-        self.condition = _filled(self.condition, new.condition)
-        self.control = _filled(self.control, new.control)
+        """Copy the values of ``new``, without keeping references to it.
+
+        Those of other shapes than the first ones, such as one control for all tokens instead of
+        one for each, have storage of their own.
+        """
+        values = (new.rotations, new.condition, new.control)
+        if self._first is None:
+            self._first = _cloned(values)
+        self.in_place = _same_form(self._first, values)
+        if self.in_place:
+            copy_tensors(self._first, values)
+        chosen = self._first if self.in_place else _cloned(values)
+        self.rotations, self.condition, self.control = chosen
 
 
 @dataclass
@@ -157,8 +168,9 @@ def attention_over(spec: KVCacheSpec, config: CausalTransformerConfig) -> Attent
 
 
 def graph_key(inputs: StepInputs, state: CausalState, write_only: bool = False) -> bool | None:
-    """Which of the two graphs of a state a call needs; None while a window fills."""
-    return write_only if state.is_steady else None
+    """Which of the two graphs of a state a call needs; None while a window fills, and for inputs
+    of other shapes than the first ones."""
+    return write_only if state.is_steady and inputs.in_place else None
 
 
 def graph_state(inputs: StepInputs, state: CausalState, write_only: bool = False) -> CausalState:
@@ -212,22 +224,24 @@ def same_shapes(a: Any, b: Any) -> bool:
     return [x.shape for x in tensors_in(a)] == [x.shape for x in tensors_in(b)]
 
 
-def _filled(stored: Any, new: Any) -> Any:
-    """``new``, in the tensors of ``stored`` where shape, dtype and device allow it."""
-    if isinstance(new, Tensor):
-        fits = (
-            isinstance(stored, Tensor)
-            and (stored.shape, stored.dtype) == (new.shape, new.dtype)
-            and stored.device == new.device
-        )
-        return stored.copy_(new) if fits else new.clone()
-    if isinstance(new, Mapping):
-        named = stored if isinstance(stored, Mapping) else {}
-        return {name: _filled(named.get(name), x) for name, x in new.items()}
-    if isinstance(new, list | tuple):
-        same = isinstance(stored, list | tuple) and len(stored) == len(new)
-        places: Sequence[Any] = stored if same else [None] * len(new)
-        items = [_filled(place, x) for place, x in zip(places, new, strict=True)]
-        make: Callable[..., Any] = getattr(type(new), "_make", type(new))
-        return make(items)
-    return new
+def _same_form(a: Any, b: Any) -> bool:
+    """Whether two nests differ in the values of their tensors alone."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return list(a) == list(b) and all(map(_same_form, a.values(), b.values()))
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same_form, a, b))
+    return a is b or (type(a) is type(b) and isinstance(a, bool | int | float | str) and a == b)
+
+
+def _cloned(value: Any) -> Any:
+    """A nest with copies of its tensors."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, Mapping):
+        return {name: _cloned(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        make: Callable[..., Any] = getattr(type(value), "_make", type(value))
+        return make(map(_cloned, value))
+    return value

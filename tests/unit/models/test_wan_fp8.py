@@ -80,6 +80,27 @@ def test_a_saved_rollout_may_go_on_wide_and_a_wide_one_is_refused():
         narrow.load_cache(cache.state_dict())
 
 
+def test_before_its_first_chunk_a_rollout_is_saved_and_parked():
+    narrow, wide = build(), build("native")
+    expected = run(narrow, begin(narrow))
+    for fresh in (begin(narrow), begin(wide)):
+        cache = narrow.load_cache(fresh.state_dict())
+        assert torch.equal(run(narrow, cache, 4), expected[:, :, : 4 * 2])
+        assert torch.equal(run(narrow, narrow.load_cache(cache.state_dict())), expected[:, :, 8:])
+    assert torch.equal(run(narrow, narrow.unpark(narrow.park(begin(narrow)))), expected)
+
+
+def test_a_storage_with_graphs_keeps_no_scales_of_the_rollout_before():
+    pipeline, wide = build(use_cuda_graph=True), build("native")
+    pipeline.diffusion_model.transformer.network._backend = CountingCapture()
+    pipeline.warm_up()
+    cache = begin(wide)
+    run(wide, cache, 4)
+    with pytest.raises(ValueError, match="no scales per head"):
+        pipeline.load_cache(cache.state_dict())
+    assert not layers_of(begin(pipeline))[0].scales.any()
+
+
 def test_two_rollouts_interleave():
     pipeline = build()
     alone = [run(pipeline, begin(pipeline, seed)) for seed in (3, 4)]

@@ -13,13 +13,14 @@ from tests.tiny import CONTROL_DIM, TEXT_DIM, tiny_transformer
 from tests.unit.runtime.test_cuda_graph import trace_graphs
 
 
-def rollout(model: WanTransformer, steps: int = 6) -> list[torch.Tensor]:
+def rollout(model: WanTransformer, steps: int = 6, short: int = -1) -> list[torch.Tensor]:
+    """Flows of some AR steps; one of them may have one control for all tokens."""
     generator = torch.Generator().manual_seed(0)
     device = model.device
     cache = model.initialize_cache(text=torch.randn(1, 4, TEXT_DIM, generator=generator))
     flows = []
     for i in range(steps):
-        control = torch.randn(1, 8, CONTROL_DIM, generator=generator)
+        control = torch.randn(1, 1 if i == short else 8, CONTROL_DIM, generator=generator)
         model.begin_step(i, cache, control)
         latent = torch.randn(model.latent_shape(1), generator=generator).to(device)
         for t in (1000.0, 500.0):
@@ -47,6 +48,17 @@ def test_replayed_rollout_equals_the_eager_one(changes):
     assert model.network.captures == 2
     assert model.network.eager_calls == 2 * 3  # two AR steps fill the window
     assert model.network.replays == 4 * 3 - 2
+
+
+@torch.no_grad()
+def test_a_step_with_inputs_of_another_shape_is_eager_and_the_next_one_replayed():
+    torch.manual_seed(0)
+    model = WanTransformer(tiny_transformer(control_dim=CONTROL_DIM, use_cuda_graph=True)).eval()
+    eager = rollout(model, short=4)
+    flows = rollout(graphed(model), short=4)
+    assert all(torch.equal(a, b) for a, b in zip(eager, flows, strict=True))
+    assert model.network.captures == 2
+    assert model.network.eager_calls == (2 + 1) * 3
 
 
 @torch.no_grad()
