@@ -119,9 +119,10 @@ class RingAttention(AttentionWrapper):
         for hop in range(ranks):
             following = self.channel.start_rotate(rotating) if hop + 1 < ranks else None
             count = counts[(rank - hop) % ranks]
-            k, v = rotating[:, :, :count].unbind(0)
-            part = attend_with_lse(q, k, v, scale=self.scale, backend=backend)
-            out, lse = part if lse is None else merge(out, lse, *part)
+            if count:  # of fewer tokens than ranks, some ranks have none
+                k, v = rotating[:, :, :count].unbind(0)
+                part = attend_with_lse(q, k, v, scale=self.scale, backend=backend)
+                out, lse = part if lse is None else merge(out, lse, *part)
             if following is not None:
                 rotating = following()
         return out.to(q.dtype)

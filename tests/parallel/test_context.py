@@ -106,6 +106,12 @@ def test_sent_bytes_equal_the_formula():
 ROTATE_CASES = {
     "streaming": {"sink_size_t": 3, "relative_rope": True, "latent_width": 8},
     "bidirectional": {"streaming": False},
+    "fewer tokens than ranks": {
+        "streaming": False,
+        "len_t": 1,
+        "latent_height": 2,
+        "latent_width": 6,
+    },
 }
 """The cache is shared evenly at 12 tokens per latent frame; without one, 15 are fine."""
 
