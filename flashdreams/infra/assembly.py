@@ -27,12 +27,19 @@ from flashdreams.infra.warm_up import WarmUp, choose_attention, decode_zeros, ru
 from flashdreams.infra.weights import fetch_weights, require_weights, typed_options
 from flashdreams.parallel.environment import group_rank, process_count
 from flashdreams.parallel.guidance import build_guidance
-from flashdreams.parallel.mesh import Mesh, ParallelConfig, build_mesh, resolve_degrees
+from flashdreams.parallel.mesh import (
+    Mesh,
+    ParallelConfig,
+    ParallelDegrees,
+    build_mesh,
+    resolve_degrees,
+)
 from flashdreams.parallel.parallelize import ParallelReport, parallelize
 from flashdreams.parallel.ring import NO_FP8
 from flashdreams.parallel.spatial import WidthLayout, resolve_decode
 from flashdreams.parallel.state_layout import StateLayout
 from flashdreams.parallel.watchdog import StageGuard, no_guard
+from flashdreams.parallel.xfuser import refuse_padding
 from flashdreams.runtime.compilation import compiled_so_far
 from flashdreams.runtime.cuda_graph import GraphedCallable
 from flashdreams.runtime.grad_mode import without_grad
@@ -69,6 +76,44 @@ def count_heads(transformer: Any) -> int | None:
             type(transformer.config).__name__,
         )
     return None
+
+
+def degrees_of(
+    transformer: Any, parallel: ParallelConfig, world_size: int, guided: bool
+) -> ParallelDegrees:
+    """Resolve the degrees for a transformer, before any weight is read.
+
+    Args:
+        transformer: not parallelized yet; it may be on the meta device.
+        parallel: the request.
+        world_size: number of ranks.
+        guided: whether it is evaluated twice per denoising step.
+
+    Raises:
+        ValueError: degrees or a strategy that do not fit; the message suggests some that do.
+    """
+    sizes, plan = transformer.config, transformer.parallel_plan()
+    streaming = getattr(sizes, "streaming", False)
+    frame_tokens = getattr(sizes, "tokens_per_frame", None)
+    degrees = resolve_degrees(
+        parallel,
+        world_size,
+        num_heads=count_heads(transformer) if plan is not None else None,
+        guided=guided,
+        cached_frame_tokens=frame_tokens if streaming else None,
+        any_degree=plan is not None and bool(plan.units),
+    )
+    if parallel.context_backend == "xfuser" and not streaming and frame_tokens is not None:
+        refuse_padding(sizes.len_t * frame_tokens, degrees.sequence)
+    rotates = degrees.ring > 1 and parallel.ring_method == "rotate"
+    if rotates and getattr(sizes, "kv_storage", "native") == "fp8":
+        raise ValueError(NO_FP8)
+    if parallel.strict and getattr(sizes, "precision", "native") == "fp8_gemm":
+        raise ValueError(
+            "--parallel.strict True cannot be used with precision='fp8_gemm': the bits of a "
+            "row of its matmuls depend on the number of rows. Use precision='fp8'."
+        )
+    return degrees
 
 
 @contextlib.contextmanager
@@ -153,26 +198,8 @@ class Assembly(nn.Module):
             ValueError: impossible degrees; the message suggests some that work.
         """
         parallel = parallel or ParallelConfig()
-        transformer = self.diffusion_model.transformer
-        sizes = transformer.config
-        plan = transformer.parallel_plan()
-        streaming = getattr(sizes, "streaming", False)
-        degrees = resolve_degrees(
-            parallel,
-            world_size,
-            num_heads=count_heads(transformer) if plan is not None else None,
-            guided=self.config.diffusion_model.guidance_scale is not None,
-            cached_frame_tokens=getattr(sizes, "tokens_per_frame", None) if streaming else None,
-            any_degree=plan is not None and bool(plan.units),
-        )
-        rotates = degrees.ring > 1 and parallel.ring_method == "rotate"
-        if rotates and getattr(sizes, "kv_storage", "native") == "fp8":
-            raise ValueError(NO_FP8)
-        if parallel.strict and getattr(sizes, "precision", "native") == "fp8_gemm":
-            raise ValueError(
-                "--parallel.strict True cannot be used with precision='fp8_gemm': the bits of a "
-                "row of its matmuls depend on the number of rows. Use precision='fp8'."
-            )
+        guided = self.config.diffusion_model.guidance_scale is not None
+        degrees = degrees_of(self.diffusion_model.transformer, parallel, world_size, guided)
         return build_mesh(degrees, self.target_device.type, parallel)
 
     def parallelize(self, mesh: Mesh) -> dict[str, ParallelReport]:

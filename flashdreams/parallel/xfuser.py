@@ -48,14 +48,26 @@ class XfuserAttention(AttentionWrapper):
         Raises:
             ValueError: the ranks do not divide the tokens.
         """
-        if self.layout.length % self.layout.size:
-            raise ValueError(
-                f"{self.layout.length} tokens are not divisible by {self.layout.size} ranks, and "
-                "context_backend='xfuser' cannot mask padding. Use "
-                "--parallel.context-backend native."
-            )
+        refuse_padding(self.layout.length, self.layout.size)
         module = (None,) if self.takes_module else ()
         return self.attention(*module, q, k, v, softmax_scale=self.scale, causal=False)
+
+
+def refuse_padding(tokens: int, ranks: int) -> None:
+    """Refuse tokens that would have to be padded.
+
+    Args:
+        tokens: of a whole sequence.
+        ranks: that share it.
+
+    Raises:
+        ValueError: the ranks do not divide the tokens.
+    """
+    if tokens % ranks:
+        raise ValueError(
+            f"{tokens} tokens are not divisible by {ranks} ranks, and context_backend='xfuser' "
+            "cannot mask padding. Use --parallel.context-backend native."
+        )
 
 
 def build_long_context(mesh: Mesh) -> nn.Module:

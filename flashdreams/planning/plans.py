@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from flashdreams.infra.assembly import count_heads, degrees_of
 from flashdreams.infra.component import select_context
 from flashdreams.infra.decoder.base import Decoder, StreamingDecoder
 from flashdreams.infra.diffusion.causal import CausalTransformer
@@ -251,8 +252,21 @@ class Planner:
         return not self.device.is_host
 
     def plans(self, ranks: int) -> list[Plan]:
-        """All plans for a number of ranks: those that fit first, then by speed."""
-        found = [self.plan(degrees) for degrees in self._degrees(ranks)]
+        """All plans for a number of ranks: those that fit first, then by speed.
+
+        Meshes on which a run would be refused are omitted.
+
+        Raises:
+            ValueError: all of them; or a transformer that the planner cannot run.
+        """
+        found, refused = [], []
+        for degrees in self._degrees(ranks):
+            try:
+                found.append(self.plan(degrees))
+            except ValueError as error:  # as a run of it would be
+                refused.append(error)
+        if not found:
+            raise refused[0]
         return sorted(found, key=lambda p: (not p.fits, p.ms.total if p.fits else p.memory.total))
 
     def fewest_for_real_time(self, more_than: int) -> Plan | None:
@@ -268,9 +282,8 @@ class Planner:
         return None
 
     def _degrees(self, ranks: int) -> Iterator[ParallelDegrees]:
-        transformer: Any = self.config.diffusion_model.transformer
         cut = self._transformer.parallel_plan()
-        heads = getattr(transformer, "num_heads", None) if cut is not None else None
+        heads = count_heads(self._transformer) if cut is not None else None
         for degrees in legal_degrees(ranks, heads, self.guided):
             if degrees.tp > 1 and not (cut and cut.tensor):
                 continue
@@ -296,8 +309,17 @@ class Planner:
         """One plan.
 
         Raises:
-            ValueError: a transformer that the planner cannot run on the meta device.
+            ValueError: a mesh on which a run would be refused, or a transformer that the planner
+                cannot run on the meta device.
         """
+        asked = replace(
+            self.parallel,
+            cfg_parallel_degree=degrees.cfg,
+            ring_degree=degrees.ring,
+            ulysses_degree=degrees.ulysses,
+            tensor_parallel_degree=degrees.tp,
+        )
+        degrees_of(self._transformer, asked, degrees.world_size, self.guided)
         mesh = dry_mesh(degrees, self.parallel)
         config: Any = self.config.diffusion_model.transformer
         network = self._network(config, mesh)

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from flashdreams.infra.assembly import degrees_of
 from flashdreams.parallel import xfuser
 from flashdreams.parallel.mesh import ParallelConfig, resolve_degrees
 from flashdreams.parallel.parallelize import parallelize
@@ -83,3 +84,6 @@ def test_refusals_say_what_to_type(monkeypatch):
     config = ParallelConfig(context_backend="xfuser", tensor_parallel_degree=2)
     with pytest.raises(ValueError, match="context-backend native"):
         resolve_degrees(config, 4, 12)
+    model = build_model(streaming=False, latent_width=6, len_t=1)
+    with pytest.raises(ValueError, match="9 tokens are not divisible by 2 ranks"):
+        degrees_of(model, ParallelConfig(context_backend="xfuser"), 2, guided=False)

@@ -36,6 +36,22 @@ def test_equal_layers_are_extrapolated_exactly():
     assert (fast.weights, fast.caches, fast.state) == (whole.weights, whole.caches, whole.state)
 
 
+def test_meshes_that_a_run_would_refuse_are_not_planned():
+    """Three tokens per latent frame on two ranks, and a feed-forward that they do not divide."""
+    odd = {"latent_height": 2, "latent_width": 6, "ffn_dim": 91}
+
+    def meshes(parallel=None, **changes):
+        config = derive_config(TINY_PIPELINE, diffusion_model={"transformer": changes})
+        plans = Planner(config, H200, parallel=parallel).plans(2)
+        return {(p.degrees.ring, p.degrees.ulysses, p.degrees.tp) for p in plans}
+
+    everything = {(2, 1, 1), (1, 2, 1), (1, 1, 2)}
+    assert meshes() == everything
+    assert meshes(**odd) == everything - {(1, 1, 2)}
+    assert meshes(ParallelConfig(strict=True)) == everything - {(1, 1, 2)}
+    assert meshes(ParallelConfig(ring_method="rotate"), **odd) == {(1, 2, 1)}
+
+
 def test_weights_and_state_are_those_of_a_rollout():
     pipeline = TINY_PIPELINE.setup(device="cpu")
     cache = pipeline.initialize_cache(text=["a red fox"])
