@@ -4,7 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,12 +19,14 @@ from flashdreams.infra.fork import encode_each
 from flashdreams.infra.ranges import check_range
 from flashdreams.infra.rollout import StreamInferencePipelineCache, check_state
 from flashdreams.infra.saved_rollouts import SavedRollouts, new_state
-from flashdreams.parallel.environment import LOAD_TIMEOUT_S
+from flashdreams.parallel.environment import LOAD_TIMEOUT_S, together
 from flashdreams.runtime.grad_mode import grad_off, without_grad
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource
 from flashdreams.runtime.profiler import StageTimer
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -140,7 +142,9 @@ class StreamInferencePipeline(SavedRollouts):
             if self.config.release_text_encoder:
                 self.text_encoder = None
             seed = self.default_seed if seed is None else seed
-            return self.new_cache(encoded, negative, noise or NoiseSource(seed))
+            return self._for_both_branches(
+                lambda: self.new_cache(encoded, negative, noise or NoiseSource(seed))
+            )
 
     def new_cache(
         self, context: dict[str, Any], negative_text: Any, noise: NoiseFunction
@@ -302,16 +306,25 @@ class StreamInferencePipeline(SavedRollouts):
             reencode_window = self.config.reencode_window
         with self.guard("update_prompt", cache.next_index, LOAD_TIMEOUT_S):
             encoded = self.context_encoder.encode_text(prompts)
-            self.diffusion_model.update_prompt(
-                {**cache.context, "text": encoded},
-                cache.diffusion,
-                pending_index=cache.next_index - 1 if cache.pending else None,
-                reencode="chunks" if reencode_window is True else reencode_window or None,
-            )
-            if begins_shot:
-                for branch in cache.diffusion.branches:
-                    self.diffusion_model.transformer.begin_shot(branch)
+
+            def update() -> None:
+                self.diffusion_model.update_prompt(
+                    {**cache.context, "text": encoded},
+                    cache.diffusion,
+                    pending_index=cache.next_index - 1 if cache.pending else None,
+                    reencode="chunks" if reencode_window is True else reencode_window or None,
+                )
+
+            self._for_both_branches(update)
+            for branch in cache.diffusion.branches if begins_shot else ():
+                self.diffusion_model.transformer.begin_shot(branch)
         cache.context["text"] = encoded
+
+    def _for_both_branches(self, work: Callable[[], T]) -> T:
+        """Do something with a prompt; if the ranks of one branch of guidance refuse it, all do."""
+        if self.layout.branches_apart:
+            return together(work, "refused the prompt")
+        return work()
 
     def begins_shot(self, text: str | None) -> bool:
         """Whether a prompt cuts to another scene, by the prefix in the config."""

@@ -27,11 +27,10 @@ from flashdreams.infra.snapshot_header import (
 )
 from flashdreams.infra.state import Take, dtype_of
 from flashdreams.parallel.environment import (
-    OtherRankError,
-    all_ranks_agree,
     from_rank_zero,
     group_rank,
     group_size,
+    together,
 )
 from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.files import write_whole
@@ -86,7 +85,7 @@ def save_snapshot(path: Path, header: SnapshotHeader, parts: Parts) -> SnapshotR
     start = time.perf_counter()
     folder = from_rank_zero(lambda: _new_folder(path))
     try:
-        _together(lambda: _write_own(folder, parts), "could not write its part of the snapshot")
+        together(lambda: _write_own(folder, parts), "could not write its part of the snapshot")
         return from_rank_zero(lambda: _finish(folder, path, header, start))
     except BaseException:
         if group_rank() == 0:
@@ -184,7 +183,7 @@ def open_snapshot(
 
     header = from_rank_zero(checked)
     own = header.parts[group_rank() :: group_size()]
-    _together(lambda: _verify(folder, own), "found a damaged part")
+    together(lambda: _verify(folder, own), "found a damaged part")
     return header
 
 
@@ -239,24 +238,10 @@ def read_from(folder: Path, header: SnapshotHeader) -> Take:
     return take
 
 
-def _together(work: Callable[[], None], what: str) -> None:
-    """Run something on every rank; if it fails on one, it fails on all. A collective call."""
-    error: Exception | None = None
-    try:
-        work()
-    except Exception as caught:
-        error = caught
-    agreed = all_ranks_agree(error is None)
-    if error is not None:
-        raise error
-    if not agreed:
-        raise OtherRankError(f"Another rank {what}; see its own message.")
-
-
 def fill_together(cache: StreamInferencePipelineCache, work: Callable[[], None]) -> None:
     """Fill a fresh rollout; if that fails on any rank, it fails on all. A collective call."""
     try:
-        _together(work, "could not read the snapshot")
+        together(work, "could not read the snapshot")
     except BaseException:
         with suppress(Exception):
             cache.release()

@@ -273,6 +273,29 @@ def all_ranks_agree(holds: bool) -> bool:
     return bool(least_of_all_ranks(int(holds)))
 
 
+def together(work: Callable[[], T], what: str) -> T:
+    """Run something on every rank; if it fails on one, it fails on all. A collective call.
+
+    Args:
+        work: of this rank; where it communicates, it fails on all ranks of that group.
+        what: what another rank could not do, for the message.
+
+    Raises:
+        OtherRankError: it failed on another rank only, which raises the true error.
+    """
+    error: Exception | None = None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    agreed = all_ranks_agree(error is None)
+    if error is not None:
+        raise error
+    if not agreed:
+        raise OtherRankError(f"Another rank {what}; see its own message.")
+    return result
+
+
 def least_of_all_ranks(value: int) -> int:
     """The smallest of a number that each rank has; a collective call."""
     return int(_reduced(value, torch.int64, dist.ReduceOp.MIN))

@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from flashdreams.infra.diffusion.transformer import ContextChunk
+from flashdreams.parallel.environment import OtherRankError
 from flashdreams.parallel.mesh import Mesh, ParallelConfig
 from flashdreams.parallel.parallelize import parallelize
 from tests.harness import run_ranks
+from tests.parallel.pipelines import begin, build_pipeline, prompt
 from tests.parallel.rollout import build_model, make_mesh, relative_error
+from tests.tiny import TEXT_DIM
 
 SIZES = dict(latent_width=8, window_size_t=3, sink_size_t=1, relative_rope=True, control_dim=7)
 """12 tokens per latent frame, which two ranks can share; the window does not divide the chunk."""
@@ -72,3 +75,28 @@ def test_reencoding_is_seen():
     with_it, without = updated_rollout(Mesh()), updated_rollout(Mesh(), reencode=False)
     assert relative_error(with_it[:4], without[:4]) == 0
     assert relative_error(with_it[4:], without[4:]) > 1e-3
+
+
+def refused_on_both_branches() -> list[str]:
+    """What each rank says to prompts that only the conditional branch looks at."""
+    changes = {"diffusion_model": {"transformer": {"rewritten_sink": "moved"}}}
+    pipeline, _ = build_pipeline("guided", 2, **changes)
+    cache, said = begin(pipeline, "guided"), []
+    wide = torch.zeros(1, 4, TEXT_DIM + 1)
+    for work in (
+        lambda: pipeline.initialize_cache(text=wide, negative_text=prompt(9)),
+        lambda: pipeline.update_prompt(cache, wide),
+        lambda: pipeline.update_prompt(cache, prompt(1), reencode_window="chunks"),
+    ):
+        with pytest.raises((ValueError, OtherRankError)) as error:
+            work()
+        said.append(str(error.value))
+    pipeline.generate(0, cache, 0.0)  # and the ranks still agree
+    return said
+
+
+def test_a_prompt_that_one_branch_of_guidance_refuses_is_refused_on_all_ranks():
+    (*wide, moved), other = run_ranks(refused_on_both_branches, 2)
+    assert all(text.startswith("Text embeddings must be") for text in wide)
+    assert moved == 'rewritten_sink="moved" requires mode="once".'
+    assert other == ["Another rank refused the prompt; see its own message."] * 2 + [moved]

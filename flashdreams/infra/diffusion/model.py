@@ -380,12 +380,12 @@ class DiffusionModel(nn.Module):
             pending_index: the AR step that is generated and not yet finalized; None between steps.
             reencode: how sink and window are recomputed; None: they are not.
         """
+        self.side.join()
+        for either in cache.branches if reencode is not None else ():
+            self.transformer.check_rewrite(either, reencode)  # alike on all ranks
         branch = cache.conditional
         if branch is None:
             return
-        self.side.join()
-        if reencode is not None:
-            self.transformer.check_rewrite(branch, reencode)
         update = self.transformer.update_context
         update(branch, **select_context(update, context))
         if reencode is not None:
