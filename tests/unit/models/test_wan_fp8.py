@@ -68,6 +68,13 @@ def test_a_rollout_goes_on_with_the_same_bits_after_save_and_after_a_fork():
     assert not torch.equal(run(pipeline, pipeline.load_cache(state)), expected)
 
 
+def test_a_rollout_that_has_no_chunk_and_no_scales_yet_is_loaded():
+    pipeline = build()
+    cache = begin(pipeline)
+    other = pipeline.load_cache(cache.state_dict())
+    assert torch.equal(run(pipeline, other, 2), run(pipeline, cache, 2))
+
+
 def test_a_saved_rollout_may_go_on_wide_and_a_wide_one_is_refused():
     narrow, wide = build(), build("native")
     cache = begin(narrow)
