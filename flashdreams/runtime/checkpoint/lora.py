@@ -124,7 +124,7 @@ def updated(
     total = value.float()
     for update in updates:
         whole = update.whole(shape, value.device)
-        total = total + (whole if part is None else whole.narrow(part.dim, part.start, part.length))
+        total = total + (whole if part is None else part.of(whole))
     return total
 
 

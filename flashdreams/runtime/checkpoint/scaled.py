@@ -128,7 +128,7 @@ def dequantize(value: Tensor, scale: Tensor, part: TensorSlice | None) -> Tensor
     """
     factor = scale.float()
     if factor.numel() > 1 and part is not None and part.dim == 0:
-        factor = factor.flatten()[part.start : part.start + part.length]
+        factor = part.of(factor.flatten())
     return value.float() * factor.reshape(-1, *[1] * (value.ndim - 1))
 
 

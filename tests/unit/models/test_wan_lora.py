@@ -215,14 +215,17 @@ def test_a_slice_takes_its_part_of_the_same_bits(base, tmp_path) -> None:
     whole = load(base, f"{tmp_path}/a.safetensors")
     module = TINY_TRANSFORMER.setup()
     rows, columns = "blocks.0.self_attn.q.weight", "blocks.1.ffn.2.weight"
+    packed = "blocks.1.self_attn.q.weight"
     module.blocks[0].self_attn.q.weight = torch.nn.Parameter(torch.zeros(16, 48))
+    module.blocks[1].self_attn.q.weight = torch.nn.Parameter(torch.zeros(24, 48))
     module.blocks[1].ffn[2].weight = torch.nn.Parameter(torch.zeros(48, 32))
-    slices = {rows: (0, 16, 16, 48), columns: (1, 64, 32, 96)}
+    slices = {rows: (0, 16, 16, 48), columns: (1, 64, 32, 96), packed: (0, 8, 8, 48, 3)}
     report = load_checkpoint(module, base, slices=slices, loras=[lora])
     assert report.updated == len(LINEARS)
     found = module.state_dict()
     assert torch.equal(found[rows], whole[rows][16:32])
     assert torch.equal(found[columns], whole[columns][:, 64:])
+    assert torch.equal(found[packed], whole[packed].view(3, 16, 48)[:, 8:].flatten(0, 1))
 
 
 def test_weights_without_a_file_are_merged_in_place(base, tmp_path) -> None:

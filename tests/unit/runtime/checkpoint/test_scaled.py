@@ -53,14 +53,16 @@ def test_weights_are_read_with_their_scales(tmp_path, name, rows, ignore) -> Non
     assert (plain - truth["0.weight"]).abs().max() > 100
 
 
-def test_a_slice_of_rows_takes_its_own_scales(tmp_path) -> None:
+@pytest.mark.parametrize(("part", "rows"), [((0, 2, 2), [2, 3]), ((0, 1, 1, 4, 2), [1, 3])])
+def test_a_slice_of_rows_takes_its_own_scales(tmp_path, part, rows) -> None:
+    """Also of each of two packed parts."""
     truth = network().state_dict()
     save_file(scaled(truth, rows=True), tmp_path / "w.safetensors")
     module = network()
     module[0].weight = nn.Parameter(torch.zeros(2, 6))
     config = CheckpointConfig(source=str(tmp_path / "w.safetensors"))
-    load_checkpoint(module, config, slices={"0.weight": (0, 2, 2)})
-    expected = truth["0.weight"][2:]
+    load_checkpoint(module, config, slices={"0.weight": part})
+    expected = truth["0.weight"][rows]
     torch.testing.assert_close(module[0].weight.detach(), expected, rtol=TOLERANCE, atol=1e-3)
 
 
