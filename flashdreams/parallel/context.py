@@ -212,6 +212,12 @@ class GatheredAttention(AttentionWrapper):
         k, v = self.layout.gather(torch.stack([k, v]), 2).unbind(0)
         self.core.write(k, v, cache)
 
+    def written_region(self, region: Region) -> Region:
+        """A share of the tokens, since every rank has them all."""
+        if self.layout.channel is not None:
+            region = share_region(region, 1, self.layout.channel)
+        return super().written_region(region)
+
 
 class PaddedAttention(AttentionWrapper):
     """Drops the padding of an unsplit sequence before the core and restores it after."""

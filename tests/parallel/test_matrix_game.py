@@ -1,5 +1,6 @@
 """Matrix-Game on several ranks: action paths and trunk with heads of their own; float32."""
 
+import math
 from functools import cache
 
 import pytest
@@ -20,6 +21,7 @@ from flashdreams.parallel.parallelize import parallelize
 from flashdreams.parallel.tensor import ColwiseLinear
 from flashdreams.runtime.checkpoint import CheckpointConfig, load_checkpoint
 from flashdreams.runtime.image_file import gradient_image
+from flashdreams.runtime.region import whole_region
 from tests.harness import run_ranks
 from tests.parallel.rollout import relative_error
 
@@ -198,7 +200,9 @@ def kinds(world_size: int, strategy: dict) -> list:
     state = model.initialize_cache(image_tokens=torch.zeros(1, 5, 12))
     heads = [state.caches[glob][0].spec.num_heads for glob in (MOUSE_CACHE, KEYBOARD_CACHE)]
     weights = attention.q.weight.shape[0], action.t_qkv.weight.shape[0]
-    return [type(attention.core), type(action.mouse_core), *heads, *weights]
+    whole = whole_region((2, 30, TRUNK_HEADS, 8))
+    written = math.prod(map(len, attention.core.written_region(whole)))
+    return [type(attention.core), type(action.mouse_core), *heads, *weights, written]
 
 
 @pytest.mark.parametrize(
@@ -212,8 +216,10 @@ def kinds(world_size: int, strategy: dict) -> list:
     ],
 )
 def test_each_attention_is_cut_by_its_own_heads(ranks, strategy, trunk, mouse, heads, weights):
-    found = run_ranks(kinds, ranks, ranks, strategy)[0]
-    assert found[2:] == [*heads, *weights]
+    found, *others = run_ranks(kinds, ranks, ranks, strategy)
+    assert found[2:-1] == [*heads, *weights]
+    if "tensor_parallel_degree" not in strategy:  # which does not divide the trunk
+        assert sum(each[-1] for each in (found, *others)) == 2 * 30 * TRUNK_HEADS * 8
     for got, wanted in zip(found[:2], (trunk, mouse), strict=True):
         assert wanted is None or got is wanted
 
