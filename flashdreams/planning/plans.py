@@ -1,6 +1,7 @@
 """Every mesh for a method: memory, traffic and time of an AR step."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -276,9 +277,10 @@ class Planner:
             more_than: ranks that do not; they are doubled up to `MOST_RANKS`.
         """
         while (more_than := 2 * more_than) <= MOST_RANKS:
-            best = next(iter(self.plans(more_than)), None)
-            if best is not None and best.is_real_time:
-                return best
+            with suppress(ValueError):  # a method that so many ranks cannot run
+                best = self.plans(more_than)[0]
+                if best.is_real_time:
+                    return best
         return None
 
     def _degrees(self, ranks: int) -> Iterator[ParallelDegrees]:
