@@ -55,8 +55,9 @@ class ResumableRun:
     """The folder ``<output_dir>/resume_<slug>`` of one run and its snapshots.
 
     A run has a token; snapshots and segments are in a folder of that name. A run that starts over
-    takes a new token, so it never reads the snapshots of an earlier one; these are deleted when its
-    own first snapshot is complete. All calls are collective; rank zero alone writes.
+    takes a new token, so it never reads the snapshots of an earlier one; these can be resumed until
+    `begin`, and are deleted when its own first snapshot is complete. All calls are collective; rank
+    zero alone writes.
     """
 
     def __init__(
@@ -82,31 +83,28 @@ class ResumableRun:
         """Refuse a folder that ranks on other nodes do not share with rank zero; collective.
 
         Raises:
-            ValueError: on a rank that does not see what rank zero has written there.
+            ValueError: on a rank that does not see what rank zero has made there.
             OtherRankError: on the others.
         """
-        sees = self._sees_mark()
+        sees = self._sees_home()
         if all_ranks_agree(sees):
             return
         if sees:
             raise OtherRankError("Another rank does not see the folder of the snapshots.")
         raise ValueError(
             f"Rank {group_rank()} on {socket.gethostname()} does not see "
-            f"{self.folder / MARK_NAME}, which rank zero has written. Several nodes need a file "
-            "system that all of them share: name a folder on it with --output-dir, or leave "
-            "--snapshot-every away."
+            f"{self.home}, which rank zero has made. Several nodes need a file system that all of "
+            "them share: name a folder on it with --output-dir, or leave --snapshot-every away."
         )
 
-    def _sees_mark(self) -> bool:
-        """Whether this rank reads the run's mark; with some time for network file systems."""
+    def _sees_home(self) -> bool:
+        """Whether this rank sees the run's folder; with some time for network file systems."""
         deadline = time.monotonic() + SHARED_FOLDER_S
-        while True:
-            with suppress(OSError, ValueError, AttributeError):
-                if json.loads((self.folder / MARK_NAME).read_bytes()).get("token") == self.token:
-                    return True
+        while not self.home.is_dir():
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.05)
+        return True
 
     @property
     def home(self) -> Path:
@@ -129,6 +127,21 @@ class ResumableRun:
                 continue
             return Progress(run["seed"], cache, run["turns"])
         return None
+
+    def begin(self) -> None:
+        """Take the place of the folder's earlier run: from now on, this one is resumed."""
+        if self.every > 0 and not self.goes_on:
+            from_rank_zero(self._write_mark)
+
+    def _write_mark(self) -> None:
+        with write_whole(self.folder / MARK_NAME, sync=True) as file:
+            file.write(json.dumps({"token": self.token, **asdict(self._launch)}).encode())
+
+    def leave(self) -> None:
+        """Remove the folders of a run that has nothing in them. On rank zero."""
+        with suppress(OSError):  # they have
+            self.home.rmdir()
+            self.folder.rmdir()
 
     def choices(self) -> Mapping[str, Any] | None:
         """Numerics fingerprint of the newest snapshot with a complete header; None without one."""
@@ -177,16 +190,16 @@ class ResumableRun:
         restarted = self._launch.restarts > 0 and earlier.get("run_id") == self._launch.run_id
         token = str(earlier.get("token", ""))
         if re.fullmatch("[0-9a-f]{8}", token) and (resume or restarted):
+            (self.folder / token).mkdir(exist_ok=True)
             remove_unfinished(self.folder / token)
             return token, True
         token = uuid.uuid4().hex[:8]
         if self.every > 0:
             try:
-                with write_whole(mark, sync=True) as file:
-                    file.write(json.dumps({"token": token, **asdict(self._launch)}).encode())
+                (self.folder / token).mkdir(parents=True)
             except OSError as error:
                 raise ValueError(
-                    f"--output-dir: {mark} cannot be written: {reason_of(error)}. Name "
+                    f"--output-dir: {self.folder} cannot be written: {reason_of(error)}. Name "
                     "another folder."
                 ) from error
         if resume:

@@ -187,6 +187,8 @@ class Runner(Generic[ConfigT, PipelineT]):
             kept=config.snapshots_kept,
             resume=config.resume,
         )
+        if self.is_rank_zero:
+            self._output.callback(self.resumable.leave)
         self.mesh = self._build_mesh()
         reports = self.pipeline.parallelize(self.mesh)
         if self.environment.world_size > 1:
@@ -293,6 +295,7 @@ class Runner(Generic[ConfigT, PipelineT]):
             cache=cache,
         )
         session.on_turn = self.recorder.note_turn
+        self.resumable.begin()
         if progress is not None:  # truncate the files of the run to its snapshot
             session.turns = progress.turns
             frames = progress.turns * self.pipeline.diffusion_model.transformer.config.len_t

@@ -9,7 +9,7 @@ import pytest
 from flashdreams.infra import resumable, snapshot
 from flashdreams.infra.resumable import MARK_NAME, ResumableRun
 from flashdreams.parallel.environment import Launch, OtherRankError
-from flashdreams.run import main
+from flashdreams.run import main, read_config
 
 SLUG, STEPS = "self-forcing-tiny-random", 5
 ALONE = Launch("", 0)
@@ -46,21 +46,34 @@ def test_a_full_disk_ends_the_snapshot_and_not_the_run(failing, tmp_path, monkey
     assert left == [f"step-{6 - 2 * failing:08d}"]  # the other one, and nothing unfinished
 
 
-def test_a_folder_is_shared_if_the_mark_of_rank_zero_is_read(tmp_path, monkeypatch):
+def test_a_folder_is_shared_if_the_one_that_rank_zero_makes_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(resumable, "SHARED_FOLDER_S", 0.0)
     ours = ResumableRun(tmp_path / "run", ALONE, every=2, kept=1, resume=False)
-    assert json.loads((ours.folder / MARK_NAME).read_text())["token"] == ours.token
-    # Another node writes elsewhere: this one sees nothing, or the mark of an older run.
-    for mark in (None, '{"token": "01234567"}', "[]", "{"):
-        (ours.folder / MARK_NAME).unlink(missing_ok=True)
-        if mark is not None:
-            (ours.folder / MARK_NAME).write_text(mark)
-        with pytest.raises(ValueError, match=r"does not see .*run\.json.*--output-dir"):
-            ours._require_shared_folder()
     monkeypatch.setattr(resumable, "all_ranks_agree", lambda _: False)
-    (ours.folder / MARK_NAME).write_text(json.dumps({"token": ours.token}))
     with pytest.raises(OtherRankError):
         ours._require_shared_folder()
+    ours.home.rmdir()  # another node writes elsewhere
+    with pytest.raises(ValueError, match=rf"does not see .*{ours.token}, .*--output-dir"):
+        ours._require_shared_folder()
+
+
+def test_a_run_that_does_not_begin_leaves_the_earlier_one_to_be_resumed(tmp_path):
+    """A refused command line, such as one with a prompt that is too long, starts nothing."""
+    words = (SLUG, "--output-dir", str(tmp_path), "--snapshot-every", "2", "--total-blocks", "9")
+    runner = read_config(words).setup()
+    steps = runner.stream(9)
+    for _ in range(4):
+        next(steps)
+    runner.abort()  # as of a run that failed; it has a snapshot before AR step 2
+    token = runner.resumable.token
+    assert main([*words, "--prompt", "word " * 99]) == 2
+    folder = tmp_path / f"resume_{SLUG}"
+    assert {path.name for path in folder.iterdir()} == {MARK_NAME, token}
+    found = ResumableRun(folder, ALONE, every=2, kept=1, resume=True)
+    assert found.goes_on and found.token == token
+    other = ResumableRun(folder, ALONE, every=2, kept=1, resume=False)
+    other.begin()  # negative control
+    assert ResumableRun(folder, ALONE, every=2, kept=1, resume=True).token == other.token != token
 
 
 def test_a_run_without_snapshots_asks_for_no_shared_folder(tmp_path, monkeypatch):
@@ -79,5 +92,5 @@ def test_a_damaged_mark_is_named_and_not_taken_for_no_run(content, tmp_path):
 
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(ValueError, match=f"--output-dir: .*{MARK_NAME} cannot be written"):
+    with pytest.raises(ValueError, match=r"--output-dir: .*run cannot be written"):
         ResumableRun(tmp_path / "run", ALONE, every=1, kept=1, resume=False)
