@@ -128,6 +128,18 @@ def plain_defaults() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
+def _refuse_other_text(encoder: Any, transformer: Any) -> None:
+    """Refuse embeddings of prompts that the transformer cannot take, before weights are read."""
+    made, taken = (
+        [getattr(c, n, 0) for n in ("text_dim", "text_len")] for c in (encoder, transformer)
+    )
+    if all(made + taken) and (made[0] != taken[0] or made[1] > taken[1]):
+        raise ValueError(
+            f"text_encoder makes embeddings of text_dim={made[0]}, text_len={made[1]}; the "
+            f"transformer takes text_dim={taken[0]}, at most text_len={taken[1]}: set them alike."
+        )
+
+
 class Assembly(nn.Module):
     """The components of a pipeline, from construction to warm-up.
 
@@ -169,6 +181,7 @@ class Assembly(nn.Module):
             self.encoder = build_component(config.encoder)
             self.diffusion_model = model_config.setup()
             self.decoder = build_component(config.decoder)
+        _refuse_other_text(config.text_encoder, model_config.transformer)
         for part in self.components().values():
             part.check_device(self.target_device)
         self.layout = self._new_layout(Mesh())

@@ -104,7 +104,7 @@ class TextToVideoRunnerConfig(RunnerConfig):
     def _check_negative(self) -> None:
         if not self.guided and (self.negative_prompt or self.negative_prompt_embeds):
             raise ValueError(
-                f"{self.runner_name} runs without guidance, so it takes no negative prompt. "
+                f"{self.runner_name} runs without guidance, so it takes no --negative-prompt. "
                 "--pipeline.diffusion-model.guidance-scale enables guidance."
             )
         given = (self.prompt_embeds is not None, self.negative_prompt_embeds is not None)
@@ -206,11 +206,11 @@ class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]
         if self.prompt_embeds is not None:
             return {}
         path = self.config.prompt_path
-        shots = {f"shot {n}": shot.text for n, shot in enumerate(self.shots[1:], start=2)}
-        found = {"--prompt" if path is None else f"--prompt-path {path}": self.prompt}
+        found = {f"shot {n}": shot.text for n, shot in enumerate(self.shots, start=1)}
+        found = found or {"--prompt" if path is None else f"--prompt-path {path}": self.prompt}
         if self.config.guided:
             found["--negative-prompt"] = self.negative_prompt
-        return found | shots
+        return found
 
     def commands(self) -> Sequence[Command]:
         """A prompt change at the first frame of every shot but the first, and after a scene cut."""

@@ -19,6 +19,8 @@ from flashdreams.models.wan.transformer import WanTransformerConfig
 from flashdreams.run import main
 from flashdreams.runtime.image_file import image_size, load_image
 
+TRANSFORMER = "--pipeline.diffusion-model.transformer"
+
 
 def error_of(argv: list[str], tmp_path, capsys) -> tuple[int, str]:
     code = main([*argv, "--device", "cpu", "--output-dir", str(tmp_path)])
@@ -44,6 +46,28 @@ def error_of(argv: list[str], tmp_path, capsys) -> tuple[int, str]:
             2,
             "latent_width=5 is not a multiple of the patch size 2; the nearest that are: 4, 6",
         ),
+        (
+            [f"{TRANSFORMER}.text-len", "4"],
+            2,
+            "makes embeddings of .*text_len=32; .* at most text_len=4",
+        ),
+        (
+            ["--pipeline.text-encoder.text-dim", "8"],
+            2,
+            "text_dim=8, .* transformer takes text_dim=32",
+        ),
+        ([f"{TRANSFORMER}.freq-dim", "31"], 2, "freq_dim=31 must be even"),
+        (
+            ["--pipeline.decoder.dim-mult", "1", "2", "0", "4"],
+            2,
+            "dim_mult=.*: each must be at least 1",
+        ),
+        (
+            ["--pipeline.decoder.latent-std", *["1"] * 15, "0"],
+            2,
+            "latent_std=.*: each must be posit",
+        ),
+        (["--shot", "word " * 33, "a"], 2, "error: shot 1: prompt 0 has 33 words"),
     ],
 )
 def test_one_line_says_what_is_wrong(flags, code, message, tmp_path, capsys):

@@ -76,6 +76,11 @@ class DiffusionModelConfig(InstantiateConfig):
     def __post_init__(self) -> None:
         check_range(self, "context_noise", least=0, most=1000)
         check_range(self, "guidance_scale", least=-LARGEST_SIZE)
+        if self.guidance_scale is not None and getattr(self.transformer, "text_dim", None) == 0:
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale}: guidance is by the prompt, and this "
+                "transformer takes none (text_dim=0); set it to None."
+            )
         if self.first_latent_from_image and self.first_frames_from_image:
             raise ValueError(
                 "first_latent_from_image and first_frames_from_image: an image is either all of "

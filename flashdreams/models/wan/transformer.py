@@ -95,6 +95,8 @@ class WanTransformerConfig(CausalTransformerConfig):
         check_range(self, "ffn_dim", "num_layers", "out_channels", "freq_dim")
         check_range(self, "text_len", "image_dim", "image_len", "control_dim", "fp8_gemm_min_width")
         check_range(self, "eps", "text_dim", least=0)
+        if self.freq_dim % 2:
+            raise ValueError(f"freq_dim={self.freq_dim} must be even: half are sines.")
         if not self.text_dim and self.image_dim is None:
             raise ValueError("text_dim=0 leaves cross-attention to the image; set image_dim.")
         if self.residual_dtype not in (None, "float32"):
@@ -227,6 +229,11 @@ class WanTransformer(FusesKernels):
             raise ValueError(f"This transformer {wanted} image tokens (image_dim={c.image_dim}).")
         image = None
         if image_tokens is not None:
+            if image_tokens.shape[-1] != c.image_dim:
+                raise ValueError(
+                    f"Image tokens must be [B, S, {c.image_dim}] (image_dim={c.image_dim}); "
+                    f"got {list(image_tokens.shape)}."
+                )
             image = self.img_emb(image_tokens.to(self.device, self.dtype))
         if text is not None and not c.text_dim:
             raise ValueError("This transformer takes no text (text_dim=0).")
@@ -254,6 +261,11 @@ class WanTransformer(FusesKernels):
             )
         if control is None:
             return None
+        if control.shape[-1] != self.config.control_dim:
+            raise ValueError(
+                f"The control input must be [B, L, {self.config.control_dim}] "
+                f"(control_dim={self.config.control_dim}); got {list(control.shape)}."
+            )
         return self.control_embedding(to_device(control, self.device).to(self.dtype))
 
     def block_controls(self, inputs: StepInputs, state: CausalState) -> Sequence[Any]:

@@ -3,6 +3,7 @@
 # Shapes: B batch, C latent channels, T latent frames, F pixel frames, H W latent rows and columns;
 # height = 8 H, width = 8 W, F = 1 + 4 (T - 1) at the start of a rollout and 4 T later.
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -75,12 +76,18 @@ class WanVAEConfig(ComponentConfig):
     def __post_init__(self) -> None:
         check_range(self, "dim", "z_dim", "num_res_blocks")
         levels = len(self.dim_mult)
-        if len(self.temporal_downsample) != levels - 1:
+        if not levels or len(self.temporal_downsample) != levels - 1:
             raise ValueError(
                 f"temporal_downsample has {len(self.temporal_downsample)} entries, but the "
                 f"{levels} resolutions of dim_mult={self.dim_mult} have {levels - 1} steps between "
                 "them: give one entry per step."
             )
+        if min(self.dim_mult) < 1:
+            raise ValueError(f"dim_mult={self.dim_mult}: each must be at least 1.")
+        if not all(0 < deviation < math.inf for deviation in self.latent_std):
+            raise ValueError(f"latent_std={self.latent_std}: each must be positive and finite.")
+        if not all(map(math.isfinite, self.latent_mean)):
+            raise ValueError(f"latent_mean={self.latent_mean}: each must be finite.")
         for name in ("latent_mean", "latent_std"):
             if len(getattr(self, name)) != self.z_dim:
                 raise ValueError(

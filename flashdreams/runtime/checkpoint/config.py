@@ -103,6 +103,15 @@ class CheckpointConfig:
                 f"64 hex digits; got {self.sha256!r}"
             )
 
+        for pattern, replacement in (*self.rename, *((ignored, "") for ignored in self.ignore)):
+            try:
+                re.sub(pattern, replacement, "")
+            except (re.error, IndexError) as error:
+                raise CheckpointError(
+                    f"checkpoint {self.source}: {quoted(pattern)} with the replacement "
+                    f"{quoted(replacement)} is not a regular expression: {error}"
+                ) from error
+
     @property
     def commit(self) -> str | None:
         """The commit in a URL, which fixes the file's content."""

@@ -258,6 +258,14 @@ def test_a_revision_is_no_path(revision: str) -> None:
     CheckpointConfig(source="a/b", file="c", revision="refs/pr/3")  # negative control
 
 
+@pytest.mark.parametrize(
+    "rules", [{"ignore": ("[1",)}, {"rename": (("(", ""),)}, {"rename": (("a", r"\1"),)}]
+)
+def test_a_rule_that_is_no_regular_expression_is_refused_with_the_config(rules):
+    with pytest.raises(CheckpointError, match="is not a regular expression: "):
+        CheckpointConfig(source="a.safetensors", **rules)
+
+
 @pytest.mark.parametrize("source", ["hf://a/b/../../c", "a/b"])
 def test_a_file_lies_inside_its_repository(source: str) -> None:
     with pytest.raises(CheckpointError, match="not inside the repository"):
