@@ -32,8 +32,8 @@ from flashdreams.runtime.command_text import (
     is_of_output,
     lost_output,
     read_options,
+    readable_help,
     table,
-    whole_paragraphs,
 )
 from flashdreams.runtime.standard_error import prepare_streams
 from flashdreams.runtime.termination import (
@@ -322,7 +322,7 @@ def _apply_overrides(config: Any, line: CommandLine) -> Any:
     given = {"default": config, "description": _about(config)}
     try:
         with (
-            whole_paragraphs() if line.wants_help else contextlib.nullcontext(),
+            readable_help() if line.wants_help else contextlib.nullcontext(),
             contextlib.redirect_stdout(stdout),
         ):
             return read_options(form, line.overrides, program, **given)

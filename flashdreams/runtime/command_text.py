@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import io
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, TypeGuard
 
 from flashdreams.infra.config import removed_field
@@ -17,6 +19,18 @@ from flashdreams.runtime.text import printable, reason_of, say
 
 LEAST_COLUMNS = 40
 """Width below which tyro takes minutes to lay out help."""
+
+_PLAIN_WORDS = {
+    r"^Error parsing (?!--)\S+: ": "",  # the message of a config's own check follows
+    r"^Error parsing (.*): no type matching (\S+) could .* from (\[.*?\])\. Got errors: .*": (
+        r"\1 takes \2, got \3"
+    ),
+    r"^Error parsing (.*): invalid literal for int\(\) with base 10: ": (
+        r"\1 takes an integer, got "
+    ),
+    r"^Error parsing (.*): could not convert string to float: ": r"\1 takes a number, got ",
+}
+"""Patterns of tyro's and Python's messages about a value, and what to say instead."""
 
 Main = Callable[[Sequence[str]], int]
 
@@ -132,10 +146,10 @@ def terminal_width(wide: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_paragraphs() -> Iterator[None]:
-    """Wrap a field's help to the width of the terminal.
+def readable_help() -> Iterator[None]:
+    """Show a class's own fields before those of its bases, each wrapped to the terminal's width.
 
-    tyro 1.0.17 keeps the line breaks of an indented docstring. Not needed once it joins its lines.
+    tyro 1.0.17 keeps the line breaks of an indented docstring.
     """
     from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
@@ -158,6 +172,9 @@ def whole_paragraphs() -> Iterator[None]:
             text = field.helptext() if callable(field.helptext) else field.helptext
             paragraphs = (" ".join(part.split()) for part in (text or "").split("\n\n"))
             fields.append(replace(field, helptext="\n\n".join(paragraphs)))
+        bases = getattr(info.type, "__mro__", ())
+        order = [*chain(*map(inspect.get_annotations, bases)), *(field.name for field in fields)]
+        fields.sort(key=lambda field: order.index(field.name))
         return replace(spec, fields=tuple(fields))
 
     with registry:
@@ -168,7 +185,8 @@ def one_line(rendered: str, program: str) -> str:
     """An error box of tyro in one line: the problem, the nearest flags, what to type."""
     blocks = re.split(r"\n *-{5,} *\n", rendered)  # title, problem, more on it, how to get help
     text = " ".join((blocks[1] if len(blocks) > 1 else rendered).split()).rstrip(".")
-    text = re.sub(r"^Error parsing (?!--)\S+: ", "", text)  # the message of a config's own check
+    for technical, plain in _PLAIN_WORDS.items():
+        text = re.sub(technical, plain, text)
     if text.startswith("Unrecognized options"):
         for name in re.findall(r"--(?:[\w-]+\.)*([\w-]+)", text):
             removed = removed_field(name.replace("-", "_"))

@@ -241,6 +241,8 @@ def test_help_of_a_slug_shows_every_nested_field_with_its_documentation(
         "--output-dir PATH",
     ):
         assert flag in out
+    own, inherited = "--pipeline.encoder.embedding-dim", "--pipeline.encoder.checkpoint"
+    assert out.index(own) < out.index(inherited)
     for words in ("Capture the network call.", "Width of what is encoded.", "Where the weights"):
         assert words in out
     assert "The plain one, 100 % of it." in out
@@ -264,7 +266,7 @@ def test_help_of_a_field_fills_its_lines(
     first, second, _ = help_of_the_field()
     assert first.startswith("Width of what is encoded. A wider one takes")
     assert "choose it no wider than" in second
-    monkeypatch.setattr(run, "whole_paragraphs", contextlib.nullcontext)
+    monkeypatch.setattr(run, "readable_help", contextlib.nullcontext)
     assert "choose it no wider than" not in " | ".join(help_of_the_field())
 
 
@@ -349,7 +351,7 @@ def test_a_removed_field_that_is_off_in_a_config_file_is_noted(
         (["faulty"], "the plug-in 'faulty' (faulty=tests.unit.test_run:failing from the package"),
         ([], "the first word must name what to run. Type flashdreams-run --help"),
         (["--total-blocks", "3"], "the first word must name what to run, got '--total-blocks'"),
-        (["plain", "--total-blocks", "x"], "Error parsing --total-blocks: invalid literal"),
+        (["plain", "--total-blocks", "x"], "--total-blocks takes an integer, got 'x'"),
         (["plain", "--total-blocks", "-3"], "error: total_blocks=-3 must be at least 1. Type"),
         (["plain", "--total-blocks"], "Missing value for argument '--total-blocks'"),
         (["plain", "--total-blokcs", "3"], "Did you mean --total-blocks? Type flashdreams-run pl"),
