@@ -154,6 +154,7 @@ class RunRecorder:
         self._ready = time.perf_counter()
         self._first_chunk_ms: float | None = None
         self._first_seen = 0.0
+        self._frame_size: list[int] | None = None
         self._frames_since = 0
         self._rollout_count = 0
         self._rollouts: list[_Rollout] = []  # with steps to write, or still running
@@ -187,6 +188,7 @@ class RunRecorder:
         if self._first_chunk_ms is None:
             self._first_seen = time.perf_counter()
             self._first_chunk_ms = (self._first_seen - self._ready) * 1e3
+            self._frame_size = list(chunk.shape[-2:]) if decoded else None
         else:
             self._frames_since += frames
         cache.timer.note(frames=frames, **memory_stats(self.environment.device))
@@ -348,6 +350,7 @@ class RunRecorder:
             "world_size": self.environment.world_size,
             "parallel": asdict(self.mesh.degrees),
             "collectives": {name: asdict(sent) for name, sent in self.mesh.meter.counts.items()},
+            "frame_size": self._frame_size,
             "first_frame_latency_ms": self._first_chunk_ms,
             **self.ranks,
             **self.pipeline.stats(),

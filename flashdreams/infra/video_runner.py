@@ -1,10 +1,12 @@
 """Text and images to video on the command line, for all integrations that take a prompt."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashdreams.infra.config import derive_config
@@ -19,8 +21,16 @@ from flashdreams.infra.prompt import (
 from flashdreams.infra.runner import Runner, RunnerConfig
 from flashdreams.infra.session import Command
 from flashdreams.infra.weights import with_downloads
+from flashdreams.parallel.environment import process_rank
 from flashdreams.runtime.checkpoint import CheckpointError
-from flashdreams.runtime.image_file import gradient_image, load_image
+from flashdreams.runtime.image_file import (
+    gradient_image,
+    image_size,
+    load_image,
+    open_image,
+    to_pixels,
+)
+from flashdreams.runtime.text import tell
 
 SPATIAL_FACTOR = 8
 """Pixels per latent row or column if the decoder's config has no ``spatial_factor``."""
@@ -28,6 +38,9 @@ SPATIAL_FACTOR = 8
 
 MAX_PIXELS = 2**14
 """Largest height and width; larger ones are mistakes that would take minutes to fail."""
+
+MAX_STRETCH = 0.05
+"""Difference of aspect ratios up to which an image is stretched to a given size."""
 
 
 VIDEO_FIELDS = (
@@ -155,9 +168,12 @@ class ImageToVideoRunnerConfig(TextToVideoRunnerConfig):
     _target: type["ImageToVideoRunner"] = field(default_factory=lambda: ImageToVideoRunner)
 
     image_path: Path | None = None
-    """The first frame: an image of the video's size. Transparent pixels are white."""
+    """The first frame. Transparent pixels are white."""
     fit_image: bool = False
-    """Scale and crop an image of another size."""
+    """Scale and crop an image of another size to that of the video."""
+    max_pixels: int | None = None
+    """Most pixels of a frame of a video that takes the aspect ratio of its image: it does unless
+    --height, --width or --fit-image is given. None: its size is --height and --width."""
     test_image: bool = False
     """Start from a drawn colour gradient if no image is given."""
 
@@ -169,9 +185,34 @@ class ImageToVideoRunnerConfig(TextToVideoRunnerConfig):
                 f"{self.runner_name} starts from an image, which is one latent frame: len_t must "
                 f"be 1, got {len_t}."
             )
+        if self.max_pixels is not None and self.max_pixels < self.size_unit**2:
+            raise ValueError(
+                f"--max-pixels {self.max_pixels}: must be at least {self.size_unit**2}, a frame of "
+                f"{self.size_unit}x{self.size_unit}."
+            )
+
+    @property
+    def size_unit(self) -> int:
+        """Pixels that height and width are multiples of."""
+        return self.spatial_factor * max(self.transformer.patch_size[1:])
+
+    def size_of(self, rows: int, columns: int) -> tuple[int, int]:
+        """Height and width of a video with about an image's aspect ratio; 0 if a side vanishes.
+
+        Args:
+            rows: height of the image in pixels.
+            columns: its width.
+
+        Source: Wan-Video/Wan2.1 and Robbyant/lingbot-world, wan/image2video.py.
+        """
+        aspect, most = rows / columns, self.max_pixels or 0
+        sides = (math.sqrt(most * aspect), math.sqrt(most / aspect))
+        height, width = (int(side // self.size_unit) * self.size_unit for side in sides)
+        return height, width
 
 
 ConfigT = TypeVar("ConfigT", bound=TextToVideoRunnerConfig)
+ImageConfigT = TypeVar("ImageConfigT", bound=ImageToVideoRunnerConfig)
 
 
 class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]):
@@ -239,6 +280,9 @@ class ImageToVideoRunner(TextToVideoRunner):
     """Streams one video that starts from an image into a file."""
 
     config: ImageToVideoRunnerConfig
+
+    def __init__(self, config: ImageToVideoRunnerConfig) -> None:
+        super().__init__(take_shape(config))
 
     def first_image(self, config: TextToVideoRunnerConfig) -> Tensor | None:
         """The image of the config, ``[1, 3, height, width]`` in [-1, 1]."""
@@ -316,18 +360,61 @@ def check_size(
         )
 
 
+def take_shape(config: ImageConfigT) -> ImageConfigT:
+    """Derive the size of the video from its image, unless a size is given, and print it.
+
+    Raises:
+        ValueError: the file is not an image, is too large, or has an extreme aspect ratio.
+    """
+    given = config.height is not None or config.width is not None or config.fit_image
+    if config.max_pixels is None or config.image_path is None or given:
+        return config
+    columns, rows = image_size(config.image_path)
+    height, width = config.size_of(rows, columns)
+    if not min(height, width):
+        raise ValueError(
+            f"--image-path {config.image_path}: the image is {columns}x{rows} (width x height): no "
+            f"video of that shape has sides of at least {config.size_unit} and at most "
+            f"{config.max_pixels:,} pixels. Crop the image, or type --fit-image True."
+        )
+    if process_rank() == 0:
+        tell(
+            f"size: {width}x{height} (width x height), after the image of {columns}x{rows}; "
+            "--height and --width set another one."
+        )
+    return replace(config, height=height, width=width)
+
+
 def read_image(config: ImageToVideoRunnerConfig) -> Tensor:
     """The first frame ``[1, 3, height, width]`` in [-1, 1].
+
+    Where the video may take the shape of its image, an image of nearly the video's shape is
+    stretched to it by bicubic interpolation, as in the official code.
 
     Raises:
         ValueError: there is none, or it does not fit.
     """
     height, width = config.frame_size
-    if config.image_path is not None:
+    if config.image_path is None:
+        if config.test_image:
+            return gradient_image(height, width)
+        raise ValueError(
+            f"{config.runner_name} starts from an image of {width}x{height} (width x height): name "
+            "it with --image-path FILE, or type --test-image True for a colour gradient."
+        )
+    if config.max_pixels is None or config.fit_image or not shape_fits(config):
         return load_image(config.image_path, height, width, fit=config.fit_image)
-    if config.test_image:
-        return gradient_image(height, width)
-    raise ValueError(
-        f"{config.runner_name} starts from an image of {width}x{height} (width x height): name it "
-        "with --image-path FILE, or type --test-image True for a colour gradient."
-    )
+    image = to_pixels(open_image(config.image_path))
+    if image.shape[2:] == (height, width):
+        return image
+    return F.interpolate(image, (height, width), mode="bicubic")
+
+
+def shape_fits(config: ImageToVideoRunnerConfig) -> bool:
+    """Whether the video has the shape of its image: its size was derived from it, or is close."""
+    assert config.image_path is not None
+    columns, rows = image_size(config.image_path)
+    height, width = config.frame_size
+    stretch = (columns / rows) / (width / height)
+    near = 1 / (1 + MAX_STRETCH) <= stretch <= 1 + MAX_STRETCH
+    return near or config.size_of(rows, columns) == (height, width)

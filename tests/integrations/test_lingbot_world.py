@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from flashdreams.infra.config import derive_config
+from flashdreams.infra.video_runner import read_image, take_shape
 from flashdreams.infra.weights import memory_estimate
 from flashdreams.integrations.lingbot_world.camera import clip_poses, pixel_frames
 from flashdreams.integrations.lingbot_world.config import (
@@ -27,7 +28,6 @@ from flashdreams.integrations.lingbot_world.config import (
 )
 from flashdreams.integrations.lingbot_world.encoder import CameraPath
 from flashdreams.integrations.lingbot_world.inset import draw_inset
-from flashdreams.integrations.lingbot_world.runner import read_first_frame
 from flashdreams.registry import discover
 from flashdreams.run import main
 from flashdreams.runtime.actions import KeyMotion, integrate, parse_actions
@@ -233,7 +233,7 @@ def test_inset_of_a_short_path_or_none(actions):
 def test_image_of_the_reference_aspect_ratio_is_stretched(tmp_path):
     Image.new("RGB", (1280, 720), (10, 200, 30)).save(tmp_path / "in.png")
     config = derive_config(TINY_RUNNER, image_path=tmp_path / "in.png")
-    image = read_first_frame(config)
+    image = read_image(take_shape(config))
     assert image.shape == (1, 3, 64, 112)
     expected = torch.tensor([10, 200, 30]) / 127.5 - 1
     torch.testing.assert_close(image[0].mean((1, 2)), expected, rtol=0, atol=1e-5)
@@ -414,7 +414,7 @@ BAD_FILES = [
     (lambda folder: (folder / "image.jpg").unlink(), "--image-path .*No such file"),
     (header_of_png(8000, 7000), "the image is huge, 8000x7000"),
     (header_of_png(30000, 20000), "the image is huge"),
-    (picture("RGB", (720, 1280)), "the image is 720x1280 .*--fit-image True"),
+    (picture("RGB", (4000, 1)), "the image is 4000x1 .*no video of that shape.*--fit-image True"),
 ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """What the Wan integrations say to input that they cannot take: one clear line each."""
 
+import json
 import random
 import re
 import struct
@@ -12,9 +13,15 @@ from safetensors.torch import save_file
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.prompt import read_prompt
+from flashdreams.infra.video_runner import read_image, take_shape
 from flashdreams.integrations.causal_forcing.config import TINY_RUNNER as CAUSAL_FORCING
+from flashdreams.integrations.lingbot_world import config as lingbot
 from flashdreams.integrations.self_forcing.config import TINY_RUNNER as SELF_FORCING
-from flashdreams.integrations.wan21.config import I2V_TINY_RUNNER, T2V_TINY_RUNNER
+from flashdreams.integrations.wan21.config import (
+    I2V_14B_480P_RUNNER,
+    I2V_TINY_RUNNER,
+    T2V_TINY_RUNNER,
+)
 from flashdreams.models.wan.transformer import WanTransformerConfig
 from flashdreams.run import main
 from flashdreams.runtime.image_file import image_size, load_image
@@ -156,6 +163,36 @@ def test_images_of_another_size_are_refused(tmp_path):
     with pytest.raises(ValueError, match=message):
         config.setup()
     derive_config(config, fit_image=True).setup()  # as the message says
+
+
+def test_the_video_takes_the_shape_of_its_image(tmp_path, capsys):
+    Image.new("RGB", (90, 110)).save(tmp_path / "in.png")
+    start = derive_config(I2V_TINY_RUNNER, image_path=tmp_path / "in.png", output_dir=tmp_path)
+    with start.setup() as runner:
+        runner.run()
+    assert "size: 32x32 (width x height), after the image of 90x110" in capsys.readouterr().out
+    transformer = runner.pipeline.diffusion_model.transformer.config
+    assert (transformer.latent_height, transformer.latent_width) == (4, 4)
+    assert json.loads(runner.recorder.stats_path.read_text())["header"]["frame_size"] == [32, 32]
+    assert torch.equal(read_image(runner.config), runner.image)  # as a replay reads it
+
+    with pytest.raises(ValueError, match=r"the image is 90x110 .*this run needs 48x32"):
+        derive_config(start, height=32).setup()
+    for given in ({"fit_image": True}, {"height": 32, "width": 48, "fit_image": True}):
+        assert take_shape(derive_config(start, **given)).frame_size == (32, 48)
+
+
+@pytest.mark.parametrize(
+    ("image", "video"),
+    [
+        ((1080, 1920), (464, 832)), ((1920, 1080), (832, 464)), ((1024, 1024), (624, 624)),
+        ((768, 1024), (544, 720)), ((480, 832), (464, 832)), ((832, 480), (832, 480)),
+    ],
+)  # fmt: skip
+def test_the_size_is_that_of_the_official_code(image, video):
+    """As computed by wan/image2video.py; 480x832 becomes 464x832 there by rounding."""
+    for config in (I2V_14B_480P_RUNNER, lingbot.RUNNER, lingbot.BASE_RUNNER):
+        assert config.size_of(*image) == video
 
 
 def test_an_image_is_fitted_if_asked_for(tmp_path):

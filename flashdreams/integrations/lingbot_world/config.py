@@ -35,6 +35,11 @@ REVISIONS = {FAST_REPO: "main", BASE_REPO: "main"}
 """Revision of the official repositories: a branch, since no commit is known."""
 
 
+MAX_PIXELS = 480 * 832
+"""Most pixels of a frame: 464x832 after an image of 16:9.
+Source: Robbyant/lingbot-world, README.md (``--size 480*832``) and wan/image2video_fast.py."""
+
+
 def lingbot_checkpoint(repo: str, folder: str = "") -> CheckpointConfig:
     """A sharded transformer in a folder of an official repository; all are of the same size."""
     return CheckpointConfig(
@@ -168,6 +173,7 @@ RUNNER = CameraToVideoRunnerConfig(
     runner_name=PIPELINE.name,
     description="LingBot-World: steer a camera through a world that starts from your image.",
     pipeline=PIPELINE,
+    max_pixels=MAX_PIXELS,
 )
 
 TAEHV_RUNNER = with_pipeline(
@@ -183,12 +189,14 @@ TINY_RUNNER = with_pipeline(
     total_blocks=4,
     actions="w20 l8 wl17",
     test_image=True,
+    max_pixels=64 * 116,  # as in the full-size models, 64x112 after an image of 16:9
 )
 
 BASE_RUNNER = CameraToClipRunnerConfig(
     runner_name=BASE_PIPELINE.name,
     description="LingBot-World base: 161 frames at once, with or without a camera; two 18.5B nets.",
     pipeline=BASE_PIPELINE,
+    max_pixels=MAX_PIXELS,
     negative_prompt=(
         f"画面突变，{NEGATIVE_PROMPT}，镜头晃动，画面闪烁，模糊，噪点，水印，签名，文字，变形，扭曲，液化，"
         "不合逻辑的结构，卡顿，PPT幻灯片感，过暗，欠曝，低对比度，霓虹灯光感，过度锐化，3D渲染感，人物，行人，"
@@ -203,6 +211,7 @@ BASE_TINY_RUNNER = with_pipeline(
     "LingBot-World base at toy size with random weights: noise, in seconds.",
     negative_prompt=TINY_NEGATIVE_PROMPT,
     test_image=True,
+    max_pixels=64 * 116,  # as in the full-size models, 64x112 after an image of 16:9
 )
 
 RUNNER_CONFIGS = by_name(RUNNER, TAEHV_RUNNER, BASE_RUNNER, TINY_RUNNER, BASE_TINY_RUNNER)

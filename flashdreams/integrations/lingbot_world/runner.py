@@ -9,22 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.controller import Controller, Event, KeyCamera
 from flashdreams.infra.session import Command, key_commands
-from flashdreams.infra.video_runner import (
-    SPATIAL_FACTOR,
-    ImageToVideoRunner,
-    ImageToVideoRunnerConfig,
-    TextToVideoRunnerConfig,
-    read_image,
-)
+from flashdreams.infra.video_runner import ImageToVideoRunner, ImageToVideoRunnerConfig
 from flashdreams.runtime.actions import KeyMotion, integrate, parse_actions
 from flashdreams.runtime.array_file import load_array
-from flashdreams.runtime.image_file import image_size, load_image
 from flashdreams.runtime.text import reason_of, tell
 
 from .camera import check_intrinsics, check_poses, pixel_frames, whole_chunks
@@ -36,8 +28,6 @@ KEY_ORDER = ("w", "a", "s", "d")
 Source: Robbyant/lingbot-world, wan/utils/vis_utils.py, extract_translation_wasd."""
 MAX_PITCH = 60.0
 """Degrees that a pointer may tilt the camera up and down."""
-MAX_STRETCH = 0.05
-"""Difference of aspect ratios up to which an image is stretched without --fit-image."""
 
 
 @dataclass(kw_only=True)
@@ -125,7 +115,7 @@ class CameraToVideoRunner(ImageToVideoRunner):
     config: CameraToVideoRunnerConfig
 
     def __init__(self, config: CameraToVideoRunnerConfig) -> None:
-        """Read and check image and path, then build and load the pipeline.
+        """Read and check path and image, then build and load the pipeline.
 
         Raises:
             ValueError: input that cannot be used; no weights have been read.
@@ -133,7 +123,6 @@ class CameraToVideoRunner(ImageToVideoRunner):
         self.path: CameraPath | None = None
         if not config.has_camera:
             self.blocks = config.total_blocks
-            self.image = read_first_frame(config)
             pipeline = replace(config.pipeline, encoder=None)
             super().__init__(replace(config, pipeline=pipeline))
             return
@@ -152,7 +141,6 @@ class CameraToVideoRunner(ImageToVideoRunner):
         # The request bounds the clip that offline mode resamples to the chunks, as in the
         # official code; poses beyond the last whole chunk still count.
         self.path = path.part(slice(0, pixel_frames(config.total_blocks * transformer.len_t)))
-        self.image = read_first_frame(config)
         pipeline = derive_config(
             config.pipeline,
             encoder=dict(
@@ -167,10 +155,6 @@ class CameraToVideoRunner(ImageToVideoRunner):
     def fitted(self, config: CameraToVideoRunnerConfig, poses: int) -> CameraToVideoRunnerConfig:
         """The config adapted to a path of so many poses; unchanged here."""
         return config
-
-    def first_image(self, config: TextToVideoRunnerConfig) -> Tensor | None:
-        """The image, read before anything else, ``[1, 3, height, width]`` in [-1, 1]."""
-        return self.image
 
     def run(self) -> None:
         """Generate a chunk for every part of the path and write each as it comes."""
@@ -325,26 +309,3 @@ def read_array(path: Path, flag: str) -> Tensor:
         raise ValueError(f"{flag} {path} cannot be read: {reason_of(error)}.") from error
     wide = array if array.dtype in (np.float32, np.float64) else array.astype(np.float64)
     return torch.from_numpy(np.ascontiguousarray(wide))
-
-
-def read_first_frame(config: CameraToVideoRunnerConfig) -> Tensor:
-    """The first frame ``[1, 3, height, width]``.
-
-    An image of nearly the video's aspect ratio is stretched to its size by bicubic interpolation,
-    as in the official code; others are scaled and cropped only if the config asks for it.
-
-    Raises:
-        ValueError: the file is missing, not an image, too large, or has another aspect ratio.
-    """
-    if config.image_path is None:
-        return read_image(config)
-    height = config.height or config.transformer.latent_height * SPATIAL_FACTOR
-    width = config.width or config.transformer.latent_width * SPATIAL_FACTOR
-    columns, rows = image_size(config.image_path)
-    stretch = (columns / rows) / (width / height)
-    if config.fit_image or not 1 / (1 + MAX_STRETCH) <= stretch <= 1 + MAX_STRETCH:
-        return load_image(config.image_path, height, width, fit=config.fit_image)
-    image = load_image(config.image_path, rows, columns)
-    if (rows, columns) == (height, width):
-        return image
-    return F.interpolate(image, (height, width), mode="bicubic")

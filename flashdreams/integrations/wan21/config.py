@@ -126,8 +126,9 @@ T2V_14B_720P_RUNNER = with_pipeline(
 
 I2V_14B_480P_RUNNER = ImageToVideoRunnerConfig(
     runner_name=I2V_14B_480P_PIPELINE.name,
-    description="Wan 2.1 image-to-video 14B, 81 frames at 480x832, all frames at once.",
+    description="Wan 2.1 image-to-video 14B, 81 frames of up to 480x832 pixels at once.",
     pipeline=I2V_14B_480P_PIPELINE,
+    max_pixels=480 * 832,  # Wan-Video/Wan2.1, wan/configs/__init__.py, MAX_AREA_CONFIGS
     negative_prompt=f"镜头晃动，{NEGATIVE_PROMPT}",  # Wan-Video/Wan2.1, wan/configs/wan_i2v_14B.py
     total_blocks=1,
 )
@@ -145,6 +146,7 @@ I2V_TINY_RUNNER = with_pipeline(
     "Wan 2.1 image-to-video at toy size with random weights: noise, in seconds.",
     negative_prompt=TINY_NEGATIVE_PROMPT,
     test_image=True,
+    max_pixels=40 * 40,
 )
 
 RUNNER_CONFIGS = by_name(

@@ -21,10 +21,7 @@ def size_of_shape(rows: int, columns: int, unit: int, max_pixels: int) -> tuple[
         max_pixels: most pixels of a frame.
 
     Returns:
-        Height and width in pixels.
-
-    Raises:
-        ValueError: an aspect ratio for which a side would be shorter than ``unit``.
+        Height and width in pixels; 0 if a side would be shorter than ``unit``.
 
     Source: Wan-Video/Wan2.2, wan/utils/utils.py, best_output_size.
     """
@@ -32,11 +29,7 @@ def size_of_shape(rows: int, columns: int, unit: int, max_pixels: int) -> tuple[
     wide = int((max_pixels * aspect) ** 0.5) // unit * unit
     high = int((max_pixels / aspect) ** 0.5) // unit * unit
     if min(wide, high) == 0:
-        raise ValueError(
-            f"the image is {columns}x{rows} (width x height): no video of that shape has sides of "
-            f"at least {unit} and at most {max_pixels:,} pixels. Crop the image, or give --height "
-            "and --width together with --fit-image True."
-        )
+        return high, wide
     by_width = (max_pixels // wide // unit * unit, wide)
     by_height = (high, max_pixels // high // unit * unit)
 
