@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.pipeline import StreamInferencePipeline
@@ -235,7 +236,7 @@ class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]
         self.image = self.first_image(config)
         super().__init__(config)
 
-    def first_image(self, config: TextToVideoRunnerConfig) -> Tensor | None:
+    def first_image(self, config: TextToVideoRunnerConfig) -> Any:
         """The first frame of the video, ``[1, 3, height, width]`` in [-1, 1].
 
         None for text-to-video.
@@ -270,7 +271,7 @@ class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]
         embeds, negative = self.prompt_embeds, self.negative_prompt_embeds
         conditions: dict[str, Any] = {"text": [self.prompt] if embeds is None else embeds}
         if self.image is not None:
-            conditions["image"] = self.image.to(self.device)
+            conditions["image"] = tree_map_only(Tensor, lambda x: x.to(self.device), self.image)
         if self.config.guided:
             conditions["negative_text"] = [self.negative_prompt] if negative is None else negative
         return conditions
@@ -284,8 +285,8 @@ class ImageToVideoRunner(TextToVideoRunner):
     def __init__(self, config: ImageToVideoRunnerConfig) -> None:
         super().__init__(take_shape(config))
 
-    def first_image(self, config: TextToVideoRunnerConfig) -> Tensor | None:
-        """The image of the config, ``[1, 3, height, width]`` in [-1, 1]."""
+    def first_image(self, config: TextToVideoRunnerConfig) -> Any:
+        """The image of the config; see `read_image`."""
         return read_image(cast(ImageToVideoRunnerConfig, config))
 
 
@@ -385,11 +386,12 @@ def take_shape(config: ImageConfigT) -> ImageConfigT:
     return replace(config, height=height, width=width)
 
 
-def read_image(config: ImageToVideoRunnerConfig) -> Tensor:
+def read_image(config: ImageToVideoRunnerConfig) -> Tensor | dict[str, Tensor]:
     """The first frame ``[1, 3, height, width]`` in [-1, 1].
 
     Where the video may take the shape of its image, an image of nearly the video's shape is
-    stretched to it by bicubic interpolation, as in the official code.
+    stretched to it by bicubic interpolation, as in the official code. An image encoder with
+    ``takes_whole_image`` also gets the image as it was before.
 
     Raises:
         ValueError: there is none, or it does not fit.
@@ -404,10 +406,13 @@ def read_image(config: ImageToVideoRunnerConfig) -> Tensor:
         )
     if config.max_pixels is None or config.fit_image or not shape_fits(config):
         return load_image(config.image_path, height, width, fit=config.fit_image)
-    image = to_pixels(open_image(config.image_path))
-    if image.shape[2:] == (height, width):
-        return image
-    return F.interpolate(image, (height, width), mode="bicubic")
+    whole = to_pixels(open_image(config.image_path))
+    if whole.shape[2:] == (height, width):
+        return whole
+    frame = F.interpolate(whole, (height, width), mode="bicubic")
+    encoder = config.pipeline.image_encoder
+    takes_both = encoder is not None and encoder.takes_whole_image
+    return {"frame": frame, "whole": whole} if takes_both else frame
 
 
 def shape_fits(config: ImageToVideoRunnerConfig) -> bool:

@@ -174,7 +174,9 @@ def test_the_video_takes_the_shape_of_its_image(tmp_path, capsys):
     transformer = runner.pipeline.diffusion_model.transformer.config
     assert (transformer.latent_height, transformer.latent_width) == (4, 4)
     assert json.loads(runner.recorder.stats_path.read_text())["header"]["frame_size"] == [32, 32]
-    assert torch.equal(read_image(runner.config), runner.image)  # as a replay reads it
+    again = read_image(runner.config)  # as a replay reads it
+    assert torch.equal(again["frame"], runner.image["frame"])
+    assert again["frame"].shape == (1, 3, 32, 32) and again["whole"].shape == (1, 3, 110, 90)
 
     with pytest.raises(ValueError, match=r"the image is 90x110 .*this run needs 48x32"):
         derive_config(start, height=32).setup()

@@ -1,7 +1,7 @@
 """Encoders: user input to conditioning of the diffusion model."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from flashdreams.infra.component import Component, ComponentConfig
 
@@ -11,6 +11,10 @@ class EncoderConfig(ComponentConfig):
     """Config of a stateless encoder."""
 
     _target: type["Encoder"] = field(default_factory=lambda: Encoder)
+
+    takes_whole_image: ClassVar[bool] = False
+    """Of an ``image_encoder``: its input may also be ``{"frame": ..., "whole": ...}``, the image at
+    the size of the video and as it was before it was resized."""
 
 
 class Encoder(Component):

@@ -1,6 +1,8 @@
 """The image condition of the Wan 2.1 image-to-video models."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,8 @@ class WanImageConditionEncoderConfig(EncoderConfig):
         default_factory=lambda: WanImageConditionEncoder
     )
 
+    takes_whole_image: ClassVar[bool] = True
+
     vae: WanVAEImageEncoderConfig = field(default_factory=WanVAEImageEncoderConfig)
     """Encodes the clip that starts with the image and is grey afterwards."""
 
@@ -64,11 +68,12 @@ class WanImageConditionEncoder(Encoder):
         return self.vae.example_input()
 
     @torch.no_grad()
-    def forward(self, input: Tensor) -> dict[str, Tensor]:
+    def forward(self, input: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Encode the first frame of a clip.
 
         Args:
-            input: ``[B, 3, height, width]``, RGB in [-1, 1].
+            input: ``[B, 3, height, width]``, RGB in [-1, 1]; or ``frame``, this image, and
+                ``whole``, the image before it was resized, which CLIP sees in the official code.
 
         Returns:
             ``image_tokens`` ``[B, S, C]``, and ``condition`` ``[B, 4 + 16, T, H, W]`` float32: the
@@ -81,11 +86,14 @@ class WanImageConditionEncoder(Encoder):
         Source: Wan-Video/Wan2.1, wan/image2video.py.
         """
         frames = 1 + (self.config.latent_frames - 1) * self.vae.config.time_factor
-        clip = as_video(input)
+        frame, whole = (
+            (input["frame"], input["whole"]) if isinstance(input, Mapping) else (input, input)
+        )
+        clip = as_video(frame)
         if clip.ndim == 5 and clip.shape[2] == 1:
             clip = F.pad(clip, (0, 0, 0, 0, 0, frames - 1))
         latent = self.vae(clip)
-        return {"image_tokens": self.clip(input), "condition": mark_first_frame(latent)}
+        return {"image_tokens": self.clip(whole), "condition": mark_first_frame(latent)}
 
 
 def mark_first_frame(latent: Tensor) -> Tensor:

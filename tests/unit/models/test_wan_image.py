@@ -35,6 +35,14 @@ def test_tokens_are_those_of_the_image(encoder):
     assert not torch.equal(tokens, encoder(-image)["image_tokens"])
 
 
+def test_tokens_are_those_of_the_image_before_it_was_resized(encoder):
+    whole, frame = gradient_image(40, 60), gradient_image(16, 24).flip(3)
+    both = encoder({"frame": frame, "whole": whole})
+    assert torch.equal(both["image_tokens"], encoder.clip(whole))
+    assert torch.equal(both["condition"], encoder(frame)["condition"])
+    assert not torch.equal(both["image_tokens"], encoder(frame)["image_tokens"])
+
+
 def test_images_that_cannot_be_encoded_are_refused(encoder):
     with pytest.raises(ValueError, match="height 20 is not divisible by 8"):
         encoder(torch.zeros(1, 3, 20, 24))
