@@ -1,9 +1,11 @@
-"""Second-order flow matching with the UniPC predictor and corrector."""
+"""Second-order flow matching: UniPC, and DPM-Solver++, which is its predictor alone."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +23,17 @@ SIGMA_MAX = torch.tensor(1 - 1 / NUM_TRAIN_TIMESTEPS, dtype=torch.float32, devic
 
 @dataclass(kw_only=True)
 class FlowUniPCSchedulerConfig(SolverSchedulerConfig):
-    """The schedule of Wan's bidirectional models: UniPC of order 2 (bh2), predicting x0."""
+    """The schedules of Wan's bidirectional models, of order 2, predicting x0."""
 
     _target: type["FlowUniPCScheduler"] = field(default_factory=lambda: FlowUniPCScheduler)
+
+    solver: Literal["unipc", "dpm++"] = "unipc"
+    """"unipc" (bh2), or "dpm++", DPM-Solver++ in its midpoint form, with its own timesteps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.solver not in ("unipc", "dpm++"):
+            raise ValueError(f"solver={self.solver!r} is unknown; allowed are 'unipc' and 'dpm++'.")
 
 
 class FlowUniPCScheduler(Scheduler):
@@ -35,27 +45,32 @@ class FlowUniPCScheduler(Scheduler):
     and the last one, to sigma 0, needs none; a corrector has the order of the predictor before it.
     Timesteps are int64, truncated.
 
-    Source: Zhao et al., arXiv:2302.04867 (UniPC), section 3, B(h) = exp(h) - 1; Wan 2.1.
+    DPM-Solver++ is the predictor without the corrector. It begins at pure noise (sigma 1), where
+    the first step carries no history and the second finds it infinitely far away, so both are of
+    order 1.
+
+    Source: Zhao et al., arXiv:2302.04867 (UniPC), section 3, B(h) = exp(h) - 1; Lu et al.,
+    arXiv:2211.01095 (DPM-Solver++), algorithm 2; Wan 2.1.
     """
 
     config: FlowUniPCSchedulerConfig
 
     def __init__(self, config: FlowUniPCSchedulerConfig) -> None:
-        self.config = config
-        count, shift = config.num_inference_steps, config.shift
-        self._tabulate(shifted_sigmas(SIGMA_MAX, 0.0, count, shift, torch.float64), correct=True)
-
-    def _tabulate(self, precise: Tensor, *, correct: bool) -> None:
-        """Compute all weights for noise levels ``[S]`` float64."""
+        count, shift, corrects = config.num_inference_steps, config.shift, config.solver == "unipc"
+        if corrects:
+            precise = shifted_sigmas(SIGMA_MAX, 0.0, count, shift, torch.float64)
+        else:  # numpy's spacing, as the reference: truncated timesteps show the last bit of a level
+            even = torch.from_numpy(np.linspace(1, 0, count + 1)[:-1])
+            precise = shift * even / (1 + (shift - 1) * even)
         timesteps = (precise * NUM_TRAIN_TIMESTEPS).long()
-        super().__init__(self.config, timesteps=timesteps, sigmas=precise.float())
-        count, levels = len(timesteps), [*self.sigmas.tolist(), 0.0]
+        super().__init__(config, timesteps=timesteps, sigmas=precise.float())
+        levels = [*self.sigmas.tolist(), 0.0]
         steps = [
             (levels[max(step - 1, 0) : step + 2], 1 if step in (0, count - 1) else 2)
             for step in range(count)
         ]
         self._predictors = [predictor_weights(*step) for step in steps]
-        self._correctors = [corrector_weights(*step) for step in steps[:-1]] if correct else []
+        self._correctors = [corrector_weights(*step) for step in steps[:-1]] if corrects else []
 
     def sample(
         self, predict_flow: Callable[[Tensor, Tensor], Tensor], noise: Callable[[int], Tensor]

@@ -1,5 +1,7 @@
 """Every schedule against the numbers of the models' official code."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +14,6 @@ from flashdreams.infra.diffusion.scheduler.base import (
 )
 from flashdreams.infra.diffusion.scheduler.euler import EulerSchedulerConfig
 from flashdreams.infra.diffusion.scheduler.fm import FlowMatchSchedulerConfig
-from flashdreams.infra.diffusion.scheduler.fm_dpmpp import FlowDPMSolverSchedulerConfig
 from flashdreams.infra.diffusion.scheduler.fm_unipc import FlowUniPCSchedulerConfig
 from tests.goldens import golden_config, load_golden
 
@@ -157,7 +158,7 @@ class ToyModel:
 CONFIGS = {
     "euler": EulerSchedulerConfig,
     "unipc": FlowUniPCSchedulerConfig,
-    "dpmpp": FlowDPMSolverSchedulerConfig,
+    "dpmpp": partial(FlowUniPCSchedulerConfig, solver="dpm++"),
 }
 
 
