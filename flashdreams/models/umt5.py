@@ -2,6 +2,7 @@
 
 # Shapes: B prompts, L = text_len token rows per prompt, C = text_dim.
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from flashdreams.infra.config import quoted
 from flashdreams.infra.encoder.base import Encoder, EncoderConfig
 from flashdreams.infra.ranges import check_range
 from flashdreams.models.prompts import INSTALL_HINT, TEXT_PACKAGES, clean_prompts
@@ -20,6 +22,8 @@ from flashdreams.runtime.checkpoint import (
     ensure_local,
 )
 from flashdreams.runtime.text import printable
+
+logger = logging.getLogger(__name__)
 
 OFFICIAL_KEYS = KeyMap(
     name="wan",
@@ -62,6 +66,10 @@ class UMT5TextEncoderConfig(EncoderConfig):
 
     text_len: int = 512
     """Rows per prompt; a prompt may have no more tokens, its end mark included."""
+
+    truncate: bool = False
+    """Cut longer prompts off, as the official programs do; a warning says where. False refuses
+    them."""
 
     text_dim: int = 4096
     """Channels of an embedding."""
@@ -133,7 +141,14 @@ class UMT5TextEncoder(Encoder):
             CheckpointError: the tokenizer's file is not on this machine.
             ImportError: ``ftfy`` is not installed.
         """
-        return self.embed(self.tokenize(input))
+        split = self._split(input)
+        for number, (_, rest) in enumerate(split):
+            if rest:
+                allowed = self.config.text_len
+                logger.warning(
+                    "prompt %d is cut off at %d tokens: %s", number, allowed, quoted(rest)
+                )
+        return self.embed([ids for ids, _ in split])
 
     def check_input(self, input: Sequence[str]) -> None:
         """Refuse prompts that `forward` would refuse; needs the tokenizer, but no weights.
@@ -141,7 +156,7 @@ class UMT5TextEncoder(Encoder):
         Raises:
             As `forward`.
         """
-        self._check_lengths(self.tokenize(input))
+        self._split(input)
 
     def example_input(self) -> list[str]:
         """One short prompt, with which warm-up loads the tokenizer and the packages for text."""
@@ -151,16 +166,32 @@ class UMT5TextEncoder(Encoder):
         """Clean prompts and turn each into token ids, the end mark last.
 
         Raises:
-            As `forward`, except for the length.
+            As `forward`.
         """
+        return [ids for ids, _ in self._split(prompts)]
+
+    def _split(self, prompts: Sequence[str]) -> list[tuple[list[int], str]]:
+        """The token ids of prompts, and the text that they leave out."""
         texts = clean_prompts(prompts)
         if self._tokenizer is None:
             checkpoint, source = self.config.checkpoint, self.config.tokenizer
             allowed = source.download or (checkpoint is not None and checkpoint.download)
             self._tokenizer = load_tokenizer(source, allow_download=allowed)
-        tokens = [self._tokenizer.encode(text).ids for text in texts]
-        eos = self.config.eos_id
-        return [ids if ids[-1:] == [eos] else [*ids, eos] for ids in tokens]
+        return [self._split_one(number, text) for number, text in enumerate(texts)]
+
+    def _split_one(self, number: int, text: str) -> tuple[list[int], str]:
+        c, encoding = self.config, self._tokenizer.encode(text)
+        ids = encoding.ids if encoding.ids[-1:] == [c.eos_id] else [*encoding.ids, c.eos_id]
+        if len(ids) <= c.text_len:
+            return ids, ""
+        rest = text[encoding.offsets[c.text_len - 1][0] :]
+        if not c.truncate:
+            raise ValueError(
+                f"prompt {number} has {len(ids)} tokens, {c.text_len} are allowed: shorten it by "
+                f"{len(ids) - c.text_len}, or cut off {quoted(rest)} with "
+                "--pipeline.text-encoder.truncate True"
+            )
+        return [*ids[: c.text_len - 1], c.eos_id], rest
 
     @torch.no_grad()
     def embed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -175,22 +206,15 @@ class UMT5TextEncoder(Encoder):
         Raises:
             ValueError: more than ``text_len`` tokens.
         """
-        self._check_lengths(tokens)
+        text_len = self.config.text_len
+        if (longest := max(map(len, tokens), default=0)) > text_len:
+            raise ValueError(f"a prompt has {longest} tokens, {text_len} are allowed")
         shape = (len(tokens), self.config.text_len, self.config.text_dim)
         embeds = torch.zeros(shape, dtype=self.dtype, device=self.device)
         for row, ids in zip(embeds, tokens, strict=True):
             batch = torch.tensor([list(ids)], dtype=torch.int64, device=self.device)
             row[: len(ids)] = self.encoder(input_ids=batch).last_hidden_state[0]
         return embeds
-
-    def _check_lengths(self, tokens: Sequence[Sequence[int]]) -> None:
-        text_len = self.config.text_len
-        for number, ids in enumerate(tokens):
-            if len(ids) > text_len:
-                raise ValueError(
-                    f"prompt {number} has {len(ids)} tokens, {text_len} are allowed: "
-                    f"shorten it by {len(ids) - text_len} tokens"
-                )
 
 
 def load_tokenizer(config: CheckpointConfig, *, allow_download: bool | None = None) -> Any:

@@ -12,7 +12,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashdreams.models.umt5 import OFFICIAL_KEYS, UMT5TextEncoder, UMT5TextEncoderConfig
+from flashdreams.models.umt5 import (
+    OFFICIAL_KEYS,
+    UMT5TextEncoder,
+    UMT5TextEncoderConfig,
+    load_tokenizer,
+)
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load_checkpoint
 from flashdreams.runtime.checkpoint.keys import map_names
 from tests.goldens import golden_path, load_golden
@@ -186,7 +191,8 @@ def test_tokenize_cleans_prompts_and_ends_them_once(tmp_path: Path) -> None:
 def test_bad_prompts_are_refused(tmp_path: Path) -> None:
     encoder = encoder_with_words(tmp_path, text_len=4)
     encoder(["a street at"])
-    with pytest.raises(ValueError, match=r"prompt 1 has 6 tokens, 4 are allowed: shorten it by 2"):
+    said = "prompt 1 has 6 tokens, 4 are allowed: shorten it by 2, or cut off 'night day' with --pi"
+    with pytest.raises(ValueError, match=said):
         encoder(["day", "a street at night day"])
     for empty in (" \n", "&nbsp;"):
         with pytest.raises(ValueError, match="prompt 1 is empty"):
@@ -196,6 +202,21 @@ def test_bad_prompts_are_refused(tmp_path: Path) -> None:
     for wrong in ("a street", [3], None):
         with pytest.raises(TypeError, match="must be a list of prompts"):
             encoder(wrong)
+
+
+@pytest.mark.parametrize("adds_end", [True, False])
+def test_prompts_are_cut_where_the_tokenizer_would(adds_end, tmp_path: Path, caplog) -> None:
+    """As the official code lets the tokenizer truncate, the end mark included."""
+    encoder = encoder_with_words(tmp_path, text_len=4, truncate=True)
+    write_tokenizer(tmp_path, adds_end=True)
+    oracle = load_tokenizer(encoder.config.tokenizer)
+    oracle.enable_truncation(4)
+    write_tokenizer(tmp_path, adds_end=adds_end)
+    for text in ("a street at", "a street at night", "day & \U0001f600 at a street"):
+        assert encoder.tokenize([text]) == [oracle.encode(text).ids]
+    embeds = encoder(["day", "a street   at night day"])
+    assert torch.equal(embeds[1:], encoder(["a street at"]))
+    assert [r.message for r in caplog.records] == ["prompt 1 is cut off at 4 tokens: 'night day'"]
 
 
 def test_a_missing_or_damaged_tokenizer_is_named(tmp_path: Path) -> None:
