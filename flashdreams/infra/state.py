@@ -344,12 +344,11 @@ class StateDecoder:
         shape, dtype = tuple(value["shape"]), dtype_of(value["dtype"])
         x = self.take(path, shape, self.layout.region(value["style"], shape), dtype)
         x = x.to("cpu" if value["host"] else self.layout.device)
-        if value["order"] is not None:
-            x = x.contiguous(memory_format=_MEMORY_FORMATS[value["order"]])
-        elif not self.in_process:
-            x = x.contiguous()
-        fits = isinstance(into, Tensor) and into.shape == x.shape and into.dtype == x.dtype
-        return into.copy_(x) if fits else x.clone()
+        if isinstance(into, Tensor) and into.shape == x.shape and into.dtype == x.dtype:
+            return into.copy_(x)
+        order = torch.preserve_format if self.in_process else torch.contiguous_format
+        # Strides are set even where a dim of size 1 leaves them open: convolutions look at them.
+        return x.clone(memory_format=_MEMORY_FORMATS.get(value["order"], order))
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -162,3 +162,12 @@ def test_the_toy_world_walks_in_several_directions_at_once():
     picked = batch.pick(2)
     assert torch.equal(picked.controller.pose, forks[2].controller.pose)
     runner.close()
+
+
+def test_a_fork_taken_out_has_the_strides_of_its_source():
+    """A dim of size 1 leaves them open, and convolutions of other strides give other bits."""
+    _, cache = begin(tiny_pipeline(), 2)
+    last = cache.decoder["last"]
+    cache.decoder["last"] = last.to(memory_format=torch.channels_last_3d)
+    picked = cache.fork_batch(1).pick(0)
+    assert picked.decoder["last"].stride() == cache.decoder["last"].stride() != last.stride()
