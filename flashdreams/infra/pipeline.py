@@ -19,7 +19,7 @@ from flashdreams.infra.fork import encode_each
 from flashdreams.infra.ranges import check_range
 from flashdreams.infra.rollout import StreamInferencePipelineCache, check_state
 from flashdreams.infra.saved_rollouts import SavedRollouts, new_state
-from flashdreams.parallel.environment import LOAD_TIMEOUT_S, together
+from flashdreams.parallel.environment import LOAD_TIMEOUT_S, OtherRankError, together
 from flashdreams.runtime.grad_mode import grad_off, without_grad
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource
 from flashdreams.runtime.profiler import StageTimer
@@ -209,7 +209,8 @@ class StreamInferencePipeline(SavedRollouts):
             ``[B, C, T, H, W]``. None on a rank that does not decode.
 
         Raises:
-            ValueError: a step out of order, or an input without an encoder.
+            ValueError: a step out of order, an input that the encoder refuses, or one without an
+                encoder; the rollout is then unchanged. After any other error it cannot go on.
             NotFiniteError: the AR step before this one has made NaN or infinite values; on a GPU,
                 where checks are read late, also the one before that.
         """
@@ -220,19 +221,20 @@ class StreamInferencePipeline(SavedRollouts):
         timer = cache.timer
         watched = self.guard("generate", autoregressive_index)
         with grad_off(), watched, timer.step(autoregressive_index):
-            with timer.stage("encode"):
+            with timer.stage("encode"), cache.changing(ValueError, TypeError):
                 control = self._encode(input, autoregressive_index, cache)
-            with timer.stage("diffuse"):
-                latent = self.diffusion_model.generate(
-                    autoregressive_index, cache.diffusion, control
-                )
-            with timer.stage("decode"):
-                chunk = self._decode(latent, autoregressive_index, cache)
+            with cache.changing():
+                with timer.stage("diffuse"):
+                    latent = self.diffusion_model.generate(
+                        autoregressive_index, cache.diffusion, control
+                    )
+                with timer.stage("decode"):
+                    chunk = self._decode(latent, autoregressive_index, cache)
+                cache.next_index += 1
         stages = {"encode": control, "diffuse": latent, "decode": chunk}
         cache.finite.submit(autoregressive_index, stages)
         others = (check for check in self._unread if check is not cache.finite)
         self._unread = [cache.finite, *(check for check in others if not check.is_settled)]
-        cache.next_index += 1
         if chunk is not None:
             for observe in self.observers:
                 observe(cache, chunk)
@@ -302,6 +304,8 @@ class StreamInferencePipeline(SavedRollouts):
             begins_shot = isinstance(prompts[0], str) and self.begins_shot(prompts[0])
         if begins_shot and cache.pending:
             raise ValueError("A shot begins between AR steps: call finalize first.")
+        if begins_shot and not self.diffusion_model.streams:
+            raise ValueError("A bidirectional model makes one clip and has no shots.")
         if reencode_window is None:
             reencode_window = self.config.reencode_window
         with self.guard("update_prompt", cache.next_index, LOAD_TIMEOUT_S):
@@ -315,10 +319,11 @@ class StreamInferencePipeline(SavedRollouts):
                     reencode="chunks" if reencode_window is True else reencode_window or None,
                 )
 
-            self._for_both_branches(update)
-            for branch in cache.diffusion.branches if begins_shot else ():
-                self.diffusion_model.transformer.begin_shot(branch)
-        cache.context["text"] = encoded
+            with cache.changing(ValueError, TypeError, OtherRankError):
+                self._for_both_branches(update)
+                for branch in cache.diffusion.branches if begins_shot else ():
+                    self.diffusion_model.transformer.begin_shot(branch)
+                cache.context["text"] = encoded
 
     def _for_both_branches(self, work: Callable[[], T]) -> T:
         """Do something with a prompt; if the ranks of one branch of guidance refuse it, all do."""
@@ -344,7 +349,8 @@ class StreamInferencePipeline(SavedRollouts):
         """
         cache.check_order("finalize", autoregressive_index)
         beside = self.diffusion_model.side.work(cache.diffusion)
-        with self.guard("finalize", autoregressive_index), beside, cache.timer.stage("finalize"):
+        watched = self.guard("finalize", autoregressive_index)
+        with watched, beside, cache.timer.stage("finalize"), cache.changing():
             self.diffusion_model.finalize(autoregressive_index, cache.diffusion)
 
     def end_step(self, autoregressive_index: int, cache: StreamInferencePipelineCache) -> None:

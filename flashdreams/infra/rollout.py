@@ -1,7 +1,8 @@
 """The state of one rollout: saved, loaded and cloned by the styles of its fields."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, get_type_hints
 
@@ -61,6 +62,8 @@ class StreamInferencePipelineCache:
     then lists, one entry for each. None: not a batch."""
     finite: FiniteCheck = field(default_factory=FiniteCheck, repr=False)
     """Checks the values of the last AR step."""
+    cut_off: bool = False
+    """A call has failed after it had begun to change the state; the rollout cannot go on."""
 
     @property
     def pending(self) -> bool:
@@ -86,6 +89,17 @@ class StreamInferencePipelineCache:
         self.diffusion.release()
         self.encoder = self.decoder = None
 
+    @contextmanager
+    def changing(self, *refusals: type[Exception]) -> Iterator[None]:
+        """Part of a call: if it fails, other than by ``refusals``, the rollout cannot go on."""
+        self.cut_off = True
+        try:
+            yield
+        except refusals:
+            self.cut_off = False
+            raise
+        self.cut_off = False
+
     def check_order(self, call: str, autoregressive_index: int) -> None:
         """Refuse a call out of order.
 
@@ -98,6 +112,9 @@ class StreamInferencePipelineCache:
         """
         self.require_live()
         index, following = autoregressive_index, self.next_index
+        if call == "generate" and index > 0 and not self.pipeline.diffusion_model.streams:
+            one = "with streaming=False the whole video is one AR step, number 0."
+            raise ValueError(f"autoregressive_index={index}: {one}")
         if self.pending == (call == "generate"):
             wanted, at = ("finalize", following - 1) if self.pending else ("generate", following)
             raise ValueError(
@@ -112,15 +129,20 @@ class StreamInferencePipelineCache:
             )
 
     def require_live(self) -> None:
-        """Refuse a released rollout.
+        """Refuse a rollout that was released, or that a failed call has left incomplete.
 
         Raises:
-            ValueError: it was released.
+            ValueError: states which.
         """
         if self.diffusion.released:
             raise ValueError(
                 f"This rollout was released after {self.next_index} AR steps, and another one may "
                 "use its storage. Start a new one with pipeline.initialize_cache(...)."
+            )
+        if self.cut_off:
+            raise ValueError(
+                f"A call after {self.next_index} AR steps of this rollout has failed midway, so "
+                "its state is incomplete. Continue from a fork or a snapshot, or start a new one."
             )
 
     def state_dict(self) -> RolloutState | None:

@@ -4,7 +4,7 @@ import base64
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -58,11 +58,15 @@ def command_from_json(row: Mapping[str, Any]) -> Command:
 
 
 def turn_row(number: int, autoregressive_index: int, commands: Iterable[Command]) -> dict[str, Any]:
-    """The line of a turn: the commands before an AR step."""
+    """The line of a turn: the commands before an AR step.
+
+    A save is logged as a fork, so that a replay needs no folder and leaves no snapshots behind.
+    """
+    told = [replace(c, kind="fork") if c.kind == "save" else c for c in commands]
     return {
         "turn": number,
         "autoregressive_index": autoregressive_index,
-        "commands": [command_to_json(command) for command in commands],
+        "commands": [command_to_json(command) for command in told],
     }
 
 

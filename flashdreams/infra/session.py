@@ -1,5 +1,6 @@
 """Sessions: a rollout, its controller, and a log of its commands."""
 
+import copy
 import json
 import logging
 import re
@@ -51,6 +52,13 @@ class Command:
         if self.kind not in get_args(CommandKind):
             allowed = ", ".join(get_args(CommandKind))
             raise ValueError(f"Unknown command {self.kind!r}; allowed: {allowed}.")
+        if self.at_frame is not None and type(self.at_frame) is not int:
+            raise ValueError(f"at_frame={self.at_frame!r} must be a whole number of frames.")
+        if not isinstance(self.id, str):
+            raise ValueError(f"id={self.id!r} must be a string.")
+        for name, x in self.tensors.items():
+            if not isinstance(x, Tensor):
+                raise ValueError(f"{name}: must be a tensor; got a {type(x).__name__}.")
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,11 @@ class Turn:
     autoregressive_index: int
     """The AR step that follows, before commands such as a reset."""
     commands: tuple[Command, ...] = ()
+
+    @property
+    def jumps(self) -> bool:
+        """Whether the session continues with another rollout, to which more turns may apply."""
+        return bool(self.commands) and self.commands[-1].kind in ("reset", "rewind")
 
     def to_message(self) -> Message:
         """The turn as JSON and tensors."""
@@ -149,9 +162,10 @@ class Session:
         """States kept by ``"fork"``, by name."""
         self.folder = folder
         self.on_turn: Callable[[int, Turn], None] | None = None
-        """Called with its number and each turn, before it is applied."""
+        """Called with the number of each turn and those of its commands that were carried out."""
         self._channel = channel or MessageChannel()
         self._waiting: list[Command] = []
+        self._events: list[Event] = []  # of the AR step that comes next
         self._lock = threading.Lock()
         self._ids: dict[str, None] = {}
         self._closed = False
@@ -170,6 +184,8 @@ class Session:
         Raises:
             ValueError: the session has ended, or cannot carry out the command.
         """
+        # A copy: the sender may change its own.
+        command = replace(command, values=_plain(command.values))
         self._refuse(command)
         with self._lock:
             if self._closed:
@@ -185,7 +201,7 @@ class Session:
             try:
                 text = [command.values["text"]] * self.cache.diffusion.batch_size
                 encoded = self.pipeline.encode_prompts(text)
-            except Exception:
+            except BaseException:
                 with self._lock:  # the sender may correct it
                     self._ids.pop(command.id, None)
                 raise
@@ -197,6 +213,10 @@ class Session:
     def step(self, turn: Turn | None = None) -> Step:
         """One AR step: apply due commands, generate a chunk and finalize it; a collective call.
 
+        If a command fails, the ones after it are carried out by the next call. If the AR step
+        itself fails, the next call makes it again with the same events, as far as the rollout can
+        go on; else only a ``"reset"`` or a ``"rewind"`` helps.
+
         Args:
             turn: rank zero's ``next_turn()``, if all ranks already have it; None: rank zero
                 tells them.
@@ -204,18 +224,19 @@ class Session:
         Raises:
             SessionEnded: an ``"end"`` is due or was applied; nothing is generated.
         """
-        if turn is None:
-            turn = Turn.from_message(self._channel.exchange(self.next_turn().to_message()))
-        if self.on_turn is not None:
-            self.on_turn(self.turns, turn)
-        events = self._apply(turn)
-        self.turns += 1
+        while True:
+            due = turn or Turn.from_message(self._channel.exchange(self.next_turn().to_message()))
+            self._apply(due)
+            if turn is not None or not due.jumps:
+                break
         cache, index = self.cache, self.cache.next_index
         frames = self.pipeline.pixel_frames(index)
-        control = None
+        control, state = None, copy.deepcopy(cache.controller)
         if self.controller is not None:
-            control = self.controller.advance(cache.controller, events, frames)
+            control = self.controller.advance(state, self._events, frames)
         chunk = self.pipeline.generate(autoregressive_index=index, cache=cache, input=control)
+        cache.controller, self._events = state, []
+        self.turns += 1
         self.pipeline.finalize(autoregressive_index=index, cache=cache)
         return Step(index, frames, control, chunk, cache)
 
@@ -225,54 +246,72 @@ class Session:
         return cache
 
     def next_turn(self) -> Turn:
-        """Take the commands due before the next AR step; none on ranks other than zero."""
+        """Take the commands due before the next AR step; none on ranks other than zero.
+
+        A reset or a rewind is the last one: frames of further commands are those of the rollout
+        that it continues with.
+        """
         index = self.cache.next_index
         if group_rank() != 0:
             return Turn(self.name, index)
         stop = self.pipeline.pixel_frames(index).stop
         due: list[Command] = []
         with self._lock:
-            waiting, self._waiting = self._waiting, []
-            for command in waiting:
+            later: list[Command] = []
+            while self._waiting:
+                command = self._waiting.pop(0)
                 if command.at_frame is not None and command.at_frame >= stop:
-                    self._waiting.append(command)
+                    later.append(command)
                     continue
                 due.append(command)
                 if command.kind == "reset":
-                    # Earlier commands were meant for frames that are no longer generated;
-                    # later ones count frames from the new start.
-                    self._waiting.clear()
-                    stop = self.pipeline.pixel_frames(0).stop
+                    later.clear()  # meant for frames that are no longer generated
+                if command.kind in ("reset", "rewind"):
+                    break
+            self._waiting[:0] = later
         return Turn(self.name, index, tuple(due))
 
-    def _apply(self, turn: Turn) -> list[Event]:
-        """Carry out the commands of a turn; returns the events for the controller."""
-        events: list[Event] = []
-        for command in turn.commands:
+    def _apply(self, turn: Turn) -> None:
+        """Carry out the commands of a turn; after one that fails, the others wait again."""
+        done: list[Command] = []
+        rest = list(turn.commands)
+        try:
+            while rest:
+                command = rest.pop(0)
+                if self._carry_out(command):
+                    done.append(command)
+        finally:
+            with self._lock:
+                self._waiting[:0] = rest
             # The text of a prompt suffices; embeddings take megabytes.
-            told = replace(command, tensors={}) if "text" in command.values else command
-            self.log.append((turn.autoregressive_index, told))
-            if command.kind == "end":
-                self.ended = True
-            elif command.kind == "reset":
-                self.reset(command.values.get("seed"))
-                events.clear()
-            elif command.kind in ("save", "fork"):
-                self._try_to_keep(command.kind, command.values["name"])
-            elif command.kind == "rewind":
-                self.rewind(command.values["name"])
-                events.clear()
-            elif command.kind == "prompt":
-                cut = self.pipeline.begins_shot(command.values.get("text"))
-                self.pipeline.update_prompt(self.cache, command.tensors["text"], begins_shot=cut)
-            else:
-                first = self.pipeline.pixel_frames(self.cache.next_index).start
-                offset = 0 if command.at_frame is None else max(0, command.at_frame - first)
-                events.append(Event(offset, command.values))
+            told = [replace(c, tensors={}) if "text" in c.values else c for c in done]
+            self.log += [(turn.autoregressive_index, command) for command in told]
+            if self.on_turn is not None:
+                self.on_turn(self.turns, replace(turn, commands=tuple(done)))
         if self.ended:
-            self.cache.release()
+            self.release()
             raise SessionEnded(f"Session {self.name!r} has ended.")
-        return sorted(events, key=lambda event: event.frame)
+
+    def _carry_out(self, command: Command) -> bool:
+        """Carry out a command; False if the session continues without it."""
+        values = command.values
+        if command.kind == "end":
+            self.ended = True
+        elif command.kind == "reset":
+            self.reset(values.get("seed"))
+        elif command.kind in ("save", "fork"):
+            return self._try_to_keep(command.kind, values["name"])
+        elif command.kind == "rewind":
+            self.rewind(values["name"])
+        elif command.kind == "prompt":
+            cut = self.pipeline.begins_shot(values.get("text"))
+            self.pipeline.update_prompt(self.cache, command.tensors["text"], begins_shot=cut)
+        else:
+            first = self.pipeline.pixel_frames(self.cache.next_index).start
+            offset = 0 if command.at_frame is None else max(0, command.at_frame - first)
+            self._events.append(Event(offset, values))
+            self._events.sort(key=lambda event: event.frame)
+        return True
 
     def reset(self, seed: int | None = None) -> None:
         """Restart the rollout, between AR steps; a collective call.
@@ -282,7 +321,7 @@ class Session:
         """
         self.seed = self.seed if seed is None else seed
         self.cache.release()
-        self.cache = self._begin(self.seed)
+        self.cache, self._events = self._begin(self.seed), []
 
     def keep(self, kind: CommandKind, name: str) -> None:
         """Keep the state under a name, between AR steps; a collective call.
@@ -304,6 +343,8 @@ class Session:
             self.forks[name] = kept
         elif self.folder is not None:
             self.pipeline.save(self.cache, self.folder / name)
+            if name in self.forks:  # a rewind takes the newest state of a name
+                self.forks.pop(name).release()
 
     def rewind(self, name: str) -> None:
         """Continue from a kept state, between AR steps; a collective call.
@@ -319,7 +360,7 @@ class Session:
         else:
             raise ValueError(f"Session {self.name!r} has no kept state {name!r}.")
         self.cache.release()
-        self.cache = earlier
+        self.cache, self._events = earlier, []
 
     def release(self) -> None:
         """Free the memory of the rollout and of its forks, and end the session."""
@@ -329,19 +370,17 @@ class Session:
             cache.release()
         self.forks.clear()
 
-    def _try_to_keep(self, kind: CommandKind, name: str) -> None:
+    def _try_to_keep(self, kind: CommandKind, name: str) -> bool:
         """Keep the state under a name. If memory does not suffice, the session continues."""
         try:
             self.keep(kind, name)
+            return True
         except (OSError, ValueError, OtherRankError) as error:
             logger.warning("%s: %s of %r: %s The session continues.", self.name, kind, name, error)
+            return False
 
     def _refuse(self, command: Command) -> None:
         values = command.values
-        try:
-            json.dumps(dict(values), allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"The values of a command must be JSON: {error}.") from error
         if command.kind == "control":
             if self.controller is None:
                 raise ValueError(f"Session {self.name!r} has no controller and accepts no control.")
@@ -362,6 +401,14 @@ class Session:
         seed = values.get("seed", 0)
         if command.kind == "reset" and not (isinstance(seed, int) and 0 <= seed < 2**64):
             raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**64 - 1.")
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of JSON values."""
+    try:
+        return json.loads(json.dumps(dict(values), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The values of a command must be JSON: {error}.") from error
 
 
 def key_commands(

@@ -30,9 +30,8 @@ logger = logging.getLogger(__name__)
 class SessionLogs:
     """One file for each session: ``log_<slug>_<hash of its token>.jsonl``; on rank zero.
 
-    Commands between AR steps have separate lines with the number of the next turn. A save is
-    logged as a fork, so that a replay leaves no snapshots behind. One thread hashes latents and
-    writes the logs; an error ends the log of that session, not the session.
+    Commands between AR steps have separate lines with the number of the next turn. One thread
+    hashes latents and writes the logs; an error ends the log of that session, not the session.
     """
 
     def __init__(self, runner: Runner[Any, Any], folder: Path, kept: int) -> None:
@@ -87,8 +86,8 @@ class SessionLogs:
 
     def note(self, session: Session, command: Command) -> None:
         """Log a command that was carried out between AR steps."""
-        told = replace(command, kind="fork") if command.kind == "save" else command
-        row = turn_row(session.turns, session.cache.next_index, (told,)) | {"between_steps": True}
+        row = turn_row(session.turns, session.cache.next_index, (command,))
+        row["between_steps"] = True
         self._thread.submit(self._append, session.name, row)
 
     def note_step(self, session: Session, step: Step) -> None:

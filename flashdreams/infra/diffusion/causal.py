@@ -262,14 +262,8 @@ class CausalTransformer(Transformer):
         self, autoregressive_index: int, cache: CausalState, control: Any = None
     ) -> None:
         """Assign cache slots to the chunk and fill the step inputs."""
-        c = self.config
-        if not c.streaming and autoregressive_index > 0:
-            raise ValueError(
-                f"autoregressive_index={autoregressive_index}: with streaming=False the whole "
-                "video is one AR step, number 0."
-            )
         for cursor in cache.cursors:
-            cursor.begin_step(c.len_t, self.device)
+            cursor.begin_step(self.config.len_t, self.device)
         # A state that was exported with precision="native" before its first chunk has none.
         cache.scales = cache.scales or scales_by_glob(cache.caches)
         self.rotate_sinks(cache)
@@ -319,11 +313,7 @@ class CausalTransformer(Transformer):
         of those of the shot before; positions jump by ``shot_rope_offset``; with
         ``shot_clean_recache`` the clean pass of the chunk sees only the sink before it.
 
-        Raises:
-            ValueError: a bidirectional model, which has no chunks.
         """
-        if not self.config.streaming:
-            raise ValueError("A bidirectional model makes one clip and has no shots.")
         if not cache.shots.opening:
             cache.shots.opening = True
             cache.shots.begun += 1

@@ -191,10 +191,14 @@ class DiffusionModel(nn.Module):
         """Of the loaded transformer."""
         return self.transformer.device
 
+    @property
+    def streams(self) -> bool:
+        """Whether a rollout has more than one AR step; not if the model is bidirectional."""
+        return getattr(self.transformer.config, "streaming", True)
+
     def known_context(self) -> frozenset[str]:
         """Names of the context that a rollout takes."""
-        streams = getattr(self.transformer.config, "streaming", True)
-        own = {INITIAL_LATENT} if streams else set()
+        own = {INITIAL_LATENT} if self.streams else set()
         return declared_context(self.transformer.initialize_cache) | own
 
     def initialize_cache(
