@@ -218,7 +218,7 @@ class LiveHost(Host):
         if kind == "rewind" and name not in saves + forks:
             there = ", ".join(live.forks + live.saves) or "nothing"
             raise Refused(f"There is no kept state {name!r}; available: {there}.")
-        if kind != "rewind" and name in (saves if kind == "save" else saves + forks):
+        if kind != "rewind" and name in saves + forks:
             raise Refused(f"{name!r} already exists; use another name.")
         if kind == "save" and len(saves) >= self.limits.max_saves:
             raise Refused(f"A session keeps at most {self.limits.max_saves} snapshots.")

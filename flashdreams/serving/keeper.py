@@ -60,7 +60,8 @@ class Keeper:
             if not begun:
                 return
             live.where = "device"
-            live.last_turn = live.snapped_at = time.monotonic()
+            # waiting for a place is not idle time
+            live.last_turn = live.snapped_at = live.last_input = time.monotonic()
             live.idle_since = live.last_turn if live.reasons else None
             self.host.tell_states()
 
@@ -77,9 +78,7 @@ class Keeper:
     def keep(self, live: LiveSession) -> None:
         """Carry out the oldest save, fork, rewind or reset of a session."""
         with self.host.lock:
-            if not live.keepings:
-                return
-            keeping = live.keepings.popleft()
+            keeping = live.keepings[0]  # its name counts as taken until it is noted
         kind, name, event_id = keeping.kind, keeping.values.get("name"), keeping.id or None
         order = Order(kind=kind, session=live.id, values=keeping.values)  # type: ignore[arg-type]
         tell = partial(self.engine.tell, order)
@@ -90,12 +89,14 @@ class Keeper:
             try:
                 tell()
             except OrderError as error:
+                with self.host.lock:
+                    live.keepings.popleft()
                 if live.listener is not None:
                     text = f"No {kind}: {error} The session continues."
                     self.host.delivery.call(live.listener.on_refused, event_id, text)
                 return
         with self.host.lock:
-            self._note(live, keeping)
+            self._note(live, live.keepings.popleft())
         if live.listener is not None:
             self.host.delivery.call(live.listener.on_kept, kind, name, event_id)
 

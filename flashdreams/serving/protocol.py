@@ -14,6 +14,8 @@ Name = Annotated[str, Field(pattern=r"^[\w-]{1,64}$")]
 EventId = Annotated[str, Field(min_length=1, max_length=128)]
 Text = Annotated[str, Field(max_length=20_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
+Frame = Annotated[int, Field(ge=0, le=2**53)]
+"""No larger than what JavaScript can represent."""
 
 
 class Message(BaseModel):
@@ -40,7 +42,7 @@ class SessionOptions(Message):
     width: int | None = None
     height: int | None = None
     fps: float | None = None
-    num_frames: Annotated[int, Field(ge=1)] | None = None
+    num_frames: Annotated[Frame, Field(ge=1)] | None = None
     """Pixel frames after which the session is done; None: it continues until it is stopped."""
     seed: Seed | None = None
     num_inference_steps: int | None = None
@@ -63,7 +65,7 @@ class SessionResume(Message):
     type: Literal["session.resume"]
     token: str
     """From ``video.start``."""
-    from_frame: Annotated[int, Field(ge=0)] = 0
+    from_frame: Frame = 0
     """The first pixel frame that was not shown; stored frames are sent from there on."""
     format: Literal["m4s", "jpeg"] = "m4s"
 
@@ -165,10 +167,10 @@ class SessionShown(Message):
     """A receipt: frames up to this one were shown."""
 
     type: Literal["session.shown"]
-    frame: Annotated[int, Field(ge=0)]
+    frame: Frame
     key_to_photon_ms: list[Annotated[float, Field(ge=0, le=600_000)]] = Field([], max_length=64)
     """Times from an input event to the display of the first frame of the chunk it acted on."""
-    dropped: Annotated[int, Field(ge=0)] = 0
+    dropped: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Frames that the client dropped since its last receipt."""
 
 

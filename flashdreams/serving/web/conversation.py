@@ -204,8 +204,8 @@ class Conversation:
         return self._done(end.stopped)
 
     def _done(self, stopped: bool) -> Done:
-        outlet = self.outlet
-        return Done(request_id=outlet.request_id, chunks=outlet.sent_chunks, stopped=stopped)
+        # its ``chunks`` are counted when it is sent, for a picture may be on the way
+        return Done(request_id=self.outlet.request_id, chunks=0, stopped=stopped)
 
     async def _begin(self) -> None:
         """Wait for the session's place, send ``video.start``, start the pictures, send figures."""
@@ -336,6 +336,8 @@ class Conversation:
         if late:
             writer.cancel()
         await asyncio.gather(writer, return_exceptions=True)
+        if isinstance(last, Done):
+            last.chunks = self.outlet.sent_chunks
         with contextlib.suppress(Exception):
             if last is not None:
                 text = last.model_dump_json()

@@ -100,8 +100,9 @@ class Stepper(Listener):
         if self._chunk is None:
             self._chunk = self._loop.create_future()
             self._wanted = True
+        if not self._chunk.done():
             try:
-                wake()
+                wake()  # also if an earlier request gave up: the session may be paused since
             except Exception:
                 self._chunk, self._wanted = None, False
                 raise
@@ -120,6 +121,7 @@ class Stepper(Listener):
         self.end = reason
         if self._chunk is not None and not self._chunk.done():
             self._chunk.set_exception(Ended(reason))
+            self._chunk.exception()  # else asyncio logs it, if no request waits for the chunk
 
     def _note_kept(self, command: str, name: str | None, event_id: str | None) -> None:
         event = self.events.finish(event_id)

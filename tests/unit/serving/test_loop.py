@@ -151,11 +151,35 @@ def test_save_fork_and_rewind_lead_back_to_the_same_frames(runner, folder):
             assert torch.equal(walk(visit, ["wl", "wl"]), once)
         with pytest.raises(Refused, match="There is no kept state"):
             visit.command("rewind", name="nowhere")
-        with pytest.raises(Refused, match="already exists"):
-            visit.command("save", name="there")
+        for kind, name in (("save", "there"), ("save", "here"), ("fork", "there")):
+            with pytest.raises(Refused, match="already exists"):
+                visit.command(kind, name=name)
     chunks = visit.client.chunks
     assert [chunk.epoch for chunk in chunks] == [*epochs, 1, 1, 2, 2]
     assert [chunk.first_frame for chunk in chunks] == list(range(len(chunks)))
+
+
+@pytest.mark.parametrize("kind", ["save", "fork"])
+def test_a_name_is_taken_while_the_state_is_being_kept(runner, folder, monkeypatch, kind):
+    with served(runner, state_dir=folder) as server:
+        visit, refused = Visit(server.host), []
+        visit.ask(1)
+        carry_out = server.engine.carry_out
+
+        def and_once_more(order):
+            if order.kind == kind:
+                try:
+                    server.host.command(visit.id, kind, None, {"name": "here"})
+                except Refused as error:
+                    refused.append(str(error))
+            return carry_out(order)
+
+        monkeypatch.setattr(server.engine, "carry_out", and_once_more)
+        visit.command(kind, name="here")
+        visit.ask(1)
+        assert server.host.saved(visit.id) == ["here"]
+    assert len(visit.client.kept) == len(refused) == 1 and "already exists" in refused[0]
+    assert not visit.client.refused
 
 
 def test_reset_begins_again(runner, folder, alone):

@@ -91,6 +91,16 @@ def test_fork_survives_parking(runner, folder, alone):
         assert torch.equal(walk(visit, WALK[2:]), alone[2:])
 
 
+def test_time_in_the_queue_is_not_idle_time(runner, folder):
+    with served(runner, max_sessions=1, state_dir=folder) as server:
+        first, second = Visit(server.host), Visit(server.host)
+        second.client.asked = 1
+        second.client.wait(lambda: second.client.states == [("waiting", 1)])
+        server.host.sessions[second.id].last_input -= 2 * server.host.limits.pause_after_s
+        first.close()
+        second.client.wait(lambda: second.client.chunks)
+
+
 def test_paused_session_gives_its_place_to_one_that_waits(runner, folder, alone):
     with served(runner, max_sessions=1, park_after_s=0.2, state_dir=folder) as server:
         first = Visit(server.host, Opening(seed=1))

@@ -126,6 +126,7 @@ def test_garbage_in_a_session_leaves_it_and_all_others() -> None:
             json.dumps({"type": "session.control", "values": {"look": deep}}),
             json.dumps({"type": "session.save", "name": "../../etc/passwd"}),
             json.dumps({"type": "session.shown", "frame": -1}),
+            json.dumps({"type": "session.shown", "frame": 0, "dropped": 10**400}),
             json.dumps({"type": "session.ping", "padding": "x" * 100_000}),
         ]
         for message in garbage:

@@ -22,7 +22,7 @@ from flashdreams.serving.web.outlet import Outgoing, Outlet, TooSlow
 from flashdreams.serving.web.playout import Playout
 from flashdreams.serving.web.requests import Requests
 from flashdreams.serving.web.settings import WebSettings
-from flashdreams.serving.web.stepper import Stepper
+from flashdreams.serving.web.stepper import Ended, Stepper
 from tests.unit.serving.fake_host import offer
 
 pytest.importorskip("av", reason="pip install 'flashdreams[serve]'")
@@ -408,6 +408,24 @@ def test_a_step_tells_of_the_last_commands_and_refusals_only() -> None:
     stepper = asyncio.run(run())
     assert len(stepper.kept) == len(stepper.refused) == 64
     assert stepper.kept[-1]["name"] == "s99"
+
+
+def test_a_step_that_is_asked_for_again_wakes_the_loop_and_its_end_is_no_error() -> None:
+    async def run() -> tuple[int, list[object]]:
+        errors: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+        stepper, wakes = Stepper(WebSettings(), Metrics(Gate())), []
+        for _ in range(2):
+            with pytest.raises(TimeoutError):
+                await stepper.next_chunk(lambda: wakes.append(1), 0.01)
+        stepper.on_end(None, stopped=True)
+        await asyncio.sleep(0)
+        with pytest.raises(Ended):
+            await stepper.next_chunk(lambda: None, 0.01)
+        del stepper  # asyncio complains of an error that nobody has seen
+        return len(wakes), errors
+
+    assert asyncio.run(run()) == (2, [])
 
 
 def test_requests_that_a_lost_socket_leaves_undone_may_be_sent_again() -> None:

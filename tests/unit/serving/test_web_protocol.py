@@ -1,11 +1,18 @@
 """The protocol, field by field, with a client that was written from its description."""
 
+import asyncio
 import json
+from typing import Any
 
 import jsonschema
 import pytest
 
-from flashdreams.serving.protocol import schema
+from flashdreams.serving.protocol import VideoChunk, schema
+from flashdreams.serving.web.accounts import Accounts
+from flashdreams.serving.web.conversation import Conversation
+from flashdreams.serving.web.gate import Gate
+from flashdreams.serving.web.metrics import Metrics
+from flashdreams.serving.web.settings import WebSettings
 from tests.unit.serving.fake_host import FakeHost
 from tests.unit.serving.plain_client import PlainClient, shown_frames, web
 
@@ -58,6 +65,49 @@ def test_a_stop_is_answered_by_done() -> None:
         assert done["stopped"] and done["chunks"] == len(client.media)
         assert client.of_type("session.pong")
         assert client.close_code() == 1000
+
+
+class SlowTransport:
+    """Gets a stop while its first picture is being sent."""
+
+    format = None
+
+    def __init__(self) -> None:
+        self.scope: dict[str, Any] = {}
+        self.pictures = 0
+        self.texts: list[dict[str, Any]] = []
+        self._incoming = asyncio.Queue[str]()
+        self._incoming.put_nowait('{"type": "session.start", "format": "jpeg"}')
+
+    async def receive(self) -> str:
+        return await self._incoming.get()
+
+    async def send_text(self, data: str) -> None:
+        self.texts.append(json.loads(data))
+
+    async def send_picture(self, message: VideoChunk, picture: bytes) -> None:
+        self._incoming.put_nowait('{"type": "session.stop"}')
+        await asyncio.sleep(0.05)
+        self.pictures += 1
+
+    async def close(self, code: int) -> None: ...
+
+
+def test_done_counts_the_picture_that_was_on_its_way() -> None:
+    async def run(host: FakeHost) -> SlowTransport:
+        transport, settings = SlowTransport(), WebSettings()
+        gate = Gate(host)
+        await Conversation(transport, Accounts(gate, settings, Metrics(gate))).run()
+        return transport
+
+    host = FakeHost()
+    try:
+        transport = asyncio.run(run(host))
+    finally:
+        host.stop()
+    done = transport.texts[-1]
+    assert (done["type"], done["chunks"]) == ("session.done", transport.pictures)
+    assert transport.pictures == 1
 
 
 @pytest.mark.parametrize(
