@@ -3,15 +3,17 @@
 The decoders take turns chunk by chunk on the same latents. Decoders of one kind have equal random
 weights, so their frames must be equal except for rounding; ``max_difference`` is relative to the
 largest value. ``ratio`` is the median over chunks of the time of a chunk, relative to decoding one
-latent frame at a time. ``conv_ms`` is the sum of the convolutions of a chunk in their plain form,
-each timed alone without its bias in the faster memory layout, and ``conv_ratio`` the time of a
-chunk relative to it. On a CPU, times are CPU time.
+latent frame at a time. Variants that fail, or whose frames differ by more than rounding, are listed
+with the reason in ``not_measured``. ``conv_ms`` is the sum of the convolutions of a chunk in their
+plain form, each timed alone without its bias in the faster memory layout, and ``conv_ratio`` the
+time of a chunk relative to it. On a CPU, times are CPU time.
 
 ``python benchmarks/decode.py --json out.json`` takes about a minute on a CPU; the published size is
 ``--dim 96 --taehv-width 64 --latent-height 60 --latent-width 104 --dtype bfloat16``.
 """
 
 import argparse
+import math
 import sys
 from copy import deepcopy
 from dataclasses import replace
@@ -119,14 +121,34 @@ def measure_convolutions(
     return found
 
 
+def drop_unusable(
+    decoders: dict[tuple[str, str], StreamingDecoder], chunks: list[Tensor], device: torch.device
+) -> dict[str, str]:
+    """Decode two chunks with each decoder, and remove those that fail; returns the reasons."""
+    reasons = {}
+    for key, decoder in list(decoders.items()):
+        cache = decoder.initialize_cache()
+        try:
+            for index, chunk in enumerate(chunks[:2]):
+                decoder(chunk.to(device), index, cache)
+            if key[1] == GRAPH:
+                decoder.capture(chunks[0].to(device))
+        except Exception as error:
+            if key[1] not in CHANGES:
+                raise
+            reasons[", ".join(key)] = " ".join(str(error).split())[:300]
+            del decoders[key]
+    return reasons
+
+
 def measure(
     decoders: dict[tuple[str, str], StreamingDecoder],
     chunks: list[Tensor],
     device: torch.device,
     difference_bound: float,
     conv_ms: dict[str, float],
-) -> list[dict[str, Any]]:
-    """One row per decoder.
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """One row per decoder, and the reasons for the variants without a row.
 
     Args:
         decoders: by case and variant.
@@ -136,15 +158,13 @@ def measure(
         conv_ms: time of the convolutions alone, by case.
 
     Raises:
-        RuntimeError: two decoders of one kind return different frames.
+        RuntimeError: a chunk decoded at once has other frames than one decoded by frame.
     """
+    not_measured = drop_unusable(decoders, chunks, device)
     caches: dict[Any, Any] = {key: d.initialize_cache() for key, d in decoders.items()}
     times: dict[tuple[str, str], list[float]] = {key: [] for key in decoders}
     differences = dict.fromkeys(decoders, 0.0)
     videos: dict[tuple[str, str], Tensor] = {}
-    for (_, variant), decoder in decoders.items():
-        if variant == GRAPH:
-            decoder.capture(chunks[0].to(device))
     for index, chunk in enumerate(chunks):
         latent = chunk.to(device)
         for key in list(decoders) if index % 2 else list(decoders)[::-1]:
@@ -155,11 +175,15 @@ def measure(
                 times[key].append(elapsed_ms)
         for key in decoders:
             framewise = videos[key[0], FRAMEWISE]
-            apart = (videos[key] - framewise).abs().max() / framewise.abs().max()
-            differences[key] = max(differences[key], apart.item())
+            apart = ((videos[key] - framewise).abs().max() / framewise.abs().max()).item()
+            if math.isnan(apart) or apart > differences[key]:
+                differences[key] = apart
     rows = []
     for key in decoders:
         case, variant = key
+        if variant in CHANGES and not differences[key] <= difference_bound:
+            not_measured[", ".join(key)] = f"frames differ by {differences[key]:.1e} of the largest"
+            continue
         report.refuse_difference(f"{case}, {variant}", differences[key], difference_bound)
         timing = report.timing_fields(sorted(times[key]))
         rows.append(
@@ -177,7 +201,7 @@ def measure(
                 "difference_bound": difference_bound,
             }
         )
-    return rows
+    return rows, not_measured
 
 
 def chosen_variants(asked: str | None, device: torch.device) -> list[str]:
@@ -227,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
         alone = measure_convolutions(decoders, chunks[0], device)
         conv_ms = {case: convolutions.total_ms(rows) for case, rows in alone.items()}
         bound = DIFFERENCE_BOUNDS[options.dtype]
-        rows = measure(decoders, chunks, device, bound, conv_ms)
+        rows, not_measured = measure(decoders, chunks, device, bound, conv_ms)
     config = {
         "dim": options.dim,
         "taehv_width": options.taehv_width,
@@ -238,7 +262,9 @@ def main(arguments: list[str] | None = None) -> None:
         "repeats": repeats,
     }
     found = report.new_report("decode", device, config, rows, options.git_commit, FIELDS)
-    found["convolutions"] = alone
+    found |= {"convolutions": alone, "not_measured": not_measured}
+    for name, reason in not_measured.items():
+        sys.stdout.write(f"not measured: {name}: {reason}\n")
     for case, parts in alone.items():
         sys.stdout.write(f"convolutions of {case}, alone\n{report.table(parts, CONV_COLUMNS)}\n")
     report.finish(found, options, COLUMNS)

@@ -241,11 +241,13 @@ def measure(case: Case, device: torch.device, repeats: int, compiled: bool) -> l
         variants["fused"] = case.fused
     if compiled:
         variants["compiled"] = torch.compile(case.unfused)
-    expected = whole(case.unfused()).clone()
+    expected: Tensor | None = None
     rows: list[dict[str, Any]] = []
     for name, function in variants.items():
         try:
-            result = whole(function()).clone().view_as(expected)
+            result = whole(function()).clone()
+            expected = result if expected is None else expected
+            result = result.view_as(expected)
             timing = report.timing_fields(report.time_calls(function, device, repeats))
         except Exception as error:
             reason = " ".join(str(error).split())[:300]

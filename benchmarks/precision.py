@@ -161,7 +161,7 @@ def measure(
                 round_softmax(subject.pipeline.diffusion_model.transformer)
             latents[name] = roll_latents(subject, steps)
             subjects[name] = subject
-        except (ValueError, RuntimeError) as refused:
+        except Exception as refused:
             sys.stderr.write(f"{case}: {name} cannot be used here: {refused}\n")
     exact = latents[EXACT]
     if case == GOLDEN:

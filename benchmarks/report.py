@@ -7,6 +7,7 @@ field is an error, because figures without it cannot be compared.
 import argparse
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -40,6 +41,8 @@ ROW_FIELDS = ("case", "variant", "repeats", "p50_ms", "p95_ms", "p99_ms", "outpu
 PACKAGES = ("torch", "triton", "numpy", "diffusers")
 MEASURED = ("flashdreams", "kernels", "benchmarks", ":!benchmarks/results")
 """Paths in which an uncommitted change means that figures belong to no commit."""
+NOT_FINITE = "not finite"
+"""Stands for NaN and infinity in a report."""
 FLUSH_BYTES = 2**28
 """Bytes written between timed calls on a GPU, so that no call finds its data in the L2 cache."""
 
@@ -263,11 +266,19 @@ def finish(
 
 
 def write(report: Mapping[str, Any], path: Path) -> None:
-    """Write a report as JSON; creates its folder."""
+    """Write a report as JSON; creates its folder. NaN and infinity become ``"not finite"``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    part.write_text(json.dumps(_writable(report), indent=1, allow_nan=False) + "\n")
     part.replace(path)
+
+
+def _writable(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return NOT_FINITE
+    if isinstance(value, Mapping):
+        return {name: _writable(x) for name, x in value.items()}
+    return [_writable(x) for x in value] if isinstance(value, list | tuple) else value
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

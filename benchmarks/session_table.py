@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import command
+from report import NOT_FINITE
 
 COLUMNS = ("section", "case", "variant", "ms", "ratio", "more", "card")
 MORE = {
@@ -61,6 +62,8 @@ def describe(row: Mapping[str, Any]) -> Iterator[str]:
         value = row.get(name)
         if value not in (None, "") and (form.endswith("{}") or isinstance(value, int | float)):
             yield form.format(value)
+        elif value == NOT_FINITE:
+            yield f"{name} {value}"
 
 
 def tests_of(log: str) -> dict[str, list[str]]:

@@ -25,7 +25,7 @@ from flashdreams.attention.backends import (
     bind_kv_splits,
     usable_backends,
 )
-from flashdreams.attention.choose import AttentionShape, kv_splits_of
+from flashdreams.attention.choose import ERROR_BOUNDS, AttentionShape, kv_splits_of
 from flashdreams.runtime.stats import sha256_of
 
 COLUMNS = ("case", "variant", "p50_ms", "p99_ms", "tflops", "error", "verdict")
@@ -200,7 +200,11 @@ def measure(case: Case, device: torch.device, repeats: int) -> list[dict[str, An
                 "verdict": "in the table" if name == case.current else "",
             }
         )
-    ours = [row for row in rows if row["variant"] in case.candidates]
+    ours = [
+        row
+        for row in rows
+        if row["variant"] in case.candidates and row["error"] < ERROR_BOUNDS[torch.bfloat16]
+    ]
     if ours:
         best = min(ours, key=lambda row: row["p50_ms"])
         best["verdict"] = " and ".join(filter(None, ["wins", best["verdict"]]))

@@ -292,7 +292,7 @@ def latent_errors(latents: Path, expected: Path) -> dict[str, Any]:
 
     def error(a: torch.Tensor, b: torch.Tensor) -> float | str:
         found = float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
-        return found if math.isfinite(found) else "not finite"
+        return found if math.isfinite(found) else report.NOT_FINITE
 
     return {"latent_error_first": error(*pairs[0]), "latent_error_last": error(*pairs[-1])}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flashdreams.models.video_decoder import VideoDecoder
 from tests.harness import run_like_torchrun
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -223,6 +224,30 @@ def test_decode(script, tmp_path):
         assert at_once["fps"] == pytest.approx(12e3 / at_once["p50_ms"])
         assert at_once["state_bytes"] == framewise["state_bytes"] > 0
         assert at_once["conv_ratio"] == at_once["p50_ms"] / at_once["conv_ms"]
+
+
+def test_a_decoder_that_fails_or_differs_leaves_the_rows_of_the_others(
+    script, tmp_path, monkeypatch
+):
+    decoders, take = script("decode"), VideoDecoder.take_forms
+
+    def take_forms(decoder, forms):
+        take(decoder, forms)
+        if forms.head_channels == 1:
+            decoder.decode = lambda *_: 1 / 0
+        if forms.head_channels == 16:
+            decode = decoder.decode
+            decoder.decode = lambda *given: decode(*given) * torch.nan
+
+    monkeypatch.setattr(VideoDecoder, "take_forms", take_forms)
+    names = "fast; fast, 3 channels out; fast, 16 channels out"
+    rows = decode(script, tmp_path / "decode.json", "--variants", names)
+    reasons = json.loads((tmp_path / "decode.json").read_text())["not_measured"]
+    cases = {row["case"] for row in rows}
+    assert {row["variant"] for row in rows} == {decoders.FRAMEWISE, decoders.AT_ONCE, "fast"}
+    for case in cases:
+        assert reasons[f"{case}, fast, 3 channels out"] == "division by zero"
+        assert "frames differ by nan" in reasons[f"{case}, fast, 16 channels out"]
 
 
 def test_decode_times_every_variant_and_the_convolutions_alone(script, tmp_path):

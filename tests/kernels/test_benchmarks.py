@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -54,6 +55,26 @@ def test_a_report_that_leaves_something_out_is_refused(monkeypatch: pytest.Monke
             report.check_report(broken)
     with pytest.raises(ValueError, match="lacks rows"):
         report.check_report(whole | {"rows": []})
+
+
+def test_values_that_are_not_finite_are_written_as_such_and_win_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles = load("tiles", monkeypatch)
+    right = torch.ones(1, 4)
+    calls = {"right": lambda: right, "wrong": lambda: right / 0, "other": lambda: 2 * right}
+    monkeypatch.setattr(
+        tiles.report, "time_calls", lambda call, *_: [1.0 if call() is right else 0.5]
+    )
+    case = tiles.Case("case", 1, right[0], {}, calls, "wrong")
+    rows = tiles.measure(case, torch.device("cpu"), 1)
+    verdicts = {row["variant"]: row["verdict"] for row in rows}
+    assert verdicts == {"right": "wins", "wrong": "in the table", "other": ""}
+    path = tmp_path / "rows.json"
+    tiles.report.write({"rows": rows}, path)
+    assert [row["error"] for row in json.loads(path.read_text())["rows"]] == [0, "not finite", 1]
+    shown = load("session_table", monkeypatch).describe({"error": "not finite"})
+    assert list(shown) == ["error not finite"]
 
 
 def test_percentiles_are_values_that_occurred(monkeypatch: pytest.MonkeyPatch) -> None:
