@@ -14,17 +14,14 @@ from flashdreams.infra.controller import Controller
 from flashdreams.infra.diffusion.model import DiffusionCache
 from flashdreams.infra.finite import FiniteCheck
 from flashdreams.infra.state import (
-    FORMAT,
     RolloutState,
     StateDecoder,
     StateEncoder,
-    Take,
     check_plan_styles,
     check_styles,
     plan_styles,
 )
 from flashdreams.parallel.environment import (
-    broadcast_from_rank_zero,
     gather_to_rank_zero,
     group_rank,
     largest_of_all_ranks,
@@ -412,23 +409,6 @@ def check_values(
         )
 
 
-def values_of(state: RolloutState | None) -> dict[str, Any]:
-    """The values of what ``state_dict`` has returned; to be called on rank zero.
-
-    Raises:
-        ValueError: it is something else, or of another format.
-    """
-    if state is None or not {"format", "values", "tensors"} <= set(state):
-        raise ValueError(
-            "Rank zero needs the state of a rollout: what cache.state_dict() returned there."
-        )
-    if state["format"] != FORMAT:
-        raise ValueError(
-            f"The state has format {state['format']}; this release reads format {FORMAT}."
-        )
-    return state["values"]
-
-
 def restore_context(
     values: Mapping[str, Any], decoder: StateDecoder, parts: Sequence[Any]
 ) -> tuple[dict[str, Any], Any]:
@@ -486,13 +466,3 @@ def fill_rollout(
     else:
         decoder.skip(values["decoder"], "decoder")
     cache.controller = decoder.restore(values["controller"], "controller", cache.controller)
-
-
-def from_state(state: RolloutState | None) -> Take:
-    """Parts of the tensors of rank zero's form, for every rank; a collective call each."""
-
-    def take(path: str, shape: tuple[int, ...], region: Region, dtype: torch.dtype) -> Tensor:
-        stored = state["tensors"][path] if state is not None and group_rank() == 0 else None
-        return select_region(broadcast_from_rank_zero(stored, shape, dtype), region)
-
-    return take

@@ -34,11 +34,10 @@ from flashdreams.infra.rollout import (
     check_values,
     collect_parts,
     fill_rollout,
-    from_state,
     gather_parts,
     restore_context,
-    values_of,
 )
+from flashdreams.infra.sent_state import SentTensors, values_of
 from flashdreams.infra.snapshot import (
     SnapshotReport,
     fill_together,
@@ -116,7 +115,8 @@ class SavedRollouts(Assembly, ABC):
         with self.guard("import", None, LOAD_TIMEOUT_S):
             with readable_damage("The state"):
                 values = from_rank_zero(lambda: self._checked(values_of(state), noise, controller))
-                decoder = StateDecoder(self.layout, from_state(state), in_order=True)
+                sent = SentTensors(state, values)
+                decoder = StateDecoder(self.layout, sent.take, drop_rest=sent.drop_rest)
                 cache, differ = self._restore(values, decoder, noise, controller)
             self._measure_numerics(cache, differ)
             return cache
@@ -278,7 +278,16 @@ class SavedRollouts(Assembly, ABC):
         context, negative_text = restore_context(values, decoder, parts)
         cache = self.new_cache(context, negative_text, noise or NoiseSource(values["seed"]))
         cache.controller = None if controller is None else controller.new_state()
-        fill_together(cache, lambda: fill_rollout(cache, values, decoder))
+
+        def fill() -> None:
+            try:
+                fill_rollout(cache, values, decoder)
+            except Exception:  # a rank of the other branch of guidance may not have failed yet
+                if decoder.drop_rest is not None:
+                    decoder.drop_rest()
+                raise
+
+        fill_together(cache, fill)
         unused = self.apply_choices(values["fingerprint"])
         told = {line.split(" ")[0] for line in unused}
         differ = differences(values["fingerprint"], self.fingerprint())

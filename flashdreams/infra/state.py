@@ -6,7 +6,7 @@ A value that represents a tensor has its shape, dtype and memory format; the ten
 path of fields that leads to it. No class name is stored: a load fills fresh state by field path.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
@@ -226,8 +226,9 @@ class StateDecoder:
     """The values are of an encoder with ``in_process``."""
     rows: slice | None = None
     """Batch entries to take from KV caches, with ``in_process``; None: all of them."""
-    in_order: bool = False
-    """All ranks must take all tensors, in the order in which they were emitted."""
+    drop_rest: Callable[[], None] | None = None
+    """Where all ranks must take all tensors, in the order of `tensors_of`: takes those that a rank
+    has not taken when it fails. None: a rank takes what it needs."""
 
     def restore(self, value: Any, path: str, into: Any = None, hint: Any = None) -> Any:
         """The state that ``encode`` received.
@@ -290,15 +291,10 @@ class StateDecoder:
 
     def skip(self, value: Any, path: str) -> None:
         """Leave ``value`` out; tensors that must be taken in order are dropped."""
-        if not isinstance(value, dict) or not self.in_order:
+        if self.drop_rest is None:
             return
-        if value["kind"] == "tensor":
-            shape = tuple(value["shape"])
-            self.take(path, shape, whole_region(shape), dtype_of(value["dtype"]))
-        for i, x in enumerate(value.get("items", [])):
-            self.skip(x, _join(path, str(i)))
-        for name, x in value.get("parts", {}).items():
-            self.skip(x, _join(path, name))
+        for name, shape, dtype in tensors_of(value, path):
+            self.take(name, shape, whole_region(shape), dtype)
 
     def _restore_items(self, value: Any, path: str, into: Any, hint: Any) -> Any:
         items = value["items"]
@@ -349,6 +345,22 @@ class StateDecoder:
         order = torch.preserve_format if self.in_process else torch.contiguous_format
         # Strides are set even where a dim of size 1 leaves them open: convolutions look at them.
         return x.clone(memory_format=_MEMORY_FORMATS.get(value["order"], order))
+
+
+def tensors_of(value: Any, path: str) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Path, shape and dtype of the tensors in a value of `StateEncoder`, as they were emitted.
+
+    Args:
+        value: from ``encode``.
+        path: as there.
+    """
+    if not isinstance(value, dict):
+        return
+    if value["kind"] == "tensor":
+        yield path, tuple(value["shape"]), dtype_of(value["dtype"])
+    parts = {**dict(enumerate(value.get("items", []))), **value.get("parts", {})}
+    for name, part in parts.items():
+        yield from tensors_of(part, _join(path, str(name)))
 
 
 def dtype_of(name: str) -> torch.dtype:

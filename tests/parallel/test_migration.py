@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashdreams.integrations.toy_world import config
-from flashdreams.parallel.environment import broadcast_from_rank_zero
+from flashdreams.parallel.environment import RankZeroError, broadcast_from_rank_zero
 from tests.harness import RankError, run_ranks
 from tests.parallel.pipelines import build_pipeline, moved, roll, stayed
 from tests.parallel.rollout import relative_error
@@ -84,6 +84,25 @@ def load_nothing():
 def test_every_rank_stops_if_rank_zero_has_no_state():
     with pytest.raises(RankError, match=r"state of a rollout|Rank zero failed"):
         run_ranks(load_nothing, 2)
+
+
+def load_misfit(state, window_size_t):
+    transformer = {"window_size_t": window_size_t}
+    pipeline, _ = build_pipeline("guided", 2, diffusion_model={"transformer": transformer})
+    with pytest.raises((ValueError, RankZeroError)) as error:
+        pipeline.load_cache(state if torch.distributed.get_rank() == 0 else None)
+    return str(error.value)
+
+
+def test_a_state_that_does_not_fit_is_refused_by_all_ranks():
+    """Each has one branch of guidance, so they find out at different tensors; or rank zero does."""
+    state = run_ranks(roll, 1, "guided", 1, 0, 3, None)[0][2]
+    for said in run_ranks(load_misfit, 2, state, 4, timeout_s=60):
+        assert said.endswith("Load it with the sink and window that it was exported with.")
+    del state["tensors"]["unconditional/caches/blocks.*.self_attn.core/1/k"]
+    first, other = run_ranks(load_misfit, 2, state, 5, timeout_s=60)
+    assert first.startswith("The state is damaged: it has no tensor unconditional/caches/")
+    assert other.startswith("Rank zero failed")
 
 
 def hand_out():
