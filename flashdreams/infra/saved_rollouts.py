@@ -30,6 +30,7 @@ from flashdreams.infra.fork import (
 from flashdreams.infra.identity import describe_config, hash_weights
 from flashdreams.infra.parked import ParkedRollout, park_parts
 from flashdreams.infra.rollout import (
+    Parts,
     StreamInferencePipelineCache,
     check_values,
     collect_parts,
@@ -53,6 +54,7 @@ from flashdreams.parallel.environment import (
     all_ranks_agree,
     from_rank_zero,
     group_rank,
+    together,
 )
 from flashdreams.runtime.grad_mode import without_grad
 from flashdreams.runtime.noise import NoiseFunction, NoiseSource
@@ -60,6 +62,8 @@ from flashdreams.runtime.noise import NoiseFunction, NoiseSource
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_NO_STATE = "cannot copy its state"
 
 
 class SavedRollouts(Assembly, ABC):
@@ -81,7 +85,7 @@ class SavedRollouts(Assembly, ABC):
         with self.guard("export", cache.next_index, LOAD_TIMEOUT_S):
             self.check_values(cache)
             self.diffusion_model.side.join()
-            values, parts = collect_parts(cache, self.layout, self.config.name, self.fingerprint())
+            values, parts = self._collected(cache)
             tensors = gather_parts(parts)
             if group_rank() != 0:
                 return None
@@ -159,13 +163,12 @@ class SavedRollouts(Assembly, ABC):
         with self.guard("save", cache.next_index, LOAD_TIMEOUT_S):
             self.check_values(cache)
             self.diffusion_model.side.join()
-            name, fingerprint = self.config.name, self.fingerprint()
-            values, parts = collect_parts(cache, self.layout, name, fingerprint, light=light)
+            values, parts = self._collected(cache, light=light)
             header = SnapshotHeader(
-                name=name,
+                name=self.config.name,
                 config=describe_config(self.config),
                 weights=hash_weights(self.config),
-                fingerprint=fingerprint,
+                fingerprint=values["fingerprint"],
                 autoregressive_index=values["next_index"],
                 seed=values["seed"],
                 light=light,
@@ -232,8 +235,7 @@ class SavedRollouts(Assembly, ABC):
         cache.require_finalized("parking")
         with self.guard("park", cache.next_index, LOAD_TIMEOUT_S):
             self.diffusion_model.side.join()
-            found = collect_parts(cache, self.layout, self.config.name, self.fingerprint())
-            return park_parts(*found, self.target_device)
+            return park_parts(*self._collected(cache), self.target_device)
 
     @without_grad
     def unpark(
@@ -256,6 +258,13 @@ class SavedRollouts(Assembly, ABC):
             values = self._checked(parked.values, noise, controller)
             decoder = StateDecoder(self.layout, parked.take)
             return self._restore(values, decoder, noise, controller)[0]
+
+    def _collected(
+        self, cache: StreamInferencePipelineCache, light: bool = False
+    ) -> tuple[dict[str, Any], Parts]:
+        """See `collect_parts`; where one rank alone decodes, another may have no such state."""
+        place = (cache, self.layout, self.config.name, self.fingerprint())
+        return together(lambda: collect_parts(*place, light=light), _NO_STATE)
 
     def _checked(
         self,
@@ -365,7 +374,7 @@ class SavedRollouts(Assembly, ABC):
     def _forked(self, cache: StreamInferencePipelineCache, count: int, make: Callable[[], T]) -> T:
         """The result of ``make``, if there is memory for so many forks; timed."""
         self.diffusion_model.side.join()
-        each = copied_bytes(cache, self.layout)
+        each = together(lambda: copied_bytes(cache, self.layout), _NO_STATE)
         require_room(count, each, self.target_device)
         return timed_forks(make, count, each, self.target_device)
 

@@ -5,10 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from flashdreams.infra.state import StateError
 from flashdreams.integrations.toy_world import config
-from flashdreams.parallel.environment import RankZeroError, broadcast_from_rank_zero
+from flashdreams.parallel.environment import (
+    OtherRankError,
+    RankZeroError,
+    broadcast_from_rank_zero,
+)
 from tests.harness import RankError, run_ranks
-from tests.parallel.pipelines import build_pipeline, moved, roll, stayed
+from tests.parallel.pipelines import begin, build_pipeline, moved, roll, stayed
 from tests.parallel.rollout import relative_error
 
 HAS_WEIGHTS = (Path(config.__file__).parent / "weights" / "transformer.safetensors").exists()
@@ -103,6 +108,26 @@ def test_a_state_that_does_not_fit_is_refused_by_all_ranks():
     first, other = run_ranks(load_misfit, 2, state, 5, timeout_s=60)
     assert first.startswith("The state is damaged: it has no tensor unconditional/caches/")
     assert other.startswith("Rank zero failed")
+
+
+def save_what_rank_zero_alone_decodes():
+    """What each rank says where the decoder's state has no plain form, and is on rank zero."""
+    pipeline, _ = build_pipeline("rank0_decode", 2)
+    cache = begin(pipeline, "rank0_decode")
+    cache.decoder = object() if pipeline.decodes_here else None
+    said = []
+    for work in (cache.state_dict, lambda: cache.fork(1), lambda: pipeline.park(cache)):
+        with pytest.raises((StateError, OtherRankError)) as error:
+            work()
+        said.append(str(error.value))
+    pipeline.diffusion_model.generate(0, cache.diffusion, torch.zeros(1, 8, 5))
+    return said
+
+
+def test_state_that_one_rank_cannot_copy_is_copied_by_none():
+    first, other = run_ranks(save_what_rank_zero_alone_decodes, 2, timeout_s=60)
+    assert all("decoder: a object has no plain form" in text for text in first)
+    assert other == ["Another rank cannot copy its state; see its own message."] * 3
 
 
 def hand_out():
