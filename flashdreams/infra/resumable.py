@@ -129,13 +129,17 @@ class ResumableRun:
         return None
 
     def begin(self) -> None:
-        """Take the place of the folder's earlier run: from now on, this one is resumed."""
-        if self.every > 0 and not self.goes_on:
+        """Take the place of the folder's earlier run, whose files this one replaces."""
+        if not self.goes_on:
             from_rank_zero(self._write_mark)
 
     def _write_mark(self) -> None:
-        with write_whole(self.folder / MARK_NAME, sync=True) as file:
-            file.write(json.dumps({"token": self.token, **asdict(self._launch)}).encode())
+        mark = self.folder / MARK_NAME
+        if self.every > 0:
+            with write_whole(mark, sync=True) as file:
+                file.write(json.dumps({"token": self.token, **asdict(self._launch)}).encode())
+        elif mark.is_file():
+            mark.unlink()
 
     def leave(self) -> None:
         """Remove the folders of a run that has nothing in them. On rank zero."""
