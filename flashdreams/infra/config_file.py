@@ -33,6 +33,7 @@ from flashdreams.infra.config_values import (
     yaml_name,
     yaml_text,
 )
+from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.text import printable, shown
 
 TUPLE_TAG = "!tuple"
@@ -345,8 +346,8 @@ class _Reader:
             raise ValueError(f"{self.where(node)}{kind.__name__} needs a value for {names}.")
         try:
             return kind(**values)
-        except (ValueError, TypeError) as error:
-            kind_of_error = ValueError if isinstance(error, ValueError) else TypeError
+        except (ValueError, TypeError, CheckpointError) as error:
+            kind_of_error = TypeError if isinstance(error, TypeError) else ValueError
             raise kind_of_error(f"{self.where(node)}{error}") from error
 
     def read_target(self, node: yaml.Node) -> type:

@@ -69,6 +69,12 @@ def claimed_output(config: Any) -> Iterator[None]:
     folder, slug = config.output_dir, config.runner_name
     if config.trace is not None:
         check_target(config.trace, "--trace", own_files(folder, slug))
+    for path in own_files(folder, slug):
+        if os.path.isdir(path):  # unlike path.is_dir(), never an error
+            raise ValueError(
+                f"--output-dir {folder}: {path.name}, which the run may write, is a folder. "
+                "Remove it, or name another folder."
+            )
     lock, own = folder / f".{slug}.lock", f"{platform.node()} {os.getpid()}".encode()
     try:
         file = open_owned(lock)
@@ -377,7 +383,7 @@ class RunRecorder:
             files = [self._finish(self._stats)]
             if self._latents.latent_frames or self._latents.path in self._errors:
                 files.append(self._finish(self._latents))
-            if self.log.has_lines:
+            if self.log.has_lines or self.log.path in self._errors:
                 files.append(self._finish(self.log))
         return files
 

@@ -251,18 +251,18 @@ def read_log(path: Path) -> Replay:
         check_regular(path)
         with path.open("rb") as file:
             rows = list(_rows(file))
-        header = rows[0]
-        if header["format"] != LOG_FORMAT:
+        header = rows[0] if rows else {}
+        if header.get("format", LOG_FORMAT) != LOG_FORMAT:
             raise LogError(
                 f"{path} has log format {header['format']}; this release reads {LOG_FORMAT}."
             )
+        if not {"format", "config", "fingerprint", "inputs", "method"} <= header.keys():
+            raise ValueError("its first line is not that of a run")
         turns: dict[int, list[Command]] = {}
         for row in (row for row in rows[1:] if "turn" in row):
             told = [command_from_json(command) for command in row["commands"]]
             turns.setdefault(row["turn"], []).extend(told)
         steps = {row["step"]: row for row in rows[1:] if "step" in row}
-        if not {"config", "fingerprint", "inputs", "method"} <= header.keys():
-            raise LookupError("its first line is not that of a run")
         _check_kinds(header, config=str | None, fingerprint=dict, inputs=dict, method=dict)
         _check_kinds({"opening": header.get("opening", {})}, opening=dict)
         for row in (row for row in rows[1:] if "turn" in row):
@@ -276,7 +276,8 @@ def read_log(path: Path) -> Replay:
     except OSError as error:
         raise LogError(f"--replay {path} cannot be read: {reason_of(error)}.") from error
     except Exception as error:  # safetensors has its own errors
+        reason = f"a line has no {error}" if isinstance(error, KeyError) else error
         raise LogError(
-            f"--replay {path} is not a log of a run ({error}). Runs write log_<slug>.jsonl into "
+            f"--replay {path} is not a log of a run ({reason}). Runs write log_<slug>.jsonl into "
             "their output folder."
         ) from error

@@ -129,6 +129,12 @@ def init(
             f"RANK={rank} is not one of WORLD_SIZE={world_size} ranks. Start with torchrun, or "
             "unset RANK and WORLD_SIZE for a single process."
         )
+    absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world_size > 1 and absent:
+        raise ValueError(
+            f"WORLD_SIZE={world_size} without {', '.join(absent)}. Start with torchrun, or unset "
+            "WORLD_SIZE for a single process."
+        )
     chosen = _pick_device(device, local_rank, world_size > 1)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)

@@ -223,12 +223,12 @@ def remedy(error: OSError) -> str:
 
 
 @contextmanager
-def readable_write_errors(path: Path, partial_path: Path) -> Iterator[None]:
+def readable_write_errors(path: Path, partial_path: Path | None = None) -> Iterator[None]:
     """Turn a failed write into one line that says what to do.
 
     Args:
         path: the file that was to be written.
-        partial_path: the file that has what was written before.
+        partial_path: the file that has what was written before; None: there is none.
 
     Raises:
         OSError: the line, instead of the system's error.
@@ -236,7 +236,9 @@ def readable_write_errors(path: Path, partial_path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kept = f" What was written so far is in {partial_path}." if partial_path.exists() else ""
+        kept = ""
+        if partial_path is not None and partial_path.exists():
+            kept = f" What was written so far is in {partial_path}."
         raise OSError(
             f"{path} could not be written: {reason_of(error)}. {remedy(error)}{kept}"
         ) from error

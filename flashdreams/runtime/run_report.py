@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashdreams.runtime.files import write_whole
+from flashdreams.runtime.files import readable_write_errors, write_whole
 from flashdreams.runtime.profiler import STAGES
 
 MAX_POINTS = 2000
@@ -104,7 +104,7 @@ def write_report(path: Path, stats: Path, config: str, video: Path | None) -> No
         ranks=ranks if len(ranks) > 1 else [],
         config=config,
     )
-    with write_whole(path) as file:
+    with readable_write_errors(path), write_whole(path) as file:
         file.write(text.encode())
 
 

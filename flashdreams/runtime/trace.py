@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flashdreams.runtime.files import write_whole
+from flashdreams.runtime.files import readable_write_errors, write_whole
 
 Guard = Callable[..., AbstractContextManager[None]]
 """Watches a stage: called with its name, its AR step and its time limit."""
@@ -151,7 +151,7 @@ def write_trace(path: Path, ranks: Sequence[Sequence[dict[str, Any]]]) -> None:
         for track, name in enumerate(TRACKS)
     ]
     shifted = [{**event, "ts": event["ts"] - begin} for event in events]
-    with write_whole(path) as file:
+    with readable_write_errors(path), write_whole(path) as file:
         text = json.dumps({"traceEvents": [*named, *shifted], "displayTimeUnit": "ms"})
         file.write(text.encode())
 

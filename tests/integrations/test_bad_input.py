@@ -203,6 +203,12 @@ def test_a_run_with_snapshots_writes_into_folders_of_any_name(
     assert precious.read_text() == "precious"
 
 
+@pytest.mark.parametrize("name", ["toy-world.mp4", "log_toy-world.jsonl"])
+def test_a_folder_with_the_name_of_a_file_of_the_run(fails: Fails, name: str) -> None:
+    Path("out", name).mkdir(parents=True)
+    assert f"{name}, which the run may write, is a folder" in fails(USAGE, "toy-world")
+
+
 def test_an_output_directory_in_which_the_slug_is_being_written(fails: Fails) -> None:
     with open_owned(Path("out/.toy-world.lock")):
         line = fails(USAGE, "toy-world")

@@ -129,6 +129,8 @@ def test_steering_by_keys_runs_from_presses_and_from_files(tmp_path, capsys):
     assert main([*files, *act]) == 2
     assert "give --key-path FILE" in capsys.readouterr().err
     np.save(tmp_path / "keys.npy", np.eye(4)[np.zeros(21, dtype=int)])
+    assert main([*files, "--key-path", str(tmp_path / "keys.npy")]) == 2  # of another model
+    assert "for models that are controlled by keys: omit it" in capsys.readouterr().err
     assert main([*files, *act, "--key-path", str(tmp_path / "keys.npy")]) == 0
     assert len(frames_of(tmp_path)) == 21
 

@@ -93,7 +93,7 @@ def test_a_file_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
     [
         (UNIVERSAL, ["--actions", "w8 q4"], "unknown key 'q'.*look right"),
         (UNIVERSAL, ["--actions", "w0"], "'0' in 'w0'"),
-        (UNIVERSAL, ["--actions", "w8", "--action-path", "a.npz"], "exclude each other"),
+        (UNIVERSAL, ["--actions", "w8", "--action-path", "a.npz"], "Type --actions None"),
         (UNIVERSAL, ["--variant", "temple_run"], "has 7 keyboard columns and no mouse"),
         (UNIVERSAL, ["--total-blocks", "0"], "--total-blocks 0"),
         (UNIVERSAL, [], "starts from an image of 640x352"),

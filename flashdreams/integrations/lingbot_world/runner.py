@@ -44,10 +44,10 @@ class CameraToVideoRunnerConfig(ImageToVideoRunnerConfig):
     480x832 picture."""
     key_path: Path | None = None
     """A .npy file [frames, 4] of the held keys w, a, s, d, to go with --pose-path, for models that
-    are controlled by keys."""
+    are controlled by keys; others refuse it."""
     actions: str | None = None
-    """Keys and the number of frames they are held, instead of --pose-path: w a s d move, j l turn,
-    "wl6" holds two together."""
+    """Keys and the number of frames they are held, if there is no --pose-path: w a s d move, j l
+    turn, "wl6" holds two together."""
     intrinsics: tuple[float, float, float, float] = (477.0, 477.0, 416.0, 240.0)
     """fx, fy, cx, cy in pixels of a 480x832 image, if there is no --intrinsic-path."""
     move_per_frame: float = 0.25
@@ -250,6 +250,10 @@ def read_path(config: CameraToVideoRunnerConfig) -> CameraPath:
     """
     keyed = config.camera_encoder.control_type == "act"
     keys = None
+    if config.key_path is not None and not (keyed and config.pose_path is not None):
+        raise ValueError(
+            "--key-path goes with --pose-path, for models that are controlled by keys: omit it."
+        )
     if config.pose_path is not None:
         name = f"--pose-path {config.pose_path}"
         poses = read_array(config.pose_path, "--pose-path")

@@ -59,7 +59,10 @@ class MatrixGameRunnerConfig(RunnerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.actions is not None and self.action_path is not None:
-            raise ValueError("--actions and --action-path exclude each other; give one of them.")
+            raise ValueError(
+                f"--action-path and --actions {self.actions!r} exclude each other: give one of "
+                "them. Type --actions None for the file."
+            )
         keys, sizes = self.keys, self.transformer
         if (sizes.keyboard_dim, sizes.mouse_dim is not None) != (keys.keyboard_dim, keys.has_mouse):
             raise ValueError(

@@ -14,7 +14,7 @@ from flashdreams.runtime.checkpoint.config import (
     CheckpointError,
     MissingWeightsError,
 )
-from flashdreams.runtime.text import read_text, reason_of
+from flashdreams.runtime.text import read_text, reason_of, shown
 
 _REPOSITORY = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -231,7 +231,11 @@ def _cached(repo: str, file: str, revision: str | None) -> Path | None:
 
 
 def _local_path(config: CheckpointConfig) -> Path | None:
-    """Resolve a local or package source to an existing file; ``None`` if it does not exist."""
+    """Resolve a local or package source to an existing file; ``None`` if it does not exist.
+
+    Raises:
+        CheckpointError: it exists and is neither a file nor a folder with a checkpoint.
+    """
     if config.source.startswith("package:"):
         package, _, inside = config.source.removeprefix("package:").partition("/")
         path = _package_folder(config, package) / inside
@@ -239,9 +243,13 @@ def _local_path(config: CheckpointConfig) -> Path | None:
         path = _expanded(config.source)
     if path.is_file():
         return path
-    if not path.is_dir():
-        return None
-    return _inside_folder(path, config.file)
+    if path.is_dir():
+        return _inside_folder(path, config.file)
+    if path.exists():
+        raise CheckpointError(
+            f"{path} is not a regular file; name another one by checkpoint.source"
+        )
+    return None
 
 
 def _package_folder(config: CheckpointConfig, package: str) -> Path:
@@ -269,13 +277,13 @@ def _expanded(source: str) -> Path:
         return Path(source)
 
 
-def _inside_folder(folder: Path, file: str | None) -> Path | None:
+def _inside_folder(folder: Path, file: str | None) -> Path:
     if file is not None:
         for candidate in (folder / file, folder / Path(file).name):
             if candidate.is_file():
                 return candidate
-        return None
-    for pattern in ("*" + _INDEX_SUFFIX, "*.safetensors", "*.pt", "*.pth"):
+    patterns = ("*" + _INDEX_SUFFIX, "*.safetensors", "*.pt", "*.pth")
+    for pattern in () if file is not None else patterns:
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
             names = ", ".join(path.name for path in found[:10])
@@ -285,7 +293,11 @@ def _inside_folder(folder: Path, file: str | None) -> Path | None:
             )
         if found:
             return found[0]
-    return None
+    held = ", ".join(sorted(shown(path.name) for path in folder.iterdir())[:10]) or "nothing"
+    raise CheckpointError(
+        f"checkpoint folder {folder} has no {file or ' or '.join(patterns)}; it has: {held}. Name "
+        "a file, or the folder of one network, with checkpoint.source"
+    )
 
 
 def _local_files(path: Path) -> LocalCheckpoint:

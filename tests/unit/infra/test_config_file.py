@@ -263,6 +263,13 @@ def test_a_wrong_file_is_refused_with_the_line(
         load_config(f"{_tag(RunStandInConfig)}\n{body}\n", [base])
 
 
+def test_what_a_checkpoint_refuses_is_named_with_the_line() -> None:
+    config = RUNNER_CONFIGS["self-forcing-wan2.1-t2v-1.3b"]
+    text = dump_config(config).replace("revision: ", "revision: a b # ", 1)
+    with pytest.raises(ValueError, match=r"line \d+: checkpoint .*: revision 'a b' must be"):
+        load_config(text, [config])
+
+
 @pytest.mark.parametrize("text", ["", "runner_name: x", "[1]", "3", "a: 1\n---\nb: 2"])
 def test_a_text_without_a_config_is_refused(base: RunStandInConfig, text: str) -> None:
     with pytest.raises(ValueError, match=r"holds no config.*RunStandInConfig|not readable YAML"):

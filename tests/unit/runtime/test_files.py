@@ -88,6 +88,8 @@ def test_space_is_asked_for_only_where_it_is_lacking(tmp_path: Path, code: int) 
         raise OSError(code, os.strerror(code))
     assert ("Free some space" in str(caught.value)) == (code in (errno.ENOSPC, errno.EDQUOT))
     assert "--output-dir" in str(caught.value)
+    with pytest.raises(OSError, match=r"--output-dir\)\.$"), readable_write_errors(path):
+        raise OSError(code, os.strerror(code))
 
 
 def test_the_beginning_of_a_file_can_be_kept(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Finding checkpoints: folders, package data, the Hugging Face cache, downloads."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,9 +90,20 @@ def test_find_local_takes_the_named_file_of_a_folder(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     local = find_local(CheckpointConfig(source=str(tmp_path), file="checkpoints/b.pt"))
     assert local is not None and local.files == (tmp_path / "b.pt",)
-    assert find_local(CheckpointConfig(source=str(tmp_path), file="c.pt")) is None
+    with pytest.raises(CheckpointError, match=r"has no c\.pt; it has: a\.pt, b\.pt\. Name a file"):
+        find_local(CheckpointConfig(source=str(tmp_path), file="c.pt"))
     with pytest.raises(CheckpointError, match=r"2 candidates: a\.pt, b\.pt\. Choose one with"):
         find_local(CheckpointConfig(source=str(tmp_path)))
+
+
+def test_a_folder_without_a_checkpoint_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()  # as in a repository of diffusers
+    (tmp_path / "model_index.json").touch()
+    with pytest.raises(CheckpointError, match=r"it has: model_index\.json, transformer\. Name"):
+        find_local(CheckpointConfig(source=str(tmp_path)))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="pipe is not a regular file"):
+        find_local(CheckpointConfig(source=str(tmp_path / "pipe")))
 
 
 def test_find_local_reads_an_index(tmp_path: Path) -> None:
