@@ -21,6 +21,7 @@ LEAST_COLUMNS = 40
 """Width below which tyro takes minutes to lay out help."""
 
 _PLAIN_WORDS = {
+    r"^Missing from \S+: (\S+) .*": r"\1 is missing",
     r"^Error parsing (?!--)\S+: ": "",  # the message of a config's own check follows
     r"^Error parsing (.*): no type matching (\S+) could .* from (\[.*?\])\. Got errors: .*": (
         r"\1 takes \2, got \3"

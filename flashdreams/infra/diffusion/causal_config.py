@@ -68,10 +68,12 @@ class CausalTransformerConfig(TransformerConfig):
                 f"got {self.dim / self.num_heads:g}."
             )
         _check_patching(self)
-        if self.streaming and self.window_size_t < self.len_t:
+        pinned = min(self.shot_sink_size_t, self.len_t)
+        if (self.streaming or pinned) and self.window_size_t < self.len_t + pinned:
+            also = f" and the {pinned} pinned frames of a shot" * (pinned > 0)
             raise ValueError(
                 f"window_size_t={self.window_size_t} must hold the current chunk of "
-                f"len_t={self.len_t} latent frames; use at least {self.len_t}."
+                f"len_t={self.len_t} latent frames{also}; use at least {self.len_t + pinned}."
             )
         _check_shots(self)
         _check_precision(self)
@@ -134,12 +136,6 @@ def _check_shots(config: CausalTransformerConfig) -> None:
         raise ValueError(
             f"rewritten_sink={config.rewritten_sink!r} is unknown; allowed are 'rewritten', "
             "'kept' and 'moved'."
-        )
-    least = config.len_t + min(config.shot_sink_size_t, config.len_t)
-    if config.shot_sink_size_t and config.window_size_t < least:
-        raise ValueError(
-            f"window_size_t={config.window_size_t} must hold the current chunk and the pinned "
-            f"frames of a shot: use at least {least}."
         )
     if config.relative_rope and (config.shot_sink_size_t or config.shot_rope_offset):
         raise ValueError(

@@ -199,6 +199,7 @@ def test_x0_networks_give_the_flow_of_their_prediction():
         (dict(patch_size=(2, 2, 2)), "patch_size=.*a token covers one latent frame"),
         (dict(latent_width=1), "latent_width=1 is not a multiple of the patch size 2.*2, 4"),
         (dict(len_t=4, window_size_t=3), "window_size_t=3 must hold the current chunk of len_t=4"),
+        (dict(len_t=4, window_size_t=3, shot_sink_size_t=2), "pinned .*; use at least 6"),
         (dict(sink_size_t=-1), "sink_size_t=-1 must be at least 0"),
     ],
 )
