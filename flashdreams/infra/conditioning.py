@@ -12,7 +12,10 @@ from flashdreams.infra.config import quoted
 from flashdreams.infra.encoder.base import Encoder
 from flashdreams.parallel.environment import from_rank_zero
 
-OWN_CONTEXT = frozenset({"text", "negative_text", "image", "seed", "noise"})
+AFTER_CUT = "text_after_cut"
+"""Context: embeddings of the prompt from the second chunk of a shot on."""
+
+OWN_CONTEXT = frozenset({"text", "negative_text", "image", "seed", "noise", AFTER_CUT})
 """Context that the pipeline itself handles."""
 
 
@@ -63,7 +66,7 @@ class ContextEncoder:
             found = self.image_encoder(image) if self.image_encoder is not None else image
             encoded |= dict(found) if isinstance(found, Mapping) else {"image": found}
         if text is not None:
-            encoded["text"] = self.encode_text(text)
+            encoded |= self.encode_prompts(text)
         if self.config.diffusion_model.guidance_scale is None:
             if negative_text is not None:
                 raise ValueError(
@@ -102,6 +105,28 @@ class ContextEncoder:
             return self.encode_here(text)
         embeddings = from_rank_zero(lambda: self.encode_here(text).cpu())
         return embeddings.to(self.device)
+
+    def encode_prompts(self, text: Sequence[str] | Tensor) -> dict[str, Any]:
+        """Embeddings of prompts by name: ``text`` and, after a scene cut, that of the next chunk.
+
+        A collective call if only rank zero has the text encoder; raises as `encode_text`.
+        """
+        later = self.after_cut(text)
+        found = {"text": self.encode_text(text)}
+        return found if later is None else {**found, AFTER_CUT: self.encode_text(later)}
+
+    def after_cut(self, text: Sequence[str] | Tensor) -> list[str] | None:
+        """Prompts from the second chunk of a shot on: without the prefix that cuts to the scene.
+
+        None if they begin no shot, or are embeddings.
+
+        Source: NVlabs/LongLive, utils/dataset.py, MultiTextConcatDataset.
+        """
+        prefix = self.config.scene_cut_prefix
+        if prefix is None or isinstance(text, Tensor | str):
+            return None
+        cuts = any(prompt.startswith(prefix) for prompt in text)
+        return [prompt.removeprefix(prefix) for prompt in text] if cuts else None
 
     def encode_here(self, text: Sequence[str]) -> Any:
         """Embeddings of prompts by the text encoder of this rank.

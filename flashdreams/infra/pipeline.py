@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from flashdreams.infra.conditioning import AFTER_CUT
 from flashdreams.infra.config import InstantiateConfig
 from flashdreams.infra.decoder.base import Decoder, DecoderConfig, StreamingDecoder
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
@@ -65,7 +66,7 @@ class StreamInferencePipelineConfig(InstantiateConfig):
 
     scene_cut_prefix: str | None = None
     """Prefix of a prompt that cuts to another scene, for models with shots; it stays in the
-    prompt."""
+    prompt of the first chunk, and later chunks of the shot have the prompt without it."""
 
     max_rollouts: int = 1
     """Rollouts of one prompt each that can run as CUDA graphs at a time: storage for that many
@@ -190,6 +191,16 @@ class StreamInferencePipeline(SavedRollouts):
         """
         return self.context_encoder.encode_here(text)
 
+    def prompt_tensors(self, text: Sequence[str]) -> dict[str, Tensor]:
+        """Embeddings of prompts on the CPU, as the tensors of a prompt's `Command`.
+
+        Beside ``text`` the ``text_after_cut`` of prompts that cut to another scene. Not a
+        collective call; only for ranks with a text encoder.
+        """
+        later = self.context_encoder.after_cut(text)
+        prompts = {"text": text} if later is None else {"text": text, AFTER_CUT: later}
+        return {name: self.encode_prompts(x).detach().cpu() for name, x in prompts.items()}
+
     def generate(
         self,
         autoregressive_index: int,
@@ -268,6 +279,7 @@ class StreamInferencePipeline(SavedRollouts):
         text: str | Sequence[str] | Tensor,
         reencode_window: bool | RewriteMode | None = None,
         begins_shot: bool | None = None,
+        text_after_cut: Tensor | None = None,
     ) -> None:
         """Change the prompt of a running rollout.
 
@@ -286,6 +298,8 @@ class StreamInferencePipeline(SavedRollouts):
                 the config's choice.
             begins_shot: whether the next chunk begins a shot, for models with shots;
                 None: whether the text begins with the config's ``scene_cut_prefix``.
+            text_after_cut: embeddings for the chunks of the shot after the first. None: those of
+                the text without the prefix, if it has one.
 
         Raises:
             ValueError: a number of prompts that does not fit the rollout, a prompt that the text
@@ -309,7 +323,8 @@ class StreamInferencePipeline(SavedRollouts):
         if reencode_window is None:
             reencode_window = self.config.reencode_window
         with self.guard("update_prompt", cache.next_index, LOAD_TIMEOUT_S):
-            encoded = self.context_encoder.encode_text(prompts)
+            prompt = self.context_encoder.encode_prompts(prompts)
+            encoded = prompt.pop("text")
 
             def update() -> None:
                 self.diffusion_model.update_prompt(
@@ -323,7 +338,10 @@ class StreamInferencePipeline(SavedRollouts):
                 self._for_both_branches(update)
                 for branch in cache.diffusion.branches if begins_shot else ():
                     self.diffusion_model.transformer.begin_shot(branch)
-                cache.context["text"] = encoded
+                cache.context.pop(AFTER_CUT, None)
+                cache.context |= {"text": encoded, **prompt}
+                if text_after_cut is not None:
+                    cache.context[AFTER_CUT] = text_after_cut
 
     def _for_both_branches(self, work: Callable[[], T]) -> T:
         """Do something with a prompt; if the ranks of one branch of guidance refuse it, all do."""
@@ -352,6 +370,8 @@ class StreamInferencePipeline(SavedRollouts):
         watched = self.guard("finalize", autoregressive_index)
         with watched, beside, cache.timer.stage("finalize"), cache.changing():
             self.diffusion_model.finalize(autoregressive_index, cache.diffusion)
+        if AFTER_CUT in cache.context:
+            self.update_prompt(cache, cache.context[AFTER_CUT])
 
     def end_step(self, autoregressive_index: int, cache: StreamInferencePipelineCache) -> None:
         """Deprecated alias of ``finalize``, to be removed in 0.3; arguments as there."""

@@ -114,28 +114,6 @@ def plan_shots(texts: Sequence[str], total_blocks: int) -> list[Shot]:
     return [Shot(sum(counts[:number]), prompt) for number, prompt in enumerate(prompts)]
 
 
-def cut_once(shots: Sequence[Shot], total_blocks: int, prefix: str | None) -> list[Shot]:
-    """Shots of which only the first chunk has the prefix of a scene cut in its prompt.
-
-    Args:
-        shots: as from ``plan_shots``.
-        total_blocks: AR steps of the video.
-        prefix: of prompts that cut to another scene; None for models without shots.
-
-    Returns:
-        The shots; after one with the prefix, another without, from its second chunk on.
-
-    Source: NVlabs/LongLive, utils/dataset.py, MultiTextConcatDataset.
-    """
-    found = []
-    ends = [*(shot.first_block for shot in shots[1:]), total_blocks]
-    for shot, end in zip(shots, ends, strict=False):  # without shots there still is an end
-        found.append(shot)
-        if prefix and shot.text.startswith(prefix) and shot.first_block + 1 < end:
-            found.append(Shot(shot.first_block + 1, shot.text.removeprefix(prefix)))
-    return found
-
-
 def _spread(total: int, parts: int) -> list[int]:
     each, rest = divmod(total, parts)
     return [each + (number < rest) for number in range(parts)]

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from flashdreams.infra.conditioning import AFTER_CUT
 from flashdreams.infra.controller import Controller, Event
 from flashdreams.infra.pipeline import StreamInferencePipeline
 from flashdreams.infra.rollout import StreamInferencePipelineCache
@@ -46,7 +47,8 @@ class Command:
     values: Mapping[str, Any] = field(default_factory=dict)
     """JSON values: what the controller accepts; ``{"text": ...}`` of a prompt."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    """Tensors on the CPU: the embeddings ``text`` ``[B, S, text_dim]`` of a prompt."""
+    """Tensors on the CPU: the embeddings ``text`` ``[B, S, text_dim]`` of a prompt, and
+    ``text_after_cut`` likewise; see `StreamInferencePipeline.update_prompt`."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(CommandKind):
@@ -200,12 +202,12 @@ class Session:
         if command.kind == "prompt" and "text" not in command.tensors:
             try:
                 text = [command.values["text"]] * self.cache.diffusion.batch_size
-                encoded = self.pipeline.encode_prompts(text)
+                encoded = self.pipeline.prompt_tensors(text)
             except BaseException:
                 with self._lock:  # the sender may correct it
                     self._ids.pop(command.id, None)
                 raise
-            command = replace(command, tensors={"text": encoded.cpu()})
+            command = replace(command, tensors=encoded)
         with self._lock:
             self._waiting.append(command)
         return True
@@ -305,7 +307,10 @@ class Session:
             self.rewind(values["name"])
         elif command.kind == "prompt":
             cut = self.pipeline.begins_shot(values.get("text"))
-            self.pipeline.update_prompt(self.cache, command.tensors["text"], begins_shot=cut)
+            later = command.tensors.get(AFTER_CUT)
+            self.pipeline.update_prompt(
+                self.cache, command.tensors["text"], begins_shot=cut, text_after_cut=later
+            )
         else:
             first = self.pipeline.pixel_frames(self.cache.next_index).start
             offset = 0 if command.at_frame is None else max(0, command.at_frame - first)

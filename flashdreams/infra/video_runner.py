@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_map_only
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.pipeline import StreamInferencePipeline
 from flashdreams.infra.prompt import (
-    cut_once,
     load_prompt_embeds,
     plan_shots,
     read_prompt,
@@ -255,15 +254,14 @@ class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]
         return found
 
     def commands(self) -> Sequence[Command]:
-        """A prompt change at the first frame of every shot but the first, and after a scene cut."""
-        prefix = self.config.pipeline.scene_cut_prefix
+        """A prompt change at the first frame of every shot but the first."""
         return [
             Command(
                 kind="prompt",
                 at_frame=self.pipeline.pixel_frames(shot.first_block).start,
                 values={"text": shot.text},
             )
-            for shot in cut_once(self.shots, self.config.total_blocks, prefix)[1:]
+            for shot in self.shots[1:]
         ]
 
     def conditions(self) -> dict[str, Any]:

@@ -112,7 +112,7 @@ class LiveHost(Host):
     def _tensors_of(self, opening: Opening) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         if opening.prompt is not None and opening.prompt != self.offer.prompt:
-            found["text"] = self.prompts.encode(opening.prompt)
+            found |= self.prompts.encode(opening.prompt)
         if opening.image is not None:
             shape = (1, 3, self.offer.height, self.offer.width)
             if not self.offer.takes_image:
@@ -168,9 +168,7 @@ class LiveHost(Host):
         with self.lock:
             _refuse_many_prompts(self._find(session))
         encoded = self.prompts.encode(text)
-        command = Command(
-            kind="prompt", id=event_id or "", values={"text": text}, tensors={"text": encoded}
-        )
+        command = Command(kind="prompt", id=event_id or "", values={"text": text}, tensors=encoded)
         self._submit(session, command)
 
     def _submit(self, session: str, command: Command) -> None:

@@ -2,7 +2,6 @@
 
 import threading
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,8 +33,8 @@ class Prompts:
         released = self.pipeline.config.release_text_encoder
         return self.pipeline.text_encoder is not None and not released
 
-    def encode(self, text: str) -> Tensor:
-        """Embeddings ``[1, S, text_dim]`` on the CPU.
+    def encode(self, text: str) -> dict[str, Tensor]:
+        """Embeddings ``[1, S, text_dim]`` on the CPU, as the tensors of a prompt's command.
 
         Raises:
             Refused: there is no text encoder, or it does not accept this prompt.
@@ -50,14 +49,14 @@ class Prompts:
                 f"A prompt has from 1 to {MAX_CHARACTERS} characters; got {len(text.strip())}."
             )
         with self._lock:
-            return self._remembered(text)
+            return dict(self._remembered(text))
 
-    def _encode(self, text: str) -> Tensor:
+    def _encode(self, text: str) -> dict[str, Tensor]:
         try:
             with torch.no_grad():
-                encoded: Any = self.pipeline.encode_prompts([text])
+                encoded = self.pipeline.prompt_tensors([text])
         except ValueError as error:
             raise Refused(str(error)) from error
-        if not bool(torch.isfinite(encoded).all()):
+        if not all(bool(torch.isfinite(x).all()) for x in encoded.values()):
             raise Refused("The embeddings of this prompt are not finite; use another prompt.")
-        return encoded.detach().cpu()
+        return encoded

@@ -137,7 +137,7 @@ class SessionLogs:
     def _header(self, seed: int, text: str | None, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         header = self.runner.recorder.log_header(replace(self.runner.config, seed=seed))
         opening: dict[str, Any] = {} if text is None else {"text": text}
-        own = {name: x.contiguous() for name, x in tensors.items() if name != "text"}
+        own = {name: x.contiguous() for name, x in tensors.items() if name == "image"}
         if own:
             opening["tensors"] = base64.b64encode(save(own)).decode()
         return header | {"opening": opening, "served": True}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flashdreams.infra.config import derive_config
+from flashdreams.infra.session import Command, Session
 from flashdreams.integrations.longlive.config import (
     PIPELINE,
     SHOTS_IMAGE_PIPELINE,
@@ -238,11 +239,29 @@ def test_shots_of_the_command_line_are_prompts_and_cuts(tmp_path):
     assert torch.equal(found, expected)
     assert cache.diffusion.conditional.shots.begun == 2
     assert cache.diffusion.conditional.cursor.pinned == (14, 15)
-    kept = latents_of(runner.pipeline, {0: "a fox", 2: CUT, 5: "a boat at night"}, 4)[0]
+    told_once = latents_of(runner.pipeline, {0: "a fox", 2: CUT, 5: "a boat at night"}, 7)[0]
+    assert torch.equal(told_once, expected[:7])
+    kept = latents_of(runner.pipeline, {**prompts, 3: runner.pipeline.encode_prompts([CUT])}, 4)[0]
     assert not torch.equal(kept[3], expected[3])  # negative control: the prefix in a second chunk
     plain = latents_of(runner.pipeline, {**prompts, 2: "a boat at sea"}, 8)[0]
     assert torch.equal(plain[:2], expected[:2]) and not torch.equal(plain[2], expected[2])
     runner.close()
+
+
+def test_a_client_sends_the_prompt_of_a_shot_once():
+    """The second chunk has the prompt without the prefix, also after a save before the first."""
+    pipeline = TINY_PIPELINE.setup(device="cpu")
+    expected, _ = latents_of(pipeline, {0: "a fox", 1: CUT, 2: "a boat at sea"}, 4)
+    session = Session(pipeline, {"text": ["a fox"]})
+    session.step()
+    session.submit(Command(kind="prompt", values={"text": CUT}))
+    session.submit(Command(kind="fork", values={"name": "told"}))
+    for _ in range(2):
+        found = [session.step().cache.latent.clone() for _ in range(3)]
+        assert torch.equal(torch.stack(found), expected[1:])
+        session.submit(Command(kind="rewind", values={"name": "told"}))
+    opening = latents_of(pipeline, {0: CUT}, 2)[0]
+    assert torch.equal(opening, latents_of(pipeline, {0: CUT, 1: "a boat at sea"}, 2)[0])
 
 
 @pytest.mark.parametrize("save_at", [3, 6, 7])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flashdreams.infra.config import derive_config
-from flashdreams.infra.prompt import Shot, cut_once, plan_shots, read_shot_file
+from flashdreams.infra.prompt import Shot, plan_shots, read_shot_file
 from flashdreams.integrations.longlive.config import TINY_RUNNER
 
 
@@ -20,13 +20,6 @@ def test_chunks_are_spread_evenly_and_the_first_take_the_rest() -> None:
 
 def test_counts_are_taken_and_the_last_shot_goes_on() -> None:
     assert plan_shots(["2: a fox", "3:b: c"], 8) == [Shot(0, "a fox"), Shot(2, "b: c")]
-
-
-def test_only_the_first_chunk_of_a_shot_has_the_prefix_of_the_cut() -> None:
-    shots = plan_shots(["2:a", "3:Cut. b", "1:Cut. c", "2:Cut. d"], 8)
-    later = [Shot(3, "b"), Shot(7, "d")]
-    assert cut_once(shots, 8, "Cut. ") == sorted([*shots, *later], key=lambda s: s.first_block)
-    assert cut_once(shots, 8, None) == shots and cut_once([], 8, "Cut. ") == []
 
 
 @pytest.mark.parametrize(
