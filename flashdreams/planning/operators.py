@@ -1,4 +1,4 @@
-"""Single operators: their shapes, and their time on a CPU."""
+"""Time on a CPU: of single operators, by their shapes, and of control encoders."""
 
 import statistics
 import time
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from flashdreams.infra.saved_rollouts import new_state
+
 MAX_FLOPS = 1e9
 """Operations of the largest timed operator; above it, rates are accurate enough."""
 
@@ -23,6 +25,10 @@ CLIP_DIMS = 5
 
 COPIES_BYTES = 512e6
 """Most that copies of weights and of rollout state may take while operators are timed."""
+
+
+CONTROL_STEPS, CONTROL_MS = 9, 300
+"""Calls of a control encoder of which the median counts, and time after which there are fewer."""
 
 
 class TensorForm(NamedTuple):
@@ -202,3 +208,29 @@ def _is_form(value: Any) -> bool:
 
 def _nbytes(form: TensorForm) -> int:
     return torch.Size(form.shape).numel() * form.dtype.itemsize
+
+
+def control_ms(config: Any, transformer: Any, frames: int) -> float:
+    """Time of the control encoder in a late AR step; 0 without one, or if it gives no example.
+
+    Args:
+        config: of the encoder; None without one.
+        transformer: gives the context of the rollout.
+        frames: pixel frames of the step.
+    """
+    if config is None:
+        return 0.0
+    with torch.device("meta"):  # only the encoder of the first image has weights
+        encoder = config.setup()
+    step = encoder.example_step(frames)
+    if step is None:
+        return 0.0
+    context, control = transformer.example_context(1), transformer.example_control(1)
+    state = new_state(encoder, context | control if isinstance(control, Mapping) else context)
+    late = {} if state is None else {"autoregressive_index": 1, "cache": state}
+    found: list[float] = []
+    while len(found) < CONTROL_STEPS and sum(found) < CONTROL_MS:
+        start = time.perf_counter()
+        encoder(step, **late)
+        found.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(found)

@@ -22,6 +22,7 @@ from flashdreams.parallel.mesh import ParallelConfig, ParallelDegrees, legal_deg
 from flashdreams.parallel.parallelize import parallelize
 from flashdreams.planning.counts import Work, count, storages
 from flashdreams.planning.devices import GB, GIB, TERA, Device
+from flashdreams.planning.operators import control_ms
 
 MOST_RANKS = 64
 """Ranks that are tried for real time."""
@@ -347,6 +348,10 @@ class Planner:
         captures = on_gpu and getattr(config, "use_cuda_graph", False)
         graphs = network.activations if captures else 0
         fused = on_gpu and getattr(config, "fused_kernels", False) is not False
+        ms, frames = predict_ms(work, degrees, self.device, fused), self._frames(config, decoder)
+        if not on_gpu:
+            spent_ms = control_ms(self.config.encoder, self._transformer, frames)
+            ms = replace(ms, calls=ms.calls + spent_ms)
         return Plan(
             degrees=degrees,
             device=self.device,
@@ -360,8 +365,8 @@ class Planner:
                 reserve=int((RESERVE_GIB if on_gpu else HOST_RESERVE_GIB) * GIB),
             ),
             work=work,
-            ms=predict_ms(work, degrees, self.device, fused),
-            frames=self._frames(config, decoder),
+            ms=ms,
+            frames=frames,
             fps=self.fps,
             window_t=tokens + getattr(config, "sink_size_t", 0),
         )
@@ -408,7 +413,9 @@ class Planner:
         for cursor in cache.cursors:
             cursor.reset(index * transformer.config.len_t)
         control = tree_map_only(Tensor, lambda x: x.to("meta"), transformer.example_control(1))
-        begin, _ = count(transformer, lambda: transformer.begin_step(index, cache, control), cache)
+        begin, _ = _count(
+            transformer, lambda: transformer.begin_step(index, cache, control), cache, mesh
+        )
         latent = torch.empty(transformer.latent_shape(1), dtype=torch.float32, device="meta")
         timestep = torch.tensor(500.0, dtype=torch.float32, device="cpu")
         with torch.no_grad():  # with gradients, nothing is cached

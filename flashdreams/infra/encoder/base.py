@@ -47,6 +47,13 @@ class Encoder(Component):
         """
         return None
 
+    def example_step(self, frames: int) -> Any:
+        """A control input over so many pixel frames, with which the planner times an AR step.
+
+        None: this encoder is not timed.
+        """
+        return None
+
 
 @dataclass(kw_only=True)
 class StreamingEncoderConfig(EncoderConfig):

@@ -197,6 +197,15 @@ class CameraEncoder(StreamingEncoder):
             chunk = self._of_input(cache, input, autoregressive_index)
         return self._tokens(chunk, cache)[None]
 
+    def example_step(self, frames: int) -> CameraPath | None:
+        """A camera at rest; None offline, where an AR step has no input."""
+        if self.config.pose_mode == "offline":
+            return None
+        on_host: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        lens = torch.tensor([477.0, 477.0, 416.0, 240.0], **on_host).expand(frames, 4)
+        keys = torch.zeros(frames, 4, **on_host) if self.config.control_type == "act" else None
+        return CameraPath(torch.eye(4, **on_host).expand(frames, 4, 4), lens, keys)
+
     def _of_clip(self, clip: CameraPath, input: Any, index: int) -> CameraPath:
         if input is not None:
             raise ValueError("pose_mode='offline' already has the whole path; input must be None.")

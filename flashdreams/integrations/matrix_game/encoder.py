@@ -5,6 +5,7 @@ rows and columns.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -182,6 +183,13 @@ class ActionEncoder(StreamingEncoder):
         if cache.image is not None:
             control["condition"] = self._next_condition(cache, cache.image, autoregressive_index)
         return control
+
+    def example_step(self, frames: int) -> Actions:
+        """No key is held, and the mouse rests."""
+        c = self.config
+        on_host: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        mouse = None if c.mouse_dim is None else torch.zeros(frames, c.mouse_dim, **on_host)
+        return Actions(torch.zeros(frames, c.keyboard_dim, **on_host), mouse)
 
     def _windows(self, past: Tensor | None, actions: Tensor) -> tuple[Tensor, Tensor]:
         """What each latent frame of the chunk sees, ``[B, T, window, K]``, and carried actions."""

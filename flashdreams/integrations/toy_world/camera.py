@@ -141,3 +141,7 @@ class CameraEncoder(Encoder):
                 f"at most {UPRIGHT_TOLERANCE:g} is allowed."
             )
         return c.features(plane).flatten(1, 2)
+
+    def example_step(self, frames: int) -> Tensor:
+        """A camera at rest."""
+        return torch.eye(4, dtype=torch.float32, device="cpu").expand(frames, 4, 4)

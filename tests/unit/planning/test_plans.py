@@ -14,12 +14,14 @@ from flashdreams.integrations.lingbot_world.config import TAEHV_PIPELINE as LING
 from flashdreams.integrations.lingbot_world.config import TINY_PIPELINE as LINGBOT_TINY
 from flashdreams.integrations.matrix_game.config import TINY_PIPELINE as MATRIX_GAME
 from flashdreams.integrations.self_forcing.config import TAEHV_PIPELINE, TINY_PIPELINE
+from flashdreams.integrations.toy_world.config import TOY_WORLD_PIPELINE as TOY_WORLD
 from flashdreams.parallel.dry import dry_mesh
 from flashdreams.parallel.mesh import ParallelConfig, ParallelDegrees
+from flashdreams.planning import plans
 from flashdreams.planning.advice import explain
 from flashdreams.planning.counts import Work, count, storages
 from flashdreams.planning.devices import DEVICES, GIB, read_devices, resolve_gpus
-from flashdreams.planning.operators import OperatorTimes, _in_turn
+from flashdreams.planning.operators import OperatorTimes, _in_turn, control_ms
 from flashdreams.planning.plans import Planner, predict_ms
 
 H200 = DEVICES["H200-141GB"]
@@ -140,6 +142,30 @@ def test_what_a_control_input_needs_is_counted_once_per_step():
     once = plan_of_it.work.gemm_flops - steps * found.call.gemm_flops - found.clean.gemm_flops
     decoder = planner._decoder(LINGBOT_TINY.diffusion_model.transformer, mesh)[1]
     assert once == found.begin.gemm_flops + decoder.gemm_flops
+
+
+def test_collectives_of_the_control_input_are_counted():
+    """With split weights, scale and shift of every block are gathered once per step."""
+    planner = Planner(LINGBOT_TINY, H200)
+    mesh = dry_mesh(ParallelDegrees(tp=2), ParallelConfig())
+    found = planner._run_network(LINGBOT_TINY.diffusion_model.transformer, mesh)
+    (plan_of_it,) = [plan for plan in planner.plans(2) if plan.degrees.tp == 2]
+    steps = LINGBOT_TINY.diffusion_model.scheduler.setup().num_inference_steps
+    once = plan_of_it.work.sent_bytes - steps * found.call.sent_bytes - found.clean.sent_bytes
+    decoder = planner._decoder(LINGBOT_TINY.diffusion_model.transformer, mesh)[1]
+    assert found.begin.sent_bytes > 0 and once == found.begin.sent_bytes + decoder.sent_bytes
+
+
+@pytest.mark.parametrize("pipeline", [LINGBOT_TINY, MATRIX_GAME, TOY_WORLD])
+def test_the_control_encoder_takes_time_on_a_host(pipeline, monkeypatch):
+    transformer = Planner(pipeline, H200)._transformer
+    assert 0 < control_ms(pipeline.encoder, transformer, 12) < 1000
+    assert control_ms(None, transformer, 12) == 0
+    monkeypatch.setattr(plans, "control_ms", lambda *_: 50.0)
+    host = replace(H200, is_host=True)
+    (with_it,) = Planner(pipeline, host).plans(1)
+    (without,) = Planner(derive_config(pipeline, encoder=None), H200).plans(1)
+    assert with_it.ms.calls == pytest.approx(without.ms.calls + 50)
 
 
 def test_operators_are_timed_at_their_own_shapes_where_a_device_says_so():
