@@ -36,6 +36,9 @@ SPATIAL_FACTOR = 8
 """Pixels per latent row or column if the decoder's config has no ``spatial_factor``."""
 
 
+TIME_FACTOR = 4
+"""Pixel frames per latent frame after the first."""
+
 MAX_PIXELS = 2**14
 """Largest height and width; larger ones are mistakes that would take minutes to fail."""
 
@@ -76,6 +79,9 @@ class TextToVideoRunnerConfig(RunnerConfig):
     """A safetensors file with the negative prompt's embeddings, to go with --prompt-embeds."""
     total_blocks: int = 60
     """AR steps; each is one chunk of the video."""
+    frames: int | None = None
+    """Frames of the video, of methods that make all of it in one AR step: 4 n + 1; None: the
+    method's default."""
     height: int | None = None
     """Height of the video in pixels; None: the method's default."""
     width: int | None = None
@@ -94,8 +100,23 @@ class TextToVideoRunnerConfig(RunnerConfig):
                 f"--total-blocks {self.total_blocks}: {self.runner_name} makes the whole video in "
                 "one AR step; it must be 1."
             )
+        self._check_frames()
         self._check_negative()
         self._check_shots()
+
+    def _check_frames(self) -> None:
+        if self.frames is None:
+            return
+        if self.transformer.streaming:
+            raise ValueError(
+                f"--frames {self.frames}: {self.runner_name} streams; type --total-blocks instead."
+            )
+        if self.frames < 1 or self.frames % TIME_FACTOR != 1:
+            below = max(0, self.frames - 1) // TIME_FACTOR * TIME_FACTOR + 1
+            raise ValueError(
+                f"--frames {self.frames}: must be {TIME_FACTOR} n + 1. Nearest: {below} and "
+                f"{below + TIME_FACTOR}."
+            )
 
     def _check_shots(self) -> None:
         if not self.shot and self.shot_path is None:
@@ -221,6 +242,7 @@ class TextToVideoRunner(Runner[TextToVideoRunnerConfig, StreamInferencePipeline]
     fetch_all = "--download True"
 
     def __init__(self, config: TextToVideoRunnerConfig) -> None:
+        config = take_length(config)
         texts = config.shot if config.shot_path is None else read_shot_file(config.shot_path)
         self.shots = plan_shots(texts, config.total_blocks)
         self.prompt = read_prompt(config.prompt, config.prompt_path)
@@ -286,6 +308,19 @@ class ImageToVideoRunner(TextToVideoRunner):
     def first_image(self, config: TextToVideoRunnerConfig) -> Any:
         """The image of the config; see `read_image`."""
         return read_image(cast(ImageToVideoRunnerConfig, config))
+
+
+def take_length(config: ConfigT) -> ConfigT:
+    """The config with ``frames`` applied to the transformer and an encoder of the whole clip."""
+    if config.frames is None:
+        return config
+    len_t = (config.frames - 1) // TIME_FACTOR + 1
+    changes: dict[str, Any] = {
+        "diffusion_model": {"transformer": {"len_t": len_t, "window_size_t": len_t}}
+    }
+    if getattr(config.pipeline.image_encoder, "latent_frames", None) == config.transformer.len_t:
+        changes["image_encoder"] = {"latent_frames": len_t}
+    return replace(config, frames=None, pipeline=derive_config(config.pipeline, **changes))
 
 
 def resolve_config(config: ConfigT) -> ConfigT:

@@ -184,6 +184,19 @@ def test_the_video_takes_the_shape_of_its_image(tmp_path, capsys):
         assert take_shape(derive_config(start, **given)).frame_size == (32, 48)
 
 
+@pytest.mark.parametrize("start", [T2V_TINY_RUNNER, I2V_TINY_RUNNER, lingbot.BASE_TINY_RUNNER])
+def test_a_clip_of_another_length(start, tmp_path):
+    config = derive_config(start, frames=17, output_dir=tmp_path, device="cpu")
+    for message, frames in (("Nearest: 17 and 21", 18), ("Nearest: 1 and 5", -3)):
+        with pytest.raises(ValueError, match=message):
+            derive_config(start, frames=frames)
+    with pytest.raises(ValueError, match="streams; type --total-blocks instead"):
+        derive_config(SELF_FORCING, frames=17)
+    with config.setup() as runner:
+        (step,) = runner.stream(1)
+        assert step.chunk.shape[1] == 17 and step.cache.latent.shape[2] == 5
+
+
 @pytest.mark.parametrize(
     ("image", "video"),
     [

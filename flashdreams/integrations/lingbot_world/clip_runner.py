@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from flashdreams.infra.config import derive_config
+from flashdreams.infra.video_runner import take_length
 from flashdreams.runtime.text import tell
 
 from .camera import TIME_FACTOR, pixel_frames
@@ -47,7 +48,7 @@ class CameraToClipRunner(CameraToVideoRunner):
         Raises:
             ValueError: input that cannot be used; no weights have been read.
         """
-        full = config.transformer.len_t
+        full = take_length(config).transformer.len_t
         super().__init__(config)
         frames = pixel_frames(self.config.transformer.len_t)
         if self.is_rank_zero and frames < pixel_frames(full):

@@ -14,7 +14,11 @@ from torch import Tensor
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.controller import Controller, Event, KeyCamera
 from flashdreams.infra.session import Command, key_commands
-from flashdreams.infra.video_runner import ImageToVideoRunner, ImageToVideoRunnerConfig
+from flashdreams.infra.video_runner import (
+    ImageToVideoRunner,
+    ImageToVideoRunnerConfig,
+    take_length,
+)
 from flashdreams.runtime.actions import KeyMotion, integrate, parse_actions
 from flashdreams.runtime.array_file import load_array
 from flashdreams.runtime.text import reason_of, tell
@@ -121,6 +125,7 @@ class CameraToVideoRunner(ImageToVideoRunner):
             ValueError: input that cannot be used; no weights have been read.
         """
         self.path: CameraPath | None = None
+        config = take_length(config)
         if not config.has_camera:
             self.blocks = config.total_blocks
             pipeline = replace(config.pipeline, encoder=None)
