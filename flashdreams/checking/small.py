@@ -13,7 +13,7 @@ from flashdreams.infra.decoder.base import DecoderConfig
 from flashdreams.infra.diffusion.transformer import TransformerConfig
 from flashdreams.infra.pipeline import StreamInferencePipelineConfig
 from flashdreams.models.clip import CLIPImageEncoderConfig
-from flashdreams.models.taehv import TAEHVConfig, TAEHVDecoderConfig
+from flashdreams.models.taehv import TAEHVDecoderConfig
 from flashdreams.models.wan.vae import WanVAEConfig
 from flashdreams.runtime.checkpoint import CheckpointConfig, find_local
 
@@ -38,7 +38,6 @@ TRANSFORMER_SIZES = {
 ENCODER_SIZES: tuple[tuple[type, dict[str, Any]], ...] = (
     (WanVAEConfig, {"dim": 4}),
     (TAEHVDecoderConfig, {"channels": (16, 8, 8, 8)}),
-    (TAEHVConfig, {"channels": 8}),
     (CLIPImageEncoderConfig, {
         "image_size": 28, "dim": 32, "out_dim": 16, "num_heads": 2, "num_layers": 2,
     }),

@@ -1,4 +1,4 @@
-"""TAEHV, a tiny video autoencoder: the streaming decoder, and what the encoder shares with it."""
+"""TAEHV, a tiny video autoencoder: the streaming decoder."""
 
 # Shapes: B batch, C latent channels, T latent frames, F pixel frames, H W latent rows and columns;
 # height = 8 H * patch_size and so for the width. Layers see frames folded into the batch,
@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashdreams.infra.component import ComponentConfig
 from flashdreams.infra.decoder.base import StreamingDecoderConfig
 from flashdreams.infra.ranges import check_range
 from flashdreams.models.carried_frames import CarriedFrames, memory_format
@@ -40,41 +39,6 @@ from flashdreams.parallel.plan import ParallelPlan
 
 BLOCKS_PER_LEVEL = 3
 """Memory blocks at each resolution."""
-
-
-@dataclass(kw_only=True)
-class TAEHVConfig(ComponentConfig):
-    """Dimensions that the two halves of the autoencoder share.
-
-    The defaults are ``taew2_1``, for the latents of Wan 2.1. ``lighttaew2_1`` has
-    ``latents="raw"``; ``taew2_2`` has ``latent_channels=48, patch_size=2``.
-    """
-
-    latent_channels: int = 16
-    """Channels of a latent."""
-
-    patch_size: int = 1
-    """Pixels per side that the outermost convolutions hold in their channels."""
-
-    latents: Literal["normalised", "raw"] = "normalised"
-    """What the weights were trained on: latents as the diffusion model sees them, or raw ones, to
-    which ``z * std + mean`` leads."""
-
-    latent_mean: tuple[float, ...] = WAN21_LATENT_MEAN
-    """Per-channel mean; used with raw latents only."""
-
-    latent_std: tuple[float, ...] = WAN21_LATENT_STD
-    """Per-channel standard deviation; used with raw latents only."""
-
-    def __post_init__(self) -> None:
-        check_range(self, "latent_channels", "patch_size")
-        for name in ("latent_mean", "latent_std"):
-            count = len(getattr(self, name))
-            if self.latents == "raw" and count != self.latent_channels:
-                raise ValueError(
-                    f"{name} has {count} values for latent_channels={self.latent_channels}: raw "
-                    "latents need one per channel."
-                )
 
 
 class MemoryBlock(nn.Module):
@@ -217,10 +181,30 @@ class TAEHVDecoderNetwork(nn.ModuleDict):
 
 
 @dataclass(kw_only=True)
-class TAEHVDecoderConfig(TAEHVConfig, StreamingDecoderConfig):
-    """Tiny decoder: ``decoder.*`` of the public files."""
+class TAEHVDecoderConfig(StreamingDecoderConfig):
+    """Tiny decoder: ``decoder.*`` of the public files.
+
+    The defaults are ``taew2_1``, for the latents of Wan 2.1. ``lighttaew2_1`` has
+    ``latents="raw"``; ``taew2_2`` has ``latent_channels=48, patch_size=2``.
+    """
 
     _target: type["TAEHVDecoder"] = field(default_factory=lambda: TAEHVDecoder)
+
+    latent_channels: int = 16
+    """Channels of a latent."""
+
+    patch_size: int = 1
+    """Pixels per side that the outermost convolutions hold in their channels."""
+
+    latents: Literal["normalised", "raw"] = "normalised"
+    """What the weights were trained on: latents as the diffusion model sees them, or raw ones, to
+    which ``z * std + mean`` leads."""
+
+    latent_mean: tuple[float, ...] = WAN21_LATENT_MEAN
+    """Per-channel mean; used with raw latents only."""
+
+    latent_std: tuple[float, ...] = WAN21_LATENT_STD
+    """Per-channel standard deviation; used with raw latents only."""
 
     channels: tuple[int, ...] = (256, 128, 64, 64)
     """Channels of each resolution, coarsest first, and of the output stage."""
@@ -233,7 +217,14 @@ class TAEHVDecoderConfig(TAEHVConfig, StreamingDecoderConfig):
     0 or None: the whole chunk, faster and equal up to rounding."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check_range(self, "latent_channels", "patch_size")
+        for name in ("latent_mean", "latent_std"):
+            count = len(getattr(self, name))
+            if self.latents == "raw" and count != self.latent_channels:
+                raise ValueError(
+                    f"{name} has {count} values for latent_channels={self.latent_channels}: raw "
+                    "latents need one per channel."
+                )
         if len(self.channels) != len(self.temporal_upsample) + 1:
             raise ValueError(
                 f"channels={self.channels} needs one more entry than "

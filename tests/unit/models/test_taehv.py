@@ -9,8 +9,7 @@ from flashdreams.models.taehv import (
     TAEHVDecoder,
     TAEHVDecoderConfig,
 )
-from flashdreams.models.taehv_encoder import ENCODER_IGNORES, TAEHVEncoder, TAEHVEncoderConfig
-from flashdreams.models.wan.vae import WAN21_LATENT_MEAN, WAN21_LATENT_STD, denormalise, normalise
+from flashdreams.models.wan.vae import WAN21_LATENT_MEAN, WAN21_LATENT_STD, denormalise
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load_checkpoint
 from tests.manifests import load_manifest, write_sparse_safetensors
 from tests.wan_vae import decode
@@ -25,13 +24,6 @@ def tiny_decoder(**overrides) -> TAEHVDecoder:
     return decoder
 
 
-def tiny_encoder(**overrides) -> TAEHVEncoder:
-    torch.manual_seed(4)
-    encoder = TAEHVEncoderConfig(channels=8, **overrides).setup()
-    liven(encoder)
-    return encoder
-
-
 def liven(module: torch.nn.Module) -> None:
     """Larger weights than the default, so that values spread over the whole range."""
     for parameter in module.parameters():
@@ -41,11 +33,6 @@ def liven(module: torch.nn.Module) -> None:
 def latents(frames: int, batch: int = 1, channels: int = 16) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     return torch.randn(batch, channels, frames, 3, 4, generator=generator)
-
-
-def pixels(frames: int, size: tuple[int, int] = (16, 24), batch: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(6)
-    return torch.rand(batch, 3, frames, *size, generator=generator) * 2 - 1
 
 
 # A reference that has no state: the whole clip, memory padded with zeros along time
@@ -82,24 +69,6 @@ def reference_decode(decoder: TAEHVDecoder, clip: Tensor, patch: int = 1, lag: i
     return F.pixel_shuffle(x, patch).clamp(0, 1)[3:] * 2 - 1
 
 
-def reference_encode(encoder: TAEHVEncoder, clip: Tensor, patch: int = 1) -> Tensor:
-    """``[3, F, height, width]`` to ``[C, T, H, W]``."""
-    weights = encoder.state_dict()
-    frames = clip.transpose(0, 1)
-    while len(frames) % 4:
-        frames = torch.cat((frames, frames[-1:]))
-    x = F.pixel_unshuffle((frames + 1) / 2, patch)
-    x = F.conv2d(x, weights["encoder.0.weight"], weights["encoder.0.bias"], padding=1).relu()
-    for index in (2, 7, 12):
-        pool = weights[f"encoder.{index}.conv.weight"]
-        x = F.conv2d(x.reshape(-1, pool.shape[1], *x.shape[2:]), pool)
-        x = F.conv2d(x, weights[f"encoder.{index + 1}.weight"], stride=2, padding=1)
-        for block in range(3):
-            x = memory_block(weights, f"encoder.{index + 2 + block}", x)
-    x = F.conv2d(x, weights["encoder.17.weight"], weights["encoder.17.bias"], padding=1)
-    return x.transpose(0, 1)
-
-
 # Decoding
 
 
@@ -131,45 +100,6 @@ def test_patched_pixels_and_other_latents_decode():
     torch.testing.assert_close(video[0], reference_decode(decoder, z[0], 2), rtol=0, atol=ATOL)
 
 
-# Encoding
-
-
-@pytest.mark.parametrize("split", [[4, 4, 4], [8, 4], [12]])
-def test_streamed_encode_equals_the_whole_sequence(split):
-    encoder, video = tiny_encoder(), pixels(12)
-    cache = encoder.initialize_cache()
-    parts = [encoder.encode_chunk(part, cache) for part in video.split(split, dim=2)]
-    latent = torch.cat(parts, dim=2)
-    torch.testing.assert_close(latent[0], reference_encode(encoder, video[0]), rtol=0, atol=ATOL)
-    torch.testing.assert_close(latent, encoder(video), rtol=0, atol=ATOL)
-    fresh = encoder(video[:, :, 4:8])  # negative control: no memory of the frames before
-    assert (latent[:, :, 1:2] - fresh).abs().max() > 100 * ATOL
-
-
-def test_an_image_and_a_short_tail_repeat_their_last_frame():
-    encoder, video = tiny_encoder(), pixels(9, batch=2)
-    assert encoder(video[:, :, 0]).shape == (2, 16, 1, 2, 3)
-    latent = encoder(video)
-    assert latent.shape == (2, 16, 3, 2, 3)
-    for i in range(2):
-        expected = reference_encode(encoder, video[i])
-        torch.testing.assert_close(latent[i], expected, rtol=0, atol=ATOL)
-
-
-def test_encoded_raw_latents_are_normalised():
-    video = pixels(4)
-    expected = normalise(tiny_encoder()(video), WAN21_LATENT_MEAN, WAN21_LATENT_STD)
-    assert torch.equal(tiny_encoder(latents="raw")(video), expected)
-
-
-def test_patched_pixels_and_other_latents_encode():
-    encoder, video = tiny_encoder(latent_channels=48, patch_size=2), pixels(4, (32, 16))
-    latent = encoder(video)
-    assert latent.shape == (1, 48, 1, 2, 1)
-    expected = reference_encode(encoder, video[0], 2)
-    torch.testing.assert_close(latent[0], expected, rtol=0, atol=ATOL)
-
-
 # Checkpoints
 
 
@@ -185,12 +115,11 @@ def test_full_size_takes_exactly_the_published_tensors(name, dims, tmp_path):
     manifest = load_manifest(name)
     write_sparse_safetensors(tmp_path / "tiny.safetensors", manifest)
     with torch.device("meta"):
-        decoder, encoder = TAEHVDecoderConfig(**dims).setup(), TAEHVEncoderConfig(**dims).setup()
-    taken = 0
-    for half, ignore in ((decoder, DECODER_IGNORES), (encoder, ENCODER_IGNORES)):
-        source = CheckpointConfig(source=str(tmp_path / "tiny.safetensors"), ignore=ignore)
-        taken += load_checkpoint(half, source, device="meta").tensors
-    assert taken == len(manifest) == 128
+        decoder = TAEHVDecoderConfig(**dims).setup()
+    source = CheckpointConfig(source=str(tmp_path / "tiny.safetensors"), ignore=DECODER_IGNORES)
+    taken = load_checkpoint(decoder, source, device="meta").tensors
+    assert len(manifest) == 128
+    assert taken == sum(tensor.startswith("decoder.") for tensor in manifest)
 
 
 def test_oversized_grow_weights_keep_their_last_rows(tmp_path):
@@ -216,16 +145,12 @@ def test_oversized_grow_weights_keep_their_last_rows(tmp_path):
 
 
 def test_wrong_input_is_refused():
-    decoder, encoder = tiny_decoder(), tiny_encoder()
+    decoder = tiny_decoder()
     with pytest.raises(ValueError, match=r"expected \[batch, 16, latent frames"):
         decoder(latents(1, channels=48))
     cache = decoder.initialize_cache()
     with pytest.raises(ValueError, match=r"autoregressive_index=1.*expects 0"):
         decoder(latents(1), 1, cache)
-    with pytest.raises(ValueError, match=r"height 20 is not divisible by 8.*16 and 24"):
-        encoder(pixels(4, (20, 16)))
-    with pytest.raises(ValueError, match="6 frames do not fill"):
-        encoder.encode_chunk(pixels(6), encoder.initialize_cache())
     with pytest.raises(ValueError, match="latent_mean has 16 values for latent_channels=48"):
         TAEHVDecoderConfig(latent_channels=48, latents="raw")
     with pytest.raises(ValueError, match="needs one more entry"):
