@@ -221,7 +221,8 @@ class StreamInferencePipeline(SavedRollouts):
 
         Raises:
             ValueError: a step out of order, an input that the encoder refuses, or one without an
-                encoder; the rollout is then unchanged. After any other error it cannot go on.
+                encoder; the rollout is then unchanged. After another error the step may be made
+                again, or is refused if encoder or decoder had begun to change their state.
             NotFiniteError: the AR step before this one has made NaN or infinite values; on a GPU,
                 where checks are read late, also the one before that.
         """
@@ -230,17 +231,18 @@ class StreamInferencePipeline(SavedRollouts):
         if self.encoder is None and input is not None:
             raise ValueError(f"{self.config.name} has no encoder, so input must be None.")
         timer = cache.timer
+        # What the diffusion model has begun it overwrites; a streaming encoder has moved on.
+        again = () if isinstance(self.encoder, StreamingEncoder) else (BaseException,)
         watched = self.guard("generate", autoregressive_index)
         with grad_off(), watched, timer.step(autoregressive_index):
-            with timer.stage("encode"), cache.changing(ValueError, TypeError):
+            with timer.stage("encode"), cache.changing(*again, ValueError, TypeError):
                 control = self._encode(input, autoregressive_index, cache)
-            with cache.changing():
-                with timer.stage("diffuse"):
-                    latent = self.diffusion_model.generate(
-                        autoregressive_index, cache.diffusion, control
-                    )
-                with timer.stage("decode"):
-                    chunk = self._decode(latent, autoregressive_index, cache)
+            with timer.stage("diffuse"), cache.changing(*again):
+                latent = self.diffusion_model.generate(
+                    autoregressive_index, cache.diffusion, control
+                )
+            with timer.stage("decode"), cache.changing():
+                chunk = self._decode(latent, autoregressive_index, cache)
                 cache.next_index += 1
         stages = {"encode": control, "diffuse": latent, "decode": chunk}
         cache.finite.submit(autoregressive_index, stages)

@@ -87,12 +87,12 @@ class StreamInferencePipelineCache:
         self.encoder = self.decoder = None
 
     @contextmanager
-    def changing(self, *refusals: type[Exception]) -> Iterator[None]:
-        """Part of a call: if it fails, other than by ``refusals``, the rollout cannot go on."""
+    def changing(self, *harmless: type[BaseException]) -> Iterator[None]:
+        """Part of a call: after any but a ``harmless`` error the rollout cannot go on."""
         self.cut_off = True
         try:
             yield
-        except refusals:
+        except harmless:
             self.cut_off = False
             raise
         self.cut_off = False
