@@ -137,11 +137,13 @@ def _serve(options: ServeOptions, config: Any, debug: bool) -> int:
         return stopped(stop, PROGRAM)
     except (ValueError, TypeError) as error:
         return report(error, WRONG_USAGE, debug, program=PROGRAM)
+    code = _load_and_run(options, config, web, debug)
     try:
-        return _load_and_run(options, config, web, debug)
-    finally:
         if web is not None:
             web.stop()
+    except KeyboardInterrupt as stop:
+        return stopped(stop, PROGRAM)
+    return code
 
 
 def _load_and_run(options: ServeOptions, config: Any, web: Any, debug: bool) -> int:

@@ -154,3 +154,21 @@ def test_help_lists_the_flags_of_the_server(capsys):
     assert serve.main(["--help"]) == 0
     said = capsys.readouterr().out
     assert all(flag in said for flag in ("--port", "--max-sessions", "--state-dir", "--token"))
+
+
+def test_second_interrupt_while_the_web_server_stops_is_no_traceback(monkeypatch, capsys):
+    class Stubborn:
+        url = "http://127.0.0.1:1/"
+
+        def __init__(self, settings): ...
+
+        def start(self): ...
+
+        def stop(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("flashdreams.serving.web.server.WebServer", Stubborn)
+    monkeypatch.setattr(serve, "_load_and_run", lambda *given: serve.DONE)
+    options, config = serve.read_command_line(["toy-world"])
+    assert serve._serve(options, config, debug=False) == 130
+    assert capsys.readouterr().err.endswith("flashdreams-serve: interrupted\n")

@@ -24,12 +24,13 @@ def test_two_tabs_run_and_a_third_waits(open_tab: Callable[..., Tab], tmp_path: 
         assert difference(first[0], tabs[0].picture()) > MOVED
         assert difference(first[1], tabs[1].picture()) < REST, "the other world rests"
         tabs[0].page.wait_for_selector("#sharing:has-text('2 sessions share')")
-        third = open_tab(server.address)
+        third = open_tab(f"{server.address}?player=mse")
         third.wait("queued")
         assert third.text("#status") == "Queued, position 1"
         third.shot("queued", tmp_path)
         tabs[1].page.click("#stop")
         third.wait("ready")
+        assert not third.complaints
     finally:
         server.stop()
 

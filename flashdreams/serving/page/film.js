@@ -20,6 +20,7 @@ export class FilmPlayer {
     this.video = video;
     this.listener = listener;
     this.format = 'm4s';
+    this.frames = [];
     this.onRendered = this.onRendered.bind(this);
     video.addEventListener('error', () => {
       if (this.running) listener.onFailure(video.error?.message || 'the video cannot be decoded');

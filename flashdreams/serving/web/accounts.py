@@ -77,13 +77,16 @@ class Accounts:
         """Send what is queued to all sockets, then close them.
 
         Args:
-            patience_s: maximum time to wait, in seconds; open sockets are then abandoned.
+            patience_s: maximum time to wait, in seconds, for pictures that are not yet due, and
+                again for sockets to close; open ones are then abandoned.
         """
-        for conversation in self.conversations:
-            conversation.outlet.finish()
-        end = time.monotonic() + patience_s
-        while self.conversations and time.monotonic() < end:
-            await asyncio.sleep(0.01)
+        for at_once in (False, True):
+            for conversation in self.conversations:
+                if at_once or not conversation.begun:  # else it ends after its last picture
+                    conversation.outlet.finish()
+            end = time.monotonic() + patience_s
+            while self.conversations and time.monotonic() < end:
+                await asyncio.sleep(0.01)
 
     def host(self) -> Host:
         """The host.

@@ -157,7 +157,7 @@ class Feed(Listener):
         with self._lock:
             self.state = "ended"
             self.end = End(None if error is None else for_clients(error), stopped)
-            if stopped or error is not None:
+            if stopped:
                 self._forget_pending()
             self._lock.notify_all()
             self._set_running()

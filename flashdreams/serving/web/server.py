@@ -83,7 +83,7 @@ class WebServer:
             goodbye = self._app.state.accounts.finish_all(GOODBYE_S)
             with contextlib.suppress(TimeoutError, concurrent.futures.TimeoutError):
                 asyncio.run_coroutine_threadsafe(goodbye, self._app.state.loop).result(
-                    2 * GOODBYE_S
+                    3 * GOODBYE_S
                 )
         self._server.should_exit = True
         self._thread.join(STOP_S)

@@ -355,15 +355,22 @@ def test_what_fails_at_the_opening_says_no_path(prompt: str, code: str) -> None:
         assert error["code"] == code and "/srv" not in json.dumps(error)
 
 
-def test_a_server_that_stops_says_so_and_refuses_new_sessions() -> None:
-    with web(FakeHost()) as server, PlainClient(server) as client:
+def test_a_server_that_stops_shows_the_last_chunk_says_so_and_refuses_new_sessions() -> None:
+    host = FakeHost(fps=8.0)
+    with web(host) as server, PlainClient(server) as client:
         client.start()
+        client.pictures(1)
         server.gate.enter("draining")
+        (session,) = host.sessions.values()
+        with host._changed:
+            host._end(session, "The server restarts.", False)
         with PlainClient(server) as late:
             late.send("session.start")
             assert late.until("error")["code"] == "draining"
         server.stop()
         assert client.until("error")["code"] == "draining"
+        shown = [message["first_frame"] for message in client.of_type("video.chunk_metadata")]
+        assert shown == list(range(session.frame)), "its snapshot goes on after them"
         assert client.close_code() == 1012
 
 
