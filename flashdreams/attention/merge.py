@@ -37,7 +37,8 @@ def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Ten
 
     Args:
         out: ``[B, L, N, D]`` float32, attention over the one set.
-        lse: ``[B, L, N]`` float32, the logarithm of its sum of exponentials.
+        lse: ``[B, L, N]`` float32, the logarithm of its sum of exponentials; minus infinity for no
+            keys, of which one of the two sets has some.
         more: like ``out``, over the other set.
         more_lse: like ``lse``.
 

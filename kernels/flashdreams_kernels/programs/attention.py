@@ -180,8 +180,9 @@ def attend(
             acc, row_max, row_sum, scale_log2, columns < left, True, UPCAST, PRECISION,
         )  # fmt: skip
 
-    out += split * out_stride_s + batch * out_stride_b + head * out_stride_n
-    lse += split * lse_stride_s + batch * lse_stride_b + head * lse_stride_n
+    share = split.to(tl.int64)
+    out += share * out_stride_s + batch * out_stride_b + head * out_stride_n
+    lse += share * lse_stride_s + batch * lse_stride_b + head * lse_stride_n
     write_attention(
         acc, row_max, row_sum, out + rows[:, None] * out_stride_l + dims[None, :], mask,
         lse + rows * lse_stride_l, rows < num_queries, WRITE_LSE, LSE_UNIT,
