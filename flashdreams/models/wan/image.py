@@ -36,6 +36,7 @@ class WanImageConditionEncoderConfig(EncoderConfig):
     )
 
     takes_whole_image: ClassVar[bool] = True
+    """CLIP sees the image before it is resized to the video."""
 
     vae: WanVAEImageEncoderConfig = field(default_factory=WanVAEImageEncoderConfig)
     """Encodes the clip that starts with the image and is grey afterwards."""
