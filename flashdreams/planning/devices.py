@@ -161,7 +161,8 @@ def read_devices(path: Path) -> dict[str, Device]:
     try:
         entries = yaml.safe_load(read_text(path, MAX_DEVICES_BYTES, "utf-8-sig"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"--devices {path} cannot be read: {reason_of(error)}") from error
+        reason = " ".join(reason_of(error).split())
+        raise ValueError(f"--devices {path} cannot be read: {reason}") from error
     if not isinstance(entries, Mapping):
         raise ValueError(f"--devices {path} must hold a mapping: name -> fields of a device.")
     table = dict(DEVICES)
@@ -175,7 +176,8 @@ def read_devices(path: Path) -> dict[str, Device]:
         try:
             table[name] = Device(**{**known, **note, **values})
         except TypeError as error:
-            raise ValueError(f"--devices {path}: {name}: {error}") from error
+            reason = str(error).removeprefix("Device.__init__() ")
+            raise ValueError(f"--devices {path}: {name}: {reason}") from error
         _check_figures(table[name], f"--devices {path}: {name}")
     return table
 

@@ -265,8 +265,11 @@ class LiveClient:
             self._socket = await connect(
                 self.address, additional_headers=headers, max_size=None, compression=None
             )
-        except InvalidURI as error:
-            raise ValueError(f"{quoted(self.address)} is not the address of a server.") from error
+        except (InvalidURI, ValueError) as error:  # ValueError: of the port
+            raise ValueError(
+                f"{quoted(self.address)} is not the address of a server, such as "
+                "http://127.0.0.1:8000."
+            ) from error
         except InvalidHandshake as error:
             raise ConnectionError(f"No live server answers at {self.address}: {error}.") from error
         self._reader = asyncio.create_task(self._read())

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -85,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
         report = asyncio.run(visit(options, log))
     except KeyboardInterrupt:
         return INTERRUPTED
-    except ConnectionRefusedError:
+    except (ConnectionRefusedError, socket.gaierror):
         return _say(
             f"No server answers at {options.url}; is flashdreams-serve running?", WRONG_USAGE
         )

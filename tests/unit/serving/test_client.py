@@ -212,6 +212,7 @@ def test_nothing_is_recorded_for_a_place_that_takes_no_file(
         (["--record", "/dev/null"], "--record /dev/null cannot be written: it exists and is not"),
         (["--log", "/dev/zero"], "--log /dev/zero cannot be read: it is larger than"),
         (["\x1b[2J://"], "is not the address of a server"),
+        (["http://127.0.0.1:abc"], "is not the address of a server, such as http://127.0.0.1:8000"),
     ):
         assert main([*words]) == 2, words
         said = capsys.readouterr().err
