@@ -203,7 +203,7 @@ def test_a_run_with_snapshots_writes_into_folders_of_any_name(
     assert precious.read_text() == "precious"
 
 
-@pytest.mark.parametrize("name", ["toy-world.mp4", "log_toy-world.jsonl"])
+@pytest.mark.parametrize("name", ["report_toy-world.html", "log_toy-world.jsonl"])
 def test_a_folder_with_the_name_of_a_file_of_the_run(fails: Fails, name: str) -> None:
     Path("out", name).mkdir(parents=True)
     assert f"{name}, which the run may write, is a folder" in fails(USAGE, "toy-world")
