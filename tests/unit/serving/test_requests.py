@@ -22,7 +22,7 @@ def host() -> Iterator[LiveHost]:
         seed=0, prompt=None, commands=("reset",), model="m", prompts_change=True
     )
     controller: Any = SimpleNamespace(check=lambda values: None)
-    prompts: Any = SimpleNamespace(encode=lambda text: torch.zeros(1, 2, 3))
+    prompts: Any = SimpleNamespace(encode=lambda text: {"text": torch.zeros(1, 2, 3)})
     engine: Any = SimpleNamespace()
     host = LiveHost(offer, ServingLimits(), 1, prompts, controller, engine)
     yield host
