@@ -32,7 +32,7 @@ ENV VIRTUAL_ENV=/opt/venv \
     TRITON_CACHE_DIR=/workspace/cache/triton
 
 RUN python3 -m venv "$VIRTUAL_ENV" \
-    && pip install "torch>=2.11,<2.14"
+    && pip install "torch>=2.11,<2.15"
 
 # Sources in one layer after the large packages: a changed line does not fetch PyTorch again.
 WORKDIR /src
