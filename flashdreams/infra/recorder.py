@@ -356,7 +356,7 @@ class RunRecorder:
             "world_size": self.environment.world_size,
             "parallel": asdict(self.mesh.degrees),
             "collectives": {name: asdict(sent) for name, sent in self.mesh.meter.counts.items()},
-            "frame_size": self._frame_size,
+            **({"frame_size": self._frame_size} if self._frame_size else {}),
             "first_frame_latency_ms": self._first_chunk_ms,
             **self.ranks,
             **self.pipeline.stats(),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashdreams.infra.snapshot_header import SnapshotError
 from flashdreams.infra.state import FORMAT, RolloutState, tensors_of
 from flashdreams.parallel.environment import broadcast_from_rank_zero, group_rank
 from flashdreams.parallel.state_layout import BRANCHES
@@ -17,7 +18,8 @@ def values_of(state: RolloutState | None) -> dict[str, Any]:
     """The values of what ``state_dict`` has returned; to be called on rank zero.
 
     Raises:
-        ValueError: it is something else, damaged, or of another format.
+        ValueError: it is something else, or of another format.
+        SnapshotError: it is damaged.
     """
     if state is None or not {"format", "values", "tensors"} <= set(state):
         raise ValueError(
@@ -31,7 +33,7 @@ def values_of(state: RolloutState | None) -> dict[str, Any]:
     for path, shape, dtype in _tensors_in(values):
         x = tensors.get(path)
         if not isinstance(x, Tensor) or (tuple(x.shape), x.dtype) != (shape, dtype):
-            raise ValueError(
+            raise SnapshotError(
                 f"The state is damaged: it has no tensor {path} {dtype} {list(shape)}."
             )
     return values

@@ -23,7 +23,10 @@ for package in ("transformers", "tokenizers", "ftfy"):
 
 FITS = " ".join(["street"] * 31)
 LONG = f"{FITS} at night"
-REFUSED = "prompt 0 has 34 tokens, 32 are allowed: shorten it by 2 tokens"
+REFUSED = (
+    "prompt 0 has 34 tokens, 32 are allowed: shorten it by 2, or cut off 'at night' with "
+    "--pipeline.text-encoder.truncate True"
+)
 
 
 @pytest.fixture

@@ -23,7 +23,10 @@ CONFIG = derive_config(
 WITH_TEXT_ENCODER = derive_config(
     CONFIG,
     text_encoder=derive_config(
-        TINY_TEXT_ENCODER, checkpoint=replace(CHECKPOINT, source="org/text")
+        TINY_TEXT_ENCODER,
+        text_len=6,
+        text_dim=12,
+        checkpoint=replace(CHECKPOINT, source="org/text"),
     ),
 )
 

@@ -337,7 +337,7 @@ def test_moving_or_conditioning_a_rollout_has_a_long_deadline(
 
     clock = Clock(monkeypatch, watchdog_module)
 
-    def slow(*_: object) -> None:
+    def slow(*_: object, **__: object) -> None:
         clock.move(0.7)
         raise InterruptedError
 

@@ -20,8 +20,8 @@ from tests.full_disk import needs_full_device
 COMMANDS = {
     check.PROGRAM: (check.main, ["--onlyy"], "Did you mean --only?"),
     plan.PROGRAM: (plan.main, ["toy-world", "--gpuss"], "Did you mean --gpus?"),
-    client_command.PROGRAM: (client_command.main, ["--seconds", "x"], "Error parsing --seconds"),
-    serve.PROGRAM: (serve.main, ["toy-world", "--port", "x"], "Error parsing --port"),
+    client_command.PROGRAM: (client_command.main, ["--seconds", "x"], "--seconds takes a number"),
+    serve.PROGRAM: (serve.main, ["toy-world", "--port", "x"], "--port takes an integer"),
     run.PROGRAM: (run.main, ["toy-world", "--fsp", "3"], "Did you mean --fps?"),
 }
 
