@@ -115,6 +115,7 @@ class Keeper:
         Returns:
             Whether it was written. If not, the reason is logged and the session continues.
         """
+        opening_is_kept = self.folder.keep_opening(live)
         with self.host.lock:
             live.snapped_at = time.monotonic()
             live.snapshots += 1
@@ -122,7 +123,6 @@ class Keeper:
         path = self.folder.snapshot_path(live.id, live.snapshots)
         values = {"folder": str(path), "run": run}
         order = Order(kind="snapshot", session=live.id, values=values)
-        opening_is_kept = self.folder.keep_opening(live.id, live.tensors)
         if not opening_is_kept or not self.engine.succeeds(order):
             return False
         with self.host.lock:

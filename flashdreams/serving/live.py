@@ -17,7 +17,7 @@ Reason = Literal["client", "detached", "idle"]
 
 RATE_S = 5.0
 """Seconds over which frames per second are averaged."""
-_SAVED = ("prompt", "seed", "num_frames", "next_frame", "epoch", "chunks")
+_SAVED = ("prompt", "seed", "num_frames", "next_frame", "epoch", "chunks", "opening_sha256")
 
 
 @dataclass(eq=False)
@@ -34,6 +34,8 @@ class LiveSession:
     """Its own ``text`` and ``image``, on the CPU."""
     listener: Listener | None
     where: Where = "nowhere"
+    opening_sha256: str | None = None
+    """Checksum of the file that has ``tensors``; None: there is none yet."""
     snapshot: Path | None = None
     """The last snapshot from which it can continue."""
     reasons: set[Reason] = field(default_factory=set)

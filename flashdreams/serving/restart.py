@@ -2,6 +2,7 @@
 
 import functools
 import glob
+import hashlib
 import logging
 import re
 import shutil
@@ -56,7 +57,7 @@ class SessionFolder:
         """Path of a snapshot."""
         return self.root / session / f"state-{number:08d}"
 
-    def keep_opening(self, session: str, tensors: dict[str, Tensor]) -> bool:
+    def keep_opening(self, live: LiveSession) -> bool:
         """Write the initial tensors of a session, once, for a reset after a restart.
 
         Returns:
@@ -64,12 +65,14 @@ class SessionFolder:
         """
         from safetensors.torch import save
 
-        path = self.root / session / _OPENING
+        path = self.root / live.id / _OPENING
         try:
-            if tensors and not path.is_file():
+            if live.tensors and live.opening_sha256 is None:
+                data = save({n: x.contiguous() for n, x in live.tensors.items()})
                 path.parent.mkdir(exist_ok=True, mode=0o700)
                 with write_whole(path) as file:
-                    file.write(save({n: x.contiguous() for n, x in tensors.items()}))
+                    file.write(data)
+                live.opening_sha256 = hashlib.sha256(data).hexdigest()
         except OSError as error:
             logger.warning("A session lives without a copy on disk: %s", error)
             return False
@@ -181,7 +184,7 @@ class SessionFolder:
                     header.run,
                     snapshot=folder / name,
                     snapshots=int(name.removeprefix("state-")),
-                    tensors=_read_opening(folder / _OPENING),
+                    tensors=_read_opening(folder / _OPENING, header.run["opening_sha256"]),
                     saves=sorted(p.name for p in saves.iterdir()) if saves.is_dir() else [],
                 )
             except (SnapshotError, OSError, LookupError) as error:
@@ -215,11 +218,12 @@ def _await_end(folder: Path) -> None:
         time.sleep(0.1)
 
 
-def _read_opening(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _read_opening(path: Path, sha256: str | None) -> dict[str, Tensor]:
+    from safetensors.torch import load
 
-    try:
-        return load_file(path) if path.is_file() else {}
-    except SafetensorError as error:
-        raise SnapshotError(f"{path} is damaged: {error}") from error
+    if sha256 is None:
+        return {}
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise SnapshotError(f"{path} is damaged: its checksum is another one")
+    return load(data)
