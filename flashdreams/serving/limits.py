@@ -59,7 +59,8 @@ class ServingLimits:
         check_range(self, "max_sessions", "max_forks", "max_saves", as_flags=True)
         check_range(self, "max_waiting", "max_kept", "max_logs", least=0, as_flags=True)
         check_range(self, "max_session_s", least=1, as_flags=True)
-        for name in ("pause_after_s", "park_after_s", "end_after_s", "parked_gib",
+        check_range(self, "pause_after_s", least=0.1, as_flags=True)  # with 0, none would ever run
+        for name in ("park_after_s", "end_after_s", "parked_gib",
                      "snapshot_every", "margin_ms"):  # fmt: skip
             check_range(self, name, least=0, as_flags=True)
         if not re.fullmatch(r"[\w-]{0,24}", self.name, re.ASCII):
