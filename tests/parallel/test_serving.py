@@ -138,7 +138,11 @@ def serve_broken(folder):
     from flashdreams.serving import prompts
 
     encode = prompts.Prompts.encode
-    prompts.Prompts.encode = lambda self, text: encode(self, text) * 1e38
+
+    def overflowing(self, text):
+        return {name: x * 1e38 for name, x in encode(self, text).items()}
+
+    prompts.Prompts.encode = overflowing
     return serve(folder, break_one, {})
 
 
