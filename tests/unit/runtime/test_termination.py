@@ -13,9 +13,10 @@ from flashdreams.runtime.termination import DEADLINE_EXIT_CODE
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
 START = """
-import ctypes, sys, time
+import ctypes, signal, sys, time
 from flashdreams.runtime.termination import Terminated, raise_on_sigterm
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 raise_on_sigterm(grace_s=float(sys.argv[1]))
 """
 CLOSES_FILES = """
