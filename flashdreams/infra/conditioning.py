@@ -66,7 +66,8 @@ class ContextEncoder:
             found = self.image_encoder(image) if self.image_encoder is not None else image
             encoded |= dict(found) if isinstance(found, Mapping) else {"image": found}
         if text is not None:
-            encoded |= self.encode_prompts(text)
+            shot = self.prompts_of_shot(text)
+            encoded |= {name: self.encode_text(x) for name, x in shot.items()}
         if self.config.diffusion_model.guidance_scale is None:
             if negative_text is not None:
                 raise ValueError(
@@ -106,27 +107,18 @@ class ContextEncoder:
         embeddings = from_rank_zero(lambda: self.encode_here(text).cpu())
         return embeddings.to(self.device)
 
-    def encode_prompts(self, text: Sequence[str] | Tensor) -> dict[str, Any]:
-        """Embeddings of prompts by name: ``text`` and, after a scene cut, that of the next chunk.
-
-        A collective call if only rank zero has the text encoder; raises as `encode_text`.
-        """
-        later = self.after_cut(text)
-        found = {"text": self.encode_text(text)}
-        return found if later is None else {**found, AFTER_CUT: self.encode_text(later)}
-
-    def after_cut(self, text: Sequence[str] | Tensor) -> list[str] | None:
-        """Prompts from the second chunk of a shot on: without the prefix that cuts to the scene.
-
-        None if they begin no shot, or are embeddings.
+    def prompts_of_shot(self, text: Sequence[str] | Tensor) -> dict[str, Sequence[str] | Tensor]:
+        """Prompts by the name of their embeddings: ``text`` and, where they cut to another scene,
+        ``text_after_cut``, the prompts from the second chunk on, without the prefix.
 
         Source: NVlabs/LongLive, utils/dataset.py, MultiTextConcatDataset.
         """
         prefix = self.config.scene_cut_prefix
         if prefix is None or isinstance(text, Tensor | str):
-            return None
-        cuts = any(prompt.startswith(prefix) for prompt in text)
-        return [prompt.removeprefix(prefix) for prompt in text] if cuts else None
+            return {"text": text}
+        if not any(prompt.startswith(prefix) for prompt in text):
+            return {"text": text}
+        return {"text": text, AFTER_CUT: [prompt.removeprefix(prefix) for prompt in text]}
 
     def encode_here(self, text: Sequence[str]) -> Any:
         """Embeddings of prompts by the text encoder of this rank.

@@ -197,8 +197,7 @@ class StreamInferencePipeline(SavedRollouts):
         Beside ``text`` the ``text_after_cut`` of prompts that cut to another scene. Not a
         collective call; only for ranks with a text encoder.
         """
-        later = self.context_encoder.after_cut(text)
-        prompts = {"text": text} if later is None else {"text": text, AFTER_CUT: later}
+        prompts: dict[str, Any] = self.context_encoder.prompts_of_shot(text)
         return {name: self.encode_prompts(x).detach().cpu() for name, x in prompts.items()}
 
     def generate(
@@ -325,12 +324,12 @@ class StreamInferencePipeline(SavedRollouts):
         if reencode_window is None:
             reencode_window = self.config.reencode_window
         with self.guard("update_prompt", cache.next_index, LOAD_TIMEOUT_S):
-            prompt = self.context_encoder.encode_prompts(prompts)
-            encoded = prompt.pop("text")
+            encoder = self.context_encoder
+            shot = {n: encoder.encode_text(x) for n, x in encoder.prompts_of_shot(prompts).items()}
 
             def update() -> None:
                 self.diffusion_model.update_prompt(
-                    {**cache.context, "text": encoded},
+                    {**cache.context, "text": shot["text"]},
                     cache.diffusion,
                     pending_index=cache.next_index - 1 if cache.pending else None,
                     reencode="chunks" if reencode_window is True else reencode_window or None,
@@ -341,7 +340,7 @@ class StreamInferencePipeline(SavedRollouts):
                 for branch in cache.diffusion.branches if begins_shot else ():
                     self.diffusion_model.transformer.begin_shot(branch)
                 cache.context.pop(AFTER_CUT, None)
-                cache.context |= {"text": encoded, **prompt}
+                cache.context |= shot
                 if text_after_cut is not None:
                     cache.context[AFTER_CUT] = text_after_cut
 

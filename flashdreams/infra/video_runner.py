@@ -24,7 +24,8 @@ from flashdreams.infra.weights import with_downloads
 from flashdreams.parallel.environment import process_rank
 from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.image_file import (
-    gradient_image,
+    drawn_image,
+    has_shape,
     image_size,
     load_image,
     open_image,
@@ -41,9 +42,6 @@ TIME_FACTOR = 4
 
 MAX_PIXELS = 2**14
 """Largest height and width; larger ones are mistakes that would take minutes to fail."""
-
-MAX_STRETCH = 0.05
-"""Difference of aspect ratios up to which an image is stretched to a given size."""
 
 
 VIDEO_FIELDS = (
@@ -431,12 +429,7 @@ def read_image(config: ImageToVideoRunnerConfig) -> Tensor | dict[str, Tensor]:
     """
     height, width = config.frame_size
     if config.image_path is None:
-        if config.test_image:
-            return gradient_image(height, width)
-        raise ValueError(
-            f"{config.runner_name} starts from an image of {width}x{height} (width x height): name "
-            "it with --image-path FILE, or type --test-image True for a colour gradient."
-        )
+        return drawn_image(config.runner_name, height, width, drawn=config.test_image)
     if config.max_pixels is None or config.fit_image or not shape_fits(config):
         return load_image(config.image_path, height, width, fit=config.fit_image)
     whole = to_pixels(open_image(config.image_path))
@@ -451,8 +444,5 @@ def read_image(config: ImageToVideoRunnerConfig) -> Tensor | dict[str, Tensor]:
 def shape_fits(config: ImageToVideoRunnerConfig) -> bool:
     """Whether the video has the shape of its image: its size was derived from it, or is close."""
     assert config.image_path is not None
-    columns, rows = image_size(config.image_path)
-    height, width = config.frame_size
-    stretch = (columns / rows) / (width / height)
-    near = 1 / (1 + MAX_STRETCH) <= stretch <= 1 + MAX_STRETCH
-    return near or config.size_of(rows, columns) == (height, width)
+    columns, rows = size = image_size(config.image_path)
+    return has_shape(size, *config.frame_size) or config.size_of(rows, columns) == config.frame_size

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from flashdreams.runtime.text import say
 
-_ASKED = ("SIGTERM", "SIGINT", "SIGHUP")
+_ASKED = {getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGHUP")}
 _NAME = "siblings"
 _LOOKS = 40
 _PERIOD_S = 0.25
@@ -127,8 +127,7 @@ class _SiblingWatch:
 
     def _note(self, rank: int) -> None:
         number, text = _how_it_ended(rank, self.pids[rank])
-        asked = any(number == getattr(signal, name, 0) for name in _ASKED)
-        if number and not asked and self.rank < min(self.files, default=self.rank + 1):
+        if number and number not in _ASKED and self.rank < min(self.files, default=self.rank + 1):
             say(f"flashdreams: error: {text}", beside=self.rank > 0)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -242,6 +242,7 @@ class Planner:
             parallel: strategy; its degrees are not read.
         """
         self.config = config
+        self._control_ms = cache(partial(control_ms, config.encoder))  # the same on all meshes
         self.device = device
         self.fps = fps
         self.parallel = parallel or ParallelConfig()
@@ -350,8 +351,7 @@ class Planner:
         fused = on_gpu and getattr(config, "fused_kernels", False) is not False
         ms, frames = predict_ms(work, degrees, self.device, fused), self._frames(config, decoder)
         if not on_gpu:
-            spent_ms = control_ms(self.config.encoder, self._transformer, frames)
-            ms = replace(ms, calls=ms.calls + spent_ms)
+            ms = replace(ms, calls=ms.calls + self._control_ms(self._transformer, frames))
         return Plan(
             degrees=degrees,
             device=self.device,

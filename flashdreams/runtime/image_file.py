@@ -24,6 +24,9 @@ MAX_IMAGE_PIXELS = 50_000_000
 BACKDROP = (255, 255, 255)
 """What is seen through transparent pixels: white, as on a page."""
 
+MAX_STRETCH = 0.05
+"""Difference of aspect ratios up to which an image counts as of a frame's shape."""
+
 _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 _SIXTEEN_BITS = 65535
 
@@ -120,6 +123,41 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     reason = getattr(error, "strerror", None)
     reason = reason or f"it is not a readable image ({', '.join(FORMATS)})"
     return ValueError(f"--image-path {path}: {reason}.")
+
+
+def has_shape(size: tuple[int, int], height: int, width: int) -> bool:
+    """Whether an image has nearly the aspect ratio of a frame, within ``MAX_STRETCH``.
+
+    Args:
+        size: columns and rows of the image, as from `image_size`.
+        height: of the frame.
+        width: of the frame.
+    """
+    stretch = (size[0] / size[1]) / (width / height)
+    return 1 / (1 + MAX_STRETCH) <= stretch <= 1 + MAX_STRETCH
+
+
+def drawn_image(slug: str, height: int, width: int, *, drawn: bool) -> Tensor:
+    """What a method that needs a first frame starts from if no file is named.
+
+    Args:
+        slug: the method, for the message.
+        height: of the frame.
+        width: of the frame.
+        drawn: whether a colour gradient was asked for.
+
+    Returns:
+        As from `gradient_image`.
+
+    Raises:
+        ValueError: it was not; says what to type.
+    """
+    if drawn:
+        return gradient_image(height, width)
+    raise ValueError(
+        f"{slug} starts from an image of {width}x{height} (width x height): name it with "
+        "--image-path FILE, or type --test-image True for a colour gradient."
+    )
 
 
 def gradient_image(height: int, width: int) -> Tensor:

@@ -60,7 +60,7 @@ class Keeper:
             if not begun:
                 return
             live.where = "device"
-            # waiting for a place is not idle time
+            # Waiting for a place is not idle time.
             live.last_turn = live.snapped_at = live.last_input = time.monotonic()
             live.idle_since = live.last_turn if live.reasons else None
             self.host.tell_states()

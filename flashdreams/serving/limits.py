@@ -60,9 +60,8 @@ class ServingLimits:
         check_range(self, "max_waiting", "max_kept", "max_logs", least=0, as_flags=True)
         check_range(self, "max_session_s", least=1, as_flags=True)
         check_range(self, "pause_after_s", least=0.1, as_flags=True)  # with 0, none would ever run
-        for name in ("park_after_s", "end_after_s", "parked_gib",
-                     "snapshot_every", "margin_ms"):  # fmt: skip
-            check_range(self, name, least=0, as_flags=True)
+        rest = ("park_after_s", "end_after_s", "parked_gib", "snapshot_every", "margin_ms")
+        check_range(self, *rest, least=0, as_flags=True)
         if not re.fullmatch(r"[\w-]{0,24}", self.name, re.ASCII):
             raise ValueError(f"--name {self.name} must have at most 24 letters, digits, - and _.")
         if self.adopt_from is not None and (

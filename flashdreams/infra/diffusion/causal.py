@@ -264,8 +264,9 @@ class CausalTransformer(Transformer):
         """Assign cache slots to the chunk and fill the step inputs."""
         for cursor in cache.cursors:
             cursor.begin_step(self.config.len_t, self.device)
-        # A state that was exported with precision="native" before its first chunk has none.
-        cache.scales = cache.scales or scales_by_glob(cache.caches)
+        if self.config.kv_storage == "fp8" and not cache.scales:
+            # The state was exported with precision="native" before its first chunk.
+            cache.scales = scales_by_glob(cache.caches)
         self.rotate_sinks(cache)
         frames = torch.arange(cache.cursor.start, cache.cursor.end, dtype=torch.int64, device="cpu")
         cache.inputs.fill(self.inputs_at(cache, frames, control))
@@ -312,7 +313,6 @@ class CausalTransformer(Transformer):
         The first ``shot_sink_size_t`` frames of that chunk are pinned once they are clean, in place
         of those of the shot before; positions jump by ``shot_rope_offset``; with
         ``shot_clean_recache`` the clean pass of the chunk sees only the sink before it.
-
         """
         if not cache.shots.opening:
             cache.shots.opening = True

@@ -15,14 +15,11 @@ from flashdreams.infra.session import Command, key_commands
 from flashdreams.infra.video_runner import SPATIAL_FACTOR
 from flashdreams.infra.weights import with_downloads
 from flashdreams.runtime.actions import parse_actions
-from flashdreams.runtime.image_file import gradient_image, image_size, open_image, to_pixels
+from flashdreams.runtime.image_file import drawn_image, has_shape, image_size, open_image, to_pixels
 
 from .controls import KEYS, ActionController, ActionKeys, RecordedActions, Variant, read_actions
 from .encoder import TIME_FACTOR
 from .transformer import MatrixGameTransformerConfig
-
-MAX_STRETCH = 0.05
-"""Difference of aspect ratios up to which an image is cropped without --fit-image."""
 
 
 @dataclass(kw_only=True)
@@ -180,15 +177,9 @@ def read_first_frame(config: MatrixGameRunnerConfig) -> Tensor:
     height = config.transformer.latent_height * SPATIAL_FACTOR
     width = config.transformer.latent_width * SPATIAL_FACTOR
     if config.image_path is None:
-        if config.test_image:
-            return gradient_image(height, width)
-        raise ValueError(
-            f"{config.runner_name} starts from an image of {width}x{height} (width x height): name "
-            "it with --image-path FILE, or type --test-image True for a colour gradient."
-        )
-    columns, rows = image_size(config.image_path)
-    stretch = (columns / rows) / (width / height)
-    if not config.fit_image and not 1 / (1 + MAX_STRETCH) <= stretch <= 1 + MAX_STRETCH:
+        return drawn_image(config.runner_name, height, width, drawn=config.test_image)
+    columns, rows = size = image_size(config.image_path)
+    if not config.fit_image and not has_shape(size, height, width):
         raise ValueError(
             f"--image-path {config.image_path}: the image is {columns}x{rows} (width x height); "
             f"this run needs the shape of {width}x{height}. Type --fit-image True to crop it."
@@ -196,7 +187,7 @@ def read_first_frame(config: MatrixGameRunnerConfig) -> Tensor:
     from PIL import Image
 
     kept_rows, kept_columns = rows, columns
-    if stretch > 1:
+    if columns / rows > width / height:
         kept_columns = max(1, int(rows * width / height))
     else:
         kept_rows = max(1, int(columns * height / width))

@@ -67,3 +67,6 @@ def test_limits_say_what_a_shared_folder_needs(tmp_path):
         ServingLimits(adopt_from=tmp_path, state_dir=tmp_path.parent / "elsewhere")
     with pytest.raises(ValueError, match="24 letters"):
         ServingLimits(name="a b")
+    with pytest.raises(ValueError, match=r"--pause-after-s 0: must be at least 0\.1"):
+        ServingLimits(pause_after_s=0)
+    ServingLimits(pause_after_s=0.1)
