@@ -81,31 +81,17 @@ def _rank_in_gallery(item: tuple[str, Any]) -> int:
 
 
 def frame_size(config: Any) -> str:
-    """Frames of an AR step and their size in pixels."""
+    """Frames of an AR step and their size in pixels, from a small latent on the meta device."""
     t = config.pipeline.diffusion_model.transformer
-    (first, later), scale = decoded(repr(config.pipeline.decoder), config, t.in_channels, t.len_t)
-    height, width = t.latent_height * scale, t.latent_width * scale
+    with torch.device("meta"):
+        decoder = config.pipeline.decoder.setup()
+        latent = torch.zeros(1, t.in_channels, 1, 8, 8, dtype=decoder.dtype)
+        scale = decoder(latent, 0, decoder.initialize_cache()).shape[-1] // 8
+    first = decoder.frame_count(t.len_t)
+    later = decoder.frame_count(2 * t.len_t) - first
     once = first == later or not t.streaming
-    return f"{first if once else f'{first}, then {later}'} per step, {height}x{width}"
-
-
-_DECODED: dict[tuple[Any, ...], tuple[tuple[int, int], int]] = {}
-
-
-def decoded(name: str, config: Any, channels: int, len_t: int) -> tuple[tuple[int, int], int]:
-    """Frames of the first and of a later chunk, and pixels per latent pixel, on the meta device.
-
-    Small latents stand in for the real ones: a decoder is the same at every size.
-    """
-    key = (name, channels, len_t)
-    if key not in _DECODED:
-        with torch.device("meta"):
-            decoder = config.pipeline.decoder.setup()
-            latent = torch.zeros(1, channels, len_t, 8, 8, dtype=decoder.dtype)
-            cache = decoder.initialize_cache()
-            chunks = [decoder(latent, index, cache) for index in range(2)]
-        _DECODED[key] = (chunks[0].shape[1], chunks[1].shape[1]), chunks[0].shape[-1] // 8
-    return _DECODED[key]
+    frames = first if once else f"{first}, then {later}"
+    return f"{frames} per step, {scale * t.latent_height}x{scale * t.latent_width}"
 
 
 def needs(config: Any) -> str:
