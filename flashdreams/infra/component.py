@@ -20,6 +20,7 @@ from flashdreams.runtime.checkpoint import (
     merge_loras,
     parse_lora,
 )
+from flashdreams.runtime.offload import offload
 
 ComponentT = TypeVar("ComponentT", bound="Component")
 DTypeName = Literal["float32", "bfloat16", "float16"]
@@ -55,6 +56,7 @@ class Component(nn.Module):
     def __init__(self, config: ComponentConfig) -> None:
         super().__init__()
         self.config = config
+        self._runs_on: torch.device | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,6 +71,11 @@ class Component(nn.Module):
         """
         return self.dtype
 
+    def run_on(self, device: torch.device) -> None:
+        """Compute on a device while the weights stay where they are; see `offload`."""
+        self._runs_on = device
+        offload(self, device)
+
     def cast(self: ComponentT) -> ComponentT:
         """Cast every parameter and floating-point buffer to its storage dtype, in place."""
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
@@ -78,7 +85,9 @@ class Component(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the parameters and buffers; the CPU for a component that has neither."""
+        """Device of the parameters and buffers, unless these are offloaded; otherwise the CPU."""
+        if self._runs_on is not None:
+            return self._runs_on
         for tensor in self._tensors():
             return tensor.device
         return torch.device("cpu")
@@ -98,6 +107,11 @@ class Component(nn.Module):
     def loads_parts(self) -> bool:
         """Whether nested components load their own weights, from their own configs."""
         return self.config.checkpoint is None
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the weights stay in host memory and are copied layer by layer; see `offload`."""
+        return False
 
     def loras(self) -> list[LoRA]:
         """The LoRAs to merge into the weights that this component loads.
@@ -169,19 +183,22 @@ def load_component(
     parts = _parts_that_load(component, slices)
     for part, own in parts:
         load_component(part, device, own)
+    home = torch.device("cpu") if component.offloads else device
     loras, checkpoint = component.loras(), component.config.checkpoint
     if checkpoint is not None and not component.loads_parts:
         dtype_of = component.dtype_of
         with concerning(checkpoint):
             load_checkpoint(
-                component, checkpoint, device=device, dtype=dtype_of, slices=slices, loras=loras
+                component, checkpoint, device=home, dtype=dtype_of, slices=slices, loras=loras
             )
         component.init_buffers()
     elif loras:
         merge_loras(component, loras, slices=slices)
     if not parts:  # these keep their own dtypes: a pipeline may mix them
         component.cast()
-    component.to(device)
+    component.to(home)
+    if home != device:
+        component.run_on(device)
     component.after_load()
 
 

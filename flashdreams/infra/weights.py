@@ -24,6 +24,7 @@ from flashdreams.runtime.checkpoint import (
     find_local,
     parse_lora,
 )
+from flashdreams.runtime.offload import layer_nbytes
 
 _FIELD = re.compile(r"(?<![\w.-])checkpoint\.(source|file|select|download|ignore)\b(=(\w+))?")
 
@@ -238,6 +239,24 @@ def weight_nbytes(component: Component) -> int:
     """Bytes of a component's weights in their storage dtypes; it may be on ``meta``."""
     named = component.named_parameters()
     return sum(x.numel() * component.dtype_of(name).itemsize for name, x in named)
+
+
+def encoder_nbytes(config: Any, on_gpu: bool) -> int:
+    """Bytes that an encoder's weights take on the device, from its config; None takes none.
+
+    Also where the package that builds it is not installed, if the config says the size of the file.
+    """
+    if config is None:
+        return 0
+    try:
+        with torch.device("meta"):
+            encoder = config.setup()
+    except ImportError:
+        checkpoint = config.checkpoint
+        if checkpoint is None or checkpoint.size_bytes is None:
+            raise
+        return int(checkpoint.size_bytes)
+    return layer_nbytes(encoder) if on_gpu and encoder.offloads else weight_nbytes(encoder)
 
 
 def memory_estimate(config: Any) -> str:

@@ -71,6 +71,10 @@ class UMT5TextEncoderConfig(EncoderConfig):
     """Cut longer prompts off, as the official programs do; a warning says where. False refuses
     them."""
 
+    offload: bool = False
+    """Keep the weights in host memory, and copy each layer to the GPU while it runs: slower
+    prompts with the same embeddings. A CPU ignores it."""
+
     text_dim: int = 4096
     """Channels of an embedding."""
 
@@ -120,11 +124,16 @@ class UMT5TextEncoder(Encoder):
     def __init__(self, config: UMT5TextEncoderConfig) -> None:
         super().__init__(config)
         network = _build_network(config)
-        self.shared: nn.Module = network.shared
+        self.shared: nn.Embedding = network.shared
         self.encoder: nn.Module = network.encoder
         self.to(self.dtype)
         self.eval().requires_grad_(False)
         self._tokenizer: Any = None
+
+    @property
+    def offloads(self) -> bool:
+        """As the config says."""
+        return self.config.offload
 
     def forward(self, input: Sequence[str]) -> Tensor:
         """Encode prompts.
@@ -212,7 +221,7 @@ class UMT5TextEncoder(Encoder):
         shape = (len(tokens), self.config.text_len, self.config.text_dim)
         embeds = torch.zeros(shape, dtype=self.dtype, device=self.device)
         for row, ids in zip(embeds, tokens, strict=True):
-            batch = torch.tensor([list(ids)], dtype=torch.int64, device=self.device)
+            batch = torch.tensor([list(ids)], dtype=torch.int64, device=self.shared.weight.device)
             row[: len(ids)] = self.encoder(input_ids=batch).last_hidden_state[0]
         return embeds
 

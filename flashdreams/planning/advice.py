@@ -68,8 +68,13 @@ def cheapest_changes(
     pixels: int | None = None,
 ) -> Iterator[str]:
     """Changes after which one rollout fits, those with the least effect on the video first."""
+    encoder: Any = config.text_encoder
+    if not getattr(encoder, "offload", True) and planner.on_gpu:
+        offloaded = derive_config(config, text_encoder={"offload": True})
+        if _fits(offloaded, planner, plan):
+            yield "--pipeline.text-encoder.offload True, with which prompts take longer"
     takes_embeddings = pixels is not None  # commands with --height have --prompt-embeds as well
-    if takes_embeddings and config.text_encoder is not None and not config.release_text_encoder:
+    if takes_embeddings and encoder is not None and not config.release_text_encoder:
         without = derive_config(config, text_encoder=None)
         if _fits(without, planner, plan):
             yield "--prompt-embeds FILE, so that the text encoder is not loaded"

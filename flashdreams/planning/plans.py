@@ -16,7 +16,7 @@ from flashdreams.infra.decoder.base import Decoder, StreamingDecoder
 from flashdreams.infra.diffusion.causal import CausalTransformer
 from flashdreams.infra.diffusion.experts import NoiseExperts
 from flashdreams.infra.pipeline import StreamInferencePipelineConfig
-from flashdreams.infra.weights import weight_nbytes
+from flashdreams.infra.weights import encoder_nbytes, weight_nbytes
 from flashdreams.parallel.dry import DryMesh, dry_mesh
 from flashdreams.parallel.mesh import ParallelConfig, ParallelDegrees, legal_degrees
 from flashdreams.parallel.parallelize import parallelize
@@ -475,7 +475,7 @@ class Planner:
     @cached_property
     def _other_weights(self) -> int:
         names = ("text_encoder", "image_encoder", "encoder")
-        return sum(_encoder_nbytes(getattr(self.config, name)) for name in names)
+        return sum(encoder_nbytes(getattr(self.config, name), self.on_gpu) for name in names)
 
 
 def _count(
@@ -484,17 +484,3 @@ def _count(
     """The work of a call, its collectives included, and the peak bytes of its tensors."""
     sent = mesh.meter.snapshot()
     return count(module, call, state, lambda: mesh.meter.since(sent))
-
-
-def _encoder_nbytes(config: Any) -> int:
-    """Bytes of an encoder's weights, also where the package that builds it is not installed."""
-    if config is None:
-        return 0
-    try:
-        with torch.device("meta"):
-            return weight_nbytes(config.setup())
-    except ImportError:
-        checkpoint = config.checkpoint
-        if checkpoint is None or checkpoint.size_bytes is None:
-            raise
-        return int(checkpoint.size_bytes)

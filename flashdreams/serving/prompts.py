@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flashdreams.infra.pipeline import StreamInferencePipeline
+from flashdreams.runtime.streams import SideStream
 from flashdreams.serving.interface import Refused
 
 REMEMBERED = 64
@@ -25,6 +26,7 @@ class Prompts:
         """
         self.pipeline = pipeline
         self._lock = threading.Lock()
+        self._side = SideStream(pipeline.target_device)
         self._remembered = lru_cache(REMEMBERED)(self._encode)
 
     @property
@@ -53,8 +55,10 @@ class Prompts:
 
     def _encode(self, text: str) -> dict[str, Tensor]:
         try:
-            with torch.no_grad():
+            # Frames are made meanwhile: they must not wait for the encoder, offloaded or not.
+            with torch.no_grad(), self._side.work(self.pipeline.text_encoder):
                 encoded = self.pipeline.prompt_tensors([text])
+            self._side.join()
         except ValueError as error:
             raise Refused(str(error)) from error
         if not all(bool(torch.isfinite(x).all()) for x in encoded.values()):

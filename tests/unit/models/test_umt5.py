@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flashdreams.infra.component import load_component
 from flashdreams.models.umt5 import (
     OFFICIAL_KEYS,
     UMT5TextEncoder,
@@ -246,6 +247,22 @@ def test_its_example_brings_the_tokenizer_along(tmp_path: Path) -> None:
     assert encoder._tokenizer is None
     assert encoder(encoder.example_input()).shape == (1, 200, 64)
     assert encoder._tokenizer is not None
+
+
+def test_an_offloaded_encoder_runs_without_its_weights_on_the_device(tmp_path: Path) -> None:
+    """The device is ``meta``, where no operator takes a tensor of the CPU."""
+    encoder = encoder_with_words(tmp_path, text_len=8, offload=True)
+    weights = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    load_component(encoder, torch.device("cpu"))
+    on_cpu = encoder(["a street"])
+    load_component(encoder, torch.device("meta"))
+    assert encoder.device == torch.device("meta") and encoder(["a street"]).is_meta
+    assert on_cpu.device == torch.device("cpu")
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    moved = encoder_with_words(tmp_path, text_len=8)  # negative control
+    load_component(moved, torch.device("meta"))
+    assert moved.shared.weight.is_meta
 
 
 def test_files_of_comfyui_are_read_scaled_or_not(tmp_path: Path) -> None:

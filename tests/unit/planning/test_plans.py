@@ -9,6 +9,7 @@ from torch import nn
 
 from flashdreams import plan
 from flashdreams.infra.config import derive_config
+from flashdreams.infra.weights import weight_nbytes
 from flashdreams.integrations.lingbot_world.config import PIPELINE as LINGBOT
 from flashdreams.integrations.lingbot_world.config import TAEHV_PIPELINE as LINGBOT_TAEHV
 from flashdreams.integrations.lingbot_world.config import TINY_PIPELINE as LINGBOT_TINY
@@ -215,6 +216,22 @@ def test_more_memory_is_advised_where_it_does_not_fit():
     text = explain(LINGBOT, small, ParallelDegrees())
     assert "KV cache 72.48" in text and "there are 79.60 GiB" in text
     assert "The cheapest change that fits: 2 ranks: torchrun --nproc-per-node 2" in text
+
+
+def test_a_text_encoder_in_host_memory_is_advised_first():
+    small = replace(H200, memory_gib=16.0)
+    config = derive_config(TAEHV_PIPELINE, diffusion_model={"transformer": {"window_size_t": 9}})
+    text = explain(config, small, ParallelDegrees())
+    assert "that fits: --pipeline.text-encoder.offload True" in text
+    offloaded = derive_config(config, text_encoder={"offload": True})
+    before, after = (Planner(c, small).plan(ParallelDegrees()) for c in (config, offloaded))
+    assert after.fits and not before.fits
+    with torch.device("meta"):
+        weights = weight_nbytes(config.text_encoder.setup())
+    largest = 2 * 4096 * 10240  # a feed-forward layer in bfloat16
+    assert after.memory.others == before.memory.others - weights + largest
+    host = Planner(offloaded, replace(small, is_host=True))  # which ignores it
+    assert host._other_weights == weights
 
 
 def test_a_file_changes_the_table(tmp_path):
