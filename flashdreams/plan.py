@@ -48,6 +48,9 @@ class PlanOptions:
     """Precision of attention over the KV cache, and of wide matmuls; None: the method's default."""
     window: int | None = None
     """Latent frames of the sliding window; None: the method's default."""
+    offload: bool | None = None
+    """Weights of the text encoder in host memory, one layer on the GPU; None: the method's
+    default."""
 
 
 def entry_point() -> None:
@@ -125,6 +128,7 @@ def _command(options: PlanOptions, runner: Any, plan: Any) -> str:
     transformer = "--pipeline.diffusion-model.transformer"
     flags: dict[str, Any] = {f"{transformer}.precision": options.precision}
     flags[f"{transformer}.window-size-t"] = options.window
+    flags["--pipeline.text-encoder.offload"] = options.offload
     for name in ("height", "width"):
         pixels = getattr(options, name)
         if hasattr(runner, name) or pixels is None:
@@ -142,7 +146,7 @@ def _command(options: PlanOptions, runner: Any, plan: Any) -> str:
 
 
 def _changed(runner: Any, options: PlanOptions) -> Any:
-    """The pipeline at the requested size."""
+    """The pipeline with what was requested."""
     from flashdreams.infra.config import derive_config
     from flashdreams.infra.video_runner import SPATIAL_FACTOR, check_size
 
@@ -156,7 +160,12 @@ def _changed(runner: Any, options: PlanOptions) -> Any:
         changes["precision"] = options.precision
     if options.window is not None:
         changes["window_size_t"] = options.window
-    return derive_config(runner.pipeline, diffusion_model={"transformer": changes})
+    pipeline = derive_config(runner.pipeline, diffusion_model={"transformer": changes})
+    if options.offload is None:
+        return pipeline
+    if not hasattr(pipeline.text_encoder, "offload"):
+        raise ValueError(f"--offload: {pipeline.name} has no text encoder that can be offloaded.")
+    return derive_config(pipeline, text_encoder={"offload": options.offload})
 
 
 if __name__ == "__main__":

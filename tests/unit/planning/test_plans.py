@@ -300,6 +300,15 @@ def test_the_command(capsys, tmp_path):
     assert plan.main(["self-forcing-tiny-random", "--gpus", "H200", "--height", "63"]) == 2
 
 
+def test_an_offloaded_text_encoder_is_planned_and_typed(capsys):
+    slug = "self-forcing-wan2.1-t2v-1.3b-taehv"
+    assert plan.main([slug, "--gpus", "RTX-4090", "--offload", "True"]) == 0
+    printed = capsys.readouterr().out
+    assert f"Type: flashdreams-run {slug} --pipeline.text-encoder.offload True\n" in printed
+    assert plan.main(["toy-world", "--gpus", "RTX-4090", "--offload", "True"]) == 2
+    assert "has no text encoder that can be offloaded" in capsys.readouterr().err
+
+
 def test_the_fewest_ranks_for_real_time_are_named(capsys):
     planner = Planner(LINGBOT_TINY, replace(H200, convolution_tflops=1e-3), fps=16)
     (one,) = planner.plans(1)
