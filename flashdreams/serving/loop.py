@@ -97,7 +97,7 @@ class TurnLoop:
             if live.where != "device":
                 continue
             if not live.reasons and now - live.last_input > limits.pause_after_s:
-                return partial(host.pause_idle, live)
+                host.pause_idle(live)  # at once, or an input might come before
             idle_s = 0.0 if live.idle_since is None else now - live.idle_since
             patience_s = min(PARK_SOON_S, limits.park_after_s) if wanted else limits.park_after_s
             if keeps and not live.unparkable and live.reasons and idle_s > patience_s:

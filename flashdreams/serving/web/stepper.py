@@ -1,13 +1,14 @@
 """Sessions that generate a chunk only on request."""
 
 import asyncio
+import contextlib
 import math
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from flashdreams.serving.interface import Chunk, Listener, State
+from flashdreams.serving.interface import Chunk, Listener, Refused, State
 from flashdreams.serving.web.events import EventLog
 from flashdreams.serving.web.gate import for_clients
 from flashdreams.serving.web.metrics import Metrics
@@ -42,6 +43,7 @@ class Stepper(Listener):
         self._settings, self._metrics = settings, metrics
         self._loop = asyncio.get_running_loop()
         self._wanted = False
+        self._wake: Callable[[], None] = lambda: None
         self._chunk: asyncio.Future[Chunk] | None = None
         self.kept: deque[dict[str, Any]] = deque(maxlen=NOTED)
         """Commands carried out since the last step; only the last ones are kept."""
@@ -49,8 +51,11 @@ class Stepper(Listener):
         """Events refused since the last step; only the last ones are kept."""
 
     def on_state(self, state: State, position: int = 0) -> None:
-        """See `Listener`."""
+        """See `Listener`; a session that was idle until the request is asked again."""
         self.state, self.position = state, position
+        if state == "paused" and self._wanted:
+            with contextlib.suppress(Refused):  # it has ended
+                self._wake()
 
     def on_chunk(self, chunk: Chunk) -> None:
         """See `Listener`."""
@@ -99,7 +104,7 @@ class Stepper(Listener):
             raise Ended(self.end)
         if self._chunk is None:
             self._chunk = self._loop.create_future()
-            self._wanted = True
+            self._wake, self._wanted = wake, True
         if not self._chunk.done():
             try:
                 wake()  # also if an earlier request gave up: the session may be paused since
