@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections.abc import MutableMapping
 from fractions import Fraction
@@ -22,6 +23,7 @@ BUFFERED_BYTES = 256 * 2**10
 """Bytes of messages buffered in the data channel; the rest waits where it can be dropped."""
 CLOSE_S = 5.0
 _EVERY_ADDRESS = ("0.0.0.0", "::")
+_SCTP_PORT = re.compile(r"a=sctp-port:\d{1,5}|m=application \d+ DTLS/SCTP \d{1,5}")
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +114,8 @@ class Peer:
             raise Gone("There is no data channel.")
         try:
             self._channel.send(data)
-        except InvalidStateError as error:
-            raise Gone("The data channel is closed.") from error
+        except (InvalidStateError, ValueError) as error:  # ValueError: more than the peer takes
+            raise Gone(f"The data channel takes no message: {error}") from error
 
     async def send_picture(self, message: VideoChunk, picture: Any) -> None:
         """See `Transport`; ``picture`` is a ``VideoFrame`` of PyAV."""
@@ -209,7 +211,7 @@ def _checked_offer(sdp: str) -> str:
     list of candidates is left incomplete.
 
     Raises:
-        ValueError: other sections, no fingerprint, or too many candidates.
+        ValueError: other sections, too many candidates, or something is missing.
     """
     lines = sdp.splitlines()
     sections = sorted(line[2:].split(" ")[0] for line in lines if line.startswith("m="))
@@ -218,12 +220,18 @@ def _checked_offer(sdp: str) -> str:
             "The offer needs one section of video and one of data, and no other; it has "
             f"{', '.join(sections)[:80] or 'none'}."
         )
+    mids = {line[6:] for line in lines if line.startswith("a=mid:")}
+    bundled = {mid for line in lines if line.startswith("a=group:") for mid in line.split()[1:]}
+    if not bundled <= mids:
+        raise ValueError("The offer bundles sections that it does not have.")
+    if not any(_SCTP_PORT.fullmatch(line) for line in lines):
+        raise ValueError("The data section of the offer has no SCTP port.")
     if not any(line.startswith("a=fingerprint:") for line in lines):
         raise ValueError("The offer has no fingerprint, so its peer cannot be identified.")
     candidates = [line for line in lines if line.startswith("a=candidate:")]
     if len(candidates) > MAX_CANDIDATES:
         raise ValueError(f"The offer has {len(candidates)} candidates; at most {MAX_CANDIDATES}.")
-    hidden = {line for line in candidates if ".local" in "".join(line.lower().split(" ")[4:5])}
+    hidden = {line for line in candidates if ".local" in line.lower()}
     kept = [line for line in lines if line not in hidden and line != "a=end-of-candidates"]
     return "\r\n".join(kept) + "\r\n"
 

@@ -257,6 +257,7 @@ def test_garbage_is_refused_in_one_line_and_the_server_goes_on() -> None:
         good.replace("a=ice-ufrag", "a=ice-nothing"),
         good.replace("a=fingerprint", "a=finger"),
         good.replace("a=rtcp-mux", "a=rtcp-nothing"),
+        good.replace("a=sctp-port", "a=sctp-nothing"),
         good.replace("a=recvonly", "a=sendonly"),
         offer_of("video"),
         offer_of("application"),
@@ -299,13 +300,19 @@ def test_a_loopback_server_listens_on_loopback_alone() -> None:
 
 
 def test_names_of_candidates_are_not_asked_for() -> None:
-    sections = "m=application 9 x y\r\nm=video 9 x y\r\na=fingerprint:sha-256 00\r\n"
+    sections = (
+        "m=application 9 x y\r\na=mid:0\r\na=sctp-port:5000\r\n"
+        "m=video 9 x y\r\na=fingerprint:sha-256 00\r\n"
+    )
     plain = "a=candidate:1 1 udp 1 192.0.2.1 5 typ host"
-    hidden = "a=candidate:1 1 udp 1 00000000-aaaa.local 5 typ host"
+    hidden = "a=candidate:1 1 udp 1  00000000-aaaa.local 5 typ host"
     kept = _checked_offer(f"{sections}{plain}\r\n{hidden}\r\na=end-of-candidates\r\n")
     assert plain in kept and "local" not in kept and "end-of" not in kept
     with pytest.raises(ValueError, match=f"at most {MAX_CANDIDATES}"):
         _checked_offer(sections + f"{plain}\r\n" * (MAX_CANDIDATES + 1))
+    assert "BUNDLE" in _checked_offer("a=group:BUNDLE 0\r\n" + sections)
+    with pytest.raises(ValueError, match="bundles"):  # aiortc fails after its answer
+        _checked_offer("a=group:BUNDLE 1 0\r\n" + sections)
 
 
 def test_without_aiortc_the_route_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,8 +347,17 @@ def test_a_message_for_a_channel_that_is_full_and_lost_is_given_up() -> None:
     class FullChannel:
         bufferedAmount = 2**30
 
+    class SmallChannel:
+        bufferedAmount = 0
+
+        def send(self, data: str) -> None:
+            raise ValueError("the remote party only supports messages up to 1 bytes")
+
     async def run() -> None:
         peer = Peer({}, WebSettings())
+        peer._channel = SmallChannel()
+        with pytest.raises(Gone, match="1 bytes"):
+            await peer.send_text("{}")
         peer._channel = FullChannel()
         sending = asyncio.create_task(peer.send_text("{}"))
         await asyncio.sleep(0)
