@@ -109,7 +109,8 @@ class ActionBlock(WanBlock):
         shift, scale, gate = modulation[:, :, :3].unbind(2)
         y = self.modulated_norm(x, shift, scale, self.eps, self.branch_dtype)
         x = self.gated_sum(x, self.self_attn(y, rope, cache), gate)
-        x = x + self.cross_attn(self.norm3(x).to(self.branch_dtype), context)
+        y = self.affine_norm(x, self.norm3, self.branch_dtype)
+        x = self.branch_sum(x, self.cross_attn(y, context))
         self.action_model.write(x, control)
 
 

@@ -424,11 +424,17 @@ def test_timesteps_are_those_of_the_release(pipeline, expected):
     assert pipeline.diffusion_model.scheduler.setup().timesteps.tolist() == expected
 
 
+FP8 = {"dtype": "bfloat16", "ffn_dim": 80, "precision": "fp8_gemm", "fp8_gemm_min_width": 16}
+
+
+@pytest.mark.parametrize("changes", [{}, FP8])
 @torch.no_grad()
-def test_a_write_leaves_what_a_whole_pass_leaves():
+def test_a_write_leaves_what_a_whole_pass_leaves(changes):
     """Also where the last block has an action module."""
     torch.manual_seed(0)
-    model = MatrixGameTransformer(tiny_config(action_blocks=3)).eval()
+    model = MatrixGameTransformer(tiny_config(action_blocks=3, **changes)).cast().eval()
+    model.after_load()
+    assert bool(model.fp8_layers) == ("precision" in changes)
     state = model.initialize_cache(image_tokens=torch.randn(1, 5, 48))
     control = {name: torch.randn(x.shape) for name, x in model.example_control(1).items()}
     model.begin_step(0, state, control)
