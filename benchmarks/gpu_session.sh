@@ -132,7 +132,7 @@ kernels() {
 strict() {
     mapfile -t size < <(sized self-forcing-tiny-random --repeats 1 --steps 1 -- \
         self-forcing-wan2.1-t2v-1.3b-taehv --repeats 4 --steps 2)
-    variants "default; strict; graphs off" 65 "${size[@]}"
+    variants "default; graphs off; strict" 65 "${size[@]}"
 }
 
 precision() {

@@ -226,12 +226,6 @@ def main(arguments: list[str] | None = None) -> None:
     cases = list(options.cases)
     if os.environ.get("FLASHDREAMS_GOLDENS_DIR"):
         cases.append(GOLDEN)
-    with torch.no_grad():
-        rows = [
-            row
-            for case in cases
-            for row in measure(case, names, device, repeats, walks, options.steps)
-        ]
     config = {
         "cases": cases,
         "variants": {name: VARIANTS[name] for name in names},
@@ -240,7 +234,15 @@ def main(arguments: list[str] | None = None) -> None:
         "seconds": options.seconds,
         "steps": options.steps,
     }
-    found = report.new_report("precision", device, config, rows, options.git_commit, FIELDS)
+    rows: list[dict[str, Any]] = []
+    found: dict[str, Any] = {}
+    with torch.no_grad():
+        for case in cases:
+            rows += measure(case, names, device, repeats, walks, options.steps)
+            commit = options.git_commit
+            found = report.new_report("precision", device, config, rows, commit, FIELDS)
+            if options.json is not None:  # in case another case is interrupted
+                report.write(found, options.json)
     report.finish(found, options, COLUMNS)
 
 

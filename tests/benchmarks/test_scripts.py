@@ -189,8 +189,11 @@ def test_precision(script, tmp_path):
     assert exact["latent_error_last"] == 0 < fp8["latent_error_first"] < 0.1
     goldens = 3 if os.environ.get("FLASHDREAMS_GOLDENS_DIR") else 0
     assert [row["case"] for row in golden] == ["wan-golden"] * goldens
+    words = [words[0], "wan21-i2v-tiny-random", "--repeats", "1", "--steps", "1"]
     with pytest.raises(ValueError, match="makes one chunk"):
-        script("precision").main(["wan21-i2v-tiny-random", *COMMIT])
+        script("precision").main([*words, "--variants", "fp8", "--json", str(path), *COMMIT])
+    kept = [row["steps"] for row in read_report(path)["rows"]]
+    assert kept == [1, 1], "of the case before it"
 
 
 def test_peers(script, tmp_path):
