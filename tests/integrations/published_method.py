@@ -6,7 +6,62 @@ from pathlib import Path
 import pytest
 
 from flashdreams.registry import VARIABLE
-from tests.unit.infra.test_config_snippets import CONFIG, RUNNER
+
+RUNNER = """
+from dataclasses import dataclass, field
+from flashdreams.infra.pipeline import StreamInferencePipeline
+from flashdreams.infra.runner import Runner, RunnerConfig
+
+@dataclass(kw_only=True)
+class CustomizedMethodRunnerConfig(RunnerConfig):
+    '''Runner config for my method.'''
+    _target: type["CustomizedMethodRunner"] = field(default_factory=lambda: CustomizedMethodRunner)
+    prompt: str = "A cat surfing."
+    total_blocks: int = 60
+
+class CustomizedMethodRunner(Runner[CustomizedMethodRunnerConfig, StreamInferencePipeline]):
+    def run(self) -> None:
+        cfg = self.config
+
+        # 1. Initialize the autoregressive cache
+        cache = self.pipeline.initialize_cache(text=[cfg.prompt])
+
+        # 2. Drive the autoregressive rollout
+        for i in range(cfg.total_blocks):
+            video_chunk = self.pipeline.generate(autoregressive_index=i, cache=cache)
+            self.pipeline.finalize(autoregressive_index=i, cache=cache)
+
+        if self.is_rank_zero:
+            # 3. Write outputs only on the main process
+            ...
+"""
+
+CONFIG = """
+from flashdreams.infra.diffusion.model import DiffusionModelConfig
+from flashdreams.infra.diffusion.scheduler.fm import FlowMatchSchedulerConfig
+from flashdreams.infra.pipeline import StreamInferencePipelineConfig
+from flashdreams.infra.runner import RunnerConfig
+
+from customized_method.runner import CustomizedMethodRunnerConfig
+from customized_method.transformer import MyTransformerConfig
+
+# Define your pipeline config literal
+CUSTOMIZED_PIPELINE_CONFIG = StreamInferencePipelineConfig(
+    name="customized-method",
+    diffusion_model=DiffusionModelConfig(
+        transformer=MyTransformerConfig(),
+        scheduler=FlowMatchSchedulerConfig(),
+    ),
+)
+
+# Define your runner config
+CUSTOMIZED_METHOD_RUNNER = CustomizedMethodRunnerConfig(
+    runner_name=CUSTOMIZED_PIPELINE_CONFIG.name,
+    description="Custom description for my method.",
+    pipeline=CUSTOMIZED_PIPELINE_CONFIG,
+)
+RUNNER_CONFIGS = {CUSTOMIZED_METHOD_RUNNER.runner_name: CUSTOMIZED_METHOD_RUNNER}
+"""
 
 TRANSFORMER = """
 from dataclasses import dataclass, field
