@@ -168,23 +168,6 @@ def test_camera_and_image_steer_what_is_seen(pipeline):
     assert all(torch.equal(x, y) for x, y in zip(a, roll_out(pipeline, ahead, 2), strict=True))
 
 
-def test_interleaved_rollouts_equal_solo_rollouts(pipeline):
-    paths = [walk("w32"), walk("j32")]
-    solo = [roll_out(pipeline, path, 3, seed) for seed, path in enumerate(paths)]
-    caches = [
-        pipeline.initialize_cache(text=["a fox"], image=gradient_image(32, 48), seed=seed)
-        for seed in range(2)
-    ]
-    start = 0
-    for i in range(3):
-        part = slice(start, pixel_frames(3 * (i + 1)))
-        for path, cache, expected in zip(paths, caches, solo, strict=True):
-            assert torch.equal(pipeline.generate(i, cache, path.part(part)), expected[i])
-        for cache in caches:
-            pipeline.finalize(i, cache)
-        start = part.stop
-
-
 def test_forks_in_a_batch_have_cameras_of_their_own(pipeline):
     paths = [walk("w32"), walk("w9 j23")]
     cache = pipeline.initialize_cache(text=["a fox"], image=gradient_image(32, 48), seed=0)

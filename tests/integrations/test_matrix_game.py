@@ -36,7 +36,6 @@ from flashdreams.registry import discover
 from flashdreams.run import main
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load_checkpoint
 from flashdreams.runtime.image_file import gradient_image
-from tests.harness import run_engine
 from tests.manifests import load_manifest, write_sparse_safetensors
 from tests.unit.runtime.test_cuda_graph import trace_graphs
 
@@ -273,16 +272,6 @@ def test_actions_steer_from_the_next_latent_frame_on(pipeline):
     assert same(a[:2], b[:2]) and not torch.equal(a[2], b[2])
 
 
-def test_interleaved_rollouts_equal_solo_rollouts(pipeline):
-    given = [actions_of(0), actions_of(1)]
-    solo = [advance(pipeline, begin(pipeline, s), a, 0, 4) for s, a in enumerate(given)]
-    caches = [begin(pipeline, 0), begin(pipeline, 1)]
-    for i in range(4):
-        for cache, actions, expected in zip(caches, given, solo, strict=True):
-            assert same(advance(pipeline, cache, actions, i, i + 1), expected[i : i + 1])
-    assert not same(*solo)
-
-
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_saved_and_cloned_worlds_go_on(pipeline, steps):
     actions = actions_of(2)
@@ -420,17 +409,6 @@ def test_there_is_no_prompt(pipeline):
         pipeline.initialize_cache(text=torch.zeros(1, 3, 8), image=gradient_image(48, 80))
     with pytest.raises(ValueError, match="starts from an image"):
         pipeline.encoder.initialize_cache()
-
-
-@pytest.mark.slow
-def test_command_line_gives_the_same_world_on_one_rank_and_three(tmp_path):
-    latents = []
-    for ranks in (1, 3):
-        folder = tmp_path / str(ranks)
-        flags = ["--total-blocks", "3", "--device", "cpu", "--save-latents", "True"]
-        run_engine(ranks, [SLUG, *flags, "--output-dir", str(folder)], tmp_path / "said")
-        latents.append(load_file(folder / f"latents_{SLUG}.safetensors")["latents"])
-    torch.testing.assert_close(latents[1], latents[0], atol=1e-5 * latents[0].abs().max(), rtol=0)
 
 
 # Keys and pointer.

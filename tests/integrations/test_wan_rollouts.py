@@ -47,19 +47,6 @@ def test_every_tiny_slug_runs_to_its_video(config, tmp_path, capsys):
     assert len(records) == config.total_blocks
 
 
-def test_interleaved_rollouts_equal_solo_rollouts(self_forcing):
-    rollouts = [dict(text=["a fox in the snow"], seed=1), dict(text=["a boat at sea"], seed=2)]
-    solo = [rollout(self_forcing, 4, **context) for context in rollouts]
-    caches = [self_forcing.initialize_cache(**context) for context in rollouts]
-    for i in range(4):
-        for cache, expected in zip(caches, solo, strict=True):
-            chunk = self_forcing.generate(autoregressive_index=i, cache=cache)
-            assert torch.equal(chunk, expected[i])
-        for cache in caches:
-            self_forcing.finalize(autoregressive_index=i, cache=cache)
-    assert not torch.equal(solo[0][0], solo[1][0])  # negative control: they are two rollouts
-
-
 def test_chunks_have_the_exact_frame_counts(self_forcing):
     chunks = rollout(self_forcing, 3, text=["a fox"])
     assert [chunk.shape for chunk in chunks] == [(1, n, 3, 32, 48) for n in (9, 12, 12)]
