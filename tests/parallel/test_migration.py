@@ -13,7 +13,7 @@ from flashdreams.parallel.environment import (
     broadcast_from_rank_zero,
 )
 from tests.harness import RankError, run_ranks
-from tests.parallel.pipelines import begin, build_pipeline, moved, roll, stayed
+from tests.parallel.pipelines import begin, build_pipeline, moved, moved_by_files, roll, stayed
 from tests.parallel.rollout import relative_error
 
 HAS_WEIGHTS = (Path(config.__file__).parent / "weights" / "transformer.safetensors").exists()
@@ -23,17 +23,21 @@ def slowly(*values):
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
+@pytest.mark.parametrize("by_files", [False, True])
 @pytest.mark.parametrize(
     "case", ["plain", *slowly("relative_rope", "guided", "split_decode", "rotate", "tensor")]
 )
-def test_a_rollout_goes_on_with_the_frames_of_the_run_that_never_moved(case):
-    for a, b in zip(moved(case), stayed(case), strict=True):
+def test_a_rollout_goes_on_with_the_frames_of_the_run_that_never_moved(case, by_files, tmp_path):
+    found = moved_by_files(case, tmp_path) if by_files else moved(case)
+    for a, b in zip(found, stayed(case), strict=True):
         assert relative_error(a, b) <= 1e-5
 
 
+@pytest.mark.parametrize("by_files", [False, True])
 @pytest.mark.parametrize("case", ["relative_rope", *slowly("guided")])
-def test_a_strict_rollout_goes_on_with_the_same_bits(case):
-    for a, b in zip(moved(case, strict=True), stayed(case, strict=True), strict=True):
+def test_a_strict_rollout_goes_on_with_the_same_bits(case, by_files, tmp_path):
+    found = moved_by_files(case, tmp_path, True) if by_files else moved(case, True)
+    for a, b in zip(found, stayed(case, strict=True), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 

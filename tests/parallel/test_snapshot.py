@@ -1,4 +1,4 @@
-"""Snapshots of 1, 2, 4 and 1 ranks (float32 1e-5; strict: the same bits)."""
+"""Snapshots of several ranks: who writes what, and what is refused on all of them."""
 
 import json
 import os
@@ -15,31 +15,9 @@ from flashdreams.parallel.environment import Launch, OtherRankError
 from flashdreams.parallel.mesh import ParallelConfig, build_mesh, resolve_degrees
 from flashdreams.runtime.parts import read_part
 from tests.harness import RankError, run_ranks
-from tests.parallel.pipelines import (
-    begin,
-    build_pipeline,
-    moved_by_files,
-    roll_from_files,
-    stayed,
-)
-from tests.parallel.rollout import relative_error
+from tests.parallel.pipelines import begin, build_pipeline, roll_from_files
 from tests.parallel.test_migration import slowly
 from tests.tiny import tiny_pipeline
-
-
-@pytest.mark.parametrize(
-    "case", ["plain", *slowly("relative_rope", "guided", "split_decode", "rotate", "tensor")]
-)
-def test_a_rollout_goes_on_through_files_on_other_ranks(case, tmp_path):
-    for a, b in zip(moved_by_files(case, tmp_path), stayed(case), strict=True):
-        assert relative_error(a, b) <= 1e-5
-
-
-@pytest.mark.parametrize("case", ["relative_rope", *slowly("guided")])
-def test_a_strict_rollout_goes_on_through_files_with_the_same_bits(case, tmp_path):
-    for a, b in zip(moved_by_files(case, tmp_path, True), stayed(case, strict=True), strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
 
 CUT = {
     "plain": "conditional/caches/",
