@@ -183,9 +183,16 @@ def entry(shape: object, end: object = 4) -> dict:
         {"\x1b]0;owned\x07\x1b[2J": entry([1])},
         {"\u202eevil": entry([1])},
         {f"{i}" * 100: entry([0], 0) for i in range(3)},
-        b'{"x":' + b'{"x":' * 100_000,
+        {"x": entry([-1, -1])},
+        {"x": entry([3])},
+        {"x": {"dtype": "F32"}},
+        {"x": {"dtype": "F 99", "shape": [1], "data_offsets": [0, 4]}},
+        b'{"x": {"dtype": "F32", "shape": [1e400], "data_offsets": [0, 4]}}',
+        b'{"x":' + b'{"x":' * 200_000,
+        b"[" * 200_000,
         b"\xff\xfe\x00",
-        b"[]",
+        b"no json",
+        b"[1, 2]",
         b"null",
     ],
 )
@@ -197,6 +204,7 @@ def test_hostile_headers_end_in_one_short_line(header: object, tmp_path: Path) -
     said = str(caught.value)
     assert time.process_time() - begin < LIMIT_S and len(said) < 4000, len(said)
     assert said.replace("\n", "").isprintable() and "w.safetensors" in said
+    assert "is damaged" in said or "does not fit" in said
 
 
 def test_a_header_of_many_megabytes_is_not_parsed(tmp_path: Path) -> None:
@@ -231,8 +239,9 @@ def test_an_index_without_bounds_is_refused(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {str(i): f"{i}.safetensors" for i in range(3000)}}))
     assert "names 3000 files" in refused(index)
-    index.write_text(" " * 20_000_000)
-    assert "is not a shard index" in refused(index)
+    for text in (" " * 20_000_000, "[" * 200_000):
+        index.write_text(text)
+        assert "is not a shard index" in refused(index)
 
 
 def test_no_package_of_a_config_is_imported(tmp_path: Path, monkeypatch) -> None:

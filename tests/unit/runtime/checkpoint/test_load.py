@@ -18,7 +18,7 @@ from flashdreams.runtime.checkpoint import (
     TensorSlice,
     load_checkpoint,
 )
-from flashdreams.runtime.checkpoint.read import open_tensors, read_header
+from flashdreams.runtime.checkpoint.read import open_tensors
 from flashdreams.runtime.checkpoint.source import LocalCheckpoint
 from tests.harness import run_ranks
 from tests.manifests import load_manifest, write_sparse_safetensors
@@ -298,23 +298,6 @@ def test_load_refuses_a_truncated_shard(tmp_path: Path) -> None:
         load_checkpoint(Tiny(), config)
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
-        b"no json",
-        b"[1, 2]",
-        b'{"x": {"dtype": "F32"}}',
-        b'{"x": {"dtype": "F 99", "shape": [1], "data_offsets": [0, 4]}}',
-        b'{"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 4]}}',
-    ],
-)
-def test_read_header_refuses_a_damaged_one(tmp_path: Path, header: bytes) -> None:
-    path = tmp_path / "w.safetensors"
-    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
-    with pytest.raises(CheckpointError, match=r"w\.safetensors is damaged"):
-        read_header(path)
-
-
 def test_load_refuses_an_index_whose_shard_lacks_a_tensor(tmp_path: Path) -> None:
     config = sharded(tmp_path, tensors())
     save_file({"other": torch.ones(1)}, tmp_path / "model-0.safetensors")
@@ -347,24 +330,10 @@ def test_load_refuses_a_pickle_that_wants_to_run_code(tmp_path: Path, kind: str)
         assert trace.exists()
 
 
-def test_load_refuses_a_truncated_pt_file(tmp_path: Path) -> None:
-    path = tmp_path / "w.pt"
-    torch.save(tensors(), path)
-    size = path.stat().st_size
-    for kept in (size - 100, 100, 0):
-        os.truncate(path, kept)
-        with pytest.raises(CheckpointError, match=r"w\.pt (is truncated|was refused)") as caught:
-            load_checkpoint(Tiny(), CheckpointConfig(source=str(path)))
-        assert "\n" not in str(caught.value)
-
-
 def test_load_refuses_what_is_no_dictionary_of_tensors(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     torch.save([torch.ones(1)], path)
     with pytest.raises(CheckpointError, match="holds a list"):
-        load_checkpoint(Tiny(), CheckpointConfig(source=str(path)))
-    torch.save({**tensors(), "step": 3}, path)
-    with pytest.raises(CheckpointError, match="1 entries are not dense tensors with a name: step"):
         load_checkpoint(Tiny(), CheckpointConfig(source=str(path)))
     (tmp_path / "w.txt").touch()
     with pytest.raises(CheckpointError, match="not a known kind of checkpoint"):
