@@ -74,12 +74,15 @@ class Accounts:
             self.metrics.sockets.set(len(self.conversations))
 
     async def finish_all(self, patience_s: float) -> None:
-        """Send what is queued to all sockets, then close them.
+        """Send what is queued to all sockets, then close them; end all requests for a step.
 
         Args:
             patience_s: maximum time to wait, in seconds, for pictures that are not yet due, and
                 again for sockets to close; open ones are then abandoned.
         """
+        for session in self.sessions.values():
+            if isinstance(session.listener, Stepper):
+                session.listener.on_end(self.gate.words(), stopped=False)
         for at_once in (False, True):
             for conversation in self.conversations:
                 if at_once or not conversation.begun:  # else it ends after its last picture

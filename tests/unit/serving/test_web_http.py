@@ -116,6 +116,18 @@ def test_a_session_ends_when_it_is_closed_or_complete() -> None:
         assert http.post(f"{other}/step", json={}).status_code == 404
 
 
+def test_a_step_that_waits_when_the_server_stops_is_told_so() -> None:
+    host = FakeHost(places=0)
+    with web(host) as server, client_of(server) as http, ThreadPoolExecutor(1) as pool:
+        session = create(http)
+        step = pool.submit(http.post, f"{session}/step", json={})
+        while ("pause", False) not in host.calls:
+            time.sleep(0.01)
+        server.stop()
+        assert step.result().status_code == 410
+        assert "shutting down" in step.result().json()["detail"]
+
+
 def test_a_session_that_has_just_ended_is_gone_and_its_figures_stay() -> None:
     host = FakeHost()
     with web(host) as server, client_of(server) as http:
