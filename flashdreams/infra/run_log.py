@@ -122,20 +122,28 @@ class RunLog:
             self._write({"format": LOG_FORMAT, **self._header()})
         self._write(row)
 
-    def resume(self, turns: int) -> None:
+    def resume(self, turns: int) -> int:
         """Continue after the first turns of the existing file; later lines are deleted.
 
-        Commands between those turns and the next one are kept.
+        Commands between those turns and the next one are kept, as far as they precede the last line
+        ``{"snapshot": turns}``, if there is one.
+
+        Returns:
+            Number of AR steps in the kept lines.
         """
-        keep = 0
+        keep = snapshot = steps = 0
         for line in self.path.read_bytes().splitlines(keepends=True):
             row = json.loads(line) if line.endswith(b"\n") else {"turn": turns}
             last = turns if row.get("between_steps") else turns - 1
             if row.get("turn", row.get("step", -1)) > last:
                 break
             keep += len(line)
+            steps += "step" in row
+            if row.get("snapshot") == turns:
+                snapshot = keep
         # Never empty in between: a process that is killed here is to be continued as well.
-        self._file = open_owned(self.path, keep)
+        self._file = open_owned(self.path, snapshot or keep)
+        return steps
 
     def close(self) -> None:
         """Close the file."""

@@ -196,6 +196,8 @@ class SessionEngine:
             except Exception as error:
                 if not fails_alike(order, error):
                     raise
+                if not isinstance(error, OtherRankError):
+                    logger.warning("%s of a session failed: %s", order.kind, error)
 
     def carry_out(self, order: Order) -> Any:
         """Execute an order; a collective call.
@@ -267,6 +269,8 @@ class SessionEngine:
             log=[[index, command_to_json(command)] for index, command in session.log],
             run=order.values["run"],
         )
+        if self.logs is not None:
+            self.logs.note_snapshot(session)
 
     def _park(self, order: Order) -> None:
         session = self.live[order.session]

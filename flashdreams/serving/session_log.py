@@ -70,9 +70,12 @@ class SessionLogs:
         self.flush()
         log = RunLog(self.path(session.name), dict)
         try:
-            log.resume(session.turns)
+            steps = log.resume(session.turns)
         except (OSError, ValueError):
-            logger.warning("The log of a session is missing; it is not continued.")
+            steps = -1
+        if steps < session.turns:  # a replay would miss commands
+            logger.warning("The log of a session is missing or has gaps; it is not continued.")
+            log.close()
             return
         self._follow(session, log)
 
@@ -89,6 +92,10 @@ class SessionLogs:
         row = turn_row(session.turns, session.cache.next_index, (command,))
         row["between_steps"] = True
         self._thread.submit(self._append, session.name, row)
+
+    def note_snapshot(self, session: Session) -> None:
+        """Log that a snapshot has all commands so far."""
+        self._thread.submit(self._append, session.name, {"snapshot": session.turns})
 
     def note_step(self, session: Session, step: Step) -> None:
         """Queue the latent of an AR step for hashing."""

@@ -126,6 +126,23 @@ def test_a_resumed_log_has_nothing_past_its_snapshot(tmp_path):
     assert not found.turns and [s["latent_sha256"] for s in found.steps.values()] == ["0", "new"]
 
 
+def test_a_resumed_log_has_the_commands_of_its_snapshot_and_no_later_ones(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = written(path, steps=1)
+    for name in ("before", "after"):
+        rewind = command_to_json(Command(kind="rewind", values={"name": name}))
+        between = {"autoregressive_index": 1, "commands": [rewind], "between_steps": True}
+        log.append({"turn": 1} | between)
+        if name == "before":
+            log.append({"snapshot": 1})
+    log.close()
+    assert [c.values["name"] for c in read_log(path).turns[1]] == ["before", "after"]
+    log = RunLog(path, dict)
+    assert log.resume(1) == 1
+    log.close()
+    assert [c.values["name"] for c in read_log(path).turns[1]] == ["before"]
+
+
 @pytest.mark.parametrize("text", [b"", b"{}\n", b"[1]\n", b'{"format": 9}\n', b"\xff\n"])
 def test_what_is_no_log_is_refused(tmp_path, text):
     path = tmp_path / "log.jsonl"

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from flashdreams.parallel.environment import OtherRankError
 from flashdreams.serving import restart
+from flashdreams.serving.engine import Order, SessionEngine
 from flashdreams.serving.interface import Opening, Refused
 from flashdreams.serving.restart import SessionFolder
 from tests.live import Client, Visit, served, until
@@ -115,3 +117,19 @@ def test_drain_brings_no_session_back_that_has_ended(runner, folder, monkeypatch
             server.drain()
             server.host.sessions[visit.id].closing = True
     assert visit.client.end[1] and not (folder / visit.id).exists()
+
+
+def test_the_rank_whose_file_failed_says_why(tmp_path, monkeypatch, caplog):
+    """Rank zero only knows that it was another one."""
+    engine = SessionEngine(None, {}, None, None, tmp_path)
+    orders = iter([Order(kind="snapshot"), Order(kind="snapshot"), Order(kind="stop")])
+    errors = iter([OSError("no space left"), OtherRankError("see its own message")])
+
+    def fail(order):
+        raise next(errors)
+
+    monkeypatch.setattr(engine, "_exchange", lambda order: next(orders))
+    monkeypatch.setattr(engine, "carry_out", fail)
+    engine.follow()
+    (record,) = caplog.records
+    assert record.getMessage() == "snapshot of a session failed: no space left"

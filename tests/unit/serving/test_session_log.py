@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -76,6 +77,19 @@ def test_log_goes_on_after_a_restart(tmp_path, capsys):
     log = only_log(tmp_path)
     code, said = replayed(log, tmp_path / "again", capsys)
     assert code == 0 and "6 of 6 AR steps have the hashes of the log." in said, said
+    assert '{"snapshot": 3}' in log.read_text()
+
+
+@pytest.mark.parametrize(("logged", "goes_on"), [(3, True), (2, False)])
+def test_log_with_a_gap_is_not_continued(tmp_path, logged, goes_on):
+    logs = SessionLogs(SimpleNamespace(config=SimpleNamespace(runner_name="x")), tmp_path, 1)
+    session = SimpleNamespace(name="s", turns=3)
+    lines = [{"step": number} for number in range(logged)]
+    logs.path("s").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    logs.resume(session)
+    assert hasattr(session, "on_turn") == goes_on
+    logs.close("s")
+    logs.flush()
 
 
 def test_number_of_logs_is_bounded_and_zero_writes_none(tmp_path):
