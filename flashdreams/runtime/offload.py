@@ -11,8 +11,8 @@ def offload(module: nn.Module, device: torch.device) -> None:
     """Let a module run on ``device`` with its weights left where they are.
 
     While a layer runs, it has copies of its weights on the device, so these take the memory of one
-    layer. Only an embedding is looked up where its table is, which would be the largest copy; it
-    takes indices there. The results are those of a module whose weights are on the device.
+    layer. Only an embedding whose indices are where its table is looks them up there, as its table
+    would be the largest copy. The results are those of a module whose weights are on the device.
 
     Args:
         module: its layers are called as modules, by one thread at a time; a function that reads
@@ -20,10 +20,10 @@ def offload(module: nn.Module, device: torch.device) -> None:
         device: of all other inputs and of the outputs.
     """
     for layer in module.modules():
+        if next(_own(layer), None) is not None:
+            _Copies(layer, device)
         if isinstance(layer, nn.Embedding):
             layer.register_forward_hook(lambda layer, ids, rows: rows.to(device))
-        elif next(_own(layer), None) is not None:
-            _Copies(layer, device)
 
 
 class _Copies:
@@ -37,6 +37,8 @@ class _Copies:
 
     def _fetch(self, layer: nn.Module, args: Any) -> None:
         self._left.append((dict(layer._parameters), dict(layer._buffers)))
+        if isinstance(layer, nn.Embedding) and args[0].device == layer.weight.device:
+            return
         for name, weights in layer.named_parameters(recurse=False):
             layer._parameters[name] = nn.Parameter(self._copy(weights), requires_grad=False)
         for name, tensor in layer.named_buffers(recurse=False):
@@ -52,7 +54,10 @@ class _Copies:
 
 
 def layer_nbytes(module: nn.Module) -> int:
-    """Bytes of the largest layer that `offload` copies, in the dtypes that the weights have."""
+    """Bytes of the largest layer that `offload` copies, in the dtypes that the weights have.
+
+    Embeddings do not count: the large ones are not copied.
+    """
     layers = (layer for layer in module.modules() if not isinstance(layer, nn.Embedding))
     return max((sum(x.nbytes for x in _own(layer)) for layer in layers), default=0)
 

@@ -17,6 +17,7 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(1000, 8)
+        self.places = nn.Embedding(3, 8)
         self.scale = nn.Parameter(torch.ones(8))
         self.layers = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 8))
         self.fails = False
@@ -24,7 +25,9 @@ class Network(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         if self.fails:
             raise RuntimeError("in the middle")
-        return self.layers(self.table(ids) * self.scale)
+        x = self.table(ids)
+        places = torch.arange(len(ids), device=x.device)
+        return self.layers(x * self.scale + self.places(places))
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -41,14 +44,15 @@ def test_a_module_runs_where_its_weights_are_not() -> None:
     ids = torch.zeros(3, dtype=torch.int64)
     offload(network, META)
     there: list[set[str]] = []
-    for layer in network.layers:
+    for layer in (network.places, *network.layers):
         layer.register_forward_pre_hook(
             lambda *_: there.append({n for n, x in tensors(network).items() if x.is_meta})
         )
     assert network(ids).device == META
     for name, tensor in tensors(network).items():
         assert torch.equal(tensor, before[name]), name
-    assert [len(names) for names in there] == [3, 6, 3]  # one layer, and the scale around it
+    # One layer, and the scale around it; meta itself would look up in a table of the CPU.
+    assert [len(names) for names in there] == [2, 3, 6, 3]
     assert all("table.weight" not in names for names in there)
     assert layer_nbytes(network) == 4 * (16 * 8 + 16)
     network.fails = True
