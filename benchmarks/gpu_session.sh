@@ -85,9 +85,10 @@ bench() { # SCRIPT ARGUMENTS...; the report is named after the section
     "$PYTHON" "benchmarks/$script.py" "$@" "${COMMON[@]}" --json "$RESULTS/$section.json"
 }
 
-variants() { # NAMES SECONDS ARGUMENTS...
-    local names="$1" seconds="$2"
+variants() { # NAMES SECONDS ARGUMENTS...; fewer seconds if less than that is left, to have rows
+    local names="$1" seconds="$2" allowed=$((${LIMIT:-999} - 10))
     shift 2
+    ((seconds > allowed)) && seconds=$allowed
     bench variants "$@" --variants "$names" --seconds "$seconds" "${AGAINST[@]}" \
         --profile "$RESULTS/profile_$section.txt"
 }
@@ -219,7 +220,7 @@ for section in $SECTIONS; do
     fi
     echo "== $section, at most $limit s"
     at=$SECONDS
-    timeout --kill-after 5 "$limit" bash benchmarks/gpu_session.sh --section "$section" 2>&1 | tee "$RESULTS/$section.log"
+    LIMIT=$limit timeout --kill-after 5 "$limit" bash benchmarks/gpu_session.sh --section "$section" 2>&1 | tee "$RESULTS/$section.log"
     code=${PIPESTATUS[0]}
     case "$code" in
         0) state="done" ;;

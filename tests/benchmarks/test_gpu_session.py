@@ -69,6 +69,12 @@ def test_what_has_no_time_left_is_not_measured(tmp_path):
     assert not list((tmp_path / "results").glob("*.json"))
 
 
+@pytest.mark.parametrize(("total_s", "seconds"), [("999", "125"), ("60", "50")])
+def test_variants_are_timed_within_what_is_left(tmp_path, total_s, seconds):
+    done = start(tmp_path, "headline", TOTAL_S=total_s, PYTHON="echo")
+    assert f"--seconds {seconds} " in done.stdout
+
+
 def test_the_two_runs_have_all_sections_between_them(tmp_path):
     found = {}
     for run in ("decide", "check", ""):
