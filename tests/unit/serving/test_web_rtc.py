@@ -13,7 +13,13 @@ import jsonschema
 import pytest
 
 from flashdreams.serving.protocol import schema
-from flashdreams.serving.web.peer import MAX_CANDIDATES, Peer, _checked_offer, _listen_on
+from flashdreams.serving.web.peer import (
+    MAX_CANDIDATES,
+    Peer,
+    _check_links,
+    _checked_offer,
+    _listen_on,
+)
 from flashdreams.serving.web.settings import WebSettings
 from flashdreams.serving.web.transport import Gone
 from tests.unit.serving.fake_host import FakeHost, frame_of
@@ -300,19 +306,20 @@ def test_a_loopback_server_listens_on_loopback_alone() -> None:
 
 
 def test_names_of_candidates_are_not_asked_for() -> None:
-    sections = (
-        "m=application 9 x y\r\na=mid:0\r\na=sctp-port:5000\r\n"
-        "m=video 9 x y\r\na=fingerprint:sha-256 00\r\n"
-    )
+    sections = "m=application 9 x y\r\nm=video 9 x y\r\na=fingerprint:sha-256 00\r\n"
     plain = "a=candidate:1 1 udp 1 192.0.2.1 5 typ host"
     hidden = "a=candidate:1 1 udp 1  00000000-aaaa.local 5 typ host"
     kept = _checked_offer(f"{sections}{plain}\r\n{hidden}\r\na=end-of-candidates\r\n")
     assert plain in kept and "local" not in kept and "end-of" not in kept
     with pytest.raises(ValueError, match=f"at most {MAX_CANDIDATES}"):
         _checked_offer(sections + f"{plain}\r\n" * (MAX_CANDIDATES + 1))
-    assert "BUNDLE" in _checked_offer("a=group:BUNDLE 0\r\n" + sections)
-    with pytest.raises(ValueError, match="bundles"):  # aiortc fails after its answer
-        _checked_offer("a=group:BUNDLE 1 0\r\n" + sections)
+
+
+def test_bundles_of_sections_that_are_not_there_are_refused() -> None:
+    offer = offer_of("application", "video")
+    _check_links(offer)
+    with pytest.raises(ValueError, match="sections"):
+        _check_links(offer.replace("BUNDLE 0", "BUNDLE 2 0"))
 
 
 def test_without_aiortc_the_route_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
