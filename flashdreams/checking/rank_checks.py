@@ -240,7 +240,7 @@ def _additions(
         yield from _tensor_additions(transformer, plan)
         return
     cores = {_glob(n) for n, m in transformer.named_modules() if isinstance(m, AttentionCore)}
-    for glob in sorted(cores - _matched(plan.attention, cores)):
+    for glob in sorted(cores - _matched((*plan.attention, *plan.cores), cores)):
         yield {"attention": (glob,)}, f'the attention core {glob!r}: add attention=("{glob}",).'
     whole = {name: shape.index(tokens) for name, shape in outputs.items() if tokens in shape}
     globs: dict[str, int] = {}

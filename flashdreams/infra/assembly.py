@@ -69,7 +69,7 @@ def count_heads(transformer: Any) -> int | None:
         if isinstance(heads, int):
             return heads
     plan = transformer.parallel_plan()
-    if plan is not None and plan.attention and process_count() > 1:
+    if plan is not None and (plan.attention or plan.cores) and process_count() > 1:
         logger.warning(
             "%s has no field num_heads, so its heads are not split: no Ulysses, no tensor "
             "parallelism. Add the field, or a property of that name.",

@@ -137,11 +137,12 @@ class _Matches:
         self._find("units", plan.units)
         self.spatial = self._find("spatial", plan.spatial)
         self._refuse_unnamed_linears(module, plan, named)
-        parts = (plan.split, plan.gather, plan.attention)
+        parts = (plan.split, plan.gather, plan.attention or plan.cores)
         if any(parts) and not all(parts):
             raise ValueError(
-                "A plan that splits the sequence needs all of split, gather and attention; got "
-                f"split={plan.split}, gather={plan.gather}, attention={plan.attention}."
+                "A plan that splits the sequence needs split, gather, and attention or cores; got "
+                f"split={plan.split}, gather={plan.gather}, attention={plan.attention}, "
+                f"cores={plan.cores}."
             )
 
     def leave_whole(self, plan: ParallelPlan, degree: int) -> None:

@@ -60,8 +60,12 @@ def test_a_forgotten_linear_is_refused(model):
 
 
 def test_half_a_sequence_plan_is_refused(model):
-    with pytest.raises(ValueError, match="needs all of split, gather and attention"):
-        parallelize(model, replace(model.parallel_plan(), gather={}), Mesh())
+    plan = model.parallel_plan()
+    for missing in ({"gather": {}}, {"attention": ()}):
+        with pytest.raises(ValueError, match="needs split, gather, and attention or cores"):
+            parallelize(model, replace(plan, **missing), Mesh())
+    cores = dict.fromkeys(plan.attention, "all_tokens")
+    parallelize(build_model(), replace(plan, attention=(), cores=cores), Mesh())
 
 
 def test_a_module_without_a_plan_says_that_it_is_replicated():

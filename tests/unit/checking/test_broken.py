@@ -34,7 +34,7 @@ NETWORKS = {
     "ReadsThePosition": ("graph safety", "broken_methods.py:.* in forward: .* becomes"),
     "Reallocates": ("graph safety", "is at another address in memory"),
     "WrongStyle": ("rollout", 'style "host" and holds a tensor'),
-    "ForgetsGather": ("rollout", "needs all of split, gather and attention"),
+    "ForgetsGather": ("rollout", "needs split, gather, and attention or cores"),
     "LosesState": ("snapshot", "saved and loaded after 3 AR steps continues differently"),
 }
 
