@@ -360,6 +360,7 @@ def encode_rollout(cache: StreamInferencePipelineCache, encoder: StateEncoder) -
         "prompt_is_newer": diffusion.prompt_is_newer,
         "latent": encoder.encode(diffusion.latent, "latent", "whole"),
         "history": encoder.encode(diffusion.history, "history", "whole"),
+        "carried": encoder.encode(diffusion.carried, "carried", "whole"),
         "encoder": encoder.encode(cache.encoder, "encoder", "whole"),
         "decoder": encoder.encode(cache.decoder, "decoder", decoder_style),
         "controller": encoder.encode(cache.controller, "controller", None),
@@ -453,6 +454,7 @@ def fill_rollout(
     diffusion.prompt_is_newer = bool(values.get("prompt_is_newer", False))
     diffusion.latent = decoder.restore(values["latent"], "latent")
     diffusion.history = decoder.restore(values["history"], "history", None, hints["history"])
+    diffusion.carried = decoder.restore(values.get("carried"), "carried")
     for name in BRANCHES:
         branch = getattr(diffusion, name)
         if branch is None:

@@ -67,6 +67,6 @@ class SentTensors:
 
 def _tensors_in(values: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
     """The tensors of a canonical form, in the order of `restore_context` and `fill_rollout`."""
-    names = ("context", "negative_text", "latent", "history", *BRANCHES, "encoder", "decoder")
-    for name in (*names, "controller"):
-        yield from tensors_of(values[name], name)
+    names = ("context", "negative_text", "latent", "history", "carried", *BRANCHES)
+    for name in (*names, "encoder", "decoder", "controller"):
+        yield from tensors_of(values.get(name), name)

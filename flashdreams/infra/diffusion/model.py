@@ -128,6 +128,9 @@ class DiffusionCache:
     """The last chunk has not had its clean pass yet."""
     history: list[CleanChunk] = state("whole", default_factory=list)
     """Clean latents of the frames in sink and window, oldest first."""
+    carried: Tensor | None = state("whole", default=None)
+    to_carry: Tensor | None = state("rebuilt", default=None)
+    """What the schedule has of later chunks, as of the last clean pass and of the last chunk."""
     prompt_is_newer: bool = state("host", default=False)
     """The prompt has changed after the last clean pass."""
     give_back: Callable[[], Any] | None = state("rebuilt", default=None)
@@ -143,7 +146,7 @@ class DiffusionCache:
 
     def release(self) -> None:
         """End the rollout; its storage is free for another one."""
-        self.conditional = self.unconditional = self.control = None
+        self.conditional = self.unconditional = self.control = self.carried = None
         self.history, self.pending = [], False
         self.released = True
         if self.give_back is not None:
@@ -270,7 +273,7 @@ class DiffusionModel(nn.Module):
         for _ in range(max_rollouts if captured else 1):
             cache = self.initialize_cache(context, negative, NoiseSource(0), 1)
             storages.append((cache.conditional, cache.unconditional))
-            steps += self._step_through(cache)
+            steps += self.step_through(cache)
         if captured:
             self.pool = StoragePool(storages)
             states = [branch for storage in storages for branch in storage if branch is not None]
@@ -296,7 +299,7 @@ class DiffusionModel(nn.Module):
         if not failed:
             logger.warning("CUDA graphs are off: %s. Runs continue eagerly.", reason)
 
-    def _step_through(self, cache: DiffusionCache) -> int:
+    def step_through(self, cache: DiffusionCache) -> int:
         """A rollout of dummy values, up to the point after which all AR steps are alike."""
         transformer = self.transformer
         latent = torch.zeros(
@@ -331,13 +334,12 @@ class DiffusionModel(nn.Module):
         if given is not None and autoregressive_index < cache.given_steps:
             latent = given_chunk(given, autoregressive_index, self.transformer.config.len_t)
         else:
-            given = given if autoregressive_index == 0 else None
             noise = self._noise_of_step(autoregressive_index, cache)
             first = autoregressive_index == cache.given_steps
             scheduler = self.first_chunk_scheduler if first else self.scheduler
             flow = self._flow(cache)
-            if given is None:
-                latent = scheduler.sample(flow, noise)
+            if given is None or autoregressive_index > 0:
+                latent, cache.to_carry = scheduler.sample_chunk(flow, noise, cache.carried)
             else:
                 latent = sample_rest(scheduler, flow, noise, given)
         cache.latent, cache.control, cache.pending = latent, control, True
@@ -356,6 +358,7 @@ class DiffusionModel(nn.Module):
         for branch in cache.branches:
             self.transformer.update_cache(cache.latent, timestep, branch)
         cache.pending = cache.prompt_is_newer = False
+        cache.carried = cache.to_carry
         self._remember(CleanChunk(autoregressive_index, cache.latent, cache.control), cache)
         self.draw_ahead(autoregressive_index + 1, cache)
 

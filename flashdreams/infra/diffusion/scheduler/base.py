@@ -87,6 +87,28 @@ class Scheduler(ABC):
             ValueError: a flow whose shape is not the latent's.
         """
 
+    def sample_chunk(
+        self,
+        predict_flow: Callable[[Tensor, Tensor], Tensor],
+        noise: Callable[[int], Tensor],
+        carried: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`sample`, for schedules that have begun later chunks as well.
+
+        The default carries nothing. A schedule that denoises several chunks at once, at rising
+        noise levels, calls the network on all of them, with timesteps ``[B, frames]``.
+
+        Args:
+            predict_flow: as for `sample`.
+            noise: as for `sample`.
+            carried: the second result of the last AR step of this rollout; None at its beginning.
+                It is saved and forked with the rollout.
+
+        Returns:
+            The clean latent of this AR step, and ``[B, ...]`` for the next one, or None.
+        """
+        return self.sample(predict_flow, noise), None
+
     def sigma_of(self, timestep: float) -> float:
         """The noise level of a timestep in [0, 1000]."""
         return timestep / NUM_TRAIN_TIMESTEPS
