@@ -142,8 +142,17 @@ class KVCache:
 
         Returns:
             The visible keys and values, ``[B, S, N, D]``, in slot order: views, or new tensors
-            where they are stored in 8 bits.
+            where they are stored in INT8.
+
+        Raises:
+            ValueError: an fp8 cache, whose scales depend on the queries as well.
         """
+        if self.scales is not None:
+            raise ValueError(
+                'precision="fp8": cache.update is not for an fp8 cache, only AttentionCore.forward '
+                'is. Use precision="native", or give the cache of this core '
+                "storage=config.kv_cache_dtype in cache_specs."
+            )
         slots, visible = self.write(k, v), self.visible()
         if self.spec.storage == "int8":
             for read, own in zip(visible, (k, v), strict=True):

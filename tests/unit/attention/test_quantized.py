@@ -165,3 +165,11 @@ def test_frames_move_without_loss():
         now = x[:, :].unflatten(1, (-1, TOKENS))
         assert torch.equal(now[:, slots], old[:, :5])
         assert not torch.equal(now, old)
+
+
+def test_a_core_that_reads_an_fp8_cache_by_itself_is_refused():
+    """Its scales would stay zero."""
+    cache = new_cache("fp8")
+    cache.cursor.begin_step(1, CPU)
+    with pytest.raises(ValueError, match=r"storage=config\.kv_cache_dtype in cache_specs"):
+        cache.update(draw(0, TOKENS), draw(1, TOKENS))
