@@ -404,7 +404,7 @@ class Planner:
                 f"{type(transformer).__name__} has no example_context(batch_size), which the "
                 "planner needs: zeros of the shapes that initialize_cache takes."
             )
-        context = {name: x.to("meta") for name, x in context.items()}
+        context = tree_map_only(Tensor, lambda x: x.to("meta"), context)
         transformer.config = replace(transformer.config, use_cuda_graph=False)
         make = transformer.initialize_cache
         cache: Any = make(**select_context(make, context))

@@ -16,6 +16,7 @@ from flashdreams.integrations.lingbot_world.config import TINY_PIPELINE as LINGB
 from flashdreams.integrations.matrix_game.config import TINY_PIPELINE as MATRIX_GAME
 from flashdreams.integrations.self_forcing.config import TAEHV_PIPELINE, TINY_PIPELINE
 from flashdreams.integrations.toy_world.config import TOY_WORLD_PIPELINE as TOY_WORLD
+from flashdreams.models.wan.transformer import WanTransformer
 from flashdreams.parallel.dry import dry_mesh
 from flashdreams.parallel.mesh import ParallelConfig, ParallelDegrees
 from flashdreams.planning import plans
@@ -67,6 +68,16 @@ def test_weights_and_state_are_those_of_a_rollout():
     assert found.memory.kv_cache == storages(cache.diffusion.conditional.caches)
     measured = storages([cache.diffusion.conditional, cache.decoder])
     assert found.memory.session == pytest.approx(measured, rel=0.05)
+
+
+def test_context_may_hold_numbers(monkeypatch):
+    def with_batch_size(self, batch_size):
+        return {"text": torch.zeros(batch_size, 8, 32), "batch_size": batch_size}
+
+    (plain,) = Planner(TINY_PIPELINE, H200).plans(1)
+    monkeypatch.setattr(WanTransformer, "example_context", with_batch_size)
+    (found,) = Planner(TINY_PIPELINE, H200).plans(1)
+    assert found.memory.kv_cache == plain.memory.kv_cache
 
 
 def test_the_step_that_was_measured_on_an_h200_is_met():
