@@ -16,6 +16,7 @@ from flashdreams.infra.decoder.base import (
 )
 from flashdreams.infra.encoder.base import Encoder
 from flashdreams.parallel.plan import state
+from flashdreams.runtime.actions import parse_actions
 from tests.architecture.sources import EXAMPLES
 
 if str(EXAMPLES / "streaming_method") not in sys.path:
@@ -28,6 +29,7 @@ from streaming_method.network import (
     StreamingNetwork,
     StreamingNetworkConfig,
 )
+from streaming_method.runner import StreamingMethodRunnerConfig
 
 (WHOLE,) = RUNNER_CONFIGS.values()
 """The runner of the example, which passes all checks."""
@@ -44,6 +46,15 @@ def with_network(network: type) -> Any:
 def with_decoder(decoder: Any) -> Any:
     """The example with another decoder."""
     return derive_config(WHOLE, pipeline={"decoder": decoder})
+
+
+@dataclass(kw_only=True)
+class OtherKeysConfig(StreamingMethodRunnerConfig):
+    """A method with one key of its own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_actions(self.actions, {"u": "up"})
 
 
 @dataclass(kw_only=True)
@@ -173,6 +184,16 @@ class Reallocates(StreamingNetwork):
     def begin_step(self, autoregressive_index: int, cache: Any, control: Any = None) -> None:
         super().begin_step(autoregressive_index, cache, control)
         cache.context.shift = cache.context.shift.clone()
+
+
+class ExampleWithoutText(StreamingNetwork):
+    def example_context(self, batch_size: int) -> dict[str, Any]:
+        return {}
+
+
+class ExampleOfOneToken(StreamingNetwork):
+    def example_control(self, batch_size: int) -> Tensor:
+        return super().example_control(batch_size)[:, :1]
 
 
 class ForgetsSplit(StreamingNetwork):

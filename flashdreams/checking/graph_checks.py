@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from flashdreams.checking.report import Note, Problem
 from flashdreams.checking.subject import Bench
 from flashdreams.checking.trace import Recorder, mark_host
 from flashdreams.infra.diffusion.causal import CausalTransformer
+from flashdreams.infra.diffusion.causal_state import StepInputs, same_shapes
+from flashdreams.runtime.noise import NoiseSource
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def check_graphs(bench: Bench) -> str:
 
     Raises:
         Problem: what a replayed CUDA graph would compute wrongly.
-        Note: a transformer that is never captured, but waits for the device.
+        Note: a transformer that is never captured, or that waits for the device.
     """
     transformer = bench.transformer
     if not isinstance(transformer, CausalTransformer):
@@ -87,8 +90,43 @@ def check_graphs(bench: Bench) -> str:
     if len(steps) == 2:
         for before, after in zip(*steps, strict=True):
             _compare(before.trace, after.trace)
+    _check_warm_up(bench, session.cache.diffusion.branches[0].inputs)
     calls = len(steps[0][0].trace.calls)
     return f"{len(steps[0])} network calls of an AR step, {calls} torch calls each"
+
+
+def _check_warm_up(bench: Bench, inputs: StepInputs) -> None:
+    """Warm-up, which a CPU skips, runs on zeros that have the shapes of an AR step's ``inputs``."""
+    model, transformer = bench.pipeline.diffusion_model, bench.transformer
+    context = transformer.example_context(1)
+    if context is None:
+        raise Note(
+            "without example_context(batch_size) nothing is warmed up or captured on a GPU. Return "
+            "zeros of the shapes that initialize_cache takes."
+        )
+    negative = None if model.config.guidance_scale is None else context
+    try:
+        cache = model.initialize_cache(context, negative, NoiseSource(0), 1)
+        model.step_through(cache)
+    except Exception as error:
+        raise Problem(
+            f"the warm-up on a GPU fails with {type(error).__name__}: {error}. It calls "
+            "begin_step, predict_flow and update_cache with zeros of latent_shape(1), a 0-dim "
+            "timestep, example_context(1) and example_control(1)."
+        ) from error
+    zeros = cache.branches[0].inputs
+    for name in ("rotations", "condition", "control"):
+        warm, real = (getattr(x, name) for x in (zeros, inputs))
+        if not same_shapes(warm, real):
+            raise Note(
+                f"{name} of the warm-up has the shapes {_shapes(warm)}, that of an AR step "
+                f"{_shapes(real)}, so no CUDA graph is replayed. Correct example_control(1) and "
+                "example_context(1)."
+            )
+
+
+def _shapes(nest: Any) -> list[list[int]]:
+    return [list(x.shape) for x in tree_leaves(nest) if isinstance(x, Tensor)]
 
 
 def _check_inputs(calls: list[TracedCall]) -> None:

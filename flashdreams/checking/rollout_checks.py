@@ -153,7 +153,7 @@ def check_inputs(bench: Bench, base: list[Chunk]) -> str:
         others["image"] = {"image": -image}
     end = base[-1].frames.stop
     if bench.runner.controller() and any((c.at_frame or 0) < end for c in bench.runner.commands()):
-        others["keys"] = {"steered": False}
+        others["commands"] = {"steered": False}
     ignored = [what for what, start in others.items() if same_bits(bench.roll(**start), base)]
     if ignored:
         raise Note(

@@ -24,6 +24,7 @@ TRANSFORMER_SIZES = {
     "dim": 48,
     "num_heads": 4,
     "num_layers": 2,
+    "action_blocks": 1,
     "ffn_dim": 96,
     "freq_dim": 32,
     "text_dim": 32,
@@ -33,7 +34,7 @@ TRANSFORMER_SIZES = {
     "latent_height": 8,
     "latent_width": 12,
 }
-"""Fields of transformers of any family; those that are None stay None."""
+"""Fields of transformers of any family; those that are None or 0 stay so."""
 
 ENCODER_SIZES: tuple[tuple[type, dict[str, Any]], ...] = (
     (WanVAEConfig, {"dim": 4}),
@@ -138,9 +139,7 @@ def _by_fields(config: Any) -> Any:
 
 def _small_transformer(config: Any) -> Any:
     changes: dict[str, Any] = {
-        name: value
-        for name, value in TRANSFORMER_SIZES.items()
-        if getattr(config, name, None) is not None
+        name: value for name, value in TRANSFORMER_SIZES.items() if getattr(config, name, None)
     }
     if not getattr(config, "streaming", True):
         frames = min(config.len_t, LATENT_FRAMES // 2)

@@ -232,12 +232,15 @@ def new_subject(full: RunnerConfig, folder: Path) -> Subject:
     """
     names = config_fields(full)
     example = {n: v for n, v in EXAMPLE_INPUT.items() if n in names and not getattr(full, n)}
-    example |= {n: v for n, v in STREAMED.items() if n in names}
     small = small_pipeline(full.pipeline)
     pipeline = _with_drawn_weights(small.config, folder)
-    changes = {"pipeline": pipeline, "device": "cpu", "output_dir": folder, **example}
+    changes = {"pipeline": pipeline, "device": "cpu", "output_dir": folder}
+    changes |= {n: v for n, v in STREAMED.items() if n in names}
     changes |= {n: None for n in ("height", "width", "prompt_embeds") if n in names}
-    config = derive_config(full, **changes)
+    try:
+        config = derive_config(full, **changes, **example)
+    except ValueError:  # a method with other keys
+        config = derive_config(full, **changes, **{n: v for n, v in example.items() if v is True})
     size = "as registered, in float32 on the CPU"
     if small.shrunk:
         size = f"at toy size ({', '.join(small.shrunk)}), in float32 on the CPU"

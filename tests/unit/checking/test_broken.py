@@ -7,8 +7,10 @@ import pytest
 from flashdreams.checking import rank_checks
 from flashdreams.checking.checks import NAMES, check_method
 from flashdreams.checking.report import Note
+from flashdreams.checking.small import small_pipeline
 from flashdreams.checking.subject import new_subject
 from flashdreams.infra.config import derive_config
+from flashdreams.integrations.matrix_game.config import PIPELINE as MATRIX_GAME
 from tests import broken_methods as broken
 
 
@@ -33,6 +35,7 @@ NETWORKS = {
     "Waits": ("graph safety", "__bool__.. at broken_methods.py"),
     "ReadsThePosition": ("graph safety", "broken_methods.py:.* in forward: .* becomes"),
     "Reallocates": ("graph safety", "is at another address in memory"),
+    "ExampleWithoutText": ("graph safety", "the warm-up on a GPU fails with ValueError: This"),
     "WrongStyle": ("rollout", 'style "host" and holds a tensor'),
     "ForgetsGather": ("rollout", "needs split, gather, and attention or cores"),
     "LosesState": ("snapshot", "saved and loaded after 3 AR steps continues differently"),
@@ -85,7 +88,7 @@ def test_state_without_a_style_is_a_note():
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("IgnoresPrompt", "depend on the prompt:"), ("IgnoresKeys", "depend on the keys:")],
+    [("IgnoresPrompt", "depend on the prompt:"), ("IgnoresKeys", "depend on the commands:")],
 )
 def test_ignored_input_is_a_note(name, words):
     found = result(broken.with_network(getattr(broken, name)), "inputs")
@@ -98,6 +101,12 @@ def test_a_network_for_float32_alone_fails_if_it_is_registered_in_bfloat16():
     assert found.verdict == "note" and "the same dtype" in found.text
     typed = {"diffusion_model": {"transformer": {"dtype": "bfloat16"}}}
     assert result(derive_config(config, pipeline=typed), "bfloat16").verdict == "FAIL"
+
+
+def test_a_control_that_the_warm_up_does_not_have_is_a_note():
+    found = result(broken.with_network(broken.ExampleOfOneToken), "graph safety")
+    assert found.verdict == "note"
+    assert "control of the warm-up has the shapes [[1, 1, 64]], that of" in found.text, found.text
 
 
 def test_values_that_overflow_are_a_note():
@@ -137,6 +146,19 @@ def test_the_example_passes_every_check_but_those_of_ranks():
     """Negative control of the whole file."""
     report = check_method(broken.WHOLE, tuple(n for n in NAMES if n != "two ranks"))
     assert report.passed and all(r.verdict == "pass" for r in report.results), str(report)
+
+
+def test_example_keys_that_a_method_does_not_have_are_left_out(tmp_path):
+    methods = [
+        kind(runner_name="keys", pipeline=broken.WHOLE.pipeline, actions="")
+        for kind in (broken.OtherKeysConfig, type(broken.WHOLE))
+    ]
+    assert [bool(new_subject(m, tmp_path).config.actions) for m in methods] == [False, True]
+
+
+def test_sizes_that_follow_from_others_are_scaled_with_them():
+    small = small_pipeline(MATRIX_GAME).config.diffusion_model.transformer
+    assert (small.num_layers, small.action_blocks, small.text_dim) == (2, 1, 0)
 
 
 def test_an_unknown_check_is_refused():
