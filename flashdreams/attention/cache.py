@@ -115,6 +115,7 @@ class KVCache:
     ) -> None:
         self.spec = spec
         self.cursor = cursor
+        """Which frame is in which slot; ``cursor.slots`` are those of the chunk's tokens."""
         self.layout = layout
         self.whole_spec = spec
         """The same cache in the whole model; a wrapper of the core puts it here."""

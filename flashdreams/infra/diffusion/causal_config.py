@@ -115,10 +115,8 @@ def _check_precision(config: CausalTransformerConfig) -> None:
         )
     precision = config.precision
     if precision not in config.precisions:
-        *others, last = map(repr, config.precisions)
-        raise ValueError(
-            f"precision={precision!r} is unknown; allowed are {', '.join(others)} and {last}."
-        )
+        known = ", ".join(map(repr, config.precisions))
+        raise ValueError(f"precision={precision!r} is not for this network; allowed: {known}.")
     if precision != "native" and not config.streaming:
         raise ValueError(
             f"precision={precision!r} is for a KV cache, and a model with streaming=False has "

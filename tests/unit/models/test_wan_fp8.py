@@ -235,7 +235,7 @@ def test_a_byte_per_number_is_counted_and_allocated():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"precision": "fp4"}, "allowed are 'native', 'fp8' and 'fp8_gemm'"),
+        ({"precision": "fp4"}, "allowed: 'native', 'fp8', 'fp8_gemm'"),
         ({"precision": "fp8", "streaming": False}, "streaming=False has none"),
         ({"precision": "fp8", "kv_cache_dtype": "int8"}, "Omit that"),
         ({"kv_cache_dtype": "int4"}, "'native', 'int8'"),

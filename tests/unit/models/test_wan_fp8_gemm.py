@@ -175,7 +175,7 @@ def test_a_rollout_is_saved_and_may_go_on_without_fp8():
 
 
 def test_where_it_cannot_run_is_said_with_what_runs(monkeypatch):
-    with pytest.raises(ValueError, match="allowed are 'native' and 'fp8'"):
+    with pytest.raises(ValueError, match="allowed: 'native', 'fp8'"):
         CausalTransformerConfig(precision="fp8_gemm")
     with pytest.raises(ValueError, match="precision='fp8_gemm' is for a KV cache"):
         tiny_transformer(precision="fp8_gemm", streaming=False)
