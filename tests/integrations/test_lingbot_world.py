@@ -16,12 +16,9 @@ from PIL import Image
 
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.video_runner import read_image, take_shape
-from flashdreams.infra.weights import memory_estimate
 from flashdreams.integrations.lingbot_world.camera import clip_poses, pixel_frames
 from flashdreams.integrations.lingbot_world.config import (
-    PIPELINE,
     RUNNER_CONFIGS,
-    TAEHV_PIPELINE,
     TINY_PIPELINE,
     TINY_RUNNER,
     TRANSFORMER,
@@ -440,17 +437,3 @@ def test_bad_flags_are_refused_before_weights(flags, message, tmp_path, capsys):
     assert main(argv) == 2
     line = only_error(capsys)
     assert re.search(message, line), line
-
-
-def test_missing_weights_are_said_with_the_memory_needed(tmp_path, capsys, monkeypatch):
-    """Good input gets as far as the weights: the bad-input tests could have failed there."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert main([FULL_SIZE, *example_files(tmp_path)[1:]]) == 1
-    error = capsys.readouterr().err
-    assert "robbyant/lingbot-world-fast" in error and "transformer 37.5 GB in bfloat16 and" in error
-
-
-def test_memory_is_predicted_from_shapes():
-    estimate = memory_estimate(PIPELINE)
-    assert "transformer 37.5 GB in bfloat16 and float32, KV cache 77.8 GB" in estimate
-    assert "KV cache 22.2 GB" in memory_estimate(TAEHV_PIPELINE)

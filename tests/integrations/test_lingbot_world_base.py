@@ -91,16 +91,6 @@ def test_memory_counts_both_networks():
     assert found.memory.activations / GIB < 12 and found.memory.state / GIB < 8
 
 
-def test_missing_weights_name_both_files(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    argv = [FULL_SIZE, "--test-image", "True", "--device", "cpu", "--output-dir", str(tmp_path)]
-    assert main(argv) == 1
-    error = capsys.readouterr().err
-    assert "high_noise_model/diffusion_pytorch_model.safetensors.index.json" in error
-    assert "low_noise_model/diffusion_pytorch_model.safetensors.index.json" in error
-    assert "transformer 74.9 GB" in error
-
-
 def test_a_camera_steers_the_clip(tmp_path, capsys):
     moving = clip(tmp_path, "--actions", "w20", "--show-path", "True")
     assert moving.shape == (1, 16, 6, 8, 14) and frames_of(tmp_path).shape == (21, 64, 112, 3)

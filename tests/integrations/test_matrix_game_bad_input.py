@@ -144,14 +144,6 @@ def test_a_resized_image_has_8_bit_values(tmp_path):
     assert (levels - resize(mode="nearest")).abs().max() > 50  # negative control
 
 
-def test_missing_weights_are_said(tmp_path, capsys, monkeypatch):
-    """Good input gets as far as the weights: the bad-input tests could have failed there."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    argv = ["--actions", "w8", "--test-image", "True", "--device", "cpu"]
-    assert main([UNIVERSAL, *argv, "--output-dir", str(tmp_path)]) == 1
-    assert "Skywork/Matrix-Game-2.0" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -47,6 +47,35 @@ def test_packages_and_weights_are_in_one_answer(
     assert not Path("outputs").exists() or not list(Path("outputs").iterdir())
 
 
+STEERED = ["--test-image", "True", "--actions", "w8"]
+FULL_SIZE = {
+    "causal-forcing-wan2.1-t2v-1.3b-framewise": (
+        [], ["zhuhz22/Causal-Forcing", "framewise/causal_forcing.pt", "GB on disk", "Memory"]),
+    "wan22-ti2v-5b-704p-taehv": (
+        [], ["Wan-AI/Wan2.2-TI2V-5B", "20.0 GB", "1f14a568", "taew2_2", "2.8 GB", "Memory"]),
+    "lingbot-world-fast": (STEERED, [
+        "robbyant/lingbot-world-fast",
+        "transformer 37.5 GB in bfloat16 and float32, KV cache 77.8 GB"]),
+    "lingbot-world-fast-taehv-window15-sink3": (STEERED, ["KV cache 22.2 GB"]),
+    "lingbot-world-base": (STEERED, [
+        "high_noise_model/diffusion_pytorch_model.safetensors.index.json",
+        "low_noise_model/diffusion_pytorch_model.safetensors.index.json", "transformer 74.9 GB"]),
+    "matrix-game-2-universal": (STEERED, ["Skywork/Matrix-Game-2.0", "KV cache 1.3 GB"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("slug", FULL_SIZE)
+def test_weights_of_a_method_are_listed_before_anything_is_fetched(
+    slug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Good input gets as far as the weights: the families' tests of bad input end before."""
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "torch"))
+    flags, parts = FULL_SIZE[slug]
+    text = said(capsys, 1, slug, *flags, "--device", "cpu")
+    assert all(part in text for part in parts), text
+    assert not (tmp_path / "hub").exists()
+
+
 def test_the_packages_that_messages_name_are_those_of_the_extra() -> None:
     extra = re.search(r"(?m)^text = (\[.*\])$", (ROOT / "pyproject.toml").read_text())
     assert extra and sorted(ast.literal_eval(extra[1])) == sorted(TEXT_PACKAGES.values())

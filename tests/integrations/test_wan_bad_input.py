@@ -311,15 +311,6 @@ def test_conditions_of_another_shape_are_refused():
         transformer.initialize_cache(text=text, condition=torch.zeros(1, 16, 3, 4, 6))
 
 
-def test_without_weights_the_run_ends_before_anything_is_fetched(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    code, line = error_of(["causal-forcing-wan2.1-t2v-1.3b-framewise"], tmp_path, capsys)
-    assert code == 1
-    for part in ("zhuhz22/Causal-Forcing", "framewise/causal_forcing.pt", "GB on disk", "Memory"):
-        assert part in line
-    assert not (tmp_path / "hub").exists()
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
