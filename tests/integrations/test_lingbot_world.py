@@ -30,6 +30,7 @@ from flashdreams.run import main
 from flashdreams.runtime.actions import KeyMotion, integrate, parse_actions
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load, load_checkpoint
 from flashdreams.runtime.image_file import gradient_image
+from tests.integrations.refusals import error_of
 from tests.manifests import Manifest, load_manifest, write_sparse_safetensors
 
 SLUG = TINY_RUNNER.runner_name
@@ -400,20 +401,13 @@ BAD_FILES = [
 ]  # fmt: skip
 
 
-def only_error(capsys) -> str:
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(lines) == 1
-    return lines[0]
-
-
 @pytest.mark.parametrize(("spoil", "message"), BAD_FILES)
 def test_bad_files_are_refused_before_weights(spoil, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     argv = example_files(tmp_path)
     spoil(tmp_path)
-    assert main([FULL_SIZE, *argv[1:]]) == 2
-    line = only_error(capsys)
-    assert re.search(message, line), line
+    code, line = error_of([FULL_SIZE, *argv[1:]], tmp_path, capsys)
+    assert code == 2 and re.search(message, line), line
 
 
 @pytest.mark.parametrize(
@@ -433,7 +427,5 @@ def test_bad_files_are_refused_before_weights(spoil, message, tmp_path, capsys, 
     ],
 )
 def test_bad_flags_are_refused_before_weights(flags, message, tmp_path, capsys):
-    argv = [FULL_SIZE, *flags, "--device", "cpu", "--output-dir", str(tmp_path)]
-    assert main(argv) == 2
-    line = only_error(capsys)
-    assert re.search(message, line), line
+    code, line = error_of([FULL_SIZE, *flags], tmp_path, capsys)
+    assert code == 2 and re.search(message, line), line

@@ -15,7 +15,7 @@ from flashdreams.integrations.matrix_game.config import RUNNER_CONFIGS, TINY_PIP
 from flashdreams.integrations.matrix_game.controls import KEYS, read_actions
 from flashdreams.integrations.matrix_game.encoder import Actions
 from flashdreams.integrations.matrix_game.runner import read_first_frame
-from flashdreams.run import main
+from tests.integrations.refusals import error_of
 from tests.integrations.test_matrix_game import (
     UNIVERSAL,
     actions_of,
@@ -63,20 +63,13 @@ BAD_FILES = [
 ]  # fmt: skip
 
 
-def only_error(capsys) -> str:
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(lines) == 1
-    return lines[0]
-
-
 @pytest.mark.parametrize(("make", "message"), BAD_FILES)
 def test_bad_files_are_refused_before_weights(make, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     make(tmp_path)
     argv = ["--action-path", str(tmp_path / "a.npz"), "--total-blocks", "3", "--test-image", "True"]
-    assert main([UNIVERSAL, *argv, "--device", "cpu", "--output-dir", str(tmp_path)]) == 2
-    line = only_error(capsys)
-    assert re.search(message, line), line
+    code, line = error_of([UNIVERSAL, *argv], tmp_path, capsys)
+    assert code == 2 and re.search(message, line), line
 
 
 def test_a_file_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
@@ -102,9 +95,8 @@ def test_a_file_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
     ],
 )
 def test_bad_flags_are_refused_before_weights(slug, flags, message, tmp_path, capsys):
-    assert main([slug, *flags, "--device", "cpu", "--output-dir", str(tmp_path)]) == 2
-    line = only_error(capsys)
-    assert re.search(message, line), line
+    code, line = error_of([slug, *flags], tmp_path, capsys)
+    assert code == 2 and re.search(message, line), line
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from flashdreams.infra.config import derive_config
 from flashdreams.integrations.wan22.config import PIPELINE, TINY_RUNNER
 from flashdreams.integrations.wan22.image import load_covering, size_of_shape
 from flashdreams.models.wan.config import WAN_TRANSFORMER_1_3B
-from flashdreams.run import main
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load_checkpoint
 from flashdreams.runtime.image_file import gradient_image
+from tests.integrations.refusals import error_of
 from tests.manifests import load_manifest, write_sparse_safetensors
 
 
@@ -79,13 +79,6 @@ def test_without_an_image_the_video_follows_from_the_prompt_alone(tmp_path):
 # Bad input
 
 
-def error_of(flags: list[str], tmp_path, capsys, slug: str) -> tuple[int, str]:
-    code = main([slug, *flags, "--device", "cpu", "--output-dir", str(tmp_path)])
-    said = capsys.readouterr().err
-    assert said.count("error:") == 1
-    return code, said[said.index("error:") :]
-
-
 @pytest.mark.parametrize("slug", ["wan22-ti2v-tiny-random", "wan22-ti2v-5b-704p"])
 @pytest.mark.parametrize(
     ("flags", "message"),
@@ -109,7 +102,8 @@ def test_one_line_says_what_is_wrong_before_weights_are_asked_for(
         "IMAGE": save_image(tmp_path / "image.png", 100, 50),
         "LONG": save_image(tmp_path / "long.png", 4000, 1),
     }
-    code, line = error_of([str(images.get(f, f)) for f in flags], tmp_path, capsys, slug)
+    argv = [slug, *(str(images.get(f, f)) for f in flags)]
+    code, line = error_of(argv, tmp_path, capsys)
     assert code == 2
     assert re.search(message, line), line
 

@@ -23,17 +23,10 @@ from flashdreams.integrations.wan21.config import (
     T2V_TINY_RUNNER,
 )
 from flashdreams.models.wan.transformer import WanTransformerConfig
-from flashdreams.run import main
 from flashdreams.runtime.image_file import image_size, load_image
+from tests.integrations.refusals import error_of
 
 TRANSFORMER = "--pipeline.diffusion-model.transformer"
-
-
-def error_of(argv: list[str], tmp_path, capsys) -> tuple[int, str]:
-    code = main([*argv, "--device", "cpu", "--output-dir", str(tmp_path)])
-    said = capsys.readouterr().err
-    assert said.count("error:") == 1
-    return code, said[said.index("error:") :]
 
 
 @pytest.mark.parametrize(
