@@ -4,7 +4,6 @@ import json
 import os
 import re
 import struct
-import threading
 import zlib
 from pathlib import Path
 
@@ -28,10 +27,10 @@ from flashdreams.integrations.lingbot_world.inset import draw_inset
 from flashdreams.registry import discover
 from flashdreams.run import main
 from flashdreams.runtime.actions import KeyMotion, integrate, parse_actions
-from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load, load_checkpoint
+from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, load_checkpoint
 from flashdreams.runtime.image_file import gradient_image
 from tests.integrations.refusals import error_of
-from tests.manifests import Manifest, load_manifest, write_sparse_safetensors
+from tests.manifests import load_manifest, write_sparse_safetensors
 
 SLUG = TINY_RUNNER.runner_name
 MOTION = KeyMotion(move_per_frame=0.25, turn_per_frame_rad=0.03)
@@ -220,109 +219,6 @@ def test_image_of_the_reference_aspect_ratio_is_stretched(tmp_path):
     assert image.shape == (1, 3, 64, 112)
     expected = torch.tensor([10, 200, 30]) / 127.5 - 1
     torch.testing.assert_close(image[0].mean((1, 2)), expected, rtol=0, atol=1e-5)
-
-
-# Loading: the checkpoint of the manifest as sparse shards, streamed into a sink.
-
-SHARD_BYTES = 1_300_000_000
-STREAMED_BYTES = 74_177_331_456 if "FLASHDREAMS_STREAM_ALL" in os.environ else 1_500_000_000
-"""Enough to pass from shard to shard; all of it takes minutes of zeros."""
-
-
-class EnoughRead(Exception):
-    pass
-
-
-class AnonymousMemory:
-    """The highest growth of this process's anonymous memory, sampled by a thread."""
-
-    def __enter__(self):
-        self.start, self.peak, self.done = self.now(), 0, threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.done.set()
-        self.thread.join()
-        self.look()
-
-    def watch(self):
-        while not self.done.wait(0.01):
-            self.look()
-
-    def look(self):
-        self.peak = max(self.peak, self.now() - self.start)
-
-    def now(self) -> int:
-        found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found[1]) * 1024
-
-
-def write_shards(folder: Path, manifest: Manifest) -> list[int]:
-    """Sparse shards and their index; the bytes of each."""
-    shards, sizes = [{}], [0]
-    for name, (shape, dtype) in manifest.items():
-        size = 4 * int(np.prod(shape))
-        if sizes[-1] + size > SHARD_BYTES:
-            shards.append({})
-            sizes.append(0)
-        shards[-1][name] = (shape, dtype)
-        sizes[-1] += size
-    places = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"diffusion_pytorch_model-{number:05}-of-{len(shards):05}.safetensors"
-        write_sparse_safetensors(folder / file, shard)
-        places |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    return sizes
-
-
-class Sink:
-    """Takes each converted tensor into one scratch, checks it and drops it."""
-
-    def __init__(self):
-        self.scratch = torch.empty(30720 * 5120, dtype=torch.bfloat16)
-        self.scratch.fill_(1)
-        self.last, self.tensors, self.bytes = self.scratch[:0], 0, 0
-
-    def place(self, target, device, dtype):
-        assert dtype == torch.bfloat16
-        self.check()
-        if self.bytes >= STREAMED_BYTES:
-            raise EnoughRead
-        shape = target.tensor.shape
-        self.last = self.scratch[: shape.numel()].view(shape)
-        self.last.view(-1)[:: max(shape.numel() // 64, 1)] = 1
-        self.tensors, self.bytes = self.tensors + 1, self.bytes + 4 * shape.numel()
-        return self.last
-
-    def check(self):
-        assert not self.last.any()
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-@pytest.mark.slow
-def test_streaming_the_checkpoint_takes_less_than_a_shard_of_memory(tmp_path, monkeypatch):
-    sizes = write_shards(tmp_path, load_manifest("lingbot_world_fast"))
-    assert sum(sizes) == TRANSFORMER.checkpoint.size_bytes
-    with torch.device("meta"):
-        model = TRANSFORMER.setup()
-    sink, config = Sink(), CheckpointConfig(source=str(tmp_path))
-    monkeypatch.setattr(load, "_place", sink.place)
-    with AnonymousMemory() as memory:
-        try:
-            report = load_checkpoint(model, config, device="cpu", dtype=torch.bfloat16)
-            assert report.bytes_read == sum(sizes) and sink.tensors == 1421
-        except EnoughRead:
-            assert sink.bytes > sizes[0] and len(sizes) > 1
-    sink.check()
-    print(f"streamed {sink.bytes / 1e9:.1f} GB, memory grew by {memory.peak / 1e6:.0f} MB")
-    assert memory.peak < 1.2 * max(sizes)
-    with AnonymousMemory() as memory:  # negative control: what is kept is seen
-        kept = torch.ones(50_000_000)
-    assert memory.peak > 0.9 * kept.nbytes
 
 
 def test_a_checkpoint_of_the_other_variant_is_refused(tmp_path):
