@@ -43,35 +43,6 @@ def _is_free(position: Tensor, slack: float = 1e-5) -> Tensor:
     return inside & (gap >= PILLAR_RADIUS + MARGIN - slack)
 
 
-@pytest.mark.parametrize(
-    ("heading_deg", "key", "direction"),
-    [
-        (0, "w", (0, 1)),
-        (90, "w", (1, 0)),
-        (180, "w", (0, -1)),
-        (0, "d", (1, 0)),
-        (90, "d", (0, -1)),
-        (0, "a", (-1, 0)),
-        (0, "s", (0, -1)),
-    ],
-)
-def test_step_moves_along_the_compass(
-    heading_deg: int, key: str, direction: tuple[int, int]
-) -> None:
-    end = _walk((0.0, 0.0, math.radians(heading_deg)), f"{key}3")[-1]
-    expected = torch.tensor(direction) * 3 * MOVE_PER_FRAME
-    torch.testing.assert_close(end[:2], expected, atol=1e-6, rtol=0)
-
-
-def test_step_turns_right_for_positive() -> None:
-    assert _walk((0.0, 0.0, 0.0), "l")[-1, 2] == pytest.approx(TURN_PER_FRAME)
-    assert _walk((0.0, 0.0, 0.0), "j")[-1, 2] == pytest.approx(-TURN_PER_FRAME)
-
-
-def test_step_diagonal_is_no_faster() -> None:
-    assert _walk((0.0, 0.0, 0.3), "wd")[-1, :2].norm() == pytest.approx(MOVE_PER_FRAME, abs=1e-6)
-
-
 def test_step_agrees_with_integrate() -> None:
     text = "w8 l4 w12 wl10 wj20 a9 s5 wd8 j30 w30"
     start = torch.tensor(START_POSE)
@@ -80,12 +51,6 @@ def test_step_agrees_with_integrate() -> None:
     torch.testing.assert_close(walked, integrated, atol=1e-4, rtol=0)
     through_walls = integrate(parse_actions(text), KEY_MOTION, pose_to_camera(start))
     assert not torch.allclose(walked, through_walls, atol=1e-1)
-
-
-def test_full_circle_returns() -> None:
-    path = pose_to_camera(_walk((0.5, -2.0, 0.4), "l60"))
-    torch.testing.assert_close(path[-1], path[0], atol=1e-5, rtol=0)
-    assert not torch.allclose(path[-2], path[0], atol=1e-2)
 
 
 def test_walls_stop_and_let_slide() -> None:
