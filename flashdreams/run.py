@@ -79,6 +79,8 @@ class CommandLine:
     replay: Any = None
     """The `Replay` of that file."""
     print_config: bool = False
+    program: str = PROGRAM
+    """Whose command line it is."""
     version: bool = False
     no_instantiate: bool = False
     debug: bool = False
@@ -122,16 +124,17 @@ def main(argv: Sequence[str]) -> int:
     return DONE if config is None else _run(config, debug, line.replay)
 
 
-def read_config(argv: Sequence[str]) -> Any:
+def read_config(argv: Sequence[str], program: str = PROGRAM) -> Any:
     """The config that a command line names; None if it only asked for something to be printed.
 
     Args:
         argv: the words after the program's name, as for `main`.
+        program: its name.
 
     Raises:
         ValueError: it is invalid; also other errors of configs and plug-ins.
     """
-    return _resolve(_split(argv))
+    return _resolve(replace(_split(argv), program=program))
 
 
 def _split(argv: Sequence[str]) -> CommandLine:
@@ -203,7 +206,7 @@ def _answer_without_slug(line: CommandLine, registry: Registry) -> None:
     given = f", got {line.overrides[0]!r}" if line.overrides else ""
     raise UsageError(
         f"the first word must name what to run{given}. Type {PROGRAM} --help for the list, "
-        f"e.g. {PROGRAM} {_example(registry)}."
+        f"e.g. {line.program} {_example(registry)}."
     )
 
 

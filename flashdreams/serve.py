@@ -107,7 +107,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[ServeOptions, Any] | None:
         raise ImportError(
             f"{', '.join(missing)} not installed; a server needs: pip install 'flashdreams[serve]'"
         )
-    config = read_config(rest)
+    config = read_config(rest, PROGRAM)
     if config is None:
         return None
     from flashdreams.serving.server import check_served

@@ -13,7 +13,7 @@ from flashdreams.runtime.checkpoint import CheckpointError
 from flashdreams.runtime.checkpoint.read import open_tensors
 from flashdreams.runtime.checkpoint.source import LocalCheckpoint
 from flashdreams.runtime.files import write_whole
-from flashdreams.runtime.text import read_text, shown, unreadable
+from flashdreams.runtime.text import check_regular, read_text, reason_of, shown, unreadable
 
 MAX_PROMPT_CHARACTERS = 20_000
 """Most characters of a prompt: several times what any text encoder takes."""
@@ -132,12 +132,14 @@ def load_prompt_embeds(path: str | Path, *, text_len: int = 512, text_dim: int =
         ``[B, text_len, text_dim]`` in the file's dtype; missing rows are zero.
 
     Raises:
-        CheckpointError: the file is missing or damaged.
+        CheckpointError: the file cannot be read or is damaged.
         ValueError: the tensor is not of this form.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"Prompt embeddings not found: {path}")
+    try:
+        check_regular(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {reason_of(error)}") from error
     store = open_tensors(LocalCheckpoint(files=(path,)))
     names = list(store.infos)
     if len(names) != 1 and "prompt_embeds" not in names:

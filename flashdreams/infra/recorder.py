@@ -50,7 +50,8 @@ log = logging.getLogger(__name__)
 
 def own_files(folder: Path, slug: str) -> list[Path]:
     """The files that a run of a slug may write into its output folder."""
-    names = ("{}.mp4", "stats_{}.json", "latents_{}.safetensors", "log_{}.jsonl", "report_{}.html")
+    names = ("{}.mp4", "stats_{}.json", "latents_{}.safetensors", "log_{}.jsonl", "report_{}.html",
+             "{}.partial.mp4", "stats_{}.partial.jsonl", "latents_{}.partial.npy")  # fmt: skip
     return [folder / name.format(slug) for name in names]
 
 
@@ -70,10 +71,11 @@ def claimed_output(config: Any) -> Iterator[None]:
     if config.trace is not None:
         check_target(config.trace, "--trace", own_files(folder, slug))
     for path in own_files(folder, slug):
-        if os.path.isdir(path):  # unlike path.is_dir(), never an error
+        is_folder = os.path.isdir(path)  # unlike path.is_dir(), never an error
+        if is_folder or (os.path.exists(path) and not os.access(path, os.W_OK)):
             raise ValueError(
-                f"--output-dir {folder}: {path.name}, which the run may write, is a folder. "
-                "Remove it, or name another folder."
+                f"--output-dir {folder}: {path.name}, which the run may write, is "
+                f"{'a folder' if is_folder else 'not writable'}. Remove it, or name another folder."
             )
     lock, own = folder / f".{slug}.lock", f"{platform.node()} {os.getpid()}".encode()
     try:
@@ -405,6 +407,7 @@ class RunRecorder:
             elif free:
                 self.close()
         except Exception as error:
+            self._closed = True  # it is not said again at exit
             if error not in self._errors.values():  # those were logged when they occurred
                 say(f"flashdreams: {printable(str(error))}")
         finally:

@@ -190,7 +190,7 @@ class ResumableRun:
     def _find(self, resume: bool) -> tuple[str, bool]:
         """The token, and whether that run continues; on rank zero."""
         mark = self.folder / MARK_NAME
-        earlier = _read_mark(mark) if mark.is_file() else {}
+        earlier = _read_mark(mark)
         restarted = self._launch.restarts > 0 and earlier.get("run_id") == self._launch.run_id
         token = str(earlier.get("token", ""))
         if re.fullmatch("[0-9a-f]{8}", token) and (resume or restarted):
@@ -237,8 +237,10 @@ def _run_of(path: Path) -> dict[str, Any]:
 
 
 def _read_mark(mark: Path) -> dict[str, Any]:
-    """What an earlier process has written about its run."""
+    """What an earlier process has written about its run; empty without one."""
     with unreadable(f"--output-dir: {mark}", "Remove it to start over."):
+        if not mark.is_file():
+            return {}
         found = json.loads(read_text(mark, MAX_MARK_BYTES))
         if not isinstance(found, dict):
             raise ValueError("it holds no object")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -97,7 +98,7 @@ def read_header(folder: Path) -> SnapshotHeader:
         SnapshotError: it is missing, damaged or of another format.
     """
     path = folder / HEADER_NAME
-    if path.exists() and not path.is_file():  # reading a pipe would block
+    if os.path.exists(path) and not path.is_file():  # reading a pipe would block
         raise SnapshotError(f"{folder} is not a snapshot: {HEADER_NAME} is not a file.")
     try:
         data = path.read_bytes()

@@ -1,6 +1,7 @@
 """Numerics choices of an earlier run, reused instead of measured."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def read_choices(path: Path) -> Mapping[str, Any]:
     Raises:
         ValueError: it is neither.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike path.is_dir(), never an error
         return read_header(path).fingerprint
     try:
         check_regular(path)

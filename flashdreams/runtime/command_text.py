@@ -33,6 +33,8 @@ _PLAIN_WORDS = {
 }
 """Patterns of tyro's and Python's messages about a value, and what to say instead."""
 
+_FOLDERS = ("--output-dir", "--state-dir", "--adopt-from")
+
 Main = Callable[[Sequence[str]], int]
 
 
@@ -68,6 +70,7 @@ def read_options(form: Any, argv: Sequence[str], program: str, **options: Any) -
     """
     import tyro
 
+    _refuse_empty_folders(argv)
     stderr = io.StringIO()
     asked = bool({"-h", "--help"} & set(argv))
     # Without --help nothing but an error is printed; its layout is plain text of one width whatever
@@ -88,9 +91,18 @@ def read_options(form: Any, argv: Sequence[str], program: str, **options: Any) -
     return read
 
 
+def _refuse_empty_folders(argv: Sequence[str]) -> None:
+    """Refuse an option whose empty value, as of an unset variable, would be the current folder."""
+    for word, following in zip(argv, [*argv[1:], "."], strict=False):
+        name, equals, value = word.replace("_", "-").partition("=")
+        if name in _FOLDERS and not (value if equals else following):
+            raise ValueError(f"{name} is empty. Name a folder; {name} . is the current one.")
+
+
 def is_of_output(error: BaseException) -> TypeGuard[OSError]:
-    """Whether stdout has failed: unlike files, it has no name."""
-    return isinstance(error, OSError) and error.errno is not None and error.filename is None
+    """Whether stdout has failed: unlike files, it has no name, and unlike TMPDIR, it exists."""
+    named = isinstance(error, FileNotFoundError) or getattr(error, "filename", None) is not None
+    return isinstance(error, OSError) and error.errno is not None and not named
 
 
 def lost_output(error: OSError, program: str) -> int:
@@ -106,7 +118,8 @@ def lost_output(error: OSError, program: str) -> int:
 def lost_output_in_one_line(program: str) -> Callable[[Main], Main]:
     """A decorator of a ``main`` whose work is what it prints.
 
-    A reader that has left (``| head``) is no error; a full disk is exit code 1 and one line.
+    A reader that has left (``| head``) is no error; a full disk, or a file that cannot be read or
+    written, is exit code 1 and one line.
     """
 
     def decorate(main: Main) -> Main:
@@ -119,9 +132,10 @@ def lost_output_in_one_line(program: str) -> Callable[[Main], Main]:
                     if sys.stdout is not None:
                         sys.stdout.flush()
             except OSError as error:
-                if not is_of_output(error):
-                    raise
-                return lost_output(error, program)
+                if is_of_output(error):
+                    return lost_output(error, program)
+                say(printable(f"{program}: error: {error}"))
+                return 1
 
         return called
 

@@ -237,7 +237,7 @@ def readable_write_errors(path: Path, partial_path: Path | None = None) -> Itera
         yield
     except OSError as error:
         kept = ""
-        if partial_path is not None and partial_path.exists():
+        if partial_path is not None and os.path.exists(partial_path):
             kept = f" What was written so far is in {partial_path}."
         raise OSError(
             f"{path} could not be written: {reason_of(error)}. {remedy(error)}{kept}"

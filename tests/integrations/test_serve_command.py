@@ -135,7 +135,7 @@ def rank_of(server: Served, rank: int) -> int:
             ["matrix-game-2-tiny-random", "--actions", "None", "--action-path", "a.npz"],
             "steered by its client",
         ),
-        ([], "the first word must name what to run"),
+        ([], "--help for the list, e.g. flashdreams-serve toy-world."),
     ],
 )
 def test_wrong_command_line_ends_with_one_line(words, said, capsys):

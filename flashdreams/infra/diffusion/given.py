@@ -79,6 +79,7 @@ def load_initial_latent(path: Path, shape: Sequence[int], option: str, total_blo
     """
     try:
         check_regular(path)
+        path.open("rb").close()  # safetensors takes an unreadable file for a missing one
         with safe_open(path, framework="pt", device="cpu") as file:
             names = list(file.keys())
             if "latents" not in names:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -84,8 +85,17 @@ def find_local(config: CheckpointConfig) -> LocalCheckpoint | None:
         Its files; ``None`` if it, or one shard of it, is not on this machine.
 
     Raises:
-        CheckpointError: a local index is damaged or names a missing shard; several files fit.
+        CheckpointError: a local index is damaged or names a missing shard; several files fit; or
+            a folder may not be searched.
     """
+    try:
+        return _find_local(config)
+    except OSError as error:
+        place = error.filename or _title(config)
+        raise CheckpointError(f"{place} cannot be read: {reason_of(error)}") from error
+
+
+def _find_local(config: CheckpointConfig) -> LocalCheckpoint | None:
     if config.is_address:
         fetched = cached_file(config)
         return LocalCheckpoint(files=(fetched,)) if fetched.is_file() else None
@@ -406,9 +416,14 @@ def _reason(error: Exception) -> str:
 
 
 def _check_disk(config: CheckpointConfig, cache: Path, variable: str) -> None:
+    existing = next(place for place in (cache, *cache.parents) if os.path.exists(place))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise MissingWeightsError(
+            f"{_title(config)} cannot be downloaded to {cache}: {existing} is not writable. Set "
+            f"{variable} to another folder"
+        )
     if config.size_bytes is None:
         return
-    existing = next(place for place in (cache, *cache.parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if free < config.size_bytes:
         raise MissingWeightsError(

@@ -64,14 +64,24 @@ def test_a_reader_that_has_left_is_no_error(
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
     def failed(argv: object) -> int:
-        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "devices.yaml")
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
 
     with (tmp_path / "out").open("w") as out:
         monkeypatch.setattr(sys, "stdout", out)
         assert lost_output_in_one_line("program")(left)([]) == 0
-        with pytest.raises(FileNotFoundError, match="devices"):  # negative control: of a file
-            lost_output_in_one_line("program")(failed)([])
-    assert capsys.readouterr().err == ""
+        assert capsys.readouterr().err == ""
+        assert lost_output_in_one_line("program")(failed)([]) == 1
+    said = "program: error: [Errno 2] No usable temporary directory found\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("words", [["--output-dir", ""], ["--output_dir="], ["--state-dir", ""]])
+def test_an_empty_folder_is_not_the_current_one(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = serve if words[0] == "--state-dir" else run
+    assert command.main(["toy-world", *words]) == 2
+    assert "-dir is empty. Name a folder; --" in capsys.readouterr().err
 
 
 def test_help_is_never_laid_out_for_a_terminal_of_a_few_columns(
