@@ -182,11 +182,11 @@ def select_tokens(control: Any, kept: Sequence[int], len_t: int) -> Any:
     """The part of an AR step's control ``[B, L, ...]`` that belongs to some of its latent frames.
 
     Args:
-        control: of the whole AR step; None stays None.
+        control: of the whole AR step; None stays None, and so does one token for all, ``L = 1``.
         kept: places of the frames in the chunk.
         len_t: latent frames of the chunk.
     """
-    if control is None or len(kept) == len_t:
+    if control is None or len(kept) == len_t or control.shape[1] == 1:
         return control
     return control.unflatten(1, (len_t, -1))[:, list(kept)].flatten(1, 2)
 

@@ -105,13 +105,11 @@ def _write_group(
 ) -> None:
     """One pass over some chunks, which attend to each other and to earlier frames."""
     frames = [frame for chunk in group for frame in chunk.frames]
-    len_t = transformer.config.len_t
     if frames[0] >= transformer.config.sink_size_t:
         transformer.rotate_sinks(cache)
     for cursor in cache.cursors:
         cursor.begin_rewrite_chunk(len(frames), transformer.device, first_slot)
-    parts = [select_tokens(chunk.control, chunk.kept, len_t) for chunk in group]
-    control = torch.cat(parts, dim=1) if parts[1:] and parts[0] is not None else parts[0]
+    control = _joined_controls(group, transformer.config)
     latent = torch.cat([chunk.latent for chunk in group], dim=2)
     inputs = transformer.inputs_at(
         cache, torch.tensor(frames, dtype=torch.int64, device="cpu"), control
@@ -119,6 +117,19 @@ def _write_group(
     transformer(latent, transformer.modulation_of(timestep, cache), inputs, cache, True)
     for layer in cache.layers():
         layer.keep_sink(frames[0], frames[-1] + 1)
+
+
+def _joined_controls(group: Sequence[ContextChunk], config: Any) -> Any:
+    """The control of the frames of some chunks, one after the other."""
+    parts = [select_tokens(chunk.control, chunk.kept, config.len_t) for chunk in group]
+    if not parts[1:] or parts[0] is None:
+        return parts[0]
+    tokens = (len(chunk.frames) * config.tokens_per_frame for chunk in group)
+    each = (
+        x.expand(-1, count, *x.shape[2:]) if x.shape[1] == 1 else x
+        for x, count in zip(parts, tokens, strict=True)
+    )
+    return torch.cat(list(each), dim=1)
 
 
 def _without_sink(chunk: ContextChunk, sink_size_t: int) -> ContextChunk | None:

@@ -71,6 +71,33 @@ def test_it_leaves_the_same_bits_as_a_whole_forward(case):
     assert all(torch.equal(a, b) for a, b in zip(lean, whole, strict=True))
 
 
+@pytest.mark.parametrize("mode", ["chunks", "once"])
+@torch.no_grad()
+def test_a_control_for_all_tokens_is_rewritten_as_one_for_each(mode):
+    """The window holds half of two of the four chunks."""
+    found = []
+    for lengths, factor in (((1, 1, 8, 1), 1), ((8, 8, 8, 8), 1), ((8, 8, 8, 8), 2)):
+        model, draw, chunks = build(), torch.Generator().manual_seed(1), []
+        cache = model.initialize_cache(text=torch.ones(1, 4, TEXT_DIM))
+        for step, length in enumerate(lengths):
+            control = factor * torch.randn(1, 1, CONTROL_DIM, generator=draw).expand(-1, length, -1)
+            latent = torch.randn(model.latent_shape(1), generator=draw)
+            model.begin_step(step, cache, control)
+            model.update_cache(latent, CLEAN, cache)
+            chunks.append((latent, control))
+        held, context = model.context_frames(cache), []
+        for step, (latent, control) in enumerate(chunks):
+            kept = tuple(i for i in (0, 1) if 2 * step + i in held)
+            part = {"frames": tuple(2 * step + i for i in kept), "latent": latent[:, :, list(kept)]}
+            context.append(ContextChunk(kept=kept, control=control, **part))
+        assert [len(chunk.kept) for chunk in context] == [1, 1, 2, 2]
+        model.rewrite_context(cache, context, CLEAN, mode)
+        found.append(keys_and_values(cache))
+    for a, b in zip(*found[:2], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    assert not torch.allclose(found[0][-1], found[2][-1], atol=1e-2)  # negative control
+
+
 def test_a_pass_that_writes_too_little_is_seen():
     """Negative control: the last block's keys stay those of the noisy chunk."""
     model, whole = build(), roll_out(build())
