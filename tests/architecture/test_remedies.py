@@ -4,12 +4,10 @@ import ast
 import importlib.util
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from importlib.metadata import distributions, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from flashdreams.parallel.environment import init
 from flashdreams.registry import discover
 from flashdreams.run import _OWN_OPTIONS
 from tests.architecture.sources import PACKAGES, ROOT, python_files
@@ -252,38 +249,3 @@ def test_libraries_read_the_variables_that_messages_name(
         spec.loader.exec_module(constants)
         assert str(tmp_path / "h" / "hub") == constants.HF_HUB_CACHE
         assert constants.HF_HUB_OFFLINE is offline
-
-
-def test_ranks_that_contradict_each_other_can_be_unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "5")
-    with pytest.raises(ValueError, match="unset RANK and WORLD_SIZE for a single process"):
-        init("cpu")
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name)
-    assert init("cpu").world_size == 1
-
-
-def test_triton_is_interpreted_where_the_variable_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flashdreams_kernels import launch
-
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
-        launch.target_of(torch.device("cpu"))
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert launch.target_of(torch.device("cpu")) is launch.INTERPRETER
-
-
-@pytest.mark.slow
-def test_pip_knows_the_extras_of_the_installed_package() -> None:
-    """Of any index it asks nothing: the installed package is enough."""
-    if importlib.util.find_spec("pip") is None or not list(distributions(name="flashdreams")):
-        pytest.skip("needs pip and an installed flashdreams: pip install -e .")
-
-    def says(*words: str) -> str:
-        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", *words]
-        return subprocess.run(command, capture_output=True, text=True).stderr
-
-    text = says(*(f"flashdreams[{name}]" for name in ("gpu", "serve", "webrtc")))
-    assert "requirement flashdreams" not in text and "the extra" not in text
-    assert "does not provide the extra 'invented'" in says("flashdreams[invented]"), "neg. control"
