@@ -117,16 +117,6 @@ def test_sampling_with_guidance_is_the_loop_over_two_plain_networks():
     assert (other - expected).abs().max() > 1e-3  # negative control: another boundary
 
 
-def test_equal_networks_are_one():
-    config = experts_config(streaming=False)
-    one = build(tiny_transformer(streaming=False)).state_dict()
-    both = {f"{name}.{key}": x for name in EXPERTS for key, x in one.items()}
-    assert torch.equal(sampled(config, both), sampled(tiny_transformer(streaming=False), one))
-    both["low_noise.head.head.bias"] = both["low_noise.head.head.bias"] + 0.1
-    other = sampled(config, both)
-    assert not torch.equal(other, sampled(tiny_transformer(streaming=False), one))
-
-
 def streaming_pipeline():
     """With the sliding window of a streaming method: each network keeps keys and values."""
     config = derive_config(tiny_pipeline(), encoder=None)
