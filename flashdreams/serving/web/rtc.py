@@ -1,6 +1,7 @@
 """``POST /v1/realtime/webrtc``: live sessions over WebRTC."""
 
 import asyncio
+import contextlib
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
@@ -49,7 +50,9 @@ def add_peers(app: FastAPI, accounts: Accounts) -> None:
         except ImportError:
             return _refusal(501, "not_installed", NOT_INSTALLED)
         answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        task = asyncio.create_task(_carry_on(peer, offer.sdp, answer, accounts))
+        conversation, place = Conversation(peer, accounts), contextlib.ExitStack()
+        place.enter_context(accounts.counted(conversation))  # before the next offer is looked at
+        task = asyncio.create_task(_carry_on(peer, offer.sdp, answer, conversation, place))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
         try:
@@ -58,10 +61,15 @@ def add_peers(app: FastAPI, accounts: Accounts) -> None:
             return _refusal(400, "bad_message", str(error))
 
 
-async def _carry_on(peer: Peer, sdp: str, answer: asyncio.Future[str], accounts: Accounts) -> None:
-    """Answer an offer, then run its session."""
-    conversation = Conversation(peer, accounts)
-    with accounts.counted(conversation):
+async def _carry_on(
+    peer: Peer,
+    sdp: str,
+    answer: asyncio.Future[str],
+    conversation: Conversation,
+    place: contextlib.ExitStack,
+) -> None:
+    """Answer an offer, then run its session; at the end its place is free."""
+    with place:
         try:
             text = await peer.answer(sdp)
             if not answer.cancelled():
