@@ -9,8 +9,8 @@ from torch import Tensor
 from flashdreams.infra.config import did_you_mean
 from flashdreams.infra.finite import tensors_in
 
-PIXEL_LIMIT = 1.5
-"""Largest absolute pixel value: [-1, 1] with room for the overshoot of interpolation."""
+PIXEL_LIMIT = 2.0
+"""Largest absolute pixel value: [-1, 1] with room for bicubic interpolation, which reaches 1.9."""
 
 
 def refuse_unknown(names: Iterable[str], known: Collection[str], method: str) -> None:

@@ -1,8 +1,10 @@
 """Whether all ranks were started with the same options."""
 
 import enum
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING
+from pathlib import Path
 from typing import Any
 
 from flashdreams.infra.config import config_fields, walk
@@ -10,7 +12,10 @@ from flashdreams.parallel.environment import from_rank_zero, gather_to_rank_zero
 from flashdreams.runtime.checkpoint import CheckpointConfig
 
 OF_A_NODE = frozenset({"description", "device", "download", "log_json", "threads"})
-"""Fields that may differ; files may too, since each node has its own."""
+"""Fields that may differ; paths may too, since each node has its own files, if of one content."""
+
+OF_RANK_ZERO = frozenset({"output_dir", "trace", "numerics_from"})
+"""Paths that rank zero alone reads or writes."""
 
 MAX_NAMED = 3
 PLAIN = (bool, int, float, str, enum.Enum)
@@ -56,8 +61,16 @@ def _options(config: Any) -> Iterator[tuple[str, str]]:
         name = path.rpartition(".")[2]
         differs = name in OF_A_NODE or isinstance(owner, CheckpointConfig)
         computed = config_fields(owner)[name].default_factory is not MISSING
-        if not (differs or computed) and _is_plain(value):
+        if isinstance(value, Path) and not differs:
+            yield path, "a path" if name in OF_RANK_ZERO else _content(value)
+        elif not (differs or computed) and _is_plain(value):
             yield path, repr(value)
+
+
+def _content(path: Path) -> str:
+    if not path.is_file():
+        return "a path"
+    return f"a file of SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
 
 
 def _is_plain(value: Any) -> bool:

@@ -29,7 +29,19 @@ def run_command(
         code = main(sys.argv[1:])
     except KeyboardInterrupt as stop:  # also one that comes while an error is reported
         code = stopped(stop, program)
-    leave(code)
+    leave(code, at_once=_in_process_group())
+
+
+def _in_process_group() -> bool:
+    """Whether a failed run has left its process group to torchrun.
+
+    A thread of gloo may then be freeing the tensors of its last collective. It needs the
+    interpreter for that, and aborts the process where the interpreter is ending.
+    """
+    environment = sys.modules.get("flashdreams.parallel.environment")
+    with contextlib.suppress(AttributeError):  # half imported
+        return environment is not None and environment.group_size() > 1
+    return False
 
 
 def stopped(stop: KeyboardInterrupt, program: str) -> int:

@@ -111,12 +111,19 @@ def _end_after(
     end_now(128 + number)
 
 
-def leave(code: int) -> NoReturn:
-    """End the process, quickly, once all is written."""
+def leave(code: int, at_once: bool = False) -> NoReturn:
+    """End the process, quickly, once all is written.
+
+    Args:
+        code: exit code.
+        at_once: end it as `end_now` does, without the interpreter's own end.
+    """
     # The interpreter's own end may be cut short by a second signal.
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):  # not all of them on Windows
             signal.signal(getattr(signal, name), signal.SIG_DFL)
+    if at_once:
+        end_now(code)
     # Otherwise the interpreter looks through all of PyTorch for rubbish once more, for a second.
     gc.freeze()
     sys.exit(code)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from flashdreams.infra.config import derive_config
 from flashdreams.integrations.self_forcing.config import TINY_RUNNER
-from flashdreams.parallel import environment
+from flashdreams.parallel import environment, stopping
 from tests.harness import run_ranks
 
 
@@ -101,3 +101,14 @@ def test_a_program_that_has_set_up_logging_keeps_its_form(tmp_path):
     first, second = run_ranks(log_beside_a_runner, 2, str(tmp_path), "program: %(message)s")
     assert first == ["program: all is well", "program: look here", "program: look here"]
     assert second == ["program: look here", "program: look here"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_failed_rank_ends_without_the_interpreters_own_end(ranks, monkeypatch):
+    """A thread of gloo that frees a tensor aborts an interpreter that is ending."""
+    left = []
+    monkeypatch.setattr(environment, "group_size", lambda: ranks)
+    monkeypatch.setattr(stopping, "raise_on_sigterm", lambda *args, **kwargs: None)
+    monkeypatch.setattr(stopping, "leave", lambda code, at_once: left.append((code, at_once)))
+    stopping.run_command("program", lambda argv: 2)
+    assert left == [(2, ranks > 1)]

@@ -12,6 +12,7 @@ from flashdreams import run
 from flashdreams.infra.config import derive_config
 from flashdreams.infra.same_options import refuse_other_options
 from flashdreams.integrations.self_forcing.config import TINY_RUNNER
+from flashdreams.parallel.environment import RankZeroError
 from tests.harness import run_ranks
 
 RUNNER = derive_config(TINY_RUNNER, device="cpu", total_blocks=1)
@@ -45,15 +46,27 @@ def test_other_options_on_one_rank_are_named(change: dict, named: str, tmp_path:
     assert said.count("\n") == 1 and not list(tmp_path.glob("*.mp4"))
 
 
-def compare(folder: Path) -> str:
+def compare(folder: Path, prompt: str) -> str:
     """What a rank is told where ranks differ in what belongs to a node."""
-    config = RUNNER
+    path = folder / f"prompt{dist.get_rank()}.txt"
+    path.write_text(prompt if dist.get_rank() == 1 else "A dog.")
+    config = replace(RUNNER, prompt_path=path)
     if dist.get_rank() == 1:
         config = replace(config, output_dir=folder, threads=1, log_json=True, device="auto")
-    refuse_other_options(config)
+    try:
+        refuse_other_options(config)
+    except ValueError as error:
+        return str(error)
+    except RankZeroError:
+        return "refused"
     return "same"
 
 
-def test_files_and_devices_of_a_node_may_differ(tmp_path: Path) -> None:
+def test_paths_and_devices_of_a_node_may_differ(tmp_path: Path) -> None:
     """Negative control."""
-    assert run_ranks(compare, 2, tmp_path) == ["same", "same"]
+    assert run_ranks(compare, 2, tmp_path, "A dog.") == ["same", "same"]
+
+
+def test_files_of_other_content_are_refused(tmp_path: Path) -> None:
+    said, other = run_ranks(compare, 2, tmp_path, "A cat.")
+    assert "--prompt-path is a file of SHA-256 " in said and other == "refused"

@@ -119,7 +119,11 @@ def test_pixels_of_0_to_255_are_refused_and_the_advice_works() -> None:
     assert "Give pixels.float() / 127.5 - 1 " in str(caught.value)
     refuse_other_pixels("image", pixels.float() / 127.5 - 1)
     refuse_other_pixels("image", pixels.byte())  # for the encoder, which refuses integers
-    refuse_other_pixels("image", torch.full((1, 3, 2, 2), 1.2))  # what bicubic scaling may make
+    signs = torch.tensor([1.0, -1, 1, 1, -1, 1, 1, -1])
+    worst = (signs[:, None] * signs)[None, None]
+    scaled = torch.nn.functional.interpolate(worst, (4, 4), mode="bicubic")
+    assert 1.8 < scaled.abs().max() < 1.9
+    refuse_other_pixels("image", scaled)
     with pytest.raises(ValueError, match="NaN or infinite"):
         refuse_other_pixels("image", torch.full((1, 3, 2, 2), NAN))
 
