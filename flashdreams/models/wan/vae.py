@@ -211,6 +211,7 @@ class WanVAEDecoder(VideoDecoder):
 
     config: WanVAEDecoderConfig
     network_class: Callable[[Any], nn.Module] = WanVAEDecoderNetwork
+    upsamples = "decoder.upsamples.*"
     checkpoint_key_maps = (VAE_DIFFUSERS_KEYS,)
 
     def __init__(self, config: WanVAEDecoderConfig) -> None:
@@ -240,7 +241,20 @@ class WanVAEDecoder(VideoDecoder):
 
     def parallel_plan(self) -> ParallelPlan:
         """Where frames may be split by width: at every convolution over columns."""
-        return WAN_VAE_DECODER_PLAN
+        return ParallelPlan(
+            spatial={
+                "decoder.conv1": "halo",
+                "decoder.middle.*.residual.2": "halo",
+                "decoder.middle.*.residual.6": "halo",
+                "decoder.middle.1.core": "gather_width",
+                f"{self.upsamples}.residual.2": "halo",
+                f"{self.upsamples}.residual.6": "halo",
+                f"{self.upsamples}.resample.1": "halo",
+                "decoder.head.2": "halo",
+                # No neighbours needed: conv2, shortcut, time_conv, to_qkv and proj are 1x1 in
+                # space; shortcuts between levels and patches of pixels stay within a column.
+            }
+        )
 
     def _new_video(self, z: Tensor, carried: CarriedFrames) -> Tensor:
         batch, _, latent_frames, rows, columns = z.shape
@@ -257,20 +271,6 @@ DECODER_IGNORES = (r"encoder\.", r"conv1\.")
 
 ENCODER_IGNORES = (r"decoder\.", r"conv2\.")
 """``CheckpointConfig.ignore`` of an encoder that reads a file with both halves."""
-
-WAN_VAE_DECODER_PLAN = ParallelPlan(
-    spatial={
-        "decoder.conv1": "halo",
-        "decoder.middle.*.residual.2": "halo",
-        "decoder.middle.*.residual.6": "halo",
-        "decoder.middle.1.core": "gather_width",
-        "decoder.upsamples.*.residual.2": "halo",
-        "decoder.upsamples.*.residual.6": "halo",
-        "decoder.upsamples.*.resample.1": "halo",
-        "decoder.head.2": "halo",
-        # No neighbours needed: conv2, shortcut, time_conv, to_qkv and proj are 1x1 in space.
-    }
-)
 
 
 @dataclass(kw_only=True)

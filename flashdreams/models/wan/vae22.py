@@ -29,7 +29,6 @@ from flashdreams.models.wan.vae_blocks import (
     RMSNorm,
     Upsample,
 )
-from flashdreams.parallel.plan import ParallelPlan
 
 # fmt: off
 WAN22_LATENT_MEAN = (
@@ -245,27 +244,8 @@ class WanVAE22Decoder(WanVAEDecoder):
 
     config: WanVAE22DecoderConfig
     network_class = WanVAE22DecoderNetwork
+    upsamples = "decoder.upsamples.*.upsamples.*"
     checkpoint_key_maps = (VAE22_DIFFUSERS_KEYS,)
-
-    def parallel_plan(self) -> ParallelPlan:
-        """Where frames may be split by width: at every convolution over columns."""
-        return WAN22_VAE_DECODER_PLAN
-
-
-WAN22_VAE_DECODER_PLAN = ParallelPlan(
-    spatial={
-        "decoder.conv1": "halo",
-        "decoder.middle.*.residual.2": "halo",
-        "decoder.middle.*.residual.6": "halo",
-        "decoder.middle.1.core": "gather_width",
-        "decoder.upsamples.*.upsamples.*.residual.2": "halo",
-        "decoder.upsamples.*.upsamples.*.residual.6": "halo",
-        "decoder.upsamples.*.upsamples.*.resample.1": "halo",
-        "decoder.head.2": "halo",
-        # No neighbours needed: what is 1x1 in space, as in Wan 2.1; the shortcuts between the
-        # levels and the patches of pixels stay within a column.
-    }
-)
 
 
 @dataclass(kw_only=True)
