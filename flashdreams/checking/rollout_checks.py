@@ -20,6 +20,7 @@ from flashdreams.checking.subject import (
     same_bits,
 )
 from flashdreams.infra.decoder.base import StreamingDecoder
+from flashdreams.infra.saved_rollouts import new_state
 from flashdreams.infra.state import StateError
 
 SPLIT_ERROR = 1e-4
@@ -204,7 +205,7 @@ def check_chunk_split(bench: Bench) -> str:
     context = session.cache.context
     decoded = {}
     for part in (shape[2], shape[2] // 4, shape[2] // 2, 1):
-        cache = _new_decoder_state(decoder, context)
+        cache = new_state(decoder, context)
         with torch.no_grad():
             pieces = [
                 decoder(piece, autoregressive_index=index, cache=cache)
@@ -227,13 +228,6 @@ def check_chunk_split(bench: Bench) -> str:
                 "chunk's first frames depend on, and count frames there, not chunks."
             )
     return f"{shape[2]} latent frames at once and in parts of {', '.join(map(str, decoded))}"
-
-
-def _new_decoder_state(decoder: Any, context: dict[str, Any]) -> Any:
-    from flashdreams.infra.component import select_context
-
-    make = decoder.initialize_cache
-    return make(**select_context(make, context))
 
 
 def check_snapshot(bench: Bench, base: list[Chunk]) -> str:
