@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -55,6 +56,7 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     ]
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -164,10 +164,11 @@ class SavedRollouts(Assembly, ABC):
             self.check_values(cache)
             self.diffusion_model.side.join()
             values, parts = self._collected(cache, light=light)
+            weights = together(lambda: hash_weights(self.config), "could not read its weights")
             header = SnapshotHeader(
                 name=self.config.name,
                 config=describe_config(self.config),
-                weights=hash_weights(self.config),
+                weights=weights,
                 fingerprint=values["fingerprint"],
                 autoregressive_index=values["next_index"],
                 seed=values["seed"],
@@ -263,8 +264,12 @@ class SavedRollouts(Assembly, ABC):
         self, cache: StreamInferencePipelineCache, light: bool = False
     ) -> tuple[dict[str, Any], Parts]:
         """See `collect_parts`; where one rank alone decodes, another may have no such state."""
-        place = (cache, self.layout, self.config.name, self.fingerprint())
-        return together(lambda: collect_parts(*place, light=light), _NO_STATE)
+
+        def collect() -> tuple[dict[str, Any], Parts]:
+            fingerprint = self.fingerprint()  # reads files
+            return collect_parts(cache, self.layout, self.config.name, fingerprint, light=light)
+
+        return together(collect, _NO_STATE)
 
     def _checked(
         self,

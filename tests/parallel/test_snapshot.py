@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
+from importlib import import_module
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashdreams.infra import resumable, snapshot
+from flashdreams.infra import fingerprint, resumable, saved_rollouts, snapshot
 from flashdreams.infra.snapshot_header import read_header
 from flashdreams.parallel.environment import Launch, OtherRankError
 from flashdreams.parallel.mesh import ParallelConfig, build_mesh, resolve_degrees
@@ -48,29 +49,38 @@ def test_each_rank_writes_its_own_and_nothing_twice(case, ranks, tmp_path):
     assert header.tensors.keys() == whole.keys()
 
 
-def fail_on(rank, folder, kind):
+def fail_on(rank, folder, module, name):
     pipeline, _ = build_pipeline("plain", 2)
     cache = begin(pipeline, "plain")
+    module = import_module(module)
     own = torch.distributed.get_rank()
-    real = snapshot.write_part
+    real = getattr(module, name)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     if own == rank:
-        snapshot.write_part = full
+        setattr(module, name, full)
     try:
         pipeline.save(cache, folder / "s")
         return "saved"
     except (OSError, OtherRankError) as error:
-        snapshot.write_part = real
+        setattr(module, name, real)
         pipeline.save(cache, folder / "second")  # and the ranks still agree
         return str(error)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_full_disk_on_one_rank_ends_the_snapshot_on_all(rank, tmp_path):
-    said = run_ranks(fail_on, 2, rank, tmp_path, "save")
+@pytest.mark.parametrize(
+    ("rank", "module", "name"),
+    [
+        (0, snapshot, "write_part"),
+        (1, snapshot, "write_part"),
+        (1, saved_rollouts, "hash_weights"),
+        (1, fingerprint, "_version"),
+    ],
+)
+def test_a_file_that_fails_on_one_rank_ends_the_snapshot_on_all(rank, module, name, tmp_path):
+    said = run_ranks(fail_on, 2, rank, tmp_path, module.__name__, name)
     assert "No space left" in said[rank] and "Another rank" in said[1 - rank]
     assert [path.name for path in tmp_path.iterdir()] == ["second"]
 
