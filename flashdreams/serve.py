@@ -128,8 +128,12 @@ def _serve(options: ServeOptions, config: Any, debug: bool) -> int:
     try:
         watch_agent()
         if process_rank() == 0:
+            from flashdreams.serving.restart import SessionFolder
             from flashdreams.serving.web.server import WebServer
 
+            folder = SessionFolder(options.limits.folder_of(config), config.pipeline)
+            folder.claim()  # before the weights, which take longer
+            folder.give_up()
             web = WebServer(options.web)
             web.start()
             say(f"{PROGRAM}: loading {config.runner_name}; {web.url} shows the progress")

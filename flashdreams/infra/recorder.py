@@ -395,11 +395,11 @@ class RunRecorder:
         Stats of complete steps come first: requests to the device may hang. What
         cannot be written is reported on stderr, once; nothing is raised.
         """
-        if not self.environment.is_rank_zero or self._closed:
+        if not self.environment.is_rank_zero or self._closed or not self.steps:
             return
         free = self._lock.acquire(timeout=LOCK_S)  # the thread that holds it may hang
         try:
-            if self.steps and self._stats.path not in self._errors and not self.resumable:
+            if self._stats.path not in self._errors and not self.resumable:
                 with readable_write_errors(self._stats.path, self._stats.partial_path):
                     self._stats.write()
             if free and self.resumable:

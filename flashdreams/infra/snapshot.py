@@ -1,6 +1,7 @@
 """Snapshots: a rollout in a folder of files, saved on some ranks and resumed on others."""
 
 import json
+import os
 import shutil
 import time
 import uuid
@@ -103,7 +104,7 @@ def _new_folder(path: Path) -> Path:
 
 def remove_unfinished(parent: Path) -> None:
     """Delete the leftovers of killed saves in a folder of snapshots."""
-    for folder in parent.glob(".*.tmp") if parent.is_dir() else ():
+    for folder in parent.glob(".*.tmp") if os.path.isdir(parent) else ():
         shutil.rmtree(folder, ignore_errors=True)
 
 

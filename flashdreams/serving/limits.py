@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flashdreams.infra.ranges import check_range
 
@@ -71,3 +72,11 @@ class ServingLimits:
                 f"--adopt-from {self.adopt_from} needs a --state-dir in it; got {self.state_dir}. "
                 f"Try --state-dir {self.adopt_from / (self.name or 'NAME')}."
             )
+
+    def folder_of(self, config: Any) -> Path:
+        """The folder of the sessions of a method.
+
+        Args:
+            config: of its runner.
+        """
+        return self.state_dir or config.output_dir / f"serve_{config.runner_name}"

@@ -1,5 +1,6 @@
 """State of sessions on disk, from which another process can continue them."""
 
+import contextlib
 import functools
 import glob
 import hashlib
@@ -8,6 +9,7 @@ import re
 import shutil
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,12 +48,13 @@ class SessionFolder:
             pipeline: config of the served pipeline; snapshots of other pipelines are not touched.
 
         Raises:
-            OSError: it cannot be created.
+            ValueError: it cannot be created.
         """
         self.root = root
         self._pipeline = pipeline
         self._claim: BinaryIO | None = None
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with self._written():
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def snapshot_path(self, session: str, number: int) -> Path:
         """Path of a snapshot."""
@@ -112,14 +115,21 @@ class SessionFolder:
         """Lock the folder, so that other servers do not take over its sessions.
 
         Raises:
-            ValueError: another server holds the lock.
-            OSError: the folder cannot be written.
+            ValueError: another server holds the lock, or the folder cannot be written.
         """
-        try:
+        with self._written():
             self._claim = open_owned(self.root / _IN_USE)
-        except InUseError as error:
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            in_use = isinstance(error, InUseError)
+            reason = f"cannot be written: {reason_of(error)}"
             raise ValueError(
-                f"--state-dir {self.root}: another server uses it. Name another folder."
+                f"--state-dir {self.root}{': another server uses it' if in_use else f' {reason}'}. "
+                "Name another folder."
             ) from error
 
     def give_up(self) -> None:

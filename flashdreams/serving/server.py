@@ -55,9 +55,9 @@ class Server:
             limits: limits of the server.
 
         Raises:
-            ValueError: too little memory for the requested sessions, or the method needs a control
-                input and its runner has no controller.
-            OSError: the folder of snapshots cannot be created.
+            ValueError: too little memory for the requested sessions, the method needs a control
+                input and its runner has no controller, or the folder of snapshots cannot be written
+                or another server uses it.
         """
         self.runner = runner
         runner.serve()
@@ -76,7 +76,7 @@ class Server:
         places = count_places(
             self.trial, pipeline.target_device, limits.max_sessions, pool.size if pool else 0
         )
-        folder = limits.state_dir or config.output_dir / f"serve_{config.runner_name}"
+        folder = limits.folder_of(config)
         self.engine = SessionEngine(
             pipeline, conditions, runner.controller, channel, folder, config.seed
         )

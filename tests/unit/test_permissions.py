@@ -17,6 +17,7 @@ from flashdreams.infra.stored_choices import read_choices
 from flashdreams.parallel.environment import Launch
 from flashdreams.runtime.checkpoint import CheckpointConfig, CheckpointError, ensure_local
 from flashdreams.runtime.files import readable_write_errors
+from flashdreams.serving.restart import SessionFolder
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "setresuid"), reason="needs Unix permissions")
 NOBODY = 65534
@@ -104,3 +105,16 @@ def test_an_output_folder_that_is_closed_during_the_run_is_one_line(closed: Path
     said = r"x\.safetensors could not be written: Permission denied\. Choose another directory"
     with pytest.raises(OSError, match=said), readable_write_errors(closed, closed):
         closed.open("xb")
+
+
+def test_a_folder_of_sessions_that_may_not_be_written_is_refused(closed: Path) -> None:
+    with pytest.raises(ValueError, match=r"--state-dir .*closed.* be written: Permission denied"):
+        SessionFolder(closed, None)
+
+
+def test_a_session_that_may_not_be_read_does_not_keep_a_server_from_starting(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "a-session-of-another-user").mkdir(mode=0)
+    assert SessionFolder(folder, None).find() == []
+    assert "A session cannot be continued: [Errno 13] Permission denied" in caplog.text

@@ -227,6 +227,12 @@ def test_an_aborted_run_says_that_its_stats_are_lost(
     assert capsys.readouterr().err.count("stats_toy.json could not be written: No such file") == 1
 
 
+def test_a_run_without_a_step_leaves_the_stats_of_an_earlier_one(tmp_path: Path) -> None:
+    (tmp_path / "stats_toy.json").write_text("earlier")
+    Run(tmp_path).recorder.abort()
+    assert (tmp_path / "stats_toy.json").read_text() == "earlier"
+
+
 def has_content(path: Path) -> bool:
     """Whether its writer, which may be another thread, has opened it and gone on."""
     return path.exists() and path.stat().st_size > 0
