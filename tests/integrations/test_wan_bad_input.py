@@ -133,20 +133,10 @@ def test_a_prompt_file_may_begin_with_a_byte_order_mark(tmp_path):
     assert read_prompt("", tmp_path / "prompt.txt") == "a fox"
 
 
-def test_a_bidirectional_model_has_one_step():
-    with pytest.raises(ValueError, match="whole video in one AR step; it must be 1"):
-        derive_config(T2V_TINY_RUNNER, total_blocks=2)
-
-
 def test_an_image_is_one_latent_frame():
     longer = {"transformer": {"len_t": 3, "window_size_t": 6}}
     with pytest.raises(ValueError, match=r"starts from an image.*len_t must be 1, got 3"):
         derive_config(CAUSAL_FORCING, pipeline={"diffusion_model": longer})
-
-
-def test_guided_models_take_both_embeddings_or_none(tmp_path):
-    with pytest.raises(ValueError, match="--prompt-embeds and --negative-prompt-embeds together"):
-        derive_config(T2V_TINY_RUNNER, prompt_embeds=tmp_path / "a.safetensors")
 
 
 def test_images_of_another_size_are_refused(tmp_path):

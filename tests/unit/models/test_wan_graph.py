@@ -152,11 +152,3 @@ def test_without_the_flag_nothing_is_captured():
     model = WanTransformer(tiny_transformer(use_cuda_graph=False, control_dim=CONTROL_DIM)).eval()
     rollout(model, steps=1)
     assert not isinstance(model.network, GraphedCallable)
-
-
-@torch.no_grad()
-def test_a_cpu_calls_the_plain_module_whatever_the_flag():
-    model = WanTransformer(tiny_transformer(control_dim=CONTROL_DIM)).eval()
-    assert model.config.use_cuda_graph
-    rollout(model, steps=4)
-    assert (model.network.captures, model.network.eager_calls) == (0, 0)
