@@ -37,7 +37,7 @@ TRANSFORMER = "--pipeline.diffusion-model.transformer"
         (["--height", "40"], 2, "--height 40: must be a multiple of 16.*Nearest: 32 and 48"),
         (["--width", "8"], 2, "--width 8: must be a multiple of 16.*Nearest: 16 and 32"),
         (["--prompt-path", "/nowhere.txt"], 2, "--prompt-path /nowhere.txt cannot be read: No su"),
-        (["--prompt-embeds", "/nowhere.safetensors"], 2, "--prompt-embeds: Prompt embeddings not"),
+        (["--prompt-embeds", "/nowhere.safetensors"], 2, "--prompt-embeds: /nowhere.* cannot be r"),
         (["--negative-prompt", "blurry"], 2, "runs without guidance"),
         (["--seed", "-1"], 2, "--seed -1: must be from 0 to 2\\*\\*64 - 1"),
         (["--seed", str(2**64)], 2, "must be from 0 to 2\\*\\*64 - 1"),
