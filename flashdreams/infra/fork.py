@@ -17,7 +17,7 @@ from flashdreams.infra.rollout import (
     fill_rollout,
 )
 from flashdreams.infra.state import StateDecoder, StateEncoder
-from flashdreams.parallel.environment import least_of_all_ranks
+from flashdreams.parallel.environment import least_of_all_ranks, together
 from flashdreams.parallel.state_layout import StateLayout
 from flashdreams.runtime.noise import NoiseFunction
 from flashdreams.runtime.region import TensorPart
@@ -60,8 +60,10 @@ def require_room(count: int, each: int, device: torch.device) -> None:
 
     Raises:
         ValueError: states how many fit.
+        OSError: the free memory cannot be read.
+        OtherRankError: the same on another rank.
     """
-    free = free_bytes(device)
+    free = together(lambda: free_bytes(device), "cannot tell its free memory")
     fits = least_of_all_ranks(free // max(each, 1))
     if fits < count:
         raise ValueError(

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from flashdreams.infra import fork
+from flashdreams.parallel.environment import OtherRankError
 from tests.harness import run_ranks
 from tests.parallel.pipelines import begin, build_pipeline, control
 from tests.parallel.rollout import relative_error
@@ -41,3 +43,27 @@ def test_a_batch_of_forks_on_two_ranks(case):
     for expected, found in run_ranks(fork_both_ways, 2, case, 2):
         assert relative_error(found, expected) <= 1e-5
         assert not torch.allclose(expected[0][0], expected[0][1])  # negative control
+
+
+def fork_without_memory_figures():
+    """What each rank says of a fork for which the last rank cannot read its free memory."""
+    pipeline, _ = build_pipeline("plain", 2)
+    cache = begin(pipeline, "plain")
+    real = fork.free_bytes
+
+    def unreadable(device):
+        raise OSError(24, "Too many open files")
+
+    if torch.distributed.get_rank() == 1:
+        fork.free_bytes = unreadable
+    try:
+        return str(cache.fork(1))
+    except (OSError, OtherRankError) as error:
+        fork.free_bytes = real
+        assert len(cache.fork(1)) == 1  # and the ranks still agree
+        return str(error)
+
+
+def test_a_rank_that_cannot_read_its_free_memory_refuses_the_fork_on_all():
+    said = run_ranks(fork_without_memory_figures, 2)
+    assert "Another rank" in said[0] and "Too many open files" in said[1]
