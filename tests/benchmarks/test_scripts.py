@@ -109,8 +109,8 @@ def test_serving(script, tmp_path):
     ]
     bare, served, *live = rows
     assert bare["output_sha256"] == served["output_sha256"] and served["bar_ms"] == 2.0
-    assert served["cost_ms"] == pytest.approx(served["p50_ms"] - bare["p50_ms"], abs=5)
-    assert all(row["repeats"] > 0 and row["fps"] > 1 for row in live)
+    assert served["cost_ms"] == pytest.approx(served["p50_ms"] - bare["p50_ms"])
+    assert all(row["repeats"] > 0 and row["fps"] > 0 for row in live)
 
 
 @pytest.mark.parametrize("slug", ["self-forcing-tiny-random", "causal-forcing-tiny-random"])
