@@ -20,6 +20,10 @@ if command -v nvidia-smi >/dev/null; then
     gpus=$(nvidia-smi --list-gpus | wc -l)
 fi
 ranks=${RANKS:-$((gpus > 0 ? gpus : 1))}
+if [[ ! $ranks =~ ^[1-9][0-9]*$ ]]; then
+    echo "RANKS=$ranks must be a whole number from 1 on" >&2
+    exit 2
+fi
 
 if [[ $1 == *.py ]]; then
     program=("$@")

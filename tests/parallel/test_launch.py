@@ -69,6 +69,12 @@ def test_scripts_parse_and_say_how_they_are_used():
 
 
 @needs_bash
+def test_torchrun_script_refuses_a_number_of_ranks_that_is_none(tmp_path):
+    done = start(["bash", str(LAUNCH / "torchrun.sh"), "toy-world"], tmp_path, RANKS="0")
+    assert done.returncode == 2 and done.stderr == "RANKS=0 must be a whole number from 1 on\n"
+
+
+@needs_bash
 @pytest.mark.slow
 def test_torchrun_script_starts_a_node(tmp_path):
     logs = tmp_path / "logs"
