@@ -1,6 +1,7 @@
 """The record of a run: stage times, checksums and latents, collected by observing the pipeline."""
 
 import atexit
+import importlib
 import logging
 import os
 import platform
@@ -77,6 +78,13 @@ def claimed_output(config: Any) -> Iterator[None]:
                 f"--output-dir {folder}: {path.name}, which the run may write, is "
                 f"{'a folder' if is_folder else 'not writable'}. Remove it, or name another folder."
             )
+    try:
+        importlib.import_module("matplotlib")  # which mediapy imports at the first frame
+    except OSError as error:
+        raise ValueError(
+            "Videos need a folder for Matplotlib's cache, and neither the home nor a temporary "
+            f"folder is writable. Set MPLCONFIGDIR to one that is, such as {folder}."
+        ) from error
     lock, own = folder / f".{slug}.lock", f"{platform.node()} {os.getpid()}".encode()
     try:
         file = open_owned(lock)

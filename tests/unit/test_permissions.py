@@ -1,6 +1,7 @@
 """Folders and files that a user may not search, read or write."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from flashdreams.runtime.files import readable_write_errors
 from flashdreams.serving.restart import SessionFolder
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "setresuid"), reason="needs Unix permissions")
+pytest.importorskip("matplotlib")  # before root's rights go, with which it may be found
 NOBODY = 65534
 
 
@@ -118,3 +120,23 @@ def test_a_session_that_may_not_be_read_does_not_keep_a_server_from_starting(
     (folder / "a-session-of-another-user").mkdir(mode=0)
     assert SessionFolder(folder, None).find() == []
     assert "A session cannot be continued: [Errno 13] Permission denied" in caplog.text
+
+
+class _NoCache:
+    """Stands for matplotlib where neither the home nor a temporary folder is writable."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "matplotlib":
+            raise OSError("Matplotlib requires access to a writable cache directory")
+
+
+def test_a_video_without_any_folder_for_a_cache_is_refused_before_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SimpleNamespace(output_dir=tmp_path, runner_name="toy", trace=None)
+    with claimed_output(config):
+        pass  # negative control
+    monkeypatch.delitem(sys.modules, "matplotlib", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [_NoCache(), *sys.meta_path])
+    with pytest.raises(ValueError, match="Set MPLCONFIGDIR to one"), claimed_output(config):
+        pass
