@@ -3,6 +3,7 @@
 import enum
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,10 @@ def _options(config: Any) -> Iterator[tuple[str, str]]:
 
 
 def _content(path: Path) -> str:
-    if not path.is_file():
-        return "a path"
-    return f"a file of SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+    with suppress(OSError):  # what reads it names the error
+        if path.is_file():
+            return f"a file of SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+    return "a path"
 
 
 def _is_plain(value: Any) -> bool:
