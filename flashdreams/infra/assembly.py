@@ -22,6 +22,7 @@ from flashdreams.infra.conditioning import ContextEncoder
 from flashdreams.infra.decoder.base import StreamingDecoder
 from flashdreams.infra.diffusion.model import DiffusionModelConfig
 from flashdreams.infra.fingerprint import fingerprint
+from flashdreams.infra.same_options import refuse_other_weights
 from flashdreams.infra.stored_choices import StoredAttention, find_attention
 from flashdreams.infra.warm_up import WarmUp, choose_attention, decode_zeros, run_encoders, stats
 from flashdreams.infra.weights import fetch_weights, require_weights, typed_options
@@ -276,7 +277,7 @@ class Assembly(nn.Module):
 
         Raises:
             ValueError: the device, or this rank's share, does not allow what the config asks for,
-                or the text encoder refuses a prompt.
+                the text encoder refuses a prompt, or other ranks have other weights.
             MissingWeightsError: weights are missing.
             CheckpointError: they are damaged or do not fit; nothing has been loaded.
             OtherRankError: they are missing; the first rank of a node reports the details.
@@ -292,6 +293,8 @@ class Assembly(nn.Module):
             if prompts:
                 self.context_encoder.refuse_prompts(prompts)
             fetch_weights(self.config, text_on_rank_zero=shared)
+            if shared:
+                refuse_other_weights(self.config)
             for name, component in self.components().items():
                 check_weights(component, self._slices.get(name))
             for name, component in self.components().items():

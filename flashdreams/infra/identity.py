@@ -86,16 +86,16 @@ def hash_weights(pipeline: Any) -> dict[str, str]:
     Raises:
         OSError: a file cannot be read.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for name, checkpoint in named_checkpoints(pipeline):
         if name.split(".")[0] in BEFORE_THE_ROLLOUT:
             continue
         local = find_local(checkpoint)
-        digest = hashlib.sha256()
+        # A field may name several LoRAs.
+        digest = found.setdefault(name.removesuffix(".checkpoint"), hashlib.sha256())
         for path in local.files if local is not None else ():
             _sample(path, digest)
-        found[name.removesuffix(".checkpoint")] = digest.hexdigest()[:16]
-    return found
+    return {name: digest.hexdigest()[:16] for name, digest in found.items()}
 
 
 def _sample(path: Path, digest: Any) -> None:

@@ -1,4 +1,4 @@
-"""Whether all ranks were started with the same options."""
+"""Whether all ranks were started with the same options, and read the same weights."""
 
 import enum
 import hashlib
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flashdreams.infra.config import config_fields, walk
-from flashdreams.parallel.environment import from_rank_zero, gather_to_rank_zero
+from flashdreams.infra.identity import hash_weights
+from flashdreams.parallel.environment import from_rank_zero, gather_to_rank_zero, together
 from flashdreams.runtime.checkpoint import CheckpointConfig
 
 OF_A_NODE = frozenset({"description", "device", "download", "log_json", "threads"})
@@ -36,10 +37,30 @@ def refuse_other_options(config: Any) -> None:
         RankZeroError: the same on the other ranks.
     """
     found = gather_to_rank_zero(dict(_options(config)))
-    from_rank_zero(lambda: _compare(found))
+    wrong = "The ranks were started with different options: {}. Type the same command on all nodes."
+    from_rank_zero(lambda: _compare(found, wrong))
 
 
-def _compare(found: Sequence[dict[str, str]]) -> None:
+def refuse_other_weights(pipeline: Any) -> None:
+    """Refuse ranks whose files of weights differ from those of rank zero; a collective call.
+
+    Args:
+        pipeline: config whose files are on this machine; those of the text encoder, which rank zero
+            alone reads, do not count.
+
+    Raises:
+        ValueError: on rank zero, names fields and ranks.
+        RankZeroError: the same on the other ranks.
+        OSError: a file of this rank cannot be read.
+        OtherRankError: one of another rank cannot.
+    """
+    hashes = together(lambda: hash_weights(pipeline), "could not read its weights")
+    found = gather_to_rank_zero({f"pipeline.{n}": f"of SHA-256 {x}" for n, x in hashes.items()})
+    wrong = "The ranks have different weights: {}. Use the same files on all nodes."
+    from_rank_zero(lambda: _compare(found, wrong))
+
+
+def _compare(found: Sequence[dict[str, str]], wrong: str) -> None:
     ours = found[0]
     for rank, theirs in enumerate(found):
         names = [n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)]
@@ -50,10 +71,7 @@ def _compare(found: Sequence[dict[str, str]]) -> None:
                 for name in names[:MAX_NAMED]
             )
             more = f"; and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-            raise ValueError(
-                f"The ranks were started with different options: {listed}{more}. Type the same "
-                "command on all nodes."
-            )
+            raise ValueError(wrong.format(f"{listed}{more}"))
 
 
 def _options(config: Any) -> Iterator[tuple[str, str]]:

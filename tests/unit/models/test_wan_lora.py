@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashdreams.infra.component import build_component, check_weights, load_component
 from flashdreams.infra.config import derive_config
+from flashdreams.infra.identity import hash_weights
 from flashdreams.infra.weights import named_checkpoints, require_weights, with_downloads
 from flashdreams.integrations.self_forcing.config import TINY_PIPELINE
 from flashdreams.models.wan.config import TINY_TRANSFORMER
@@ -364,3 +365,15 @@ def test_a_missing_file_on_this_machine_is_not_advised_to_be_downloaded(base, tm
     assert "download all of them: --download True" in said(web)
     here.touch()
     assert str(here) not in said(str(here), web), "the advice helps: a file of that name"
+
+
+def test_each_of_several_loras_is_part_of_the_hash_of_the_weights(base, tmp_path):
+    paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    transformer = dict(checkpoint=base, loras=tuple(map(str, paths)))
+    config = derive_config(TINY_PIPELINE, diffusion_model=dict(transformer=transformer))
+    hashes = []
+    for first, second in (("x", "y"), ("z", "y"), ("x", "z"), ("x", "y")):
+        paths[0].write_text(first)
+        paths[1].write_text(second)
+        hashes.append(hash_weights(config)["diffusion_model.transformer.loras"])
+    assert len(set(hashes)) == 3 and hashes[0] == hashes[3]
