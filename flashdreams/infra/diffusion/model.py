@@ -111,8 +111,7 @@ class DiffusionCache:
     conditional: Any
     """The transformer's cache under the prompt; None on a rank that evaluates the other branch."""
     unconditional: Any | None
-    """The same under the negative prompt; None without guidance, or on a rank that evaluates the
-    conditional branch."""
+    """The same under the negative prompt; None without guidance, or on a rank of the other."""
     noise: NoiseFunction = state("rebuilt")
     batch_size: int = state("host")
     image: Tensor | None = state("rebuilt")
@@ -334,14 +333,15 @@ class DiffusionModel(nn.Module):
         if given is not None and autoregressive_index < cache.given_steps:
             latent = given_chunk(given, autoregressive_index, self.transformer.config.len_t)
         else:
-            noise = self._noise_of_step(autoregressive_index, cache)
+            flow, noise = self._flow(cache), self._noise_of_step(autoregressive_index, cache)
             first = autoregressive_index == cache.given_steps
             scheduler = self.first_chunk_scheduler if first else self.scheduler
-            flow = self._flow(cache)
-            if given is None or autoregressive_index > 0:
+            if given is not None and autoregressive_index == 0:
+                latent = sample_rest(scheduler, flow, noise, given)
+            elif scheduler.carries:
                 latent, cache.to_carry = scheduler.sample_chunk(flow, noise, cache.carried)
             else:
-                latent = sample_rest(scheduler, flow, noise, given)
+                latent = scheduler.sample(flow, noise)
         cache.latent, cache.control, cache.pending = latent, control, True
         self.side.mark()
         return latent

@@ -87,6 +87,11 @@ class Scheduler(ABC):
             ValueError: a flow whose shape is not the latent's.
         """
 
+    @property
+    def carries(self) -> bool:
+        """Whether `sample_chunk` is called instead of `sample`: where it is overridden."""
+        return type(self).sample_chunk is not Scheduler.sample_chunk
+
     def sample_chunk(
         self,
         predict_flow: Callable[[Tensor, Tensor], Tensor],
