@@ -239,7 +239,7 @@ def new_subject(full: RunnerConfig, folder: Path) -> Subject:
     changes |= {n: None for n in ("height", "width", "prompt_embeds") if n in names}
     try:
         config = derive_config(full, **changes, **example)
-    except ValueError:  # a method with other keys
+    except ValueError:  # a method with other keys, which takes the switches alone
         config = derive_config(full, **changes, **{n: v for n, v in example.items() if v is True})
     size = "as registered, in float32 on the CPU"
     if small.shrunk:

@@ -108,11 +108,6 @@ class Component(nn.Module):
         """Whether nested components load their own weights, from their own configs."""
         return self.config.checkpoint is None
 
-    @property
-    def offloads(self) -> bool:
-        """Whether the weights stay in host memory and are copied layer by layer; see `offload`."""
-        return False
-
     def loras(self) -> list[LoRA]:
         """The LoRAs to merge into the weights that this component loads.
 
@@ -170,7 +165,8 @@ def load_component(
 ) -> None:
     """Load one component and move it to its device and dtype.
 
-    One that ``loads_parts`` may be made of others that have checkpoints.
+    One that ``loads_parts`` may be made of others that have checkpoints. The weights of one whose
+    config says ``offload`` stay on the CPU.
 
     Args:
         component: on the meta device where it names a checkpoint.
@@ -183,7 +179,7 @@ def load_component(
     parts = _parts_that_load(component, slices)
     for part, own in parts:
         load_component(part, device, own)
-    home = torch.device("cpu") if component.offloads else device
+    home = torch.device("cpu") if getattr(component.config, "offload", False) else device
     loras, checkpoint = component.loras(), component.config.checkpoint
     if checkpoint is not None and not component.loads_parts:
         dtype_of = component.dtype_of

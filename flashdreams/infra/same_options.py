@@ -45,8 +45,8 @@ def refuse_other_weights(pipeline: Any) -> None:
     """Refuse ranks whose files of weights differ from those of rank zero; a collective call.
 
     Args:
-        pipeline: config whose files are on this machine; those of the text encoder, which rank zero
-            alone reads, do not count.
+        pipeline: config whose files are on this machine, compared by size and samples as in
+            `hash_weights`; those of the text encoder, which rank zero alone reads, do not count.
 
     Raises:
         ValueError: on rank zero, names fields and ranks.

@@ -24,7 +24,6 @@ from flashdreams.runtime.checkpoint import (
     find_local,
     parse_lora,
 )
-from flashdreams.runtime.offload import layer_nbytes
 
 _FIELD = re.compile(r"(?<![\w.-])checkpoint\.(source|file|select|download|ignore)\b(=(\w+))?")
 
@@ -245,18 +244,18 @@ def encoder_nbytes(config: Any, on_gpu: bool) -> int:
     """Bytes that an encoder's weights take on the device, from its config; None takes none.
 
     Also where the package that builds it is not installed, if the config says the size of the file.
+    An offloaded one takes none on a GPU: the copies of one layer, for a prompt, do not count.
     """
-    if config is None:
+    if config is None or (on_gpu and getattr(config, "offload", False)):
         return 0
     try:
         with torch.device("meta"):
-            encoder = config.setup()
+            return weight_nbytes(config.setup())
     except ImportError:
         checkpoint = config.checkpoint
         if checkpoint is None or checkpoint.size_bytes is None:
             raise
         return int(checkpoint.size_bytes)
-    return layer_nbytes(encoder) if on_gpu and encoder.offloads else weight_nbytes(encoder)
 
 
 def memory_estimate(config: Any) -> str:

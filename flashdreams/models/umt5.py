@@ -130,11 +130,6 @@ class UMT5TextEncoder(Encoder):
         self.eval().requires_grad_(False)
         self._tokenizer: Any = None
 
-    @property
-    def offloads(self) -> bool:
-        """As the config says."""
-        return self.config.offload
-
     def forward(self, input: Sequence[str]) -> Tensor:
         """Encode prompts.
 

@@ -1,6 +1,5 @@
 """A module whose weights stay in host memory while it runs on another device."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ def offload(module: nn.Module, device: torch.device) -> None:
         device: of all other inputs and of the outputs.
     """
     for layer in module.modules():
-        if next(_own(layer), None) is not None:
+        if layer._parameters or layer._buffers:
             _Copies(layer, device)
         if isinstance(layer, nn.Embedding):
             layer.register_forward_hook(lambda layer, ids, rows: rows.to(device))
@@ -51,17 +50,3 @@ class _Copies:
         parameters, buffers = self._left.pop()
         layer._parameters.update(parameters)
         layer._buffers.update(buffers)
-
-
-def layer_nbytes(module: nn.Module) -> int:
-    """Bytes of the largest layer that `offload` copies, in the dtypes that the weights have.
-
-    Embeddings do not count: the large ones are not copied.
-    """
-    layers = (layer for layer in module.modules() if not isinstance(layer, nn.Embedding))
-    return max((sum(x.nbytes for x in _own(layer)) for layer in layers), default=0)
-
-
-def _own(layer: nn.Module) -> Iterator[Tensor]:
-    yield from layer.parameters(recurse=False)
-    yield from layer.buffers(recurse=False)

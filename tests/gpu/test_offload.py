@@ -5,7 +5,6 @@ import torch
 
 from flashdreams.infra.component import load_component
 from flashdreams.models.umt5 import UMT5TextEncoder
-from flashdreams.runtime.offload import layer_nbytes
 from tests.tiny_umt5 import tiny_config
 
 pytestmark = [
@@ -29,8 +28,8 @@ def test_embeddings_have_the_same_bits_and_the_device_holds_one_layer():
         torch.cuda.reset_peak_memory_stats()
         found.append(encoder.embed(TOKENS))
         peaks.append(torch.cuda.max_memory_allocated() - before)
-        weights, largest = sum(x.nbytes for x in encoder.parameters()), layer_nbytes(encoder)
+        nbytes = [x.nbytes for x in encoder.parameters()]
         del encoder
     assert torch.equal(*found) and found[1].is_cuda
-    assert peaks[0] >= weights
-    assert peaks[1] < 3 * largest + 16e6 < weights / 2, "a workspace of cuBLAS and a few layers"
+    assert peaks[0] >= sum(nbytes)
+    assert peaks[1] < 3 * max(nbytes) + 16e6 < sum(nbytes) / 2, "a few layers, and activations"

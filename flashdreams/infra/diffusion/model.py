@@ -129,7 +129,7 @@ class DiffusionCache:
     """Clean latents of the frames in sink and window, oldest first."""
     carried: Tensor | None = state("whole", default=None)
     to_carry: Tensor | None = state("rebuilt", default=None)
-    """What the schedule has of later chunks, as of the last clean pass and of the last chunk."""
+    """``[B, ...]`` of the schedule for the next chunk, as of the last clean pass and chunk."""
     prompt_is_newer: bool = state("host", default=False)
     """The prompt has changed after the last clean pass."""
     give_back: Callable[[], Any] | None = state("rebuilt", default=None)
@@ -145,7 +145,7 @@ class DiffusionCache:
 
     def release(self) -> None:
         """End the rollout; its storage is free for another one."""
-        self.conditional = self.unconditional = self.control = self.carried = None
+        self.conditional = self.unconditional = self.control = self.carried = self.to_carry = None
         self.history, self.pending = [], False
         self.released = True
         if self.give_back is not None:
@@ -299,7 +299,7 @@ class DiffusionModel(nn.Module):
             logger.warning("CUDA graphs are off: %s. Runs continue eagerly.", reason)
 
     def step_through(self, cache: DiffusionCache) -> int:
-        """A rollout of dummy values, up to the point after which all AR steps are alike."""
+        """A rollout of dummy values until all AR steps are alike; returns their number."""
         transformer = self.transformer
         latent = torch.zeros(
             transformer.latent_shape(1), device=transformer.device, dtype=torch.float32

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashdreams.runtime.offload import layer_nbytes, offload
+from flashdreams.runtime.offload import offload
 
 META = torch.device("meta")
 
@@ -36,9 +36,7 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def test_a_module_runs_where_its_weights_are_not() -> None:
     network = Network().eval()
-    ids = torch.zeros(3, dtype=torch.int64, device=META)
-    with pytest.raises(RuntimeError, match="meta"):
-        network(torch.zeros(3, dtype=torch.int64))  # the device is there only once it is offloaded
+    with pytest.raises(RuntimeError, match="meta"):  # negative control: not offloaded yet
         network.layers(torch.zeros(3, 8, device=META))
     before = {name: tensor.clone() for name, tensor in tensors(network).items()}
     ids = torch.zeros(3, dtype=torch.int64)
@@ -54,7 +52,6 @@ def test_a_module_runs_where_its_weights_are_not() -> None:
     # One layer, and the scale around it; meta itself would look up in a table of the CPU.
     assert [len(names) for names in there] == [2, 3, 6, 3]
     assert all("table.weight" not in names for names in there)
-    assert layer_nbytes(network) == 4 * (16 * 8 + 16)
     network.fails = True
     with pytest.raises(RuntimeError, match="in the middle"):
         network(ids)
