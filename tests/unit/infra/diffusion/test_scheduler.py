@@ -93,6 +93,13 @@ def test_few_step_asks_for_fresh_noise_before_every_step_but_the_first() -> None
     assert asked == [0]
 
 
+def test_few_step_timesteps_of_self_forcing() -> None:
+    scheduler = FlowMatchSchedulerConfig().setup()
+    expected = torch.tensor([1000, 937.5, 2500 / 3, 625])
+    torch.testing.assert_close(scheduler.timesteps, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(scheduler.sigmas, expected / 1000, rtol=1e-6, atol=0)
+
+
 def test_unipc_converges_faster_than_euler() -> None:
     """On dx/dsigma = x the end is noise / e; the error of order 2 falls with the square."""
 

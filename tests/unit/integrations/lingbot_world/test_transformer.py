@@ -87,6 +87,11 @@ def test_parameters_are_exactly_those_of_the_manifest(channels, name):
     assert (TRANSFORMER.checkpoint.size_bytes == size) == (channels == 6)
 
 
+def test_the_two_variants_differ():
+    """Negative control of the comparison with manifests."""
+    assert load_manifest("lingbot_world_fast") != load_manifest("lingbot_world_act")
+
+
 @pytest.mark.parametrize("passes", [1, 4])
 def test_camera_branch_runs_once_per_chunk_and_layer(passes):
     model, calls = build(), Counter()
